@@ -1,0 +1,281 @@
+"""Times the whole expert block on this machine's GPU and writes one JSON file.
+
+    python -m benchmarks.blocks --models qwen3-30b-a3b mixtral-8x7b --tokens 1 4 16 64 --out blocks.json
+
+A block is timed inside a jitted chain of `--repeats` blocks, each fed by the one before, over several layers' weights
+and a fresh routing each: cold L2, no gaps that a model would not have. XLA replays such a chain as a CUDA graph, so
+the time is the device's. `jit_us` is one block called alone from Python, host time included. The products' own times
+come from the profiler. Every timed configuration is checked against float32 of the dequantised weights.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_marlin_moe as jmm
+from benchmarks.roofline import block_limit
+from jax_marlin_moe.argument_shapes import MODELS, ModelShape
+from jax_marlin_moe.formats import get_format
+
+_L2_BYTES = 60e6
+_LAYER_BUDGET = 24e9  # bytes of weights held on the card for one model
+
+
+def measure_read_bandwidth() -> float:
+    """TB/s of a reduction over 2 GiB of int32."""
+    data = jnp.arange(1 << 29, dtype=jnp.int32)
+    total = jax.jit(lambda a: a.sum())
+    return data.nbytes / median_seconds(lambda: total(data)) / 1e12
+
+
+def measure_bf16_rate() -> float:
+    """TFLOP/s of an 8192^3 product of random bfloat16 matrices."""
+    a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * 8192**3 / median_seconds(lambda: product(a, b)) / 1e12
+
+
+def median_seconds(call, repeats: int = 20) -> float:
+    """Median wall time, after two warm-up calls."""
+    return statistics.median(wall_seconds(call, repeats))
+
+
+def wall_seconds(call, repeats: int) -> list[float]:
+    """Wall time of each call, after two warm-up calls."""
+    for _ in range(2):
+        jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def random_experts(key, experts: int, k: int, n: int, group_size: int, weight_format: str, dtype) -> jmm.MarlinWeights:
+    """Random codes, with scales that keep the variance of the rows that pass through."""
+    row = get_format(weight_format)
+    keys = jax.random.split(key, 3)
+    packed = jax.random.bits(keys[0], (experts, k // 16, n * 16 // row.codes_per_word), jnp.uint32)
+    deviation = ((row.max_code + 1) ** 2 / 12) ** 0.5
+    scales = jax.random.uniform(keys[1], (experts, k // group_size, n), jnp.float32, 0.5, 1.5) / deviation / k**0.5
+    zeros = None
+    if row.has_zero_points:
+        zeros = jax.random.bits(keys[2], (experts, k // group_size, n // row.codes_per_word), jnp.uint32)
+        zeros = jax.lax.bitcast_convert_type(zeros, jnp.int32)
+    packed = jax.lax.bitcast_convert_type(packed, jnp.int32)
+    return jmm.MarlinWeights(packed, scales.astype(dtype), zeros, None, None, row)
+
+
+def routings(shape: ModelShape, tokens: int, repeats: int, kind: str, seed: int = 0) -> np.ndarray:
+    """Ids [repeats, tokens, top_k]: each token's experts are distinct, drawn uniformly or by Zipf's law."""
+    rng = np.random.default_rng(seed)
+    popularity = np.ones(shape.num_experts)
+    if kind == "zipf":
+        popularity = 1 / rng.permutation(np.arange(1, shape.num_experts + 1))
+    # Gumbel top-k draws without replacement in proportion to the popularity.
+    noise = rng.gumbel(size=(repeats, tokens, shape.num_experts))
+    return np.argsort(-(np.log(popularity) + noise), axis=-1)[..., : shape.top_k].astype(np.int32)
+
+
+@dataclasses.dataclass
+class Case:
+    """One configuration with its data on the card."""
+
+    shape: ModelShape
+    tokens: int
+    dtype: jnp.dtype
+    layers: list
+    ids: np.ndarray
+    weights: jax.Array
+    x: jax.Array
+
+
+def make_layers(shape: ModelShape, weight_format: str, dtype) -> list:
+    """As many layers as exceed L2 several times, within the budget."""
+    layer_bytes = 1.5 * shape.num_experts * shape.hidden * shape.intermediate * (1 + 2 * 2 / shape.group_size)
+    count = max(1, min(8, int(_LAYER_BUDGET / layer_bytes), int(np.ceil(20 * _L2_BYTES / layer_bytes))))
+    make = jax.jit(random_experts, static_argnums=(1, 2, 3, 4, 5, 6))
+    layers = []
+    for i in range(count):
+        a, b = jax.random.split(jax.random.key(i))
+        gate_up = make(
+            a, shape.num_experts, shape.hidden, 2 * shape.intermediate, shape.group_size, weight_format, dtype
+        )
+        down = make(b, shape.num_experts, shape.intermediate, shape.hidden, shape.group_size, weight_format, dtype)
+        # The activation and the weighted sum shrink the rows: scale them back, so that a chain neither dies nor grows.
+        down = dataclasses.replace(down, scales=(down.scales.astype(jnp.float32) * 4).astype(dtype))
+        layers.append((gate_up, down))
+    return layers
+
+
+def make_case(shape: ModelShape, layers: list, tokens: int, repeats: int, routing: str, dtype) -> Case:
+    """Routings and rows for `layers`."""
+    ids = routings(shape, tokens, repeats, routing)
+    weights = jax.random.uniform(jax.random.key(7), (repeats, tokens, shape.top_k), jnp.float32, 0.5, 1.5)
+    x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), dtype)
+    return Case(shape, tokens, dtype, layers, ids, weights / weights.sum(-1, keepdims=True), x)
+
+
+def time_chain(case: Case, samples: int, **options) -> list[float]:
+    """Microseconds per block inside a chain, one value a replay."""
+    repeats = case.ids.shape[0]
+
+    @jax.jit
+    def chain(x, layers, ids, weights):
+        for i in range(repeats):
+            gate_up, down = layers[i % len(layers)]
+            x = jmm.fused_moe(x, gate_up, down, weights[i], ids[i], **options)
+        return x
+
+    ids = list(jnp.asarray(case.ids))
+    weights = list(case.weights)
+    chain_times = wall_seconds(lambda: chain(case.x, case.layers, ids, weights), samples)
+    return [t / repeats * 1e6 for t in chain_times]
+
+
+def time_alone(case: Case, **options) -> float:
+    """Microseconds of one jitted block called from Python, the result waited for."""
+    block = jax.jit(lambda x, g, d, w, i: jmm.fused_moe(x, g, d, w, i, **options))
+    gate_up, down = case.layers[0]
+    ids = jnp.asarray(case.ids[0])
+    return median_seconds(lambda: block(case.x, gate_up, down, case.weights[0], ids), 50) * 1e6
+
+
+def relative_error(case: Case, **options) -> float:
+    """Relative L2 error of one block against the reference."""
+    gate_up, down = case.layers[0]
+    arguments = (case.x, gate_up, down, case.weights[0], jnp.asarray(case.ids[0]))
+    ours = jax.jit(lambda *a: jmm.fused_moe(*a, **options))(*arguments)
+    expected = jax.jit(lambda *a: jmm.fused_moe(*a, implementation="xla"))(*arguments)
+    ours, expected = (np.asarray(a, np.float64) for a in (ours, expected))
+    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+
+
+def kernel_times(case: Case, **options) -> dict[str, float]:
+    """Median microseconds of each kernel of a block, from the profiler, by kernel name."""
+    block = jax.jit(lambda x, g, d, w, i: jmm.fused_moe(x, g, d, w, i, **options))
+    count = len(case.ids)
+
+    def run_all():
+        for i in range(count):
+            gate_up, down = case.layers[i % len(case.layers)]
+            y = block(case.x, gate_up, down, case.weights[i], jnp.asarray(case.ids[i]))
+        jax.block_until_ready(y)
+
+    run_all()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run_all()
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+        times: dict[str, list[float]] = {}
+        for plane in data.planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                for event in line.events:
+                    if event.name in ("k0", "k1", "k2", "k3"):
+                        times.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["mixtral-8x7b", "qwen3-30b-a3b"], choices=sorted(MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--routing", nargs="+", default=["uniform"], choices=["uniform", "zipf"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--format", default="int4")
+    parser.add_argument("--repeats", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=30)
+    parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+
+    dtype = jnp.dtype(args.dtype)
+    row = get_format(args.format)
+    device = jax.devices()[0]
+    read_tb_s, bf16_tflop_s = measure_read_bandwidth(), measure_bf16_rate()
+    print(f"{device.device_kind}: read {read_tb_s:.2f} TB/s, bf16 {bf16_tflop_s:.0f} TFLOP/s", flush=True)
+    rows = []
+    for name in args.models:
+        shape = MODELS[name]
+        layers = make_layers(shape, args.format, dtype)
+        for tokens in args.tokens:
+            for routing in args.routing:
+                case = make_case(shape, layers, tokens, args.repeats, routing, dtype)
+                limit = block_limit(
+                    shape,
+                    case.ids,
+                    bits=row.bits,
+                    scale_bytes=2,
+                    read_tb_s=read_tb_s,
+                    bf16_tflop_s=bf16_tflop_s,
+                )
+                times = sorted(time_chain(case, args.samples))
+                kernels = kernel_times(case)
+                # Launch order: [align,] gate_up, down, combine.
+                names = sorted(kernels)
+                block_us = statistics.median(times)
+                result = {
+                    "model": name,
+                    "E": shape.num_experts,
+                    "k": shape.top_k,
+                    "H": shape.hidden,
+                    "I": shape.intermediate,
+                    "M": tokens,
+                    "format": args.format,
+                    "group_size": shape.group_size,
+                    "dtype": args.dtype,
+                    "activation_dtype": args.dtype,
+                    "routing": routing,
+                    "implementation": f"jax_marlin_moe {jmm.__version__}",
+                    "hit_experts": limit.hit_experts,
+                    "block_us": block_us,
+                    "block_p10_us": times[len(times) // 10],
+                    "block_p90_us": times[-1 - len(times) // 10],
+                    "gemm1_us": kernels[names[-3]] if len(names) >= 3 else None,
+                    "gemm2_us": kernels[names[-2]] if len(names) >= 3 else None,
+                    "jit_us": time_alone(case),
+                    "limit_us": limit.microseconds,
+                    "tb_s": limit.weight_bytes / block_us / 1e6,
+                    "tflop_s": limit.flops / block_us / 1e6,
+                    "rel_l2": relative_error(case),
+                }
+                rows.append(result)
+                print(
+                    f"{name:16s} M={tokens:<5d} {routing:8s} block {block_us:8.1f} us  limit {limit.microseconds:8.1f} "
+                    f"({limit.microseconds / block_us:4.0%})  kernels {kernels}  jit {result['jit_us']:.0f}  "
+                    f"error {result['rel_l2']:.1e}",
+                    flush=True,
+                )
+        del layers
+    commit = args.commit or subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    document = {
+        "card": device.device_kind,
+        "commit": commit,
+        "command": "python -m benchmarks.blocks " + " ".join(sys.argv[1:]),
+        "versions": {"jax": jax.__version__, "jax_marlin_moe": jmm.__version__, "numpy": np.__version__},
+        "read_tb_s": read_tb_s,
+        "bf16_tflop_s": bf16_tflop_s,
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

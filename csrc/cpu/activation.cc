@@ -1,0 +1,62 @@
+// Activations and the table of their names. A new one is a function and a row.
+#include "cpu/activation.h"
+
+#include <cstring>
+
+namespace jax_marlin_moe::cpu {
+namespace {
+
+// e^x to 2 units in the last place, in arithmetic that compilers vectorise, unlike a call of std::exp.
+// Arguments are clamped to where the result is a normal number; NaN stays NaN.
+inline float Exp(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer in the low bits of the sum
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact times n
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127) << 23;  // 2^n: the shift drops all but n's low bits
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
+// gate * sigmoid(gate) * up
+void Silu(const float* gate, const float* up, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + Exp(-gate[i])) * up[i];
+}
+
+struct Row {
+  std::string_view name;
+  Activation function;
+};
+
+constexpr Row kActivations[] = {
+    {"silu", Silu},
+};
+
+}  // namespace
+
+Activation FindActivation(std::string_view name) {
+  for (const Row& row : kActivations) {
+    if (row.name == name) return row.function;
+  }
+  return nullptr;
+}
+
+std::string ActivationNames() {
+  std::string names;
+  for (const Row& row : kActivations) names += (names.empty() ? "" : ", ") + std::string(row.name);
+  return names;
+}
+
+}  // namespace jax_marlin_moe::cpu

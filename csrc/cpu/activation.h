@@ -1,0 +1,22 @@
+// The activations of an expert block by name, FORMATS section 7.
+#ifndef JAX_MARLIN_MOE_CPU_ACTIVATION_H_
+#define JAX_MARLIN_MOE_CPU_ACTIVATION_H_
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace jax_marlin_moe::cpu {
+
+// out[i] = act(gate[i], up[i]) in float32; out may be gate or up.
+using Activation = void (*)(const float* gate, const float* up, int64_t count, float* out);
+
+// The activation of that name, or null.
+Activation FindActivation(std::string_view name);
+
+// Every name, for messages.
+std::string ActivationNames();
+
+}  // namespace jax_marlin_moe::cpu
+
+#endif  // JAX_MARLIN_MOE_CPU_ACTIVATION_H_

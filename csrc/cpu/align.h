@@ -1,0 +1,52 @@
+// Block alignment of routed slots, FORMATS section 5, and the row groups that the kernels take from it.
+#ifndef JAX_MARLIN_MOE_CPU_ALIGN_H_
+#define JAX_MARLIN_MOE_CPU_ALIGN_H_
+
+#include <cstdint>
+#include <vector>
+
+namespace jax_marlin_moe::cpu {
+
+// ceil(a / b) without overflow, for a >= 0 and b >= 1.
+inline int64_t CeilDiv(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+struct Routing {
+  const int32_t* topk_ids;    // [slots]; ids outside [0, num_experts) are dropped
+  int64_t slots;              // tokens * top_k
+  int64_t num_experts;        // global
+  const int32_t* expert_map;  // [num_experts] global to local, negative: remote; null: the identity
+};
+
+// The static length of sorted_token_ids, or -1 where it would not fit in int32.
+int64_t AlignedLength(int64_t slots, int64_t num_experts, int64_t block_size);
+
+struct Alignment {
+  int32_t* sorted_token_ids;       // [length]
+  int64_t length;                  // AlignedLength
+  int32_t* expert_ids;             // [ceil(length / block_size)]
+  int32_t* num_tokens_post_padded;  // [1]
+};
+
+// Fills an alignment: slots by ascending global expert, ascending inside one, padded with `slots`.
+void AlignBlocks(const Routing& routing, int64_t block_size, const Alignment& out);
+
+// Rows of one expert that are computed together: entries first ... first + count - 1 of `slots`.
+struct RowGroup {
+  int32_t expert;  // local, in [0, num_local_experts)
+  int64_t first;
+  int count;
+};
+
+struct RowGroups {
+  std::vector<int32_t> slots;  // every scheduled slot that is in range
+  std::vector<RowGroup> groups;
+};
+
+// The scheduled rows of an alignment in groups of at most `max_rows`. Slots, experts and the padded count are
+// taken as untrusted: whatever is out of range is left out.
+RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32_t* expert_ids,
+                    int64_t block_size, int64_t slots, int64_t num_local_experts, int max_rows);
+
+}  // namespace jax_marlin_moe::cpu
+
+#endif  // JAX_MARLIN_MOE_CPU_ALIGN_H_

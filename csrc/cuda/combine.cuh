@@ -1,0 +1,64 @@
+// The last step of a block: sums each token's slots in ascending order and rounds once.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace jmm {
+
+template <class T, int kTokens, int kTopK, int kColumns, int kExperts, int kRoutedExperts, bool kMapped>
+struct Combine {
+  static constexpr int kThreads = 256;
+  static constexpr int kVector = 4;  // columns of a thread: one 16-byte load a slot
+  static constexpr int kBlocks = (kTokens * (kColumns / kVector) + kThreads - 1) / kThreads;
+  static_assert(kColumns % kVector == 0, "rows are whole vectors");
+
+  const float4* __restrict__ partials;     // [kTokens * kTopK, kColumns]; rows of dropped slots hold nothing
+  const int32_t* __restrict__ topk_ids;    // [kTokens, kTopK]
+  const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
+  uint2* __restrict__ out;                 // [kTokens, kColumns] of T
+
+  __device__ void run() const {
+    constexpr int kVectors = kColumns / kVector;
+    const int i = blockIdx.x * kThreads + threadIdx.x;
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    if (i >= kTokens * kVectors) return;
+    const int token = i / kVectors, vector = i % kVectors;
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int j = 0; j < kTopK; ++j) {
+      const int slot = token * kTopK + j;
+      if (!computed(topk_ids[slot])) continue;
+      const float4 part = partials[int64_t(slot) * kVectors + vector];
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    out[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
+                   from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
+  }
+
+ private:
+  __device__ __forceinline__ bool computed(int expert) const {
+    if (expert < 0 || expert >= kRoutedExperts) return false;
+    if constexpr (kMapped) expert = expert_map[expert];
+    return expert >= 0 && expert < kExperts;
+  }
+};
+
+// Rows that no block lists are zero: the output is cleared before the product writes into it.
+template <int kBytes>
+struct Clear {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocks = (kBytes / 16 + kThreads - 1) / kThreads;
+  static_assert(kBytes % 16 == 0, "cleared in 16-byte stores");
+
+  int4* __restrict__ out;
+
+  __device__ void run() const {
+    const int i = blockIdx.x * kThreads + threadIdx.x;
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    if (i < kBytes / 16) out[i] = int4{0, 0, 0, 0};
+  }
+};
+
+}  // namespace jmm

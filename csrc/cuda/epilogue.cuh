@@ -1,0 +1,63 @@
+// What becomes of finished float32 sums: bias, activation or router weight, one rounding, the store.
+//
+// An epilogue is called for one slot and one column at a time; sums of neighbouring lanes are neighbouring columns.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace jmm {
+
+struct Silu {
+  static constexpr bool kGated = true;
+  __device__ __forceinline__ static float apply(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+};
+
+// out[slot, column] = activation(gate + bias, up + bias), rounded to T: the input of the second product.
+template <class T, class Activation, int kIntermediate, bool kBias>
+struct GatedActivation {
+  uint16_t* __restrict__ out;      // [slots, kIntermediate]
+  const float* __restrict__ bias;  // [experts, 2 * kIntermediate] if kBias
+
+  static constexpr bool kGated = true;
+
+  __device__ __forceinline__ void store(int expert, int slot, int column, float gate, float up) const {
+    if constexpr (kBias) {
+      gate += bias[expert * 2 * kIntermediate + column];
+      up += bias[expert * 2 * kIntermediate + kIntermediate + column];
+    }
+    out[int64_t(slot) * kIntermediate + column] = from_float<T>(Activation::apply(gate, up));
+  }
+};
+
+// out[slot, column] = (sum + bias) * router weight, rounded to T.
+template <class T, int kColumns, bool kBias, bool kWeighted>
+struct SlotRows {
+  uint16_t* __restrict__ out;              // [slots, kColumns]
+  const float* __restrict__ bias;          // [experts, kColumns] if kBias
+  const float* __restrict__ topk_weights;  // [slots] if kWeighted
+
+  static constexpr bool kGated = false;
+
+  __device__ __forceinline__ void store(int expert, int slot, int column, float sum, float) const {
+    if constexpr (kBias) sum += bias[expert * kColumns + column];
+    if constexpr (kWeighted) sum *= topk_weights[slot];
+    out[int64_t(slot) * kColumns + column] = from_float<T>(sum);
+  }
+};
+
+// The same in float32, for the sum over a token's experts that follows.
+template <int kColumns, bool kBias>
+struct SlotPartials {
+  float* __restrict__ out;                 // [slots, kColumns]
+  const float* __restrict__ bias;          // [experts, kColumns] if kBias
+  const float* __restrict__ topk_weights;  // [slots]
+
+  static constexpr bool kGated = false;
+
+  __device__ __forceinline__ void store(int expert, int slot, int column, float sum, float) const {
+    if constexpr (kBias) sum += bias[expert * kColumns + column];
+    out[int64_t(slot) * kColumns + column] = sum * topk_weights[slot];
+  }
+};
+
+}  // namespace jmm

@@ -1,0 +1,196 @@
+// Every PTX instruction that the kernels use, one function each, and nothing else.
+//
+// Kernels are compiled by NVRTC with this folder as the only include path, so the fixed-width types stand here too.
+#pragma once
+
+using int32_t = int;
+using int64_t = long long;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+
+#if __CUDA_ARCH__ >= 800
+#define JMM_HAS_CP_ASYNC 1
+#else
+#define JMM_HAS_CP_ASYNC 0
+#endif
+
+namespace jmm {
+
+struct Half {};    // IEEE binary16
+struct BFloat {};  // bfloat16
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes to shared memory, or writes zeros where `valid` is false; the source is then not touched.
+__device__ __forceinline__ void copy16_or_zero(void* shared, const void* global, bool valid) {
+#if JMM_HAS_CP_ASYNC
+  int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+#else
+  *static_cast<int4*>(shared) = valid ? *static_cast<const int4*>(global) : int4{0, 0, 0, 0};
+#endif
+}
+
+__device__ __forceinline__ void copy16(void* shared, const void* global) {
+#if JMM_HAS_CP_ASYNC
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(shared)), "l"(global) : "memory");
+#else
+  *static_cast<int4*>(shared) = *static_cast<const int4*>(global);
+#endif
+}
+
+// The same, for bytes that are read once: they leave L2 first.
+__device__ __forceinline__ void copy16_streamed(void* shared, const void* global, uint64_t policy) {
+#if JMM_HAS_CP_ASYNC
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(smem_address(shared)), "l"(global),
+               "l"(policy)
+               : "memory");
+#else
+  copy16(shared, global);
+#endif
+}
+
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 800
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if JMM_HAS_CP_ASYNC
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `kPending` of this thread's committed groups are still on their way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+#if JMM_HAS_CP_ASYNC
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Programmatic dependent launch: blocks until the kernels before this one in the stream have ended and their writes
+// are visible. A no-op where the kernel was launched without the attribute.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start as soon as every block of this one has come here or ended.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Fragments of two 8 x 8 matrices of 16-bit values; lanes 0-7 address the rows of the first, 8-15 of the second.
+__device__ __forceinline__ void load_matrices_x2(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(smem_address(row))
+               : "memory");
+}
+
+// d (16 x 8, float32) += a (16 x 16) * b (16 x 8).
+template <class T>
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+__device__ __forceinline__ void mma_16x8x16<Half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  // Turing multiplies 8 of K at a time: the same fragments, in two halves.
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[2]), "r"(a[3]), "r"(b[1]));
+#endif
+}
+
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ void mma_16x8x16<BFloat>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+// (a & b) | c in one instruction.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// a * b + c on packed pairs, rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t fma_x2(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+__device__ __forceinline__ uint32_t fma_x2<Half>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ uint32_t fma_x2<BFloat>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+#endif
+
+template <class T>
+__device__ __forceinline__ float to_float(uint16_t bits);
+
+template <>
+__device__ __forceinline__ float to_float<Half>(uint16_t bits) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+
+template <>
+__device__ __forceinline__ float to_float<BFloat>(uint16_t bits) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ uint16_t from_float(float value);
+
+template <>
+__device__ __forceinline__ uint16_t from_float<Half>(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ uint16_t from_float<BFloat>(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+#endif
+
+}  // namespace jmm

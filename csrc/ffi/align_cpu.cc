@@ -1,0 +1,61 @@
+// The CPU handler of moe_align_block_size: decodes, checks, and fills the three outputs.
+#include <cstdint>
+
+#include "cpu/align.h"
+#include "ffi/contract.h"
+#include "ffi/handlers.h"
+
+namespace jax_marlin_moe {
+namespace {
+
+ffi::Error AlignImpl(ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map,
+                     ffi::Result<ffi::AnyBuffer> sorted_token_ids, ffi::Result<ffi::AnyBuffer> expert_ids,
+                     ffi::Result<ffi::AnyBuffer> num_tokens_post_padded, int64_t block_size,
+                     int64_t num_experts) {
+  Contract contract("moe_align_block_size");
+  contract.Require(block_size >= 1, "block_size is " + std::to_string(block_size));
+  contract.Require(num_experts >= 1, "num_experts is " + std::to_string(num_experts));
+  contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {Extent(topk_ids, 0), Extent(topk_ids, 1)});
+  contract.HasShapeOrIsAbsent(expert_map, "expert_map", ffi::DataType::S32, {num_experts});
+  if (!contract.ok()) return contract.ToError();
+
+  cpu::Routing routing;
+  routing.topk_ids = static_cast<const int32_t*>(topk_ids.untyped_data());
+  routing.slots = static_cast<int64_t>(topk_ids.element_count());
+  routing.num_experts = num_experts;
+  routing.expert_map = Contract::IsAbsent(expert_map)
+                           ? nullptr
+                           : static_cast<const int32_t*>(expert_map.untyped_data());
+  const int64_t length = cpu::AlignedLength(routing.slots, num_experts, block_size);
+  contract.Require(length >= 0, "the aligned length does not fit in int32");
+  if (!contract.ok()) return contract.ToError();
+  contract.HasShape(*sorted_token_ids, "sorted_token_ids", ffi::DataType::S32, {length});
+  contract.HasShape(*expert_ids, "expert_ids", ffi::DataType::S32, {cpu::CeilDiv(length, block_size)});
+  contract.HasShape(*num_tokens_post_padded, "num_tokens_post_padded", ffi::DataType::S32, {1});
+  if (!contract.ok()) return contract.ToError();
+
+  cpu::Alignment alignment;
+  alignment.sorted_token_ids = static_cast<int32_t*>(sorted_token_ids->untyped_data());
+  alignment.length = length;
+  alignment.expert_ids = static_cast<int32_t*>(expert_ids->untyped_data());
+  alignment.num_tokens_post_padded = static_cast<int32_t*>(num_tokens_post_padded->untyped_data());
+  cpu::AlignBlocks(routing, block_size, alignment);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_Error* AlignCpu(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(handler, AlignImpl,
+                         ffi::Ffi::Bind()
+                             .Arg<ffi::AnyBuffer>()  // topk_ids [T, top_k]
+                             .Arg<ffi::AnyBuffer>()  // expert_map [num_experts] or [0]
+                             .Ret<ffi::AnyBuffer>()  // sorted_token_ids [P]
+                             .Ret<ffi::AnyBuffer>()  // expert_ids [ceil(P / block_size)]
+                             .Ret<ffi::AnyBuffer>()  // num_tokens_post_padded [1]
+                             .Attr<int64_t>("block_size")
+                             .Attr<int64_t>("num_experts"));
+  return (*handler)(frame);
+}
+
+}  // namespace jax_marlin_moe

@@ -1,0 +1,230 @@
+// The CPU handler of a whole expert block, FORMATS section 7: gate and up, activation, down, and the sum over
+// each token's experts.
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cpu/activation.h"
+#include "cpu/align.h"
+#include "cpu/element.h"
+#include "cpu/expert_stack.h"
+#include "cpu/phases.h"
+#include "ffi/contract.h"
+#include "ffi/handlers.h"
+
+namespace jax_marlin_moe {
+namespace {
+
+constexpr int kGateChunks = 2;   // most chunks of gate columns of a work item, and of up columns
+constexpr int kDownChunks = 4;   // most column chunks of a work item of the down matrix
+constexpr int kSumColumns = 512;  // most columns of a work item of the final sum
+
+// Most float32 results of the down matrix that wait for the final sum: tokens beyond go in another pass.
+constexpr int64_t kMaxWaiting = int64_t{1} << 24;
+
+struct Block {
+  const uint16_t* x;  // [tokens, hidden]
+  cpu::Element type;
+  const cpu::ExpertStack* gate_up;
+  const cpu::ExpertStack* down;
+  const float* topk_weights;  // [tokens, top_k]
+  cpu::Routing routing;
+  int64_t top_k;
+  cpu::Activation activation;
+  uint16_t* y;  // [tokens, hidden]
+
+  int64_t tokens() const { return routing.slots / top_k; }
+  int64_t hidden() const { return gate_up->k(); }
+  int64_t inner() const { return down->k(); }
+};
+
+// Rows in expert order, without padding.
+cpu::RowGroups GroupByExpert(const Block& block) {
+  const int64_t slots = block.routing.slots;
+  std::vector<int32_t> sorted(static_cast<size_t>(slots));
+  std::vector<int32_t> experts(static_cast<size_t>(slots));
+  int32_t count = 0;
+  cpu::AlignBlocks(block.routing, 1, {sorted.data(), slots, experts.data(), &count});
+  return cpu::GroupRows(sorted.data(), count, experts.data(), 1, slots, block.down->experts(),
+                        cpu::kPanelRows);
+}
+
+// Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` rows of `inner` elements.
+// The two halves of a gate_up matrix need not begin at a chunk: each is computed with the chunks around it.
+void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group, int64_t begin,
+                int64_t end, uint16_t* out) {
+  constexpr int kMostChunks = kGateChunks + 1;
+  const uint16_t* inputs[cpu::kPanelRows];
+  for (int r = 0; r < group.count; ++r) {
+    inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.top_k * block.hidden();
+  }
+  alignas(64) float halves[2][cpu::kPanelRows * kMostChunks * cpu::kChunk];
+  int64_t width[2];
+  const float* first[2];
+  for (int half = 0; half < 2; ++half) {
+    const int64_t offset = half * block.inner();
+    const int64_t first_chunk = (offset + begin) / cpu::kChunk;
+    const int chunks = static_cast<int>(cpu::CeilDiv(offset + end, cpu::kChunk) - first_chunk);
+    cpu::MultiplyExpert(*block.gate_up, group.expert, inputs, block.type, group.count, first_chunk, chunks,
+                        halves[half]);
+    width[half] = static_cast<int64_t>(chunks) * cpu::kChunk;
+    first[half] = halves[half] + (offset + begin - first_chunk * cpu::kChunk);
+  }
+  for (int r = 0; r < group.count; ++r) {
+    float activated[kGateChunks * cpu::kChunk];
+    block.activation(first[0] + r * width[0], first[1] + r * width[1], end - begin, activated);
+    cpu::RoundRow(activated, end - begin, block.type, out + (group.first + r) * block.inner() + begin);
+  }
+}
+
+// A range of columns of the down matrix for one group's rows, times the router weights, into row `slot` of out.
+void DownItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group,
+              const uint16_t* activated, int64_t first_chunk, int chunks, float* out) {
+  const uint16_t* inputs[cpu::kPanelRows];
+  for (int r = 0; r < group.count; ++r) inputs[r] = activated + (group.first + r) * block.inner();
+  alignas(64) float product[cpu::kPanelRows * kDownChunks * cpu::kChunk];
+  cpu::MultiplyExpert(*block.down, group.expert, inputs, block.type, group.count, first_chunk, chunks, product);
+  const int64_t width = static_cast<int64_t>(chunks) * cpu::kChunk;
+  for (int r = 0; r < group.count; ++r) {
+    const int64_t slot = rows.slots[static_cast<size_t>(group.first + r)];
+    const float weight = block.topk_weights[slot];
+    float* row = out + slot * block.hidden() + first_chunk * cpu::kChunk;
+    for (int64_t c = 0; c < width; ++c) row[c] = product[r * width + c] * weight;
+  }
+}
+
+// Columns [begin, end) of one token: its slots in ascending order, then the one rounding.
+void SumItem(const Block& block, const std::vector<uint8_t>& scheduled, const float* products, int64_t token,
+             int64_t begin, int64_t end) {
+  float sum[kSumColumns] = {};
+  for (int64_t slot = token * block.top_k; slot < (token + 1) * block.top_k; ++slot) {
+    if (!scheduled[static_cast<size_t>(slot)]) continue;
+    const float* row = products + slot * block.hidden() + begin;
+    for (int64_t c = 0; c < end - begin; ++c) sum[c] += row[c];
+  }
+  cpu::RoundRow(sum, end - begin, block.type, block.y + token * block.hidden() + begin);
+}
+
+void RunBlock(ffi::ThreadPool& pool, const Block& block) {
+  const int64_t hidden = block.hidden();
+  const int64_t inner = block.inner();
+  const cpu::RowGroups rows = GroupByExpert(block);
+  const int64_t groups = static_cast<int64_t>(rows.groups.size());
+  std::vector<uint8_t> scheduled(static_cast<size_t>(block.routing.slots), 0);
+  for (int32_t slot : rows.slots) scheduled[static_cast<size_t>(slot)] = 1;
+  const std::unique_ptr<uint16_t[]> activated(new uint16_t[rows.slots.size() * static_cast<size_t>(inner)]);
+  const std::unique_ptr<float[]> products(
+      new float[static_cast<size_t>(block.routing.slots) * static_cast<size_t>(hidden)]);
+
+  // Small enough items keep every thread busy to the end of a phase; larger ones expand x less often.
+  auto item_chunks = [&](int64_t chunks, int64_t most) {
+    return std::clamp<int64_t>(groups * chunks / (8 * cpu::TeamSize(pool)), 1, most);
+  };
+  const int64_t gate_width = item_chunks(cpu::CeilDiv(inner, cpu::kChunk), kGateChunks) * cpu::kChunk;
+  const int64_t gate_splits = cpu::CeilDiv(inner, gate_width);
+  const int64_t down_all = hidden / cpu::kChunk;
+  const int64_t down_chunks = item_chunks(down_all, kDownChunks);
+  const int64_t down_splits = cpu::CeilDiv(down_all, down_chunks);
+  const int64_t sum_splits = cpu::CeilDiv(hidden, kSumColumns);
+
+  auto gate_up = [&](int64_t item) {
+    const int64_t begin = item % gate_splits * gate_width;
+    GateUpItem(block, rows, rows.groups[static_cast<size_t>(item / gate_splits)], begin,
+               std::min(begin + gate_width, inner), activated.get());
+  };
+  auto down = [&](int64_t item) {
+    const int64_t first = item % down_splits * down_chunks;
+    DownItem(block, rows, rows.groups[static_cast<size_t>(item / down_splits)], activated.get(), first,
+             static_cast<int>(std::min(down_chunks, down_all - first)), products.get());
+  };
+  auto sum = [&](int64_t item) {
+    const int64_t begin = item % sum_splits * kSumColumns;
+    SumItem(block, scheduled, products.get(), item / sum_splits, begin,
+            std::min<int64_t>(begin + kSumColumns, hidden));
+  };
+  cpu::RunPhases(pool, {{groups * gate_splits, gate_up},
+                        {groups * down_splits, down},
+                        {block.tokens() * sum_splits, sum}});
+}
+
+ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_up_packed,
+                        ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer gate_up_zeros,
+                        ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down_packed, ffi::AnyBuffer down_scales,
+                        ffi::AnyBuffer down_zeros, ffi::AnyBuffer down_bias, ffi::AnyBuffer topk_weights,
+                        ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map, ffi::Result<ffi::AnyBuffer> y,
+                        std::string_view activation) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  Contract contract("fused_moe");
+  const int64_t tokens = Extent(x, 0);
+  const int64_t hidden = Extent(x, 1);
+  const int64_t inner = Extent(down_packed, 1) * cpu::kTileK;
+  const int64_t top_k = Extent(topk_ids, 1);
+  Block block;
+  block.activation = cpu::FindActivation(activation);
+  contract.Require(block.activation != nullptr, "activation is '" + std::string(activation) +
+                                                    "'; there are: " + cpu::ActivationNames());
+  block.type = cpu::CheckElement(contract, x, "x");
+  contract.HasExtents(x, "x", {tokens, hidden});
+  const cpu::ExpertStack gate_up(contract, "gate_up ", hidden, gate_up_packed, gate_up_scales, gate_up_zeros,
+                                 gate_up_bias);
+  const cpu::ExpertStack down(contract, "down ", inner, down_packed, down_scales, down_zeros, down_bias);
+  contract.Require(gate_up.n() == 2 * inner, "gate_up has " + std::to_string(gate_up.n()) +
+                                                 " columns, not twice the " + std::to_string(inner) +
+                                                 " rows of down");
+  contract.Require(down.n() == hidden, "down has " + std::to_string(down.n()) + " columns, x has " +
+                                           std::to_string(hidden));
+  contract.Require(gate_up.experts() == down.experts(), "gate_up and down differ in their number of experts");
+  contract.Require(top_k >= 1 && tokens <= kMost && top_k <= kMost && tokens * top_k <= kMost,
+                   "topk_ids has " + std::to_string(top_k) + " columns");
+  contract.HasShape(topk_weights, "topk_weights", ffi::DataType::F32, {tokens, top_k});
+  contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {tokens, top_k});
+  contract.HasShape(expert_map, "expert_map", ffi::DataType::S32, {Extent(expert_map, 0)});
+  contract.HasShape(*y, "y", x.element_type(), {tokens, hidden});
+  if (!contract.ok()) return contract.ToError();
+
+  const bool mapped = !Contract::IsAbsent(expert_map);
+  block.gate_up = &gate_up;
+  block.down = &down;
+  block.top_k = top_k;
+  block.routing.num_experts = mapped ? Extent(expert_map, 0) : down.experts();
+  block.routing.expert_map = mapped ? static_cast<const int32_t*>(expert_map.untyped_data()) : nullptr;
+  const int64_t pass_tokens = std::max<int64_t>(1, kMaxWaiting / (top_k * hidden));
+  for (int64_t first = 0; first < tokens; first += pass_tokens) {
+    block.x = static_cast<const uint16_t*>(x.untyped_data()) + first * hidden;
+    block.topk_weights = static_cast<const float*>(topk_weights.untyped_data()) + first * top_k;
+    block.routing.topk_ids = static_cast<const int32_t*>(topk_ids.untyped_data()) + first * top_k;
+    block.routing.slots = std::min(pass_tokens, tokens - first) * top_k;
+    block.y = static_cast<uint16_t*>(y->untyped_data()) + first * hidden;
+    RunBlock(pool, block);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_Error* FusedMoeCpu(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(handler, FusedMoeImpl,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::ThreadPool>()
+                             .Arg<ffi::AnyBuffer>()  // x [M, H] bf16 or f16
+                             .Arg<ffi::AnyBuffer>()  // gate_up packed [E, H / 16, 2 * I * 2]
+                             .Arg<ffi::AnyBuffer>()  // gate_up scales [E, G, 2 * I]
+                             .Arg<ffi::AnyBuffer>()  // gate_up zeros [E, G, 2 * I / 8] or [0]
+                             .Arg<ffi::AnyBuffer>()  // gate_up bias [E, 2 * I] f32 or [0]
+                             .Arg<ffi::AnyBuffer>()  // down packed [E, I / 16, H * 2]
+                             .Arg<ffi::AnyBuffer>()  // down scales [E, G, H]
+                             .Arg<ffi::AnyBuffer>()  // down zeros [E, G, H / 8] or [0]
+                             .Arg<ffi::AnyBuffer>()  // down bias [E, H] f32 or [0]
+                             .Arg<ffi::AnyBuffer>()  // topk_weights [M, top_k] f32
+                             .Arg<ffi::AnyBuffer>()  // topk_ids [M, top_k]
+                             .Arg<ffi::AnyBuffer>()  // expert_map [global experts] or [0]
+                             .Ret<ffi::AnyBuffer>()  // y [M, H] of x's type
+                             .Attr<std::string_view>("activation"));
+  return (*handler)(frame);
+}
+
+}  // namespace jax_marlin_moe

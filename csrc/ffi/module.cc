@@ -1,0 +1,48 @@
+// The Python module: hands the FFI handlers to jax.ffi and says which FFI version they speak. Nothing else.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+
+#include "ffi/fingerprint.h"
+#include "ffi/handlers.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace nb = nanobind;
+
+namespace jax_marlin_moe {
+namespace {
+
+nb::capsule Capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
+
+nb::dict Handlers() {
+  nb::dict handlers;
+  auto add = [&](const char* op, const char* platform, nb::object handler) {
+    handlers[nb::make_tuple(op, platform)] = handler;
+  };
+  add("moe_align_block_size", "cpu", Capsule(AlignCpu));
+  add("moe_gemm", "cpu", Capsule(MoeGemmCpu));
+  add("fused_moe", "cpu", Capsule(FusedMoeCpu));
+  nb::dict program;
+  program["initialize"] = Capsule(CudaInitialize);
+  program["execute"] = Capsule(CudaExecute);
+  add("program", "cuda", program);
+  return handlers;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("handlers", &Handlers, "FFI handlers by (op, platform)");
+  m.def("ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  m.def(
+      "fingerprint",
+      [](nb::bytes cubin, nb::bytes contract) {
+        Fingerprint fingerprint;
+        fingerprint.Add(cubin.data(), cubin.size());
+        fingerprint.Add(contract.data(), contract.size());
+        return static_cast<int64_t>(fingerprint.value());
+      },
+      nb::arg("cubin"), nb::arg("contract"), "Ties machine code to the shapes that it was compiled for");
+}
+
+}  // namespace jax_marlin_moe

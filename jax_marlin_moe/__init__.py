@@ -1,0 +1,48 @@
+"""Mixture-of-experts layers with quantised weights, as ordinary JAX functions.
+
+    import jax_marlin_moe as jmm
+
+    gate_up = jmm.quantize(dense_gate_up, "int4", group_size=128)
+    down = jmm.quantize(dense_down, "int4", group_size=128)
+    weights, ids = jmm.route(logits, top_k=8)
+    y = jmm.fused_moe(x, gate_up, down, weights, ids)
+"""
+
+from jax_marlin_moe.formats import FORMATS, WeightFormat
+from jax_marlin_moe.native import CUSTOM_CALL_TARGETS
+from jax_marlin_moe.ops.align import BlockAlignment, moe_align_block_size
+from jax_marlin_moe.ops.fused_moe import fused_moe
+from jax_marlin_moe.ops.moe_gemm import moe_gemm
+from jax_marlin_moe.quantize import (
+    dense_weights,
+    dequantize,
+    fold_input_order,
+    from_awq,
+    from_gptq,
+    quantize,
+)
+from jax_marlin_moe.routing import route, workspace_size
+from jax_marlin_moe.weights import MarlinWeights, concatenate_columns, stack_experts
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CUSTOM_CALL_TARGETS",
+    "FORMATS",
+    "BlockAlignment",
+    "MarlinWeights",
+    "WeightFormat",
+    "concatenate_columns",
+    "dense_weights",
+    "dequantize",
+    "fold_input_order",
+    "from_awq",
+    "from_gptq",
+    "fused_moe",
+    "moe_align_block_size",
+    "moe_gemm",
+    "quantize",
+    "route",
+    "stack_experts",
+    "workspace_size",
+]

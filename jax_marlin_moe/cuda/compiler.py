@@ -1,0 +1,128 @@
+"""CUDA C++ to a cubin, with NVRTC through `cuda-core`; needs neither a GPU nor a CUDA toolkit.
+
+Kernels include only the headers of this package, so a cubin is a function of the source, the options and the
+compiler's version, and is cached under their digest.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import sys
+
+import jax
+
+from jax_marlin_moe.cuda import cache
+
+ARCHITECTURE_VARIABLE = "JAX_MARLIN_MOE_CUDA_ARCH"
+
+# Compute capability to the target that uses all of it.
+_TARGETS = {"9.0": "sm_90a", "10.0": "sm_100a", "10.3": "sm_103a", "12.0": "sm_120a", "12.1": "sm_121a"}
+
+_INSTALL_HINT = "install jax_marlin_moe[cuda13] (or [cuda12])"
+
+
+class CompilationError(RuntimeError):
+    """NVRTC refused a kernel; carries its log."""
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why kernels cannot be compiled here, or None when they can."""
+    try:
+        version()
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"NVRTC was not found ({str(error).splitlines()[0]}); {_INSTALL_HINT}"
+    return None
+
+
+@functools.cache
+def version() -> tuple[int, int]:
+    """NVRTC's version; raises ImportError or RuntimeError when it is not installed."""
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"nvrtcVersion returned {status}")
+    return major, minor
+
+
+def target_architecture() -> str:
+    """The architecture to compile for, such as "sm_90a".
+
+    `JAX_MARLIN_MOE_CUDA_ARCH` decides where it is set (ahead-of-time lowering on a machine with no card); otherwise
+    the first local CUDA device does.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    named = os.environ.get(ARCHITECTURE_VARIABLE)
+    if named:
+        return named
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        raise ValueError(
+            f"no CUDA device is visible and {ARCHITECTURE_VARIABLE} is not set; set it to the architecture to compile "
+            "for, such as sm_90a"
+        ) from None
+    capability = str(device.compute_capability)
+    return _TARGETS.get(capability, "sm_" + capability.replace(".", ""))
+
+
+def compute_capability(architecture: str) -> int:
+    """90 for "sm_90a"."""
+    digits = architecture.removeprefix("sm_").rstrip("af")
+    if not architecture.startswith("sm_") or not digits.isdigit():
+        raise ValueError(f"{ARCHITECTURE_VARIABLE} is {architecture!r}; it must look like sm_90a")
+    return int(digits)
+
+
+@functools.cache
+def source_directory() -> pathlib.Path:
+    """The folder of the CUDA headers: beside this file when installed, csrc/cuda in a source tree."""
+    installed = pathlib.Path(__file__).parent / "source"
+    return installed if installed.is_dir() else pathlib.Path(__file__).parents[2] / "csrc" / "cuda"
+
+
+@functools.cache
+def _headers_digest() -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted(source_directory().glob("*.cuh")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.digest()
+
+
+@functools.lru_cache(maxsize=4096)
+def compile_cubin(source: str, architecture: str) -> bytes:
+    """Compiles one translation unit.
+
+    Args:
+        source: CUDA C++ that includes headers of `source_directory()`.
+        architecture: such as "sm_90a".
+
+    Raises:
+        ImportError: if NVRTC is missing; the message names the extra to install.
+        CompilationError: if NVRTC refuses the source.
+    """
+    reason = unavailable_reason()
+    if reason:
+        raise ImportError(f"jax_marlin_moe cannot compile its CUDA kernels: {reason}")
+    options = f"{architecture} c++17 {version()}"
+    key = hashlib.sha256(_headers_digest() + options.encode() + b"\0" + source.encode()).hexdigest()
+    cubin = cache.load(key)
+    if cubin is None:
+        cubin = _compile(source, architecture)
+        cache.store(key, cubin)
+    return cubin
+
+
+def _compile(source: str, architecture: str) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(arch=architecture, std="c++17", include_path=str(source_directory()))
+    try:
+        return bytes(Program(source, "c++", options).compile("cubin").code)
+    except Exception as error:  # cuda-core raises its own types, which differ between versions
+        print(source, file=sys.stderr)
+        raise CompilationError(f"NVRTC {version()} refused a kernel for {architecture}: {error}") from error

@@ -1,0 +1,91 @@
+"""A compiled program as a custom call: cubin, contract and fingerprint, as csrc/ffi/cuda_program.h reads them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_marlin_moe import native
+from jax_marlin_moe.cuda import compiler
+
+_CONTRACT_VERSION = 1
+
+# XLA's codes of the types that the programs take (xla.PrimitiveType).
+_DTYPE_CODES = {"int32": 4, "float16": 10, "float32": 11, "bfloat16": 16, "uint8": 6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        body: the C++ type whose `run` is the kernel, spelled with its compile-time shapes.
+        members: the C++ expression that fills it, over the parameters `p0`, `p1`, ...
+        parameters: index among the call's buffers (operands, then results) and pointer type of each parameter.
+        threads: threads of a block, a C++ constant expression's value.
+        shared_bytes: dynamic shared memory.
+        max_blocks: blocks that have work, at most.
+        blocks_per_sm: resident blocks of a persistent grid; 0 launches `max_blocks`.
+        overlaps_predecessor: whether it may start before the kernel before it has ended.
+    """
+
+    body: str
+    members: str
+    parameters: tuple[tuple[int, str], ...]
+    threads: int
+    shared_bytes: int
+    max_blocks: int
+    blocks_per_sm: int = 0
+    overlaps_predecessor: bool = False
+
+
+def render(kernels: Sequence[Kernel], includes: Sequence[str]) -> str:
+    """The translation unit: one entry point per kernel, named k0, k1, ..."""
+    lines = [f'#include "{name}"' for name in includes]
+    for index, kernel in enumerate(kernels):
+        arguments = ", ".join(f"{pointer} p{i}" for i, (_, pointer) in enumerate(kernel.parameters))
+        shared = f"using B{index} = jmm::{kernel.body};\n"
+        if kernel.shared_bytes:
+            shared += f'static_assert(B{index}::kSharedBytes == {kernel.shared_bytes}, "the plan sized shared memory");\n'
+        bounds = f"{kernel.threads}, {max(kernel.blocks_per_sm, 1)}"
+        call = "run(shared_bytes)" if kernel.shared_bytes else "run()"
+        lines.append(
+            f'{shared}extern "C" __global__ void __launch_bounds__({bounds}) k{index}({arguments}) {{\n'
+            "  extern __shared__ __align__(128) unsigned char shared_bytes[];\n"
+            f"  B{index}{{{kernel.members}}}.{call};\n}}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def call_program(
+    operands: Sequence[jax.Array],
+    results: Sequence[jax.ShapeDtypeStruct],
+    kernels: Sequence[Kernel],
+    includes: Sequence[str],
+    architecture: str,
+) -> list[jax.Array]:
+    """Compiles the kernels and calls them, one after the other, in one custom call.
+
+    `results` are the outputs and after them the scratch buffers: kernels never allocate.
+    """
+    cubin = compiler.compile_cubin(render(kernels, includes), architecture)
+    contract = _contract([*operands, *results], kernels)
+    return jax.ffi.ffi_call(native.PROGRAM_CUDA, list(results), vmap_method=None)(
+        *operands,
+        cubin=np.frombuffer(cubin, np.uint8),
+        contract=contract,
+        fingerprint=np.int64(native.fingerprint(cubin, contract.tobytes())),
+    )
+
+
+def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct], kernels: Sequence[Kernel]) -> np.ndarray:
+    fields = [_CONTRACT_VERSION, len(buffers), len(kernels)]
+    for buffer in buffers:
+        fields += [_DTYPE_CODES[jnp.dtype(buffer.dtype).name], len(buffer.shape), *buffer.shape]
+    for kernel in kernels:
+        fields += [kernel.threads, kernel.shared_bytes, kernel.max_blocks, kernel.blocks_per_sm]
+        fields += [int(kernel.overlaps_predecessor), len(kernel.parameters)]
+        fields += [index for index, _ in kernel.parameters]
+    return np.asarray(fields, np.int64)

@@ -1,0 +1,163 @@
+"""Closed-form packings: Marlin, AWQ and GPTQ words to and from logical codes.
+
+Every function is jittable, takes any leading batch dimensions (experts) and is exact. Codes are uint8 arrays of
+the logical matrix (K, N); words are int32 bit patterns. The index formulas are FORMATS sections 1, 2 and 4.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, Shaped, UInt8
+
+TILE_K = 16  # rows of a Marlin tile, one MMA contraction step
+TILE_N = 64  # columns of a Marlin tile, one 16-byte load a lane
+
+# Bit position, in units of a code, of the i-th code in MMA-fragment order. The interleave lets one mask extract
+# the two halves of a 16-bit pair.
+_PAIR_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}
+
+
+def _fold_words(codes: Array, order: tuple[int, ...], bits: int) -> Array:
+    """ORs the last axis of `codes` into one int32 word, entry i at bit `bits * order[i]`."""
+    shifts = jnp.asarray([bits * position for position in order], jnp.uint32)
+    words = jnp.bitwise_or.reduce(codes.astype(jnp.uint32) << shifts, axis=-1)
+    return jax.lax.bitcast_convert_type(words, jnp.int32)
+
+
+def _split_words(words: Array, order: tuple[int, ...], bits: int) -> Array:
+    """The inverse of `_fold_words`: appends an axis of uint8 codes."""
+    shifts = jnp.asarray([bits * position for position in order], jnp.uint32)
+    unsigned = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    return ((unsigned[..., None] >> shifts) & (2**bits - 1)).astype(jnp.uint8)
+
+
+@partial(jax.jit, static_argnames="bits")
+def pack(codes: UInt8[Array, "*batch K N"], bits: int = 4) -> Int32[Array, "*batch K/16 N*16*bits/32"]:
+    """Marlin packing for 16-bit activations: tiles of 16 (k) x 64 (n), FORMATS section 2.
+
+    Raises:
+        ValueError: if K is not a multiple of 16 or N of 64.
+    """
+    *batch, k, n = codes.shape
+    _check_tile(k, n)
+    d = len(batch)
+    # k = (kt, k_half, t, k_odd); n = (nt, w, b, col)
+    tiles = codes.reshape(*batch, k // 16, 2, 4, 2, n // 64, 4, 2, 8)
+    # 4 bit: word = (col, t, w), code = (b, k_half, k_odd); 8 bit: word = (col, t, w, b), code = (k_half, k_odd)
+    tiles = tiles.transpose(*range(d), *(d + a for a in (0, 4, 7, 2, 5, 6, 1, 3)))
+    fields = tiles.reshape(*batch, k // 16, n * 16 * bits // 32, 32 // bits)
+    return _fold_words(fields, _PAIR_ORDER[bits], bits)
+
+
+@partial(jax.jit, static_argnames="bits")
+def unpack(packed: Int32[Array, "*batch K/16 words"], bits: int = 4) -> UInt8[Array, "*batch K N"]:
+    """The codes of a Marlin-packed matrix: the inverse of `pack`."""
+    *batch, k_tiles, words = packed.shape
+    n = words * 32 // (16 * bits)
+    d = len(batch)
+    codes = _split_words(packed, _PAIR_ORDER[bits], bits)
+    # (kt, nt, col, t, w, b, k_half, k_odd) -> (kt, k_half, t, k_odd, nt, w, b, col)
+    codes = codes.reshape(*batch, k_tiles, n // 64, 8, 4, 4, 2, 2, 2)
+    codes = codes.transpose(*range(d), *(d + a for a in (0, 6, 3, 7, 1, 4, 5, 2)))
+    return codes.reshape(*batch, k_tiles * 16, n)
+
+
+def permute_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array, "*batch N"]:
+    """Logical to Marlin grouped order: column c of each 64 goes to `8 * (c % 8) + c // 8`, FORMATS section 4."""
+    *batch, n = scales.shape
+    return scales.reshape(*batch, n // 64, 8, 8).swapaxes(-1, -2).reshape(*batch, n)
+
+
+# The 8 x 8 transposition is its own inverse.
+unpermute_scales = permute_scales
+
+# Column c of each 32 goes to 8 * ((c % 8) // 2) + 2 * (c // 8) + c % 2.
+_CHANNEL_POSITION = np.asarray([8 * ((c % 8) // 2) + 2 * (c // 8) + c % 2 for c in range(32)])
+
+
+def permute_channel_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array, "*batch N"]:
+    """Logical to the order in which Marlin engines keep channel-wise scales and bias, FORMATS section 4."""
+    *batch, n = scales.shape
+    chunks = scales.reshape(*batch, n // 32, 32)
+    return chunks[..., np.argsort(_CHANNEL_POSITION)].reshape(*batch, n)
+
+
+def unpermute_channel_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array, "*batch N"]:
+    """The inverse of `permute_channel_scales`."""
+    *batch, n = scales.shape
+    return scales.reshape(*batch, n // 32, 32)[..., _CHANNEL_POSITION].reshape(*batch, n)
+
+
+@partial(jax.jit, static_argnames="bits")
+def pack_zeros(zeros: UInt8[Array, "*batch N"], bits: int = 4) -> Int32[Array, "*batch N*bits/32"]:
+    """Integer zero points in Marlin order, FORMATS section 4."""
+    *batch, n = zeros.shape
+    # column = (chunk, t, col) -> word (chunk, col[, t // 4]), code t
+    fields = zeros.reshape(*batch, n // 64, 8, 8).swapaxes(-1, -2)
+    return _fold_words(fields.reshape(*batch, n * bits // 32, 32 // bits), _PAIR_ORDER[bits], bits)
+
+
+@partial(jax.jit, static_argnames="bits")
+def unpack_zeros(words: Int32[Array, "*batch words"], bits: int = 4) -> UInt8[Array, "*batch N"]:
+    """The inverse of `pack_zeros`."""
+    *batch, count = words.shape
+    n = count * 32 // bits
+    codes = _split_words(words, _PAIR_ORDER[bits], bits)
+    return codes.reshape(*batch, n // 64, 8, 8).swapaxes(-1, -2).reshape(*batch, n)
+
+
+# Bit position of column n % pf inside an AWQ word, FORMATS section 1.
+_AWQ_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}
+
+
+@partial(jax.jit, static_argnames="bits")
+def unpack_awq(words: Int32[Array, "*batch N/pf"], bits: int = 4) -> UInt8[Array, "*batch N"]:
+    """Codes (or zero points) of AutoAWQ's `gemm` packing along N."""
+    codes = _split_words(words, _AWQ_ORDER[bits], bits)
+    return codes.reshape(*words.shape[:-1], -1)
+
+
+@partial(jax.jit, static_argnames="bits")
+def pack_awq(codes: UInt8[Array, "*batch N"], bits: int = 4) -> Int32[Array, "*batch N/pf"]:
+    """The inverse of `unpack_awq`."""
+    pf = 32 // bits
+    return _fold_words(codes.reshape(*codes.shape[:-1], -1, pf), _AWQ_ORDER[bits], bits)
+
+
+@partial(jax.jit, static_argnames="bits")
+def unpack_along_n(words: Int32[Array, "*batch N/pf"], bits: int = 4) -> UInt8[Array, "*batch N"]:
+    """Codes packed along the last axis in ascending order: GPTQ `qzeros`."""
+    return _split_words(words, tuple(range(32 // bits)), bits).reshape(*words.shape[:-1], -1)
+
+
+@partial(jax.jit, static_argnames="bits")
+def unpack_along_k(words: Int32[Array, "*batch K/pf N"], bits: int = 4) -> UInt8[Array, "*batch K N"]:
+    """Codes packed along K in ascending order: GPTQ `qweight`, compressed-tensors after transposition."""
+    *batch, rows, n = words.shape
+    codes = _split_words(words, tuple(range(32 // bits)), bits)  # (..., K/pf, N, pf)
+    return codes.swapaxes(-1, -2).reshape(*batch, rows * 32 // bits, n)
+
+
+@partial(jax.jit, static_argnames="bits")
+def pack_along_k(codes: UInt8[Array, "*batch K N"], bits: int = 4) -> Int32[Array, "*batch K/pf N"]:
+    """The inverse of `unpack_along_k`."""
+    *batch, k, n = codes.shape
+    pf = 32 // bits
+    fields = codes.reshape(*batch, k // pf, pf, n).swapaxes(-1, -2)
+    return _fold_words(fields, tuple(range(pf)), bits)
+
+
+@partial(jax.jit, static_argnames="bits")
+def pack_along_n(codes: UInt8[Array, "*batch N"], bits: int = 4) -> Int32[Array, "*batch N/pf"]:
+    """The inverse of `unpack_along_n`."""
+    pf = 32 // bits
+    return _fold_words(codes.reshape(*codes.shape[:-1], -1, pf), tuple(range(pf)), bits)
+
+
+def _check_tile(k: int, n: int) -> None:
+    if k % TILE_K:
+        raise ValueError(f"codes has K = {k} rows; Marlin packing needs a multiple of {TILE_K}")
+    if n % TILE_N:
+        raise ValueError(f"codes has N = {n} columns; Marlin packing needs a multiple of {TILE_N}")

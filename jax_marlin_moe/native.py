@@ -1,0 +1,61 @@
+"""Loads the compiled module and registers its handlers with XLA, once, when the package is imported.
+
+Importing never initialises a backend. A module that cannot serve is no import error: `unavailable_reason` says why.
+"""
+
+import functools
+import pathlib
+import re
+
+import jax
+
+try:
+    from jax_marlin_moe import _native
+except ImportError as error:  # a source tree that was never built
+    _native = None
+    _import_error = str(error)
+
+# Process-global names and the persisted ABI of exported programs. All CUDA ops are one kind of call: a compiled program.
+ALIGN_CPU = "jax_marlin_moe.moe_align_block_size.cpu.v1"
+MOE_GEMM_CPU = "jax_marlin_moe.moe_gemm.cpu.v1"
+FUSED_MOE_CPU = "jax_marlin_moe.fused_moe.cpu.v1"
+PROGRAM_CUDA = "jax_marlin_moe.program.cuda.v1"
+
+# What `jax.export` must be told: pass `[jax.export.DisabledSafetyCheck.custom_call(t) for t in CUSTOM_CALL_TARGETS]`.
+CUSTOM_CALL_TARGETS = (ALIGN_CPU, MOE_GEMM_CPU, FUSED_MOE_CPU, PROGRAM_CUDA)
+
+
+@functools.cache
+def runtime_ffi_version() -> tuple[int, int]:
+    """The FFI API version of the installed jaxlib, from the header it ships."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    fields = [re.search(rf"#define XLA_FFI_API_{part}\s+(\d+)", header) for part in ("MAJOR", "MINOR")]
+    major, minor = (int(field.group(1)) for field in fields if field)
+    return major, minor
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why no custom call can be used, or None when all is well."""
+    if _native is None:
+        return f"the native module is not built ({_import_error}); install the package with pip"
+    built, runtime = tuple(_native.ffi_api_version()), runtime_ffi_version()
+    if built > runtime:
+        return f"the native module speaks XLA FFI {built}, jaxlib only {runtime}; upgrade jaxlib or rebuild"
+    return None
+
+
+def _register() -> None:
+    if unavailable_reason() is not None:
+        return
+    for (op, platform), handlers in _native.handlers().items():
+        target = f"jax_marlin_moe.{op}.{platform}.v1"
+        jax.ffi.register_ffi_target(target, handlers, platform=platform)
+
+
+_register()
+
+
+def fingerprint(cubin: bytes, contract: bytes) -> int:
+    """The 64-bit digest under which the CUDA handler finds a loaded program."""
+    return _native.fingerprint(cubin, contract)

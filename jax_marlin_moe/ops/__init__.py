@@ -1,0 +1,1 @@
+"""The ops: one file each, in the order public function, shape rule, lowerings, primitive."""

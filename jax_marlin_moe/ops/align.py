@@ -1,0 +1,142 @@
+"""`moe_align_block_size`: routed slots grouped by expert into blocks of equal size (FORMATS section 5)."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from jax_marlin_moe import native, reference
+from jax_marlin_moe.cuda.compiler import target_architecture
+from jax_marlin_moe.cuda.plan import INCLUDES, plan_align
+from jax_marlin_moe.cuda.program import call_program
+from jax_marlin_moe.ops import arguments
+from jax_marlin_moe.ops.implementation import check_implementation, serves
+from jax_marlin_moe.ops.operands import or_absent, or_none
+from jax_marlin_moe.ops.primitive import define_primitive, map_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockAlignment:
+    """Slots grouped by expert. Slot `token * top_k + j` is the j-th choice of a token.
+
+    Attributes:
+        sorted_token_ids: slots by expert, ascending inside an expert, each expert padded to whole blocks with the
+            sentinel `tokens * top_k`.
+        expert_ids: the expert of each block (local, where an expert map was given); -1 past the end.
+        num_tokens_post_padded: entries of `sorted_token_ids` in use.
+        block_size: static.
+        num_experts: experts that ids may name; static.
+    """
+
+    sorted_token_ids: Int32[Array, "P"]
+    expert_ids: Int32[Array, "blocks"]
+    num_tokens_post_padded: Int32[Array, "1"]
+    block_size: int
+    num_experts: int
+
+
+jax.tree_util.register_dataclass(
+    BlockAlignment,
+    data_fields=["sorted_token_ids", "expert_ids", "num_tokens_post_padded"],
+    meta_fields=["block_size", "num_experts"],
+)
+
+
+def moe_align_block_size(
+    topk_ids: Int32[Array, "tokens top_k"],
+    *,
+    block_size: int,
+    num_experts: int,
+    expert_map: Int32[Array, "experts"] | None = None,
+    implementation: str | None = None,
+) -> BlockAlignment:
+    """Groups routed slots by expert, padded to blocks, in a reproducible order.
+
+    Args:
+        topk_ids: chosen experts, int32. Ids outside [0, num_experts) are dropped.
+        block_size: 8, 16, 32, 48 or 64.
+        num_experts: experts that ids may name, over all devices.
+        expert_map: int32, global to local id, -1 for experts that live elsewhere: their slots vanish.
+        implementation: None (the best that works), "cuda", "cpu" or "xla".
+
+    Returns:
+        The alignment; its static length is `P = numel + num_experts * (block_size - 1)`, or at most
+        `numel * block_size` where there are fewer slots than experts.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape or value, or the implementation cannot serve.
+    """
+    arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)
+    arguments.check_block_size(block_size)
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
+    arguments.check_expert_map(expert_map)
+    if expert_map is not None:
+        arguments.check_shape("expert_map", expert_map, (num_experts,), "(num_experts,)")
+    check_implementation(implementation)
+    if implementation == "xla":
+        outputs = reference.moe_align_block_size(topk_ids, expert_map, block_size=block_size, num_experts=num_experts)
+    else:
+        outputs = align_p.bind(
+            topk_ids,
+            or_absent(expert_map, jnp.int32),
+            block_size=block_size,
+            num_experts=num_experts,
+            implementation=implementation,
+        )
+    return BlockAlignment(*outputs, block_size, num_experts)
+
+
+def _shape_rule(topk_ids, expert_map, *, block_size, num_experts, implementation):
+    size = reference.padded_size(topk_ids.size, num_experts, block_size)
+    return [
+        topk_ids.update(shape=shape, dtype=jnp.dtype(jnp.int32)) for shape in ((size,), (-(-size // block_size),), (1,))
+    ]
+
+
+def _reference(topk_ids, expert_map, *, block_size, num_experts, implementation):
+    return reference.moe_align_block_size(
+        topk_ids, or_none(expert_map), block_size=block_size, num_experts=num_experts
+    )
+
+
+def _results(topk_ids, block_size, num_experts):
+    size = reference.padded_size(topk_ids.size, num_experts, block_size)
+    return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((size,), (-(-size // block_size),), (1,))]
+
+
+def _cpu(topk_ids, expert_map, *, block_size, num_experts, implementation):
+    params = dict(block_size=block_size, num_experts=num_experts)
+    if not serves("cpu", implementation):
+        return _reference(topk_ids, expert_map, **params, implementation=None)
+    return jax.ffi.ffi_call(native.ALIGN_CPU, _results(topk_ids, block_size, num_experts))(
+        topk_ids, expert_map, **params
+    )
+
+
+def _cuda(topk_ids, expert_map, *, block_size, num_experts, implementation):
+    params = dict(block_size=block_size, num_experts=num_experts)
+    if topk_ids.size == 0 or not serves("cuda", implementation):
+        return _reference(topk_ids, expert_map, **params, implementation=None)
+    architecture = target_architecture()
+    plan = plan_align(topk_ids.size, num_experts, block_size, expert_map.shape != (0,), architecture)
+    results = _results(topk_ids, block_size, num_experts)
+    return call_program([topk_ids, expert_map], results, plan.kernels, INCLUDES, architecture)
+
+
+def _batching_rule(operands, dims, **params):
+    """One alignment per batch element: the blocks of different elements must not mix."""
+    return map_batch(partial(align_p.bind, **params), operands, dims)
+
+
+align_p = define_primitive(
+    "moe_align_block_size",
+    shape_rule=_shape_rule,
+    reference=_reference,
+    cpu=_cpu,
+    cuda=_cuda,
+    batching_rule=_batching_rule,
+)

@@ -1,0 +1,100 @@
+"""Checks of arguments that more than one op takes. Each names the argument, what it was and what it must be."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_marlin_moe.formats import ACTIVATION_DTYPES, FORMATS
+from jax_marlin_moe.layout import TILE_K, TILE_N
+from jax_marlin_moe.weights import MarlinWeights
+
+BLOCK_SIZES = (8, 16, 32, 48, 64)
+
+
+def check_array(name: str, value: ArrayLike, *, ndim: int, dtype: jnp.dtype | type) -> None:
+    """Raises TypeError on another dtype, ValueError on another rank."""
+    if not hasattr(value, "dtype") or value.dtype != jnp.dtype(dtype):
+        found = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"{name} has dtype {found}; it must be a {jnp.dtype(dtype)} array: cast it with jnp.asarray")
+    check_rank(name, value, ndim)
+
+
+def check_rank(name: str, value: jax.Array, ndim: int) -> None:
+    """Raises ValueError on another rank."""
+    if value.ndim != ndim:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have {ndim} dimensions")
+
+
+def check_shape(name: str, value: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError on another shape; `meaning` spells the expected one in words."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {meaning} = {tuple(shape)}")
+
+
+def check_rows(name: str, x: jax.Array) -> None:
+    """Raises unless `x` is a float16 or bfloat16 matrix."""
+    if not hasattr(x, "dtype") or jnp.dtype(x.dtype) not in ACTIVATION_DTYPES:
+        found = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{name} has dtype {found}; it must be bfloat16 or float16: cast it before the call")
+    check_rank(name, x, 2)
+
+
+def check_weights(name: str, weights: MarlinWeights) -> None:
+    """Raises unless `weights` is a consistent stack of packed experts for 16-bit activations."""
+    if not isinstance(weights, MarlinWeights):
+        raise TypeError(
+            f"{name} is a {type(weights).__name__}; it must be a MarlinWeights: pack dense weights with "
+            "jax_marlin_moe.quantize, or a checkpoint's with from_awq or from_gptq"
+        )
+    if weights.layout != "a16":
+        raise ValueError(
+            f"{name}.layout is {weights.layout!r}; this op needs 'a16' (16-bit activations): repack from the source"
+        )
+    fmt = weights.format
+    if FORMATS.get(fmt.name) != fmt:
+        raise ValueError(f"{name}.format is {fmt}; it must be a row of jax_marlin_moe.formats.FORMATS")
+    check_array(f"{name}.packed", weights.packed, ndim=3, dtype=jnp.int32)
+    experts, k, n = weights.num_experts, weights.k, weights.n
+    if k < TILE_K or n < TILE_N or n % TILE_N:
+        raise ValueError(f"{name} has (K, N) = ({k}, {n}); K must be a multiple of {TILE_K} and N of {TILE_N}")
+    if jnp.dtype(weights.scales.dtype).name not in fmt.scale_dtypes:
+        raise TypeError(
+            f"{name}.scales has dtype {weights.scales.dtype}; format {fmt.name} takes {' or '.join(fmt.scale_dtypes)}"
+        )
+    check_rank(f"{name}.scales", weights.scales, 3)
+    groups = weights.num_groups
+    check_shape(f"{name}.scales", weights.scales, (experts, groups, n), "(E, groups, N)")
+    if groups < 1 or k % groups or (groups > 1 and k // groups not in fmt.group_sizes):
+        raise ValueError(
+            f"{name}.scales has {groups} groups over K = {k}; the group size must be K or one of {fmt.group_sizes}"
+        )
+    if fmt.has_zero_points != (weights.zeros is not None):
+        verb = "needs" if fmt.has_zero_points else "takes no"
+        raise ValueError(f"{name}.zeros is {'' if weights.zeros is None else 'not '}None; {fmt.name} {verb} zeros")
+    if weights.zeros is not None:
+        check_array(f"{name}.zeros", weights.zeros, ndim=3, dtype=jnp.int32)
+        check_shape(f"{name}.zeros", weights.zeros, (experts, groups, n // fmt.codes_per_word), "(E, groups, N / pf)")
+    if weights.bias is not None:
+        check_array(f"{name}.bias", weights.bias, ndim=2, dtype=jnp.float32)
+        check_shape(f"{name}.bias", weights.bias, (experts, n), "(E, N)")
+    if weights.input_order is not None:
+        check_array(f"{name}.input_order", weights.input_order, ndim=2, dtype=jnp.int32)
+        check_shape(f"{name}.input_order", weights.input_order, (experts, k), "(E, K)")
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises unless `block_size` is one that the alignment offers."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size is {block_size}; it must be one of {BLOCK_SIZES}")
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises unless 1 <= top_k <= num_experts."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}; it must lie in [1, {num_experts}], the number of experts")
+
+
+def check_expert_map(expert_map: jax.Array | None) -> None:
+    """Raises unless `expert_map` is None or a vector of int32."""
+    if expert_map is not None:
+        check_array("expert_map", expert_map, ndim=1, dtype=jnp.int32)

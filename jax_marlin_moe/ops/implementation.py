@@ -1,0 +1,39 @@
+"""`implementation=None | "cuda" | "cpu" | "xla"`: who serves a call, decided without touching a device.
+
+None leaves the choice to the platform that the call is lowered for: the CUDA kernels, the native CPU kernels, and
+the reference where neither can serve. A named implementation that cannot serve raises and says why.
+"""
+
+import warnings
+
+from jax_marlin_moe import native
+from jax_marlin_moe.cuda import compiler
+
+IMPLEMENTATIONS = ("cuda", "cpu", "xla")
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError for an unknown name, RuntimeError for one that is not installed."""
+    if implementation is None or implementation == "xla":
+        return
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}")
+    reason = native.unavailable_reason() or (compiler.unavailable_reason() if implementation == "cuda" else None)
+    if reason:
+        raise ValueError(f"implementation is {implementation!r}, which cannot serve here: {reason}")
+
+
+def serves(platform: str, implementation: str | None) -> bool:
+    """Whether the custom call of `platform` serves a call lowered for it; False means the reference."""
+    if implementation not in (None, platform):
+        raise ValueError(
+            f"implementation is {implementation!r}, but the program is lowered for {platform}: pass None, 'xla' or "
+            f"{platform!r}, or place the operands on a {implementation} device"
+        )
+    reason = native.unavailable_reason() or (compiler.unavailable_reason() if platform == "cuda" else None)
+    if reason is None:
+        return True
+    if implementation is not None:
+        raise ValueError(f"implementation is {implementation!r}, which cannot serve here: {reason}")
+    warnings.warn(f"jax_marlin_moe falls back to the slow reference on {platform}: {reason}", stacklevel=2)
+    return False

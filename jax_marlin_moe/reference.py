@@ -1,0 +1,162 @@
+"""The specification: what every op computes, in plain jnp with float32 inside.
+
+It is also the lowering on platforms that have no kernel of ours, and what every test compares with. It imports no
+fast path. Sources: FORMATS sections 5 (alignment), 6 (numerics) and 7 (the expert block).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.layout import unpack, unpack_zeros, unpermute_scales
+from jax_marlin_moe.weights import MarlinWeights
+
+
+def dequantize(weights: MarlinWeights) -> Float32[Array, "*E K N"]:
+    """`(code - zero) * scale` in float32, rows in packed order."""
+    codes = unpack(weights.packed, weights.format.bits).astype(jnp.float32)
+    scales = unpermute_scales(weights.scales.astype(jnp.float32))  # [*E, G, N]
+    if weights.zeros is None:
+        zeros = jnp.float32(weights.format.zero_point)
+    else:
+        zeros = unpack_zeros(weights.zeros, weights.format.bits).astype(jnp.float32)[..., :, None, :]
+    grouped = codes.reshape(*scales.shape[:-1], weights.group_size, weights.n)  # [*E, G, g, N]
+    return ((grouped - zeros) * scales[..., :, None, :]).reshape(codes.shape)
+
+
+def padded_size(num_slots: int, num_experts: int, block_size: int) -> int:
+    """P: the static length of `sorted_token_ids`, enough for any routing."""
+    padded = num_slots + num_experts * (block_size - 1)
+    return min(num_slots * block_size, padded) if num_slots < num_experts else padded
+
+
+def num_blocks(num_slots: int, num_experts: int, block_size: int) -> int:
+    """The static length of `expert_ids`."""
+    return -(-padded_size(num_slots, num_experts, block_size) // block_size)
+
+
+def moe_align_block_size(
+    topk_ids: Int32[Array, "tokens top_k"],
+    expert_map: Int32[Array, "experts"] | None,
+    *,
+    block_size: int,
+    num_experts: int,
+) -> tuple[Int32[Array, "P"], Int32[Array, "blocks"], Int32[Array, "1"]]:
+    """Groups the slots by expert, each group padded to whole blocks."""
+    slots = topk_ids.reshape(-1)
+    numel = slots.shape[0]
+    size = padded_size(numel, num_experts, block_size)
+    local_ids = jnp.arange(num_experts, dtype=jnp.int32) if expert_map is None else expert_map
+    in_range = (slots >= 0) & (slots < num_experts)
+    kept = in_range & (local_ids[jnp.clip(slots, 0, num_experts - 1)] >= 0)
+    expert = jnp.where(kept, slots, num_experts)  # dropped slots sort last
+
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    counts = jnp.bincount(expert, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+    padded_counts = -(-counts // block_size) * block_size
+    padded_ends = jnp.cumsum(padded_counts)
+    starts = jnp.cumsum(counts) - counts
+    ordered = expert[order]
+    safe = jnp.clip(ordered, 0, num_experts - 1)
+    position = (padded_ends - padded_counts)[safe] + jnp.arange(numel, dtype=jnp.int32) - starts[safe]
+    position = jnp.where(ordered < num_experts, position, size)
+    sorted_token_ids = jnp.full((size,), numel, jnp.int32).at[position].set(order, mode="drop")
+
+    total = padded_ends[-1]
+    first_rows = jnp.arange(-(-size // block_size), dtype=jnp.int32) * block_size
+    owner = jnp.searchsorted(padded_ends, first_rows, side="right").clip(0, num_experts - 1)
+    expert_ids = jnp.where(first_rows < total, local_ids[owner], -1).astype(jnp.int32)
+    return sorted_token_ids, expert_ids, total.reshape(1).astype(jnp.int32)
+
+
+def expert_products(
+    rows: Float[Array, "slots K"],
+    weights: MarlinWeights,
+    expert: Int32[Array, "slots"],
+    *,
+    block_size: int = 16,
+) -> Float32[Array, "slots N"]:
+    """`rows[s] @ W[expert[s]] + bias[expert[s]]` in float32; zero rows where the expert is not in [0, E)."""
+    num_slots = rows.shape[0]
+    if num_slots == 0:
+        return jnp.zeros((0, weights.n), jnp.float32)
+    sorted_ids, block_experts, _ = moe_align_block_size(
+        expert[:, None], None, block_size=block_size, num_experts=weights.num_experts
+    )
+    blocks = block_experts.shape[0]
+    padding = blocks * block_size - sorted_ids.shape[0]
+    block_slots = jnp.pad(sorted_ids, (0, padding), constant_values=num_slots).reshape(blocks, block_size)
+    padded_rows = jnp.concatenate([rows.astype(jnp.float32), jnp.zeros((1, rows.shape[1]), jnp.float32)])
+
+    def add_block(out, block):
+        slots, e = block
+
+        def product():
+            one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), weights)
+            x = padded_rows[slots]
+            if one.input_order is not None:
+                x = x[:, one.input_order]
+            y = jnp.matmul(x, dequantize(one), precision=jax.lax.Precision.HIGHEST)
+            return y if one.bias is None else y + one.bias.astype(jnp.float32)
+
+        y = jax.lax.cond(e >= 0, product, lambda: jnp.zeros((block_size, weights.n), jnp.float32))
+        return out.at[slots].set(y, mode="drop"), None
+
+    out = jnp.zeros((num_slots, weights.n), jnp.float32)
+    return jax.lax.scan(add_block, out, (block_slots, block_experts))[0]
+
+
+def moe_gemm(
+    x: Float[Array, "tokens K"],
+    weights: MarlinWeights,
+    topk_weights: Float32[Array, "slots"] | None,
+    sorted_token_ids: Int32[Array, "P"],
+    expert_ids: Int32[Array, "blocks"],
+    num_tokens_post_padded: Int32[Array, "1"],
+    *,
+    top_k: int,
+    block_size: int,
+) -> Float[Array, "slots N"]:
+    """Row `s` is `(x[s // top_k] @ W[e] + bias[e]) * topk_weights[s]`, e the expert of the block that lists s.
+
+    Slots that no block lists, and those of blocks with an expert outside [0, E), give zero rows.
+    """
+    num_slots = x.shape[0] * top_k
+    position = jnp.arange(sorted_token_ids.shape[0], dtype=jnp.int32)
+    listed = (sorted_token_ids >= 0) & (position < num_tokens_post_padded[0])
+    slot = jnp.where(listed, sorted_token_ids, num_slots)
+    expert = jnp.full((num_slots,), -1, jnp.int32).at[slot].set(expert_ids[position // block_size], mode="drop")
+    y = expert_products(jnp.repeat(x, top_k, axis=0), weights, expert)
+    if topk_weights is not None:
+        y = y * topk_weights[:, None]
+    return y.astype(x.dtype)
+
+
+def fused_moe(
+    x: Float[Array, "rows H"],
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    topk_weights: Float32[Array, "tokens top_k"],
+    topk_ids: Int32[Array, "tokens top_k"],
+    expert_map: Int32[Array, "experts"] | None,
+    *,
+    activation: Activation,
+) -> Float[Array, "tokens H"]:
+    """The expert block of FORMATS section 7; the activation's result is rounded to the type of x.
+
+    x has a row for each token, or a row for each slot.
+    """
+    tokens, top_k = topk_ids.shape
+    expert = topk_ids.reshape(-1)
+    if expert_map is not None:
+        known = (expert >= 0) & (expert < expert_map.shape[0])
+        expert = jnp.where(known, expert_map[jnp.clip(expert, 0, expert_map.shape[0] - 1)], -1)
+    rows = jnp.repeat(x, tokens * top_k // x.shape[0], axis=0) if tokens else x
+    h = expert_products(rows, gate_up, expert)
+    if activation.gated:
+        a = activation.apply(h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :])
+    else:
+        a = activation.apply(h, None)
+    y = expert_products(a.astype(x.dtype), down, expert).reshape(tokens, top_k, down.n)
+    return jnp.sum(y * topk_weights[:, :, None], axis=1).astype(x.dtype)
