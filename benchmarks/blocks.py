@@ -16,50 +16,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_marlin_moe as jmm
+from benchmarks.ceilings import measure_bf16_rate, measure_read_bandwidth, wall_seconds
 from benchmarks.roofline import block_limit
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
 from jax_marlin_moe.formats import get_format
 
 _L2_BYTES = 60e6
 _LAYER_BUDGET = 24e9  # bytes of weights held on the card for one model
-
-
-def measure_read_bandwidth() -> float:
-    """TB/s of a reduction over 2 GiB of int32."""
-    data = jnp.arange(1 << 29, dtype=jnp.int32)
-    total = jax.jit(lambda a: a.sum())
-    return data.nbytes / median_seconds(lambda: total(data)) / 1e12
-
-
-def measure_bf16_rate() -> float:
-    """TFLOP/s of an 8192^3 product of random bfloat16 matrices."""
-    a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
-    product = jax.jit(lambda a, b: a @ b)
-    return 2 * 8192**3 / median_seconds(lambda: product(a, b)) / 1e12
-
-
-def median_seconds(call, repeats: int = 20) -> float:
-    """Median wall time, after two warm-up calls."""
-    return statistics.median(wall_seconds(call, repeats))
-
-
-def wall_seconds(call, repeats: int) -> list[float]:
-    """Wall time of each call, after two warm-up calls."""
-    for _ in range(2):
-        jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def random_experts(key, experts: int, k: int, n: int, group_size: int, weight_format: str, dtype) -> jmm.MarlinWeights:
@@ -128,20 +98,29 @@ def make_case(shape: ModelShape, layers: list, tokens: int, repeats: int, routin
 
 
 def time_chain(case: Case, samples: int, **options) -> list[float]:
-    """Microseconds per block inside a chain, one value a replay."""
+    """Microseconds per block inside a chain, one value a replay.
+
+    The rows are donated, so that every replay finds its buffers where the captured graph has them.
+    """
     repeats = case.ids.shape[0]
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=0)
     def chain(x, layers, ids, weights):
         for i in range(repeats):
             gate_up, down = layers[i % len(layers)]
             x = jmm.fused_moe(x, gate_up, down, weights[i], ids[i], **options)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + 1e-30)
+        return (x * scale).astype(x.dtype)
+
+    ids, weights = list(jnp.asarray(case.ids)), list(case.weights)
+    x = case.x + 0
+
+    def replay():
+        nonlocal x
+        x = chain(x, case.layers, ids, weights)
         return x
 
-    ids = list(jnp.asarray(case.ids))
-    weights = list(case.weights)
-    chain_times = wall_seconds(lambda: chain(case.x, case.layers, ids, weights), samples)
-    return [t / repeats * 1e6 for t in chain_times]
+    return [t / repeats * 1e6 for t in wall_seconds(replay, samples)]
 
 
 def time_alone(case: Case, **options) -> float:
@@ -149,7 +128,7 @@ def time_alone(case: Case, **options) -> float:
     block = jax.jit(lambda x, g, d, w, i: jmm.fused_moe(x, g, d, w, i, **options))
     gate_up, down = case.layers[0]
     ids = jnp.asarray(case.ids[0])
-    return median_seconds(lambda: block(case.x, gate_up, down, case.weights[0], ids), 50) * 1e6
+    return statistics.median(wall_seconds(lambda: block(case.x, gate_up, down, case.weights[0], ids), 50)) * 1e6
 
 
 def relative_error(case: Case, **options) -> float:

@@ -50,7 +50,8 @@ def _register() -> None:
         return
     for (op, platform), handlers in _native.handlers().items():
         target = f"jax_marlin_moe.{op}.{platform}.v1"
-        jax.ffi.register_ffi_target(target, handlers, platform=platform)
+        # XLA spells its platforms so; an unknown spelling is dropped without a word.
+        jax.ffi.register_ffi_target(target, handlers, platform={"cpu": "cpu", "cuda": "CUDA"}[platform])
 
 
 _register()

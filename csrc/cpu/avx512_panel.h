@@ -32,7 +32,7 @@ namespace {
 
 constexpr int kSegmentTiles = 16;    // most tiles between two applications of the scale
 constexpr int kLineWords = 16;       // words of a packed line
-constexpr int kPrefetchTiles = 8;    // how far ahead memory is asked for: about its latency
+constexpr int kPrefetchTiles = 16;   // how far ahead memory is asked for
 constexpr int kVectorFloats = 16;    // lanes of a register
 constexpr int kMaxVectors = 4;       // of any Math
 constexpr int kMaxRows = 4;          // rows that share one dequantisation
@@ -85,7 +85,7 @@ struct Segment {
   const int32_t* tiles;  // first tile
   int64_t tile_stride;   // words from a tile to the next one along k
   int count;             // tiles
-  int64_t prefetch;      // words from a tile to the one that memory should be asked for
+  int64_t prefetch;      // words from a tile to the one that should come from memory next
   const float* x;        // [count, Math::kVectors, R] vectors
   const float* sums;     // [R] sums of x
   float* out;            // [R rows `out_stride` apart][4 column pairs] vectors
@@ -110,7 +110,9 @@ JMM_INLINE void AddSegment(const Segment& segment, const SegmentScales& scales, 
     for (int tile = 0; tile < segment.count; ++tile) {
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) {
-        _mm_prefetch(reinterpret_cast<const char*>(line + segment.prefetch + c * kLineWords), _MM_HINT_T0);
+        // Into the second level: tiles along k are often a multiple of 4 KiB apart, so that those in use and
+        // those to come would evict each other from the first.
+        _mm_prefetch(reinterpret_cast<const char*>(line + segment.prefetch + c * kLineWords), _MM_HINT_T1);
         Math::template AddLine<R>(line + c * kLineWords, x, acc[c]);
       }
       line += segment.tile_stride;
@@ -148,7 +150,6 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
   const ExpertMatrix& weight = panel.weight;
   Segment segment;
   segment.tile_stride = weight.n * 2;
-  segment.tiles = weight.packed + first_tile * segment.tile_stride + panel.first_chunk * kTileWords;
   segment.count = count;
   segment.x = x;
   segment.sums = sums;
@@ -156,18 +157,19 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
   segment.out = panel.out + row * segment.out_stride;
   int ahead = (kPrefetchTiles + count - 1) / count;
   if (ahead > panel.chunks) ahead = panel.chunks;
-  for (int chunk = 0; chunk < panel.chunks; ++chunk) {
-    const bool wraps = chunk + ahead >= panel.chunks;
-    segment.prefetch = static_cast<int64_t>(ahead) * kTileWords;
-    if (wraps && last) {
+  for (int i = 0; i < panel.chunks; ++i) {
+    segment.tiles = weight.packed + first_tile * segment.tile_stride + panel.chunk[i] * kTileWords;
+    if (i + ahead < panel.chunks) {
+      segment.prefetch = (panel.chunk[i + ahead] - panel.chunk[i]) * kTileWords;
+    } else if (!last) {
+      const int64_t next = panel.chunk[i + ahead - panel.chunks];
+      segment.prefetch = (next - panel.chunk[i]) * kTileWords + count * segment.tile_stride;
+    } else {
       segment.prefetch = 0;
-    } else if (wraps) {
-      segment.prefetch += count * segment.tile_stride - static_cast<int64_t>(panel.chunks) * kTileWords;
     }
     SegmentScales scales;
-    LoadScales(weight, group, (panel.first_chunk + chunk) * kChunk, &scales);
+    LoadScales(weight, group, panel.chunk[i] * kChunk, &scales);
     AddSegment<Math, R>(segment, scales, weight.zeros != nullptr);
-    segment.tiles += kTileWords;
     segment.out += kChunk;
   }
 }

@@ -47,22 +47,16 @@ ExpertMatrix ExpertStack::Expert(int64_t expert) const {
   return matrix;
 }
 
-void MultiplyExpert(const ExpertStack& stack, int64_t expert, const uint16_t* const* x, Element x_type, int rows,
-                    int64_t first_chunk, int chunks, float* out) {
-  Panel panel;
+void MultiplyExpert(const ExpertStack& stack, int64_t expert, Panel panel) {
   panel.weight = stack.Expert(expert);
-  panel.x = x;
-  panel.x_type = x_type;
-  panel.rows = rows;
-  panel.first_chunk = first_chunk;
-  panel.chunks = chunks;
-  panel.out = out;
   ActivePanelKernel()(panel);
-  if (const float* bias = stack.Bias(expert)) {
-    const int64_t width = static_cast<int64_t>(chunks) * kChunk;
-    bias += first_chunk * kChunk;
-    for (int r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < width; ++c) out[r * width + c] += bias[c];
+  const float* bias = stack.Bias(expert);
+  if (bias == nullptr) return;
+  float* out = panel.out;
+  for (int r = 0; r < panel.rows; ++r) {
+    for (int i = 0; i < panel.chunks; ++i, out += kChunk) {
+      const float* chunk_bias = bias + panel.chunk[i] * kChunk;
+      for (int c = 0; c < kChunk; ++c) out[c] += chunk_bias[c];
     }
   }
 }

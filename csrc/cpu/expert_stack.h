@@ -32,10 +32,8 @@ class ExpertStack {
   const float* bias_ = nullptr;
 };
 
-// `rows` rows of x times `chunks` column chunks of one expert, plus its bias, in float32.
-// out is [rows, chunks * kChunk]; rows and chunks are bounded as those of a Panel.
-void MultiplyExpert(const ExpertStack& stack, int64_t expert, const uint16_t* const* x, Element x_type, int rows,
-                    int64_t first_chunk, int chunks, float* out);
+// Computes `panel` with the matrix of one expert, which it fills in, and adds the expert's bias.
+void MultiplyExpert(const ExpertStack& stack, int64_t expert, Panel panel);
 
 }  // namespace jax_marlin_moe::cpu
 

@@ -9,11 +9,11 @@
 
 namespace jax_marlin_moe::cpu {
 
-constexpr int kTileK = 16;       // contraction extent of a packed tile
-constexpr int kChunk = 64;       // columns of a packed tile
-constexpr int kTileWords = 128;  // 32-bit words of a packed tile
-constexpr int kPanelRows = 16;   // most rows that one panel holds
-constexpr int kPanelChunks = 8;  // most column chunks that one panel holds
+constexpr int kTileK = 16;        // contraction extent of a packed tile
+constexpr int kChunk = 64;        // columns of a packed tile
+constexpr int kTileWords = 128;   // 32-bit words of a packed tile
+constexpr int kPanelRows = 16;    // most rows that one panel holds
+constexpr int kPanelChunks = 10;  // most column chunks that one panel holds
 
 // A 16-bit floating-point type, stored as its bit pattern.
 enum class Element { kBf16, kF16 };
@@ -29,15 +29,15 @@ struct ExpertMatrix {
   Element scale_type;
 };
 
-// A few rows of x times a range of columns of one expert.
+// A few rows of x times some column chunks of one expert.
 struct Panel {
   ExpertMatrix weight;
   const uint16_t* const* x;  // `rows` pointers to rows of k elements
   Element x_type;
-  int rows;             // 1 ... kPanelRows
-  int64_t first_chunk;  // the columns start at first_chunk * kChunk
-  int chunks;           // 1 ... kPanelChunks
-  float* out;           // [rows, chunks * kChunk], plain column order; overwritten
+  int rows;                     // 1 ... kPanelRows
+  int chunks;                   // 1 ... kPanelChunks
+  int64_t chunk[kPanelChunks];  // `chunks` indices: columns chunk[i] * kChunk and up
+  float* out;                   // [rows, chunks * kChunk], plain column order inside a chunk; overwritten
 };
 
 // Computes panel.out. A row's result has the same bits whichever rows and columns share its panel.

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kSegmentTiles = 16;  // most tiles between two applications of the scale
 constexpr int kLineWords = 16;     // words of one col of a chunk: lanes [t = 0..3][w = 0..3]
-constexpr int kPrefetchTiles = 8;  // how far ahead memory is asked for: about its latency
+constexpr int kPrefetchTiles = 16;  // how far ahead memory is asked for
 constexpr int kLanes = 8;
 constexpr int kMaxRows = 4;  // rows that share one dequantisation
 
@@ -105,15 +105,15 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
   const __m256 place = _mm256_setr_ps(1, 1, 1, 1, 0x1p-8f, 0x1p-8f, 0x1p-8f, 0x1p-8f);
   int ahead = (kPrefetchTiles + count - 1) / count;
   if (ahead > panel.chunks) ahead = panel.chunks;
-  for (int chunk = 0; chunk < panel.chunks; ++chunk) {
-    const int64_t column = (panel.first_chunk + chunk) * kChunk;
-    const int32_t* tiles = weight.packed + first_tile * tile_stride + (panel.first_chunk + chunk) * kTileWords;
-    const bool wraps = chunk + ahead >= panel.chunks;
-    int64_t prefetch = static_cast<int64_t>(ahead) * kTileWords;
-    if (wraps && last) {
-      prefetch = 0;
-    } else if (wraps) {
-      prefetch += count * tile_stride - static_cast<int64_t>(panel.chunks) * kTileWords;
+  for (int i = 0; i < panel.chunks; ++i) {
+    const int64_t column = panel.chunk[i] * kChunk;
+    const int32_t* tiles = weight.packed + first_tile * tile_stride + panel.chunk[i] * kTileWords;
+    int64_t prefetch = 0;  // words from a tile to the one that should come from memory next
+    if (i + ahead < panel.chunks) {
+      prefetch = (panel.chunk[i + ahead] - panel.chunk[i]) * kTileWords;
+    } else if (!last) {
+      const int64_t next = panel.chunk[i + ahead - panel.chunks];
+      prefetch = (next - panel.chunk[i]) * kTileWords + count * tile_stride;
     }
     for (int col = 0; col < 8; col += kColumns) {
       __m256 acc[kColumns][R][2];
@@ -131,7 +131,9 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
 #pragma GCC unroll 4
           for (int c = 0; c < kColumns; ++c) {
             const int32_t* words = line + c * kLineWords + half * kLanes;
-            if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(words + prefetch), _MM_HINT_T0);
+            // Into the second level: tiles along k are often a multiple of 4 KiB apart, so that those in use
+            // and those to come would evict each other from the first.
+            if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(words + prefetch), _MM_HINT_T1);
             AddHalfLine<R>(words, vectors, acc[c]);
           }
           vectors += kVectors * R * kLanes;
@@ -155,7 +157,7 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
                                            _mm256_permute2f128_ps(acc[c][r][0], acc[c][r][1], 0x31));
           const __m256 offset = _mm256_mul_ps(zero, _mm256_set1_ps(sums[r]));
           const __m256 dot = _mm256_fmsub_ps(sum, place, offset);
-          float* out = panel.out + (row + r) * out_stride + chunk * kChunk + 8 * (col + c);
+          float* out = panel.out + (row + r) * out_stride + i * kChunk + 8 * (col + c);
           _mm256_storeu_ps(out, _mm256_fmadd_ps(scale, dot, _mm256_loadu_ps(out)));
         }
       }

@@ -94,7 +94,7 @@ void PortablePanel(const Panel& panel) {
         for (int chunk = 0; chunk < panel.chunks; ++chunk) {
           float* out[kRows];
           for (int r = 0; r < rows; ++r) out[r] = panel.out + (row + r) * width + chunk * kChunk;
-          AddSegment(panel, panel.first_chunk + chunk, first_tile, tiles, group, rows, x, sums, out);
+          AddSegment(panel, panel.chunk[chunk], first_tile, tiles, group, rows, x, sums, out);
         }
       }
     }

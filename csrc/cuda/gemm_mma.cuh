@@ -203,7 +203,6 @@ class GroupedGemm {
     __device__ void load_tokens_and_advance(int s) {
       if (expert >= 0) {
         constexpr int kPieces = Tile::kChunkK / 8;  // 16-byte pieces of a row
-        static_assert(Tile::kTokens * kPieces % 32 == 0 || Tile::kTokens * kPieces < 32, "lanes share the pieces");
         const int k = warp_k * kShareK + chunk * Tile::kChunkK;
 #pragma unroll
         for (int i = 0; i < Tile::kTokens * kPieces; i += 32) {

@@ -19,8 +19,8 @@
 namespace jax_marlin_moe {
 namespace {
 
-constexpr int kGateChunks = 2;   // most chunks of gate columns of a work item, and of up columns
-constexpr int kDownChunks = 4;   // most column chunks of a work item of the down matrix
+constexpr int kGateChunks = 4;   // most chunks of gate columns of a work item, and of up columns
+constexpr int kDownChunks = 8;   // most column chunks of a work item of the down matrix
 constexpr int kSumColumns = 512;  // most columns of a work item of the final sum
 
 // Most float32 results of the down matrix that wait for the final sum: tokens beyond go in another pass.
@@ -54,41 +54,54 @@ cpu::RowGroups GroupByExpert(const Block& block) {
 }
 
 // Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` rows of `inner` elements.
-// The two halves of a gate_up matrix need not begin at a chunk: each is computed with the chunks around it.
+// One panel has both halves of the columns, each with the whole chunks around it: up need not begin at a chunk.
 void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group, int64_t begin,
                 int64_t end, uint16_t* out) {
-  constexpr int kMostChunks = kGateChunks + 1;
+  static_assert(2 * (kGateChunks + 1) <= cpu::kPanelChunks);
   const uint16_t* inputs[cpu::kPanelRows];
   for (int r = 0; r < group.count; ++r) {
     inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.top_k * block.hidden();
   }
-  alignas(64) float halves[2][cpu::kPanelRows * kMostChunks * cpu::kChunk];
-  int64_t width[2];
-  const float* first[2];
+  alignas(64) float product[cpu::kPanelRows * 2 * (kGateChunks + 1) * cpu::kChunk];
+  cpu::Panel panel;
+  panel.x = inputs;
+  panel.x_type = block.type;
+  panel.rows = group.count;
+  panel.chunks = 0;
+  panel.out = product;
+  const float* halves[2];  // column `begin` of gate and of up in the first row
   for (int half = 0; half < 2; ++half) {
-    const int64_t offset = half * block.inner();
-    const int64_t first_chunk = (offset + begin) / cpu::kChunk;
-    const int chunks = static_cast<int>(cpu::CeilDiv(offset + end, cpu::kChunk) - first_chunk);
-    cpu::MultiplyExpert(*block.gate_up, group.expert, inputs, block.type, group.count, first_chunk, chunks,
-                        halves[half]);
-    width[half] = static_cast<int64_t>(chunks) * cpu::kChunk;
-    first[half] = halves[half] + (offset + begin - first_chunk * cpu::kChunk);
+    const int64_t first = half * block.inner() + begin;
+    const int64_t last = half * block.inner() + end - 1;
+    halves[half] = product + panel.chunks * cpu::kChunk + first % cpu::kChunk;
+    for (int64_t chunk = first / cpu::kChunk; chunk <= last / cpu::kChunk; ++chunk) {
+      panel.chunk[panel.chunks++] = chunk;
+    }
   }
+  cpu::MultiplyExpert(*block.gate_up, group.expert, panel);
+  const int64_t width = static_cast<int64_t>(panel.chunks) * cpu::kChunk;
   for (int r = 0; r < group.count; ++r) {
     float activated[kGateChunks * cpu::kChunk];
-    block.activation(first[0] + r * width[0], first[1] + r * width[1], end - begin, activated);
+    block.activation(halves[0] + r * width, halves[1] + r * width, end - begin, activated);
     cpu::RoundRow(activated, end - begin, block.type, out + (group.first + r) * block.inner() + begin);
   }
 }
 
 // A range of columns of the down matrix for one group's rows, times the router weights, into row `slot` of out.
 void DownItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group,
-              const uint16_t* activated, int64_t first_chunk, int chunks, float* out) {
+              const uint16_t* activated, int64_t first_chunk, int64_t end_chunk, float* out) {
   const uint16_t* inputs[cpu::kPanelRows];
   for (int r = 0; r < group.count; ++r) inputs[r] = activated + (group.first + r) * block.inner();
   alignas(64) float product[cpu::kPanelRows * kDownChunks * cpu::kChunk];
-  cpu::MultiplyExpert(*block.down, group.expert, inputs, block.type, group.count, first_chunk, chunks, product);
-  const int64_t width = static_cast<int64_t>(chunks) * cpu::kChunk;
+  cpu::Panel panel;
+  panel.x = inputs;
+  panel.x_type = block.type;
+  panel.rows = group.count;
+  panel.chunks = static_cast<int>(end_chunk - first_chunk);
+  for (int i = 0; i < panel.chunks; ++i) panel.chunk[i] = first_chunk + i;
+  panel.out = product;
+  cpu::MultiplyExpert(*block.down, group.expert, panel);
+  const int64_t width = static_cast<int64_t>(panel.chunks) * cpu::kChunk;
   for (int r = 0; r < group.count; ++r) {
     const int64_t slot = rows.slots[static_cast<size_t>(group.first + r)];
     const float weight = block.topk_weights[slot];
@@ -139,7 +152,7 @@ void RunBlock(ffi::ThreadPool& pool, const Block& block) {
   auto down = [&](int64_t item) {
     const int64_t first = item % down_splits * down_chunks;
     DownItem(block, rows, rows.groups[static_cast<size_t>(item / down_splits)], activated.get(), first,
-             static_cast<int>(std::min(down_chunks, down_all - first)), products.get());
+             std::min(first + down_chunks, down_all), products.get());
   };
   auto sum = [&](int64_t item) {
     const int64_t begin = item % sum_splits * kSumColumns;

@@ -14,7 +14,7 @@
 namespace jax_marlin_moe {
 namespace {
 
-constexpr int kItemChunks = 4;  // most column chunks of a work item
+constexpr int kItemChunks = 8;  // most column chunks of a work item
 
 ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed, ffi::AnyBuffer scales,
                        ffi::AnyBuffer zeros, ffi::AnyBuffer bias, ffi::AnyBuffer topk_weights,
@@ -70,12 +70,18 @@ ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
     const cpu::RowGroup& group = rows.groups[static_cast<size_t>(item / splits)];
     const int32_t* group_slots = rows.slots.data() + group.first;
     const int64_t first_chunk = item % splits * item_chunks;
-    const int chunks = static_cast<int>(std::min(item_chunks, all_chunks - first_chunk));
-    const int64_t width = static_cast<int64_t>(chunks) * cpu::kChunk;
     const uint16_t* inputs[cpu::kPanelRows];
     for (int r = 0; r < group.count; ++r) inputs[r] = x_data + group_slots[r] / top_k * k;
     alignas(64) float product[cpu::kPanelRows * kItemChunks * cpu::kChunk];
-    cpu::MultiplyExpert(stack, group.expert, inputs, x_type, group.count, first_chunk, chunks, product);
+    cpu::Panel panel;
+    panel.x = inputs;
+    panel.x_type = x_type;
+    panel.rows = group.count;
+    panel.chunks = static_cast<int>(std::min(item_chunks, all_chunks - first_chunk));
+    for (int i = 0; i < panel.chunks; ++i) panel.chunk[i] = first_chunk + i;
+    panel.out = product;
+    cpu::MultiplyExpert(stack, group.expert, panel);
+    const int64_t width = static_cast<int64_t>(panel.chunks) * cpu::kChunk;
     for (int r = 0; r < group.count; ++r) {
       float* row = product + r * width;
       if (mul_topk_weights) {

@@ -41,9 +41,9 @@ class Kernel:
     overlaps_predecessor: bool = False
 
 
-def render(kernels: Sequence[Kernel], includes: Sequence[str]) -> str:
+def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str = "") -> str:
     """The translation unit: one entry point per kernel, named k0, k1, ..."""
-    lines = [f'#include "{name}"' for name in includes]
+    lines = [f'#include "{name}"' for name in includes] + [preamble]
     for index, kernel in enumerate(kernels):
         arguments = ", ".join(f"{pointer} p{i}" for i, (_, pointer) in enumerate(kernel.parameters))
         shared = f"using B{index} = jmm::{kernel.body};\n"
@@ -65,12 +65,14 @@ def call_program(
     kernels: Sequence[Kernel],
     includes: Sequence[str],
     architecture: str,
+    preamble: str = "",
 ) -> list[jax.Array]:
     """Compiles the kernels and calls them, one after the other, in one custom call.
 
-    `results` are the outputs and after them the scratch buffers: kernels never allocate.
+    `results` are the outputs and after them the scratch buffers: kernels never allocate. `preamble` is C++ that the
+    kernels' types need beside the headers.
     """
-    cubin = compiler.compile_cubin(render(kernels, includes), architecture)
+    cubin = compiler.compile_cubin(render(kernels, includes, preamble), architecture)
     contract = _contract([*operands, *results], kernels)
     return jax.ffi.ffi_call(native.PROGRAM_CUDA, list(results), vmap_method=None)(
         *operands,
