@@ -7,10 +7,10 @@ namespace jax_marlin_moe::cpu {
 namespace {
 
 // e^x to 2 units in the last place, in arithmetic that compilers vectorise, unlike a call of std::exp.
-// Arguments are clamped to where the result is a normal number; NaN stays NaN.
+// Below -87 it is e^-87, the last normal number; above 88.3 it is infinity; NaN stays NaN.
 inline float Exp(float x) {
   x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = x > 89.0f ? 89.0f : x;           // n = 128, whose power is infinity
   constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer in the low bits of the sum
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;

@@ -21,9 +21,9 @@ struct Routing {
 int64_t AlignedLength(int64_t slots, int64_t num_experts, int64_t block_size);
 
 struct Alignment {
-  int32_t* sorted_token_ids;       // [length]
-  int64_t length;                  // AlignedLength
-  int32_t* expert_ids;             // [ceil(length / block_size)]
+  int32_t* sorted_token_ids;        // [length]
+  int64_t length;                   // AlignedLength
+  int32_t* expert_ids;              // [ceil(length / block_size)]
   int32_t* num_tokens_post_padded;  // [1]
 };
 

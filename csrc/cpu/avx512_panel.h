@@ -1,8 +1,8 @@
 // The panel kernel for 512-bit registers, apart from the arithmetic of one packed line, which `Math` brings.
 //
 // A packed line is 64 bytes: the words of columns 16 * w + 8 * b + col of a chunk for one col, as lanes
-// [t = 0..3][w = 0..3], with both halves b inside a word. Lanes are multiplied by x expanded to the same order
-// and accumulated apart; only at the end of a segment are the four t added and the scale applied.
+// [t = 0..3][w = 0..3], with both halves b inside a word. Lanes are multiplied by x expanded to the same
+// order and accumulated apart; only at the end of a segment are the four t added and the scale applied.
 //
 // Math provides
 //   kVectors                      x vectors of one tile
@@ -30,12 +30,11 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kSegmentTiles = 16;    // most tiles between two applications of the scale
-constexpr int kLineWords = 16;       // words of a packed line
-constexpr int kPrefetchTiles = 16;   // how far ahead memory is asked for
-constexpr int kVectorFloats = 16;    // lanes of a register
-constexpr int kMaxVectors = 4;       // of any Math
-constexpr int kMaxRows = 4;          // rows that share one dequantisation
+constexpr int kSegmentTiles = 16;   // most tiles between two applications of the scale
+constexpr int kLineWords = 16;      // words of a packed line
+constexpr int kPrefetchTiles = 16;  // how far ahead memory is asked for
+constexpr int kVectorFloats = 16;   // lanes of a register
+constexpr int kMaxRows = 4;         // rows that share one dequantisation
 
 // Sixteen consecutive 16-bit values as float32.
 JMM_INLINE __m512 LoadElements(const uint16_t* values, Element type) {
@@ -61,8 +60,7 @@ JMM_INLINE void LoadScales(const ExpertMatrix& weight, int64_t group, int64_t co
   }
   if (weight.zeros == nullptr) return;
   const int32_t* zeros = weight.zeros + (group * weight.n + column) / 8;
-  const __m512i words =
-      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(zeros)));
+  const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(zeros)));
   const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   const __m512i owner = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
 #pragma GCC unroll 4
@@ -202,10 +200,18 @@ void RunPanel(const Panel& panel) {
       const bool last = (first_tile + count) * kTileK >= weight.k;
       for (int row = 0; row < panel.rows; row += kMaxRows) {
         switch (panel.rows - row) {
-          case 1: AddRows<Math, 1>(panel, row, group, first_tile, count, last); break;
-          case 2: AddRows<Math, 2>(panel, row, group, first_tile, count, last); break;
-          case 3: AddRows<Math, 3>(panel, row, group, first_tile, count, last); break;
-          default: AddRows<Math, 4>(panel, row, group, first_tile, count, last); break;
+          case 1:
+            AddRows<Math, 1>(panel, row, group, first_tile, count, last);
+            break;
+          case 2:
+            AddRows<Math, 2>(panel, row, group, first_tile, count, last);
+            break;
+          case 3:
+            AddRows<Math, 3>(panel, row, group, first_tile, count, last);
+            break;
+          default:
+            AddRows<Math, 4>(panel, row, group, first_tile, count, last);
+            break;
         }
       }
     }

@@ -1,4 +1,4 @@
-// Conversions between float32 and the 16-bit element types, exact one way and round-to-nearest-even the other.
+// Conversions of the 16-bit element types: exact to float32, to nearest even from it.
 //
 // Not for the instruction-set files: they convert with their own instructions.
 #ifndef JAX_MARLIN_MOE_CPU_ELEMENT_H_

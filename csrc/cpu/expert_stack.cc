@@ -25,7 +25,8 @@ ExpertStack::ExpertStack(Contract& contract, const std::string& prefix, int64_t 
                        std::to_string(k) + " into multiples of 16");
   matrix_.scale_type = CheckElement(contract, scales, (prefix + "scales").c_str());
   contract.HasExtents(scales, (prefix + "scales").c_str(), {experts, groups, n});
-  contract.HasShapeOrIsAbsent(zeros, (prefix + "zeros").c_str(), ffi::DataType::S32, {experts, groups, n / 8});
+  contract.HasShapeOrIsAbsent(zeros, (prefix + "zeros").c_str(), ffi::DataType::S32,
+                              {experts, groups, n / 8});
   contract.HasShapeOrIsAbsent(bias, (prefix + "bias").c_str(), ffi::DataType::F32, {experts, n});
   if (!contract.ok()) return;
 

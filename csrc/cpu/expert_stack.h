@@ -1,4 +1,4 @@
-// The quantised matrices of all experts, as a handler receives them: checked, then viewed one expert at a time.
+// The quantised matrices of all experts as a handler receives them, checked, and a view of each expert.
 #ifndef JAX_MARLIN_MOE_CPU_EXPERT_STACK_H_
 #define JAX_MARLIN_MOE_CPU_EXPERT_STACK_H_
 

@@ -1,7 +1,8 @@
 // The panel kernel for AVX2, FMA and F16C: float32 products of exactly converted operands.
 //
 // A code is masked where it stands in its word and converted as it is, 2^shift times too large. The power of
-// two is taken back exactly: from x for the four k of a word, from the sum for the half b that stands 8 higher.
+// two is taken back exactly: from x for the four k of a word, from the sum for the half b, 8 bits higher.
+// Zero points are subtracted from the sum, so an infinite x gives NaN where other kernels may give infinity.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -13,14 +14,14 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kSegmentTiles = 16;  // most tiles between two applications of the scale
-constexpr int kLineWords = 16;     // words of one col of a chunk: lanes [t = 0..3][w = 0..3]
+constexpr int kSegmentTiles = 16;   // most tiles between two applications of the scale
+constexpr int kLineWords = 16;      // words of one col of a chunk: lanes [t = 0..3][w = 0..3]
 constexpr int kPrefetchTiles = 16;  // how far ahead memory is asked for
 constexpr int kLanes = 8;
 constexpr int kMaxRows = 4;  // rows that share one dequantisation
 
 // x of half a line (two t): for k = 2t, 2t + 1, 2t + 8, 2t + 9 divided by 2^0, 2^16, 2^4, 2^20; then the last
-// times 2^8, for codes at bit 28, which would convert as negative numbers in place and are shifted down instead.
+// times 2^8, for the codes at bit 28: they are shifted down, as in place they could convert to a negative.
 constexpr int kVectors = 5;
 constexpr int kHalves = 2;
 
@@ -68,8 +69,9 @@ JMM_INLINE void AddHalfLine(const int32_t* words, const float* x, __m256 (&acc)[
 #pragma GCC unroll 2
     for (int b = 0; b < 2; ++b) {
       const bool top = j == 3 && b == 1;
-      const __m256i code = top ? _mm256_srli_epi32(line, 28)
-                               : _mm256_and_si256(line, _mm256_set1_epi32(top ? 0 : 15 << (shift[j] + 8 * b)));
+      const __m256i code =
+          top ? _mm256_srli_epi32(line, 28)
+              : _mm256_and_si256(line, _mm256_set1_epi32(top ? 0 : 15 << (shift[j] + 8 * b)));
       const __m256 value = _mm256_cvtepi32_ps(code);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -191,10 +193,18 @@ void Avx2Panel(const Panel& panel) {
       const bool last = (first_tile + count) * kTileK >= weight.k;
       for (int row = 0; row < panel.rows; row += kMaxRows) {
         switch (panel.rows - row) {
-          case 1: AddRows<1>(panel, row, group, first_tile, count, last); break;
-          case 2: AddRows<2>(panel, row, group, first_tile, count, last); break;
-          case 3: AddRows<3>(panel, row, group, first_tile, count, last); break;
-          default: AddRows<4>(panel, row, group, first_tile, count, last); break;
+          case 1:
+            AddRows<1>(panel, row, group, first_tile, count, last);
+            break;
+          case 2:
+            AddRows<2>(panel, row, group, first_tile, count, last);
+            break;
+          case 3:
+            AddRows<3>(panel, row, group, first_tile, count, last);
+            break;
+          default:
+            AddRows<4>(panel, row, group, first_tile, count, last);
+            break;
         }
       }
     }

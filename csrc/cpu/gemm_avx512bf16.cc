@@ -1,7 +1,7 @@
 // The panel kernel for AVX-512 with BF16: pair products of vdpbf16ps, accumulated in float32.
 //
-// Codes minus 8 are exact in bfloat16, and so is x: a bfloat16 as it is, a float16 as the sum of two bfloat16.
-// The instruction takes subnormal bfloat16 values (below 1.2e-38) as zero.
+// Codes minus 8 are exact in bfloat16, and so is x: a bfloat16 as it is, a float16 as the sum of two
+// bfloat16. The instruction takes subnormal bfloat16 values (below 1.2e-38) as zero.
 #if defined(__x86_64__)
 
 #include "cpu/avx512_panel.h"
@@ -50,9 +50,9 @@ struct Bf16Math {
   // the next code among them, so the table holds every value twice.
   template <int R>
   static JMM_INLINE void AddLine(const int32_t* line, const float* x, __m512 (&acc)[R][2]) {
-    const __m256i values = _mm256_setr_epi16(
-        short(0xC100), short(0xC0E0), short(0xC0C0), short(0xC0A0), short(0xC080), short(0xC040),
-        short(0xC000), short(0xBF80), 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0);
+    const __m256i values = _mm256_setr_epi16(short(0xC100), short(0xC0E0), short(0xC0C0), short(0xC0A0),
+                                             short(0xC080), short(0xC040), short(0xC000), short(0xBF80),
+                                             0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0);
     const __m512i table = _mm512_broadcast_i64x4(values);
     const __m512i words = _mm512_loadu_si512(line);
 #pragma GCC unroll 2

@@ -26,13 +26,15 @@ PanelKernel Choose() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  const Candidate candidates[] = {  // best first
+  // Best first.
+  const Candidate candidates[] = {
 #if defined(__x86_64__)
       {"avx512bf16", Avx512Bf16Panel, avx512bf16},
       {"avx512", Avx512Panel, avx512},
       {"avx2", Avx2Panel, avx2},
 #endif
-      {"portable", PortablePanel, true}};
+      {"portable", PortablePanel, true},
+  };
   const char* wanted = std::getenv("JAX_MARLIN_MOE_CPU_ISA");
   const Candidate* best = nullptr;
   for (const Candidate& candidate : candidates) {

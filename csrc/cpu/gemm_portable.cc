@@ -1,5 +1,5 @@
-// The panel kernel in standard C++, for processors without one of their own, and the plainest statement of what
-// the others compute. Its inner loops run over the 16 words of a packed line, which compilers vectorise.
+// The panel kernel in standard C++, for processors without one of their own, and the plainest statement of
+// what the others compute. Its inner loops run over the 16 words of a packed line, which compilers vectorise.
 #include <algorithm>
 
 #include "cpu/element.h"
@@ -62,7 +62,8 @@ void AddSegment(const Panel& panel, int64_t chunk, int64_t first_tile, int tiles
       for (int b = 0; b < 2; ++b) {
         const float scale = FloatFromElement(scales[8 * col + 2 * w + b], weight.scale_type);
         int excess = 0;  // of the zero point over the 8 that the codes already have subtracted
-        if (zeros) excess = static_cast<int>((static_cast<uint32_t>(zeros[col]) >> (4 * w + 16 * b)) & 15) - 8;
+        if (zeros)
+          excess = static_cast<int>((static_cast<uint32_t>(zeros[col]) >> (4 * w + 16 * b)) & 15) - 8;
         for (int r = 0; r < rows; ++r) {
           float dot = (acc[r][b][w] + acc[r][b][8 + w]) + (acc[r][b][4 + w] + acc[r][b][12 + w]);
           if (zeros) dot -= static_cast<float>(excess) * sums[r];

@@ -1,5 +1,5 @@
-// One team of threads goes through all phases: waking pool threads again for each would cost more than a phase
-// of a single token's work.
+// One team of threads goes through all phases: waking pool threads again for each would cost more than a
+// phase of a single token's work.
 #include "cpu/phases.h"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // Runs the phases of one call on XLA's intra-op thread pool.
 //
-// The calling thread works too and waits only for items that some thread has begun. So a call finishes when the
-// pool never gives it a thread, and it cannot deadlock when it runs on a pool thread itself.
+// The calling thread works too and waits only for items that some thread has begun. So a call finishes when
+// the pool never gives it a thread, and it cannot deadlock when it runs on a pool thread itself.
 #ifndef JAX_MARLIN_MOE_CPU_PHASES_H_
 #define JAX_MARLIN_MOE_CPU_PHASES_H_
 

@@ -60,6 +60,8 @@ class GroupedGemm {
   // A gated tile holds as many gate units as up units; its columns are those of the product.
   static constexpr int kOutputUnits = Epilogue::kGated ? kCtaUnits / 2 : kCtaUnits;
   static constexpr int kHalfN = Epilogue::kGated ? Problem::kN / 2 : Problem::kN;
+  // Units of a warp are neighbours, or the same columns of gate and up.
+  static constexpr int kUnitStride = Epilogue::kGated && Tile::kUnits == 2 && Tile::kWarpsN == 1 ? kHalfN / kUnit : 1;
   static constexpr int kColumnTiles = kHalfN / (kUnit * kOutputUnits);
 
   static_assert(Problem::kK % (Tile::kWarpsK * Tile::kChunkK) == 0, "every warp's share of K is whole chunks");
@@ -69,24 +71,21 @@ class GroupedGemm {
   static_assert(!Epilogue::kGated || kCtaUnits % 2 == 0, "gate and up come in pairs");
   static_assert(kHalfN % (kUnit * kOutputUnits) == 0, "column tiles are whole");
 
-  // One stage of a warp's ring.
-  struct Stage {
-    uint32_t weights[kSteps][Tile::kUnits][kWordsPerUnit];
-    uint16_t tokens[Tile::kTokens * Tile::kChunkK];  // rows of kChunkK, 16-byte pieces swizzled
-    uint16_t scales[kScaleRows][Tile::kUnits][kUnit];
-    uint32_t zeros[Problem::kZeros ? kScaleRows : 1][Tile::kUnits][kUnit / 8];
-  };
-  static_assert(sizeof(Stage) % 16 == 0, "stages stay aligned for 16-byte copies");
+  // One stage of a warp's ring, in bytes.
+  static constexpr int kStepBytes = Tile::kUnits * 512;                   // packed weights of 16 rows of K
+  static constexpr int kTokensAt = kSteps * kStepBytes;                   // rows of kChunkK, 16-byte pieces swizzled
+  static constexpr int kScalesAt = kTokensAt + Tile::kTokens * Tile::kChunkK * 2;
+  static constexpr int kZerosAt = kScalesAt + kScaleRows * Tile::kUnits * kUnit * 2;
+  static constexpr int kStageBytes = kZerosAt + (Problem::kZeros ? kScaleRows * Tile::kUnits * kUnit / 2 : 0);
+  static constexpr int kRingBytes = Tile::kStages * kStageBytes;
+  static_assert(kStageBytes % 16 == 0, "stages stay aligned for 16-byte copies");
 
   static constexpr int kFragments = kCtaUnits * kSubTiles * kTokenTiles;  // 16 x 8 sums each
 
-  struct Shared {
-    Stage ring[Tile::kWarps][Tile::kStages];
-    float4 partials[Tile::kWarpsK][kFragments][32];
-  };
+  static constexpr int kPartialsAt = Tile::kWarps * kRingBytes;  // float4 [kWarpsK][kFragments][32]
 
  public:
-  static constexpr int kSharedBytes = sizeof(Shared);
+  static constexpr int kSharedBytes = kPartialsAt + Tile::kWarpsK * kFragments * 512;
   static constexpr int kMaxTiles = Routing::kMaxBlocks * kColumnTiles;
 
   const uint16_t* __restrict__ x;         // [rows, K]
@@ -97,123 +96,170 @@ class GroupedGemm {
   Epilogue epilogue;
 
   __device__ void run(unsigned char* shared_bytes) const {
-    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_n = warp % Tile::kWarpsN, warp_k = warp / Tile::kWarpsN;
-    Stage* ring = shared.ring[warp];
+    const uint32_t ring = smem_address(shared_bytes) + warp * kRingBytes;
 
     if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
     const int tiles = routing.num_blocks() * kColumnTiles;
 
-    Loader loader(*this, ring, warp_n, warp_k, lane, tiles);
+    Loader loader(*this, warp_n, warp_k, lane, tiles);
     // Weights do not depend on the kernel before; tokens may.
-    for (int s = 0; s < Tile::kStages - 1 && s < kChunks; ++s) loader.load_weights(s, s);
+    constexpr int kAhead = Tile::kStages - 1;
+#pragma unroll
+    for (int s = 0; s < kAhead && s < kChunks; ++s) loader.load_weights(ring + s * kStageBytes, s);
     if constexpr (!Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
-    for (int s = 0; s < Tile::kStages - 1; ++s) {
-      if (s >= kChunks) loader.load_weights(s, 0);
-      loader.load_tokens_and_advance(s);
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      if (s >= kChunks) loader.load_weights(ring + s * kStageBytes, 0);
+      loader.load_tokens(ring + s * kStageBytes);
+      loader.advance();
       commit_copies();
     }
 
-    int stage = 0;
-    float sums[Tile::kUnits][kSubTiles][kTokenTiles][4];
-    float group_sums[Tile::kUnits][kSubTiles][kTokenTiles][4];
+    Multiplier multiplier(lane);
+    uint32_t stage = ring;                           // being read
+    uint32_t free = ring + kAhead * kStageBytes;     // being filled
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      clear(sums);
-      clear(group_sums);
-      const int first_k = warp_k * kShareK;
+      multiplier.begin_tile();
+      int rows_left = Problem::kGroup - warp_k * kShareK % Problem::kGroup;  // of K, in the current group
+#pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        wait_copies<Tile::kStages - 2>();
+        wait_copies<kAhead - 1>();
         __syncwarp();
-        int next = stage == 0 ? Tile::kStages - 1 : stage - 1;
-        loader.load_weights(next, 0);
-        loader.load_tokens_and_advance(next);
+        loader.load_weights(free, 0);
+        loader.load_tokens(free);
+        loader.advance();
         commit_copies();
-        bool closes_group = chunk == kChunks - 1 || (first_k + (chunk + 1) * Tile::kChunkK) % Problem::kGroup == 0;
-        multiply(ring[stage], lane, closes_group, group_sums, sums);
-        stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
+        rows_left -= Tile::kChunkK;
+        multiplier.multiply(stage, rows_left <= 0 || chunk == kChunks - 1);
+        if (rows_left <= 0) rows_left = Problem::kGroup;
+        free = stage;
+        stage = stage == ring + kAhead * kStageBytes ? ring : stage + kStageBytes;
       }
-      reduce_and_store(shared, tile, warp, warp_n, warp_k, lane, sums);
+      reduce_and_store(shared_bytes, tile, warp, warp_n, warp_k, lane, multiplier.sums);
     }
     wait_copies<0>();
   }
 
  private:
+  static constexpr int kPieces = Tile::kChunkK / 8;  // 16-byte pieces of a token's row in a chunk
+  static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + 31) / 32;
+
+  // Where a piece lies in a stage. The 8 rows that ldmatrix reads at once fall into 8 different groups of 4 banks.
+  __device__ __forceinline__ static int swizzled(int row, int piece) {
+    const int linear = row * kPieces + piece;
+    return kTokensAt + 16 * (linear ^ (kPieces > 8 ? row % 8 : linear / 8 % kPieces));
+  }
+
   // Walks the (tile, chunk) sequence of one warp ahead of the multiplication and fills the ring.
   struct Loader {
     const GroupedGemm& gemm;
-    Stage* ring;
     const int warp_n, warp_k, lane, tiles;
     const uint64_t policy = evict_first_policy();
     int tile, chunk = 0;
-    int expert, row;            // of the tile being loaded; lane r holds row r of x
-    int next_expert, next_row;  // of the tile after it, fetched ahead
+    int expert, row;                      // of the tile being loaded; lane r holds row r of x
+    int next_expert, next_row;            // of the tile after it, fetched ahead
+    const uint32_t* weights;              // this lane's 16 bytes of the first step of the chunk
+    const uint16_t* tokens;               // the chunk's first column of x, this lane's piece
+    uint32_t token_rows[kPiecesOfLane];   // element offsets of the rows of this lane's pieces
+    uint32_t token_copies;                // bit i: piece i exists
+    int rows_left;                        // of K, in the current group
+    int group;                            // of the chunk
 
-    __device__ Loader(const GroupedGemm& g, Stage* r, int wn, int wk, int l, int t)
-        : gemm(g), ring(r), warp_n(wn), warp_k(wk), lane(l), tiles(t), tile(blockIdx.x) {
+    __device__ __forceinline__ Loader(const GroupedGemm& g, int wn, int wk, int l, int t)
+        : gemm(g), warp_n(wn), warp_k(wk), lane(l), tiles(t), tile(blockIdx.x) {
       fetch(tile, expert, row);
       fetch(tile + gridDim.x, next_expert, next_row);
+      begin_tile();
     }
 
-    __device__ void fetch(int t, int& e, int& r) const {
+    __device__ __forceinline__ void fetch(int t, int& e, int& r) const {
       e = r = -1;
       if (t >= tiles) return;
-      int block = t / kColumnTiles;
+      const int block = t / kColumnTiles;
       e = gemm.routing.expert(block);
       if (lane < Tile::kTokens) {
-        int slot = gemm.routing.slot(block, lane);
+        const int slot = gemm.routing.slot(block, lane);
         r = slot < 0 ? -1 : slot / Problem::kSlotsPerRow;
       }
       if (!__any_sync(~0u, r >= 0)) e = -1;  // nothing but padding
     }
 
+    __device__ __forceinline__ void begin_tile() {
+      const int k = warp_k * kShareK;
+      const int unit = unit_index(tile % kColumnTiles, warp_n * Tile::kUnits);
+      weights = gemm.packed + (int64_t(max(expert, 0)) * (Problem::kK / kTileK) + k / kTileK) * (Problem::kN * 2) +
+                unit * kWordsPerUnit + lane * 4;
+      tokens = gemm.x + k + lane % kPieces * 8;
+      token_copies = 0;
+#pragma unroll
+      for (int i = 0; i < kPiecesOfLane; ++i) {
+        const int r = (i * 32 + lane) / kPieces;
+        const int source_row = __shfl_sync(~0u, row, r % 32);
+        token_rows[i] = static_cast<uint32_t>(max(source_row, 0)) * Problem::kK;
+        if (r < Tile::kTokens && source_row >= 0 && expert >= 0) token_copies |= 1u << i;
+      }
+      rows_left = Problem::kGroup - k % Problem::kGroup;
+      group = k / Problem::kGroup;
+    }
+
     // `ahead` chunks past the cursor, within its tile.
-    __device__ void load_weights(int s, int ahead) const {
+    __device__ __forceinline__ void load_weights(uint32_t stage, int ahead) const {
       if (expert < 0) return;
-      const int c = chunk + ahead;
-      Stage& stage = ring[s];
-      const int k = warp_k * kShareK + c * Tile::kChunkK;
-      const int column_tile = tile % kColumnTiles;
-      const int group = k / Problem::kGroup;
+      const uint32_t* source = weights + ahead * kSteps * (Problem::kN * 2);
 #pragma unroll
-      for (int u = 0; u < Tile::kUnits; ++u) {
-        const int unit = unit_index(column_tile, warp_n * Tile::kUnits + u);
-        const uint32_t* source =
-            gemm.packed + (int64_t(expert) * (Problem::kK / kTileK) + k / kTileK) * (Problem::kN * 2) +
-            unit * kWordsPerUnit + lane * 4;
+      for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          copy16_streamed(&stage.weights[step][u][lane * 4], source + step * (Problem::kN * 2), policy);
+        for (int u = 0; u < Tile::kUnits; ++u) {
+          copy16_streamed(stage + step * kStepBytes + u * 512 + lane * 16,
+                          source + step * (Problem::kN * 2) + u * kUnitStride * kWordsPerUnit, policy);
         }
-        const int64_t first_group = int64_t(expert) * kGroups + group;
-        for (int piece = lane; piece < kScaleRows * 8; piece += 32) {
-          copy16(&stage.scales[piece / 8][u][piece % 8 * 8],
-                 gemm.scales + (first_group + piece / 8) * Problem::kN + unit * kUnit + piece % 8 * 8);
+      }
+    }
+
+    // A token's row that does not exist is not copied: it meets the weights in a column of its own, never stored.
+    __device__ __forceinline__ void load_tokens(uint32_t stage) const {
+      if (expert < 0) return;
+#pragma unroll
+      for (int i = 0; i < kPiecesOfLane; ++i) {
+        if (token_copies >> i & 1) {
+          copy16(stage + swizzled((i * 32 + lane) / kPieces, lane % kPieces), tokens + token_rows[i]);
         }
-        if constexpr (Problem::kZeros) {
-          for (int piece = lane; piece < kScaleRows * 2; piece += 32) {
-            copy16(&stage.zeros[piece / 2][u][piece % 2 * 4],
-                   gemm.zeros + ((first_group + piece / 2) * Problem::kN + unit * kUnit) / 8 + piece % 2 * 4);
+      }
+      // Scales and zero points are wanted when a group closes.
+      const bool last = chunk == kChunks - 1;
+      if (rows_left > Tile::kChunkK && !last) return;
+      const int64_t first = int64_t(expert) * kGroups + group;
+      const int unit = unit_index(tile % kColumnTiles, warp_n * Tile::kUnits);
+#pragma unroll
+      for (int i = 0; i < kScaleRows * Tile::kUnits * 8; i += 32) {
+        const int piece = i + lane, scale_row = piece / (Tile::kUnits * 8), u = piece / 8 % Tile::kUnits;
+        if (piece < kScaleRows * Tile::kUnits * 8) {
+          copy16(stage + kScalesAt + piece * 16,
+                 gemm.scales + (first + scale_row) * Problem::kN + (unit + u * kUnitStride) * kUnit + piece % 8 * 8);
+        }
+      }
+      if constexpr (Problem::kZeros) {
+#pragma unroll
+        for (int i = 0; i < kScaleRows * Tile::kUnits * 2; i += 32) {
+          const int piece = i + lane, scale_row = piece / (Tile::kUnits * 2), u = piece / 2 % Tile::kUnits;
+          if (piece < kScaleRows * Tile::kUnits * 2) {
+            copy16(stage + kZerosAt + piece * 16, gemm.zeros + ((first + scale_row) * Problem::kN +
+                                                                (unit + u * kUnitStride) * kUnit) / 8 + piece % 2 * 4);
           }
         }
       }
     }
 
-    __device__ void load_tokens_and_advance(int s) {
-      if (expert >= 0) {
-        constexpr int kPieces = Tile::kChunkK / 8;  // 16-byte pieces of a row
-        const int k = warp_k * kShareK + chunk * Tile::kChunkK;
-#pragma unroll
-        for (int i = 0; i < Tile::kTokens * kPieces; i += 32) {
-          const int piece = i + lane;
-          const int r = piece / kPieces;
-          const int source_row = __shfl_sync(~0u, row, r % 32);
-          if (piece < Tile::kTokens * kPieces) {
-            const uint16_t* source = gemm.x + int64_t(max(source_row, 0)) * Problem::kK + k + piece % kPieces * 8;
-            copy16_or_zero(&ring[s].tokens[swizzled(r, piece % kPieces) * 8], source, source_row >= 0);
-          }
-        }
+    __device__ __forceinline__ void advance() {
+      weights += kSteps * (Problem::kN * 2);
+      tokens += Tile::kChunkK;
+      rows_left -= Tile::kChunkK;
+      if (rows_left <= 0) {
+        rows_left = Problem::kGroup;
+        group += kScaleRows;
       }
       if (++chunk == kChunks) {
         chunk = 0;
@@ -221,7 +267,106 @@ class GroupedGemm {
         expert = next_expert;
         row = next_row;
         fetch(tile + gridDim.x, next_expert, next_row);
+        begin_tile();
       }
+    }
+  };
+
+  // Multiplies stages into float32 sums.
+  struct Multiplier {
+    float sums[Tile::kUnits][kSubTiles][kTokenTiles][4];        // scaled, of the tile
+    float group_sums[Tile::kUnits][kSubTiles][kTokenTiles][4];  // of codes, of the group
+    float token_sums[kTokenTiles][4];                           // of x alone, of the group
+    const int lane;
+    uint32_t token_offsets[kSteps];  // of this lane's ldmatrix row, for the first 8 tokens
+
+    __device__ __forceinline__ explicit Multiplier(int l) : lane(l) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) token_offsets[step] = swizzled(lane % 8, step * 2 + lane / 8 % 2);
+    }
+
+    __device__ __forceinline__ void begin_tile() {
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u)
+#pragma unroll
+        for (int w = 0; w < kSubTiles; ++w)
+#pragma unroll
+          for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[u][w][t][i] = group_sums[u][w][t][i] = 0.0f;
+      clear_token_sums();
+    }
+
+    __device__ __forceinline__ void clear_token_sums() {
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) token_sums[t][i] = 0.0f;
+    }
+
+    __device__ __forceinline__ void multiply(uint32_t stage, bool closes_group) {
+      const uint32_t ones[4] = {Dequant::kOnes, Dequant::kOnes, Dequant::kOnes, Dequant::kOnes};
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t b[kTokenTiles][2];
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t) {
+          load_matrices_x2(b[t], stage + token_offsets[step] + t * 8 * Tile::kChunkK * 2);
+          mma_16x8x16<T>(token_sums[t], ones, b[t]);
+        }
+#pragma unroll
+        for (int u = 0; u < Tile::kUnits; ++u) {
+          const uint4 words = load_shared16(stage + step * kStepBytes + u * 512 + lane * 16);
+          const uint32_t word[kSubTiles] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+          for (int w = 0; w < kSubTiles; ++w) {
+            uint32_t a[4];
+            Dequant::fragment(word[w], a);
+#pragma unroll
+            for (int t = 0; t < kTokenTiles; ++t) mma_16x8x16<T>(group_sums[u][w][t], a, b[t]);
+          }
+        }
+        if constexpr (kScaleRows > 1) {
+          if (step % kStepsPerScale == kStepsPerScale - 1) close_group(stage, step / kStepsPerScale);
+        }
+      }
+      if constexpr (kScaleRows == 1) {
+        if (closes_group) close_group(stage, 0);
+      }
+    }
+
+    // sums += (group_sums - (offset + zero) * token_sums) * scale, and a fresh start for the next group.
+    __device__ __forceinline__ void close_group(uint32_t stage, int scale_row) {
+      const int column = lane / 4;  // this lane's columns are column + 8 j, j = 0..7
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u) {
+        const int row = scale_row * Tile::kUnits + u;
+        const uint4 scales = load_shared16(stage + kScalesAt + row * (kUnit * 2) + column * 16);
+        const uint32_t pairs[kSubTiles] = {scales.x, scales.y, scales.z, scales.w};
+        uint32_t zero_word = 0;
+        if constexpr (Problem::kZeros) zero_word = load_shared4(stage + kZerosAt + row * (kUnit / 2) + column * 4);
+#pragma unroll
+        for (int w = 0; w < kSubTiles; ++w) {
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {  // columns g and g + 8 of the sub-tile
+            const uint16_t bits = static_cast<uint16_t>(pairs[w] >> (16 * b));
+            const float scale = to_float<typename Problem::Scale>(bits) * (1.0f / Dequant::kStep);
+            float zero = Problem::Code::kBakedZero;
+            if constexpr (Problem::kZeros) zero = static_cast<float>(zero_of_column(zero_word, 2 * w + b));
+            const float offset = Dequant::kOffset + Dequant::kStep * zero;
+#pragma unroll
+            for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {  // tokens 2t and 2t + 1
+                float& codes = group_sums[u][w][t][2 * b + i];
+                sums[u][w][t][2 * b + i] += (codes - offset * token_sums[t][i]) * scale;
+                codes = 0.0f;
+              }
+            }
+          }
+        }
+      }
+      clear_token_sums();
     }
   };
 
@@ -235,89 +380,10 @@ class GroupedGemm {
     }
   }
 
-  // The 8 rows that ldmatrix reads at once fall into 8 different groups of 4 banks.
-  __device__ __forceinline__ static int swizzled(int row, int piece) {
-    constexpr int kPieces = Tile::kChunkK / 8;
-    const int linear = row * kPieces + piece;
-    return linear ^ ((kPieces > 8 ? row : linear / 8) % 8);
-  }
-
-  __device__ __forceinline__ static void clear(float (&sums)[Tile::kUnits][kSubTiles][kTokenTiles][4]) {
-#pragma unroll
-    for (int u = 0; u < Tile::kUnits; ++u)
-#pragma unroll
-      for (int w = 0; w < kSubTiles; ++w)
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[u][w][t][i] = 0.0f;
-  }
-
-  __device__ __forceinline__ static void multiply(const Stage& stage, int lane, bool closes_group,
-                                                  float (&group_sums)[Tile::kUnits][kSubTiles][kTokenTiles][4],
-                                                  float (&sums)[Tile::kUnits][kSubTiles][kTokenTiles][4]) {
-    const int column = lane / 4;  // this lane's columns are column + 8 j, j = 0..7
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int scale_row = step / kStepsPerScale;
-      uint32_t b[kTokenTiles][2];
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-        load_matrices_x2(b[t], &stage.tokens[swizzled(t * 8 + lane % 8, step * 2 + lane / 8 % 2) * 8]);
-      }
-#pragma unroll
-      for (int u = 0; u < Tile::kUnits; ++u) {
-        const uint4 words = *reinterpret_cast<const uint4*>(&stage.weights[step][u][lane * 4]);
-        const uint32_t word[kSubTiles] = {words.x, words.y, words.z, words.w};
-        const uint32_t zero_word = Problem::kZeros ? stage.zeros[scale_row][u][column] : 0;
-#pragma unroll
-        for (int w = 0; w < kSubTiles; ++w) {
-          typename Dequant::Zero low, high;
-          if constexpr (Problem::kZeros) {
-            low = Dequant::zero(zero_of_column(zero_word, 2 * w));
-            high = Dequant::zero(zero_of_column(zero_word, 2 * w + 1));
-          } else {
-            low = high = Dequant::zero(Problem::Code::kBakedZero);
-          }
-          uint32_t a[4];
-          Dequant::fragment(word[w], low, high, a);
-#pragma unroll
-          for (int t = 0; t < kTokenTiles; ++t) mma_16x8x16<T>(group_sums[u][w][t], a, b[t]);
-        }
-      }
-      if (step % kStepsPerScale == kStepsPerScale - 1 && (kScaleRows > 1 || closes_group)) {
-        scale(stage, scale_row, column, group_sums, sums);
-      }
-    }
-  }
-
-  // sums += group_sums * scale, and a fresh start for the next group.
-  __device__ __forceinline__ static void scale(const Stage& stage, int scale_row, int column,
-                                               float (&group_sums)[Tile::kUnits][kSubTiles][kTokenTiles][4],
-                                               float (&sums)[Tile::kUnits][kSubTiles][kTokenTiles][4]) {
-#pragma unroll
-    for (int u = 0; u < Tile::kUnits; ++u) {
-      const uint4 packed_scales = *reinterpret_cast<const uint4*>(&stage.scales[scale_row][u][column * 8]);
-      const uint32_t pairs[4] = {packed_scales.x, packed_scales.y, packed_scales.z, packed_scales.w};
-#pragma unroll
-      for (int w = 0; w < kSubTiles; ++w) {
-        const float low = to_float<typename Problem::Scale>(static_cast<uint16_t>(pairs[w]));
-        const float high = to_float<typename Problem::Scale>(static_cast<uint16_t>(pairs[w] >> 16));
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            sums[u][w][t][i] += group_sums[u][w][t][i] * (i < 2 ? low : high);
-            group_sums[u][w][t][i] = 0.0f;
-          }
-        }
-      }
-    }
-  }
-
   // Adds the shares of K in a fixed order and hands each sum to the epilogue.
-  __device__ void reduce_and_store(Shared& shared, int tile, int warp, int warp_n, int warp_k, int lane,
+  __device__ void reduce_and_store(unsigned char* shared_bytes, int tile, int warp, int warp_n, int warp_k, int lane,
                                    const float (&sums)[Tile::kUnits][kSubTiles][kTokenTiles][4]) const {
+    float4* partials = reinterpret_cast<float4*>(shared_bytes + kPartialsAt);
     const int block = tile / kColumnTiles, column_tile = tile % kColumnTiles;
     const int expert = routing.expert(block);
     __syncthreads();  // the partials of the tile before have been read
@@ -329,7 +395,7 @@ class GroupedGemm {
         for (int t = 0; t < kTokenTiles; ++t) {
           const int fragment = ((warp_n * Tile::kUnits + u) * kSubTiles + w) * kTokenTiles + t;
           const float(&s)[4] = sums[u][w][t];
-          shared.partials[warp_k][fragment][lane] = float4{s[0], s[1], s[2], s[3]};
+          partials[(warp_k * kFragments + fragment) * 32 + lane] = float4{s[0], s[1], s[2], s[3]};
         }
       }
     }
@@ -337,8 +403,8 @@ class GroupedGemm {
     if (expert < 0) return;
     constexpr int kOutputFragments = kOutputUnits * kSubTiles * kTokenTiles;
     for (int f = warp; f < kOutputFragments; f += Tile::kWarps) {
-      const float4 first = add_shares(shared, f, lane);
-      const float4 second = Epilogue::kGated ? add_shares(shared, f + kOutputFragments, lane) : float4{};
+      const float4 first = add_shares(partials, f, lane);
+      const float4 second = Epilogue::kGated ? add_shares(partials, f + kOutputFragments, lane) : float4{};
       const int t = f % kTokenTiles, sub_tile = f / kTokenTiles;  // 16 columns each
       const int column = (column_tile * kOutputUnits * kSubTiles + sub_tile) * 16 + lane / 4;
       const int even = routing.slot(block, t * 8 + lane % 4 * 2);
@@ -354,11 +420,11 @@ class GroupedGemm {
     }
   }
 
-  __device__ __forceinline__ static float4 add_shares(const Shared& shared, int fragment, int lane) {
-    float4 sum = shared.partials[0][fragment][lane];
+  __device__ __forceinline__ static float4 add_shares(const float4* partials, int fragment, int lane) {
+    float4 sum = partials[fragment * 32 + lane];
 #pragma unroll
     for (int k = 1; k < Tile::kWarpsK; ++k) {
-      const float4 part = shared.partials[k][fragment][lane];
+      const float4 part = partials[(k * kFragments + fragment) * 32 + lane];
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     return sum;

@@ -24,30 +24,21 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes to shared memory, or writes zeros where `valid` is false; the source is then not touched.
-__device__ __forceinline__ void copy16_or_zero(void* shared, const void* global, bool valid) {
+// Copies 16 bytes to shared memory; asynchronous where the architecture can.
+__device__ __forceinline__ void copy16(uint32_t shared, const void* global) {
 #if JMM_HAS_CP_ASYNC
-  int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(shared)), "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+#else
+  const int4 v = *static_cast<const int4*>(global);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
-#else
-  *static_cast<int4*>(shared) = valid ? *static_cast<const int4*>(global) : int4{0, 0, 0, 0};
-#endif
-}
-
-__device__ __forceinline__ void copy16(void* shared, const void* global) {
-#if JMM_HAS_CP_ASYNC
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(shared)), "l"(global) : "memory");
-#else
-  *static_cast<int4*>(shared) = *static_cast<const int4*>(global);
 #endif
 }
 
 // The same, for bytes that are read once: they leave L2 first.
-__device__ __forceinline__ void copy16_streamed(void* shared, const void* global, uint64_t policy) {
+__device__ __forceinline__ void copy16_streamed(uint32_t shared, const void* global, uint64_t policy) {
 #if JMM_HAS_CP_ASYNC
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(smem_address(shared)), "l"(global),
-               "l"(policy)
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "l"(policy)
                : "memory");
 #else
   copy16(shared, global);
@@ -91,12 +82,22 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
+// Four words of shared memory.
+__device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
+  return v;
+}
+
 // Fragments of two 8 x 8 matrices of 16-bit values; lanes 0-7 address the rows of the first, 8-15 of the second.
-__device__ __forceinline__ void load_matrices_x2(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(smem_address(row))
-               : "memory");
+__device__ __forceinline__ void load_matrices_x2(uint32_t (&r)[2], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(row));
 }
 
 // d (16 x 8, float32) += a (16 x 16) * b (16 x 8).
@@ -137,26 +138,6 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
-
-// a * b + c on packed pairs, rounded once.
-template <class T>
-__device__ __forceinline__ uint32_t fma_x2(uint32_t a, uint32_t b, uint32_t c);
-
-template <>
-__device__ __forceinline__ uint32_t fma_x2<Half>(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
-#if __CUDA_ARCH__ >= 800
-template <>
-__device__ __forceinline__ uint32_t fma_x2<BFloat>(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-#endif
 
 template <class T>
 __device__ __forceinline__ float to_float(uint16_t bits);

@@ -1,5 +1,6 @@
 // The CPU handler of moe_align_block_size: decodes, checks, and fills the three outputs.
 #include <cstdint>
+#include <string>
 
 #include "cpu/align.h"
 #include "ffi/contract.h"
@@ -23,9 +24,8 @@ ffi::Error AlignImpl(ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map,
   routing.topk_ids = static_cast<const int32_t*>(topk_ids.untyped_data());
   routing.slots = static_cast<int64_t>(topk_ids.element_count());
   routing.num_experts = num_experts;
-  routing.expert_map = Contract::IsAbsent(expert_map)
-                           ? nullptr
-                           : static_cast<const int32_t*>(expert_map.untyped_data());
+  routing.expert_map =
+      Contract::IsAbsent(expert_map) ? nullptr : static_cast<const int32_t*>(expert_map.untyped_data());
   const int64_t length = cpu::AlignedLength(routing.slots, num_experts, block_size);
   contract.Require(length >= 0, "the aligned length does not fit in int32");
   if (!contract.ok()) return contract.ToError();

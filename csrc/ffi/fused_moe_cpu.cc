@@ -19,8 +19,8 @@
 namespace jax_marlin_moe {
 namespace {
 
-constexpr int kGateChunks = 4;   // most chunks of gate columns of a work item, and of up columns
-constexpr int kDownChunks = 8;   // most column chunks of a work item of the down matrix
+constexpr int kGateChunks = 4;    // most chunks of gate columns of a work item, and of up columns
+constexpr int kDownChunks = 8;    // most column chunks of a work item of the down matrix
 constexpr int kSumColumns = 512;  // most columns of a work item of the final sum
 
 // Most float32 results of the down matrix that wait for the final sum: tokens beyond go in another pass.
@@ -53,8 +53,8 @@ cpu::RowGroups GroupByExpert(const Block& block) {
                         cpu::kPanelRows);
 }
 
-// Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` rows of `inner` elements.
-// One panel has both halves of the columns, each with the whole chunks around it: up need not begin at a chunk.
+// Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` [rows, inner]. One
+// panel has both halves of the columns, each with the whole chunks around it: up need not begin at a chunk.
 void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group, int64_t begin,
                 int64_t end, uint16_t* out) {
   static_assert(2 * (kGateChunks + 1) <= cpu::kPanelChunks);
@@ -87,7 +87,8 @@ void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGr
   }
 }
 
-// A range of columns of the down matrix for one group's rows, times the router weights, into row `slot` of out.
+// A range of columns of the down matrix for one group's rows, times the router weights, into row `slot` of
+// out.
 void DownItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group,
               const uint16_t* activated, int64_t first_chunk, int64_t end_chunk, float* out) {
   const uint16_t* inputs[cpu::kPanelRows];
@@ -159,9 +160,9 @@ void RunBlock(ffi::ThreadPool& pool, const Block& block) {
     SumItem(block, scheduled, products.get(), item / sum_splits, begin,
             std::min<int64_t>(begin + kSumColumns, hidden));
   };
-  cpu::RunPhases(pool, {{groups * gate_splits, gate_up},
-                        {groups * down_splits, down},
-                        {block.tokens() * sum_splits, sum}});
+  cpu::RunPhases(
+      pool,
+      {{groups * gate_splits, gate_up}, {groups * down_splits, down}, {block.tokens() * sum_splits, sum}});
 }
 
 ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_up_packed,
@@ -178,8 +179,8 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   const int64_t top_k = Extent(topk_ids, 1);
   Block block;
   block.activation = cpu::FindActivation(activation);
-  contract.Require(block.activation != nullptr, "activation is '" + std::string(activation) +
-                                                    "'; there are: " + cpu::ActivationNames());
+  contract.Require(block.activation != nullptr,
+                   "activation is '" + std::string(activation) + "'; there are: " + cpu::ActivationNames());
   block.type = cpu::CheckElement(contract, x, "x");
   contract.HasExtents(x, "x", {tokens, hidden});
   const cpu::ExpertStack gate_up(contract, "gate_up ", hidden, gate_up_packed, gate_up_scales, gate_up_zeros,
@@ -188,8 +189,8 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   contract.Require(gate_up.n() == 2 * inner, "gate_up has " + std::to_string(gate_up.n()) +
                                                  " columns, not twice the " + std::to_string(inner) +
                                                  " rows of down");
-  contract.Require(down.n() == hidden, "down has " + std::to_string(down.n()) + " columns, x has " +
-                                           std::to_string(hidden));
+  contract.Require(down.n() == hidden,
+                   "down has " + std::to_string(down.n()) + " columns, x has " + std::to_string(hidden));
   contract.Require(gate_up.experts() == down.experts(), "gate_up and down differ in their number of experts");
   contract.Require(top_k >= 1 && tokens <= kMost && top_k <= kMost && tokens * top_k <= kMost,
                    "topk_ids has " + std::to_string(top_k) + " columns");

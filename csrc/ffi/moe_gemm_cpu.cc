@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "cpu/align.h"
@@ -50,10 +51,10 @@ ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   const auto* weights = static_cast<const float*>(topk_weights.untyped_data());
   const int64_t n = stack.n();
   const int64_t padded = *static_cast<const int32_t*>(num_tokens_post_padded.untyped_data());
-  const cpu::RowGroups rows = cpu::GroupRows(
-      static_cast<const int32_t*>(sorted_token_ids.untyped_data()), std::min(padded, length),
-      static_cast<const int32_t*>(expert_ids.untyped_data()), block_size, slots, stack.experts(),
-      cpu::kPanelRows);
+  const cpu::RowGroups rows =
+      cpu::GroupRows(static_cast<const int32_t*>(sorted_token_ids.untyped_data()), std::min(padded, length),
+                     static_cast<const int32_t*>(expert_ids.untyped_data()), block_size, slots,
+                     stack.experts(), cpu::kPanelRows);
 
   std::vector<bool> scheduled(static_cast<size_t>(slots), false);
   for (int32_t slot : rows.slots) scheduled[static_cast<size_t>(slot)] = true;

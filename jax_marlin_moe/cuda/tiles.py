@@ -63,7 +63,7 @@ class Tile:
         weights = self.chunk_k // _TILE_K * self.units * 512
         tokens = self.tokens * self.chunk_k * 2
         scales = scale_rows * self.units * _UNIT * 2
-        zeros = (scale_rows if shape.has_zeros else 1) * self.units * _UNIT // 2
+        zeros = scale_rows * self.units * _UNIT // 2 if shape.has_zeros else 0
         return weights + tokens + scales + zeros
 
     def partials_bytes(self) -> int:
