@@ -19,7 +19,7 @@ struct AlignBlockSize {
 
   struct Shared {
     int counts[kWarps][kExperts];  // then: where the warp's next slot of the expert goes
-    int scan[2][kThreads];
+    int warp_sums[kWarps];
     int ends[kExperts];  // end of each expert's padded part of the list
   };
   static constexpr int kSharedBytes = sizeof(Shared);
@@ -116,17 +116,17 @@ struct AlignBlockSize {
 
   // Over the threads of the block; every thread takes part.
   __device__ static int inclusive_sum(Shared& shared, int value) {
-    int from = 0;
-    shared.scan[0][threadIdx.x] = value;
-    __syncthreads();
-#pragma unroll 1
-    for (int distance = 1; distance < kThreads; distance *= 2) {
-      const int t = threadIdx.x;
-      shared.scan[1 - from][t] = shared.scan[from][t] + (t >= distance ? shared.scan[from][t - distance] : 0);
-      from = 1 - from;
-      __syncthreads();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below = __shfl_up_sync(~0u, value, distance);
+      if (lane >= distance) value += below;
     }
-    return shared.scan[from][threadIdx.x];
+    __syncthreads();  // sums of an earlier call have been read
+    if (lane == 31) shared.warp_sums[warp] = value;
+    __syncthreads();
+    for (int w = 0; w < warp; ++w) value += shared.warp_sums[w];
+    return value;
   }
 };
 

@@ -2,9 +2,9 @@
 //
 // The weights are the A operand (16 columns of W by 16 of K, straight out of Marlin's packing), the tokens the B
 // operand, 8 at a time: a block of tokens costs no more than it has rows. Each warp is an engine of its own: it
-// streams kUnits blocks of 64 columns over its share of K through a private ring in shared memory, so the main loop
-// has no barrier but the warp's. The grid is persistent, and the ring runs on across tiles: the next tile's weights
-// are on their way while this one is reduced and stored.
+// streams kUnits blocks of 64 columns over its share of K through a private ring in shared memory; the warps that share
+// a part of K share the ring of its tokens and meet once a chunk. The grid is persistent, and the rings run on across
+// tiles: the next tile's weights are on their way while this one is reduced and stored.
 #pragma once
 
 #include "dequant.cuh"
@@ -56,36 +56,39 @@ class GroupedGemm {
   static constexpr int kGroups = Problem::kK / Problem::kGroup;
   static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
-  static constexpr int kCtaUnits = Tile::kWarpsN * Tile::kUnits;
-  // A gated tile holds as many gate units as up units; its columns are those of the product.
-  static constexpr int kOutputUnits = Epilogue::kGated ? kCtaUnits / 2 : kCtaUnits;
-  static constexpr int kHalfN = Epilogue::kGated ? Problem::kN / 2 : Problem::kN;
-  // Units of a warp are neighbours, or the same columns of gate and up.
-  static constexpr int kUnitStride = Epilogue::kGated && Tile::kUnits == 2 && Tile::kWarpsN == 1 ? kHalfN / kUnit : 1;
-  static constexpr int kColumnTiles = kHalfN / (kUnit * kOutputUnits);
+  // A gated tile holds as many gate units as up units; its columns are those of the product. Gate and up of a column
+  // belong to one warp where a warp has two units, to the lower and the upper half of the warps where it has one.
+  static constexpr int kHalves = Epilogue::kGated ? 2 : 1;
+  static constexpr int kOutputUnits = Tile::kWarpsN * Tile::kUnits / kHalves;
+  static constexpr bool kPairedInWarp = Epilogue::kGated && Tile::kUnits == 2;
+  static constexpr int kColumns = Problem::kN / kHalves;
+  static constexpr int kUnitStride = kPairedInWarp ? kColumns / kUnit : 1;  // between the units of a warp
+  static constexpr int kColumnTiles = kColumns / (kUnit * kOutputUnits);
 
   static_assert(Problem::kK % (Tile::kWarpsK * Tile::kChunkK) == 0, "every warp's share of K is whole chunks");
   static_assert(Problem::kGroup % Tile::kChunkK == 0 || Tile::kChunkK % Problem::kGroup == 0,
                 "a chunk is part of one group, or whole groups");
   static_assert(kShareK % Problem::kGroup == 0 || Problem::kGroup >= Tile::kChunkK, "shares begin at a chunk");
-  static_assert(!Epilogue::kGated || kCtaUnits % 2 == 0, "gate and up come in pairs");
-  static_assert(kHalfN % (kUnit * kOutputUnits) == 0, "column tiles are whole");
+  static_assert(Tile::kWarpsN * Tile::kUnits % kHalves == 0, "gate and up come in pairs");
+  static_assert(kColumns % (kUnit * kOutputUnits) == 0, "column tiles are whole");
 
-  // One stage of a warp's ring, in bytes.
-  static constexpr int kStepBytes = Tile::kUnits * 512;                   // packed weights of 16 rows of K
-  static constexpr int kTokensAt = kSteps * kStepBytes;                   // rows of kChunkK, 16-byte pieces swizzled
-  static constexpr int kScalesAt = kTokensAt + Tile::kTokens * Tile::kChunkK * 2;
+  // One stage of a warp's ring of weights, and of the ring of tokens that kWarpsN warps share, in bytes.
+  static constexpr int kStepBytes = Tile::kUnits * 512;  // packed weights of 16 rows of K
+  static constexpr int kScalesAt = kSteps * kStepBytes;
   static constexpr int kZerosAt = kScalesAt + kScaleRows * Tile::kUnits * kUnit * 2;
-  static constexpr int kStageBytes = kZerosAt + (Problem::kZeros ? kScaleRows * Tile::kUnits * kUnit / 2 : 0);
-  static constexpr int kRingBytes = Tile::kStages * kStageBytes;
-  static_assert(kStageBytes % 16 == 0, "stages stay aligned for 16-byte copies");
+  static constexpr int kWeightStage = kZerosAt + (Problem::kZeros ? kScaleRows * Tile::kUnits * kUnit / 2 : 0);
+  static constexpr int kTokenStage = Tile::kTokens * Tile::kChunkK * 2;  // rows of kChunkK, 16-byte pieces swizzled
+  static_assert(kWeightStage % 16 == 0 && kTokenStage % 16 == 0, "stages stay aligned for 16-byte copies");
 
-  static constexpr int kFragments = kCtaUnits * kSubTiles * kTokenTiles;  // 16 x 8 sums each
+  static constexpr int kFragments = kHalves * kOutputUnits * kSubTiles * kTokenTiles;  // 16 x 8 sums each
+  // Sums need no exchange where one warp has all of K, and both of gate and up.
+  static constexpr bool kExchanges = Tile::kWarpsK > 1 || (Epilogue::kGated && !kPairedInWarp);
 
-  static constexpr int kPartialsAt = Tile::kWarps * kRingBytes;  // float4 [kWarpsK][kFragments][32]
+  static constexpr int kTokensAt = Tile::kWarps * Tile::kStages * kWeightStage;
+  static constexpr int kPartialsAt = kTokensAt + Tile::kWarpsK * Tile::kStages * kTokenStage;
 
  public:
-  static constexpr int kSharedBytes = kPartialsAt + Tile::kWarpsK * kFragments * 512;
+  static constexpr int kSharedBytes = kPartialsAt + (kExchanges ? Tile::kWarpsK * kFragments * 512 : 0);
   static constexpr int kMaxTiles = Routing::kMaxBlocks * kColumnTiles;
 
   const uint16_t* __restrict__ x;         // [rows, K]
@@ -98,7 +101,8 @@ class GroupedGemm {
   __device__ void run(unsigned char* shared_bytes) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_n = warp % Tile::kWarpsN, warp_k = warp / Tile::kWarpsN;
-    const uint32_t ring = smem_address(shared_bytes) + warp * kRingBytes;
+    const uint32_t weight_ring = smem_address(shared_bytes) + warp * (Tile::kStages * kWeightStage);
+    const uint32_t token_ring = smem_address(shared_bytes) + kTokensAt + warp_k * (Tile::kStages * kTokenStage);
 
     if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
@@ -108,49 +112,75 @@ class GroupedGemm {
     // Weights do not depend on the kernel before; tokens may.
     constexpr int kAhead = Tile::kStages - 1;
 #pragma unroll
-    for (int s = 0; s < kAhead && s < kChunks; ++s) loader.load_weights(ring + s * kStageBytes, s);
+    for (int s = 0; s < kAhead && s < kChunks; ++s) loader.load_weights(weight_ring + s * kWeightStage, s);
     if constexpr (!Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
-      if (s >= kChunks) loader.load_weights(ring + s * kStageBytes, 0);
-      loader.load_tokens(ring + s * kStageBytes);
+      if (s >= kChunks) loader.load_weights(weight_ring + s * kWeightStage, 0);
+      loader.load_scales(weight_ring + s * kWeightStage);
+      loader.load_tokens(token_ring + s * kTokenStage);
       loader.advance();
       commit_copies();
     }
 
     Multiplier multiplier(lane);
-    uint32_t stage = ring;                           // being read
-    uint32_t free = ring + kAhead * kStageBytes;     // being filled
+    int stage = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       multiplier.begin_tile();
       int rows_left = Problem::kGroup - warp_k * kShareK % Problem::kGroup;  // of K, in the current group
 #pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         wait_copies<kAhead - 1>();
-        __syncwarp();
-        loader.load_weights(free, 0);
-        loader.load_tokens(free);
+        meet(warp_k);  // everybody's copies have arrived, and nobody reads the stage that is filled next
+        const int free = stage == 0 ? kAhead : stage - 1;
+        loader.load_weights(weight_ring + free * kWeightStage, 0);
+        loader.load_scales(weight_ring + free * kWeightStage);
+        loader.load_tokens(token_ring + free * kTokenStage);
         loader.advance();
         commit_copies();
         rows_left -= Tile::kChunkK;
-        multiplier.multiply(stage, rows_left <= 0 || chunk == kChunks - 1);
+        multiplier.multiply(weight_ring + stage * kWeightStage, token_ring + stage * kTokenStage,
+                            rows_left <= 0 || chunk == kChunks - 1);
         if (rows_left <= 0) rows_left = Problem::kGroup;
-        free = stage;
-        stage = stage == ring + kAhead * kStageBytes ? ring : stage + kStageBytes;
+        stage = stage == kAhead ? 0 : stage + 1;
       }
-      reduce_and_store(shared_bytes, tile, warp, warp_n, warp_k, lane, multiplier.sums);
+      finish(shared_bytes, tile, warp, warp_n, warp_k, lane, multiplier.sums);
     }
     wait_copies<0>();
   }
 
  private:
   static constexpr int kPieces = Tile::kChunkK / 8;  // 16-byte pieces of a token's row in a chunk
-  static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + 31) / 32;
+  static constexpr int kCopyLanes = 32 * Tile::kWarpsN;  // that share the copying of a chunk's tokens
+  static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + kCopyLanes - 1) / kCopyLanes;
+
+  // The warps that share a part of K.
+  __device__ __forceinline__ static void meet(int warp_k) {
+    if constexpr (Tile::kWarpsN == 1) {
+      __syncwarp();
+    } else {
+      barrier(1 + warp_k, kCopyLanes);
+    }
+  }
+
+  // Which of gate and up a warp's unit is, and which of the tile's output units.
+  __device__ __forceinline__ static int half_of(int warp_n, int u) {
+    if constexpr (!Epilogue::kGated) return 0;
+    return kPairedInWarp ? u : warp_n / kOutputUnits;
+  }
+  __device__ __forceinline__ static int output_unit(int warp_n, int u) {
+    if constexpr (!Epilogue::kGated) return warp_n * Tile::kUnits + u;
+    return kPairedInWarp ? warp_n : warp_n % kOutputUnits;
+  }
+  // The first 64-column unit of the packed matrix that a warp reads for a tile.
+  __device__ __forceinline__ static int first_unit(int tile, int warp_n) {
+    return half_of(warp_n, 0) * (kColumns / kUnit) + tile % kColumnTiles * kOutputUnits + output_unit(warp_n, 0);
+  }
 
   // Where a piece lies in a stage. The 8 rows that ldmatrix reads at once fall into 8 different groups of 4 banks.
   __device__ __forceinline__ static int swizzled(int row, int piece) {
     const int linear = row * kPieces + piece;
-    return kTokensAt + 16 * (linear ^ (kPieces > 8 ? row % 8 : linear / 8 % kPieces));
+    return 16 * (linear ^ (kPieces > 8 ? row % 8 : linear / 8 % kPieces));
   }
 
   // Walks the (tile, chunk) sequence of one warp ahead of the multiplication and fills the ring.
@@ -189,14 +219,14 @@ class GroupedGemm {
 
     __device__ __forceinline__ void begin_tile() {
       const int k = warp_k * kShareK;
-      const int unit = unit_index(tile % kColumnTiles, warp_n * Tile::kUnits);
+      const int unit = first_unit(tile, warp_n);
       weights = gemm.packed + (int64_t(max(expert, 0)) * (Problem::kK / kTileK) + k / kTileK) * (Problem::kN * 2) +
                 unit * kWordsPerUnit + lane * 4;
-      tokens = gemm.x + k + lane % kPieces * 8;
+      tokens = gemm.x + k + copy_lane() % kPieces * 8;
       token_copies = 0;
 #pragma unroll
       for (int i = 0; i < kPiecesOfLane; ++i) {
-        const int r = (i * 32 + lane) / kPieces;
+        const int r = (i * kCopyLanes + copy_lane()) / kPieces;
         const int source_row = __shfl_sync(~0u, row, r % 32);
         token_rows[i] = static_cast<uint32_t>(max(source_row, 0)) * Problem::kK;
         if (r < Tile::kTokens && source_row >= 0 && expert >= 0) token_copies |= 1u << i;
@@ -204,6 +234,8 @@ class GroupedGemm {
       rows_left = Problem::kGroup - k % Problem::kGroup;
       group = k / Problem::kGroup;
     }
+
+    __device__ __forceinline__ int copy_lane() const { return warp_n * 32 + lane; }
 
     // `ahead` chunks past the cursor, within its tile.
     __device__ __forceinline__ void load_weights(uint32_t stage, int ahead) const {
@@ -225,14 +257,17 @@ class GroupedGemm {
 #pragma unroll
       for (int i = 0; i < kPiecesOfLane; ++i) {
         if (token_copies >> i & 1) {
-          copy16(stage + swizzled((i * 32 + lane) / kPieces, lane % kPieces), tokens + token_rows[i]);
+          copy16(stage + swizzled((i * kCopyLanes + copy_lane()) / kPieces, copy_lane() % kPieces),
+                 tokens + token_rows[i]);
         }
       }
-      // Scales and zero points are wanted when a group closes.
-      const bool last = chunk == kChunks - 1;
-      if (rows_left > Tile::kChunkK && !last) return;
+    }
+
+    // Scales and zero points are wanted when a group closes.
+    __device__ __forceinline__ void load_scales(uint32_t stage) const {
+      if (expert < 0 || (rows_left > Tile::kChunkK && chunk < kChunks - 1)) return;
       const int64_t first = int64_t(expert) * kGroups + group;
-      const int unit = unit_index(tile % kColumnTiles, warp_n * Tile::kUnits);
+      const int unit = first_unit(tile, warp_n);
 #pragma unroll
       for (int i = 0; i < kScaleRows * Tile::kUnits * 8; i += 32) {
         const int piece = i + lane, scale_row = piece / (Tile::kUnits * 8), u = piece / 8 % Tile::kUnits;
@@ -304,14 +339,14 @@ class GroupedGemm {
         for (int i = 0; i < 4; ++i) token_sums[t][i] = 0.0f;
     }
 
-    __device__ __forceinline__ void multiply(uint32_t stage, bool closes_group) {
+    __device__ __forceinline__ void multiply(uint32_t stage, uint32_t tokens, bool closes_group) {
       const uint32_t ones[4] = {Dequant::kOnes, Dequant::kOnes, Dequant::kOnes, Dequant::kOnes};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t b[kTokenTiles][2];
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
-          load_matrices_x2(b[t], stage + token_offsets[step] + t * 8 * Tile::kChunkK * 2);
+          load_matrices_x2(b[t], tokens + token_offsets[step] + t * 8 * Tile::kChunkK * 2);
           mma_16x8x16<T>(token_sums[t], ones, b[t]);
         }
 #pragma unroll
@@ -370,53 +405,71 @@ class GroupedGemm {
     }
   };
 
-  // The 64-column unit of the packed matrix that is number `u` of a column tile: gate units first, then up units.
-  __device__ __forceinline__ static int unit_index(int column_tile, int u) {
-    if constexpr (Epilogue::kGated) {
-      const int half = u / kOutputUnits;
-      return half * (kHalfN / kUnit) + column_tile * kOutputUnits + u % kOutputUnits;
+  using Sums = float[Tile::kUnits][kSubTiles][kTokenTiles][4];
+
+  // Adds the shares of K in a fixed order and hands each sum to the epilogue.
+  __device__ __forceinline__ void finish(unsigned char* shared_bytes, int tile, int warp, int warp_n, int warp_k,
+                                         int lane, const Sums& sums) const {
+    const int block = tile / kColumnTiles;
+    const int expert = routing.expert(block);
+    if constexpr (!kExchanges) {
+      if (expert < 0) return;
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const int even = routing.slot(block, t * 8 + lane % 4 * 2), odd = routing.slot(block, t * 8 + lane % 4 * 2 + 1);
+#pragma unroll
+        for (int u = 0; u < Tile::kUnits / kHalves; ++u) {
+#pragma unroll
+          for (int w = 0; w < kSubTiles; ++w) {
+            const float(&first)[4] = sums[u][w][t];
+            const float(&second)[4] = sums[Epilogue::kGated ? 1 : u][w][t];
+            store(expert, even, odd, tile, output_unit(warp_n, u) * kSubTiles + w, lane,
+                  float4{first[0], first[1], first[2], first[3]},
+                  float4{second[0], second[1], second[2], second[3]});
+          }
+        }
+      }
     } else {
-      return column_tile * kOutputUnits + u;
+      float4* partials = reinterpret_cast<float4*>(shared_bytes + kPartialsAt);
+      __syncthreads();  // the partials of the tile before have been read
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u) {
+        const int unit = half_of(warp_n, u) * kOutputUnits + output_unit(warp_n, u);
+#pragma unroll
+        for (int w = 0; w < kSubTiles; ++w) {
+#pragma unroll
+          for (int t = 0; t < kTokenTiles; ++t) {
+            const int fragment = (unit * kSubTiles + w) * kTokenTiles + t;
+            const float(&s)[4] = sums[u][w][t];
+            partials[(warp_k * kFragments + fragment) * 32 + lane] = float4{s[0], s[1], s[2], s[3]};
+          }
+        }
+      }
+      __syncthreads();
+      if (expert < 0) return;
+      constexpr int kOutputFragments = kFragments / kHalves;
+#pragma unroll 1
+      for (int f = warp; f < kOutputFragments; f += Tile::kWarps) {
+        const float4 first = add_shares(partials, f, lane);
+        const float4 second = Epilogue::kGated ? add_shares(partials, f + kOutputFragments, lane) : float4{};
+        const int t = f % kTokenTiles;
+        const int even = routing.slot(block, t * 8 + lane % 4 * 2), odd = routing.slot(block, t * 8 + lane % 4 * 2 + 1);
+        store(expert, even, odd, tile, f / kTokenTiles, lane, first, second);
+      }
     }
   }
 
-  // Adds the shares of K in a fixed order and hands each sum to the epilogue.
-  __device__ void reduce_and_store(unsigned char* shared_bytes, int tile, int warp, int warp_n, int warp_k, int lane,
-                                   const float (&sums)[Tile::kUnits][kSubTiles][kTokenTiles][4]) const {
-    float4* partials = reinterpret_cast<float4*>(shared_bytes + kPartialsAt);
-    const int block = tile / kColumnTiles, column_tile = tile % kColumnTiles;
-    const int expert = routing.expert(block);
-    __syncthreads();  // the partials of the tile before have been read
-#pragma unroll
-    for (int u = 0; u < Tile::kUnits; ++u) {
-#pragma unroll
-      for (int w = 0; w < kSubTiles; ++w) {
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
-          const int fragment = ((warp_n * Tile::kUnits + u) * kSubTiles + w) * kTokenTiles + t;
-          const float(&s)[4] = sums[u][w][t];
-          partials[(warp_k * kFragments + fragment) * 32 + lane] = float4{s[0], s[1], s[2], s[3]};
-        }
-      }
+  // One 16 x 8 fragment: this lane's columns g and g + 8 of the tile's sub-tile, for an even and an odd token.
+  __device__ __forceinline__ void store(int expert, int even, int odd, int tile, int sub_tile, int lane, float4 first,
+                                        float4 second) const {
+    const int column = (tile % kColumnTiles * (kOutputUnits * kSubTiles) + sub_tile) * 16 + lane / 4;
+    if (even >= 0) {
+      epilogue.store(expert, even, column, first.x, second.x);
+      epilogue.store(expert, even, column + 8, first.z, second.z);
     }
-    __syncthreads();
-    if (expert < 0) return;
-    constexpr int kOutputFragments = kOutputUnits * kSubTiles * kTokenTiles;
-    for (int f = warp; f < kOutputFragments; f += Tile::kWarps) {
-      const float4 first = add_shares(partials, f, lane);
-      const float4 second = Epilogue::kGated ? add_shares(partials, f + kOutputFragments, lane) : float4{};
-      const int t = f % kTokenTiles, sub_tile = f / kTokenTiles;  // 16 columns each
-      const int column = (column_tile * kOutputUnits * kSubTiles + sub_tile) * 16 + lane / 4;
-      const int even = routing.slot(block, t * 8 + lane % 4 * 2);
-      const int odd = routing.slot(block, t * 8 + lane % 4 * 2 + 1);
-      if (even >= 0) {
-        epilogue.store(expert, even, column, first.x, second.x);
-        epilogue.store(expert, even, column + 8, first.z, second.z);
-      }
-      if (odd >= 0) {
-        epilogue.store(expert, odd, column, first.y, second.y);
-        epilogue.store(expert, odd, column + 8, first.w, second.w);
-      }
+    if (odd >= 0) {
+      epilogue.store(expert, odd, column, first.y, second.y);
+      epilogue.store(expert, odd, column + 8, first.w, second.w);
     }
   }
 

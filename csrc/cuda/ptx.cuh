@@ -67,6 +67,11 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+// Barrier `id` of the block, for `threads` of its threads.
+__device__ __forceinline__ void barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Programmatic dependent launch: blocks until the kernels before this one in the stream have ended and their writes
 // are visible. A no-op where the kernel was launched without the attribute.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -27,7 +27,8 @@ constexpr int kSumColumns = 512;  // most columns of a work item of the final su
 constexpr int64_t kMaxWaiting = int64_t{1} << 24;
 
 struct Block {
-  const uint16_t* x;  // [tokens, hidden]
+  const uint16_t* x;      // [slots / slots_per_row, hidden]
+  int64_t slots_per_row;  // consecutive slots that read one row of x: top_k, or 1
   cpu::Element type;
   const cpu::ExpertStack* gate_up;
   const cpu::ExpertStack* down;
@@ -60,7 +61,7 @@ void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGr
   static_assert(2 * (kGateChunks + 1) <= cpu::kPanelChunks);
   const uint16_t* inputs[cpu::kPanelRows];
   for (int r = 0; r < group.count; ++r) {
-    inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.top_k * block.hidden();
+    inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.hidden();
   }
   alignas(64) float product[cpu::kPanelRows * 2 * (kGateChunks + 1) * cpu::kChunk];
   cpu::Panel panel;
@@ -173,16 +174,17 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
                         std::string_view activation) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   Contract contract("fused_moe");
-  const int64_t tokens = Extent(x, 0);
+  const int64_t x_rows = Extent(x, 0);
   const int64_t hidden = Extent(x, 1);
   const int64_t inner = Extent(down_packed, 1) * cpu::kTileK;
+  const int64_t tokens = Extent(topk_ids, 0);
   const int64_t top_k = Extent(topk_ids, 1);
   Block block;
   block.activation = cpu::FindActivation(activation);
   contract.Require(block.activation != nullptr,
                    "activation is '" + std::string(activation) + "'; there are: " + cpu::ActivationNames());
   block.type = cpu::CheckElement(contract, x, "x");
-  contract.HasExtents(x, "x", {tokens, hidden});
+  contract.HasExtents(x, "x", {x_rows, hidden});
   const cpu::ExpertStack gate_up(contract, "gate_up ", hidden, gate_up_packed, gate_up_scales, gate_up_zeros,
                                  gate_up_bias);
   const cpu::ExpertStack down(contract, "down ", inner, down_packed, down_scales, down_zeros, down_bias);
@@ -193,7 +195,11 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
                    "down has " + std::to_string(down.n()) + " columns, x has " + std::to_string(hidden));
   contract.Require(gate_up.experts() == down.experts(), "gate_up and down differ in their number of experts");
   contract.Require(top_k >= 1 && tokens <= kMost && top_k <= kMost && tokens * top_k <= kMost,
-                   "topk_ids has " + std::to_string(top_k) + " columns");
+                   "topk_ids has " + std::to_string(tokens) + " rows and " + std::to_string(top_k) + " columns");
+  if (!contract.ok()) return contract.ToError();
+  contract.Require(x_rows == tokens || x_rows == tokens * top_k,
+                   "x has " + std::to_string(x_rows) + " rows, neither one per token (" + std::to_string(tokens) +
+                       ") nor one per slot (" + std::to_string(tokens * top_k) + ")");
   contract.HasShape(topk_weights, "topk_weights", ffi::DataType::F32, {tokens, top_k});
   contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {tokens, top_k});
   contract.HasShape(expert_map, "expert_map", ffi::DataType::S32, {Extent(expert_map, 0)});
@@ -204,11 +210,12 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   block.gate_up = &gate_up;
   block.down = &down;
   block.top_k = top_k;
+  block.slots_per_row = x_rows == tokens ? top_k : 1;
   block.routing.num_experts = mapped ? Extent(expert_map, 0) : down.experts();
   block.routing.expert_map = mapped ? static_cast<const int32_t*>(expert_map.untyped_data()) : nullptr;
   const int64_t pass_tokens = std::max<int64_t>(1, kMaxWaiting / (top_k * hidden));
   for (int64_t first = 0; first < tokens; first += pass_tokens) {
-    block.x = static_cast<const uint16_t*>(x.untyped_data()) + first * hidden;
+    block.x = static_cast<const uint16_t*>(x.untyped_data()) + first * top_k / block.slots_per_row * hidden;
     block.topk_weights = static_cast<const float*>(topk_weights.untyped_data()) + first * top_k;
     block.routing.topk_ids = static_cast<const int32_t*>(topk_ids.untyped_data()) + first * top_k;
     block.routing.slots = std::min(pass_tokens, tokens - first) * top_k;
@@ -224,7 +231,7 @@ XLA_FFI_Error* FusedMoeCpu(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, FusedMoeImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
-                             .Arg<ffi::AnyBuffer>()  // x [M, H] bf16 or f16
+                             .Arg<ffi::AnyBuffer>()  // x [M, H] or [M * top_k, H], a row per slot; bf16 or f16
                              .Arg<ffi::AnyBuffer>()  // gate_up packed [E, H / 16, 2 * I * 2]
                              .Arg<ffi::AnyBuffer>()  // gate_up scales [E, G, 2 * I]
                              .Arg<ffi::AnyBuffer>()  // gate_up zeros [E, G, 2 * I / 8] or [0]

@@ -79,10 +79,10 @@ def align_kernel(
     list_length = reference.padded_size(num_slots, num_experts, block_size)
 
     def size(warps: int) -> int:
-        return 4 * (warps * num_experts + 2 * 32 * warps + num_experts)
+        return 4 * (warps * num_experts + warps + num_experts)
 
-    # A warp for every 64 slots, as many as the per-warp counters leave room for.
-    warps = max(1, min(32, num_slots // 64))
+    # A lane for every slot, within what a block and its per-warp counters leave room for; 8 warps to clear the list.
+    warps = max(8, min(32, -(-num_slots // 32)))
     while warps > 1 and size(warps) > shared_memory(capability)[1]:
         warps -= 1
     p = _Parameters()

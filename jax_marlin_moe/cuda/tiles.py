@@ -57,22 +57,28 @@ class Tile:
         fields = (self.tokens, self.units, self.warps_n, self.warps_k, self.chunk_k, self.stages, self.blocks_per_sm)
         return f"jmm::Tile<{', '.join(map(str, fields))}>"
 
-    def stage_bytes(self, shape: GemmShape) -> int:
-        """One stage of one warp's ring: weights, tokens, scales, zero points."""
+    def weight_stage_bytes(self, shape: GemmShape) -> int:
+        """One stage of one warp's ring: weights, scales, zero points."""
         scale_rows = max(1, self.chunk_k // shape.group_size)
         weights = self.chunk_k // _TILE_K * self.units * 512
-        tokens = self.tokens * self.chunk_k * 2
         scales = scale_rows * self.units * _UNIT * 2
         zeros = scale_rows * self.units * _UNIT // 2 if shape.has_zeros else 0
-        return weights + tokens + scales + zeros
+        return weights + scales + zeros
 
-    def partials_bytes(self) -> int:
+    def token_stage_bytes(self) -> int:
+        """One stage of the tokens that warps_n warps share."""
+        return self.tokens * self.chunk_k * 2
+
+    def partials_bytes(self, shape: GemmShape) -> int:
         """The float32 sums that the warps exchange at the end of a tile."""
+        if self.warps_k == 1 and (not shape.gated or self.units == 2):
+            return 0
         return self.warps_k * self.warps_n * self.units * (_UNIT // 16) * (self.tokens // 8) * 512
 
     def shared_bytes(self, shape: GemmShape) -> int:
         """Dynamic shared memory of a block."""
-        return self.warps_n * self.warps_k * self.stages * self.stage_bytes(shape) + self.partials_bytes()
+        rings = self.warps_n * self.weight_stage_bytes(shape) + self.token_stage_bytes()
+        return self.warps_k * self.stages * rings + self.partials_bytes(shape)
 
     def column_tiles(self, shape: GemmShape) -> int:
         """Tiles along the columns of the product."""

@@ -1,0 +1,127 @@
+"""Device time of a planned call: its kernels captured in a CUDA graph and replayed, without XLA in between.
+
+The same cubins, in the same launch configuration, as the custom call uses. Each repetition has its own routing and
+its own scratch, and takes the next layer's weights, so replays find a cold L2.
+"""
+
+import ctypes
+import statistics
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from cuda.bindings import driver
+
+from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
+from jax_marlin_moe.cuda.plan import INCLUDES, Plan
+from jax_marlin_moe.cuda.program import render
+
+_SHARED_LIMIT = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_OVERLAP = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def _checked(result):
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA driver: {status}")
+    return values[0] if values else None
+
+
+class ReplayedPlan:
+    """The kernels of a plan over several sets of operands.
+
+    Args:
+        plan: of `jax_marlin_moe.cuda.plan`.
+        operands: one list of arrays per repetition, in the plan's order.
+        results: shapes of the results, allocated here with the scratch.
+    """
+
+    def __init__(
+        self, plan: Plan, operands: Sequence[Sequence[jax.Array]], results: Sequence[jax.ShapeDtypeStruct]
+    ) -> None:
+        _checked(driver.cuInit(0))
+        device = _checked(driver.cuDeviceGet(0))
+        _checked(driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(device))))
+        self._multiprocessors = _checked(
+            driver.cuDeviceGetAttribute(
+                driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device
+            )
+        )
+        self.plan = plan
+        cubin = compile_cubin(render(plan.kernels, INCLUDES), target_architecture())
+        self._module = _checked(driver.cuModuleLoadData(cubin))
+        self._functions = []
+        for index, kernel in enumerate(plan.kernels):
+            function = _checked(driver.cuModuleGetFunction(self._module, f"k{index}".encode()))
+            _checked(driver.cuFuncSetAttribute(function, _SHARED_LIMIT, kernel.shared_bytes))
+            self._functions.append(function)
+        self._stream = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self._buffers = [
+            [*inputs, *(jnp.zeros(s.shape, s.dtype) for s in (*results, *plan.scratch))] for inputs in operands
+        ]
+        jax.block_until_ready(self._buffers)
+        self._pointers = [[b.unsafe_buffer_pointer() if b.size else 0 for b in buffers] for buffers in self._buffers]
+
+    def close(self) -> None:
+        """Unloads the module."""
+        _checked(driver.cuStreamSynchronize(self._stream))
+        _checked(driver.cuModuleUnload(self._module))
+
+    def _launch(self, index: int, pointers: Sequence[int], overlap: bool) -> None:
+        kernel = self.plan.kernels[index]
+        config = driver.CUlaunchConfig()
+        bound = kernel.blocks_per_sm * self._multiprocessors
+        config.gridDimX = min(kernel.max_blocks, bound) if bound else kernel.max_blocks
+        config.gridDimY = config.gridDimZ = 1
+        config.blockDimX = kernel.threads
+        config.blockDimY = config.blockDimZ = 1
+        config.sharedMemBytes = kernel.shared_bytes
+        config.hStream = self._stream
+        if overlap:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = _OVERLAP
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        values = tuple(pointers[buffer] for buffer, _ in kernel.parameters)
+        parameters = (values, (ctypes.c_void_p,) * len(values))
+        _checked(driver.cuLaunchKernelEx(config, self._functions[index], parameters, 0))
+
+    def microseconds(self, kernels: Sequence[int] | None = None, samples: int = 15) -> list[float]:
+        """Sorted times of one repetition, averaged over a replay of all of them.
+
+        Args:
+            kernels: which kernels to launch; None for the whole call. Those that read another's results must have
+                been preceded by a whole call.
+            samples: replays.
+        """
+        chosen = range(len(self.plan.kernels)) if kernels is None else kernels
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _checked(driver.cuStreamBeginCapture(self._stream, mode))
+        for pointers in self._pointers:
+            for position, index in enumerate(chosen):
+                overlap = position > 0 and self.plan.kernels[index].overlaps_predecessor
+                self._launch(index, pointers, overlap)
+        graph = _checked(driver.cuStreamEndCapture(self._stream))
+        executable = _checked(driver.cuGraphInstantiate(graph, 0))
+        begin, end = (_checked(driver.cuEventCreate(0)) for _ in range(2))
+        times = []
+        for sample in range(samples + 3):
+            _checked(driver.cuEventRecord(begin, self._stream))
+            _checked(driver.cuGraphLaunch(executable, self._stream))
+            _checked(driver.cuEventRecord(end, self._stream))
+            _checked(driver.cuEventSynchronize(end))
+            if sample >= 3:
+                times.append(_checked(driver.cuEventElapsedTime(begin, end)) * 1e3 / len(self._pointers))
+        _checked(driver.cuGraphExecDestroy(executable))
+        _checked(driver.cuGraphDestroy(graph))
+        return sorted(times)
+
+    def result(self, repetition: int, index: int = 0) -> jax.Array:
+        """A result buffer as the last replay left it."""
+        return self._buffers[repetition][len(self._buffers[repetition]) - len(self.plan.scratch) - 1 + index]
+
+
+def median(times: Sequence[float]) -> float:
+    """The middle value."""
+    return statistics.median(times)
