@@ -88,7 +88,12 @@ class MarlinWeights:
         )
 
     def rows(self, start: int, stop: int) -> "MarlinWeights":
-        """Input rows [start, stop): whole groups (any multiple of 16 when channel-wise); without the bias."""
+        """Input rows [start, stop): whole groups (any multiple of 16 when channel-wise); without the bias.
+
+        Refused where the rows have an order of their own, which names columns of the whole x.
+        """
+        if self.input_order is not None:
+            raise ValueError("input_order is not None: its rows read x from anywhere, so they have no input slice")
         step = TILE_K if self.num_groups == 1 else self.group_size
         _check_slice("rows", start, stop, self.k, step)
         groups = slice(None) if self.num_groups == 1 else slice(start // step, stop // step)
@@ -98,7 +103,6 @@ class MarlinWeights:
             scales=self.scales[..., groups, :],
             zeros=None if self.zeros is None else self.zeros[..., groups, :],
             bias=None,
-            input_order=None if self.input_order is None else self.input_order[..., start:stop],
         )
 
 
@@ -113,6 +117,7 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
     """Joins matrices with equal E, K, groups and format side by side: [gate | up].
 
     Raises:
+        TypeError: if their scales have different dtypes.
         ValueError: if the parts disagree in format, shape, grouping, row order or in having a bias.
     """
     first, *rest = parts
@@ -121,6 +126,7 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
             ours, theirs = getattr(first, name), getattr(part, name)
             if ours != theirs:
                 raise ValueError(f"parts[{number}].{name} is {theirs}; it must equal parts[0].{name} = {ours}")
+        _check_scale_dtype(number, part, first)
         for name in ("bias", "input_order"):
             if (getattr(first, name) is None) != (getattr(part, name) is None):
                 raise ValueError(f"parts[{number}].{name} must be given exactly where parts[0].{name} is")
@@ -140,8 +146,18 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
 
 
 def stack_experts(experts: Sequence[MarlinWeights]) -> MarlinWeights:
-    """Stacks along the expert axis; every part must have the same format and shapes."""
+    """Stacks along the expert axis; every part must have the same format, shapes and type of scales."""
+    first, *rest = experts
+    for number, part in enumerate(rest, start=1):
+        _check_scale_dtype(number, part, first)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *experts)
+
+
+def _check_scale_dtype(number: int, part: MarlinWeights, first: MarlinWeights) -> None:
+    if part.scales.dtype != first.scales.dtype:  # joining them would widen both to float32
+        raise TypeError(
+            f"parts[{number}].scales has dtype {part.scales.dtype}; it must be {first.scales.dtype}, as in parts[0]"
+        )
 
 
 def _equal_arrays(a: Array, b: Array) -> bool:

@@ -1,6 +1,7 @@
 // What becomes of finished float32 sums: bias, activation or router weight, one rounding, the store.
 //
 // An epilogue is called for one slot and one column at a time; sums of neighbouring lanes are neighbouring columns.
+// `factor(slot)` is what the slot's row is multiplied by, fetched before the product begins.
 #pragma once
 
 #include "ptx.cuh"
@@ -20,7 +21,9 @@ struct GatedActivation {
 
   static constexpr bool kGated = true;
 
-  __device__ __forceinline__ void store(int expert, int slot, int column, float gate, float up) const {
+  __device__ __forceinline__ float factor(int) const { return 1.0f; }
+
+  __device__ __forceinline__ void store(int expert, int slot, float, int column, float gate, float up) const {
     if constexpr (kBias) {
       gate += bias[expert * 2 * kIntermediate + column];
       up += bias[expert * 2 * kIntermediate + kIntermediate + column];
@@ -38,9 +41,14 @@ struct SlotRows {
 
   static constexpr bool kGated = false;
 
-  __device__ __forceinline__ void store(int expert, int slot, int column, float sum, float) const {
+  __device__ __forceinline__ float factor(int slot) const {
+    if constexpr (kWeighted) return topk_weights[slot];
+    return 1.0f;
+  }
+
+  __device__ __forceinline__ void store(int expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kBias) sum += bias[expert * kColumns + column];
-    if constexpr (kWeighted) sum *= topk_weights[slot];
+    if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = from_float<T>(sum);
   }
 };
@@ -54,9 +62,11 @@ struct SlotPartials {
 
   static constexpr bool kGated = false;
 
-  __device__ __forceinline__ void store(int expert, int slot, int column, float sum, float) const {
+  __device__ __forceinline__ float factor(int slot) const { return topk_weights[slot]; }
+
+  __device__ __forceinline__ void store(int expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kBias) sum += bias[expert * kColumns + column];
-    out[int64_t(slot) * kColumns + column] = sum * topk_weights[slot];
+    out[int64_t(slot) * kColumns + column] = sum * factor;
   }
 };
 

@@ -106,9 +106,10 @@ class GroupedGemm {
 
     if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
-    const int tiles = routing.num_blocks() * kColumnTiles;
+    const int listed = routing.listed();
+    const int tiles = routing.num_blocks(listed) * kColumnTiles;
 
-    Loader loader(*this, warp_n, warp_k, lane, tiles);
+    Loader loader(*this, warp_n, warp_k, lane, tiles, listed);
     // Weights do not depend on the kernel before; tokens may.
     constexpr int kAhead = Tile::kStages - 1;
 #pragma unroll
@@ -127,6 +128,7 @@ class GroupedGemm {
     int stage = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       multiplier.begin_tile();
+      const Rows rows(*this, tile, lane, listed);  // fetched now, wanted when the tile is done
       int rows_left = Problem::kGroup - warp_k * kShareK % Problem::kGroup;  // of K, in the current group
 #pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -139,12 +141,12 @@ class GroupedGemm {
         loader.advance();
         commit_copies();
         rows_left -= Tile::kChunkK;
-        multiplier.multiply(weight_ring + stage * kWeightStage, token_ring + stage * kTokenStage,
+        multiplier.multiply(rows.token_tiles, weight_ring + stage * kWeightStage, token_ring + stage * kTokenStage,
                             rows_left <= 0 || chunk == kChunks - 1);
         if (rows_left <= 0) rows_left = Problem::kGroup;
         stage = stage == kAhead ? 0 : stage + 1;
       }
-      finish(shared_bytes, tile, warp, warp_n, warp_k, lane, multiplier.sums);
+      finish(shared_bytes, tile, rows, warp, warp_n, warp_k, lane, multiplier.sums);
     }
     wait_copies<0>();
   }
@@ -183,10 +185,27 @@ class GroupedGemm {
     return 16 * (linear ^ (kPieces > 8 ? row % 8 : linear / 8 % kPieces));
   }
 
+  // What the end of a tile needs to know about its rows. Lane r holds row r.
+  struct Rows {
+    int expert;       // -1 where the tile has nothing to do
+    int slot;         // -1 where the row is padding
+    float factor;     // of the row
+    int token_tiles;  // groups of 8 rows that are not all padding
+
+    __device__ __forceinline__ Rows(const GroupedGemm& gemm, int tile, int lane, int listed) {
+      const int block = tile / kColumnTiles;
+      expert = gemm.routing.expert(block);
+      slot = lane < Tile::kTokens ? gemm.routing.slot(block, lane, listed) : -1;
+      factor = slot >= 0 ? gemm.epilogue.factor(slot) : 0.0f;
+      token_tiles = 1;
+      if constexpr (kTokenTiles > 1) token_tiles = (39 - __clz(__ballot_sync(~0u, slot >= 0) | 1)) / 8;
+    }
+  };
+
   // Walks the (tile, chunk) sequence of one warp ahead of the multiplication and fills the ring.
   struct Loader {
     const GroupedGemm& gemm;
-    const int warp_n, warp_k, lane, tiles;
+    const int warp_n, warp_k, lane, tiles, listed;
     const uint64_t policy = evict_first_policy();
     int tile, chunk = 0;
     int expert, row;                      // of the tile being loaded; lane r holds row r of x
@@ -198,8 +217,8 @@ class GroupedGemm {
     int rows_left;                        // of K, in the current group
     int group;                            // of the chunk
 
-    __device__ __forceinline__ Loader(const GroupedGemm& g, int wn, int wk, int l, int t)
-        : gemm(g), warp_n(wn), warp_k(wk), lane(l), tiles(t), tile(blockIdx.x) {
+    __device__ __forceinline__ Loader(const GroupedGemm& g, int wn, int wk, int l, int t, int n)
+        : gemm(g), warp_n(wn), warp_k(wk), lane(l), tiles(t), listed(n), tile(blockIdx.x) {
       fetch(tile, expert, row);
       fetch(tile + gridDim.x, next_expert, next_row);
       begin_tile();
@@ -211,7 +230,7 @@ class GroupedGemm {
       const int block = t / kColumnTiles;
       e = gemm.routing.expert(block);
       if (lane < Tile::kTokens) {
-        const int slot = gemm.routing.slot(block, lane);
+        const int slot = gemm.routing.slot(block, lane, listed);
         r = slot < 0 ? -1 : slot / Problem::kSlotsPerRow;
       }
       if (!__any_sync(~0u, r >= 0)) e = -1;  // nothing but padding
@@ -339,13 +358,28 @@ class GroupedGemm {
         for (int i = 0; i < 4; ++i) token_sums[t][i] = 0.0f;
     }
 
+    // Only the first `token_tiles` groups of 8 rows are multiplied.
+    __device__ __forceinline__ void multiply(int token_tiles, uint32_t stage, uint32_t tokens, bool closes_group) {
+      if constexpr (kTokenTiles >= 4) {
+        if (token_tiles == 4) return multiply<4>(stage, tokens, closes_group);
+      }
+      if constexpr (kTokenTiles >= 3) {
+        if (token_tiles == 3) return multiply<3>(stage, tokens, closes_group);
+      }
+      if constexpr (kTokenTiles >= 2) {
+        if (token_tiles == 2) return multiply<2>(stage, tokens, closes_group);
+      }
+      multiply<1>(stage, tokens, closes_group);
+    }
+
+    template <int kActive>
     __device__ __forceinline__ void multiply(uint32_t stage, uint32_t tokens, bool closes_group) {
       const uint32_t ones[4] = {Dequant::kOnes, Dequant::kOnes, Dequant::kOnes, Dequant::kOnes};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        uint32_t b[kTokenTiles][2];
+        uint32_t b[kActive][2];
 #pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
+        for (int t = 0; t < kActive; ++t) {
           load_matrices_x2(b[t], tokens + token_offsets[step] + t * 8 * Tile::kChunkK * 2);
           mma_16x8x16<T>(token_sums[t], ones, b[t]);
         }
@@ -358,19 +392,20 @@ class GroupedGemm {
             uint32_t a[4];
             Dequant::fragment(word[w], a);
 #pragma unroll
-            for (int t = 0; t < kTokenTiles; ++t) mma_16x8x16<T>(group_sums[u][w][t], a, b[t]);
+            for (int t = 0; t < kActive; ++t) mma_16x8x16<T>(group_sums[u][w][t], a, b[t]);
           }
         }
         if constexpr (kScaleRows > 1) {
-          if (step % kStepsPerScale == kStepsPerScale - 1) close_group(stage, step / kStepsPerScale);
+          if (step % kStepsPerScale == kStepsPerScale - 1) close_group<kActive>(stage, step / kStepsPerScale);
         }
       }
       if constexpr (kScaleRows == 1) {
-        if (closes_group) close_group(stage, 0);
+        if (closes_group) close_group<kActive>(stage, 0);
       }
     }
 
     // sums += (group_sums - (offset + zero) * token_sums) * scale, and a fresh start for the next group.
+    template <int kActive>
     __device__ __forceinline__ void close_group(uint32_t stage, int scale_row) {
       const int column = lane / 4;  // this lane's columns are column + 8 j, j = 0..7
 #pragma unroll
@@ -390,7 +425,7 @@ class GroupedGemm {
             if constexpr (Problem::kZeros) zero = static_cast<float>(zero_of_column(zero_word, 2 * w + b));
             const float offset = Dequant::kOffset + Dequant::kStep * zero;
 #pragma unroll
-            for (int t = 0; t < kTokenTiles; ++t) {
+            for (int t = 0; t < kActive; ++t) {
 #pragma unroll
               for (int i = 0; i < 2; ++i) {  // tokens 2t and 2t + 1
                 float& codes = group_sums[u][w][t][2 * b + i];
@@ -408,22 +443,19 @@ class GroupedGemm {
   using Sums = float[Tile::kUnits][kSubTiles][kTokenTiles][4];
 
   // Adds the shares of K in a fixed order and hands each sum to the epilogue.
-  __device__ __forceinline__ void finish(unsigned char* shared_bytes, int tile, int warp, int warp_n, int warp_k,
-                                         int lane, const Sums& sums) const {
-    const int block = tile / kColumnTiles;
-    const int expert = routing.expert(block);
+  __device__ __forceinline__ void finish(unsigned char* shared_bytes, int tile, const Rows& rows, int warp, int warp_n,
+                                         int warp_k, int lane, const Sums& sums) const {
     if constexpr (!kExchanges) {
-      if (expert < 0) return;
+      if (rows.expert < 0) return;
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
-        const int even = routing.slot(block, t * 8 + lane % 4 * 2), odd = routing.slot(block, t * 8 + lane % 4 * 2 + 1);
 #pragma unroll
         for (int u = 0; u < Tile::kUnits / kHalves; ++u) {
 #pragma unroll
           for (int w = 0; w < kSubTiles; ++w) {
             const float(&first)[4] = sums[u][w][t];
             const float(&second)[4] = sums[Epilogue::kGated ? 1 : u][w][t];
-            store(expert, even, odd, tile, output_unit(warp_n, u) * kSubTiles + w, lane,
+            store(rows, t, tile, output_unit(warp_n, u) * kSubTiles + w, lane,
                   float4{first[0], first[1], first[2], first[3]},
                   float4{second[0], second[1], second[2], second[3]});
           }
@@ -446,30 +478,31 @@ class GroupedGemm {
         }
       }
       __syncthreads();
-      if (expert < 0) return;
+      if (rows.expert < 0) return;
       constexpr int kOutputFragments = kFragments / kHalves;
 #pragma unroll 1
       for (int f = warp; f < kOutputFragments; f += Tile::kWarps) {
         const float4 first = add_shares(partials, f, lane);
         const float4 second = Epilogue::kGated ? add_shares(partials, f + kOutputFragments, lane) : float4{};
-        const int t = f % kTokenTiles;
-        const int even = routing.slot(block, t * 8 + lane % 4 * 2), odd = routing.slot(block, t * 8 + lane % 4 * 2 + 1);
-        store(expert, even, odd, tile, f / kTokenTiles, lane, first, second);
+        store(rows, f % kTokenTiles, tile, f / kTokenTiles, lane, first, second);
       }
     }
   }
 
-  // One 16 x 8 fragment: this lane's columns g and g + 8 of the tile's sub-tile, for an even and an odd token.
-  __device__ __forceinline__ void store(int expert, int even, int odd, int tile, int sub_tile, int lane, float4 first,
-                                        float4 second) const {
+  // One 16 x 8 fragment: this lane's columns g and g + 8 of the tile's sub-tile, for an even and an odd row.
+  __device__ __forceinline__ void store(const Rows& rows, int token_tile, int tile, int sub_tile, int lane,
+                                        float4 first, float4 second) const {
     const int column = (tile % kColumnTiles * (kOutputUnits * kSubTiles) + sub_tile) * 16 + lane / 4;
+    const int row = token_tile * 8 + lane % 4 * 2;
+    const int even = __shfl_sync(~0u, rows.slot, row), odd = __shfl_sync(~0u, rows.slot, row + 1);
+    const float even_factor = __shfl_sync(~0u, rows.factor, row), odd_factor = __shfl_sync(~0u, rows.factor, row + 1);
     if (even >= 0) {
-      epilogue.store(expert, even, column, first.x, second.x);
-      epilogue.store(expert, even, column + 8, first.z, second.z);
+      epilogue.store(rows.expert, even, even_factor, column, first.x, second.x);
+      epilogue.store(rows.expert, even, even_factor, column + 8, first.z, second.z);
     }
     if (odd >= 0) {
-      epilogue.store(expert, odd, column, first.y, second.y);
-      epilogue.store(expert, odd, column + 8, first.w, second.w);
+      epilogue.store(rows.expert, odd, odd_factor, column, first.y, second.y);
+      epilogue.store(rows.expert, odd, odd_factor, column + 8, first.w, second.w);
     }
   }
 

@@ -18,19 +18,18 @@ struct SortedRouting {
   static constexpr bool kNeedsPreviousKernel = kFromPreviousKernel;
   static constexpr int kMaxBlocks = (kListLength + kBlock - 1) / kBlock;
 
-  __device__ int num_blocks() const {
-    int listed = *num_tokens_post_padded;
-    return min(kMaxBlocks, max(0, (listed + kBlock - 1) / kBlock));
-  }
+  // Entries of the list that count; read once.
+  __device__ int listed() const { return min(kListLength, max(0, *num_tokens_post_padded)); }
+  __device__ static int num_blocks(int listed) { return (listed + kBlock - 1) / kBlock; }
   // -1 where the block has nothing to do.
   __device__ int expert(int block) const {
     int e = expert_ids[block * kBlock / kListBlock];
     return e >= 0 && e < kExperts ? e : -1;
   }
   // -1 where the row is padding.
-  __device__ int slot(int block, int row) const {
+  __device__ int slot(int block, int row, int listed) const {
     int position = block * kBlock + row;
-    if (position >= kListLength || position >= *num_tokens_post_padded) return -1;
+    if (position >= listed) return -1;
     int s = sorted_token_ids[position];
     return s >= 0 && s < kSlots ? s : -1;
   }
@@ -45,14 +44,15 @@ struct DirectRouting {
   static constexpr bool kNeedsPreviousKernel = false;
   static constexpr int kMaxBlocks = kSlots;
 
-  __device__ int num_blocks() const { return kSlots; }
+  __device__ int listed() const { return kSlots; }
+  __device__ static int num_blocks(int listed) { return listed; }
   __device__ int expert(int block) const {
     int e = topk_ids[block];
     if (e < 0 || e >= kRoutedExperts) return -1;
     if constexpr (kMapped) e = expert_map[e];
     return e >= 0 && e < kExperts ? e : -1;
   }
-  __device__ int slot(int block, int row) const { return row == 0 ? block : -1; }
+  __device__ int slot(int block, int row, int) const { return row == 0 ? block : -1; }
 };
 
 }  // namespace jmm

@@ -61,7 +61,8 @@ void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGr
   static_assert(2 * (kGateChunks + 1) <= cpu::kPanelChunks);
   const uint16_t* inputs[cpu::kPanelRows];
   for (int r = 0; r < group.count; ++r) {
-    inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.hidden();
+    inputs[r] =
+        block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.hidden();
   }
   alignas(64) float product[cpu::kPanelRows * 2 * (kGateChunks + 1) * cpu::kChunk];
   cpu::Panel panel;
@@ -194,12 +195,14 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   contract.Require(down.n() == hidden,
                    "down has " + std::to_string(down.n()) + " columns, x has " + std::to_string(hidden));
   contract.Require(gate_up.experts() == down.experts(), "gate_up and down differ in their number of experts");
-  contract.Require(top_k >= 1 && tokens <= kMost && top_k <= kMost && tokens * top_k <= kMost,
-                   "topk_ids has " + std::to_string(tokens) + " rows and " + std::to_string(top_k) + " columns");
+  contract.Require(
+      top_k >= 1 && tokens <= kMost && top_k <= kMost && tokens * top_k <= kMost,
+      "topk_ids has " + std::to_string(tokens) + " rows and " + std::to_string(top_k) + " columns");
   if (!contract.ok()) return contract.ToError();
   contract.Require(x_rows == tokens || x_rows == tokens * top_k,
-                   "x has " + std::to_string(x_rows) + " rows, neither one per token (" + std::to_string(tokens) +
-                       ") nor one per slot (" + std::to_string(tokens * top_k) + ")");
+                   "x has " + std::to_string(x_rows) + " rows, neither one per token (" +
+                       std::to_string(tokens) + ") nor one per slot (" + std::to_string(tokens * top_k) +
+                       ")");
   contract.HasShape(topk_weights, "topk_weights", ffi::DataType::F32, {tokens, top_k});
   contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {tokens, top_k});
   contract.HasShape(expert_map, "expert_map", ffi::DataType::S32, {Extent(expert_map, 0)});
@@ -231,7 +234,7 @@ XLA_FFI_Error* FusedMoeCpu(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, FusedMoeImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
-                             .Arg<ffi::AnyBuffer>()  // x [M, H] or [M * top_k, H], a row per slot; bf16 or f16
+                             .Arg<ffi::AnyBuffer>()  // x [M, H] or [M * top_k, H] bf16 or f16
                              .Arg<ffi::AnyBuffer>()  // gate_up packed [E, H / 16, 2 * I * 2]
                              .Arg<ffi::AnyBuffer>()  // gate_up scales [E, G, 2 * I]
                              .Arg<ffi::AnyBuffer>()  // gate_up zeros [E, G, 2 * I / 8] or [0]

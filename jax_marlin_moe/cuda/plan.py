@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.program import Kernel
-from jax_marlin_moe.cuda.tiles import GemmShape, Tile, choose_tile, choose_token_tile, shared_memory
+from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, choose_tile, choose_token_tile, shared_memory
 from jax_marlin_moe.weights import MarlinWeights
 
 INCLUDES = ("align.cuh", "combine.cuh", "gemm_mma.cuh")
@@ -244,6 +245,29 @@ def plan_moe_gemm(
     return Plan((clear, gemm), ())
 
 
+def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tuned.BlockKey:
+    """The block's row in the tables of measured schemes."""
+    return tuned.BlockKey(
+        gate_up.num_experts, top_k, gate_up.k, down.k, gate_up.group_size, f"{gate_up.format.name}/{down.format.name}"
+    )
+
+
+def _predicted_scheme(
+    first: GemmShape, second: GemmShape, num_slots: int, routed_experts: int, capability: int
+) -> BlockScheme:
+    """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
+    direct = num_slots * num_slots <= 4 * routed_experts
+    block = 8 if direct else choose_token_tile(num_slots, routed_experts)
+    # Experts hit under uniform routing, each filling one block or more.
+    hit = first.num_experts * (1 - (1 - 1 / routed_experts) ** num_slots)
+    expected_blocks = num_slots if direct else max(hit, num_slots / block)
+    return BlockScheme(
+        direct,
+        choose_tile(first, block, expected_blocks, capability),
+        choose_tile(second, block, expected_blocks, capability),
+    )
+
+
 def plan_fused_moe(
     x: jax.Array,
     gate_up: MarlinWeights,
@@ -255,7 +279,7 @@ def plan_fused_moe(
     mapped: bool,
     activation: Activation,
     architecture: str,
-    tiles: tuple[Tile, Tile] | None = None,
+    scheme: BlockScheme | None = None,
 ) -> Plan:
     """Buffers: x, gate_up (4), down (4), topk_weights, topk_ids, expert_map; y; scratch."""
     capability = compute_capability(architecture)
@@ -265,16 +289,11 @@ def plan_fused_moe(
     overlap = capability >= 90
     first, second = gemm_shape(gate_up, activation.gated), gemm_shape(down, gated=False)
 
-    direct = tokens == 1
-    block = tiles[0].tokens if tiles else 8 if direct else choose_token_tile(num_slots, routed_experts)
-    # Experts hit under uniform routing, each filling one block or more.
-    hit = num_experts * (1 - (1 - 1 / routed_experts) ** num_slots)
-    expected_blocks = num_slots if direct else max(hit, num_slots / block)
-    if tiles is None:
-        tiles = (
-            choose_tile(first, block, expected_blocks, capability),
-            choose_tile(second, block, expected_blocks, capability),
-        )
+    if scheme is None:
+        scheme = tuned.lookup(block_key(gate_up, down, top_k), tokens, architecture)
+    if scheme is None or not (scheme.gate_up.fits(first, capability) and scheme.down.fits(second, capability)):
+        scheme = _predicted_scheme(first, second, num_slots, routed_experts, capability)
+    direct, block = scheme.direct, scheme.gate_up.tokens
     intermediate = jax.ShapeDtypeStruct((num_slots, down.k), x.dtype)
     partials = jax.ShapeDtypeStruct((num_slots, down.n), jnp.float32)
 
@@ -323,7 +342,7 @@ def plan_fused_moe(
     kernels.append(
         gemm_kernel(
             first,
-            tiles[0],
+            scheme.gate_up,
             gate_up,
             x.dtype,
             slots_per_row=num_slots // x.shape[0],
@@ -338,7 +357,7 @@ def plan_fused_moe(
     kernels.append(
         gemm_kernel(
             second,
-            tiles[1],
+            scheme.down,
             down,
             x.dtype,
             slots_per_row=1,

@@ -11,7 +11,7 @@ from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import INCLUDES, plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
-from jax_marlin_moe.cuda.tiles import Tile
+from jax_marlin_moe.cuda.tiles import BlockScheme
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.ops import arguments
 from jax_marlin_moe.ops.implementation import check_implementation, serves
@@ -31,7 +31,7 @@ def fused_moe(
     activation: str = "silu",
     expert_map: Int32[Array, "experts"] | None = None,
     implementation: str | None = None,
-    cuda_tiles: tuple[Tile, Tile] | None = None,
+    cuda_scheme: BlockScheme | None = None,
 ) -> Float[Array, "tokens H"]:
     """A mixture-of-experts block over packed experts.
 
@@ -48,7 +48,7 @@ def fused_moe(
         activation: "silu": `gate * sigmoid(gate) * up`.
         expert_map: int32, global to local expert, -1 for experts that live elsewhere.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
-        cuda_tiles: tiles of the two products on CUDA; None lets the cost model choose.
+        cuda_scheme: how CUDA cuts the block; None takes the measured or predicted best.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
@@ -100,14 +100,14 @@ def fused_moe(
     )
     params = dict(gate_up_format=gate_up.format, down_format=down.format, activation=activation)
     if implementation == "xla":
-        return _reference(*operands, **params, implementation=None, cuda_tiles=None)[0]
-    return fused_moe_p.bind(*operands, **params, implementation=implementation, cuda_tiles=cuda_tiles)[0]
+        return _reference(*operands, **params, implementation=None, cuda_scheme=None)[0]
+    return fused_moe_p.bind(*operands, **params, implementation=implementation, cuda_scheme=cuda_scheme)[0]
 
 
 # x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
 
 
-def _shape_rule(x, *operands, gate_up_format, down_format, activation, implementation, cuda_tiles):
+def _shape_rule(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
     topk_ids, down_scales = operands[2 * WEIGHT_OPERANDS + 1], operands[WEIGHT_OPERANDS + 1]
     return [x.update(shape=(topk_ids.shape[0], down_scales.shape[-1]), dtype=x.dtype)]
 
@@ -118,7 +118,7 @@ def _matrices(operands, gate_up_format, down_format):
     return gate_up, down, operands[2 * WEIGHT_OPERANDS :]
 
 
-def _reference(x, *operands, gate_up_format, down_format, activation, implementation, cuda_tiles):
+def _reference(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
     gate_up, down, (topk_weights, topk_ids, expert_map) = _matrices(operands, gate_up_format, down_format)
     return [
         reference.fused_moe(
@@ -135,7 +135,7 @@ def _cpu(x, *operands, implementation, activation, **params):
     return jax.ffi.ffi_call(native.FUSED_MOE_CPU, [result])(x, *operands, activation=activation)
 
 
-def _cuda(x, *operands, gate_up_format, down_format, activation, implementation, cuda_tiles):
+def _cuda(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
     gate_up, down, (_, topk_ids, expert_map) = _matrices(operands, gate_up_format, down_format)
     tokens, top_k = topk_ids.shape
     if tokens == 0 or not serves("cuda", implementation):
@@ -146,7 +146,7 @@ def _cuda(x, *operands, gate_up_format, down_format, activation, implementation,
             down_format=down_format,
             activation=activation,
             implementation=None,
-            cuda_tiles=None,
+            cuda_scheme=None,
         )
     architecture = target_architecture()
     mapped = or_none(expert_map) is not None
@@ -160,7 +160,7 @@ def _cuda(x, *operands, gate_up_format, down_format, activation, implementation,
         mapped=mapped,
         activation=get_activation(activation),
         architecture=architecture,
-        tiles=cuda_tiles,
+        scheme=cuda_scheme,
     )
     result = jax.ShapeDtypeStruct((tokens, down.n), x.dtype)
     return call_program([x, *operands], [result, *plan.scratch], plan.kernels, INCLUDES, architecture)[:1]

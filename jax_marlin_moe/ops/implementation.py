@@ -13,7 +13,7 @@ IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 
 
 def check_implementation(implementation: str | None) -> None:
-    """Raises ValueError for an unknown name, RuntimeError for one that is not installed."""
+    """Raises ValueError for an unknown name, and for one that is not installed."""
     if implementation is None or implementation == "xla":
         return
     if implementation not in IMPLEMENTATIONS:

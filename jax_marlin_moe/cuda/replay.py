@@ -5,7 +5,6 @@ its own scratch, and takes the next layer's weights, so replays find a cold L2.
 """
 
 import ctypes
-import statistics
 from collections.abc import Sequence
 
 import jax
@@ -88,7 +87,7 @@ class ReplayedPlan:
         _checked(driver.cuLaunchKernelEx(config, self._functions[index], parameters, 0))
 
     def microseconds(self, kernels: Sequence[int] | None = None, samples: int = 15) -> list[float]:
-        """Sorted times of one repetition, averaged over a replay of all of them.
+        """Microseconds of one repetition, averaged over a replay of all of them; sorted.
 
         Args:
             kernels: which kernels to launch; None for the whole call. Those that read another's results must have
@@ -120,8 +119,3 @@ class ReplayedPlan:
     def result(self, repetition: int, index: int = 0) -> jax.Array:
         """A result buffer as the last replay left it."""
         return self._buffers[repetition][len(self._buffers[repetition]) - len(self.plan.scratch) - 1 + index]
-
-
-def median(times: Sequence[float]) -> float:
-    """The middle value."""
-    return statistics.median(times)

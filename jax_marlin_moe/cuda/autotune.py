@@ -1,0 +1,139 @@
+"""Measures schemes for a block on the card at hand and stores the fastest beside the kernel cache."""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.cuda import tuned
+from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
+from jax_marlin_moe.cuda.plan import INCLUDES, Plan, block_key, gemm_shape, plan_fused_moe
+from jax_marlin_moe.cuda.program import render
+from jax_marlin_moe.cuda.replay import ReplayedPlan
+from jax_marlin_moe.cuda.tiles import (
+    TOKEN_TILES,
+    BlockScheme,
+    candidates,
+    choose_token_tile,
+    predicted_microseconds,
+)
+from jax_marlin_moe.ops.operands import weight_operands
+from jax_marlin_moe.weights import MarlinWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A scheme and its device times in microseconds."""
+
+    scheme: BlockScheme
+    block_us: float
+    gate_up_us: float
+    down_us: float
+
+
+def autotune(
+    layers: Sequence[tuple[MarlinWeights, MarlinWeights]],
+    *,
+    tokens: int,
+    top_k: int,
+    dtype: jnp.dtype | type = jnp.bfloat16,
+    activation: str = "silu",
+    candidates_per_product: int = 24,
+    repetitions: int = 12,
+    table: pathlib.Path | None = None,
+) -> Measurement:
+    """Finds the fastest scheme for a block of `tokens` tokens under uniform routing, and remembers it.
+
+    Later calls of `fused_moe` with these shapes use it when they are lowered.
+
+    Args:
+        layers: (gate_up, down) pairs; several, so that together they exceed the L2 cache.
+        tokens: rows of x.
+        top_k: experts per token.
+        dtype: of x.
+        activation: between the products.
+        candidates_per_product: tiles measured for each product and block size, best predicted first.
+        repetitions: routings in one replay.
+        table: where to store the winner instead of the user's table.
+    """
+    architecture = target_architecture()
+    capability = compute_capability(architecture)
+    act = get_activation(activation)
+    gate_up, down = layers[0]
+    experts, slots = gate_up.num_experts, tokens * top_k
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((repetitions, tokens, experts)), axis=-1)[..., :top_k].astype(np.int32)
+    x = jax.random.normal(jax.random.key(0), (tokens, gate_up.k), dtype)
+    router = jnp.full((tokens, top_k), 1 / top_k, jnp.float32)
+    absent = jnp.zeros((0,), jnp.int32)
+    operands = [
+        [x, *weight_operands(first), *weight_operands(second), router, jnp.asarray(ids[i]), absent]
+        for i in range(repetitions)
+        for first, second in [layers[i % len(layers)]]
+    ]
+    hit = float(np.mean([len(np.unique(chosen)) for chosen in ids]))
+
+    def plan(scheme: BlockScheme) -> Plan:
+        return plan_fused_moe(
+            x,
+            gate_up,
+            down,
+            tokens=tokens,
+            top_k=top_k,
+            routed_experts=experts,
+            mapped=False,
+            activation=act,
+            architecture=architecture,
+            scheme=scheme,
+        )
+
+    def compiles(scheme: BlockScheme) -> bool:
+        try:
+            compile_cubin(render(plan(scheme).kernels, INCLUDES), architecture)
+        except CompilationError:  # the register budget of one candidate is no reason to stop
+            return False
+        return True
+
+    def measure(scheme: BlockScheme, samples: int = 5) -> Measurement:
+        planned = plan(scheme)
+        replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.n), x.dtype)])
+        first = len(planned.kernels) - 3  # [align,] gate_up, down, combine
+        times = [statistics.median(replayed.microseconds(k, samples)) for k in (None, [first], [first + 1])]
+        replayed.close()
+        return Measurement(scheme, *times)
+
+    finalists = []
+    for direct, block in _block_sizes(slots, experts):
+        blocks = slots if direct else max(hit, slots / block)
+        ranked = []
+        for shape in (gemm_shape(gate_up, act.gated), gemm_shape(down, gated=False)):
+            tiles = candidates(shape, block, capability)
+            tiles.sort(key=lambda tile, shape=shape: predicted_microseconds(shape, tile, blocks))
+            ranked.append(tiles[:candidates_per_product])
+        count = max(map(len, ranked))
+        schemes = [BlockScheme(direct, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]
+        with ThreadPoolExecutor() as pool:
+            usable = [scheme for scheme, good in zip(schemes, pool.map(compiles, schemes), strict=True) if good]
+        measured = [measure(scheme) for scheme in usable]
+        best_first = min(measured, key=lambda m: m.gate_up_us).scheme.gate_up
+        best_second = min(measured, key=lambda m: m.down_us).scheme.down
+        finalists.append(measure(BlockScheme(direct, best_first, best_second), samples=9))
+        finalists.append(measure(min(measured, key=lambda m: m.block_us).scheme, samples=9))
+    winner = min(finalists, key=lambda m: m.block_us)
+    tuned.record(block_key(gate_up, down, top_k), tokens, architecture, winner.scheme, table)
+    return winner
+
+
+def _block_sizes(slots: int, experts: int) -> list[tuple[bool, int]]:
+    """(direct, rows of a block) worth measuring."""
+    likely = TOKEN_TILES.index(choose_token_tile(slots, experts))
+    sizes = [(False, TOKEN_TILES[i]) for i in (likely - 1, likely) if i >= 0]
+    if slots <= TOKEN_TILES[-1]:
+        sizes.append((True, TOKEN_TILES[0]))
+    return [(True, TOKEN_TILES[0])] if slots <= TOKEN_TILES[0] else sizes

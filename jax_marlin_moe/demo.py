@@ -1,0 +1,209 @@
+"""Runs a small real checkpoint and a layer of a real size, and says how right and how fast they are.
+
+Errors are held against float32 products with the dequantised weights. The time's limit is the packed bytes of the
+experts that the tokens hit, read once, at the bandwidth that a sum over a large array reaches on the same device.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.argument_shapes import MODELS, ModelShape
+from jax_marlin_moe.checkpoint import load_moe_layer
+from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.formats import get_format
+
+CHECKPOINT = pathlib.Path(__file__).parent / "demo_checkpoint"
+
+_LARGE_MODEL = "qwen3-30b-a3b"
+_LARGE_TOKENS = (1, 16)
+# Blocks in a timed chain, each with a routing of its own, so that caches do not hold the experts; on a GPU enough of
+# them to hide the call from Python.
+_LINKS = {"cpu": 8, "gpu": 32}
+_ERROR_LIMIT = {"float16": 5e-3, "bfloat16": 1e-2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=sorted(_ERROR_LIMIT), help="type of the tokens"
+    )
+    parser.add_argument("--small", action="store_true", help="only the checkpoint that the package ships")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """One block: `ids` and `weights` have a row of routings per link of the chain."""
+
+    name: str
+    x: Float[Array, "tokens H"]
+    gate_up: jmm.MarlinWeights
+    down: jmm.MarlinWeights
+    weights: Float[Array, "links tokens top_k"]
+    ids: Int32[np.ndarray, "links tokens top_k"]
+
+    def bytes_per_block(self) -> float:
+        """Packed bytes of the distinct experts of a routing, averaged over the links."""
+        per_expert = (self.gate_up.nbytes + self.down.nbytes) / self.gate_up.num_experts
+        return per_expert * float(np.mean([len(np.unique(ids)) for ids in self.ids]))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the table; returns 1 if any result is wrong."""
+    dtype = jnp.dtype(options.dtype)
+    device = jax.devices()[0]
+    names = _implementations(device.platform)
+    print(
+        f"jax_marlin_moe {jmm.__version__}, JAX {jax.__version__}, {device.device_kind} ({device.platform})"
+    )
+    bandwidth = None if options.small else _read_bandwidth(device.platform)
+    if bandwidth is not None:
+        print(f"reads {bandwidth / 1e9:.1f} GB/s (sum over a large array, measured now)")
+    print()
+    print(f"{'layer':30s} {'tokens':>6s}  {'runs on':8s} {'error':>8s} {'time':>11s} {'of limit':>8s}")
+
+    wrong = False
+    for case in _cases(dtype, options.small, _LINKS.get(device.platform, 1)):
+        expected = _float32_block(case)
+        for name in names:
+            error, seconds = _measure(case, name, expected)
+            wrong |= not error <= _ERROR_LIMIT[options.dtype]
+            # The shipped layer is so small that caches hold it: a share of the memory's bandwidth would say nothing.
+            share = "-"
+            if bandwidth is not None and len(case.ids) > 1:
+                share = f"{case.bytes_per_block() / seconds / bandwidth:.0%}"
+            time_text = f"{seconds * 1e6:.0f} us" if seconds < 1e-2 else f"{seconds * 1e3:.0f} ms"
+            print(
+                f"{case.name:30s} {case.x.shape[0]:6d}  {name:8s} {error:8.1e} {time_text:>11s} {share:>8s}",
+                flush=True,
+            )
+    print()
+    print("runs on: xla is the reference in plain JAX; the first of each group is what a call uses by itself")
+    print(
+        "error: relative L2 against float32 on the dequantised weights; of limit: hit experts' bytes / time / read"
+    )
+    if wrong:
+        print(f"WRONG: an error exceeds {_ERROR_LIMIT[options.dtype]}")
+    return int(wrong)
+
+
+def _implementations(platform: str) -> list[str]:
+    """The native implementation of the platform, where it can serve, and the reference."""
+    native = {"gpu": "cuda", "cpu": "cpu"}.get(platform)
+    if native is None:
+        print(f"no kernels for platform {platform}: the reference runs alone")
+        return ["xla"]
+    reason = jmm.native.unavailable_reason() or (compiler.unavailable_reason() if native == "cuda" else None)
+    if reason:
+        print(f"{native} cannot serve: {reason}")
+        return ["xla"]
+    return [native, "xla"]
+
+
+def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:
+    layer = load_moe_layer(CHECKPOINT, layer=0)
+    for tokens in (1, 16):
+        x = jax.random.normal(jax.random.key(tokens), (tokens, layer.gate_up.k), dtype)
+        logits = jnp.matmul(x.astype(jnp.float32), layer.router.astype(jnp.float32))
+        weights, ids = jmm.route(
+            logits, top_k=layer.top_k, renormalize=layer.renormalize, scoring=layer.scoring
+        )
+        name = f"AWQ checkpoint, E={layer.gate_up.num_experts} H={layer.gate_up.k}"
+        yield _Case(name, x, layer.gate_up, layer.down, weights[None], np.asarray(ids)[None])
+    if small:
+        return
+    shape = MODELS[_LARGE_MODEL]
+    first, second = jax.random.split(jax.random.key(0))
+    gate_up = _random_experts(first, shape, shape.hidden, 2 * shape.intermediate, dtype)
+    down = _random_experts(second, shape, shape.intermediate, shape.hidden, dtype)
+    for tokens in _LARGE_TOKENS:
+        rng = np.random.default_rng(tokens)
+        noise = rng.random((links, tokens, shape.num_experts))
+        ids = np.argsort(noise, axis=-1)[..., : shape.top_k].astype(np.int32)
+        weights = jnp.full(ids.shape, 1 / shape.top_k, jnp.float32)
+        x = jax.random.normal(jax.random.key(tokens), (tokens, shape.hidden), dtype)
+        yield _Case(f"{shape.name}, random weights", x, gate_up, down, weights, ids)
+
+
+def _random_experts(key: Array, shape: ModelShape, k: int, n: int, dtype: jnp.dtype) -> jmm.MarlinWeights:
+    """Random int4 codes, with scales that keep the variance of the rows that pass through."""
+    row = get_format("int4")
+
+    def one_expert(key: Array) -> tuple[Array, Array]:
+        words = jax.random.bits(key, (k // 16, n * 16 // row.codes_per_word), jnp.uint32)
+        factor = jax.random.uniform(key, (k // shape.group_size, n), jnp.float32, 0.5, 1.5)
+        return jax.lax.bitcast_convert_type(words, jnp.int32), (factor / 4.6 / k**0.5).astype(dtype)
+
+    packed, scales = jax.jit(lambda keys: jax.lax.map(one_expert, keys))(
+        jax.random.split(key, shape.num_experts)
+    )
+    return jmm.MarlinWeights(packed, scales, None, None, None, row)
+
+
+def _float32_block(case: _Case) -> np.ndarray:
+    """The first link's block in float32 numpy, expert by expert; nothing is rounded."""
+
+    @jax.jit
+    def dense(weights: jmm.MarlinWeights, e: Array) -> Array:
+        one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, e, 1), weights)
+        return jmm.dense_weights(one)[0]
+
+    x = np.asarray(case.x, np.float32)
+    ids, weights = case.ids[0], np.asarray(case.weights[0])
+    out = np.zeros_like(x)
+    for e in np.unique(ids):
+        token, slot = np.nonzero(ids == e)
+        gate, up = np.split(x[token] @ np.asarray(dense(case.gate_up, e)), 2, axis=1)
+        y = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(dense(case.down, e))
+        np.add.at(out, token, y * weights[token, slot][:, None])
+    return out
+
+
+def _measure(case: _Case, implementation: str, expected: np.ndarray) -> tuple[float, float]:
+    """Relative L2 error of the first link, and seconds a block."""
+    ids = jnp.asarray(case.ids)
+    # The reference dequantises whole experts: one block of it is enough.
+    links = 1 if implementation == "xla" else len(ids)
+
+    @jax.jit
+    def chain(
+        x: Array, gate_up: jmm.MarlinWeights, down: jmm.MarlinWeights, weights: Array, ids: Array
+    ) -> Array:
+        for i in range(len(ids)):
+            x = jmm.fused_moe(x, gate_up, down, weights[i], ids[i], implementation=implementation)
+        return x
+
+    def block(count: int) -> Callable[[], Array]:
+        routing = case.weights[:count], ids[:count]
+        return lambda: chain(case.x, case.gate_up, case.down, *routing)
+
+    actual = np.asarray(block(1)(), np.float32)
+    error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    return error, statistics.median(_wall_seconds(block(links))) / links
+
+
+def _wall_seconds(call: Callable[[], Array]) -> list[float]:
+    """Wall times of a call after a warm-up: as many as fit a second, 1 to 100."""
+    jax.block_until_ready(call())
+    times: list[float] = []
+    while not times or (sum(times) < 1.0 and len(times) < 100):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _read_bandwidth(platform: str) -> float:
+    """Bytes per second of a sum over an array that no cache holds."""
+    data = jnp.ones((1 << 29 if platform == "gpu" else 1 << 26,), jnp.int32)
+    total = jax.jit(jnp.sum)
+    return data.nbytes / min(_wall_seconds(lambda: total(data)))

@@ -1,0 +1,120 @@
+"""Says what the package finds on this machine, and what to install for what is missing."""
+
+import argparse
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import jaxlib
+
+import jax_marlin_moe
+from jax_marlin_moe import native
+from jax_marlin_moe.cuda import cache, compiler
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares no options."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the findings; returns 1 if not even JAX has a device to run on."""
+    for name, finding in _findings():
+        print(f"{name:15s} {finding}")
+    try:
+        jax.devices()
+    except RuntimeError:
+        print("nothing works: JAX finds no device; reinstall jax, and see what JAX_PLATFORMS says")
+        return 1
+    return 0
+
+
+def _findings() -> Iterator[tuple[str, str]]:
+    yield "jax_marlin_moe", jax_marlin_moe.__version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "jax, jaxlib", f"{jax.__version__}, {jaxlib.__version__}"
+    yield from _devices()
+    yield "native module", _native()
+    yield "NVRTC", _nvrtc()
+    yield "architecture", _architecture()
+    yield "kernel cache", _cache()
+    for name in ("cpu", "cuda"):
+        yield f"runs on {name}", _verdict(name)
+    yield "runs on others", "the reference in plain JAX: right, but slow"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    try:
+        devices = jax.local_devices()
+    except RuntimeError as error:
+        yield "device", f"none: {str(error).splitlines()[0]}"
+        return
+    for device in devices:
+        capability = getattr(device, "compute_capability", None)
+        suffix = f", compute capability {capability}" if capability else ""
+        yield f"device {device.id}", f"{device.device_kind} ({device.platform}){suffix}"
+
+
+def _native() -> str:
+    reason = native.unavailable_reason()
+    if reason:
+        return f"cannot be used: {reason}"
+    built, runtime = native._native.ffi_api_version(), native.runtime_ffi_version()
+    return f"built for XLA FFI {_dotted(built)}; jaxlib speaks {_dotted(runtime)}"
+
+
+def _nvrtc() -> str:
+    reason = compiler.unavailable_reason()
+    return f"missing: {reason}" if reason else _dotted(compiler.version())
+
+
+def _architecture() -> str:
+    try:
+        target = compiler.target_architecture()
+    except ValueError as error:
+        return f"none: {error}"
+    origin = (
+        compiler.ARCHITECTURE_VARIABLE
+        if os.environ.get(compiler.ARCHITECTURE_VARIABLE)
+        else "first CUDA device"
+    )
+    return f"{target} (from {origin})"
+
+
+def _cache() -> str:
+    folder = cache.directory()
+    if folder is None:
+        return f"off ({cache.ENVIRONMENT_VARIABLE} is empty)"
+    kernels = len(list(folder.glob("*.cubin")))
+    if _writable(folder):
+        return f"{folder}: {kernels} kernels, writable"
+    return f"{folder}: {kernels} kernels, NOT writable; set {cache.ENVIRONMENT_VARIABLE} to a folder that is"
+
+
+def _writable(folder: pathlib.Path) -> bool:
+    """Whether files can be made in the folder, or in the first parent that exists; leaves nothing behind."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _verdict(name: str) -> str:
+    reason = native.unavailable_reason() or (compiler.unavailable_reason() if name == "cuda" else None)
+    if reason:
+        return f"no: {reason}"
+    try:
+        jax.devices(name)
+    except RuntimeError:
+        hint = "; with an NVIDIA card, install jax_marlin_moe[cuda13] (or [cuda12])" if name == "cuda" else ""
+        return f"no device, but programs can be lowered for it{hint}"
+    return "yes"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

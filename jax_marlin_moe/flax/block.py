@@ -1,0 +1,89 @@
+"""What the layers of both Flax APIs share: routed experts as a function, and random experts. No Flax in here."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.ops.arguments import check_shape, check_top_k, check_weights
+from jax_marlin_moe.ops.fused_moe import fused_moe
+from jax_marlin_moe.quantize import quantize
+from jax_marlin_moe.routing import route
+from jax_marlin_moe.weights import MarlinWeights
+
+
+def apply_block(
+    x: Float[Array, "*batch H"],
+    router: Float[Array, "H E"],
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    *,
+    top_k: int,
+    renormalize: bool,
+    activation: str,
+    implementation: str | None,
+) -> Float[Array, "*batch H"]:
+    """Routes every row of x and runs its experts; leading dimensions are flattened and restored.
+
+    Logits are products of x and the router accumulated in float32.
+    """
+    if x.ndim < 1 or x.shape[-1] != gate_up.k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be H = {gate_up.k}")
+    rows = x.reshape(-1, x.shape[-1])
+    common = jnp.promote_types(x.dtype, router.dtype)
+    logits = jnp.matmul(
+        rows.astype(common),
+        router.astype(common),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    weights, ids = route(logits, top_k=top_k, renormalize=renormalize)
+    y = fused_moe(rows, gate_up, down, weights, ids, activation=activation, implementation=implementation)
+    return y.reshape(x.shape)
+
+
+def check_block(
+    gate_up: MarlinWeights, down: MarlinWeights, router: Float[Array, "H E"], top_k: int, activation: str
+) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless the parts make up one block."""
+    check_weights("gate_up", gate_up)
+    check_weights("down", down)
+    halves = 2 if get_activation(activation).gated else 1
+    if (down.num_experts, halves * down.k, down.n) != (gate_up.num_experts, gate_up.n, gate_up.k):
+        raise ValueError(
+            f"down has (E, K, N) = {(down.num_experts, down.k, down.n)}; with gate_up and activation {activation!r} "
+            f"it must be {(gate_up.num_experts, gate_up.n // halves, gate_up.k)}"
+        )
+    if not hasattr(router, "dtype") or not jnp.issubdtype(router.dtype, jnp.floating):
+        raise TypeError(
+            f"router has dtype {getattr(router, 'dtype', type(router))}; it must be floating point"
+        )
+    check_shape("router", router, (gate_up.k, gate_up.num_experts), "(H, E)")
+    check_top_k(top_k, gate_up.num_experts)
+
+
+def random_experts(
+    key: Array,
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    activation: str,
+    weight_format: str,
+    group_size: int | None,
+    dtype: jnp.dtype | type,
+) -> tuple[MarlinWeights, MarlinWeights]:
+    """`gate_up` and `down` of normal random weights with variance 1 / K, quantised expert by expert."""
+    halves = 2 if get_activation(activation).gated else 1
+
+    def stack(key: Array, k: int, n: int) -> MarlinWeights:
+        def one(expert_key: Array) -> MarlinWeights:
+            dense = jax.random.normal(expert_key, (1, k, n), jnp.float32) * k**-0.5
+            return quantize(dense, weight_format, group_size=group_size, scale_dtype=dtype)
+
+        # One dense matrix at a time: the float32 weights of a large layer need not fit in memory.
+        stacked = jax.lax.map(one, jax.random.split(key, num_experts))
+        return jax.tree.map(lambda leaf: leaf[:, 0], stacked)
+
+    first, second = jax.random.split(key)
+    return stack(first, hidden, halves * intermediate), stack(second, intermediate, hidden)

@@ -1,0 +1,147 @@
+"""`MarlinMoE` for Flax Linen."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_marlin_moe.flax.block import apply_block, check_block, random_experts
+from jax_marlin_moe.weights import MarlinWeights
+
+QUANTIZED_COLLECTION = "quantized"
+
+
+class MarlinMoE(nn.Module):
+    """A router and the quantised experts behind it.
+
+    The router's kernel is the parameter `params/router`; the experts are `quantized/gate_up` and `quantized/down`,
+    each a `MarlinWeights`, in a collection that optimisers over `params` do not see. For inference: the block of
+    experts has no differentiation rule, so `jax.grad` through the layer raises.
+
+    Attributes:
+        num_experts: E.
+        hidden: H, a multiple of 64.
+        intermediate: I, a multiple of 64.
+        top_k: experts per token.
+        weight_format: "int4" or "int4_zp"; used by `init` alone, as are the next three.
+        group_size: rows that share a scale: 16, 32, 64 or 128 dividing H and I; None for one group.
+        dtype: of the scales, float16 or bfloat16.
+        router_dtype: of the router's kernel, any float.
+        renormalize: whether the chosen router weights are divided by their sum.
+        activation: a name of `jax_marlin_moe.activations`.
+        implementation: None (the best that works), "cuda", "cpu" or "xla".
+    """
+
+    num_experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    weight_format: str = "int4"
+    group_size: int | None = 128
+    dtype: Any = jnp.bfloat16
+    router_dtype: Any = jnp.float32
+    renormalize: bool = True
+    activation: str = "silu"
+    implementation: str | None = None
+
+    @classmethod
+    def from_weights(
+        cls,
+        gate_up: MarlinWeights,
+        down: MarlinWeights,
+        router: Float[Array, "H E"],
+        *,
+        top_k: int,
+        renormalize: bool = True,
+        activation: str = "silu",
+        implementation: str | None = None,
+    ) -> tuple["MarlinMoE", dict[str, dict[str, Any]]]:
+        """A module and its variables from packed experts.
+
+        Args:
+            gate_up: E experts (H, 2 I), columns [gate | up].
+            down: E experts (I, H).
+            router: float kernel, input dimension first.
+            top_k: experts per token.
+            renormalize: as the attribute.
+            activation: as the attribute.
+            implementation: as the attribute.
+
+        Returns:
+            The module, and `{"params": ..., "quantized": ...}` for its `apply`.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: shapes disagree, or a name or top_k is out of range.
+        """
+        check_block(gate_up, down, router, top_k, activation)
+        module = cls(
+            num_experts=gate_up.num_experts,
+            hidden=gate_up.k,
+            intermediate=down.k,
+            top_k=top_k,
+            weight_format=gate_up.format.name,
+            group_size=None if gate_up.num_groups == 1 else gate_up.group_size,
+            dtype=gate_up.scales.dtype,
+            router_dtype=router.dtype,
+            renormalize=renormalize,
+            activation=activation,
+            implementation=implementation,
+        )
+        experts = {"gate_up": gate_up, "down": down}
+        return module, {"params": {"router": router}, QUANTIZED_COLLECTION: experts}
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Routes each row of x to its experts and sums their results.
+
+        Args:
+            x: float16 or bfloat16, any leading dimensions.
+
+        Returns:
+            An array with the shape and dtype of x.
+
+        Raises:
+            TypeError: x has another dtype.
+            ValueError: the last dimension is not H, or the implementation cannot serve.
+        """
+        router = self.param(
+            "router", nn.initializers.lecun_normal(), (self.hidden, self.num_experts), self.router_dtype
+        )
+        if self.has_variable(QUANTIZED_COLLECTION, "gate_up"):
+            gate_up = self.get_variable(QUANTIZED_COLLECTION, "gate_up")
+            down = self.get_variable(QUANTIZED_COLLECTION, "down")
+        else:
+            gate_up, down = self._random_experts()
+        return apply_block(
+            x,
+            router,
+            gate_up,
+            down,
+            top_k=self.top_k,
+            renormalize=self.renormalize,
+            activation=self.activation,
+            implementation=self.implementation,
+        )
+
+    def _random_experts(self) -> tuple[MarlinWeights, MarlinWeights]:
+        if not self.is_initializing():
+            raise ValueError(
+                f"the variables hold no collection {QUANTIZED_COLLECTION!r} for this layer; pass all that `init` or "
+                "`from_weights` returned, not `params` alone"
+            )
+        experts = random_experts(
+            jax.random.fold_in(self.make_rng("params"), 1),
+            self.num_experts,
+            self.hidden,
+            self.intermediate,
+            activation=self.activation,
+            weight_format=self.weight_format,
+            group_size=self.group_size,
+            dtype=self.dtype,
+        )
+        for name, value in zip(("gate_up", "down"), experts, strict=True):
+            self.put_variable(QUANTIZED_COLLECTION, name, value)
+        return experts

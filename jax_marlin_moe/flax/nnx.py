@@ -1,0 +1,131 @@
+"""`MarlinMoE` for Flax NNX."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jax_marlin_moe.flax.block import apply_block, check_block, random_experts
+from jax_marlin_moe.weights import MarlinWeights
+
+
+class QuantizedParam(nnx.Variable[MarlinWeights]):
+    """Packed weights: a variable whose value is a `MarlinWeights`.
+
+    Not an `nnx.Param`: optimisers and gradients with `wrt=nnx.Param` do not see it. `nnx.split(layer, nnx.Param,
+    QuantizedParam)` tells the two apart.
+    """
+
+
+class MarlinMoE(nnx.Module):
+    """A router and the quantised experts behind it.
+
+    `router` is an `nnx.Param`, `gate_up` and `down` are `QuantizedParam`. For inference: the block of experts has no
+    differentiation rule, so `nnx.grad` through the layer raises.
+
+    Args:
+        gate_up: E experts (H, 2 I), columns [gate | up].
+        down: E experts (I, H).
+        router: float kernel, input dimension first.
+        top_k: experts per token.
+        renormalize: whether the chosen router weights are divided by their sum.
+        activation: a name of `jax_marlin_moe.activations`.
+        implementation: None (the best that works), "cuda", "cpu" or "xla".
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes disagree, or a name or top_k is out of range.
+    """
+
+    def __init__(
+        self,
+        gate_up: MarlinWeights,
+        down: MarlinWeights,
+        router: Float[Array, "H E"],
+        *,
+        top_k: int,
+        renormalize: bool = True,
+        activation: str = "silu",
+        implementation: str | None = None,
+    ) -> None:
+        check_block(gate_up, down, router, top_k, activation)
+        self.router = nnx.Param(router)
+        self.gate_up = QuantizedParam(gate_up)
+        self.down = QuantizedParam(down)
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.activation = activation
+        self.implementation = implementation
+
+    @classmethod
+    def random(
+        cls,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        *,
+        top_k: int,
+        rngs: nnx.Rngs,
+        weight_format: str = "int4",
+        group_size: int | None = 128,
+        dtype: jnp.dtype | type = jnp.bfloat16,
+        router_dtype: jnp.dtype | type = jnp.float32,
+        activation: str = "silu",
+        **options: Any,
+    ) -> "MarlinMoE":
+        """A layer with random weights of variance 1 / fan-in, quantised.
+
+        Args:
+            num_experts: E.
+            hidden: H, a multiple of 64.
+            intermediate: I, a multiple of 64.
+            top_k: experts per token.
+            rngs: its `params` stream is used.
+            weight_format: "int4" or "int4_zp".
+            group_size: rows that share a scale: 16, 32, 64 or 128 dividing H and I; None for one group.
+            dtype: of the scales, float16 or bfloat16.
+            router_dtype: of the router's kernel, any float.
+            activation: as in the constructor.
+            **options: `renormalize` and `implementation`, as in the constructor.
+
+        Raises:
+            ValueError: a size does not fit the group size or the tiles of the packing.
+        """
+        gate_up, down = random_experts(
+            rngs.params(),
+            num_experts,
+            hidden,
+            intermediate,
+            activation=activation,
+            weight_format=weight_format,
+            group_size=group_size,
+            dtype=dtype,
+        )
+        router = jax.random.normal(rngs.params(), (hidden, num_experts), router_dtype) * hidden**-0.5
+        return cls(gate_up, down, router, top_k=top_k, activation=activation, **options)
+
+    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Routes each row of x to its experts and sums their results.
+
+        Args:
+            x: float16 or bfloat16, any leading dimensions.
+
+        Returns:
+            An array with the shape and dtype of x.
+
+        Raises:
+            TypeError: x has another dtype.
+            ValueError: the last dimension is not H, or the implementation cannot serve.
+        """
+        return apply_block(
+            x,
+            self.router.get_value(),
+            self.gate_up.get_value(),
+            self.down.get_value(),
+            top_k=self.top_k,
+            renormalize=self.renormalize,
+            activation=self.activation,
+            implementation=self.implementation,
+        )

@@ -1,0 +1,121 @@
+"""Compiles the kernels of named layers for an architecture and fills the kernel cache; needs no GPU."""
+
+import argparse
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe import native
+from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, ModelShape
+from jax_marlin_moe.cuda import cache, compiler
+from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("--arch", nargs="+", required=True, help="architectures, such as sm_80 sm_90a")
+    parser.add_argument("--models", nargs="+", default=sorted(MODELS), choices=sorted(MODELS), metavar="MODEL",
+                        help=f"from {', '.join(sorted(MODELS))} (default: all)")  # fmt: skip
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(DECODE_TOKENS), help="rows of x")
+    parser.add_argument("--format", default="int4", choices=sorted(FORMATS), help="weight format")
+    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="type of x and scales"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Lowers every combination; returns 1 if one fails or the cache cannot keep the kernels."""
+    reason = native.unavailable_reason() or compiler.unavailable_reason()
+    if reason:
+        print(f"cannot compile: {reason}")
+        return 1
+    folder = cache.directory()
+    if folder is None:
+        print(f"the kernel cache is off: set {cache.ENVIRONMENT_VARIABLE} to a folder")
+        return 1
+    dtype, row = jnp.dtype(options.dtype), get_format(options.format)
+    before, failures = _count(folder), 0
+    for architecture in options.arch:
+        for model in options.models:
+            shape = MODELS[model]
+            for tokens in options.tokens:
+                start = time.perf_counter()
+                try:
+                    lower(shape, tokens, architecture, row, options.group_size or shape.group_size, dtype)
+                    outcome = f"{time.perf_counter() - start:.1f} s"
+                except (ValueError, compiler.CompilationError) as error:
+                    failures += 1
+                    outcome = f"FAILED: {error}"
+                print(f"{architecture:8s} {model:18s} {tokens:6d} tokens  {outcome}", flush=True)
+    kept = _count(folder)
+    print(f"{folder}: {kept} programs, {kept - before} of them new")
+    if not kept:
+        print(f"the folder cannot be written; set {cache.ENVIRONMENT_VARIABLE} to one that can")
+    return int(failures > 0 or not kept)
+
+
+def lower(
+    shape: ModelShape, tokens: int, architecture: str, row: WeightFormat, group_size: int, dtype: jnp.dtype
+) -> None:
+    """Lowers one expert block for CUDA, which compiles its kernels.
+
+    Args:
+        shape: sizes of the layer.
+        tokens: rows of x.
+        architecture: such as "sm_90a".
+        row: the weight format.
+        group_size: rows of K that share a scale.
+        dtype: of x and of the scales.
+
+    Raises:
+        ValueError: the architecture or the shapes are not supported.
+        CompilationError: the compiler refused a kernel.
+    """
+    gate_up = _weights(shape.num_experts, shape.hidden, 2 * shape.intermediate, row, group_size, dtype)
+    down = _weights(shape.num_experts, shape.intermediate, shape.hidden, row, group_size, dtype)
+    x = jax.ShapeDtypeStruct((tokens, shape.hidden), dtype)
+    weights = jax.ShapeDtypeStruct((tokens, shape.top_k), jnp.float32)
+    ids = jax.ShapeDtypeStruct((tokens, shape.top_k), jnp.int32)
+
+    def block(*arguments: object) -> jax.Array:
+        return jmm.fused_moe(*arguments, implementation="cuda")  # type: ignore[arg-type]
+
+    previous = os.environ.get(compiler.ARCHITECTURE_VARIABLE)
+    os.environ[compiler.ARCHITECTURE_VARIABLE] = architecture
+    try:
+        jax.jit(block).trace(x, gate_up, down, weights, ids).lower(lowering_platforms=("cuda",))
+    finally:
+        if previous is None:
+            del os.environ[compiler.ARCHITECTURE_VARIABLE]
+        else:
+            os.environ[compiler.ARCHITECTURE_VARIABLE] = previous
+
+
+def _weights(
+    experts: int, k: int, n: int, row: WeightFormat, group_size: int, dtype: jnp.dtype
+) -> jmm.MarlinWeights:
+    """Shapes and dtypes of packed experts, without data."""
+
+    def words(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    if k % group_size:
+        raise ValueError(f"group_size is {group_size}; it must divide K = {k}")
+    groups = k // group_size
+    return jmm.MarlinWeights(
+        packed=words(experts, k // 16, n * 16 // row.codes_per_word),  # type: ignore[arg-type]
+        scales=jax.ShapeDtypeStruct((experts, groups, n), dtype),  # type: ignore[arg-type]
+        zeros=words(experts, groups, n // row.codes_per_word) if row.has_zero_points else None,  # type: ignore[arg-type]
+        bias=None,
+        input_order=None,
+        format=row,
+    )
+
+
+def _count(folder: pathlib.Path) -> int:
+    return len(list(folder.glob("*.cubin")))

@@ -1,0 +1,192 @@
+"""`MarlinWeights` as a value: slices, joins, stacks and pytree behaviour."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import random_experts
+
+import jax_marlin_moe as jmm
+
+GROUPS = pytest.mark.parametrize("group_size", [32, None])
+
+
+def assert_same_weights(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def experts_with_everything(group_size=32, seed=0, **changes):
+    fields = {"zeros": True, "bias": True} | changes
+    return random_experts(np.random.default_rng(seed), 3, 64, 192, group_size=group_size, **fields)
+
+
+def test_extents_follow_from_the_leaves():
+    weights = experts_with_everything().packed()
+    assert (weights.num_experts, weights.k, weights.n) == (3, 64, 192)
+    assert (weights.num_groups, weights.group_size) == (2, 32)
+    assert weights.nbytes == 3 * (64 * 192 // 2 + 2 * 192 * 2 + 2 * 192 // 2 + 192 * 4)
+
+
+def test_a_single_group_is_as_long_as_k():
+    assert experts_with_everything(None).packed().group_size == 64
+
+
+@GROUPS
+def test_columns_are_those_of_the_matrix(group_size):
+    experts = experts_with_everything(group_size)
+    expected = dataclasses.replace(
+        experts,
+        codes=experts.codes[..., 64:192],
+        scales=experts.scales[..., 64:192],
+        zeros=experts.zeros[..., 64:192],
+        bias=experts.bias[..., 64:192],
+    )
+    assert_same_weights(experts.packed().columns(64, 192), expected.packed())
+
+
+def test_rows_are_those_of_the_matrix_without_bias():
+    experts = experts_with_everything()
+    expected = dataclasses.replace(
+        experts, codes=experts.codes[:, 32:], scales=experts.scales[:, 1:], zeros=experts.zeros[:, 1:], bias=None
+    )
+    assert_same_weights(experts.packed().rows(32, 64), expected.packed())
+
+
+def test_rows_of_a_single_group_may_be_cut_at_any_tile():
+    experts = experts_with_everything(None)
+    expected = dataclasses.replace(experts, codes=experts.codes[:, 16:32], bias=None)
+    assert_same_weights(experts.packed().rows(16, 32), expected.packed())
+
+
+def test_products_of_row_shards_add_up():
+    weights = experts_with_everything(bias=False).packed()
+    x = np.random.default_rng(1).normal(size=(5, 64)).astype(np.float32)
+    whole = x @ np.asarray(jmm.dequantize(weights))
+    first, second = (np.asarray(jmm.dequantize(weights.rows(*part))) for part in ((0, 32), (32, 64)))
+    np.testing.assert_allclose(x[:, :32] @ first + x[:, 32:] @ second, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_expert_is_a_stack_of_one():
+    experts = experts_with_everything(reordered=True)
+    expected = jax.tree.map(lambda leaf: leaf[1:2], experts.packed())
+    assert_same_weights(experts.packed().expert(1), expected)
+    assert experts.packed().expert(1).num_experts == 1
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_an_expert_that_is_not_there_is_refused(index):
+    with pytest.raises(IndexError, match=rf"index is {index}.*\[0, 3\)"):
+        experts_with_everything().packed().expert(index)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 32), (32, 96), (128, 256), (64, 64), (-64, 64)])
+def test_column_ranges_off_the_tile_are_refused(start, stop):
+    with pytest.raises(ValueError, match="columns .* multiples of 64"):
+        experts_with_everything().packed().columns(start, stop)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 16), (16, 48), (0, 96)])
+def test_row_ranges_off_the_groups_are_refused(start, stop):
+    with pytest.raises(ValueError, match="rows .* multiples of 32"):
+        experts_with_everything().packed().rows(start, stop)
+
+
+def test_rows_of_reordered_weights_are_refused():
+    """Their row order names columns of the whole x."""
+    with pytest.raises(ValueError, match="input_order"):
+        experts_with_everything(reordered=True).packed().rows(0, 32)
+
+
+def test_columns_keep_the_row_order():
+    weights = experts_with_everything(reordered=True).packed()
+    np.testing.assert_array_equal(weights.columns(0, 64).input_order, weights.input_order)
+
+
+def test_concatenated_columns_are_those_of_the_joined_matrix():
+    gate, up = experts_with_everything(seed=1), experts_with_everything(seed=2)
+    expected = dataclasses.replace(
+        gate,
+        **{
+            name: np.concatenate([getattr(gate, name), getattr(up, name)], axis=-1)
+            for name in ("codes", "scales", "zeros", "bias")
+        },
+    )
+    joined = jmm.concatenate_columns([gate.packed(), up.packed()])
+    assert_same_weights(joined, expected.packed())
+    assert_same_weights(joined.columns(192, 384), up.packed())
+
+
+def test_equal_row_orders_are_kept():
+    gate = experts_with_everything(reordered=True)
+    up = dataclasses.replace(experts_with_everything(seed=3), input_order=gate.input_order.copy())
+    joined = jmm.concatenate_columns([gate.packed(), up.packed()])
+    np.testing.assert_array_equal(joined.input_order, gate.input_order)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zeros": False}, r"parts\[1\]\.format"),
+        ({"group_size": None}, r"parts\[1\]\.num_groups is 1"),
+        ({"bias": False}, r"parts\[1\]\.bias"),
+        ({"reordered": True}, r"parts\[1\]\.input_order must be given"),
+        ({"scale_dtype": jnp.float16}, r"parts\[1\]\.scales has dtype float16"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        jmm.concatenate_columns([experts_with_everything().packed(), experts_with_everything(**changes).packed()])
+
+
+def test_parts_in_different_row_orders_are_refused():
+    parts = [experts_with_everything(seed=seed, reordered=True).packed() for seed in (0, 1)]
+    with pytest.raises(ValueError, match=r"parts\[1\]\.input_order differs"):
+        jmm.concatenate_columns(parts)
+
+
+def test_stacked_experts_are_their_stack():
+    weights = experts_with_everything(reordered=True).packed()
+    assert_same_weights(jmm.stack_experts([weights.expert(e) for e in range(3)]), weights)
+
+
+def test_experts_of_different_formats_do_not_stack():
+    with pytest.raises(ValueError, match="format"):
+        jmm.stack_experts([experts_with_everything().packed(), experts_with_everything(zeros=False).packed()])
+
+
+def test_experts_with_different_scale_types_do_not_stack():
+    parts = [experts_with_everything(scale_dtype=dtype).packed() for dtype in (jnp.bfloat16, jnp.float16)]
+    with pytest.raises(TypeError, match="float16"):
+        jmm.stack_experts(parts)
+
+
+def test_weights_pass_through_jit():
+    weights = experts_with_everything(reordered=True).packed()
+    passed = jax.jit(lambda w: jax.tree.map(lambda leaf: leaf + 0, w))(weights)
+    assert_same_weights(passed, weights)
+    assert (passed.format, passed.layout) == (jmm.FORMATS["int4_zp"], "a16")
+
+
+def test_slicing_traces():
+    weights = experts_with_everything().packed()
+    sliced = jax.jit(lambda w: w.columns(64, 128).rows(0, 32).expert(2))(weights)
+    assert_same_weights(sliced, weights.columns(64, 128).rows(0, 32).expert(2))
+
+
+def test_format_is_part_of_the_structure():
+    """Or a jitted function would use kernels of one format for another."""
+    symmetric, asymmetric = experts_with_everything(zeros=False).packed(), experts_with_everything().packed()
+    assert jax.tree.structure(symmetric) != jax.tree.structure(asymmetric)
+    assert jax.tree.structure(symmetric) != jax.tree.structure(dataclasses.replace(symmetric, layout="a8"))
+
+
+def test_leaves_are_named_in_paths():
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(experts_with_everything(reordered=True).packed())
+    ]
+    assert paths == [".packed", ".scales", ".zeros", ".bias", ".input_order"]
