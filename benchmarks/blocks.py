@@ -2,10 +2,10 @@
 
     python -m benchmarks.blocks --models qwen3-30b-a3b mixtral-8x7b --tokens 1 4 16 64 --out blocks.json
 
-A block is timed inside a jitted chain of `--repeats` blocks, each fed by the one before, over several layers' weights
-and a fresh routing each: cold L2, no gaps that a model would not have. XLA replays such a chain as a CUDA graph, so
-the time is the device's. `jit_us` is one block called alone from Python, host time included. The products' own times
-come from the profiler. Every timed configuration is checked against float32 of the dequantised weights.
+`block_us`, `gemm1_us` and `gemm2_us` are device times: the call's kernels in a CUDA graph of `--repeats` blocks, each
+with a fresh routing and the next layer's weights, so that L2 is cold. `jit_us` is what a user sees: a block inside a
+jitted chain of `--repeats` blocks, each fed by the one before, host time included. Every timed configuration is
+checked against float32 of the dequantised weights.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
 from functools import partial
 
 import jax
@@ -25,8 +24,13 @@ import numpy as np
 import jax_marlin_moe as jmm
 from benchmarks.ceilings import measure_bf16_rate, measure_read_bandwidth, wall_seconds
 from benchmarks.roofline import block_limit
+from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
+from jax_marlin_moe.cuda.compiler import target_architecture
+from jax_marlin_moe.cuda.plan import plan_fused_moe
+from jax_marlin_moe.cuda.replay import ReplayedPlan
 from jax_marlin_moe.formats import get_format
+from jax_marlin_moe.ops.operands import weight_operands
 
 _L2_BYTES = 60e6
 _LAYER_BUDGET = 24e9  # bytes of weights held on the card for one model
@@ -123,12 +127,28 @@ def time_chain(case: Case, samples: int, **options) -> list[float]:
     return [t / repeats * 1e6 for t in wall_seconds(replay, samples)]
 
 
-def time_alone(case: Case, **options) -> float:
-    """Microseconds of one jitted block called from Python, the result waited for."""
-    block = jax.jit(lambda x, g, d, w, i: jmm.fused_moe(x, g, d, w, i, **options))
+def replayed(case: Case) -> ReplayedPlan:
+    """The block's kernels over the case's routings, outside of XLA."""
     gate_up, down = case.layers[0]
-    ids = jnp.asarray(case.ids[0])
-    return statistics.median(wall_seconds(lambda: block(case.x, gate_up, down, case.weights[0], ids), 50)) * 1e6
+    shape, tokens = case.shape, case.tokens
+    plan = plan_fused_moe(
+        case.x,
+        gate_up,
+        down,
+        tokens=tokens,
+        top_k=shape.top_k,
+        routed_experts=shape.num_experts,
+        mapped=False,
+        activation=get_activation("silu"),
+        architecture=target_architecture(),
+    )
+    absent = jnp.zeros((0,), jnp.int32)
+    operands = [
+        [case.x, *weight_operands(first), *weight_operands(second), case.weights[i], jnp.asarray(case.ids[i]), absent]
+        for i in range(len(case.ids))
+        for first, second in [case.layers[i % len(case.layers)]]
+    ]
+    return ReplayedPlan(plan, operands, [jax.ShapeDtypeStruct(case.x.shape, case.x.dtype)])
 
 
 def relative_error(case: Case, **options) -> float:
@@ -141,34 +161,6 @@ def relative_error(case: Case, **options) -> float:
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
-def kernel_times(case: Case, **options) -> dict[str, float]:
-    """Median microseconds of each kernel of a block, from the profiler, by kernel name."""
-    block = jax.jit(lambda x, g, d, w, i: jmm.fused_moe(x, g, d, w, i, **options))
-    count = len(case.ids)
-
-    def run_all():
-        for i in range(count):
-            gate_up, down = case.layers[i % len(case.layers)]
-            y = block(case.x, gate_up, down, case.weights[i], jnp.asarray(case.ids[i]))
-        jax.block_until_ready(y)
-
-    run_all()
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run_all()
-        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
-        times: dict[str, list[float]] = {}
-        for plane in data.planes:
-            if not plane.name.startswith("/device:GPU"):
-                continue
-            for line in plane.lines:
-                for event in line.events:
-                    if event.name in ("k0", "k1", "k2", "k3"):
-                        times.setdefault(event.name, []).append(event.duration_ns / 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,7 +170,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--format", default="int4")
     parser.add_argument("--repeats", type=int, default=24)
-    parser.add_argument("--samples", type=int, default=30)
+    parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
@@ -203,10 +195,11 @@ def main() -> None:
                     read_tb_s=read_tb_s,
                     bf16_tflop_s=bf16_tflop_s,
                 )
-                times = sorted(time_chain(case, args.samples))
-                kernels = kernel_times(case)
-                # Launch order: [align,] gate_up, down, combine.
-                names = sorted(kernels)
+                kernels = replayed(case)
+                times = kernels.microseconds(samples=args.samples)
+                first = len(kernels.plan.kernels) - 3  # [align,] gate_up, down, combine
+                gemm1_us, gemm2_us = (statistics.median(kernels.microseconds([k])) for k in (first, first + 1))
+                kernels.close()
                 block_us = statistics.median(times)
                 result = {
                     "model": name,
@@ -225,9 +218,9 @@ def main() -> None:
                     "block_us": block_us,
                     "block_p10_us": times[len(times) // 10],
                     "block_p90_us": times[-1 - len(times) // 10],
-                    "gemm1_us": kernels[names[-3]] if len(names) >= 3 else None,
-                    "gemm2_us": kernels[names[-2]] if len(names) >= 3 else None,
-                    "jit_us": time_alone(case),
+                    "gemm1_us": gemm1_us,
+                    "gemm2_us": gemm2_us,
+                    "jit_us": statistics.median(time_chain(case, 20)),
                     "limit_us": limit.microseconds,
                     "tb_s": limit.weight_bytes / block_us / 1e6,
                     "tflop_s": limit.flops / block_us / 1e6,
@@ -235,15 +228,16 @@ def main() -> None:
                 }
                 rows.append(result)
                 print(
-                    f"{name:16s} M={tokens:<5d} {routing:8s} block {block_us:8.1f} us  limit {limit.microseconds:8.1f} "
-                    f"({limit.microseconds / block_us:4.0%})  kernels {kernels}  jit {result['jit_us']:.0f}  "
-                    f"error {result['rel_l2']:.1e}",
+                    f"{name:16s} M={tokens:<5d} {routing:8s} block {block_us:8.1f} us, products {gemm1_us:.1f} "
+                    f"{gemm2_us:.1f}  limit {limit.microseconds:8.1f} ({limit.microseconds / block_us:4.0%})  "
+                    f"jit {result['jit_us']:.0f}  error {result['rel_l2']:.1e}",
                     flush=True,
                 )
         del layers
-    commit = args.commit or subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        args.commit
+        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    )
     document = {
         "card": device.device_kind,
         "commit": commit,

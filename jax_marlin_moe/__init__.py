@@ -1,11 +1,11 @@
 """Mixture-of-experts layers with quantised weights, as ordinary JAX functions.
 
-    import jax_marlin_moe as jmm
+import jax_marlin_moe as jmm
 
-    gate_up = jmm.quantize(dense_gate_up, "int4", group_size=128)
-    down = jmm.quantize(dense_down, "int4", group_size=128)
-    weights, ids = jmm.route(logits, top_k=8)
-    y = jmm.fused_moe(x, gate_up, down, weights, ids)
+gate_up = jmm.quantize(dense_gate_up, "int4", group_size=128)
+down = jmm.quantize(dense_down, "int4", group_size=128)
+weights, ids = jmm.route(logits, top_k=8)
+y = jmm.fused_moe(x, gate_up, down, weights, ids)
 """
 
 from jax_marlin_moe.formats import FORMATS, WeightFormat

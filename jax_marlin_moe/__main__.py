@@ -11,9 +11,7 @@ _COMMANDS = {"demo": demo, "doctor": doctor, "precompile": precompile}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jax_marlin_moe", description="Quantised expert layers for JAX."
-    )
+    parser = argparse.ArgumentParser(prog="python -m jax_marlin_moe", description="Quantised expert layers for JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in _COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]

@@ -19,14 +19,13 @@ class Activation:
 
     name: str
     gated: bool
-    apply: Callable[[Float[Array, "... I"], Float[Array, "... I"] | None], Float[Array, "... I"]] = (
-        dataclasses.field(compare=False)
+    apply: Callable[[Float[Array, "... I"], Float[Array, "... I"] | None], Float[Array, "... I"]] = dataclasses.field(
+        compare=False
     )
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    row.name: row
-    for row in (Activation("silu", True, lambda gate, up: gate * jax.nn.sigmoid(gate) * up),)
+    row.name: row for row in (Activation("silu", True, lambda gate, up: gate * jax.nn.sigmoid(gate) * up),)
 }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
@@ -34,9 +34,7 @@ _ERROR_LIMIT = {"float16": 5e-3, "bfloat16": 1e-2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=sorted(_ERROR_LIMIT), help="type of the tokens"
-    )
+    parser.add_argument("--dtype", default="bfloat16", choices=sorted(_ERROR_LIMIT), help="type of the tokens")
     parser.add_argument("--small", action="store_true", help="only the checkpoint that the package ships")
 
 
@@ -49,7 +47,7 @@ class _Case:
     gate_up: jmm.MarlinWeights
     down: jmm.MarlinWeights
     weights: Float[Array, "links tokens top_k"]
-    ids: Int32[np.ndarray, "links tokens top_k"]
+    ids: np.ndarray  # int32 [links, tokens, top_k]
 
     def bytes_per_block(self) -> float:
         """Packed bytes of the distinct experts of a routing, averaged over the links."""
@@ -62,9 +60,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = jnp.dtype(options.dtype)
     device = jax.devices()[0]
     names = _implementations(device.platform)
-    print(
-        f"jax_marlin_moe {jmm.__version__}, JAX {jax.__version__}, {device.device_kind} ({device.platform})"
-    )
+    print(f"jax_marlin_moe {jmm.__version__}, JAX {jax.__version__}, {device.device_kind} ({device.platform})")
     bandwidth = None if options.small else _read_bandwidth(device.platform)
     if bandwidth is not None:
         print(f"reads {bandwidth / 1e9:.1f} GB/s (sum over a large array, measured now)")
@@ -88,9 +84,7 @@ def run(options: argparse.Namespace) -> int:
             )
     print()
     print("runs on: xla is the reference in plain JAX; the first of each group is what a call uses by itself")
-    print(
-        "error: relative L2 against float32 on the dequantised weights; of limit: hit experts' bytes / time / read"
-    )
+    print("error: relative L2 against float32 on the dequantised weights; of limit: hit experts' bytes / time / read")
     if wrong:
         print(f"WRONG: an error exceeds {_ERROR_LIMIT[options.dtype]}")
     return int(wrong)
@@ -114,11 +108,9 @@ def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:
     for tokens in (1, 16):
         x = jax.random.normal(jax.random.key(tokens), (tokens, layer.gate_up.k), dtype)
         logits = jnp.matmul(x.astype(jnp.float32), layer.router.astype(jnp.float32))
-        weights, ids = jmm.route(
-            logits, top_k=layer.top_k, renormalize=layer.renormalize, scoring=layer.scoring
-        )
+        weights, chosen = jmm.route(logits, top_k=layer.top_k, renormalize=layer.renormalize, scoring=layer.scoring)
         name = f"AWQ checkpoint, E={layer.gate_up.num_experts} H={layer.gate_up.k}"
-        yield _Case(name, x, layer.gate_up, layer.down, weights[None], np.asarray(ids)[None])
+        yield _Case(name, x, layer.gate_up, layer.down, weights[None], np.asarray(chosen)[None])
     if small:
         return
     shape = MODELS[_LARGE_MODEL]
@@ -139,13 +131,12 @@ def _random_experts(key: Array, shape: ModelShape, k: int, n: int, dtype: jnp.dt
     row = get_format("int4")
 
     def one_expert(key: Array) -> tuple[Array, Array]:
-        words = jax.random.bits(key, (k // 16, n * 16 // row.codes_per_word), jnp.uint32)
-        factor = jax.random.uniform(key, (k // shape.group_size, n), jnp.float32, 0.5, 1.5)
+        code_key, scale_key = jax.random.split(key)
+        words = jax.random.bits(code_key, (k // 16, n * 16 // row.codes_per_word), jnp.uint32)
+        factor = jax.random.uniform(scale_key, (k // shape.group_size, n), jnp.float32, 0.5, 1.5)
         return jax.lax.bitcast_convert_type(words, jnp.int32), (factor / 4.6 / k**0.5).astype(dtype)
 
-    packed, scales = jax.jit(lambda keys: jax.lax.map(one_expert, keys))(
-        jax.random.split(key, shape.num_experts)
-    )
+    packed, scales = jax.jit(lambda keys: jax.lax.map(one_expert, keys))(jax.random.split(key, shape.num_experts))
     return jmm.MarlinWeights(packed, scales, None, None, None, row)
 
 
@@ -175,9 +166,7 @@ def _measure(case: _Case, implementation: str, expected: np.ndarray) -> tuple[fl
     links = 1 if implementation == "xla" else len(ids)
 
     @jax.jit
-    def chain(
-        x: Array, gate_up: jmm.MarlinWeights, down: jmm.MarlinWeights, weights: Array, ids: Array
-    ) -> Array:
+    def chain(x: Array, gate_up: jmm.MarlinWeights, down: jmm.MarlinWeights, weights: Array, ids: Array) -> Array:
         for i in range(len(ids)):
             x = jmm.fused_moe(x, gate_up, down, weights[i], ids[i], implementation=implementation)
         return x

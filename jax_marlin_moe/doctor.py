@@ -75,11 +75,7 @@ def _architecture() -> str:
         target = compiler.target_architecture()
     except ValueError as error:
         return f"none: {error}"
-    origin = (
-        compiler.ARCHITECTURE_VARIABLE
-        if os.environ.get(compiler.ARCHITECTURE_VARIABLE)
-        else "first CUDA device"
-    )
+    origin = compiler.ARCHITECTURE_VARIABLE if os.environ.get(compiler.ARCHITECTURE_VARIABLE) else "first CUDA device"
     return f"{target} (from {origin})"
 
 

@@ -15,7 +15,7 @@ except ImportError as error:  # a source tree that was never built
     _native = None
     _import_error = str(error)
 
-# Process-global names and the persisted ABI of exported programs. All CUDA ops are one kind of call: a compiled program.
+# Process-global names and the persisted ABI of exported programs. All CUDA ops are one kind of call: a program.
 ALIGN_CPU = "jax_marlin_moe.moe_align_block_size.cpu.v1"
 MOE_GEMM_CPU = "jax_marlin_moe.moe_gemm.cpu.v1"
 FUSED_MOE_CPU = "jax_marlin_moe.fused_moe.cpu.v1"

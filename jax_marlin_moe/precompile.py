@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(DECODE_TOKENS), help="rows of x")
     parser.add_argument("--format", default="int4", choices=sorted(FORMATS), help="weight format")
     parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's)")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="type of x and scales"
-    )
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="type of x and scales")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,9 +94,7 @@ def lower(
             os.environ[compiler.ARCHITECTURE_VARIABLE] = previous
 
 
-def _weights(
-    experts: int, k: int, n: int, row: WeightFormat, group_size: int, dtype: jnp.dtype
-) -> jmm.MarlinWeights:
+def _weights(experts: int, k: int, n: int, row: WeightFormat, group_size: int, dtype: jnp.dtype) -> jmm.MarlinWeights:
     """Shapes and dtypes of packed experts, without data."""
 
     def words(*shape: int) -> jax.ShapeDtypeStruct:

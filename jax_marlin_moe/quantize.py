@@ -48,9 +48,7 @@ def quantize(
         scale_dtype = dense.dtype if jnp.dtype(dense.dtype).name in row.scale_dtypes else jnp.bfloat16
     _check_matrix("dense", dense.shape[1], dense.shape[2], group_size, row)
     packed, scales, zeros = _quantize(dense, row, group_size or dense.shape[1], jnp.dtype(scale_dtype))
-    weights = MarlinWeights(
-        packed, scales, zeros, None if bias is None else bias.astype(jnp.float32), None, row
-    )
+    weights = MarlinWeights(packed, scales, zeros, None if bias is None else bias.astype(jnp.float32), None, row)
     check_weights("weights", weights)
     return weights
 

@@ -122,14 +122,7 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
     """
     first, *rest = parts
     for number, part in enumerate(rest, start=1):
-        for name in ("format", "layout", "num_experts", "k", "num_groups"):
-            ours, theirs = getattr(first, name), getattr(part, name)
-            if ours != theirs:
-                raise ValueError(f"parts[{number}].{name} is {theirs}; it must equal parts[0].{name} = {ours}")
-        _check_scale_dtype(number, part, first)
-        for name in ("bias", "input_order"):
-            if (getattr(first, name) is None) != (getattr(part, name) is None):
-                raise ValueError(f"parts[{number}].{name} must be given exactly where parts[0].{name} is")
+        _check_alike("parts", number, part, first, ("format", "layout", "num_experts", "k", "num_groups"))
         if first.input_order is not None and not _equal_arrays(first.input_order, part.input_order):
             raise ValueError(
                 f"parts[{number}].input_order differs from parts[0].input_order; matrices that read the same "
@@ -146,18 +139,32 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
 
 
 def stack_experts(experts: Sequence[MarlinWeights]) -> MarlinWeights:
-    """Stacks along the expert axis; every part must have the same format, shapes and type of scales."""
+    """Stacks along the expert axis.
+
+    Raises:
+        TypeError: if the scales of the experts have different dtypes.
+        ValueError: if the experts disagree in format, shape, grouping or in having a bias or a row order.
+    """
     first, *rest = experts
     for number, part in enumerate(rest, start=1):
-        _check_scale_dtype(number, part, first)
+        _check_alike("experts", number, part, first, ("format", "layout", "k", "n", "num_groups"))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *experts)
 
 
-def _check_scale_dtype(number: int, part: MarlinWeights, first: MarlinWeights) -> None:
+def _check_alike(
+    what: str, number: int, part: MarlinWeights, first: MarlinWeights, properties: tuple[str, ...]
+) -> None:
+    for name in properties:
+        ours, theirs = getattr(first, name), getattr(part, name)
+        if ours != theirs:
+            raise ValueError(f"{what}[{number}].{name} is {theirs}; it must equal {what}[0].{name} = {ours}")
     if part.scales.dtype != first.scales.dtype:  # joining them would widen both to float32
         raise TypeError(
-            f"parts[{number}].scales has dtype {part.scales.dtype}; it must be {first.scales.dtype}, as in parts[0]"
+            f"{what}[{number}].scales has dtype {part.scales.dtype}; it must be {first.scales.dtype}, as in {what}[0]"
         )
+    for name in ("bias", "input_order"):
+        if (getattr(first, name) is None) != (getattr(part, name) is None):
+            raise ValueError(f"{what}[{number}].{name} must be given exactly where {what}[0].{name} is")
 
 
 def _equal_arrays(a: Array, b: Array) -> bool:

@@ -131,7 +131,7 @@ def expert_block(x, gate_up: Experts, down: Experts, router_weights, ids, *, exp
     gate, up = np.split(products(x.repeat(top_k, axis=0), gate_up, served), 2, axis=1)
     activated = (gate / (1 + np.exp(-gate)) * up).astype(x.dtype)
     y = products(activated, down, served) * router_weights.reshape(-1, 1)
-    return y.reshape(tokens, top_k, -1).sum(1)
+    return y.reshape(tokens, top_k, down.n).sum(1)
 
 
 _RELATIVE_ERROR = {"float16": 1e-3, "bfloat16": 5e-3}  # FORMATS section 6, of a product

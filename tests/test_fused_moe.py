@@ -297,21 +297,19 @@ def test_block_inside_a_larger_program(platform):
     assert (difference.max(1) < 0.1).mean() > 0.9
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
-def test_a_layer_of_a_model_scaled_down(implementation):
+@pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
+def test_a_layer_of_a_model_scaled_down(platform, shape):
     """The shape of each model with its ratios kept: experts and extents divided, top_k as it is."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        for shape in MODELS.values():
-            case = Case(
-                shape.name,
-                tokens=3,
-                top_k=shape.top_k,
-                experts=max(shape.num_experts // 8, shape.top_k),
-                hidden=64 * max(1, shape.hidden // 1024),
-                inner=64 * max(1, shape.intermediate // 1024),
-            )
-            call = make_call(case, implementation)
-            assert_block_close(call.run(), call.expected())
+    case = Case(
+        shape.name,
+        tokens=3,
+        top_k=shape.top_k,
+        experts=max(shape.num_experts // 8, shape.top_k),
+        hidden=64 * max(1, shape.hidden // 1024),
+        inner=64 * max(1, shape.intermediate // 1024),
+    )
+    call = make_call(case, platform)
+    assert_block_close(call.run(), call.expected())
 
 
 @pytest.mark.gpu

@@ -154,15 +154,19 @@ def test_stacked_experts_are_their_stack():
     assert_same_weights(jmm.stack_experts([weights.expert(e) for e in range(3)]), weights)
 
 
-def test_experts_of_different_formats_do_not_stack():
-    with pytest.raises(ValueError, match="format"):
-        jmm.stack_experts([experts_with_everything().packed(), experts_with_everything(zeros=False).packed()])
-
-
-def test_experts_with_different_scale_types_do_not_stack():
-    parts = [experts_with_everything(scale_dtype=dtype).packed() for dtype in (jnp.bfloat16, jnp.float16)]
-    with pytest.raises(TypeError, match="float16"):
-        jmm.stack_experts(parts)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zeros": False}, r"experts\[1\]\.format"),
+        ({"group_size": None}, r"experts\[1\]\.num_groups is 1"),
+        ({"bias": False}, r"experts\[1\]\.bias"),
+        ({"reordered": True}, r"experts\[1\]\.input_order must be given"),
+        ({"scale_dtype": jnp.float16}, r"experts\[1\]\.scales has dtype float16"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        jmm.stack_experts([experts_with_everything().packed(), experts_with_everything(**changes).packed()])
 
 
 def test_weights_pass_through_jit():

@@ -28,9 +28,7 @@ def parse(config: Mapping[str, Any], source: object) -> AwqParameters:
     """
     version = str(config.get("version", "gemm")).lower()
     if version != "gemm":
-        raise ValueError(
-            f"{source}: AWQ version is {version!r}; only 'gemm' files have a layout that can be loaded"
-        )
+        raise ValueError(f"{source}: AWQ version is {version!r}; only 'gemm' files have a layout that can be loaded")
     bits = config.get("bits", config.get("w_bit"))
     if bits != 4:
         raise ValueError(f"{source}: AWQ bits is {bits!r}; it must be 4")
@@ -38,9 +36,7 @@ def parse(config: Mapping[str, Any], source: object) -> AwqParameters:
         raise ValueError(f"{source}: AWQ zero_point is false; only files with zero points can be loaded")
     group_size = config.get("group_size", config.get("q_group_size"))
     if not isinstance(group_size, int):
-        raise ValueError(
-            f"{source}: AWQ group_size is {group_size!r}; it must be an integer, -1 for one group"
-        )
+        raise ValueError(f"{source}: AWQ group_size is {group_size!r}; it must be an integer, -1 for one group")
     return AwqParameters(None if group_size == -1 else group_size)
 
 

@@ -51,13 +51,9 @@ def parse(config: Mapping[str, Any], source: object) -> GptqParameters:
         raise ValueError(f"{source}: GPTQ checkpoint_format is {variant!r}; it must be 'gptq' or 'gptq_v2'")
     group_size = config.get("group_size")
     if not isinstance(group_size, int):
-        raise ValueError(
-            f"{source}: GPTQ group_size is {group_size!r}; it must be an integer, -1 for one group"
-        )
+        raise ValueError(f"{source}: GPTQ group_size is {group_size!r}; it must be an integer, -1 for one group")
     # "-:pattern" leaves modules unquantised, which shows in their tensors; anything else changes their format.
-    overrides = tuple(
-        rule.removeprefix("+:") for rule in config.get("dynamic") or () if not rule.startswith("-:")
-    )
+    overrides = tuple(rule.removeprefix("+:") for rule in config.get("dynamic") or () if not rule.startswith("-:"))
     return GptqParameters(
         group_size=None if group_size == -1 else group_size,
         checkpoint_format=variant,
@@ -102,9 +98,7 @@ def read_matrix(
             checkpoint_format=parameters.checkpoint_format,
         )
     except ValueError as error:
-        raise ValueError(
-            f"{files.file_of(f'{linears[0][0]}.qweight')}: {linears[0][0]} and others: {error}"
-        ) from None
+        raise ValueError(f"{files.file_of(f'{linears[0][0]}.qweight')}: {linears[0][0]} and others: {error}") from None
     return dataclasses.replace(weights, bias=_read_bias(files, linears, n))
 
 

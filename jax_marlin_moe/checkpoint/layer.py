@@ -81,9 +81,7 @@ def load_moe_layer(path: str | os.PathLike, layer: int) -> MoELayer:
     num_experts = _integer(config, family.num_experts_keys, config_path)
     top_k = _integer(config, ("num_experts_per_tok",), config_path)
     if top_k > num_experts:
-        raise ValueError(
-            f"{config_path}: num_experts_per_tok is {top_k}, more than the {num_experts} experts"
-        )
+        raise ValueError(f"{config_path}: num_experts_per_tok is {top_k}, more than the {num_experts} experts")
     activation = config.get("hidden_act", "silu")
     try:
         get_activation(activation)

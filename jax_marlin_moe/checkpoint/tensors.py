@@ -88,9 +88,7 @@ class TensorFolder:
         if found_shape != tuple(shape):
             raise ValueError(f"{path}: tensor {name} has shape {found_shape}; it must be {tuple(shape)}")
         if found_dtype not in dtypes:
-            raise ValueError(
-                f"{path}: tensor {name} has dtype {found_dtype}; it must be {' or '.join(dtypes)}"
-            )
+            raise ValueError(f"{path}: tensor {name} has dtype {found_dtype}; it must be {' or '.join(dtypes)}")
         return self._file(path).get_tensor(name)
 
     def _file(self, path: pathlib.Path) -> Any:
@@ -109,9 +107,7 @@ def _indexed_files(index: pathlib.Path) -> dict[str, pathlib.Path]:
     for name in set(names.values()):
         # An index comes with a download: it must not reach files elsewhere on the machine.
         if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
-            raise ValueError(
-                f"{index} names the file {name!r}; it must be a plain file name in the same folder"
-            )
+            raise ValueError(f"{index} names the file {name!r}; it must be a plain file name in the same folder")
     return {tensor: index.parent / name for tensor, name in names.items()}
 
 
@@ -122,9 +118,7 @@ def _only_file(folder: pathlib.Path) -> pathlib.Path:
     if not found:
         raise FileNotFoundError(f"{folder} holds neither {_INDEX} nor a safetensors file")
     if len(found) > 1:
-        raise ValueError(
-            f"{folder} holds {len(found)} safetensors files and no {_INDEX} that says what is where"
-        )
+        raise ValueError(f"{folder} holds {len(found)} safetensors files and no {_INDEX} that says what is where")
     return found[0]
 
 
@@ -164,9 +158,7 @@ def stack_experts_side_by_side(
     return stacked
 
 
-def check_scales(
-    files: TensorFolder, linears: Sequence[Sequence[str]], suffix: str, scales: np.ndarray
-) -> None:
+def check_scales(files: TensorFolder, linears: Sequence[Sequence[str]], suffix: str, scales: np.ndarray) -> None:
     """Raises ValueError, naming file and tensor, where scales are infinite or no numbers."""
     finite = np.isfinite(scales.astype(np.float32))
     if finite.all():
@@ -174,6 +166,4 @@ def check_scales(
     expert, *_, column = (int(i) for i in np.argwhere(~finite)[0])
     module = linears[expert][column * len(linears[expert]) // scales.shape[-1]]
     name = f"{module}.{suffix}"
-    raise ValueError(
-        f"{files.file_of(name)}: tensor {name} holds infinities or NaN; every scale must be finite"
-    )
+    raise ValueError(f"{files.file_of(name)}: tensor {name} holds infinities or NaN; every scale must be finite")

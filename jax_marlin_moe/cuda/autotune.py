@@ -13,8 +13,7 @@ import numpy as np
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
-from jax_marlin_moe.cuda.plan import INCLUDES, Plan, block_key, gemm_shape, plan_fused_moe
-from jax_marlin_moe.cuda.program import render
+from jax_marlin_moe.cuda.plan import Plan, block_key, gemm_shape, plan_fused_moe
 from jax_marlin_moe.cuda.replay import ReplayedPlan
 from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
@@ -95,7 +94,7 @@ def autotune(
 
     def compiles(scheme: BlockScheme) -> bool:
         try:
-            compile_cubin(render(plan(scheme).kernels, INCLUDES), architecture)
+            compile_cubin(plan(scheme).source, architecture)
         except CompilationError:  # the register budget of one candidate is no reason to stop
             return False
         return True
@@ -109,7 +108,7 @@ def autotune(
         return Measurement(scheme, *times)
 
     finalists = []
-    for direct, block in _block_sizes(slots, experts):
+    for direct, block in _block_sizes(tokens, slots, experts):
         blocks = slots if direct else max(hit, slots / block)
         ranked = []
         for shape in (gemm_shape(gate_up, act.gated), gemm_shape(down, gated=False)):
@@ -130,10 +129,10 @@ def autotune(
     return winner
 
 
-def _block_sizes(slots: int, experts: int) -> list[tuple[bool, int]]:
+def _block_sizes(tokens: int, slots: int, experts: int) -> list[tuple[bool, int]]:
     """(direct, rows of a block) worth measuring."""
+    if tokens == 1:
+        return [(True, TOKEN_TILES[0])]
     likely = TOKEN_TILES.index(choose_token_tile(slots, experts))
     sizes = [(False, TOKEN_TILES[i]) for i in (likely - 1, likely) if i >= 0]
-    if slots <= TOKEN_TILES[-1]:
-        sizes.append((True, TOKEN_TILES[0]))
-    return [(True, TOKEN_TILES[0])] if slots <= TOKEN_TILES[0] else sizes
+    return [*sizes, (True, TOKEN_TILES[0])] if slots <= 32 else sizes

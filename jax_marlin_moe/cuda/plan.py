@@ -14,11 +14,9 @@ from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import compute_capability
-from jax_marlin_moe.cuda.program import Kernel
+from jax_marlin_moe.cuda.program import Kernel, render
 from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, choose_tile, choose_token_tile, shared_memory
 from jax_marlin_moe.weights import MarlinWeights
-
-INCLUDES = ("align.cuh", "combine.cuh", "gemm_mma.cuh")
 
 _CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat"}
 _CPP_CODES = {("int4", 4): "jmm::Int4", ("int4_zp", 4): "jmm::Int4"}
@@ -30,10 +28,24 @@ _WORDS, _HALVES = "const uint32_t*", "const uint16_t*"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Kernels and scratch of one call; scratch buffers follow the results, in this order."""
+    """The kernels of one call and what they need.
+
+    Attributes:
+        kernels: in launch order.
+        scratch: buffers that follow the results, in this order.
+        includes: headers of csrc/cuda.
+        preamble: C++ that the kernels' types need beside the headers.
+    """
 
     kernels: tuple[Kernel, ...]
     scratch: tuple[jax.ShapeDtypeStruct, ...]
+    includes: tuple[str, ...] = ("align.cuh", "combine.cuh", "gemm_mma.cuh")
+    preamble: str = ""
+
+    @property
+    def source(self) -> str:
+        """The translation unit."""
+        return render(self.kernels, self.includes, self.preamble)
 
 
 class _Parameters:
@@ -147,7 +159,12 @@ def gemm_kernel(
 
 
 def _sorted_routing(
-    num_slots: int, num_experts: int, block: int, list_block: int, list_length: int, buffers: tuple[int, int, int],
+    num_slots: int,
+    num_experts: int,
+    block: int,
+    list_block: int,
+    list_length: int,
+    buffers: tuple[int, int, int],
     from_previous: bool,
 ) -> Callable[[_Parameters], tuple[str, str]]:
     def routing(p: _Parameters) -> tuple[str, str]:
@@ -253,10 +270,10 @@ def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tuned.
 
 
 def _predicted_scheme(
-    first: GemmShape, second: GemmShape, num_slots: int, routed_experts: int, capability: int
+    first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
 ) -> BlockScheme:
     """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
-    direct = num_slots * num_slots <= 4 * routed_experts
+    direct = num_slots == top_k or num_slots * num_slots <= 8 * routed_experts
     block = 8 if direct else choose_token_tile(num_slots, routed_experts)
     # Experts hit under uniform routing, each filling one block or more.
     hit = first.num_experts * (1 - (1 - 1 / routed_experts) ** num_slots)
@@ -292,7 +309,7 @@ def plan_fused_moe(
     if scheme is None:
         scheme = tuned.lookup(block_key(gate_up, down, top_k), tokens, architecture)
     if scheme is None or not (scheme.gate_up.fits(first, capability) and scheme.down.fits(second, capability)):
-        scheme = _predicted_scheme(first, second, num_slots, routed_experts, capability)
+        scheme = _predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
     direct, block = scheme.direct, scheme.gate_up.tokens
     intermediate = jax.ShapeDtypeStruct((num_slots, down.k), x.dtype)
     partials = jax.ShapeDtypeStruct((num_slots, down.n), jnp.float32)

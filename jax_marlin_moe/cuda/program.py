@@ -41,14 +41,16 @@ class Kernel:
     overlaps_predecessor: bool = False
 
 
-def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str = "") -> str:
+def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) -> str:
     """The translation unit: one entry point per kernel, named k0, k1, ..."""
     lines = [f'#include "{name}"' for name in includes] + [preamble]
     for index, kernel in enumerate(kernels):
         arguments = ", ".join(f"{pointer} p{i}" for i, (_, pointer) in enumerate(kernel.parameters))
         shared = f"using B{index} = jmm::{kernel.body};\n"
         if kernel.shared_bytes:
-            shared += f'static_assert(B{index}::kSharedBytes == {kernel.shared_bytes}, "the plan sized shared memory");\n'
+            shared += (
+                f'static_assert(B{index}::kSharedBytes == {kernel.shared_bytes}, "the plan sized shared memory");\n'
+            )
         bounds = f"{kernel.threads}, {max(kernel.blocks_per_sm, 1)}"
         call = "run(shared_bytes)" if kernel.shared_bytes else "run()"
         lines.append(
@@ -63,16 +65,15 @@ def call_program(
     operands: Sequence[jax.Array],
     results: Sequence[jax.ShapeDtypeStruct],
     kernels: Sequence[Kernel],
-    includes: Sequence[str],
+    source: str,
     architecture: str,
-    preamble: str = "",
 ) -> list[jax.Array]:
     """Compiles the kernels and calls them, one after the other, in one custom call.
 
-    `results` are the outputs and after them the scratch buffers: kernels never allocate. `preamble` is C++ that the
-    kernels' types need beside the headers.
+    `results` are the outputs and after them the scratch buffers: kernels never allocate. `source` is what `render`
+    made of the kernels.
     """
-    cubin = compiler.compile_cubin(render(kernels, includes, preamble), architecture)
+    cubin = compiler.compile_cubin(source, architecture)
     contract = _contract([*operands, *results], kernels)
     return jax.ffi.ffi_call(native.PROGRAM_CUDA, list(results), vmap_method=None)(
         *operands,

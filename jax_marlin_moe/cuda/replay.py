@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from cuda.bindings import driver
 
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
-from jax_marlin_moe.cuda.plan import INCLUDES, Plan
-from jax_marlin_moe.cuda.program import render
+from jax_marlin_moe.cuda.plan import Plan
 
 _SHARED_LIMIT = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OVERLAP = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -42,12 +41,10 @@ class ReplayedPlan:
         device = _checked(driver.cuDeviceGet(0))
         _checked(driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(device))))
         self._multiprocessors = _checked(
-            driver.cuDeviceGetAttribute(
-                driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device
-            )
+            driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)
         )
         self.plan = plan
-        cubin = compile_cubin(render(plan.kernels, INCLUDES), target_architecture())
+        cubin = compile_cubin(plan.source, target_architecture())
         self._module = _checked(driver.cuModuleLoadData(cubin))
         self._functions = []
         for index, kernel in enumerate(plan.kernels):

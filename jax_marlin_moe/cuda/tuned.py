@@ -48,7 +48,9 @@ def lookup(key: BlockKey, tokens: int, architecture: str) -> BlockScheme | None:
     return None
 
 
-def record(key: BlockKey, tokens: int, architecture: str, scheme: BlockScheme, path: pathlib.Path | None = None) -> None:
+def record(
+    key: BlockKey, tokens: int, architecture: str, scheme: BlockScheme, path: pathlib.Path | None = None
+) -> None:
     """Stores a scheme in the user's table, or in `path`; a directory that cannot be written is no error."""
     path = path or _user_path(architecture)
     if path is None:

@@ -55,9 +55,7 @@ def check_block(
             f"it must be {(gate_up.num_experts, gate_up.n // halves, gate_up.k)}"
         )
     if not hasattr(router, "dtype") or not jnp.issubdtype(router.dtype, jnp.floating):
-        raise TypeError(
-            f"router has dtype {getattr(router, 'dtype', type(router))}; it must be floating point"
-        )
+        raise TypeError(f"router has dtype {getattr(router, 'dtype', type(router))}; it must be floating point")
     check_shape("router", router, (gate_up.k, gate_up.num_experts), "(H, E)")
     check_top_k(top_k, gate_up.num_experts)
 

@@ -111,8 +111,8 @@ class MarlinMoE(nn.Module):
             "router", nn.initializers.lecun_normal(), (self.hidden, self.num_experts), self.router_dtype
         )
         if self.has_variable(QUANTIZED_COLLECTION, "gate_up"):
-            gate_up = self.get_variable(QUANTIZED_COLLECTION, "gate_up")
-            down = self.get_variable(QUANTIZED_COLLECTION, "down")
+            gate_up: MarlinWeights = self.get_variable(QUANTIZED_COLLECTION, "gate_up")
+            down: MarlinWeights = self.get_variable(QUANTIZED_COLLECTION, "down")
         else:
             gate_up, down = self._random_experts()
         return apply_block(

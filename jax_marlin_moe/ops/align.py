@@ -9,7 +9,7 @@ from jaxtyping import Array, Int32
 
 from jax_marlin_moe import native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
-from jax_marlin_moe.cuda.plan import INCLUDES, plan_align
+from jax_marlin_moe.cuda.plan import plan_align
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.ops import arguments
 from jax_marlin_moe.ops.implementation import check_implementation, serves
@@ -98,9 +98,7 @@ def _shape_rule(topk_ids, expert_map, *, block_size, num_experts, implementation
 
 
 def _reference(topk_ids, expert_map, *, block_size, num_experts, implementation):
-    return reference.moe_align_block_size(
-        topk_ids, or_none(expert_map), block_size=block_size, num_experts=num_experts
-    )
+    return reference.moe_align_block_size(topk_ids, or_none(expert_map), block_size=block_size, num_experts=num_experts)
 
 
 def _results(topk_ids, block_size, num_experts):
@@ -109,7 +107,7 @@ def _results(topk_ids, block_size, num_experts):
 
 
 def _cpu(topk_ids, expert_map, *, block_size, num_experts, implementation):
-    params = dict(block_size=block_size, num_experts=num_experts)
+    params = {"block_size": block_size, "num_experts": num_experts}
     if not serves("cpu", implementation):
         return _reference(topk_ids, expert_map, **params, implementation=None)
     return jax.ffi.ffi_call(native.ALIGN_CPU, _results(topk_ids, block_size, num_experts))(
@@ -118,13 +116,13 @@ def _cpu(topk_ids, expert_map, *, block_size, num_experts, implementation):
 
 
 def _cuda(topk_ids, expert_map, *, block_size, num_experts, implementation):
-    params = dict(block_size=block_size, num_experts=num_experts)
+    params = {"block_size": block_size, "num_experts": num_experts}
     if topk_ids.size == 0 or not serves("cuda", implementation):
         return _reference(topk_ids, expert_map, **params, implementation=None)
     architecture = target_architecture()
     plan = plan_align(topk_ids.size, num_experts, block_size, expert_map.shape != (0,), architecture)
     results = _results(topk_ids, block_size, num_experts)
-    return call_program([topk_ids, expert_map], results, plan.kernels, INCLUDES, architecture)
+    return call_program([topk_ids, expert_map], results, plan.kernels, plan.source, architecture)
 
 
 def _batching_rule(operands, dims, **params):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_marlin_moe import native, reference
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda.compiler import target_architecture
-from jax_marlin_moe.cuda.plan import INCLUDES, plan_fused_moe
+from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.tiles import BlockScheme
 from jax_marlin_moe.layout import TILE_N
@@ -98,7 +98,7 @@ def fused_moe(
         topk_ids,
         or_absent(expert_map, jnp.int32),
     )
-    params = dict(gate_up_format=gate_up.format, down_format=down.format, activation=activation)
+    params = {"gate_up_format": gate_up.format, "down_format": down.format, "activation": activation}
     if implementation == "xla":
         return _reference(*operands, **params, implementation=None, cuda_scheme=None)[0]
     return fused_moe_p.bind(*operands, **params, implementation=implementation, cuda_scheme=cuda_scheme)[0]
@@ -163,7 +163,7 @@ def _cuda(x, *operands, gate_up_format, down_format, activation, implementation,
         scheme=cuda_scheme,
     )
     result = jax.ShapeDtypeStruct((tokens, down.n), x.dtype)
-    return call_program([x, *operands], [result, *plan.scratch], plan.kernels, INCLUDES, architecture)[:1]
+    return call_program([x, *operands], [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
 def _batching_rule(operands, dims, **params):
@@ -176,10 +176,7 @@ def _batching_rule(operands, dims, **params):
 
     def flat(index: int) -> jax.Array:
         operand, dim = operands[index], dims[index]
-        if dim is None:
-            operand = jnp.broadcast_to(operand, (batch, *operand.shape))
-        else:
-            operand = jnp.moveaxis(operand, dim, 0)
+        operand = jnp.broadcast_to(operand, (batch, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
         return operand.reshape(-1, operand.shape[-1])
 
     (y,) = bind(flat(0), *operands[1:router], flat(router), flat(router + 1), operands[-1])

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32
 
 from jax_marlin_moe import native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
-from jax_marlin_moe.cuda.plan import INCLUDES, plan_moe_gemm
+from jax_marlin_moe.cuda.plan import plan_moe_gemm
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.ops import arguments
 from jax_marlin_moe.ops.align import BlockAlignment
@@ -121,8 +121,22 @@ def _without_order(weights: MarlinWeights) -> MarlinWeights:
     return MarlinWeights(weights.packed, weights.scales, weights.zeros, weights.bias, None, weights.format)
 
 
-def _shape_rule(x, packed, scales, zeros, bias, topk_weights, sorted_ids, expert_ids, count, *, weight_format, top_k,
-                block_size, implementation):
+def _shape_rule(
+    x,
+    packed,
+    scales,
+    zeros,
+    bias,
+    topk_weights,
+    sorted_ids,
+    expert_ids,
+    count,
+    *,
+    weight_format,
+    top_k,
+    block_size,
+    implementation,
+):
     columns = scales.shape[-1]
     return [x.update(shape=(x.shape[0] * top_k, columns), dtype=x.dtype)]
 
@@ -164,7 +178,7 @@ def _cuda(x, *operands, weight_format, top_k, block_size, implementation):
         architecture=architecture,
     )
     result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.n), x.dtype)
-    return call_program([x, *operands], [result, *plan.scratch], plan.kernels, INCLUDES, architecture)[:1]
+    return call_program([x, *operands], [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
 def _batching_rule(operands, dims, *, top_k, block_size, **params):

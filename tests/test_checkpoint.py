@@ -1,0 +1,355 @@
+"""The loader against files that the formats' own tools wrote, and against files that are wrong on purpose."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.checkpoint import MoELayer, load_moe_layer
+
+DATA = pathlib.Path(__file__).parent / "data"
+EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 4, 128, 128, 64
+PREFIX = "model.layers.0.mlp.experts"
+
+
+def nibbles(words, axis):
+    """Codes in ascending order of the bits, spread along `axis`."""
+    codes = (words.astype(np.int64)[..., None] >> (4 * np.arange(8))) & 15
+    codes = np.moveaxis(codes, -1, axis + 1)
+    shape = list(words.shape)
+    shape[axis] *= 8
+    return codes.reshape(shape)
+
+
+def decode(tensors, module) -> np.ndarray:
+    """float64 [K, N] of one linear, straight from the format's definition."""
+    qweight, qzeros = tensors[f"{module}.qweight"], tensors[f"{module}.qzeros"]
+    scales = tensors[f"{module}.scales"].astype(np.float64)
+    if qweight.shape[0] == scales.shape[0] * GROUP:  # AWQ: packed along N, columns interleaved
+        interleave = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+        columns = (np.arange(qweight.shape[1])[:, None] * 8 + interleave).reshape(-1)
+        codes, zeros = nibbles(qweight, 1)[:, columns], nibbles(qzeros, 1)[:, columns]
+        group = np.arange(codes.shape[0]) // GROUP
+    else:
+        codes, zeros = nibbles(qweight, 0), nibbles(qzeros, 1) + 1
+        group = tensors[f"{module}.g_idx"]
+    return (codes - zeros[group]) * scales[group]
+
+
+def block(x, dense, router) -> np.ndarray:
+    """The layer in float64: softmax, top 2, renormalised."""
+    logits = x @ router
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    out = np.zeros_like(x)
+    for t, row in enumerate(p / p.sum(1, keepdims=True)):
+        ids = np.argsort(-row)[:2]
+        for e in ids:
+            gate, up, down = dense[e]
+            g = x[t] @ gate
+            out[t] += row[e] / row[ids].sum() * ((g / (1 + np.exp(-g)) * (x[t] @ up)) @ down)
+    return out
+
+
+def run(layer: MoELayer, x, dtype):
+    logits = jnp.asarray(x) @ layer.router.astype(jnp.float32)
+    weights, ids = jmm.route(logits, top_k=layer.top_k, renormalize=layer.renormalize, scoring=layer.scoring)
+    rows = jnp.asarray(x, dtype)
+    return np.asarray(
+        jmm.fused_moe(rows, layer.gate_up, layer.down, weights, ids, activation=layer.activation), np.float64
+    )
+
+
+@pytest.fixture
+def expected():
+    with np.load(DATA / "expected.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of a checkpoint that a test may spoil."""
+
+    def make(name="ck_awq", config=(), quantization=(), tensors=()):
+        folder = tmp_path / name
+        shutil.copytree(DATA / name, folder)
+        values = json.loads((folder / "config.json").read_text())
+        values.update(dict(config))
+        if values.get("quantization_config") is not None:
+            values["quantization_config"].update(dict(quantization))
+        (folder / "config.json").write_text(json.dumps(values))
+        if tensors:
+            contents = load_file(folder / "model.safetensors")
+            for key, value in dict(tensors).items():
+                contents.pop(key, None)
+                if value is not None:
+                    contents[key] = value
+            save_file(contents, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", ["ck_awq", "ck_q3_gptq_False"])
+def test_agrees_with_transformers(name, layer, expected):
+    loaded = load_moe_layer(DATA / name, layer)
+    answer = expected[f"{name}/layer{layer}"]
+    for dtype, limit in (("float16", 1e-3), ("bfloat16", 5e-3)):
+        error = np.linalg.norm(run(loaded, expected["x"], dtype) - answer) / np.linalg.norm(answer)
+        assert error <= limit
+
+
+@pytest.mark.parametrize("name", ["ck_awq", "ck_q3_gptq_False", "ck_q3_gptq_True"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_agrees_with_the_definition(name, layer, expected):
+    tensors = load_file(DATA / name / "model.safetensors")
+    prefix = f"model.layers.{layer}.mlp"
+    dense = [
+        [decode(tensors, f"{prefix}.experts.{e}.{part}_proj") for part in ("gate", "up", "down")]
+        for e in range(EXPERTS)
+    ]
+    loaded = load_moe_layer(DATA / name, layer)
+    answer = block(expected["x"].astype(np.float64), dense, tensors[f"{prefix}.gate.weight"].astype(np.float64).T)
+    error = np.linalg.norm(run(loaded, expected["x"], "float16") - answer) / np.linalg.norm(answer)
+    assert error <= 1e-3
+    if name != "ck_q3_gptq_True":  # there, the columns of gate and up are in the order of down's groups
+        for e, (gate, up, down) in enumerate(dense):
+            gate_up = np.concatenate([gate, up], axis=1)
+            np.testing.assert_array_equal(jmm.dense_weights(loaded.gate_up)[e], gate_up.astype(np.float32))
+            np.testing.assert_array_equal(jmm.dense_weights(loaded.down)[e], down.astype(np.float32))
+
+
+def test_fields():
+    layer = load_moe_layer(str(DATA / "ck_awq"), layer=1)
+    assert (layer.top_k, layer.renormalize, layer.scoring, layer.activation) == (2, True, "softmax", "silu")
+    assert (layer.gate_up.num_experts, layer.gate_up.k, layer.gate_up.n) == (EXPERTS, HIDDEN, 2 * INTERMEDIATE)
+    assert (layer.down.k, layer.down.n, layer.down.group_size) == (INTERMEDIATE, HIDDEN, GROUP)
+    assert layer.gate_up.format.name == "int4_zp"
+    assert layer.gate_up.scales.dtype == jnp.float16
+    assert layer.router.shape == (HIDDEN, EXPERTS)
+    assert layer.router.dtype == jnp.float16
+
+
+def test_gptq_fields():
+    layer = load_moe_layer(DATA / "ck_q3_gptq_True", 0)
+    assert layer.gate_up.format.name == "int4"  # symmetric: all zero points are 8
+    assert layer.gate_up.input_order is not None
+    assert layer.down.input_order is None
+    assert layer.router.dtype == ml_dtypes.bfloat16
+    assert load_moe_layer(DATA / "ck_q3_gptq_False", 0).gate_up.input_order is None
+
+
+def test_layer_is_a_pytree():
+    layer = load_moe_layer(DATA / "ck_awq", 0)
+    doubled = jax.jit(lambda value: jax.tree.map(lambda leaf: leaf + leaf, value))(layer)
+    assert isinstance(doubled, MoELayer)
+    assert doubled.top_k == layer.top_k
+    np.testing.assert_array_equal(doubled.router, layer.router * 2)
+
+
+def assert_same(a: MoELayer, b: MoELayer) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_sharded_files(copy):
+    folder = copy()
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    files = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"3 safetensors files and no model\.safetensors\.index\.json"):
+        load_moe_layer(folder, 0)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert_same(load_moe_layer(folder, 0), load_moe_layer(DATA / "ck_awq", 0))
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a\\b", "c:x", "..", ""])
+def test_index_must_stay_in_the_folder(copy, name):
+    folder = copy()
+    index = {"weight_map": {f"{PREFIX}.0.gate_proj.qweight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="must be a plain file name"):
+        load_moe_layer(folder, 0)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])
+def test_malformed_index(copy, text):
+    folder = copy()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        load_moe_layer(folder, 0)
+
+
+def test_single_file_of_another_name(copy):
+    folder = copy()
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit.safetensors")
+    assert_same(load_moe_layer(folder, 0), load_moe_layer(DATA / "ck_awq", 0))
+
+
+def test_mixtral_names(copy):
+    folder = copy(config={"model_type": "mixtral", "intermediate_size": INTERMEDIATE, "norm_topk_prob": False})
+    new = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    tensors = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        for old, replacement in new.items():
+            name = name.replace(old, replacement)
+        tensors[name] = value
+    save_file(tensors, folder / "model.safetensors")
+    loaded = load_moe_layer(folder, 0)
+    assert loaded.renormalize
+    assert_same(loaded, load_moe_layer(DATA / "ck_awq", 0))
+
+
+def test_router_rule_follows_the_config(copy):
+    assert not load_moe_layer(copy(config={"norm_topk_prob": False}), 0).renormalize
+
+
+def test_published_name_of_the_number_of_experts(copy):
+    folder = copy()
+    values = json.loads((folder / "config.json").read_text())
+    values["num_experts"] = values.pop("num_local_experts")
+    (folder / "config.json").write_text(json.dumps(values))
+    assert load_moe_layer(folder, 0).gate_up.num_experts == EXPERTS
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("ck_awq", "quant_config.json"), ("ck_q3_gptq_False", "quantize_config.json")]
+)
+def test_config_in_a_file_of_its_own(copy, name, file):
+    folder = copy(name, config={"quantization_config": None})
+    own = {"bits": 4, "group_size": 64, "desc_act": False}
+    if name == "ck_awq":
+        own = {"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}
+    (folder / file).write_text(json.dumps(own))
+    assert_same(load_moe_layer(folder, 0), load_moe_layer(DATA / name, 0))
+
+
+def test_gptq_v2(copy):
+    name = "ck_q3_gptq_False"
+    stored = load_file(DATA / name / "model.safetensors")
+    plus_one = {key: value + 0x11111111 for key, value in stored.items() if key.endswith("qzeros")}
+    folder = copy(name, quantization={"checkpoint_format": "gptq_v2"}, tensors=plus_one)
+    assert_same(load_moe_layer(folder, 0), load_moe_layer(DATA / name, 0))
+
+
+def test_gptq_asymmetric(copy):
+    # One zero point that is not 8 makes the format that stores them; v1 stores 6 for 7.
+    name, key = "ck_q3_gptq_False", f"{PREFIX}.1.up_proj.qzeros"
+    qzeros = load_file(DATA / name / "model.safetensors")[key].copy()
+    qzeros[1, 0] = 0x77777776
+    loaded = load_moe_layer(copy(name, tensors={key: qzeros}), 0)
+    symmetric = load_moe_layer(DATA / name, 0)
+    assert loaded.gate_up.format.name == "int4_zp"
+    assert loaded.down.format.name == "int4"
+    difference = np.asarray(jmm.dense_weights(loaded.gate_up) - jmm.dense_weights(symmetric.gate_up))
+    changed = np.argwhere(difference)
+    assert (changed[:, 0] == 1).all()
+    assert (changed[:, 1] >= GROUP).all()
+    assert (changed[:, 2] == INTERMEDIATE).all()
+    assert len(changed) == HIDDEN - GROUP
+
+
+def test_gptq_bias(copy):
+    def biases(value):
+        return {
+            f"{PREFIX}.{e}.{part}_proj.bias": np.full((128,), value * (e + 1), np.float16)
+            for e in range(EXPERTS)
+            for part in ("gate", "up", "down")
+        }
+
+    name = "ck_q3_gptq_True"
+    zero = copy(name, tensors=biases(0))
+    assert load_moe_layer(zero, 0).gate_up.bias is None
+    save_file({**load_file(zero / "model.safetensors"), **biases(1)}, zero / "model.safetensors")
+    loaded = load_moe_layer(zero, 0)
+    assert loaded.gate_up.bias.dtype == jnp.float32
+    np.testing.assert_array_equal(loaded.down.bias[:, 5], [1, 2, 3, 4])
+
+
+WRONG = [
+    ("ck_awq", {"config": {"model_type": "llama"}}, r"model_type is 'llama'; the loader knows qwen3_moe, mixtral"),
+    ("ck_awq", {"config": {"quantization_config": None}}, "no quantization_config"),
+    ("ck_awq", {"config": {"hidden_act": "tanh"}}, "hidden_act: activation is 'tanh'"),
+    ("ck_awq", {"config": {"num_experts_per_tok": 5}}, "num_experts_per_tok is 5, more than the 4 experts"),
+    ("ck_awq", {"config": {"hidden_size": "x"}}, "hidden_size is 'x'; it must be a positive integer"),
+    ("ck_awq", {"config": {"num_experts": 5}}, r"layer 0 has tensors of 4 experts; config\.json says 5"),
+    ("ck_awq", {"quantization": {"quant_method": "hqq"}}, "quant_method is 'hqq'; the loader knows awq, gptq"),
+    ("ck_awq", {"quantization": {"version": "gemv"}}, "AWQ version is 'gemv'"),
+    ("ck_awq", {"quantization": {"bits": 8}}, "AWQ bits is 8; it must be 4"),
+    ("ck_awq", {"quantization": {"zero_point": False}}, "AWQ zero_point is false"),
+    ("ck_awq", {"quantization": {"group_size": None}}, "AWQ group_size is None"),
+    ("ck_awq", {"quantization": {"group_size": 32}}, r"qzeros has shape \(2, 16\); it must be \(4, 16\)"),
+    ("ck_awq", {"tensors": {f"{PREFIX}.2.up_proj.scales": None}}, f"no tensor {PREFIX}.2.up_proj.scales"),
+    (
+        "ck_awq",
+        {"tensors": {f"{PREFIX}.2.up_proj.scales": np.zeros((2, 128), np.float32)}},
+        r"up_proj\.scales has dtype F32; it must be F16 or BF16",
+    ),
+    (
+        "ck_awq",
+        {"tensors": {f"{PREFIX}.2.up_proj.scales": np.zeros((2, 128), ml_dtypes.bfloat16)}},
+        r"up_proj\.scales has dtype bfloat16; it must be float16",
+    ),
+    (
+        "ck_awq",
+        {"tensors": {f"{PREFIX}.3.up_proj.scales": np.full((2, 128), np.inf, np.float16)}},
+        r"experts\.3\.up_proj\.scales holds infinities",
+    ),
+    ("ck_q3_gptq_False", {"quantization": {"bits": 3}}, "GPTQ bits is 3"),
+    ("ck_q3_gptq_False", {"quantization": {"pack_dtype": "int64"}}, "GPTQ pack_dtype is 'int64'"),
+    ("ck_q3_gptq_False", {"quantization": {"checkpoint_format": "marlin"}}, "checkpoint_format is 'marlin'"),
+    ("ck_q3_gptq_False", {"quantization": {"is_marlin_format": True}}, "is_marlin_format"),
+    ("ck_q3_gptq_False", {"quantization": {"group_size": None}}, "GPTQ group_size is None"),
+    ("ck_q3_gptq_False", {"quantization": {"dynamic": {r".*\.0\.mlp\.experts": {"bits": 8}}}}, "dynamic rule"),
+    ("ck_q3_gptq_True", {"tensors": {f"{PREFIX}.0.up_proj.g_idx": None}}, r"no tensor .*up_proj\.g_idx"),
+    (
+        "ck_q3_gptq_True",
+        {"tensors": {f"{PREFIX}.0.up_proj.g_idx": np.arange(128, dtype=np.int32) // 64}},
+        r"up_proj\.g_idx differs from .*gate_proj\.g_idx",
+    ),
+    (
+        "ck_q3_gptq_True",
+        {"tensors": {f"{PREFIX}.0.down_proj.g_idx": np.zeros(128, np.int32)}},
+        r"model\.safetensors: .*down_proj and others: g_idx does not put exactly",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG)
+def test_wrong_files_are_named(copy, name, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_moe_layer(copy(name, **change), 0)
+
+
+def test_rules_for_other_modules_do_not_matter(copy):
+    rules = {r"+:lm_head": {"bits": 8}, r"-:.*mlp\.gate$": {}}
+    load_moe_layer(copy("ck_q3_gptq_False", quantization={"dynamic": rules}), 0)
+
+
+def test_missing_layer():
+    with pytest.raises(ValueError, match="layer 2 has no experts; layers with experts: 0 to 1"):
+        load_moe_layer(DATA / "ck_awq", 2)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load_moe_layer(tmp_path, 0)
+    shutil.copyfile(DATA / "ck_awq" / "config.json", tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match="nor a safetensors file"):
+        load_moe_layer(tmp_path, 0)
+
+
+def test_damaged_file(copy):
+    folder = copy()
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+        load_moe_layer(folder, 0)

@@ -1,0 +1,123 @@
+"""The commands: they run, say what they promise, and their exit status tells success from failure."""
+
+import jax
+import pytest
+
+from jax_marlin_moe import demo, native
+from jax_marlin_moe.__main__ import main
+from jax_marlin_moe.cuda import cache, compiler
+
+
+def test_demo(capsys):
+    assert main(["demo", "--small"]) == 0
+    output = capsys.readouterr().out
+    rows = [line.split() for line in output.splitlines() if line.startswith("AWQ checkpoint")]
+    tokens_and_names = [(row[4], row[5]) for row in rows]
+    best = {"gpu": "cuda", "cpu": "cpu"}[jax.default_backend()]
+    assert tokens_and_names == [("1", best), ("1", "xla"), ("16", best), ("16", "xla")]
+    assert all(0 < float(row[6]) < 1e-2 for row in rows)
+    assert "WRONG" not in output
+
+
+def test_demo_of_a_real_size(capsys, monkeypatch):
+    small = demo.ModelShape("small", 8, 2, 256, 128)
+    monkeypatch.setitem(demo.MODELS, demo._LARGE_MODEL, small)
+    assert main(["demo", "--dtype", "float16"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("small")]
+    assert len(rows) == 4
+    assert all(row[-1].endswith("%") for row in rows)
+
+
+def test_demo_fails_on_wrong_numbers(capsys, monkeypatch):
+    monkeypatch.setitem(demo._ERROR_LIMIT, "bfloat16", 1e-9)
+    assert main(["demo", "--small"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_demo_without_the_native_module(capsys, monkeypatch):
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "it was left out")
+    assert main(["demo", "--small"]) == 0
+    output = capsys.readouterr().out
+    assert "cannot serve: it was left out" in output
+    assert " xla " in output
+
+
+def test_doctor(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "not" / "yet"))
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_80")
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    for line in (
+        f"jax, jaxlib     {jax.__version__}",
+        "native module   built for XLA FFI",
+        "sm_80 (from JAX_MARLIN_MOE_CUDA_ARCH)",
+        "not/yet: 0 kernels, writable",
+        "runs on cpu     yes",
+    ):
+        assert line in output
+    assert not (tmp_path / "not").exists()
+
+
+def test_doctor_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "it was left out")
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: "NVRTC was not found; install something")
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    assert "native module   cannot be used: it was left out" in output
+    assert "NVRTC           missing: NVRTC was not found; install something" in output
+    assert "kernel cache    off" in output
+    assert "runs on cpu     no: it was left out" in output
+
+
+def test_doctor_fails_without_a_device(capsys, monkeypatch):
+    def no_device(*_):
+        raise RuntimeError("no backend")
+
+    monkeypatch.setattr(jax, "devices", no_device)
+    monkeypatch.setattr(jax, "local_devices", no_device)
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_80")
+    assert main(["doctor"]) == 1
+    assert "nothing works" in capsys.readouterr().out
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """A cache of its own, and no compiled kernels left in memory."""
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path))
+    compiler.compile_cubin.cache_clear()
+    return tmp_path
+
+
+def test_precompile(capsys, kernels):
+    command = ["precompile", "--models", "qwen3-30b-a3b", "--tokens", "1", "--arch"]
+    assert main([*command, "sm_90a", "sm_80"]) == 0
+    assert f"{kernels}: 2 programs, 2 of them new" in capsys.readouterr().out
+    assert len(list(kernels.glob("*.cubin"))) == 2
+    compiler.compile_cubin.cache_clear()
+    assert main([*command, "sm_80"]) == 0
+    assert "2 programs, 0 of them new" in capsys.readouterr().out
+
+
+def test_precompile_reports_failures(capsys, kernels):
+    arguments = ["--arch", "sm_75", "--models", "qwen3-30b-a3b", "--tokens", "1"]
+    assert main(["precompile", *arguments]) == 1
+    assert "FAILED: x has dtype bfloat16" in capsys.readouterr().out
+    assert main(["precompile", *arguments, "--dtype", "float16", "--format", "int4_zp", "--group-size", "64"]) == 0
+    assert main(["precompile", *arguments, "--group-size", "96"]) == 1
+
+
+def test_precompile_needs_a_cache_and_a_compiler(capsys, monkeypatch):
+    arguments = ["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", "--tokens", "1"]
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
+    assert main(arguments) == 1
+    assert "the kernel cache is off" in capsys.readouterr().out
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: "NVRTC was not found")
+    assert main(arguments) == 1
+    assert "cannot compile: NVRTC was not found" in capsys.readouterr().out
+
+
+def test_a_command_is_needed():
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2

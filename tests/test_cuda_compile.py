@@ -1,0 +1,440 @@
+"""Every CUDA kernel compiled for every architecture, on a machine that has none of them; exports; the disk cache."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from oracle import assert_block_close, expert_block, random_experts, random_routing, random_rows
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe import native
+from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, PREFILL_TOKENS
+from jax_marlin_moe.cuda import cache, compiler
+
+needs_nvrtc = pytest.mark.skipif(
+    compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason())
+)
+
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
+CALL = f"@{native.PROGRAM_CUDA}"
+
+
+@pytest.fixture
+def lower(monkeypatch):
+    """Lowers a function for a CUDA architecture. The architecture is read then, so every call traces anew."""
+
+    def lower_for(architecture, function, *arguments):
+        monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, architecture)
+        traced = jax.jit(lambda *arrays: function(*arrays)).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    return lower_for
+
+
+def array(shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def abstract_experts(num_experts, k, n, *, group_size=None, zeros=False, bias=False, scale_dtype=jnp.bfloat16):
+    groups = k // (group_size or k)
+    return jmm.MarlinWeights(
+        packed=array((num_experts, k // 16, 2 * n)),
+        scales=array((num_experts, groups, n), scale_dtype),
+        zeros=array((num_experts, groups, n // 8)) if zeros else None,
+        bias=array((num_experts, n), jnp.float32) if bias else None,
+        input_order=None,
+        format=jmm.FORMATS["int4_zp" if zeros else "int4"],
+    )
+
+
+def abstract_block(tokens, top_k, hidden, inner, num_experts, dtype, **options):
+    return (
+        array((tokens, hidden), dtype),
+        abstract_experts(num_experts, hidden, 2 * inner, **options),
+        abstract_experts(num_experts, inner, hidden, **options),
+        array((tokens, top_k), jnp.float32),
+        array((tokens, top_k)),
+    )
+
+
+def types_of(architecture):
+    return ["float16"] if architecture == "sm_75" else ["bfloat16", "float16"]
+
+
+def on_every_architecture(cases):
+    """(architecture, dtype, *case): the cases with each type that the architecture has."""
+    return [
+        pytest.param(architecture, dtype, *case, id="-".join(map(str, (architecture, dtype, *case))))
+        for architecture in ARCHITECTURES
+        for dtype in types_of(architecture)
+        for case in cases
+    ]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_alignment_compiles(lower, architecture, mapped):
+    def align(ids, expert_map):
+        return jmm.moe_align_block_size(ids, block_size=16, num_experts=60, expert_map=expert_map)
+
+    text = lower(architecture, align, array((300, 4)), array((60,)) if mapped else None)
+    assert text.count(CALL) == 1
+
+
+# Blocks of 8, 16, 48 and 64 have token tiles of 8, 16, 24 and 32.
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "block_size", "zeros"),
+    on_every_architecture([(8, True), (16, False), (48, True), (64, False)]),
+)
+def test_product_compiles(lower, architecture, dtype, block_size, zeros):
+    # Options that only the epilogue and the scales' loads know alternate with the rest.
+    extras = (dtype == "float16") != zeros
+    weights = abstract_experts(
+        6, 512, 256, group_size=128, zeros=zeros, bias=extras, scale_dtype=jnp.dtype(dtype) if extras else jnp.float16
+    )
+
+    def product(x, weights, ids, router):
+        alignment = jmm.moe_align_block_size(ids, block_size=block_size, num_experts=6)
+        return jmm.moe_gemm(
+            x, weights, alignment, top_k=2, topk_weights=router if extras else None, mul_topk_weights=extras
+        )
+
+    text = lower(
+        architecture, product, array((33, 512), jnp.dtype(dtype)), weights, array((33, 2)), array((33, 2), jnp.float32)
+    )
+    assert text.count(CALL) == 2
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "tokens", "zeros"),
+    on_every_architecture([(1, False), (1, True), (24, True), (64, False), (400, True)]),
+)
+def test_block_compiles(lower, architecture, dtype, tokens, zeros):
+    extras = (dtype == "float16") != zeros
+    arguments = abstract_block(
+        tokens, 4, 512, 256, 16, jnp.dtype(dtype), group_size=64, zeros=zeros, bias=extras, scale_dtype=jnp.float16
+    )
+
+    def block(*arrays):
+        *arrays, expert_map = arrays
+        return jmm.fused_moe(*arrays, expert_map=expert_map)
+
+    text = lower(architecture, block, *arguments, array((24,)) if extras else None)
+    assert text.count(CALL) == 1
+    assert "dot_general" not in text  # of the reference
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, None])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90a"])
+def test_every_group_size_compiles(lower, architecture, group_size):
+    arguments = abstract_block(
+        1, 2, 256, 128, 8, jnp.float16, group_size=group_size, zeros=True, scale_dtype=jnp.float16
+    )
+    assert CALL in lower(architecture, jmm.fused_moe, *arguments)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_smallest_block_compiles(lower, architecture):
+    arguments = abstract_block(1, 1, 64, 64, 1, jnp.float16, scale_dtype=jnp.float16)
+    assert CALL in lower(architecture, jmm.fused_moe, *arguments)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_no_tokens_need_no_kernel(lower, tokens):
+    arguments = abstract_block(tokens, 2, 64, 64, 4, jnp.bfloat16)
+    text = lower("sm_90a", jmm.fused_moe, *arguments)
+    assert (CALL in text) == (tokens > 0)
+
+
+@needs_nvrtc
+def test_turing_has_no_bfloat16(lower):
+    with pytest.raises(ValueError, match="x has dtype bfloat16, which compute capability 75 lacks; pass float16"):
+        lower("sm_75", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.bfloat16))
+
+
+def model_block(shape, tokens, dtype=jnp.bfloat16):
+    return abstract_block(
+        tokens, shape.top_k, shape.hidden, shape.intermediate, shape.num_experts, dtype, group_size=shape.group_size,
+        scale_dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("tokens", DECODE_TOKENS + PREFILL_TOKENS)
+@pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
+def test_blocks_of_models_have_shapes(shape, tokens):
+    y = jax.eval_shape(jmm.fused_moe, *model_block(shape, tokens))
+    assert (y.shape, y.dtype) == ((tokens, shape.hidden), jnp.bfloat16)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("tokens", DECODE_TOKENS + PREFILL_TOKENS)
+@pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
+def test_blocks_of_models_compile(lower, shape, tokens):
+    text = lower("sm_90a", jmm.fused_moe, *model_block(shape, tokens))
+    assert text.count(CALL) == 1
+    assert "dot_general" not in text
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_86", "sm_120a"])
+@pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
+def test_blocks_of_models_compile_where_shared_memory_is_scarce(lower, architecture, shape):
+    for tokens in (1, 4096):
+        assert CALL in lower(architecture, jmm.fused_moe, *model_block(shape, tokens, jnp.float16))
+
+
+# Exports.
+
+CHECKS = [export.DisabledSafetyCheck.custom_call(target) for target in jmm.CUSTOM_CALL_TARGETS]
+
+
+def concrete_block():
+    rng = np.random.default_rng(0)
+    gate_up, down = (random_experts(rng, 5, *shape, group_size=64, bias=True) for shape in ((128, 256), (128, 128)))
+    x = random_rows(rng, 9, 128, jnp.bfloat16)
+    router, ids = random_routing(rng, 9, 3, 5)
+    return (x, gate_up.packed(), down.packed(), router, ids), expert_block(x, gate_up, down, router, ids)
+
+
+def exported_block(platforms):
+    arguments, expected = concrete_block()
+    leaves, treedef = jax.tree.flatten(arguments)
+
+    def block(*arrays):
+        return jmm.fused_moe(*jax.tree.unflatten(treedef, arrays))
+
+    program = export.export(jax.jit(block), platforms=platforms, disabled_checks=CHECKS)(*leaves)
+    return export.deserialize(program.serialize()), leaves, expected
+
+
+def test_an_export_runs_on_the_cpu():
+    program, leaves, expected = exported_block(["cpu"])
+    assert program.platforms == ("cpu",)
+    assert native.FUSED_MOE_CPU in program.mlir_module()
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert_block_close(program.call(*leaves), expected)
+
+
+@needs_nvrtc
+def test_an_export_for_cuda_carries_its_kernels(monkeypatch):
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_90a")
+    program, leaves, _ = exported_block(["cuda"])
+    assert program.platforms == ("cuda",)
+    assert [aval.shape for aval in program.out_avals] == [(9, 128)]
+    assert [aval.shape for aval in program.in_avals] == [leaf.shape for leaf in leaves]
+    assert native.PROGRAM_CUDA in program.mlir_module()
+    assert len(program.mlir_module_serialized) > 10_000  # machine code and all
+
+
+@needs_nvrtc
+def test_an_export_for_both_runs_here(monkeypatch):
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_90a")
+    program, leaves, expected = exported_block(["cpu", "cuda"])
+    assert native.PROGRAM_CUDA in program.mlir_module()
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert_block_close(program.call(*leaves), expected)
+
+
+@pytest.mark.gpu
+def test_an_export_runs_on_cuda():
+    program, leaves, expected = exported_block(["cuda"])
+    with jax.default_device(jax.devices("cuda")[0]):
+        assert_block_close(program.call(*leaves), expected)
+
+
+def test_an_export_that_was_not_told_of_our_calls_is_refused():
+    with pytest.raises(ValueError, match=native.ALIGN_CPU):
+        export.export(
+            jax.jit(lambda ids: jmm.moe_align_block_size(ids, block_size=8, num_experts=4).expert_ids),
+            platforms=["cpu"],
+        )(array((3, 2)))
+
+
+# The compiler.
+
+
+def device_of(capability):
+    return lambda backend: [SimpleNamespace(compute_capability=capability)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [("7.5", "sm_75"), ("8.0", "sm_80"), ("8.9", "sm_89"), ("9.0", "sm_90a"), ("10.0", "sm_100a"), ("12.0", "sm_120a")],
+)
+def test_the_device_names_the_architecture(monkeypatch, capability, architecture):
+    monkeypatch.delenv(compiler.ARCHITECTURE_VARIABLE, raising=False)
+    monkeypatch.setattr(jax, "local_devices", device_of(capability))
+    assert compiler.target_architecture() == architecture
+    assert compiler.compute_capability(architecture) == int(capability.replace(".", ""))
+
+
+def test_the_environment_names_the_architecture(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", device_of("9.0"))
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_80")
+    assert compiler.target_architecture() == "sm_80"
+
+
+def test_no_device_and_no_architecture_is_an_error(monkeypatch, lower):
+    def no_devices(backend):
+        raise RuntimeError("no cuda")
+
+    monkeypatch.setattr(jax, "local_devices", no_devices)
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
+    with pytest.raises(ValueError, match="JAX_MARLIN_MOE_CUDA_ARCH is not set; .* such as sm_90a"):
+        lower("", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
+
+
+def test_a_name_that_is_no_architecture_is_an_error(monkeypatch, lower):
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
+    with pytest.raises(ValueError, match="JAX_MARLIN_MOE_CUDA_ARCH is 'compute_90'; it must look like sm_90a"):
+        lower("compute_90", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("source", "architecture"), [("this is no C++", "sm_90a"), ('#include "absent.cuh"', "sm_90a"), ("", "sm_42")]
+)
+def test_what_the_compiler_refuses_is_a_compilation_error(source, architecture, monkeypatch, capsys):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
+    with pytest.raises(compiler.CompilationError, match=f"refused a kernel for {architecture}"):
+        compiler.compile_cubin.__wrapped__(source, architecture)
+    assert source in capsys.readouterr().err
+
+
+def test_a_missing_compiler_names_the_extra(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'cuda'")
+
+    monkeypatch.setattr(compiler, "version", missing)
+    reason = compiler.unavailable_reason.__wrapped__()
+    assert "No module named 'cuda'" in reason
+    assert "jax_marlin_moe[cuda13]" in reason
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: reason)
+    with pytest.raises(ImportError, match=r"cannot compile its CUDA kernels: .*install jax_marlin_moe\[cuda13\]"):
+        compiler.compile_cubin.__wrapped__("", "sm_90a")
+    with pytest.raises(ValueError, match=r"implementation is 'cuda', .*install jax_marlin_moe\[cuda13\]"):
+        jax.eval_shape(
+            lambda *arrays: jmm.fused_moe(*arrays, implementation="cuda"),
+            *abstract_block(4, 2, 128, 64, 4, jnp.float16),
+        )
+
+
+def test_a_missing_compiler_leaves_the_reference(monkeypatch, lower):
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: "NVRTC was not found")
+    with pytest.warns(UserWarning, match="slow reference on cuda: NVRTC was not found"):
+        text = lower("sm_90a", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
+    assert CALL not in text
+    assert "dot_general" in text
+
+
+# The disk cache.
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Replaces NVRTC by a recorder: what is compiled, in order."""
+    compiled = []
+
+    def record(source, architecture):
+        compiled.append((source, architecture))
+        return f"{source} for {architecture}".encode()
+
+    monkeypatch.setattr(compiler, "_compile", record)
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    return compiled
+
+
+def compile_anew(source="a", architecture="sm_90a"):
+    """As a new process would: nothing is remembered but the disk."""
+    return compiler.compile_cubin.__wrapped__(source, architecture)
+
+
+def test_what_was_compiled_is_found_again(monkeypatch, tmp_path, compilations):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "new" / "folder"))
+    assert compile_anew() == compile_anew() == b"a for sm_90a"
+    assert compilations == [("a", "sm_90a")]
+    assert [file.suffix for file in (tmp_path / "new" / "folder").iterdir()] == [".cubin"]
+
+
+def test_everything_that_shapes_a_cubin_is_in_its_key(monkeypatch, tmp_path, compilations):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path))
+    compile_anew()
+    compile_anew(source="b")
+    compile_anew(architecture="sm_80")
+    monkeypatch.setattr(compiler, "version", lambda: (13, 1))
+    compile_anew()
+    monkeypatch.setattr(compiler, "_headers_digest", lambda: b"edited")
+    compile_anew()
+    assert len(compilations) == 5
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_the_cache_can_be_switched_off(monkeypatch, tmp_path, compilations):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
+    compile_anew()
+    compile_anew()
+    assert len(compilations) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_lies_in_the_users_folder_by_default(monkeypatch, tmp_path):
+    monkeypatch.delenv(cache.ENVIRONMENT_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.directory() == tmp_path / "jax_marlin_moe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.directory() == tmp_path / ".cache" / "jax_marlin_moe"
+
+
+def test_a_folder_that_cannot_be_made_costs_a_compilation(monkeypatch, tmp_path, compilations):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "file" / "folder"))
+    assert compile_anew() == compile_anew() == b"a for sm_90a"
+    assert len(compilations) == 2
+
+
+@pytest.mark.parametrize("function", ["replace", "fdopen"])
+def test_a_write_that_fails_leaves_nothing_behind(monkeypatch, tmp_path, compilations, function):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path))
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, function, full)
+    assert compile_anew() == b"a for sm_90a"
+    assert not list(tmp_path.iterdir())
+
+
+def test_readers_never_see_half_a_file(monkeypatch, tmp_path):
+    """Four processes store different files of a megabyte under one name while this one reads it."""
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path))
+    script = (
+        "import sys\n"
+        "from jax_marlin_moe.cuda import cache\n"
+        "for _ in range(100): cache.store('key', bytes([int(sys.argv[1])]) * 2**20)\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(i)], cwd=tmp_path) for i in range(4)]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        cubin = cache.load("key")
+        if cubin is not None:
+            assert len(cubin) == 2**20
+            assert len(set(cubin)) == 1
+            seen.add(cubin[0])
+    assert [writer.returncode for writer in writers] == [0] * 4
+    assert seen
+    assert [file.name for file in tmp_path.iterdir()] == ["key.cubin"]

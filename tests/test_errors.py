@@ -1,0 +1,441 @@
+"""Bad input: refused where the call is traced, by name; and what the handlers say to operands that disagree."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import random_experts
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe import native
+from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.formats import WeightFormat
+from jax_marlin_moe.ops.operands import weight_operands
+
+TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 5, 2, 4, 128, 64
+
+
+def experts(k, n, **options):
+    return random_experts(np.random.default_rng(0), EXPERTS, k, n, **options).packed()
+
+
+def gemm_arguments():
+    alignment = jmm.moe_align_block_size(jnp.zeros((TOKENS, TOP_K), jnp.int32), block_size=8, num_experts=EXPERTS)
+    return {
+        "x": jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16),
+        "weights": experts(HIDDEN, 64, group_size=32, zeros=True, bias=True),
+        "alignment": alignment,
+        "top_k": TOP_K,
+    }
+
+
+def block_arguments():
+    return {
+        "x": jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16),
+        "gate_up": experts(HIDDEN, 2 * INNER, group_size=32),
+        "down": experts(INNER, HIDDEN, group_size=32),
+        "topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.float32),
+        "topk_ids": jnp.zeros((TOKENS, TOP_K), jnp.int32),
+    }
+
+
+def replaced(weights, **leaves):
+    """Fields of a MarlinWeights, given as functions of what they were."""
+    return dataclasses.replace(weights, **{name: change(getattr(weights, name)) for name, change in leaves.items()})
+
+
+def cast(dtype):
+    return lambda leaf: jnp.zeros(leaf.shape, dtype)
+
+
+def shaped(*shape):
+    return lambda leaf: jnp.zeros(shape, leaf.dtype)
+
+
+def constant(value):
+    return lambda _: value
+
+
+BAD_WEIGHTS = {
+    "dense array": (constant(jnp.zeros((4, 128, 64))), TypeError, r"{} is a .*; it must be a MarlinWeights"),
+    "another layout": (partial(replaced, layout=constant("a8")), ValueError, r"{}\.layout is 'a8'; .*'a16'"),
+    "another format": (
+        partial(replaced, format=constant(WeightFormat("int4", 4, 7, (128,), ("float16",)))),
+        ValueError,
+        r"{}\.format is .*; it must be a row of",
+    ),
+    "unsigned words": (partial(replaced, packed=cast(jnp.uint32)), TypeError, r"{}\.packed has dtype uint32"),
+    "words without experts": (partial(replaced, packed=shaped(8, 128)), ValueError, r"{}\.packed has shape"),
+    "N off the tile": (partial(replaced, packed=shaped(4, 8, 192)), ValueError, r"{} has \(K, N\) = \(128, 96\)"),
+    "no rows": (partial(replaced, packed=shaped(4, 0, 128)), ValueError, r"{} has \(K, N\) = \(0, 64\)"),
+    "float32 scales": (partial(replaced, scales=cast(jnp.float32)), TypeError, r"{}\.scales has dtype float32"),
+    "flat scales": (partial(replaced, scales=shaped(4, 64)), ValueError, r"{}\.scales has shape"),
+    "scales of another width": (partial(replaced, scales=shaped(4, 4, 32)), ValueError, r"{}\.scales has shape"),
+    "scales of fewer experts": (partial(replaced, scales=shaped(3, 4, 64)), ValueError, r"{}\.scales has shape"),
+    "groups of 8": (partial(replaced, scales=shaped(4, 16, 64)), ValueError, r"{}\.scales has 16 groups over K = 128"),
+    "groups that do not divide K": (partial(replaced, scales=shaped(4, 3, 64)), ValueError, r"{}\.scales has 3 groups"),
+    "no zero points": (partial(replaced, zeros=constant(None)), ValueError, r"{}\.zeros is None; int4_zp needs zeros"),
+    "superfluous zero points": (
+        partial(replaced, format=constant(jmm.FORMATS["int4"])),
+        ValueError,
+        r"{}\.zeros is not None; int4 takes no zeros",
+    ),
+    "unsigned zero points": (partial(replaced, zeros=cast(jnp.uint32)), TypeError, r"{}\.zeros has dtype uint32"),
+    "zero points of one group": (partial(replaced, zeros=shaped(4, 1, 8)), ValueError, r"{}\.zeros has shape"),
+    "half a bias": (partial(replaced, bias=cast(jnp.float16)), TypeError, r"{}\.bias has dtype float16"),
+    "bias of another width": (partial(replaced, bias=shaped(4, 32)), ValueError, r"{}\.bias has shape"),
+    "float row order": (
+        partial(replaced, input_order=constant(jnp.zeros((4, 128)))),
+        TypeError,
+        r"{}\.input_order has dtype float32",
+    ),
+    "a short row order": (
+        partial(replaced, input_order=constant(jnp.zeros((4, 64), jnp.int32))),
+        ValueError,
+        r"{}\.input_order has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["weights", "gate_up", "down"])
+@pytest.mark.parametrize("bad", BAD_WEIGHTS)
+def test_bad_weights_are_refused(bad, name):
+    change, error, message = BAD_WEIGHTS[bad]
+    arguments = gemm_arguments() if name == "weights" else block_arguments()
+    arguments[name] = change(experts(HIDDEN, 64, group_size=32, zeros=True, bias=True))
+    call = jmm.moe_gemm if name == "weights" else jmm.fused_moe
+    with pytest.raises(error, match=message.format(name)):
+        call(**arguments)
+
+
+def alignment_with(**leaves):
+    alignment = gemm_arguments()["alignment"]
+    return dataclasses.replace(alignment, **leaves)
+
+
+BAD_PRODUCTS = {
+    "float32 rows": ({"x": jnp.zeros((TOKENS, HIDDEN))}, TypeError, "x has dtype float32; .*bfloat16 or float16"),
+    "flat rows": ({"x": jnp.zeros(HIDDEN, jnp.bfloat16)}, ValueError, "x has shape .*2 dimensions"),
+    "rows of another width": ({"x": jnp.zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
+    "a list": ({"x": [[0.0]]}, TypeError, "x has dtype list"),
+    "no alignment": ({"alignment": jnp.zeros(8, jnp.int32)}, TypeError, "alignment is a .*moe_align_block_size"),
+    "blocks of 24": ({"alignment": alignment_with(block_size=24)}, ValueError, "block_size is 24; .*8, 16, 32, 48, 64"),
+    "no choice": ({"top_k": 0}, ValueError, "top_k is 0"),
+    "more choices than experts": ({"top_k": 5}, ValueError, r"top_k is 5; it must lie in \[1, 4\]"),
+    "float slots": (
+        {"alignment": alignment_with(sorted_token_ids=jnp.zeros(38))},
+        TypeError,
+        r"alignment\.sorted_token_ids has dtype float32",
+    ),
+    "too few blocks": (
+        {"alignment": alignment_with(expert_ids=jnp.zeros(4, jnp.int32))},
+        ValueError,
+        r"alignment\.expert_ids has shape \(4,\); .*\(5,\)",
+    ),
+    "two counts": (
+        {"alignment": alignment_with(num_tokens_post_padded=jnp.zeros(2, jnp.int32))},
+        ValueError,
+        r"alignment\.num_tokens_post_padded has shape \(2,\)",
+    ),
+    "weights to multiply by": ({"mul_topk_weights": True}, ValueError, "topk_weights is None"),
+    "half router weights": (
+        {"mul_topk_weights": True, "topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.float16)},
+        TypeError,
+        "topk_weights has dtype float16; it must be a float32",
+    ),
+    "too few router weights": (
+        {"mul_topk_weights": True, "topk_weights": jnp.zeros(TOKENS)},
+        ValueError,
+        r"topk_weights has shape \(5,\); .* = 10 values",
+    ),
+    "unknown implementation": ({"implementation": "triton"}, ValueError, "implementation is 'triton'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PRODUCTS)
+def test_bad_products_are_refused(bad):
+    change, error, message = BAD_PRODUCTS[bad]
+    with pytest.raises(error, match=message):
+        jmm.moe_gemm(**(gemm_arguments() | change))
+
+
+BAD_BLOCKS = {
+    "float32 rows": ({"x": jnp.zeros((TOKENS, HIDDEN))}, TypeError, "x has dtype float32"),
+    "a batch of rows": ({"x": jnp.zeros((1, TOKENS, HIDDEN), jnp.bfloat16)}, ValueError, "x has shape .*2 dimensions"),
+    "rows of another width": ({"x": jnp.zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
+    "down with too many rows": ({"down": experts(128, HIDDEN)}, ValueError, "gate_up has N = 128 columns and down K = 128"),
+    "down with too few columns": ({"down": experts(INNER, 64)}, ValueError, "down has N = 64 columns; it must be H = 128"),
+    "inner rows off the tile": (
+        {"gate_up": experts(HIDDEN, 64), "down": experts(32, HIDDEN)},
+        ValueError,
+        "down has K = 32 rows; the block needs a multiple of 64",
+    ),
+    "fewer experts in down": ({"down": experts(INNER, HIDDEN).expert(0)}, ValueError, "down has 1 experts; .*gate_up: 4"),
+    "reordered down": ({"down": experts(INNER, HIDDEN, reordered=True)}, ValueError, "down.input_order .*fold_input_order"),
+    "unknown activation": ({"activation": "sine"}, ValueError, "activation is 'sine'; .*silu"),
+    "float ids": ({"topk_ids": jnp.zeros((TOKENS, TOP_K))}, TypeError, "topk_ids has dtype float32; .*int32"),
+    "64-bit ids": ({"topk_ids": np.zeros((TOKENS, TOP_K), np.int64)}, TypeError, "topk_ids has dtype int64"),
+    "ids in a list": ({"topk_ids": [[0, 1]]}, TypeError, "topk_ids has dtype list"),
+    "flat ids": ({"topk_ids": jnp.zeros(TOKENS, jnp.int32)}, ValueError, "topk_ids has shape .*2 dimensions"),
+    "ids of other tokens": ({"topk_ids": jnp.zeros((4, TOP_K), jnp.int32)}, ValueError, r"topk_ids has shape \(4, 2\)"),
+    "half router weights": (
+        {"topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.bfloat16)},
+        TypeError,
+        "topk_weights has dtype bfloat16; it must be a float32",
+    ),
+    "router weights of other shape": (
+        {"topk_weights": jnp.zeros((TOKENS, 3))},
+        ValueError,
+        r"topk_weights has shape \(5, 3\); .*\(5, 2\)",
+    ),
+    "more choices than experts": (
+        {"topk_ids": jnp.zeros((TOKENS, 5), jnp.int32), "topk_weights": jnp.zeros((TOKENS, 5))},
+        ValueError,
+        r"top_k is 5; it must lie in \[1, 4\]",
+    ),
+    "no choice": (
+        {"topk_ids": jnp.zeros((TOKENS, 0), jnp.int32), "topk_weights": jnp.zeros((TOKENS, 0))},
+        ValueError,
+        "top_k is 0",
+    ),
+    "a float map": ({"expert_map": jnp.zeros(4)}, TypeError, "expert_map has dtype float32"),
+    "a map of two dimensions": ({"expert_map": jnp.zeros((1, 4), jnp.int32)}, ValueError, "expert_map has shape"),
+    "more choices than the map has": ({"expert_map": jnp.zeros(1, jnp.int32)}, ValueError, r"top_k is 2; .*\[1, 1\]"),
+    "unknown implementation": ({"implementation": "triton"}, ValueError, "implementation is 'triton'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BLOCKS)
+def test_bad_blocks_are_refused(bad):
+    change, error, message = BAD_BLOCKS[bad]
+    with pytest.raises(error, match=message):
+        jmm.fused_moe(**(block_arguments() | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"topk_ids": jnp.zeros((2, 2))}, TypeError, "topk_ids has dtype float32"),
+        ({"topk_ids": jnp.zeros(4, jnp.int32)}, ValueError, "topk_ids has shape"),
+        ({"block_size": 4}, ValueError, "block_size is 4"),
+        ({"num_experts": 0}, ValueError, "num_experts is 0"),
+        ({"expert_map": jnp.zeros(3, jnp.int32)}, ValueError, r"expert_map has shape \(3,\)"),
+        ({"expert_map": np.zeros(4, np.int64)}, TypeError, "expert_map has dtype int64"),
+        ({"implementation": "triton"}, ValueError, "implementation is 'triton'"),
+    ],
+)
+def test_bad_alignments_are_refused(change, error, message):
+    arguments = {"topk_ids": jnp.zeros((2, 2), jnp.int32), "block_size": 8, "num_experts": 4}
+    with pytest.raises(error, match=message):
+        jmm.moe_align_block_size(**(arguments | change))
+
+
+def test_errors_come_when_the_call_is_traced():
+    """`jax.eval_shape` neither compiles nor runs anything, and meets the same checks."""
+    with pytest.raises(TypeError, match="topk_weights has dtype bfloat16"):
+        jax.eval_shape(
+            lambda arguments: jmm.fused_moe(**arguments),
+            block_arguments() | {"topk_weights": jax.ShapeDtypeStruct((TOKENS, TOP_K), jnp.bfloat16)},
+        )
+    with pytest.raises(ValueError, match=r"x has shape \(5, 64\)"):
+        jax.eval_shape(
+            lambda x: jmm.moe_gemm(**(gemm_arguments() | {"x": x})), jax.ShapeDtypeStruct((TOKENS, 64), jnp.float16)
+        )
+
+
+@pytest.mark.parametrize("call", ["align", "product", "block"])
+def test_an_implementation_of_another_platform_is_refused(call, monkeypatch):
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
+    functions = {
+        "align": lambda: jmm.moe_align_block_size(
+            jnp.zeros((2, 2), jnp.int32), block_size=8, num_experts=4, implementation="cuda"
+        ),
+        "product": lambda: jmm.moe_gemm(**gemm_arguments(), implementation="cuda"),
+        "block": lambda: jmm.fused_moe(**block_arguments(), implementation="cuda"),
+    }
+    traced = jax.jit(functions[call]).trace()
+    with pytest.raises(ValueError, match="implementation is 'cuda', but the program is lowered for cpu"):
+        traced.lower(lowering_platforms=("cpu",))
+
+
+def test_an_implementation_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "the module is missing")
+    with pytest.raises(ValueError, match="implementation is 'cpu', which cannot serve here: the module is missing"):
+        jmm.fused_moe(**block_arguments(), implementation="cpu")
+
+
+def test_without_a_choice_the_reference_steps_in_and_says_so(monkeypatch):
+    expected = np.asarray(jmm.fused_moe(**block_arguments(), implementation="xla"))
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "the module is missing")
+    arguments = block_arguments()
+    with pytest.warns(UserWarning, match="slow reference on cpu: the module is missing"):
+        text = jax.jit(lambda: jmm.fused_moe(**arguments)).trace().lower(lowering_platforms=("cpu",)).as_text()
+    assert native.FUSED_MOE_CPU not in text
+    assert expected.shape == (TOKENS, HIDDEN)
+
+
+def test_reverse_mode_says_that_it_is_missing():
+    arguments = block_arguments()
+    x = arguments.pop("x").astype(jnp.float32)
+    with pytest.raises(NotImplementedError, match="fused_moe"):
+        jax.grad(lambda rows: jmm.fused_moe(rows.astype(jnp.bfloat16), **arguments).astype(jnp.float32).sum())(x)
+
+
+# The handlers, called as a corrupted or hand-written program would: operands in order, then results.
+
+ALIGN = ["topk_ids", "expert_map"]
+GEMM = ["x", "packed", "scales", "zeros", "bias", "topk_weights", "sorted_token_ids", "expert_ids", "count"]
+BLOCK = [
+    "x",
+    *(f"{matrix} {leaf}" for matrix in ("gate_up", "down") for leaf in ("packed", "scales", "zeros", "bias")),
+    "topk_weights",
+    "topk_ids",
+    "expert_map",
+]
+
+
+def align_operands():
+    operands = [jnp.zeros((TOKENS, TOP_K), jnp.int32), jnp.zeros(EXPERTS, jnp.int32)]
+    # P = 10 + 4 * 7.
+    results = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((38,), (5,), (1,))]
+    return dict(zip(ALIGN, operands, strict=True)), results, {"block_size": 8, "num_experts": EXPERTS}
+
+
+def gemm_operands():
+    arguments = gemm_arguments()
+    alignment = arguments["alignment"]
+    operands = [
+        arguments["x"],
+        *weight_operands(arguments["weights"]),
+        jnp.zeros(TOKENS * TOP_K),
+        alignment.sorted_token_ids,
+        alignment.expert_ids,
+        alignment.num_tokens_post_padded,
+    ]
+    results = [jax.ShapeDtypeStruct((TOKENS * TOP_K, 64), jnp.bfloat16)]
+    attributes = {"top_k": TOP_K, "block_size": 8, "mul_topk_weights": True}
+    return dict(zip(GEMM, operands, strict=True)), results, attributes
+
+
+def block_operands():
+    arguments = block_arguments()
+    operands = [
+        arguments["x"],
+        *weight_operands(experts(HIDDEN, 2 * INNER, group_size=32, zeros=True, bias=True)),
+        *weight_operands(experts(INNER, HIDDEN, group_size=32, zeros=True, bias=True)),
+        arguments["topk_weights"],
+        arguments["topk_ids"],
+        jnp.zeros(EXPERTS, jnp.int32),
+    ]
+    results = [jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16)]
+    return dict(zip(BLOCK, operands, strict=True)), results, {"activation": "silu"}
+
+
+HANDLERS = {
+    "align": (native.ALIGN_CPU, align_operands),
+    "product": (native.MOE_GEMM_CPU, gemm_operands),
+    "block": (native.FUSED_MOE_CPU, block_operands),
+}
+
+
+def run_handler(handler, operand_changes=None, attribute_changes=None, result_changes=None):
+    target, make = HANDLERS[handler]
+    operands, results, attributes = make()
+    for name, change in (operand_changes or {}).items():
+        operands[name] = change(operands[name])
+    for index, result in (result_changes or {}).items():
+        results[index] = result
+    call = jax.ffi.ffi_call(target, results, vmap_method=None)
+    with jax.default_device(jax.devices("cpu")[0]):
+        outputs = jax.jit(lambda *arrays: call(*arrays, **(attributes | (attribute_changes or {}))))(*operands.values())
+        return jax.block_until_ready(outputs)
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_handlers_accept_what_agrees(handler):
+    assert len(run_handler(handler)) == {"align": 3, "product": 1, "block": 1}[handler]
+
+
+def rank_three(leaf):
+    return jnp.zeros((1, *leaf.shape), leaf.dtype)
+
+
+def scalar(leaf):
+    return jnp.zeros((), leaf.dtype)
+
+
+def longer(leaf):
+    return jnp.zeros((leaf.shape[0] + 8, *leaf.shape[1:]), leaf.dtype)
+
+
+def another_type(leaf):
+    return jnp.zeros(leaf.shape, jnp.float32 if leaf.dtype != jnp.float32 else jnp.int32)
+
+
+DISAGREEMENTS = [
+    (handler, operand, change)
+    for handler, operands in (("align", ALIGN), ("product", GEMM), ("block", BLOCK))
+    for operand in operands
+    for change in (rank_three, scalar, longer, another_type)
+    # The block takes maps of any length: it is the number of experts that ids may name.
+    if (handler, operand, change) != ("block", "expert_map", longer)
+]
+
+
+@pytest.mark.parametrize(("handler", "operand", "change"), DISAGREEMENTS)
+def test_handlers_refuse_operands_that_disagree(handler, operand, change):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        run_handler(handler, {operand: change})
+
+
+def test_block_takes_maps_of_any_length():
+    (y,) = run_handler("block", {"expert_map": longer})
+    assert y.shape == (TOKENS, HIDDEN)
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+@pytest.mark.parametrize(
+    "result", [jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((TOKENS, 7), jnp.bfloat16)]
+)
+def test_handlers_refuse_results_that_disagree(handler, result):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        run_handler(handler, result_changes={0: result})
+
+
+@pytest.mark.parametrize(
+    ("handler", "attributes", "message"),
+    [
+        ("align", {"block_size": 0}, "block_size is 0"),
+        ("align", {"block_size": 16}, "sorted_token_ids has shape"),
+        ("align", {"block_size": 2**40}, "does not fit in int32"),
+        ("align", {"num_experts": 0}, "num_experts is 0"),
+        ("align", {"num_experts": -(2**62)}, "num_experts is -"),
+        ("align", {"num_experts": 5}, "expert_map has shape"),
+        ("product", {"top_k": 0}, "top_k is 0"),
+        ("product", {"top_k": 2**62}, "top_k is"),
+        ("product", {"top_k": 3}, "topk_weights has shape"),
+        ("product", {"block_size": -8}, "block_size is -8"),
+        ("product", {"block_size": 16}, "expert_ids has shape"),
+        ("block", {"activation": "sine"}, "activation is 'sine'; there are: silu"),
+    ],
+)
+def test_handlers_refuse_attributes_that_disagree(handler, attributes, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*{message}"):
+        run_handler(handler, attribute_changes=attributes)
+
+
+@pytest.mark.parametrize("rows", [1, TOKENS - 1, TOKENS + 1, TOKENS * TOP_K - 1, 0])
+def test_block_rows_are_one_per_token_or_per_slot(rows):
+    def change(leaf):
+        return jnp.zeros((rows, HIDDEN), leaf.dtype)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*x has {rows} rows"):
+        run_handler("block", {"x": change})
+
+
+def test_handlers_refuse_router_weights_that_are_missing():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*mul_topk_weights needs topk_weights"):
+        run_handler("product", {"topk_weights": lambda leaf: leaf[:0]})
