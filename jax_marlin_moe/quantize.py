@@ -59,25 +59,32 @@ def _quantize(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype)
         groups = w.astype(jnp.float32).reshape(-1, group_size, w.shape[1])  # [G, g, N]
         if row.has_zero_points:
             low, high = jnp.minimum(groups.min(1), 0.0), jnp.maximum(groups.max(1), 0.0)
-            scales = ((high - low) / row.max_code).astype(scale_dtype)
-            step = _nonzero(scales)
+            scales = _rounded((high - low) / row.max_code, scale_dtype)
+            step = jnp.where(scales == 0, 1.0, scales)
             zeros = jnp.clip(jnp.round(-low / step), 0, row.max_code)
         else:
-            scales = (jnp.abs(groups).max(1) / (row.zero_point - 1)).astype(scale_dtype)
-            step = _nonzero(scales)
+            scales = _rounded(jnp.abs(groups).max(1) / (row.zero_point - 1), scale_dtype)
+            step = jnp.where(scales == 0, 1.0, scales)
             zeros = jnp.full_like(step, row.zero_point)
         codes = jnp.clip(jnp.round(groups / step[:, None]) + zeros[:, None], 0, row.max_code)
         codes = codes.astype(jnp.uint8).reshape(w.shape)
         packed_zeros = layout.pack_zeros(zeros.astype(jnp.uint8), bits=row.bits) if row.has_zero_points else None
-        return layout.pack(codes, bits=row.bits), layout.permute_scales(scales), packed_zeros
+        return layout.pack(codes, bits=row.bits), layout.permute_scales(scales.astype(scale_dtype)), packed_zeros
 
     # Expert by expert: the float32 intermediates of one matrix, not of all.
     return jax.lax.map(one_expert, dense)
 
 
-def _nonzero(scales):
-    step = scales.astype(jnp.float32)
-    return jnp.where(step == 0, 1.0, step)
+def _rounded(scales: Array, dtype: jnp.dtype) -> Array:
+    """Non-negative float32 values that `dtype` stores exactly.
+
+    A cast there and back is not enough: XLA keeps the excess precision, and codes would be chosen for another scale.
+    """
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(scales, info.nexp, info.nmant)
+    if dtype == jnp.float16:  # reduce_precision flushes its subnormals, multiples of 2^-24
+        rounded = jnp.where(scales < info.smallest_normal, jnp.round(scales * 2.0**24) * 2.0**-24, rounded)
+    return rounded
 
 
 def from_awq(

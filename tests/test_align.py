@@ -80,9 +80,7 @@ def test_the_worked_example(implementation):
 )
 def test_alignment_is_that_of_the_contract(implementation, block_size, tokens, top_k, experts, kind):
     _, ids = random_routing(np.random.default_rng(tokens), tokens, top_k, experts, kind)
-    alignment = jmm.moe_align_block_size(
-        ids, block_size=block_size, num_experts=experts, implementation=implementation
-    )
+    alignment = jmm.moe_align_block_size(ids, block_size=block_size, num_experts=experts, implementation=implementation)
     assert_alignment(alignment, align_slowly(ids, block_size, experts))
 
 

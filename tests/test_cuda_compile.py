@@ -17,9 +17,7 @@ from jax_marlin_moe import native
 from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, PREFILL_TOKENS
 from jax_marlin_moe.cuda import cache, compiler
 
-needs_nvrtc = pytest.mark.skipif(
-    compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason())
-)
+needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
 CALL = f"@{native.PROGRAM_CUDA}"
@@ -166,7 +164,13 @@ def test_turing_has_no_bfloat16(lower):
 
 def model_block(shape, tokens, dtype=jnp.bfloat16):
     return abstract_block(
-        tokens, shape.top_k, shape.hidden, shape.intermediate, shape.num_experts, dtype, group_size=shape.group_size,
+        tokens,
+        shape.top_k,
+        shape.hidden,
+        shape.intermediate,
+        shape.num_experts,
+        dtype,
+        group_size=shape.group_size,
         scale_dtype=dtype,
     )
 
@@ -215,6 +219,7 @@ def exported_block(platforms):
     def block(*arrays):
         return jmm.fused_moe(*jax.tree.unflatten(treedef, arrays))
 
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     program = export.export(jax.jit(block), platforms=platforms, disabled_checks=CHECKS)(*leaves)
     return export.deserialize(program.serialize()), leaves, expected
 
@@ -292,7 +297,7 @@ def test_no_device_and_no_architecture_is_an_error(monkeypatch, lower):
 
     monkeypatch.setattr(jax, "local_devices", no_devices)
     monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
-    with pytest.raises(ValueError, match="JAX_MARLIN_MOE_CUDA_ARCH is not set; .* such as sm_90a"):
+    with pytest.raises(ValueError, match=r"JAX_MARLIN_MOE_CUDA_ARCH is not set; .* such as sm_90a"):
         lower("", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
 
 

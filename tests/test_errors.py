@@ -166,15 +166,31 @@ BAD_BLOCKS = {
     "float32 rows": ({"x": jnp.zeros((TOKENS, HIDDEN))}, TypeError, "x has dtype float32"),
     "a batch of rows": ({"x": jnp.zeros((1, TOKENS, HIDDEN), jnp.bfloat16)}, ValueError, "x has shape .*2 dimensions"),
     "rows of another width": ({"x": jnp.zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
-    "down with too many rows": ({"down": experts(128, HIDDEN)}, ValueError, "gate_up has N = 128 columns and down K = 128"),
-    "down with too few columns": ({"down": experts(INNER, 64)}, ValueError, "down has N = 64 columns; it must be H = 128"),
+    "down with too many rows": (
+        {"down": experts(128, HIDDEN)},
+        ValueError,
+        "gate_up has N = 128 columns and down K = 128",
+    ),
+    "down with too few columns": (
+        {"down": experts(INNER, 64)},
+        ValueError,
+        "down has N = 64 columns; it must be H = 128",
+    ),
     "inner rows off the tile": (
         {"gate_up": experts(HIDDEN, 64), "down": experts(32, HIDDEN)},
         ValueError,
         "down has K = 32 rows; the block needs a multiple of 64",
     ),
-    "fewer experts in down": ({"down": experts(INNER, HIDDEN).expert(0)}, ValueError, "down has 1 experts; .*gate_up: 4"),
-    "reordered down": ({"down": experts(INNER, HIDDEN, reordered=True)}, ValueError, "down.input_order .*fold_input_order"),
+    "fewer experts in down": (
+        {"down": experts(INNER, HIDDEN).expert(0)},
+        ValueError,
+        "down has 1 experts; .*gate_up: 4",
+    ),
+    "reordered down": (
+        {"down": experts(INNER, HIDDEN, reordered=True)},
+        ValueError,
+        "down.input_order .*fold_input_order",
+    ),
     "unknown activation": ({"activation": "sine"}, ValueError, "activation is 'sine'; .*silu"),
     "float ids": ({"topk_ids": jnp.zeros((TOKENS, TOP_K))}, TypeError, "topk_ids has dtype float32; .*int32"),
     "64-bit ids": ({"topk_ids": np.zeros((TOKENS, TOP_K), np.int64)}, TypeError, "topk_ids has dtype int64"),
@@ -387,7 +403,7 @@ DISAGREEMENTS = [
 
 @pytest.mark.parametrize(("handler", "operand", "change"), DISAGREEMENTS)
 def test_handlers_refuse_operands_that_disagree(handler, operand, change):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT"):
         run_handler(handler, {operand: change})
 
 
@@ -401,7 +417,7 @@ def test_block_takes_maps_of_any_length():
     "result", [jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((TOKENS, 7), jnp.bfloat16)]
 )
 def test_handlers_refuse_results_that_disagree(handler, result):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT"):
         run_handler(handler, result_changes={0: result})
 
 
@@ -437,5 +453,5 @@ def test_block_rows_are_one_per_token_or_per_slot(rows):
 
 
 def test_handlers_refuse_router_weights_that_are_missing():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*mul_topk_weights needs topk_weights"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*mul_topk_weights needs topk_weights"):
         run_handler("product", {"topk_weights": lambda leaf: leaf[:0]})

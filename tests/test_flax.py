@@ -85,7 +85,7 @@ def test_nnx_optimiser_sees_the_router_alone(parts):
 
 @pytest.mark.parametrize("weight_format", ["int4", "int4_zp"])
 def test_nnx_random(weight_format):
-    make = dict(top_k=TOP_K, weight_format=weight_format, group_size=64, dtype=jnp.float16)
+    make = {"top_k": TOP_K, "weight_format": weight_format, "group_size": 64, "dtype": jnp.float16}
     layer = MarlinMoE.random(EXPERTS, HIDDEN, INTERMEDIATE, rngs=nnx.Rngs(0), **make)
     again = MarlinMoE.random(EXPERTS, HIDDEN, INTERMEDIATE, rngs=nnx.Rngs(0), **make)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(layer), nnx.state(again))

@@ -148,8 +148,10 @@ def test_experts_of_two_devices_add_up(platform):
     for local in ([4, 1, 0], [2, 3, 5]):
         expert_map = np.full(6, -1, np.int32)
         expert_map[local] = np.arange(3)
-        shard = [jax.tree.map(lambda leaf, local=local: leaf[np.asarray(local)], w.packed())
-                 for w in (call.gate_up, call.down)]
+        shard = [
+            jax.tree.map(lambda leaf, local=local: leaf[np.asarray(local)], w.packed())
+            for w in (call.gate_up, call.down)
+        ]
         total += np.asarray(
             jmm.fused_moe(call.x, *shard, call.router, call.ids, expert_map=expert_map, implementation=platform)
         ).astype(np.float64)
@@ -173,6 +175,18 @@ def test_a_token_does_not_depend_on_its_company():
             one = slice(token, token + 1)
             alone = dataclasses.replace(call, x=call.x[one], router=call.router[one], ids=call.ids[one]).run()
             np.testing.assert_array_equal(np.asarray(alone)[0].view(np.uint16), together[token].view(np.uint16))
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_many_tokens_take_several_passes(reordered):
+    """The CPU block holds 2^24 float32 results at most: 512 tokens of this width, then the next pass."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        call = make_call(Case("", tokens=520, top_k=8, experts=8, hidden=4096, inner=64, reordered=reordered), "cpu")
+        y = np.asarray(call.run())
+        ends = np.asarray([0, 511, 512, 519])
+        picked = dataclasses.replace(call, x=call.x[ends], router=call.router[ends], ids=call.ids[ends])
+        np.testing.assert_array_equal(np.asarray(picked.run()).view(np.uint16), y[ends].view(np.uint16))
+        assert_block_close(y[ends], picked.expected())
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -204,9 +218,7 @@ def test_dropped_slots_do_not_read_their_weight(platform):
     dropped = (call.ids < 0) | (call.ids >= 6)
     assert dropped.any()
     router = np.where(dropped, np.float32(np.nan), call.router)
-    np.testing.assert_array_equal(
-        np.asarray(dataclasses.replace(call, router=router).run()), np.asarray(call.run())
-    )
+    np.testing.assert_array_equal(np.asarray(dataclasses.replace(call, router=router).run()), np.asarray(call.run()))
 
 
 def test_saturated_gates(platform):
@@ -227,8 +239,11 @@ def test_vmap_over_tokens_is_a_loop(platform, case):
     calls = [first]
     for _ in range(2):
         router, ids = random_routing(rng, case.tokens, case.top_k, case.experts)
-        calls.append(dataclasses.replace(first, x=random_rows(rng, case.tokens, case.hidden, first.x.dtype),
-                                         router=router, ids=ids))
+        calls.append(
+            dataclasses.replace(
+                first, x=random_rows(rng, case.tokens, case.hidden, first.x.dtype), router=router, ids=ids
+            )
+        )
     gate_up, down = first.gate_up.packed(), first.down.packed()
     xs, routers, ids = (np.stack([getattr(call, name) for call in calls]) for name in ("x", "router", "ids"))
     block = jax.vmap(lambda x, w, i: jmm.fused_moe(x, gate_up, down, w, i, implementation=platform))
@@ -274,6 +289,19 @@ def test_the_program_holds_our_call(platform):
     assert "dot_general" not in text  # of the reference
 
 
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("reordered", [False, True])
+def test_numpy_arrays_under_jit(implementation, reordered):
+    """Weights and maps that a jitted function closes over may be numpy arrays."""
+    case = Case("", tokens=5, experts=3, expert_map=(1, -1, 2, -1, 0), reordered=reordered)
+    call = make_call(case, implementation)
+    weights = jax.tree.map(np.asarray, (call.gate_up.packed(), call.down.packed()))
+    y = jax.jit(lambda x, router, ids: jmm.fused_moe(x, *weights, router, ids, **call.options))(
+        call.x, call.router, call.ids
+    )
+    assert_block_close(y, call.expected())
+
+
 def test_block_inside_a_larger_program(platform):
     """Router, block and residual under one jit, twice over: the call is one op among others."""
     call = make_call(Case("", top_k=2, experts=6), platform)
@@ -313,6 +341,19 @@ def test_a_layer_of_a_model_scaled_down(platform, shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_what_memory_held_before_stays_out(tokens):
+    """Scratch and results land in memory that held NaN."""
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(Case("", tokens=tokens, top_k=4, routing="holes"), "cuda")
+        run, expected = jax.jit(call.run), call.expected()
+        run()
+        for _ in range(5):
+            jax.block_until_ready(jnp.full((1 << 26,), jnp.nan)).delete()
+            assert_block_close(run(), expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 def test_a_layer_of_qwen3_30b(tokens):
     shape = MODELS["qwen3-30b-a3b"]
@@ -332,8 +373,6 @@ def test_a_layer_of_qwen3_30b(tokens):
     hit = hit[:16]
     call = dataclasses.replace(call, ids=np.where(local < 16, hit[np.minimum(local, 15)], -1).reshape(call.ids.shape))
     call = dataclasses.replace(call, ids=call.ids.astype(np.int32))
-    kept = [
-        dataclasses.replace(w, codes=w.codes[hit], scales=w.scales[hit]) for w in (call.gate_up, call.down)
-    ]
+    kept = [dataclasses.replace(w, codes=w.codes[hit], scales=w.scales[hit]) for w in (call.gate_up, call.down)]
     renumbered = np.where(call.ids >= 0, np.searchsorted(hit, call.ids), -1)
     assert_block_close(call.run(), expert_block(call.x, *kept, call.router, renumbered))

@@ -108,9 +108,7 @@ def make_call(case: Case, implementation: str, seed=0) -> Call:
     options = {"top_k": case.top_k, "implementation": implementation}
     if case.weighted:
         options |= {"topk_weights": router, "mul_topk_weights": True}
-    expected = grouped_product(
-        x, experts, ids, expert_map=expert_map, router_weights=router if case.weighted else None
-    )
+    expected = grouped_product(x, experts, ids, expert_map=expert_map, router_weights=router if case.weighted else None)
     return Call(x, experts.packed(), alignment, options, expected, local_experts(ids, case.experts, expert_map))
 
 
@@ -185,18 +183,19 @@ def test_an_overflow_is_infinite_not_wrapped(platform):
 def test_rows_that_are_already_slots(platform):
     """With top_k = 1 the alignment of more choices serves rows that have one slot each."""
     call = make_call(Case("", top_k=3), platform)
-    y = jmm.moe_gemm(
-        call.x.repeat(3, axis=0), call.weights, call.alignment, top_k=1, implementation=platform
-    )
+    y = jmm.moe_gemm(call.x.repeat(3, axis=0), call.weights, call.alignment, top_k=1, implementation=platform)
     assert_product_close(y, call.expected)
 
 
-def test_lists_that_cannot_be_trusted(platform):
+@pytest.mark.parametrize("reordered", [False, True])
+def test_lists_that_cannot_be_trusted(platform, reordered):
     """Slots and experts out of range, and entries past the count, are left out; none is read or written."""
-    call = make_call(Case("", tokens=8, top_k=1), platform)
+    call = make_call(Case("", tokens=8, top_k=1, reordered=reordered), platform)
     garbage = jmm.BlockAlignment(
-        sorted_token_ids=jnp.asarray([3, -1, 8, 2**31 - 1, -(2**31), 5, 7, 1, *range(8), *range(8)], jnp.int32),
-        expert_ids=jnp.asarray([2, 6, 0], jnp.int32),
+        sorted_token_ids=jnp.asarray(
+            [3, -1, 8, 2**31 - 1, -(2**31), 5, 7, 1, *([0, 2, 4, 6] * 2), *range(8)], jnp.int32
+        ),
+        expert_ids=jnp.asarray([2, 6, 0], jnp.int32),  # the second is none, the third is past the count
         num_tokens_post_padded=jnp.asarray([16], jnp.int32),
         block_size=8,
         num_experts=6,
@@ -226,8 +225,14 @@ def test_vmap_over_tokens_is_a_loop(platform, case):
         router, ids = random_routing(rng, case.tokens, case.top_k, case.experts, case.routing)
         options = calls[0].options | ({"topk_weights": router} if case.weighted else {})
         alignment = jmm.moe_align_block_size(ids, block_size=16, num_experts=case.experts, implementation=platform)
-        calls.append(dataclasses.replace(calls[0], x=random_rows(rng, case.tokens, case.k, calls[0].x.dtype),
-                                         alignment=alignment, options=options))
+        calls.append(
+            dataclasses.replace(
+                calls[0],
+                x=random_rows(rng, case.tokens, case.k, calls[0].x.dtype),
+                alignment=alignment,
+                options=options,
+            )
+        )
 
     def one(x, alignment, router):
         options = calls[0].options | ({} if router is None else {"topk_weights": router})
@@ -262,6 +267,34 @@ def test_vmap_over_weights_is_a_loop(platform):
         assert_product_close(y, np.asarray(expected).astype(np.float64))
 
 
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("reordered", [False, True])
+def test_numpy_arrays_under_jit(implementation, reordered):
+    """Weights and maps that a jitted function closes over may be numpy arrays."""
+    case = Case("", tokens=5, experts=3, expert_map=(1, -1, 2, -1, 0), reordered=reordered)
+    call = make_call(case, implementation)
+    weights = jax.tree.map(np.asarray, call.weights)
+    _, ids = random_routing(np.random.default_rng(1), 5, 2, 5)
+    expert_map = np.asarray(case.expert_map, np.int32)
+
+    @jax.jit
+    def product(topk_ids):
+        alignment = jmm.moe_align_block_size(
+            topk_ids, block_size=8, num_experts=5, expert_map=expert_map, implementation=implementation
+        )
+        return jmm.moe_gemm(call.x, weights, alignment, top_k=2, implementation=implementation)
+
+    served = local_experts(ids, 3, expert_map)
+    dense = np.asarray(jmm.dense_weights(call.weights)).astype(np.float64)
+    expected = np.stack(
+        [
+            row @ dense[e] if e >= 0 else np.zeros(128)
+            for row, e in zip(call.x.repeat(2, axis=0).astype(np.float64), served, strict=True)
+        ]
+    )
+    assert_product_close(product(ids), expected)
+
+
 def test_the_program_holds_our_call(platform):
     call = make_call(CASES[0], platform)
 
@@ -275,12 +308,31 @@ def test_the_program_holds_our_call(platform):
 
 
 @pytest.mark.gpu
+def test_what_memory_held_before_stays_out():
+    """Results land in memory that held NaN; rows that nothing writes must be cleared, not inherited."""
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(Case("", tokens=300, routing="holes"), "cuda")
+        run = jax.jit(call.run)
+        run()
+        for _ in range(5):
+            jax.block_until_ready(jnp.full((1 << 26,), jnp.nan)).delete()
+            assert_product_close(run(), call.expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("model", ["qwen3-30b-a3b", "deepseek-v3-tp8", "gpt-oss-20b"])
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_shapes_of_models(model, tokens):
     """Whole columns and rows of a real layer, with fewer experts than it has."""
     shape = MODELS[model]
-    case = Case("", tokens=tokens, top_k=shape.top_k, experts=8, k=shape.hidden, n=2 * shape.intermediate,
-                group_size=shape.group_size)
+    case = Case(
+        "",
+        tokens=tokens,
+        top_k=shape.top_k,
+        experts=8,
+        k=shape.hidden,
+        n=2 * shape.intermediate,
+        group_size=shape.group_size,
+    )
     call = make_call(case, "cuda")
     assert_product_close(call.run(), call.expected)

@@ -52,7 +52,7 @@ def group_steps(dense, weights):
 
 @GROUPS
 @DENSE_DTYPES
-def test_symmetric_codes_are_the_nearest(group_size, dtype):
+def test_symmetric_codes_are_the_nearest(platform, group_size, dtype):
     dense = np.random.default_rng(0).normal(size=(2, 256, 64)).astype(dtype)
     weights = jmm.quantize(dense, "int4", group_size=group_size)
     assert weights.format.name == "int4"
@@ -73,6 +73,20 @@ def test_asymmetric_codes_are_the_nearest(group_size):
     assert (error <= (0.5 + 16 * 2**-11) * step).all()
     symmetric, _ = group_steps(dense, jmm.quantize(dense, "int4", group_size=group_size, scale_dtype=np.float16))
     assert error.mean() < symmetric.mean()
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1e-5, 1e-6])
+def test_small_weights_have_subnormal_scales(platform, magnitude):
+    """Of float16; a compiler that flushed them would make zeros of whole groups."""
+    dense = (np.random.default_rng(9).normal(size=(1, 64, 64)) * magnitude).astype(np.float32)
+    weights = jmm.quantize(dense, "int4", group_size=None, scale_dtype=np.float16)
+    largest = np.abs(dense).max(1)[:, None] / 7
+    scales = np.asarray(jmm.layout.unpermute_scales(weights.scales))
+    np.testing.assert_array_max_ulp(scales, largest.astype(np.float16), maxulp=1)
+    error, step = group_steps(dense, weights)
+    # Where the scale itself was rounded down by much, the largest weight is out of the codes' reach.
+    reach = np.maximum(0.5001 * step, np.abs(dense)[:, None] - 7 * step)
+    assert (error <= reach).all()
 
 
 @pytest.mark.parametrize("weight_format", ["int4", "int4_zp"])

@@ -86,13 +86,13 @@ def test_an_expert_that_is_not_there_is_refused(index):
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 32), (32, 96), (128, 256), (64, 64), (-64, 64)])
 def test_column_ranges_off_the_tile_are_refused(start, stop):
-    with pytest.raises(ValueError, match="columns .* multiples of 64"):
+    with pytest.raises(ValueError, match=r"columns .* multiples of 64"):
         experts_with_everything().packed().columns(start, stop)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 16), (16, 48), (0, 96)])
 def test_row_ranges_off_the_groups_are_refused(start, stop):
-    with pytest.raises(ValueError, match="rows .* multiples of 32"):
+    with pytest.raises(ValueError, match=r"rows .* multiples of 32"):
         experts_with_everything().packed().rows(start, stop)
 
 
@@ -191,6 +191,7 @@ def test_format_is_part_of_the_structure():
 
 def test_leaves_are_named_in_paths():
     paths = [
-        jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(experts_with_everything(reordered=True).packed())
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree.leaves_with_path(experts_with_everything(reordered=True).packed())
     ]
     assert paths == [".packed", ".scales", ".zeros", ".bias", ".input_order"]

@@ -265,7 +265,7 @@ def plan_moe_gemm(
 def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tuned.BlockKey:
     """The block's row in the tables of measured schemes."""
     return tuned.BlockKey(
-        gate_up.num_experts, top_k, gate_up.k, down.k, gate_up.group_size, f"{gate_up.format.name}/{down.format.name}"
+        gate_up.num_experts, top_k, gate_up.k, down.k, gate_up.group_size, (gate_up.format.bits, down.format.bits)
     )
 
 

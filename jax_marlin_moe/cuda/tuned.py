@@ -29,12 +29,12 @@ class BlockKey:
     hidden: int
     intermediate: int
     group_size: int
-    weight_format: str
+    bits: tuple[int, int]
 
     def __str__(self) -> str:
         return (
             f"E{self.num_experts} k{self.top_k} H{self.hidden} I{self.intermediate} "
-            f"g{self.group_size} {self.weight_format}"
+            f"g{self.group_size} {self.bits[0]}/{self.bits[1]} bit"
         )
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_marlin_moe.activations import get_activation
@@ -69,7 +70,7 @@ def random_experts(
     activation: str,
     weight_format: str,
     group_size: int | None,
-    dtype: jnp.dtype | type,
+    dtype: DTypeLike,
 ) -> tuple[MarlinWeights, MarlinWeights]:
     """`gate_up` and `down` of normal random weights with variance 1 / K, quantised expert by expert."""
     halves = 2 if get_activation(activation).gated else 1

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_marlin_moe.flax.block import apply_block, check_block, random_experts
@@ -70,8 +71,8 @@ class MarlinMoE(nnx.Module):
         rngs: nnx.Rngs,
         weight_format: str = "int4",
         group_size: int | None = 128,
-        dtype: jnp.dtype | type = jnp.bfloat16,
-        router_dtype: jnp.dtype | type = jnp.float32,
+        dtype: DTypeLike = jnp.bfloat16,
+        router_dtype: DTypeLike = jnp.float32,
         activation: str = "silu",
         **options: Any,
     ) -> "MarlinMoE":

@@ -77,6 +77,7 @@ def moe_align_block_size(
     if expert_map is not None:
         arguments.check_shape("expert_map", expert_map, (num_experts,), "(num_experts,)")
     check_implementation(implementation)
+    expert_map = None if expert_map is None else jnp.asarray(expert_map)  # numpy cannot be indexed by tracers
     if implementation == "xla":
         outputs = reference.moe_align_block_size(topk_ids, expert_map, block_size=block_size, num_experts=num_experts)
     else:

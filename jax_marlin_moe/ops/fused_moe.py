@@ -85,6 +85,8 @@ def fused_moe(
             "jax_marlin_moe.fold_input_order(gate_up, down)"
         )
     check_implementation(implementation)
+    # numpy arrays cannot be indexed by tracers
+    gate_up, down, expert_map = jax.tree.map(jnp.asarray, (gate_up, down, expert_map))
     if gate_up.input_order is not None:
         expert = topk_ids.reshape(-1)
         if expert_map is not None:

@@ -69,6 +69,7 @@ def moe_gemm(
                 f"topk_weights has shape {tuple(topk_weights.shape)}; it must hold tokens * top_k = {slots} values"
             )
     check_implementation(implementation)
+    weights = jax.tree.map(jnp.asarray, weights)  # numpy leaves cannot be indexed by tracers
     if weights.input_order is not None:
         x, weights, top_k = _reordered_rows(x, weights, alignment, top_k)
     router = topk_weights.reshape(-1) if mul_topk_weights and topk_weights is not None else None
@@ -102,9 +103,10 @@ def _reordered_rows(x, weights, alignment, top_k):
     """One row per slot, columns in the packed order of the slot's expert."""
     slots = x.shape[0] * top_k
     position = jnp.arange(alignment.sorted_token_ids.shape[0])
+    listed = (alignment.sorted_token_ids >= 0) & (position < alignment.num_tokens_post_padded[0])
     expert = (
         jnp.zeros((slots,), jnp.int32)
-        .at[alignment.sorted_token_ids]
+        .at[jnp.where(listed, alignment.sorted_token_ids, slots)]
         .set(alignment.expert_ids[position // alignment.block_size], mode="drop")
     )
     return gather_input_order(jnp.repeat(x, top_k, axis=0), weights, expert), _without_order(weights), 1

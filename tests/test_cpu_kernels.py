@@ -1,0 +1,69 @@
+"""The CPU kernels of every instruction set, each in a process of its own: the choice is made once."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax
+import jax.numpy as jnp
+import numpy as np
+import jax_marlin_moe as jmm
+from oracle import *
+
+rng = np.random.default_rng(0)
+for dtype in ("bfloat16", "float16"):
+    for zeros, group_size, scale_dtype in ((False, None, "float16"), (True, 16, "bfloat16"), (True, 272, "float16")):
+        gate_up = random_experts(rng, 5, 272, 128, group_size=group_size, zeros=zeros, bias=True,
+                                 scale_dtype=jnp.dtype(scale_dtype))
+        # From one row to more than a panel of 16, in every remainder of the rows that share a dequantisation.
+        for tokens, kind in ((1, "distinct"), (3, "one"), (23, "one"), (40, "holes")):
+            x = random_rows(rng, tokens, 272, jnp.dtype(dtype))
+            router, ids = random_routing(rng, tokens, 2, 5, kind)
+            alignment = jmm.moe_align_block_size(ids, block_size=16, num_experts=5)
+            y = jmm.moe_gemm(x, gate_up.packed(), alignment, top_k=2, implementation="cpu")
+            assert_product_close(y, grouped_product(x, gate_up, ids))
+    block = [random_experts(rng, 5, *shape, group_size=32, zeros=True) for shape in ((128, 384), (192, 128))]
+    x = random_rows(rng, 21, 128, jnp.dtype(dtype))
+    router, ids = random_routing(rng, 21, 3, 5)
+    y = jmm.fused_moe(x, *(experts.packed() for experts in block), router, ids, implementation="cpu")
+    assert_block_close(y, expert_block(x, *block, router, ids))
+print("all close")
+"""
+
+# Flags of /proc/cpuinfo that a kernel needs.
+FLAGS = {
+    "portable": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+}
+
+
+def processor_flags():
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
+
+
+@pytest.mark.parametrize("kernel", FLAGS)
+def test_kernel(kernel, tmp_path):
+    if not FLAGS[kernel] <= processor_flags():
+        pytest.skip(f"this processor does not run {kernel}")
+    environment = os.environ | {"JAX_MARLIN_MOE_CPU_ISA": kernel, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(pathlib.Path(__file__).parent)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "all close\n", result.stderr

@@ -1,0 +1,232 @@
+"""Compiled programs: the record that the handler reads, and what the handler says to one that lies."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_marlin_moe import native
+from jax_marlin_moe.cuda import compiler, program
+from jax_marlin_moe.cuda.plan import plan_align
+
+KERNEL = program.Kernel(
+    body="Body<3>",
+    members="p0, p1",
+    parameters=((0, "const int32_t*"), (2, "float*")),
+    threads=64,
+    shared_bytes=0,
+    max_blocks=7,
+    blocks_per_sm=2,
+    overlaps_predecessor=True,
+)
+BUFFERS = [
+    jax.ShapeDtypeStruct((5, 6), jnp.int32),
+    jax.ShapeDtypeStruct((), jnp.float16),
+    jax.ShapeDtypeStruct((0,), jnp.float32),
+]
+
+
+def test_the_contract_is_the_documented_record():
+    fields = program._contract(BUFFERS, [KERNEL, dataclasses.replace(KERNEL, shared_bytes=1024, blocks_per_sm=0)])
+    assert fields.dtype == np.int64
+    assert fields.tolist() == [
+        *(1, 3, 2),  # version, buffers, kernels
+        *(4, 2, 5, 6),  # int32 [5, 6]
+        *(10, 0),  # float16 []
+        *(11, 1, 0),  # float32 [0]
+        *(64, 0, 7, 2, 1, 2, 0, 2),
+        *(64, 1024, 7, 0, 1, 2, 0, 2),
+    ]
+
+
+def test_the_source_has_an_entry_point_for_each_kernel():
+    shared = dataclasses.replace(KERNEL, shared_bytes=1024)
+    source = program.render([KERNEL, shared], ["a.cuh", "b.cuh"], "struct Extra {};")
+    assert source.startswith('#include "a.cuh"\n#include "b.cuh"\nstruct Extra {};\n')
+    assert "k0(const int32_t* p0, float* p1)" in source
+    assert "__launch_bounds__(64, 2) k1(" in source
+    assert "static_assert(B1::kSharedBytes == 1024" in source
+    assert "B0{p0, p1}.run();" in source
+    assert "B1{p0, p1}.run(shared_bytes);" in source
+
+
+@pytest.mark.parametrize(("cubin", "contract"), [(b"", b""), (b"a", b"bc"), (bytes(range(256)), b"\0" * 16)])
+def test_the_fingerprint_is_fnv_1a_over_both(cubin, contract):
+    value = 0xCBF29CE484222325
+    for byte in cubin + contract:
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    assert native.fingerprint(cubin, contract) % 2**64 == value
+
+
+# The handler, on a device.
+
+IDS = np.asarray([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]], np.int32)
+LIST_LENGTH, BLOCKS = 12 + 5 * 7, 6
+RESULTS = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((LIST_LENGTH,), (BLOCKS,), (1,))]
+
+
+def alignment_program(architecture=None):
+    """A small real program: operands, machine code and contract."""
+    operands = [jnp.asarray(IDS), jnp.zeros(0, jnp.int32)]
+    architecture = architecture or compiler.target_architecture()
+    plan = plan_align(IDS.size, 5, 8, False, architecture)
+    cubin = compiler.compile_cubin(plan.source, architecture)
+    return operands, np.frombuffer(cubin, np.uint8), program._contract([*operands, *RESULTS], plan.kernels)
+
+
+def fingerprint(cubin, contract):
+    return np.int64(native.fingerprint(cubin.tobytes(), contract.tobytes()))
+
+
+def execute(operands, results=RESULTS, **attributes):
+    call = jax.ffi.ffi_call(native.PROGRAM_CUDA, results, vmap_method=None)
+    with jax.default_device(jax.devices("cuda")[0]):
+        return jax.block_until_ready(jax.jit(lambda *arrays: call(*arrays, **attributes))(*operands))
+
+
+@pytest.mark.gpu
+def test_a_program_that_agrees_runs():
+    operands, cubin, contract = alignment_program()
+    outputs = execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+    assert outputs[1].tolist() == [1, 2, 3, 4, -1, -1]
+    assert outputs[2].tolist() == [32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("corrupted", ["cubin", "contract", "fingerprint"])
+def test_a_corrupted_program_is_refused(corrupted):
+    operands, cubin, contract = alignment_program()
+    # Loaded programs are found by their fingerprint alone, so this one must not have been loaded before.
+    cubin = np.append(cubin, np.frombuffer(corrupted.encode(), np.uint8))
+    attributes = {"cubin": cubin, "contract": contract, "fingerprint": fingerprint(cubin, contract)}
+    if corrupted == "fingerprint":
+        attributes[corrupted] = attributes[corrupted] ^ np.int64(1)
+    else:
+        attributes[corrupted] = attributes[corrupted].copy()
+        attributes[corrupted][-1] ^= 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*do not match their fingerprint"):
+        execute(operands, **attributes)
+
+
+def at(index, value):
+    def change(contract):
+        contract = contract.copy()
+        contract[index] = value
+        return contract
+
+    return change
+
+
+MALFORMED = {
+    "another version": at(0, 2),
+    "no buffers": at(1, 0),
+    "too many buffers": at(1, 65),
+    "one buffer more": at(1, 6),
+    "no kernels": at(2, 0),
+    "too many kernels": at(2, 17),
+    "a type that is none": at(3, -1),
+    "a rank past all": at(4, 9),
+    "a negative extent": at(5, -1),
+    "a kernel more": at(2, 2),
+    "empty": lambda contract: contract[:0],
+    "cut short": lambda contract: contract[:-1],
+    "too long": lambda contract: np.append(contract, 0),
+    "a parameter past the buffers": at(-1, 5),
+    "a negative parameter": at(-1, -1),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_contract_is_refused(case):
+    operands, cubin, contract = alignment_program()
+    contract = MALFORMED[case](contract)
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*contract is malformed or of another version"
+    ):
+        execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+
+
+@pytest.mark.gpu
+def test_more_threads_than_the_kernel_has_are_refused():
+    operands, cubin, contract = alignment_program()
+    threads = len(contract) - 4 - 6  # four parameters; six fields stand before them
+    assert contract[threads] == plan_align(IDS.size, 5, 8, False, compiler.target_architecture()).kernels[0].threads
+    contract = at(threads, 1024)(contract)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*k0"):
+        execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+
+
+@pytest.mark.gpu
+def test_what_is_no_machine_code_is_refused():
+    operands, _, contract = alignment_program()
+    garbage = np.arange(4096, dtype=np.int64).astype(np.uint8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*cannot be loaded on this device"):
+        execute(operands, cubin=garbage, contract=contract, fingerprint=fingerprint(garbage, contract))
+
+
+@pytest.mark.gpu
+def test_machine_code_of_another_architecture_is_refused():
+    other = "sm_75" if compiler.target_architecture() != "sm_75" else "sm_90a"
+    operands, cubin, contract = alignment_program(other)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*compiled for another architecture"):
+        execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("operands", "message"),
+    [
+        ([np.zeros((5, 3), np.int32), np.zeros(0, np.int32)], r"buffer 0 is dtype code 4 \[5, 3\].* \[4, 3\]"),
+        ([np.zeros((4, 3), np.float32), np.zeros(0, np.int32)], r"buffer 0 is dtype code 11"),
+        ([np.zeros(12, np.int32), np.zeros(0, np.int32)], r"buffer 0 is dtype code 4 \[12\]"),
+        ([np.zeros((4, 3), np.int32)], "the call has 4 buffers, its kernels were compiled for 5"),
+        ([np.zeros((4, 3), np.int32)] + 2 * [np.zeros(0, np.int32)], "the call has 6 buffers"),
+    ],
+)
+def test_operands_that_disagree_are_refused(operands, message):
+    _, cubin, contract = alignment_program()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*{message}"):
+        execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+
+
+@pytest.mark.gpu
+def test_results_that_disagree_are_refused():
+    operands, cubin, contract = alignment_program()
+    results = [jax.ShapeDtypeStruct((LIST_LENGTH - 8,), jnp.int32), *RESULTS[1:]]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*buffer 2"):
+        execute(operands, results, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("missing", ["cubin", "contract", "fingerprint"])
+def test_attributes_that_are_missing_are_an_error(missing):
+    operands, cubin, contract = alignment_program()
+    attributes = {"cubin": cubin, "contract": contract, "fingerprint": fingerprint(cubin, contract)}
+    del attributes[missing]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{missing}|attributes"):
+        execute(operands, **attributes)
+
+
+@pytest.mark.gpu
+def test_one_program_serves_many_calls():
+    """In a command buffer too: a chain of calls, which XLA captures and replays."""
+    operands, cubin, contract = alignment_program()
+    attributes = {"cubin": cubin, "contract": contract, "fingerprint": fingerprint(cubin, contract)}
+    call = jax.ffi.ffi_call(native.PROGRAM_CUDA, RESULTS, vmap_method=None)
+
+    @jax.jit
+    def chain(ids, absent):
+        for _ in range(8):
+            owners = call(ids, absent, **attributes)[1]
+            ids = (ids + owners[0]) % 5
+        return ids
+
+    with jax.default_device(jax.devices("cuda")[0]):
+        for _ in range(3):
+            ids = IDS
+            for _ in range(8):
+                ids = (ids + ids.min()) % 5  # the first block's expert is the least that was chosen
+            np.testing.assert_array_equal(chain(*operands), ids)
