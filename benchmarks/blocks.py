@@ -161,6 +161,23 @@ def relative_error(case: Case, **options) -> float:
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
+def peer_row(ours: dict, shape: ModelShape, tokens: int, ids: np.ndarray, args) -> dict | None:
+    """The peer's row for the configuration of ours, None where it is not installed or fails."""
+    from benchmarks.peers import humming_block
+
+    try:
+        times = humming_block(shape, tokens, ids, dtype=args.dtype, samples=args.samples)
+    except Exception as error:  # a peer that fails is a line in the log, not the end of our run
+        print(f"peer failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        return None
+    if times is None:
+        return None
+    row = {**ours, "jit_us": None, "rel_l2": None, **times}
+    row["tb_s"] = ours["tb_s"] * ours["block_us"] / row["block_us"]
+    row["tflop_s"] = ours["tflop_s"] * ours["block_us"] / row["block_us"]
+    return row
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -171,6 +188,7 @@ def main() -> None:
     parser.add_argument("--format", default="int4")
     parser.add_argument("--repeats", type=int, default=24)
     parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--peers", action="store_true", help="time the installed peers on the same routings")
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
@@ -233,6 +251,14 @@ def main() -> None:
                     f"jit {result['jit_us']:.0f}  error {result['rel_l2']:.1e}",
                     flush=True,
                 )
+                peer = peer_row(result, shape, tokens, case.ids, args) if args.peers else None
+                if peer is not None:
+                    rows.append(peer)
+                    print(
+                        f"{name:16s} M={tokens:<5d} {routing:8s} block {peer['block_us']:8.1f} us, products "
+                        f"{peer['gemm1_us']:.1f} {peer['gemm2_us']:.1f}  {peer['implementation']}",
+                        flush=True,
+                    )
         del layers
     commit = (
         args.commit
