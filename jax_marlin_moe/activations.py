@@ -19,9 +19,7 @@ class Activation:
 
     name: str
     gated: bool
-    apply: Callable[[Float[Array, "... I"], Float[Array, "... I"] | None], Float[Array, "... I"]] = dataclasses.field(
-        compare=False
-    )
+    apply: Callable[..., Float[Array, "... I"]] = dataclasses.field(compare=False)
 
 
 ACTIVATIONS: dict[str, Activation] = {

@@ -10,7 +10,7 @@ import re
 import jax
 
 try:
-    from jax_marlin_moe import _native
+    from jax_marlin_moe import _native  # type: ignore[attr-defined]
 except ImportError as error:  # a source tree that was never built
     _native = None
     _import_error = str(error)

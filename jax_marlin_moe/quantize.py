@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import layout, reference
@@ -21,7 +22,7 @@ def quantize(
     weight_format: str = "int4",
     *,
     group_size: int | None = 128,
-    scale_dtype: jnp.dtype | type | None = None,
+    scale_dtype: DTypeLike | None = None,
     bias: Float[Array, "experts N"] | None = None,
 ) -> MarlinWeights:
     """Quantises dense experts by rounding to nearest.
@@ -108,7 +109,8 @@ def from_awq(
     _check_stack("scales", scales.shape, (experts, scales.shape[1], n))
     _check_stack("qzeros", qzeros.shape, (experts, scales.shape[1], n // row.codes_per_word))
     _check_groups("qweight", k, n, scales.shape[1], row)
-    return MarlinWeights(*_pack_awq(qweight, qzeros, scales, bits), None, None, row)
+    packed, scales, zeros = _pack_awq(qweight, qzeros, scales, bits)
+    return MarlinWeights(packed, scales, zeros, None, None, row)
 
 
 @partial(jax.jit, static_argnames="bits")

@@ -5,6 +5,7 @@ Slices by expert, by column and by row are slices of the leaves: the packing nev
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
                 "input through different row orders cannot be joined: keep them apart, or requantise"
             )
 
-    def join(name: str) -> Array | None:
+    def join(name: str) -> Any:  # optional leaves are there in all parts or in none
         leaves = [getattr(part, name) for part in parts]
         return None if leaves[0] is None else jnp.concatenate(leaves, axis=-1)
 
@@ -167,8 +168,8 @@ def _check_alike(
             raise ValueError(f"{what}[{number}].{name} must be given exactly where {what}[0].{name} is")
 
 
-def _equal_arrays(a: Array, b: Array) -> bool:
-    return a is b or (a.shape == b.shape and bool(jnp.array_equal(a, b)))
+def _equal_arrays(a: Array, b: Array | None) -> bool:
+    return a is b or (b is not None and (a.shape == b.shape and bool(jnp.array_equal(a, b))))
 
 
 def _check_slice(what: str, start: int, stop: int, size: int, step: int) -> None:

@@ -41,8 +41,7 @@ void AlignBlocks(const Routing& routing, int64_t block_size, const Alignment& ou
     next[static_cast<size_t>(expert)] = position;
     const int64_t end = position + CeilDiv(count, block_size) * block_size;
     const int64_t local = routing.expert_map != nullptr ? routing.expert_map[expert] : expert;
-    std::fill(out.expert_ids + position / block_size, out.expert_ids + end / block_size,
-              static_cast<int32_t>(local));
+    std::fill(out.expert_ids + position / block_size, out.expert_ids + end / block_size, static_cast<int32_t>(local));
     position = end;
   }
   *out.num_tokens_post_padded = static_cast<int32_t>(position);
@@ -52,15 +51,15 @@ void AlignBlocks(const Routing& routing, int64_t block_size, const Alignment& ou
   }
 }
 
-RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32_t* expert_ids,
-                    int64_t block_size, int64_t slots, int64_t num_local_experts, int max_rows) {
+RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32_t* expert_ids, int64_t block_size,
+                    int64_t slots, int64_t num_local_experts, int max_rows) {
   RowGroups result;
   for (int64_t position = 0; position < length; ++position) {
     const int32_t slot = sorted_token_ids[position];
     const int32_t expert = expert_ids[position / block_size];
     if (slot < 0 || slot >= slots || expert < 0 || expert >= num_local_experts) continue;
-    const bool joins = !result.groups.empty() && result.groups.back().expert == expert &&
-                       result.groups.back().count < max_rows;
+    const bool joins =
+        !result.groups.empty() && result.groups.back().expert == expert && result.groups.back().count < max_rows;
     if (!joins) result.groups.push_back({expert, static_cast<int64_t>(result.slots.size()), 0});
     result.slots.push_back(slot);
     ++result.groups.back().count;

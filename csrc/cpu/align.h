@@ -44,8 +44,8 @@ struct RowGroups {
 
 // The scheduled rows of an alignment in groups of at most `max_rows`. Slots, experts and the padded count are
 // taken as untrusted: whatever is out of range is left out.
-RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32_t* expert_ids,
-                    int64_t block_size, int64_t slots, int64_t num_local_experts, int max_rows);
+RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32_t* expert_ids, int64_t block_size,
+                    int64_t slots, int64_t num_local_experts, int max_rows);
 
 }  // namespace jax_marlin_moe::cpu
 

@@ -8,9 +8,8 @@ Element CheckElement(Contract& contract, const ffi::AnyBuffer& buffer, const cha
   return buffer.element_type() == ffi::DataType::F16 ? Element::kF16 : Element::kBf16;
 }
 
-ExpertStack::ExpertStack(Contract& contract, const std::string& prefix, int64_t k,
-                         const ffi::AnyBuffer& packed, const ffi::AnyBuffer& scales,
-                         const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& bias) {
+ExpertStack::ExpertStack(Contract& contract, const std::string& prefix, int64_t k, const ffi::AnyBuffer& packed,
+                         const ffi::AnyBuffer& scales, const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& bias) {
   const int64_t experts = Extent(packed, 0);
   const int64_t words = Extent(packed, 2);
   const int64_t n = words / 2;
@@ -25,8 +24,7 @@ ExpertStack::ExpertStack(Contract& contract, const std::string& prefix, int64_t 
                        std::to_string(k) + " into multiples of 16");
   matrix_.scale_type = CheckElement(contract, scales, (prefix + "scales").c_str());
   contract.HasExtents(scales, (prefix + "scales").c_str(), {experts, groups, n});
-  contract.HasShapeOrIsAbsent(zeros, (prefix + "zeros").c_str(), ffi::DataType::S32,
-                              {experts, groups, n / 8});
+  contract.HasShapeOrIsAbsent(zeros, (prefix + "zeros").c_str(), ffi::DataType::S32, {experts, groups, n / 8});
   contract.HasShapeOrIsAbsent(bias, (prefix + "bias").c_str(), ffi::DataType::F32, {experts, n});
   if (!contract.ok()) return;
 

@@ -50,8 +50,7 @@ JMM_INLINE void Expand(const uint16_t* x, Element type, float* out, int stride, 
     const __m256 last = _mm256_permutevar8x32_ps(high, index1);
     float* vectors = out + half * kVectors * stride;
     _mm256_store_ps(vectors, _mm256_permutevar8x32_ps(low, index0));
-    _mm256_store_ps(vectors + stride,
-                    _mm256_mul_ps(_mm256_permutevar8x32_ps(low, index1), _mm256_set1_ps(0x1p-16f)));
+    _mm256_store_ps(vectors + stride, _mm256_mul_ps(_mm256_permutevar8x32_ps(low, index1), _mm256_set1_ps(0x1p-16f)));
     _mm256_store_ps(vectors + 2 * stride,
                     _mm256_mul_ps(_mm256_permutevar8x32_ps(high, index0), _mm256_set1_ps(0x1p-4f)));
     _mm256_store_ps(vectors + 3 * stride, _mm256_mul_ps(last, _mm256_set1_ps(0x1p-20f)));
@@ -69,9 +68,8 @@ JMM_INLINE void AddHalfLine(const int32_t* words, const float* x, __m256 (&acc)[
 #pragma GCC unroll 2
     for (int b = 0; b < 2; ++b) {
       const bool top = j == 3 && b == 1;
-      const __m256i code =
-          top ? _mm256_srli_epi32(line, 28)
-              : _mm256_and_si256(line, _mm256_set1_epi32(top ? 0 : 15 << (shift[j] + 8 * b)));
+      const __m256i code = top ? _mm256_srli_epi32(line, 28)
+                               : _mm256_and_si256(line, _mm256_set1_epi32(top ? 0 : 15 << (shift[j] + 8 * b)));
       const __m256 value = _mm256_cvtepi32_ps(code);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {

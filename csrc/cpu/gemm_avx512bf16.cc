@@ -38,8 +38,7 @@ struct Bf16Math {
       const __m256i high = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
       const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
       // Infinities and NaN live in the first part; the second would make NaN of both.
-      const __mmask16 finite =
-          _mm512_cmp_ps_mask(_mm512_abs_ps(values), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(values), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
       const __m512 rest = _mm512_maskz_sub_ps(finite, values, rounded);
       ExpandPart(high, out, stride, sum);
       ExpandPart(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest)), out + 2 * stride, stride, sum);
@@ -50,9 +49,9 @@ struct Bf16Math {
   // the next code among them, so the table holds every value twice.
   template <int R>
   static JMM_INLINE void AddLine(const int32_t* line, const float* x, __m512 (&acc)[R][2]) {
-    const __m256i values = _mm256_setr_epi16(short(0xC100), short(0xC0E0), short(0xC0C0), short(0xC0A0),
-                                             short(0xC080), short(0xC040), short(0xC000), short(0xBF80),
-                                             0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0);
+    const __m256i values =
+        _mm256_setr_epi16(short(0xC100), short(0xC0E0), short(0xC0C0), short(0xC0A0), short(0xC080), short(0xC040),
+                          short(0xC000), short(0xBF80), 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0);
     const __m512i table = _mm512_broadcast_i64x4(values);
     const __m512i words = _mm512_loadu_si512(line);
 #pragma GCC unroll 2

@@ -43,8 +43,7 @@ void AddSegment(const Panel& panel, int64_t chunk, int64_t first_tile, int tiles
   for (int col = 0; col < 8; ++col) {
     float acc[kRows][2][kLine] = {};
     for (int tile = 0; tile < tiles; ++tile) {
-      const int32_t* line =
-          weight.packed + (first_tile + tile) * weight.n * 2 + chunk * kTileWords + col * kLine;
+      const int32_t* line = weight.packed + (first_tile + tile) * weight.n * 2 + chunk * kTileWords + col * kLine;
       for (int b = 0; b < 2; ++b) {
         for (int j = 0; j < 4; ++j) {
           float codes[kLine];
@@ -62,8 +61,7 @@ void AddSegment(const Panel& panel, int64_t chunk, int64_t first_tile, int tiles
       for (int b = 0; b < 2; ++b) {
         const float scale = FloatFromElement(scales[8 * col + 2 * w + b], weight.scale_type);
         int excess = 0;  // of the zero point over the 8 that the codes already have subtracted
-        if (zeros)
-          excess = static_cast<int>((static_cast<uint32_t>(zeros[col]) >> (4 * w + 16 * b)) & 15) - 8;
+        if (zeros) excess = static_cast<int>((static_cast<uint32_t>(zeros[col]) >> (4 * w + 16 * b)) & 15) - 8;
         for (int r = 0; r < rows; ++r) {
           float dot = (acc[r][b][w] + acc[r][b][8 + w]) + (acc[r][b][4 + w] + acc[r][b][12 + w]);
           if (zeros) dot -= static_cast<float>(excess) * sums[r];

@@ -24,11 +24,11 @@ struct AlignBlockSize {
   };
   static constexpr int kSharedBytes = sizeof(Shared);
 
-  const int32_t* __restrict__ topk_ids;            // [kSlots]
-  const int32_t* __restrict__ expert_map;          // [kExperts] if kMapped
-  int32_t* __restrict__ sorted_token_ids;          // [kListLength]
-  int32_t* __restrict__ expert_ids;                // [kBlocks]
-  int32_t* __restrict__ num_tokens_post_padded;    // [1]
+  const int32_t* __restrict__ topk_ids;          // [kSlots]
+  const int32_t* __restrict__ expert_map;        // [kExperts] if kMapped
+  int32_t* __restrict__ sorted_token_ids;        // [kListLength]
+  int32_t* __restrict__ expert_ids;              // [kBlocks]
+  int32_t* __restrict__ num_tokens_post_padded;  // [1]
 
   __device__ void run(unsigned char* shared_bytes) const {
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -79,7 +79,10 @@ struct AlignBlockSize {
         int low = 0, high = kExperts - 1;  // the first expert whose part ends past `position`
         while (low < high) {
           const int middle = (low + high) / 2;
-          if (shared.ends[middle] > position) high = middle; else low = middle + 1;
+          if (shared.ends[middle] > position)
+            high = middle;
+          else
+            low = middle + 1;
         }
         e = kMapped ? expert_map[low] : low;
       }

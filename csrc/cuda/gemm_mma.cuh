@@ -91,10 +91,10 @@ class GroupedGemm {
   static constexpr int kSharedBytes = kPartialsAt + (kExchanges ? Tile::kWarpsK * kFragments * 512 : 0);
   static constexpr int kMaxTiles = Routing::kMaxBlocks * kColumnTiles;
 
-  const uint16_t* __restrict__ x;         // [rows, K]
-  const uint32_t* __restrict__ packed;    // [experts, K / 16, N * 2]
-  const uint16_t* __restrict__ scales;    // [experts, groups, N] in Marlin order
-  const uint32_t* __restrict__ zeros;     // [experts, groups, N / 8] in Marlin order, if kZeros
+  const uint16_t* __restrict__ x;       // [rows, K]
+  const uint32_t* __restrict__ packed;  // [experts, K / 16, N * 2]
+  const uint16_t* __restrict__ scales;  // [experts, groups, N] in Marlin order
+  const uint32_t* __restrict__ zeros;   // [experts, groups, N / 8] in Marlin order, if kZeros
   Routing routing;
   Epilogue epilogue;
 
@@ -152,7 +152,7 @@ class GroupedGemm {
   }
 
  private:
-  static constexpr int kPieces = Tile::kChunkK / 8;  // 16-byte pieces of a token's row in a chunk
+  static constexpr int kPieces = Tile::kChunkK / 8;      // 16-byte pieces of a token's row in a chunk
   static constexpr int kCopyLanes = 32 * Tile::kWarpsN;  // that share the copying of a chunk's tokens
   static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + kCopyLanes - 1) / kCopyLanes;
 
@@ -208,14 +208,14 @@ class GroupedGemm {
     const int warp_n, warp_k, lane, tiles, listed;
     const uint64_t policy = evict_first_policy();
     int tile, chunk = 0;
-    int expert, row;                      // of the tile being loaded; lane r holds row r of x
-    int next_expert, next_row;            // of the tile after it, fetched ahead
-    const uint32_t* weights;              // this lane's 16 bytes of the first step of the chunk
-    const uint16_t* tokens;               // the chunk's first column of x, this lane's piece
-    uint32_t token_rows[kPiecesOfLane];   // element offsets of the rows of this lane's pieces
-    uint32_t token_copies;                // bit i: piece i exists
-    int rows_left;                        // of K, in the current group
-    int group;                            // of the chunk
+    int expert, row;                     // of the tile being loaded; lane r holds row r of x
+    int next_expert, next_row;           // of the tile after it, fetched ahead
+    const uint32_t* weights;             // this lane's 16 bytes of the first step of the chunk
+    const uint16_t* tokens;              // the chunk's first column of x, this lane's piece
+    uint32_t token_rows[kPiecesOfLane];  // element offsets of the rows of this lane's pieces
+    uint32_t token_copies;               // bit i: piece i exists
+    int rows_left;                       // of K, in the current group
+    int group;                           // of the chunk
 
     __device__ __forceinline__ Loader(const GroupedGemm& g, int wn, int wk, int l, int t, int n)
         : gemm(g), warp_n(wn), warp_k(wk), lane(l), tiles(t), listed(n), tile(blockIdx.x) {
@@ -300,8 +300,9 @@ class GroupedGemm {
         for (int i = 0; i < kScaleRows * Tile::kUnits * 2; i += 32) {
           const int piece = i + lane, scale_row = piece / (Tile::kUnits * 2), u = piece / 2 % Tile::kUnits;
           if (piece < kScaleRows * Tile::kUnits * 2) {
-            copy16(stage + kZerosAt + piece * 16, gemm.zeros + ((first + scale_row) * Problem::kN +
-                                                                (unit + u * kUnitStride) * kUnit) / 8 + piece % 2 * 4);
+            copy16(stage + kZerosAt + piece * 16,
+                   gemm.zeros + ((first + scale_row) * Problem::kN + (unit + u * kUnitStride) * kUnit) / 8 +
+                       piece % 2 * 4);
           }
         }
       }
@@ -453,11 +454,10 @@ class GroupedGemm {
         for (int u = 0; u < Tile::kUnits / kHalves; ++u) {
 #pragma unroll
           for (int w = 0; w < kSubTiles; ++w) {
-            const float(&first)[4] = sums[u][w][t];
-            const float(&second)[4] = sums[Epilogue::kGated ? 1 : u][w][t];
+            const float (&first)[4] = sums[u][w][t];
+            const float (&second)[4] = sums[Epilogue::kGated ? 1 : u][w][t];
             store(rows, t, tile, output_unit(warp_n, u) * kSubTiles + w, lane,
-                  float4{first[0], first[1], first[2], first[3]},
-                  float4{second[0], second[1], second[2], second[3]});
+                  float4{first[0], first[1], first[2], first[3]}, float4{second[0], second[1], second[2], second[3]});
           }
         }
       }
@@ -472,7 +472,7 @@ class GroupedGemm {
 #pragma unroll
           for (int t = 0; t < kTokenTiles; ++t) {
             const int fragment = (unit * kSubTiles + w) * kTokenTiles + t;
-            const float(&s)[4] = sums[u][w][t];
+            const float (&s)[4] = sums[u][w][t];
             partials[(warp_k * kFragments + fragment) * 32 + lane] = float4{s[0], s[1], s[2], s[3]};
           }
         }

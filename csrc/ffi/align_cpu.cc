@@ -9,10 +9,9 @@
 namespace jax_marlin_moe {
 namespace {
 
-ffi::Error AlignImpl(ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map,
-                     ffi::Result<ffi::AnyBuffer> sorted_token_ids, ffi::Result<ffi::AnyBuffer> expert_ids,
-                     ffi::Result<ffi::AnyBuffer> num_tokens_post_padded, int64_t block_size,
-                     int64_t num_experts) {
+ffi::Error AlignImpl(ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map, ffi::Result<ffi::AnyBuffer> sorted_token_ids,
+                     ffi::Result<ffi::AnyBuffer> expert_ids, ffi::Result<ffi::AnyBuffer> num_tokens_post_padded,
+                     int64_t block_size, int64_t num_experts) {
   Contract contract("moe_align_block_size");
   contract.Require(block_size >= 1, "block_size is " + std::to_string(block_size));
   contract.Require(num_experts >= 1, "num_experts is " + std::to_string(num_experts));

@@ -36,8 +36,7 @@ class Contract {
     return IsAbsent(buffer) ? *this : HasShape(buffer, name, dtype, shape);
   }
 
-  Contract& HasDtype(const ffi::AnyBuffer& buffer, const char* name,
-                     std::initializer_list<ffi::DataType> allowed) {
+  Contract& HasDtype(const ffi::AnyBuffer& buffer, const char* name, std::initializer_list<ffi::DataType> allowed) {
     for (ffi::DataType dtype : allowed) {
       if (buffer.element_type() == dtype) return *this;
     }
@@ -46,22 +45,19 @@ class Contract {
                               ", which this call does not take");
   }
 
-  Contract& HasExtents(const ffi::AnyBuffer& buffer, const char* name,
-                       std::initializer_list<int64_t> shape) {
+  Contract& HasExtents(const ffi::AnyBuffer& buffer, const char* name, std::initializer_list<int64_t> shape) {
     auto dims = buffer.dimensions();
     bool equal = dims.size() == shape.size();
     size_t axis = 0;
     for (int64_t extent : shape) {
       if (equal) equal = dims[axis++] == extent;
     }
-    return Require(equal, std::string(name) + " has shape " + Describe(dims.begin(), dims.end()) +
-                              ", expected " + Describe(shape.begin(), shape.end()));
+    return Require(equal, std::string(name) + " has shape " + Describe(dims.begin(), dims.end()) + ", expected " +
+                              Describe(shape.begin(), shape.end()));
   }
 
   bool ok() const { return error_.empty(); }
-  ffi::Error ToError() const {
-    return ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(error_);
-  }
+  ffi::Error ToError() const { return ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(error_); }
 
   static bool IsAbsent(const ffi::AnyBuffer& buffer) {
     auto dims = buffer.dimensions();

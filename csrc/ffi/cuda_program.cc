@@ -241,11 +241,9 @@ namespace jax_marlin_moe {
 
 namespace ffi = xla::ffi;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaInitialize, cuda::Initialize,
-                              ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    CudaInitialize, cuda::Initialize,
+    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaExecute, cuda::Execute,
                               ffi::Ffi::Bind()

@@ -50,19 +50,17 @@ cpu::RowGroups GroupByExpert(const Block& block) {
   std::vector<int32_t> experts(static_cast<size_t>(slots));
   int32_t count = 0;
   cpu::AlignBlocks(block.routing, 1, {sorted.data(), slots, experts.data(), &count});
-  return cpu::GroupRows(sorted.data(), count, experts.data(), 1, slots, block.down->experts(),
-                        cpu::kPanelRows);
+  return cpu::GroupRows(sorted.data(), count, experts.data(), 1, slots, block.down->experts(), cpu::kPanelRows);
 }
 
 // Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` [rows, inner]. One
 // panel has both halves of the columns, each with the whole chunks around it: up need not begin at a chunk.
-void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group, int64_t begin,
-                int64_t end, uint16_t* out) {
+void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group, int64_t begin, int64_t end,
+                uint16_t* out) {
   static_assert(2 * (kGateChunks + 1) <= cpu::kPanelChunks);
   const uint16_t* inputs[cpu::kPanelRows];
   for (int r = 0; r < group.count; ++r) {
-    inputs[r] =
-        block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.hidden();
+    inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.hidden();
   }
   alignas(64) float product[cpu::kPanelRows * 2 * (kGateChunks + 1) * cpu::kChunk];
   cpu::Panel panel;
@@ -91,8 +89,8 @@ void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGr
 
 // A range of columns of the down matrix for one group's rows, times the router weights, into row `slot` of
 // out.
-void DownItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group,
-              const uint16_t* activated, int64_t first_chunk, int64_t end_chunk, float* out) {
+void DownItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGroup& group, const uint16_t* activated,
+              int64_t first_chunk, int64_t end_chunk, float* out) {
   const uint16_t* inputs[cpu::kPanelRows];
   for (int r = 0; r < group.count; ++r) inputs[r] = activated + (group.first + r) * block.inner();
   alignas(64) float product[cpu::kPanelRows * kDownChunks * cpu::kChunk];
@@ -159,20 +157,17 @@ void RunBlock(ffi::ThreadPool& pool, const Block& block) {
   };
   auto sum = [&](int64_t item) {
     const int64_t begin = item % sum_splits * kSumColumns;
-    SumItem(block, scheduled, products.get(), item / sum_splits, begin,
-            std::min<int64_t>(begin + kSumColumns, hidden));
+    SumItem(block, scheduled, products.get(), item / sum_splits, begin, std::min<int64_t>(begin + kSumColumns, hidden));
   };
-  cpu::RunPhases(
-      pool,
-      {{groups * gate_splits, gate_up}, {groups * down_splits, down}, {block.tokens() * sum_splits, sum}});
+  cpu::RunPhases(pool,
+                 {{groups * gate_splits, gate_up}, {groups * down_splits, down}, {block.tokens() * sum_splits, sum}});
 }
 
 ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_up_packed,
-                        ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer gate_up_zeros,
-                        ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down_packed, ffi::AnyBuffer down_scales,
-                        ffi::AnyBuffer down_zeros, ffi::AnyBuffer down_bias, ffi::AnyBuffer topk_weights,
-                        ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map, ffi::Result<ffi::AnyBuffer> y,
-                        std::string_view activation) {
+                        ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer gate_up_zeros, ffi::AnyBuffer gate_up_bias,
+                        ffi::AnyBuffer down_packed, ffi::AnyBuffer down_scales, ffi::AnyBuffer down_zeros,
+                        ffi::AnyBuffer down_bias, ffi::AnyBuffer topk_weights, ffi::AnyBuffer topk_ids,
+                        ffi::AnyBuffer expert_map, ffi::Result<ffi::AnyBuffer> y, std::string_view activation) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   Contract contract("fused_moe");
   const int64_t x_rows = Extent(x, 0);
@@ -189,20 +184,17 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   const cpu::ExpertStack gate_up(contract, "gate_up ", hidden, gate_up_packed, gate_up_scales, gate_up_zeros,
                                  gate_up_bias);
   const cpu::ExpertStack down(contract, "down ", inner, down_packed, down_scales, down_zeros, down_bias);
-  contract.Require(gate_up.n() == 2 * inner, "gate_up has " + std::to_string(gate_up.n()) +
-                                                 " columns, not twice the " + std::to_string(inner) +
-                                                 " rows of down");
+  contract.Require(gate_up.n() == 2 * inner, "gate_up has " + std::to_string(gate_up.n()) + " columns, not twice the " +
+                                                 std::to_string(inner) + " rows of down");
   contract.Require(down.n() == hidden,
                    "down has " + std::to_string(down.n()) + " columns, x has " + std::to_string(hidden));
   contract.Require(gate_up.experts() == down.experts(), "gate_up and down differ in their number of experts");
-  contract.Require(
-      top_k >= 1 && tokens <= kMost && top_k <= kMost && tokens * top_k <= kMost,
-      "topk_ids has " + std::to_string(tokens) + " rows and " + std::to_string(top_k) + " columns");
+  contract.Require(top_k >= 1 && tokens <= kMost && top_k <= kMost && tokens * top_k <= kMost,
+                   "topk_ids has " + std::to_string(tokens) + " rows and " + std::to_string(top_k) + " columns");
   if (!contract.ok()) return contract.ToError();
   contract.Require(x_rows == tokens || x_rows == tokens * top_k,
-                   "x has " + std::to_string(x_rows) + " rows, neither one per token (" +
-                       std::to_string(tokens) + ") nor one per slot (" + std::to_string(tokens * top_k) +
-                       ")");
+                   "x has " + std::to_string(x_rows) + " rows, neither one per token (" + std::to_string(tokens) +
+                       ") nor one per slot (" + std::to_string(tokens * top_k) + ")");
   contract.HasShape(topk_weights, "topk_weights", ffi::DataType::F32, {tokens, top_k});
   contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {tokens, top_k});
   contract.HasShape(expert_map, "expert_map", ffi::DataType::S32, {Extent(expert_map, 0)});

@@ -51,10 +51,9 @@ ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   const auto* weights = static_cast<const float*>(topk_weights.untyped_data());
   const int64_t n = stack.n();
   const int64_t padded = *static_cast<const int32_t*>(num_tokens_post_padded.untyped_data());
-  const cpu::RowGroups rows =
-      cpu::GroupRows(static_cast<const int32_t*>(sorted_token_ids.untyped_data()), std::min(padded, length),
-                     static_cast<const int32_t*>(expert_ids.untyped_data()), block_size, slots,
-                     stack.experts(), cpu::kPanelRows);
+  const cpu::RowGroups rows = cpu::GroupRows(
+      static_cast<const int32_t*>(sorted_token_ids.untyped_data()), std::min(padded, length),
+      static_cast<const int32_t*>(expert_ids.untyped_data()), block_size, slots, stack.experts(), cpu::kPanelRows);
 
   std::vector<bool> scheduled(static_cast<size_t>(slots), false);
   for (int32_t slot : rows.slots) scheduled[static_cast<size_t>(slot)] = true;
@@ -64,8 +63,7 @@ ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
 
   const int64_t all_chunks = n / cpu::kChunk;
   const int64_t groups = static_cast<int64_t>(rows.groups.size());
-  const int64_t item_chunks =
-      std::clamp<int64_t>(groups * all_chunks / (8 * cpu::TeamSize(pool)), 1, kItemChunks);
+  const int64_t item_chunks = std::clamp<int64_t>(groups * all_chunks / (8 * cpu::TeamSize(pool)), 1, kItemChunks);
   const int64_t splits = cpu::CeilDiv(all_chunks, item_chunks);
   auto run = [&](int64_t item) {
     const cpu::RowGroup& group = rows.groups[static_cast<size_t>(item / splits)];

@@ -5,10 +5,12 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import tuned
@@ -41,7 +43,7 @@ def autotune(
     *,
     tokens: int,
     top_k: int,
-    dtype: jnp.dtype | type = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     activation: str = "silu",
     candidates_per_product: int = 24,
     repetitions: int = 12,
@@ -113,7 +115,7 @@ def autotune(
         ranked = []
         for shape in (gemm_shape(gate_up, act.gated), gemm_shape(down, gated=False)):
             tiles = candidates(shape, block, capability)
-            tiles.sort(key=lambda tile, shape=shape: predicted_microseconds(shape, tile, blocks))
+            tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks))
             ranked.append(tiles[:candidates_per_product])
         count = max(map(len, ranked))
         schemes = [BlockScheme(direct, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]

@@ -75,12 +75,13 @@ def call_program(
     """
     cubin = compiler.compile_cubin(source, architecture)
     contract = _contract([*operands, *results], kernels)
-    return jax.ffi.ffi_call(native.PROGRAM_CUDA, list(results), vmap_method=None)(
+    outputs = jax.ffi.ffi_call(native.PROGRAM_CUDA, list(results), vmap_method=None)(
         *operands,
         cubin=np.frombuffer(cubin, np.uint8),
         contract=contract,
         fingerprint=np.int64(native.fingerprint(cubin, contract.tobytes())),
     )
+    return list(outputs)
 
 
 def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct], kernels: Sequence[Kernel]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import DTypeLike
 
 from jax_marlin_moe.formats import ACTIVATION_DTYPES, FORMATS
 from jax_marlin_moe.layout import TILE_K, TILE_N
@@ -11,7 +11,7 @@ from jax_marlin_moe.weights import MarlinWeights
 BLOCK_SIZES = (8, 16, 32, 48, 64)
 
 
-def check_array(name: str, value: ArrayLike, *, ndim: int, dtype: jnp.dtype | type) -> None:
+def check_array(name: str, value: jax.Array, *, ndim: int, dtype: DTypeLike) -> None:
     """Raises TypeError on another dtype, ValueError on another rank."""
     if not hasattr(value, "dtype") or value.dtype != jnp.dtype(dtype):
         found = getattr(value, "dtype", type(value).__name__)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_marlin_moe.formats import WeightFormat
 from jax_marlin_moe.weights import MarlinWeights
@@ -9,7 +10,7 @@ from jax_marlin_moe.weights import MarlinWeights
 WEIGHT_OPERANDS = 4  # packed, scales, zeros, bias
 
 
-def or_absent(array: jax.Array | None, dtype: jnp.dtype | type) -> jax.Array:
+def or_absent(array: jax.Array | None, dtype: DTypeLike) -> jax.Array:
     """`array`, or its stand-in when it is None."""
     return jnp.zeros((0,), dtype) if array is None else array
 
