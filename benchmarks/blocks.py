@@ -13,8 +13,6 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -23,6 +21,7 @@ import numpy as np
 
 import jax_marlin_moe as jmm
 from benchmarks.ceilings import measure_bf16_rate, measure_read_bandwidth, wall_seconds
+from benchmarks.record import current_commit, recorded_command
 from benchmarks.roofline import block_limit
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
@@ -260,14 +259,10 @@ def main() -> None:
                         flush=True,
                     )
         del layers
-    commit = (
-        args.commit
-        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    )
     document = {
         "card": device.device_kind,
-        "commit": commit,
-        "command": "python -m benchmarks.blocks " + " ".join(sys.argv[1:]),
+        "commit": args.commit or current_commit(),
+        "command": recorded_command("benchmarks.blocks"),
         "versions": {"jax": jax.__version__, "jax_marlin_moe": jmm.__version__, "numpy": np.__version__},
         "read_tb_s": read_tb_s,
         "bf16_tflop_s": bf16_tflop_s,

@@ -10,7 +10,6 @@ least 0.999 for a product and 0.9999 for a block. The exit status says whether a
 import argparse
 import json
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_marlin_moe as jmm
+from benchmarks.record import current_commit, recorded_command
 from jax_marlin_moe.formats import FORMATS
 
 _EXPERTS, _TOKENS, _TOP_K, _HIDDEN, _INTERMEDIATE = 8, 33, 2, 2048, 768
@@ -102,14 +102,10 @@ def main() -> None:
                             ),
                             flush=True,
                         )
-    commit = (
-        args.commit
-        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    )
     document = {
         "device": jax.devices()[0].device_kind,
-        "commit": commit,
-        "command": "python -m benchmarks.errors " + " ".join(sys.argv[1:]),
+        "commit": args.commit or current_commit(),
+        "command": recorded_command("benchmarks.errors"),
         "rows": rows,
     }
     args.out.write_text(json.dumps(document, indent=1) + "\n")
