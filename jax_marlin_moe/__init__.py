@@ -8,6 +8,7 @@ weights, ids = jmm.route(logits, top_k=8)
 y = jmm.fused_moe(x, gate_up, down, weights, ids)
 """
 
+from jax_marlin_moe import checkpoint
 from jax_marlin_moe.formats import FORMATS, WeightFormat
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment, moe_align_block_size
@@ -32,6 +33,7 @@ __all__ = [
     "BlockAlignment",
     "MarlinWeights",
     "WeightFormat",
+    "checkpoint",
     "concatenate_columns",
     "dense_weights",
     "dequantize",
