@@ -45,7 +45,7 @@ struct Combine {
 };
 
 // Rows that no block lists are zero: the output is cleared before the product writes into it.
-template <int kBytes>
+template <int64_t kBytes>
 struct Clear {
   static constexpr int kThreads = 256;
   static constexpr int kBlocks = (kBytes / 16 + kThreads - 1) / kThreads;

@@ -89,7 +89,6 @@ class GroupedGemm {
 
  public:
   static constexpr int kSharedBytes = kPartialsAt + (kExchanges ? Tile::kWarpsK * kFragments * 512 : 0);
-  static constexpr int kMaxTiles = Routing::kMaxBlocks * kColumnTiles;
 
   const uint16_t* __restrict__ x;       // [rows, K]
   const uint32_t* __restrict__ packed;  // [experts, K / 16, N * 2]

@@ -65,10 +65,12 @@ def _boolean(value: object) -> str:
     return "true" if value else "false"
 
 
-def check_dtype(dtype: jnp.dtype, capability: int) -> None:
-    """Raises ValueError where the architecture cannot multiply the type."""
-    if capability < 80 and dtype == jnp.bfloat16:
+def check_rows(x: jax.Array, capability: int) -> None:
+    """Raises ValueError where the architecture cannot multiply the type, or offsets into x exceed 32 bits."""
+    if capability < 80 and x.dtype == jnp.bfloat16:
         raise ValueError(f"x has dtype bfloat16, which compute capability {capability} lacks; pass float16")
+    if x.size >= 2**32:
+        raise ValueError(f"x has {x.size} elements; the CUDA kernels take fewer than 2**32: split the tokens")
 
 
 def gemm_shape(weights: MarlinWeights, gated: bool) -> GemmShape:
@@ -216,7 +218,7 @@ def plan_moe_gemm(
 ) -> Plan:
     """Buffers: x, packed, scales, zeros, bias, topk_weights, sorted ids, expert ids, count; y."""
     capability = compute_capability(architecture)
-    check_dtype(x.dtype, capability)
+    check_rows(x, capability)
     num_slots = x.shape[0] * top_k
     shape = gemm_shape(weights, gated=False)
     block = {8: 8, 16: 16, 32: 32, 48: 24, 64: 32}[block_size]
@@ -300,7 +302,7 @@ def plan_fused_moe(
 ) -> Plan:
     """Buffers: x, gate_up (4), down (4), topk_weights, topk_ids, expert_map; y; scratch."""
     capability = compute_capability(architecture)
-    check_dtype(x.dtype, capability)
+    check_rows(x, capability)
     num_slots, num_experts = tokens * top_k, gate_up.num_experts
     topk_weights, topk_ids, expert_map, y = 9, 10, 11 if mapped else None, 12
     overlap = capability >= 90
