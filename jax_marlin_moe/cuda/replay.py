@@ -112,7 +112,3 @@ class ReplayedPlan:
         _checked(driver.cuGraphExecDestroy(executable))
         _checked(driver.cuGraphDestroy(graph))
         return sorted(times)
-
-    def result(self, repetition: int, index: int = 0) -> jax.Array:
-        """A result buffer as the last replay left it."""
-        return self._buffers[repetition][len(self._buffers[repetition]) - len(self.plan.scratch) - 1 + index]
