@@ -176,12 +176,25 @@ class GroupedGemm {
     return (kWordsOfSubTile == 1 ? p : p ^ (p / 8 % 2)) * 16;
   }
 
+  template <int kShare>
+  __device__ __forceinline__ static void meet_in(int warp_k) {
+    if constexpr (kShare < Tile::kWarpsK) {
+      if (warp_k == kShare) {
+        barrier<1 + kShare>(kCopyLanes);
+      } else {
+        meet_in<kShare + 1>(warp_k);
+      }
+    }
+  }
+
   // The warps that share a part of K.
   __device__ __forceinline__ static void meet(int warp_k) {
     if constexpr (Tile::kWarpsN == 1) {
       __syncwarp();
+    } else if constexpr (Tile::kWarpsK == 1) {
+      __syncthreads();
     } else {
-      barrier(1 + warp_k, kCopyLanes);
+      meet_in<0>(warp_k);
     }
   }
 

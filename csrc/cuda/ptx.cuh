@@ -73,9 +73,11 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// Barrier `id` of the block, for `threads` of its threads.
-__device__ __forceinline__ void barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Barrier `kId` of the block, for `threads` of its threads. An identifier that is not a constant would reserve all 16
+// barriers of a block, and a multiprocessor has 64.
+template <int kId>
+__device__ __forceinline__ void barrier(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "r"(threads) : "memory");
 }
 
 // Programmatic dependent launch: blocks until the kernels before this one in the stream have ended and their writes

@@ -437,9 +437,9 @@ def plan_fused_moe(
             body=f"Combine<{', '.join(map(str, template))}>",
             members=", ".join(members),
             parameters=tuple(p.items),
-            threads=256,
+            threads=128,
             shared_bytes=0,
-            max_blocks=-(-tokens * (down.padded_n // 4) // 256),
+            max_blocks=-(-tokens * (down.padded_n // 4) // 128),
             overlaps_predecessor=overlap,
         )
     )

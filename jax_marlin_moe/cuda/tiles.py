@@ -147,8 +147,8 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
         if warps > 8 or units * tokens > 48:  # more sums than a thread has registers
             continue
         # Two sets of sums, and what the main loop holds; as NVRTC 13 allots them for sm_90a.
-        registers = min(255, 96 + 5 * units * tokens // 2)
-        resident = min(8, 65536 // (registers * 32 * warps))
+        registers = min(255, 80 + 5 * units * tokens // 2)
+        resident = min(12, 65536 // (registers * 32 * warps))
         for stages, blocks_per_sm in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1)):
             tile = Tile(tokens, units, warps_n, warps_k, chunk_k, stages, blocks_per_sm)
             if tile.fits(shape, capability):
