@@ -1,6 +1,6 @@
 """Times the whole expert block of `humming-kernels`, on the routings and the card that ours is timed on.
 
-    python -m benchmarks.peers --models qwen3-30b-a3b --tokens 1 16 64
+    python -m benchmarks.peer_humming --models qwen3-30b-a3b --tokens 1 16 64
 
 `humming_block` gives device times from CUDA graph replay: one graph of as many blocks as there are routings, each with
 its own routing and the next layer's weights, so that L2 is cold. A block is what a serving engine launches around the
@@ -18,6 +18,7 @@ import argparse
 import importlib.metadata
 import json
 import statistics
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
+from jax_marlin_moe.random_layers import layers_to_rotate, random_routings
 
 try:
     import torch
@@ -199,14 +201,6 @@ class _Alignment:
         )
 
 
-def _layer_count(shape: ModelShape) -> int:
-    """As many layers as `benchmarks.blocks.make_layers` makes."""
-    from benchmarks.blocks import _L2_BYTES, _LAYER_BUDGET
-
-    layer_bytes = 1.5 * shape.num_experts * shape.hidden * shape.intermediate * (1 + 2 * 2 / shape.group_size)
-    return max(1, min(8, int(_LAYER_BUDGET / layer_bytes), int(np.ceil(20 * _L2_BYTES / layer_bytes))))
-
-
 def _matrix_sizes(shape: ModelShape) -> tuple[tuple[int, int, float], tuple[int, int, float]]:
     """N, K and the gain of gate_up and of down: the activation and the sum shrink the rows, down scales them back."""
     return (2 * shape.intermediate, shape.hidden, 1.0), (shape.hidden, shape.intermediate, 4.0)
@@ -265,7 +259,7 @@ def _reference(shape: ModelShape, x, ids, weights, dtype):
     return out
 
 
-def _microseconds(blocks: Sequence[Sequence[Callable[[], None]]], samples: int) -> list[float]:
+def _microseconds(blocks: Sequence[Sequence[Callable[[], None]]], samples: int, pause_seconds: float) -> list[float]:
     """Microseconds of one block, averaged over a replay of a graph of all of them; sorted."""
     for block in blocks:
         for launch in block:
@@ -279,6 +273,7 @@ def _microseconds(blocks: Sequence[Sequence[Callable[[], None]]], samples: int) 
                 launch()
     times = []
     for sample in range(samples + 3):
+        time.sleep(pause_seconds)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -322,10 +317,13 @@ def _make_blocks(shape: ModelShape, layers: Sequence, configs: Sequence[str], x,
     return [block(i) for i in range(len(ids))]
 
 
-def _measure(shape: ModelShape, tokens: int, ids: np.ndarray, dtype, samples: int) -> dict[str, Any]:
+def _measure(
+    shape: ModelShape, tokens: int, ids: np.ndarray, dtype, samples: int, pause_seconds: float
+) -> dict[str, Any]:
     from humming.tune import get_heuristics_config
 
-    layers = [[_prepare_matrix(shape, i, matrix, dtype) for matrix in (0, 1)] for i in range(_layer_count(shape))]
+    count = layers_to_rotate(shape, "int4")
+    layers = [[_prepare_matrix(shape, i, matrix, dtype) for matrix in (0, 1)] for i in range(count)]
     torch.cuda.empty_cache()
     slots = tokens * shape.top_k
     configs = [
@@ -346,11 +344,11 @@ def _measure(shape: ModelShape, tokens: int, ids: np.ndarray, dtype, samples: in
     error = float((out.float() - expected).norm() / expected.norm())
     del expected
 
-    times = _microseconds(blocks, samples)
-    alone = {
-        f"{name}_us": statistics.median(_microseconds([[block[i]] for block in blocks], min(samples, 15)))
-        for name, i in (("align", 0), ("gemm1", 1), ("gemm2", 3))
-    }
+    times = _microseconds(blocks, samples, pause_seconds)
+    alone = {}
+    for name, i in (("align", 0), ("gemm1", 1), ("gemm2", 3)):
+        part = _microseconds([[block[i]] for block in blocks], min(samples, 15), pause_seconds)
+        alone[f"{name}_us"] = statistics.median(part)
     return {
         "implementation": f"humming-kernels {importlib.metadata.version('humming-kernels')}",
         "block_us": statistics.median(times),
@@ -362,7 +360,13 @@ def _measure(shape: ModelShape, tokens: int, ids: np.ndarray, dtype, samples: in
 
 
 def humming_block(
-    shape: ModelShape, tokens: int, ids: np.ndarray, *, dtype: str = "bfloat16", samples: int = 100
+    shape: ModelShape,
+    tokens: int,
+    ids: np.ndarray,
+    *,
+    dtype: str = "bfloat16",
+    samples: int = 100,
+    pause_seconds: float = 0.0,
 ) -> dict[str, Any] | None:
     """Times the expert block of `humming-kernels`.
 
@@ -372,6 +376,7 @@ def humming_block(
         ids: routings [repeats, tokens, top_k], one for each block of the graph; every id is below `num_experts`.
         dtype: bfloat16 or float16, of the rows and the scales.
         samples: replays of the graph.
+        pause_seconds: before each replay, so that the card stays out of its power limit.
 
     Returns:
         `implementation`; `block_us` with its `block_p10_us` and `block_p90_us`; `align_us`, `gemm1_us` and `gemm2_us`,
@@ -385,15 +390,13 @@ def humming_block(
         return None
     try:
         with torch.no_grad():
-            return _measure(shape, tokens, ids, getattr(torch, dtype), samples)
+            return _measure(shape, tokens, ids, getattr(torch, dtype), samples, pause_seconds)
     finally:
         torch.cuda.empty_cache()
 
 
 def main() -> None:
     """Runs the benchmark."""
-    from benchmarks.blocks import routings
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["mixtral-8x7b", "qwen3-30b-a3b"], choices=sorted(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64])
@@ -406,9 +409,10 @@ def main() -> None:
     for name in args.models:
         for tokens in args.tokens:
             case = f"{name:16s} M={tokens:<5d} {args.routing:8s}"
-            ids = routings(MODELS[name], tokens, args.repeats, args.routing)
+            shape, zipf = MODELS[name], args.routing == "zipf"
+            ids = random_routings(shape.num_experts, shape.top_k, tokens, args.repeats, zipf=zipf)
             try:
-                result = humming_block(MODELS[name], tokens, ids, dtype=args.dtype, samples=args.samples)
+                result = humming_block(shape, tokens, ids, dtype=args.dtype, samples=args.samples)
             except Exception as error:  # one configuration that fails leaves the others to be timed
                 traceback.print_exc()
                 print(f"{case} failed: {type(error).__name__}: {error}", flush=True)
