@@ -67,7 +67,10 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
     """Times and checks the block of this package."""
     shape, row = case.shape, get_format(args.format)
     read_tb_s, bf16_tflop_s = ceilings
-    limit = block_limit(shape, case.ids, bits=row.bits, scale_bytes=2, read_tb_s=read_tb_s, bf16_tflop_s=bf16_tflop_s)
+    scale_bytes = case.layers[0][0].scales.dtype.itemsize
+    limit = block_limit(
+        shape, case.ids, bits=row.bits, scale_bytes=scale_bytes, read_tb_s=read_tb_s, bf16_tflop_s=bf16_tflop_s
+    )
     kernels = replayed_block(case.x, case.layers, case.weights, case.ids)
     times = kernels.microseconds(samples=args.samples, pause_seconds=args.pause)
     sm_mhz = clock.mhz()

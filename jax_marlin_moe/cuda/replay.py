@@ -1,7 +1,8 @@
 """Device time of a planned call: its kernels captured in a CUDA graph and replayed, without XLA in between.
 
 The same cubins, in the same launch configuration, as the custom call uses. Each repetition has its own routing and
-its own scratch, and takes the next layer's weights, so replays find a cold L2.
+takes the next layer's weights, so replays find a cold L2. The rows that pass between the kernels are the same memory in
+all repetitions, as they are for calls in a row under XLA: memory of their own would have to be written back.
 """
 
 import contextlib
@@ -74,8 +75,17 @@ class ReplayedPlan:
             _checked(driver.cuFuncSetAttribute(function, _SHARED_LIMIT, kernel.shared_bytes))
             self._functions.append(function)
         self._stream = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        rows = {
+            i: jnp.zeros(s.shape, s.dtype) for i, s in enumerate(plan.scratch) if jnp.issubdtype(s.dtype, jnp.floating)
+        }
+        # Integers say what the routing is: with lists of its own, a repetition's kernel can be timed alone.
         self._buffers = [
-            [*inputs, *(jnp.zeros(s.shape, s.dtype) for s in (*results, *plan.scratch))] for inputs in operands
+            [
+                *inputs,
+                *(jnp.zeros(s.shape, s.dtype) for s in results),
+                *(rows[i] if i in rows else jnp.zeros(s.shape, s.dtype) for i, s in enumerate(plan.scratch)),
+            ]
+            for inputs in operands
         ]
         jax.block_until_ready(self._buffers)
         self._pointers = [[b.unsafe_buffer_pointer() if b.size else 0 for b in buffers] for buffers in self._buffers]
