@@ -96,21 +96,8 @@ def lower(
 
 def _weights(experts: int, k: int, n: int, row: WeightFormat, group_size: int, dtype: jnp.dtype) -> jmm.MarlinWeights:
     """Shapes and dtypes of packed experts, without data."""
-
-    def words(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    if k % group_size:
-        raise ValueError(f"group_size is {group_size}; it must divide K = {k}")
-    groups = k // group_size
-    return jmm.MarlinWeights(
-        packed=words(experts, k // 16, n * 16 // row.codes_per_word),  # type: ignore[arg-type]
-        scales=jax.ShapeDtypeStruct((experts, groups, n), dtype),  # type: ignore[arg-type]
-        zeros=words(experts, groups, n // row.codes_per_word) if row.has_zero_points else None,  # type: ignore[arg-type]
-        bias=None,
-        input_order=None,
-        format=row,
-    )
+    dense = jax.ShapeDtypeStruct((experts, k, n), dtype)
+    return jax.eval_shape(lambda values: jmm.quantize(values, row.name, group_size=group_size), dense)
 
 
 def _count(folder: pathlib.Path) -> int:

@@ -17,8 +17,14 @@ using uint64_t = unsigned long long;
 
 namespace jmm {
 
-struct Half {};    // IEEE binary16
-struct BFloat {};  // bfloat16
+struct Half {  // IEEE binary16
+  static constexpr int kMantissaBits = 10;
+  static constexpr uint32_t kOnes = 0x3C003C00u;
+};
+struct BFloat {  // bfloat16
+  static constexpr int kMantissaBits = 7;
+  static constexpr uint32_t kOnes = 0x3F803F80u;
+};
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -94,6 +100,12 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   return v;
 }
 
+__device__ __forceinline__ uint2 load_shared8(uint32_t shared) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared));
+  return v;
+}
+
 __device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
@@ -135,10 +147,33 @@ __device__ __forceinline__ void mma_16x8x16<BFloat>(float (&d)[4], const uint32_
 }
 #endif
 
+// The same from zero sums: d = a * b.
+template <class T>
+__device__ __forceinline__ void mma_16x8x16_fresh(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  d[0] = d[1] = d[2] = d[3] = 0.0f;  // the compiler feeds the zero register, no instruction
+  mma_16x8x16<T>(d, a, b);
+}
+
 // (a & b) | c in one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// (a & b) ^ c in one instruction.
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// a * b + c of both bfloat16 halves, rounded once. sm_75 has no bfloat16, and no call gets there.
+__device__ __forceinline__ uint32_t multiply_add_bfloats(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif
   return d;
 }
 

@@ -25,7 +25,10 @@ class GemmShape:
         num_experts: E.
         group_size: rows that share a scale.
         gated: whether gate and up columns are combined in the epilogue.
-        has_zeros: whether groups have zero points of their own.
+        code: the type of the codes.
+        bits: of a code.
+        scale_bytes: of a scale.
+        zero_bits: of a stored zero point.
     """
 
     k: int
@@ -33,7 +36,15 @@ class GemmShape:
     num_experts: int
     group_size: int
     gated: bool
-    has_zeros: bool
+    code: str
+    bits: int
+    scale_bytes: int
+    zero_bits: int
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Codes and what a group shares."""
+        return self.bits / 8 + (self.scale_bytes + self.zero_bits / 8) / self.group_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +73,9 @@ class Tile:
     def weight_stage_bytes(self, shape: GemmShape) -> int:
         """One stage of one warp's ring: weights, scales, zero points."""
         scale_rows = max(1, self.chunk_k // shape.group_size)
-        weights = self.chunk_k // _TILE_K * self.units * 512
-        scales = scale_rows * self.units * _UNIT * 2
-        zeros = scale_rows * self.units * _UNIT // 2 if shape.has_zeros else 0
-        return weights + scales + zeros
+        weights = self.chunk_k * self.units * _UNIT * shape.bits // 8
+        shared = scale_rows * self.units * _UNIT * (8 * shape.scale_bytes + shape.zero_bits) // 8
+        return weights + shared
 
     def token_stage_bytes(self) -> int:
         """One stage of the tokens that warps_n warps share."""
@@ -169,7 +179,7 @@ _MULTIPROCESSORS = 132
 _CYCLES_PER_MICROSECOND = 1900
 _BYTES_PER_CYCLE = 4.65e6 / _MULTIPROCESSORS / _CYCLES_PER_MICROSECOND  # a multiprocessor's part of the memory
 _CHUNK_INSTRUCTIONS = 50  # of a warp, beside its words
-_WORD_INSTRUCTIONS = 7  # dequantisation of 8 weights
+_WORD_INSTRUCTIONS = {"int4": 7, "int8": 14, "e2m1": 15, "e4m3": 14}  # dequantisation of 8 weights
 _MMA_INSTRUCTIONS = 1.8  # an MMA, as often as it keeps the warp
 _CYCLES_PER_INSTRUCTION = 2.5  # of a warp alone
 _CHUNK_LATENCY = 144
@@ -190,13 +200,13 @@ def predicted_microseconds(shape: GemmShape, tile: Tile, expected_blocks: float)
 
     words = steps * tile.units * 4
     closing = tile.chunk_k / min(shape.group_size, 128) * tile.units * 16 * token_tiles * 3
-    instructions = words * (_WORD_INSTRUCTIONS + token_tiles * _MMA_INSTRUCTIONS)
+    instructions = words * (_WORD_INSTRUCTIONS[shape.code] + token_tiles * _MMA_INSTRUCTIONS)
     instructions += _CHUNK_INSTRUCTIONS + 2 * steps * token_tiles + closing
     latency = instructions * _CYCLES_PER_INSTRUCTION + _CHUNK_LATENCY
     issue = busy * warps * instructions / (4 * _ISSUE_RATE)
 
-    chunk_bytes = shape.k * columns * (0.5 + 2 / shape.group_size) / chunks
-    in_flight = busy * warps * (tile.stages - 1) * tile.chunk_k * tile.units * 32
+    chunk_bytes = shape.k * columns * shape.bytes_per_weight / chunks
+    in_flight = busy * warps * (tile.stages - 1) * tile.chunk_k * tile.units * _UNIT * shape.bits / 8
     memory = busy * chunk_bytes / _BYTES_PER_CYCLE * max(1.0, _BYTES_IN_FLIGHT / in_flight)
 
     longest = max(latency, issue, memory)

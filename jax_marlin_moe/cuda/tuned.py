@@ -29,12 +29,12 @@ class BlockKey:
     hidden: int
     intermediate: int
     group_size: int
-    bits: tuple[int, int]
+    codes: tuple[str, str]
 
     def __str__(self) -> str:
         return (
             f"E{self.num_experts} k{self.top_k} H{self.hidden} I{self.intermediate} "
-            f"g{self.group_size} {self.bits[0]}/{self.bits[1]} bit"
+            f"g{self.group_size} {self.codes[0]}/{self.codes[1]}"
         )
 
 
