@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--routing", nargs="+", default=["uniform"], choices=["uniform", "zipf"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of rows and scales")
     parser.add_argument("--format", default="int4", choices=sorted(FORMATS))
-    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's)")
+    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's or the format's)")
     parser.add_argument("--repeats", type=int, default=24, help="routings, each a block of a replay")
     parser.add_argument("--samples", type=int, default=100, help="replays that are timed")
     parser.add_argument("--pause", type=float, default=0.0, metavar="SECONDS",
@@ -175,9 +175,7 @@ def main() -> None:
     print(f"{device.device_kind}: read {ceilings[0]:.2f} TB/s, bf16 {ceilings[1]:.0f} TFLOP/s", flush=True)
     rows = []
     for name in args.models:
-        shape = MODELS[name]
-        if args.group_size:
-            shape = dataclasses.replace(shape, group_size=args.group_size)
+        shape = MODELS[name].grouped(get_format(args.format), args.group_size)
         layers = random_layers(shape, args.format, dtype)
         for tokens in args.tokens:
             for routing in args.routing:

@@ -23,6 +23,7 @@ from benchmarks.card import MultiprocessorClock, logged_card
 from benchmarks.record import current_commit, recorded_command
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
 from jax_marlin_moe.cuda.replay import replayed_block
+from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.random_layers import random_layers
 
 _REST_SECONDS, _PAUSE_SECONDS = 2.0, 0.05
@@ -100,7 +101,7 @@ def main() -> None:
     rows = []
     for tokens in args.tokens:
         for layers in args.layers:
-            for row in measure(MODELS[args.model], tokens, layers, args):
+            for row in measure(MODELS[args.model].grouped(get_format(args.format)), tokens, layers, args):
                 rows.append(row)
                 print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     document = {

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key
 from jax_marlin_moe.argument_shapes import ModelShape
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.quantize import quantize
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 
 # Layers that are timed in turn come to this many bytes together: twenty times the largest L2 cache of today's cards,
 # so that nothing of a layer is left in it when its turn comes again, even where a call hits few of the experts.
@@ -53,10 +53,13 @@ def random_layers(
     down_gain = _UNIT_GAIN * shape.top_k**0.5 / _SILU_DEVIATION
     layers = []
     for layer in range(count):
-        first, second = jax.random.split(jax.random.key(layer))
-        gate_up = _random_experts(first, e, h, 2 * i, _UNIT_GAIN, shape.group_size, weight_format, scale_dtype)
-        down = _random_experts(second, e, i, h, down_gain, shape.group_size, weight_format, scale_dtype)
-        layers.append((gate_up, down))
+        keys = jax.random.split(jax.random.key(layer), 3)
+        # Gate and up by themselves: each is padded to whole tiles.
+        gate, up = (
+            _random_experts(key, e, h, i, _UNIT_GAIN, shape.group_size, weight_format, scale_dtype) for key in keys[:2]
+        )
+        down = _random_experts(keys[2], e, i, h, down_gain, shape.group_size, weight_format, scale_dtype)
+        layers.append((concatenate_columns([gate, up]), down))
     return layers
 
 

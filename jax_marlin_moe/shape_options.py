@@ -1,14 +1,13 @@
 """The options that name the blocks a command measures: models by name, or one block by its sizes."""
 
 import argparse
-import dataclasses
 
 import jax
 
 from jax_marlin_moe import native
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.formats import FORMATS
+from jax_marlin_moe.formats import FORMATS, get_format
 
 _SIZES = {"experts": "num_experts", "top_k": "top_k", "hidden": "hidden", "intermediate": "intermediate"}
 
@@ -21,7 +20,7 @@ def add_shape_options(parser: argparse.ArgumentParser, tokens: list[int]) -> Non
     parser.add_argument("--top-k", type=int, help="in place of --models: experts of a token")
     parser.add_argument("--hidden", type=int, help="in place of --models: columns of x")
     parser.add_argument("--intermediate", type=int, help="in place of --models: columns between the products")
-    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's, else 128)")
+    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's or the format's)")
     parser.add_argument("--tokens", nargs="+", type=int, default=tokens, help="rows of x")
     parser.add_argument("--format", default="int4", choices=sorted(FORMATS), help="weight format")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="type of x and scales")
@@ -49,9 +48,7 @@ def chosen_shapes(options: argparse.Namespace) -> list[ModelShape]:
         if sizes["top_k"] > sizes["num_experts"]:
             raise ValueError(f"--top-k is {sizes['top_k']}; it must not exceed --experts, {sizes['num_experts']}")
         shapes = [ModelShape("block", **sizes)]
-    if options.group_size is not None:
-        shapes = [dataclasses.replace(shape, group_size=options.group_size) for shape in shapes]
-    return shapes
+    return [shape.grouped(get_format(options.format), options.group_size) for shape in shapes]
 
 
 def no_cuda_reason() -> str | None:

@@ -97,7 +97,7 @@ def autotune(
 
     def measure(scheme: BlockScheme, samples: int = 5) -> Measurement:
         planned = plan(scheme)
-        replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.n), x.dtype)])
+        replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])
         first = len(planned.kernels) - 3  # [align,] gate_up, down, combine
         times = [statistics.median(replayed.microseconds(k, samples)) for k in (None, [first], [first + 1])]
         replayed.close()

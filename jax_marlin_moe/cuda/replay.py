@@ -20,7 +20,7 @@ from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
 from jax_marlin_moe.cuda.plan import Plan, plan_fused_moe
 from jax_marlin_moe.cuda.tiles import BlockScheme
 from jax_marlin_moe.ops.operands import weight_operands
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.weights import MarlinWeights, pad_rows
 
 _SHARED_LIMIT = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -42,6 +42,7 @@ def block_operands(
 ) -> list[list[jax.Array]]:
     """Operands of `plan_fused_moe` without an expert map, one list per routing; each takes the next layer."""
     absent = jnp.zeros((0,), jnp.int32)
+    x = pad_rows(x, layers[0][0])
     return [
         [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jnp.asarray(topk_ids[i]), absent]
         for i in range(len(topk_ids))
@@ -203,4 +204,4 @@ def replayed_block(
         scheme=scheme,
     )
     operands = block_operands(x, layers, topk_weights, topk_ids)
-    return ReplayedPlan(plan, operands, [jax.ShapeDtypeStruct((tokens, down.n), x.dtype)])
+    return ReplayedPlan(plan, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])
