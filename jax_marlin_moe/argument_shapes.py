@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jax_marlin_moe.formats import WeightFormat
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
@@ -22,6 +24,12 @@ class ModelShape:
     hidden: int
     intermediate: int
     group_size: int = 128
+
+    def grouped(self, row: WeightFormat, group_size: int | None = None) -> "ModelShape":
+        """The same block with this group size; by default its own where the format has it, else the customary one."""
+        if group_size is None:
+            group_size = self.group_size if self.group_size in row.group_sizes else row.group_sizes[-1]
+        return dataclasses.replace(self, group_size=group_size)
 
 
 MODELS: dict[str, ModelShape] = {

@@ -16,7 +16,7 @@ from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
 from jax_marlin_moe.cuda.plan import Plan, block_key, gemm_shape, plan_fused_moe
-from jax_marlin_moe.cuda.replay import ReplayedPlan
+from jax_marlin_moe.cuda.replay import ReplayedPlan, block_operands
 from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
     BlockScheme,
@@ -24,7 +24,7 @@ from jax_marlin_moe.cuda.tiles import (
     choose_token_tile,
     predicted_microseconds,
 )
-from jax_marlin_moe.ops.operands import weight_operands
+from jax_marlin_moe.random_layers import random_routings
 from jax_marlin_moe.weights import MarlinWeights
 
 
@@ -68,16 +68,10 @@ def autotune(
     act = get_activation(activation)
     gate_up, down = layers[0]
     experts, slots = gate_up.num_experts, tokens * top_k
-    rng = np.random.default_rng(0)
-    ids = np.argsort(rng.random((repetitions, tokens, experts)), axis=-1)[..., :top_k].astype(np.int32)
+    ids = random_routings(experts, top_k, tokens, repetitions)
     x = jax.random.normal(jax.random.key(0), (tokens, gate_up.k), dtype)
     router = jnp.full((tokens, top_k), 1 / top_k, jnp.float32)
-    absent = jnp.zeros((0,), jnp.int32)
-    operands = [
-        [x, *weight_operands(first), *weight_operands(second), router, jnp.asarray(ids[i]), absent]
-        for i in range(repetitions)
-        for first, second in [layers[i % len(layers)]]
-    ]
+    operands = block_operands(x, layers, [router] * repetitions, ids)
     hit = float(np.mean([len(np.unique(chosen)) for chosen in ids]))
 
     def plan(scheme: BlockScheme) -> Plan:
@@ -103,7 +97,7 @@ def autotune(
 
     def measure(scheme: BlockScheme, samples: int = 5) -> Measurement:
         planned = plan(scheme)
-        replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.n), x.dtype)])
+        replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])
         first = len(planned.kernels) - 3  # [align,] gate_up, down, combine
         times = [statistics.median(replayed.microseconds(k, samples)) for k in (None, [first], [first + 1])]
         replayed.close()

@@ -40,7 +40,7 @@ class BlockKey:
 
 def lookup(key: BlockKey, tokens: int, architecture: str) -> BlockScheme | None:
     """The measured scheme for the nearest number of tokens within a factor of two; the user's table comes first."""
-    for path in (_user_path(architecture), _SHIPPED / f"{architecture}.json"):
+    for path in (user_path(architecture), _SHIPPED / f"{architecture}.json"):
         entries = _load(path).get(str(key), {}) if path is not None else {}
         distance = {measured: abs(math.log2(int(measured) / tokens)) for measured in entries}
         if distance and min(distance.values()) <= 1:
@@ -52,7 +52,7 @@ def record(
     key: BlockKey, tokens: int, architecture: str, scheme: BlockScheme, path: pathlib.Path | None = None
 ) -> None:
     """Stores a scheme in the user's table, or in `path`; a directory that cannot be written is no error."""
-    path = path or _user_path(architecture)
+    path = path or user_path(architecture)
     if path is None:
         return
     table = {name: dict(entries) for name, entries in _load(path).items()}
@@ -77,7 +77,8 @@ def record(
         os.replace(temporary, path)
 
 
-def _user_path(architecture: str) -> pathlib.Path | None:
+def user_path(architecture: str) -> pathlib.Path | None:
+    """The user's table, or None when the cache is off."""
     root = cache.directory()
     return None if root is None else root / f"tuned-{architecture}.json"
 
