@@ -15,7 +15,7 @@ class ModelShape:
         top_k: experts per token.
         hidden: H.
         intermediate: I of one expert (of one rank, where the name says tp).
-        group_size: rows of K that share a scale: 128, or 64 where 128 does not divide K.
+        group_size: rows of K that share a scale, a multiple of the 16 rows of a packed tile.
     """
 
     name: str
@@ -40,8 +40,8 @@ MODELS: dict[str, ModelShape] = {
         ModelShape("qwen3-235b-a22b", 128, 8, 4096, 1536),
         ModelShape("deepseek-v3", 256, 8, 7168, 2048),
         ModelShape("deepseek-v3-tp8", 256, 8, 7168, 256),
-        ModelShape("gpt-oss-20b", 32, 4, 2880, 2880, group_size=64),
-        ModelShape("gpt-oss-120b", 128, 4, 2880, 2880, group_size=64),
+        ModelShape("gpt-oss-20b", 32, 4, 2880, 2880),
+        ModelShape("gpt-oss-120b", 128, 4, 2880, 2880),
         ModelShape("kimi-k2", 384, 8, 7168, 2048),
     )
 }
