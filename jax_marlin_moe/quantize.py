@@ -87,12 +87,12 @@ def quantize(
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
 def _quantize_and_pack(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
     # Expert by expert: the float32 intermediates of one matrix, not of all.
-    return jax.lax.map(lambda w: _pack_expert(*_quantize_expert(w, row, group_size, scale_dtype), row), dense)
+    return jax.lax.map(lambda w: pack_expert(*_quantize_expert(w, row, group_size, scale_dtype), row), dense)
 
 
 @partial(jax.jit, static_argnames="row")
 def _pack(leaves, row: WeightFormat):
-    return jax.lax.map(lambda leaf: _pack_expert(*leaf, row), leaves)
+    return jax.lax.map(lambda leaf: pack_expert(*leaf, row), leaves)
 
 
 def _quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
@@ -139,7 +139,7 @@ def _quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: 
     return codes.reshape(-1, n)[:k], scales, zeros, global_scale
 
 
-def _pack_expert(codes, scales, zeros, global_scale, row: WeightFormat):
+def pack_expert(codes, scales, zeros, global_scale, row: WeightFormat):
     """The leaves of one expert in Marlin order, padded to whole tiles; the global scale may be one per 64 columns."""
     k, n = codes.shape
     rows, columns = -k % layout.TILE_K, -n % layout.TILE_N
@@ -158,7 +158,7 @@ def _pack_expert(codes, scales, zeros, global_scale, row: WeightFormat):
 
 
 def _assemble(parts, k: int, n: int, row: WeightFormat, bias: Array | None) -> MarlinWeights:
-    """`MarlinWeights` from the stacked leaves of `_pack_expert`."""
+    """`MarlinWeights` from the stacked leaves of `pack_expert`."""
     packed, scales, zeros, global_scales = parts
     rows, columns = -k % layout.TILE_K, -n % layout.TILE_N
     if bias is not None:
