@@ -67,7 +67,7 @@ def quantize(
         raise TypeError(f"dense has dtype {getattr(dense, 'dtype', type(dense))}; it must be floating point")
     if group_size == "customary":
         group_size = row.group_sizes[-1]
-    experts, k, n = dense.shape
+    _, k, n = dense.shape
     check_group_size("group_size", group_size, k, row)
     if 0 in dense.shape:
         raise ValueError(f"dense has shape {dense.shape}; it must not be empty")
@@ -367,24 +367,42 @@ def fold_input_order(gate_up: MarlinWeights, down: MarlinWeights) -> tuple[Marli
     permuted alike, expert by expert, and down reads them in sequence.
 
     Args:
-        gate_up: columns [gate | up].
+        gate_up: columns [gate | up], or of one matrix where the activation is not gated.
         down: with `input_order` set; without, both are returned as they are.
     """
     check_weights("gate_up", gate_up)
     check_weights("down", down)
     if down.input_order is None:
         return gate_up, down
-    if gate_up.n != 2 * down.k:
-        raise ValueError(f"gate_up has N = {gate_up.n} columns; it must be 2 * K of down = {2 * down.k}")
-    columns = jnp.concatenate([down.input_order, down.input_order + down.k], axis=1)  # [E, 2 I]
+    halves = 1 if gate_up.n == down.k else 2
+    if gate_up.n != halves * down.k:
+        raise ValueError(
+            f"gate_up has N = {gate_up.n} columns; it must be 2 * K of down = {2 * down.k}, or K where not gated"
+        )
+    if gate_up.global_scales is not None:
+        raise ValueError(
+            "gate_up.global_scales is not None: they belong to blocks of 64 columns, which the row order of down would "
+            "break up; quantise down without one"
+        )
+    width = gate_up.padded_n // halves
+    padding = jnp.broadcast_to(jnp.arange(down.k, width), (down.num_experts, width - down.k))
+    one_half = jnp.concatenate([down.input_order, padding], axis=1)
+    columns = jnp.concatenate([one_half + width * half for half in range(halves)], axis=1)  # [E, padded_n]
+    row = gate_up.format
+
+    def permuted(scales: Array, order: Array) -> Array:
+        return layout.permute_scales(layout.unpermute_scales(scales)[:, order])
 
     def one_expert(arrays):
         packed, scales, zeros, bias, order = arrays
-        bits = gate_up.format.bits
+        if row.zeros == "integer":
+            zeros = layout.pack_zeros(layout.unpack_zeros(zeros, bits=row.bits)[:, order], bits=row.bits)
+        elif row.zeros == "float":
+            zeros = permuted(zeros, order)
         return (
-            layout.pack(layout.unpack(packed, bits=bits)[:, order], bits=bits),
-            layout.permute_scales(layout.unpermute_scales(scales)[:, order]),
-            None if zeros is None else layout.pack_zeros(layout.unpack_zeros(zeros, bits=bits)[:, order], bits=bits),
+            layout.pack(layout.unpack(packed, bits=row.bits)[:, order], bits=row.bits),
+            permuted(scales, order),
+            zeros,
             None if bias is None else bias[order],
         )
 
