@@ -22,6 +22,7 @@
 #include <immintrin.h>
 
 #include "cpu/gemm.h"
+#include "cpu/lookahead.h"
 
 // GCC's own definition of the "undefined" operand of its intrinsics sets these off (its bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
@@ -34,10 +35,9 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kLineWords = 16;      // words of a packed line
-constexpr int kPrefetchTiles = 16;  // how far ahead memory is asked for
-constexpr int kVectorFloats = 16;   // lanes of a register
-constexpr int kMaxRows = 4;         // rows that share one dequantisation
+constexpr int kLineWords = 16;     // words of a packed line
+constexpr int kVectorFloats = 16;  // lanes of a register
+constexpr int kMaxRows = 4;        // rows that share one dequantisation
 
 // Sixteen consecutive 16-bit values as float32.
 JMM_INLINE __m512 LoadElements(const uint16_t* values, Element type) {
@@ -220,7 +220,7 @@ JMM_INLINE void AddSegment(const Segment& segment, const GroupScales& scales, bo
 
 // The rows row ... row + R - 1 of a panel over one segment.
 template <class Math, int R>
-void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count, bool last) {
+void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count) {
   constexpr int64_t kTileWords = kTileK * kChunk * Math::kBits / 32;
   const ExpertMatrix& weight = panel.weight;
   const bool has_excess = HasExcess<Math>(weight);
@@ -243,18 +243,11 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
   segment.sums = sums;
   segment.out_stride = static_cast<int64_t>(panel.chunks) * kChunk;
   segment.out = panel.out + row * segment.out_stride;
-  int ahead = (kPrefetchTiles + count - 1) / count;
-  if (ahead > panel.chunks) ahead = panel.chunks;
-  for (int i = 0; i < panel.chunks; ++i) {
+  Lookahead lookahead(panel, first_tile, count);
+  for (int i = 0; i < panel.chunks; ++i, lookahead.Advance()) {
     segment.tiles = weight.packed + first_tile * segment.tile_stride + panel.chunk[i] * kTileWords;
-    if (i + ahead < panel.chunks) {
-      segment.prefetch = (panel.chunk[i + ahead] - panel.chunk[i]) * kTileWords;
-    } else if (!last) {
-      const int64_t next = panel.chunk[i + ahead - panel.chunks];
-      segment.prefetch = (next - panel.chunk[i]) * kTileWords + count * segment.tile_stride;
-    } else {
-      segment.prefetch = 0;
-    }
+    segment.prefetch = lookahead.Words(segment.tiles, kTileWords);
+    lookahead.PrefetchScales(Math::kBits);
     GroupScales scales;
     LoadScales<Math>(weight, group, panel.chunk[i] * kChunk, &scales);
     AddSegment<Math, R>(segment, scales, has_excess);
@@ -289,20 +282,19 @@ void RunPanel(const Panel& panel) {
     for (int64_t first_tile = group * group_tiles; first_tile < end; first_tile += Math::kSegmentTiles) {
       const int64_t left = end - first_tile;
       const int count = left < Math::kSegmentTiles ? static_cast<int>(left) : Math::kSegmentTiles;
-      const bool last = first_tile + count == all_tiles;
       for (int row = 0; row < panel.rows; row += kMaxRows) {
         switch (panel.rows - row) {
           case 1:
-            AddRows<Math, 1>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 1>(panel, row, group, first_tile, count);
             break;
           case 2:
-            AddRows<Math, 2>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 2>(panel, row, group, first_tile, count);
             break;
           case 3:
-            AddRows<Math, 3>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 3>(panel, row, group, first_tile, count);
             break;
           default:
-            AddRows<Math, 4>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 4>(panel, row, group, first_tile, count);
             break;
         }
       }

@@ -6,14 +6,14 @@
 #include <immintrin.h>
 
 #include "cpu/gemm.h"
+#include "cpu/lookahead.h"
 
 #define JMM_INLINE __attribute__((always_inline)) inline
 
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kPrefetchTiles = 16;  // how far ahead memory is asked for
-constexpr int kLineWords = 16;      // words of 64 bytes, what one prefetch brings
+constexpr int kLineWords = 16;  // words of 64 bytes, what one prefetch brings
 constexpr int kLanes = 8;
 constexpr int kMaxRows = 4;        // rows that share one dequantisation
 constexpr int kSegmentTiles = 16;  // most tiles between two applications of the scale
@@ -239,7 +239,7 @@ JMM_INLINE __m256 LoadExcess(const ExpertMatrix& weight, int64_t first) {
 
 // The rows row ... row + R - 1 of a panel over `count` tiles of one group.
 template <class Math, int R>
-void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count, bool last) {
+void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count) {
   constexpr int64_t kTileWords = kTileK * kChunk * Math::kBits / 32;
   constexpr int kColWords = kTileWords / 8;
   const ExpertMatrix& weight = panel.weight;
@@ -261,18 +261,12 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
   constexpr int kColumns = R == 1 ? 4 : R == 2 ? 2 : 1;
   // Stored scales of a col are [w][b], sums are [b][w].
   const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-  int ahead = (kPrefetchTiles + count - 1) / count;
-  if (ahead > panel.chunks) ahead = panel.chunks;
-  for (int i = 0; i < panel.chunks; ++i) {
+  Lookahead lookahead(panel, first_tile, count);
+  for (int i = 0; i < panel.chunks; ++i, lookahead.Advance()) {
     const int64_t column = panel.chunk[i] * kChunk;
     const int32_t* tiles = weight.packed + first_tile * tile_stride + panel.chunk[i] * kTileWords;
-    int64_t prefetch = 0;  // words from a tile to the one that should come from memory next
-    if (i + ahead < panel.chunks) {
-      prefetch = (panel.chunk[i + ahead] - panel.chunk[i]) * kTileWords;
-    } else if (!last) {
-      const int64_t next = panel.chunk[i + ahead - panel.chunks];
-      prefetch = (next - panel.chunk[i]) * kTileWords + count * tile_stride;
-    }
+    const int64_t prefetch = lookahead.Words(tiles, kTileWords);
+    lookahead.PrefetchScales(Math::kBits);
     for (int col = 0; col < 8; col += kColumns) {
       __m256 acc[kColumns][R][2];
 #pragma GCC unroll 4
@@ -339,20 +333,19 @@ void RunPanel(const Panel& panel) {
     for (int64_t first_tile = group * group_tiles; first_tile < end; first_tile += kSegmentTiles) {
       const int64_t left = end - first_tile;
       const int count = left < kSegmentTiles ? static_cast<int>(left) : kSegmentTiles;
-      const bool last = first_tile + count == all_tiles;
       for (int row = 0; row < panel.rows; row += kMaxRows) {
         switch (panel.rows - row) {
           case 1:
-            AddRows<Math, 1>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 1>(panel, row, group, first_tile, count);
             break;
           case 2:
-            AddRows<Math, 2>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 2>(panel, row, group, first_tile, count);
             break;
           case 3:
-            AddRows<Math, 3>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 3>(panel, row, group, first_tile, count);
             break;
           default:
-            AddRows<Math, 4>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 4>(panel, row, group, first_tile, count);
             break;
         }
       }
