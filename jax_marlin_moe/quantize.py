@@ -38,7 +38,7 @@ def quantize(
     dense: Float[Array, "experts K N"],
     weight_format: str = "int4",
     *,
-    group_size: int | None | Literal["customary"] = "customary",
+    group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
     bias: Float[Array, "experts N"] | None = None,
 ) -> MarlinWeights:
@@ -86,13 +86,20 @@ def quantize(
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
 def _quantize_and_pack(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
-    # Expert by expert: the float32 intermediates of one matrix, not of all.
-    return jax.lax.map(lambda w: _pack_expert(*_quantize_expert(w, row, group_size, scale_dtype), row), dense)
+    def one_expert(w):
+        codes, scales, zeros, global_scale = _quantize_expert(w, row, group_size, scale_dtype)
+        return _pack_expert(codes, scales, zeros, global_scale, row)
+
+    return jax.lax.map(one_expert, dense)  # the float32 intermediates of one matrix, not of all
 
 
 @partial(jax.jit, static_argnames="row")
 def _pack(leaves, row: WeightFormat):
-    return jax.lax.map(lambda leaf: _pack_expert(*leaf, row), leaves)
+    def one_expert(leaf):
+        codes, scales, zeros, global_scale = leaf
+        return _pack_expert(codes, scales, zeros, global_scale, row)
+
+    return jax.lax.map(one_expert, leaves)
 
 
 def _quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
@@ -124,7 +131,7 @@ def _quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: 
                 zeros = _rounded(zeros, scale_dtype)
             shift = zeros[:, None]
         else:
-            extent = E4M3_MAX if row.code == E4M3 else row.zero_point - 1
+            extent = E4M3_MAX if row.code == E4M3 else row.max_code // 2
             step = scales = _rounded(largest / extent, scale_dtype)
         scales = scales.astype(scale_dtype)
     values = groups / jnp.where(step == 0, 1.0, step)[:, None]
