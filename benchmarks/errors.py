@@ -11,9 +11,11 @@ status says whether all of them kept it.
 
 import argparse
 import json
+import multiprocessing
 import pathlib
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -96,20 +98,36 @@ def measure(row: WeightFormat, dtype: str, group_size: int | None) -> Iterator[d
             }
 
 
+def combinations() -> list[tuple[str, str, int | None]]:
+    """Every (format, dtype, group size)."""
+    return [
+        (row.name, dtype, group_size)
+        for row in FORMATS.values()
+        for group_size in (*row.group_sizes, *([None] if row.per_channel else []))
+        for dtype in _MOST
+    ]
+
+
+def measured(combination: tuple[str, str, int | None]) -> list[dict]:
+    """The rows of one combination."""
+    name, dtype, group_size = combination
+    return list(measure(FORMATS[name], dtype, group_size))
+
+
 def main() -> None:
     """Runs every combination on this machine's platforms."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=1, help="that share the combinations, and the card")
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     rows = []
-    for row in FORMATS.values():
-        for group_size in (*row.group_sizes, *([None] if row.per_channel else [])):
-            for dtype in _MOST:
-                for result in measure(row, dtype, group_size):
-                    rows.append(result)
-                    values = (f"{v:.2e}" if isinstance(v, float) else str(v) for v in result.values())
-                    print(" ".join(values), flush=True)
+    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for results in pool.map(measured, combinations()):
+            for result in results:
+                rows.append(result)
+                values = (f"{v:.2e}" if isinstance(v, float) else str(v) for v in result.values())
+                print(" ".join(values), flush=True)
     document = {
         "device": jax.devices()[0].device_kind,
         "commit": args.commit or current_commit(),
