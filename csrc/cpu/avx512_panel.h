@@ -39,43 +39,53 @@ constexpr int kLineWords = 16;     // words of a packed line
 constexpr int kVectorFloats = 16;  // lanes of a register
 constexpr int kMaxRows = 4;        // rows that share one dequantisation
 
-// Sixteen consecutive 16-bit values as float32.
-JMM_INLINE __m512 LoadElements(const uint16_t* values, Element type) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+// Sixteen 16-bit values as float32.
+JMM_INLINE __m512 FloatsFromElements(__m256i bits, Element type) {
   if (type == Element::kF16) return _mm512_cvtph_ps(bits);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+// Sixteen consecutive ones.
+JMM_INLINE __m512 LoadElements(const uint16_t* values, Element type) {
+  return FloatsFromElements(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), type);
+}
+
 // e4m3 codes in the top byte of each lane, anything below. Sign and magnitude, moved to where a float32 has them, make
-// the value times 2^-120: of codes below 2^-6 a subnormal, which this thread keeps (float_mode.h).
+// the value times 2^-120: of codes below 2^-6 a subnormal, which this thread keeps (float_mode.h). Processors are slow
+// at those, but of weights scaled to the range of e4m3 one in ten thousand is so small.
 JMM_INLINE __m512 FloatsFromE4M3(__m512i top) {
   const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, 4), _mm512_set1_epi32(0x87F00000));
   return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
 }
 
-// Sixteen consecutive floats of type `type` as float32, from entry `index` on.
+// The floats of type `type` of a column pair, stored from entry `index` on as [c][w][b], as float32 in lanes [c][b][w].
+// They are brought into order while they are narrow.
 template <Scale type>
-JMM_INLINE __m512 LoadFloats(const void* values, int64_t index) {
+JMM_INLINE __m512 LoadPair(const void* values, int64_t index) {
   if constexpr (type == Scale::kF32) {
-    return _mm512_loadu_ps(static_cast<const float*>(values) + index);
+    const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    return _mm512_permutexvar_ps(order, _mm512_loadu_ps(static_cast<const float*>(values) + index));
   } else if constexpr (type == Scale::kBf16 || type == Scale::kF16) {
-    return LoadElements(static_cast<const uint16_t*>(values) + index,
-                        type == Scale::kBf16 ? Element::kBf16 : Element::kF16);
+    const __m256i order = _mm256_setr_epi16(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const auto* address = reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(values) + index);
+    const __m256i bits = _mm256_permutexvar_epi16(order, _mm256_loadu_si256(address));
+    return FloatsFromElements(bits, type == Scale::kBf16 ? Element::kBf16 : Element::kF16);
   } else {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     const auto* address = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + index);
+    const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(address), order);
     const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
     if constexpr (type == Scale::kE4M3) {
-      const __m512i bits = _mm512_cvtepi8_epi32(_mm_loadu_si128(address));
-      const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7F));
-      const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7F));
-      return _mm512_mask_mov_ps(FloatsFromE4M3(_mm512_slli_epi32(bits, 24)), is_nan, nan);
+      const __m128i magnitude_bits = _mm_set1_epi8(0x7F);
+      const __mmask16 is_nan = _mm_cmpeq_epi8_mask(_mm_and_si128(bytes, magnitude_bits), magnitude_bits);
+      const __m512 floats = FloatsFromE4M3(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 24));
+      return _mm512_mask_mov_ps(floats, is_nan, nan);
     } else {
-      const __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(address));
-      const __mmask16 is_smallest = _mm512_testn_epi32_mask(bits, bits);
-      const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(bits, _mm512_set1_epi32(255));
-      const __m512i powers =
-          _mm512_mask_mov_epi32(_mm512_slli_epi32(bits, 23), is_smallest, _mm512_set1_epi32(0x00400000));
-      return _mm512_mask_mov_ps(_mm512_castsi512_ps(powers), is_nan, nan);
+      const __mmask16 is_smallest = _mm_testn_epi8_mask(bytes, bytes);
+      const __mmask16 is_nan = _mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(-1));
+      const __m512i powers = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+      const __m512i all = _mm512_mask_mov_epi32(powers, is_smallest, _mm512_set1_epi32(0x00400000));  // 2^-127
+      return _mm512_mask_mov_ps(_mm512_castsi512_ps(all), is_nan, nan);
     }
   }
 }
@@ -104,12 +114,10 @@ JMM_INLINE __m512i LoadZeroCodes(const int32_t* words) {
 
 template <class Math, Scale type>
 JMM_INLINE void LoadTypedScales(const ExpertMatrix& weight, int64_t first, GroupScales* out) {
-  // The stored order is [c][w][b].
-  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   const __m512 center = _mm512_set1_ps(Math::kCenter);
 #pragma GCC unroll 4
   for (int p = 0; p < 4; ++p) {
-    out->scale[p] = _mm512_permutexvar_ps(order, LoadFloats<type>(weight.scales, first + 16 * p));
+    out->scale[p] = LoadPair<type>(weight.scales, first + 16 * p);
   }
   if (weight.zeros_type == Zeros::kInteger) {
     const int32_t* words = static_cast<const int32_t*>(weight.zeros) + first * Math::kBits / 32;
@@ -121,8 +129,7 @@ JMM_INLINE void LoadTypedScales(const ExpertMatrix& weight, int64_t first, Group
   } else if (weight.zeros_type == Zeros::kFloat) {
 #pragma GCC unroll 4
     for (int p = 0; p < 4; ++p) {
-      const __m512 zeros = _mm512_permutexvar_ps(order, LoadFloats<type>(weight.zeros, first + 16 * p));
-      out->excess[p] = _mm512_sub_ps(zeros, center);
+      out->excess[p] = _mm512_sub_ps(LoadPair<type>(weight.zeros, first + 16 * p), center);
     }
   } else {
 #pragma GCC unroll 4

@@ -13,7 +13,6 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kLineWords = 16;  // words of 64 bytes, what one prefetch brings
 constexpr int kLanes = 8;
 constexpr int kMaxRows = 4;        // rows that share one dequantisation
 constexpr int kSegmentTiles = 16;  // most tiles between two applications of the scale
@@ -34,7 +33,8 @@ JMM_INLINE float SumOfLanes(__m256 v) {
 }
 
 // e4m3 codes in the top byte of each lane, anything below. Sign and magnitude, moved to where a float32 has them, make
-// the value times 2^-120: of codes below 2^-6 a subnormal, which this thread keeps (float_mode.h).
+// the value times 2^-120: of codes below 2^-6 a subnormal, which this thread keeps (float_mode.h). Processors are slow
+// at those, but of weights scaled to the range of e4m3 one in ten thousand is so small.
 JMM_INLINE __m256 FloatsFromE4M3(__m256i top) {
   const __m256i mask = _mm256_set1_epi32(static_cast<int>(0x87F00000));
   const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(top, 4), mask);
@@ -80,7 +80,8 @@ struct E2M1 {
 //   kBits, kCenter      of a code: its width, and the zero point that its value has already subtracted
 //   kTileX              floats of one expanded tile of one row
 //   Expand<R>           row r of R of a tile; adds the elements to `sum`
-//   AddColumn<R>        acc[r] += the codes of a col of a tile times row r, in two accumulators
+//   kParts              vectors of words that a col of a tile has
+//   AddPart<R>          acc[r] += the codes of one of them times row r, in two accumulators
 //   SumColumn           the sums from the accumulators
 
 // Words of 4-bit codes: lanes [t % 2][w] of two vectors, both halves b inside a word.
@@ -88,8 +89,8 @@ template <class Type>
 struct NibbleMath {
   static constexpr int kBits = 4;
   static constexpr float kCenter = Type::kCenter;
-  static constexpr int kHalves = 2;
-  static constexpr int kTileX = kHalves * Type::kVectors * kLanes;  // [half][vector], lanes [t % 2] four times
+  static constexpr int kParts = 2;                                 // t / 2
+  static constexpr int kTileX = kParts * Type::kVectors * kLanes;  // [part][vector], lanes [t % 2] four times
 
   template <int R>
   static JMM_INLINE void Expand(const uint16_t* x, Element type, float* out, int r, __m256* sum) {
@@ -98,34 +99,31 @@ struct NibbleMath {
     const __m256i even = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
     *sum = _mm256_add_ps(*sum, _mm256_add_ps(low, high));
 #pragma GCC unroll 2
-    for (int half = 0; half < kHalves; ++half) {
+    for (int part = 0; part < kParts; ++part) {
 #pragma GCC unroll 5
       for (int v = 0; v < Type::kVectors; ++v) {
         const int offset = kOffset[Type::kCode[v]];
-        const __m256i index = _mm256_add_epi32(even, _mm256_set1_epi32(4 * half + offset % 8));
+        const __m256i index = _mm256_add_epi32(even, _mm256_set1_epi32(4 * part + offset % 8));
         const __m256 values = _mm256_permutevar8x32_ps(offset < 8 ? low : high, index);
-        _mm256_store_ps(out + ((half * Type::kVectors + v) * R + r) * kLanes,
+        _mm256_store_ps(out + ((part * Type::kVectors + v) * R + r) * kLanes,
                         _mm256_mul_ps(values, _mm256_set1_ps(Type::kFactor[v])));
       }
     }
   }
 
   template <int R>
-  static JMM_INLINE void AddColumn(const int32_t* words, const float* x, __m256 (&acc)[R][2]) {
+  static JMM_INLINE void AddPart(const int32_t* words, int part, const float* x, __m256 (&acc)[R][2]) {
     const int shift[4] = {0, 16, 4, 20};
-#pragma GCC unroll 2
-    for (int half = 0; half < kHalves; ++half) {
-      const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + half * kLanes));
+    const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + part * kLanes));
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 2
-        for (int b = 0; b < 2; ++b) {
-          const __m256 values = Type::Values(line, shift[j] + 8 * b);
-          const int vector = half * Type::kVectors + Type::Vector(j, b);
+      for (int b = 0; b < 2; ++b) {
+        const __m256 values = Type::Values(line, shift[j] + 8 * b);
+        const int vector = part * Type::kVectors + Type::Vector(j, b);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            acc[r][b] = _mm256_fmadd_ps(values, _mm256_load_ps(x + (vector * R + r) * kLanes), acc[r][b]);
-          }
+        for (int r = 0; r < R; ++r) {
+          acc[r][b] = _mm256_fmadd_ps(values, _mm256_load_ps(x + (vector * R + r) * kLanes), acc[r][b]);
         }
       }
     }
@@ -158,6 +156,7 @@ template <class Type>
 struct ByteMath {
   static constexpr int kBits = 8;
   static constexpr float kCenter = Type::kCenter;
+  static constexpr int kParts = 4;       // t
   static constexpr int kTileX = kTileK;  // as they are: a load broadcasts
 
   template <int R>
@@ -170,19 +169,16 @@ struct ByteMath {
   }
 
   template <int R>
-  static JMM_INLINE void AddColumn(const int32_t* words, const float* x, __m256 (&acc)[R][2]) {
+  static JMM_INLINE void AddPart(const int32_t* words, int part, const float* x, __m256 (&acc)[R][2]) {
     const int up[4] = {24, 8, 16, 0};  // from byte 0, 2, 1, 3 to the top
+    const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + part * kLanes));
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) {
-      const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + t * kLanes));
+    for (int j = 0; j < 4; ++j) {
+      const __m256 values = Type::Values(up[j] == 0 ? line : _mm256_slli_epi32(line, up[j]));
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m256 values = Type::Values(up[j] == 0 ? line : _mm256_slli_epi32(line, up[j]));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          const __m256 element = _mm256_broadcast_ss(x + r * kTileK + 2 * t + kOffset[j]);
-          acc[r][t % 2] = _mm256_fmadd_ps(values, element, acc[r][t % 2]);
-        }
+      for (int r = 0; r < R; ++r) {
+        const __m256 element = _mm256_broadcast_ss(x + r * kTileK + 2 * part + kOffset[j]);
+        acc[r][part % 2] = _mm256_fmadd_ps(values, element, acc[r][part % 2]);
       }
     }
   }
@@ -195,9 +191,9 @@ struct ByteMath {
 
 // Eight consecutive floats of type `type` as float32, from entry `index` on.
 JMM_INLINE __m256 LoadFloats(const void* values, Scale type, int64_t index) {
-  if (type == Scale::kF32) return _mm256_loadu_ps(static_cast<const float*>(values) + index);
   if (type == Scale::kBf16) return LoadElements(static_cast<const uint16_t*>(values) + index, Element::kBf16);
   if (type == Scale::kF16) return LoadElements(static_cast<const uint16_t*>(values) + index, Element::kF16);
+  if (type == Scale::kF32) return _mm256_loadu_ps(static_cast<const float*>(values) + index);
   const auto* address = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + index);
   const __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64(address));
   const __m256 nan = _mm256_set1_ps(__builtin_nanf(""));
@@ -279,15 +275,17 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
 #pragma GCC unroll 1
       for (int tile = 0; tile < count; ++tile) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kColumns; ++c) {
-          // Into the second level: tiles along k are often a multiple of 4 KiB apart, so that those in use
-          // and those to come would evict each other from the first.
-#pragma GCC unroll 2
-          for (int line = 0; line < kColWords; line += kLineWords) {
-            const int32_t* next = words + prefetch + c * kColWords + line;
-            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        for (int part = 0; part < Math::kParts; ++part) {
+#pragma GCC unroll 4
+          for (int c = 0; c < kColumns; ++c) {
+            const int32_t* col_words = words + c * kColWords;
+            // Into the second level: tiles along k are often a multiple of 4 KiB apart, so that those in use
+            // and those to come would evict each other from the first.
+            if (part % 2 == 0) {
+              _mm_prefetch(reinterpret_cast<const char*>(col_words + part * kLanes + prefetch), _MM_HINT_T1);
+            }
+            Math::template AddPart<R>(col_words, part, tile_x, acc[c]);
           }
-          Math::template AddColumn<R>(words + c * kColWords, tile_x, acc[c]);
         }
         words += tile_stride;
         tile_x += Math::kTileX * R;
