@@ -108,6 +108,7 @@ class _Stack:
         self.first, self.parts = first, parts
         self.n = first.codes.shape[1]
         leaves = _pack_one(first)
+        assert leaves[1] is not None, "every format has scales"
         # Columns of the parts stand side by side: the last axis of every leaf grows by their number.
         self.leaves = [
             None if leaf is None else np.empty((num_experts, *leaf.shape[:-1], parts * leaf.shape[-1]), leaf.dtype)
@@ -133,15 +134,15 @@ class _Stack:
             if ours != theirs:
                 raise ValueError(f"expert {expert} differs from expert 0 in its {what}: {theirs}, not {ours}")
         for stacked, leaf in zip(self.leaves, _pack_one(matrix), strict=True):
-            if stacked is not None:
+            if stacked is not None and leaf is not None:
                 width = leaf.shape[-1]
                 stacked[expert, ..., part * width : (part + 1) * width] = leaf
-        if self.baked is not None and (matrix.zeros != self.baked.zero_point).any():
+        if self.baked is not None and np.any(np.asarray(matrix.zeros) != self.baked.zero_point):
             self.baked = None
-        if self.bias is not None:
+        if self.bias is not None and matrix.bias is not None:
             start = part * self.bias.shape[1] // self.parts
             self.bias[expert, start : start + self.n] = matrix.bias
-        if self.input_order is not None:
+        if self.input_order is not None and matrix.input_order is not None:
             if part > 0 and not np.array_equal(self.input_order[expert], matrix.input_order):
                 raise ValueError(
                     f"gate and up of expert {expert} read their input in different orders (g_idx); they must agree"
@@ -150,6 +151,8 @@ class _Stack:
 
     def weights(self) -> MarlinWeights:
         packed, scales, zeros, global_scales = (None if a is None else jnp.asarray(a) for a in self.leaves)
+        assert packed is not None
+        assert scales is not None
         k, padded_n = self.first.codes.shape[0], scales.shape[-1] // self.parts
         weights = MarlinWeights(
             packed,
