@@ -15,7 +15,7 @@ from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.program import Kernel, render
-from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, choose_tile, choose_token_tile, shared_memory
+from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, WgmmaTile, choose_tile, choose_token_tile, shared_memory
 from jax_marlin_moe.weights import MarlinWeights
 
 _CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat"}
@@ -39,7 +39,7 @@ class Plan:
 
     kernels: tuple[Kernel, ...]
     scratch: tuple[jax.ShapeDtypeStruct, ...]
-    includes: tuple[str, ...] = ("align.cuh", "combine.cuh", "gemm_mma.cuh")
+    includes: tuple[str, ...] = ("align.cuh", "combine.cuh", "gemm_mma.cuh", "gemm_wgmma.cuh")
     preamble: str = ""
 
     @property
@@ -117,7 +117,7 @@ def align_kernel(
 
 def gemm_kernel(
     shape: GemmShape,
-    tile: Tile,
+    tile: Tile | WgmmaTile,
     weights: MarlinWeights,
     dtype: jnp.dtype,
     *,
@@ -148,7 +148,7 @@ def gemm_kernel(
     )
     return Kernel(
         body=(
-            f"GroupedGemm<jmm::Problem<{', '.join(map(str, problem))}>, {tile.cpp}, {routing_type}, {epilogue_type}>"
+            f"{tile.kernel}<jmm::Problem<{', '.join(map(str, problem))}>, {tile.cpp}, {routing_type}, {epilogue_type}>"
         ),
         members=f"{', '.join(pointers)}, {{{routing_members}}}, {{{epilogue_members}}}",
         parameters=tuple(p.items),

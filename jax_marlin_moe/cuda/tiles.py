@@ -48,6 +48,8 @@ class Tile:
     stages: int
     blocks_per_sm: int
 
+    kernel = "GroupedGemm"
+
     @property
     def threads(self) -> int:
         """Threads of a block."""
@@ -99,6 +101,86 @@ class Tile:
 
 
 @dataclasses.dataclass(frozen=True)
+class WgmmaTile:
+    """`jmm::WgmmaTile` of csrc/cuda/gemm_wgmma.cuh: tokens x (warpgroups * sub_tiles * 64 packed columns).
+
+    Attributes:
+        tokens: rows of a block of tokens, a column count of the instruction.
+        sub_tiles: 64-row products of a warpgroup.
+        warpgroups: that multiply; one more copies.
+        chunk_k: rows of K in one stage of the ring.
+        stages: stages of the ring.
+        blocks_per_sm: resident blocks of threads.
+        raster: blocks of tokens that share a run of column tiles.
+        scales_weights: whether the 16-bit weights are scaled, rather than the sums of each group.
+    """
+
+    tokens: int
+    sub_tiles: int
+    warpgroups: int
+    chunk_k: int
+    stages: int
+    blocks_per_sm: int
+    raster: int
+    scales_weights: bool
+
+    kernel = "WgmmaGroupedGemm"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def cpp(self) -> str:
+        """The C++ spelling."""
+        return f"jmm::WgmmaTile<{', '.join(str(int(field)) for field in dataclasses.astuple(self))}>"
+
+    def stage_bytes(self, shape: GemmShape) -> int:
+        """Tokens, weights, scales and zero points of one stage."""
+        columns = _UNIT * self.warpgroups * self.sub_tiles
+        scale_rows = max(1, self.chunk_k // shape.group_size)
+        zeros = scale_rows * columns // 2 if shape.has_zeros else 0
+        return self.tokens * self.chunk_k * 2 + self.chunk_k * columns // 2 + scale_rows * columns * 2 + zeros
+
+    def shared_bytes(self, shape: GemmShape) -> int:
+        """Dynamic shared memory of a block: the ring, two notes about tiles, barriers."""
+        notes = 2
+        return (
+            self.stages * self.stage_bytes(shape) + notes * (6 * 4 + self.tokens * 8) + 8 * 2 * (self.stages + notes)
+        )
+
+    def column_tiles(self, shape: GemmShape) -> int:
+        """Tiles along the columns of the product."""
+        return shape.n // (_UNIT * self.warpgroups * self.sub_tiles)
+
+    def registers(self) -> int:
+        """Of a thread that multiplies: sums, weights being made and in use, the rest."""
+        sums = self.sub_tiles * self.tokens // 2 * (1 if self.scales_weights else 2)
+        return sums + 8 * self.sub_tiles + 48
+
+    def fits(self, shape: GemmShape, capability: int) -> bool:
+        """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
+        if capability != 90:
+            return False
+        per_sm, per_block = shared_memory(capability)
+        whole = shape.k % self.chunk_k == 0 and shape.n % (_UNIT * self.warpgroups * self.sub_tiles) == 0
+        grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
+        paired = not shape.gated or self.sub_tiles % 2 == 0
+        size = self.shared_bytes(shape)
+        # The copying warpgroup keeps 40 registers a thread, the others share the rest.
+        spared = (65536 // self.blocks_per_sm // 128 - 40) // self.warpgroups // 8 * 8
+        return (
+            whole
+            and grouped
+            and paired
+            and size <= per_block
+            and (size + 1024) * self.blocks_per_sm <= per_sm
+            and self.registers() <= min(240, spared)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockScheme:
     """How a whole expert block is cut.
 
@@ -109,8 +191,8 @@ class BlockScheme:
     """
 
     direct: bool
-    gate_up: Tile
-    down: Tile
+    gate_up: Tile | WgmmaTile
+    down: Tile | WgmmaTile
 
 
 def shared_memory(capability: int) -> tuple[int, int]:

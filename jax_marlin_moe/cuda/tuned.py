@@ -15,7 +15,7 @@ import pathlib
 import tempfile
 
 from jax_marlin_moe.cuda import cache
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile
+from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
 
 _SHIPPED = pathlib.Path(__file__).parent / "tuned"
 
@@ -95,4 +95,10 @@ def _parse(path: pathlib.Path, modified: int) -> dict:
 
 
 def _decode(entry: dict) -> BlockScheme:
-    return BlockScheme(entry["direct"], Tile(*entry["gate_up"]), Tile(*entry["down"]))
+    return BlockScheme(entry["direct"], _decode_tile(entry["gate_up"]), _decode_tile(entry["down"]))
+
+
+def _decode_tile(fields: list) -> Tile | WgmmaTile:
+    """The kinds of tile have different numbers of fields."""
+    kind = Tile if len(fields) == len(dataclasses.fields(Tile)) else WgmmaTile
+    return kind(*fields)
