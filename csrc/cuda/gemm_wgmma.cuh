@@ -130,10 +130,12 @@ class WgmmaGroupedGemm {
   }
 
  private:
-  // Registers of a thread: what the file has room for, in eights; few for those that copy.
+  // Registers of a thread, in eights: a block enters with an equal share each, and the threads that copy hand theirs
+  // on.
   static constexpr int kEntryRegisters = 65536 / (Tile::kBlocksPerSm * Tile::kThreads) / 8 * 8;
-  static constexpr int kCopierRegisters = 64;
-  static constexpr int kSpared = (65536 / Tile::kBlocksPerSm / 128 - kCopierRegisters) / Tile::kWarpgroups / 8 * 8;
+  static constexpr int kCopierRegisters = 80;
+  static constexpr int kSpared =
+      (kEntryRegisters * (Tile::kWarpgroups + 1) - kCopierRegisters) / Tile::kWarpgroups / 8 * 8;
   static constexpr int kMultiplierRegisters = kSpared < 240 ? kSpared : 240;
   static constexpr bool kMovesRegisters = kEntryRegisters < 240 && kEntryRegisters > kCopierRegisters;
 
@@ -367,18 +369,33 @@ class WgmmaGroupedGemm {
       const Note& notes = shared.note(note.at);
       if (notes.expert < 0) break;
       const int rows = max(max(notes.rows[0], notes.rows[1]), max(notes.rows[2], notes.rows[3]));
-      if (kFewTokens < Tile::kTokens && rows <= kFewTokens) {
-        multiply_tile<kFewTokens>(shared, notes, lane, stage);
-      } else {
-        multiply_tile<Tile::kTokens>(shared, notes, lane, stage);
-      }
+      multiply_rows<1>(rows, shared, notes, lane, stage);
       __syncwarp();
       if (lane.lane == 0) mbarrier_arrive(shared.note_empty(note.at));
     }
   }
 
-  // Tiles with few rows multiply only so many.
-  static constexpr int kFewTokens = Tile::kTokens <= 8 ? 8 : (Tile::kTokens / 2 + 7) / 8 * 8;
+  // Tiles with few rows multiply only so many: quarters of the block, in eights.
+  template <int kQuarters>
+  __device__ __forceinline__ void multiply_rows(int rows, const Shared& shared, const Note& note, const Lane& lane,
+                                                Cursor<Tile::kStages>& stage) const {
+    constexpr int kRows = (Tile::kTokens * kQuarters / 4 + 7) / 8 * 8;
+    constexpr int kFewer = (Tile::kTokens * (kQuarters - 1) / 4 + 7) / 8 * 8;
+    if constexpr (kRows == Tile::kTokens) {
+      multiply_tile<kRows>(shared, note, lane, stage);
+    } else {
+      if (kRows > kFewer && rows <= kRows) return multiply_tile<kRows>(shared, note, lane, stage);
+      multiply_rows<kQuarters + 1>(rows, shared, note, lane, stage);
+    }
+  }
+
+  // Steps whose products are issued together: as many as there are registers for the weights, twice.
+  static constexpr int kSumRegisters = Tile::kSubTiles * Tile::kTokens / 2 * (Tile::kScalesWeights ? 1 : 2);
+  static constexpr int kRoom = (kMultiplierRegisters - 40 - kSumRegisters) / (2 * Tile::kSubTiles * 4);
+  static constexpr int kMost = kSteps / 2 < kStepsPerScale ? kSteps / 2 : kStepsPerScale;
+  static constexpr int kBatch = kRoom >= 4 && kMost >= 4 ? 4 : kRoom >= 2 && kMost >= 2 ? 2 : 1;
+  static constexpr int kBatches = kSteps / kBatch;
+
   __device__ __forceinline__ static uint32_t paired(float value) { return from_float<T>(value) * 0x10001u; }
 
   // The scales of this lane's columns (g and g + 8 of each sub-tile, g = lane / 4) in a half, two to a word.
@@ -457,7 +474,7 @@ class WgmmaGroupedGemm {
                                                 Cursor<Tile::kStages>& stage) const {
     float sums[Tile::kSubTiles][kN / 2];                                   // of the tile
     float group_sums[Tile::kScalesWeights ? 1 : Tile::kSubTiles][kN / 2];  // of the group, without its scales
-    uint32_t a[2][Tile::kSubTiles][4];                                     // weights: being made, and in use
+    Fragments a[2];                                                        // weights: being made, and in use
     Words words;
     Scaling scaling;
 #pragma unroll
@@ -478,33 +495,36 @@ class WgmmaGroupedGemm {
       const uint32_t weights = shared.weights(here.at), tokens = shared.tokens(here.at);
       stage.advance();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        if (step + 1 < kSteps) load(words, scaling, weights, step + 1, lane);
-        const uint64_t b = wgmma_rows(tokens + step / 4 * kSlabBytes + step % 4 * 32);
-        const bool begins =
-            !Tile::kScalesWeights && step % kStepsPerGroup == 0 && kGroupsEndInChunks ? true : step == 0 && fresh;
+      for (int batch = 0; batch < kBatches; ++batch) {
+        if (batch + 1 < kBatches) load(words, scaling, weights, batch + 1, lane);
         wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < Tile::kSubTiles; ++j) {
-          Wgmma<T, kN>::run(Tile::kScalesWeights ? sums[j] : group_sums[Tile::kScalesWeights ? 0 : j], a[step % 2][j],
-                            b, !begins);
+        for (int s = 0; s < kBatch; ++s) {
+          const int step = batch * kBatch + s;
+          const uint64_t b = wgmma_rows(tokens + step / 4 * kSlabBytes + step % 4 * 32);
+          const bool begins =
+              !Tile::kScalesWeights && kGroupsEndInChunks ? step % kStepsPerGroup == 0 : step == 0 && fresh;
+#pragma unroll
+          for (int j = 0; j < Tile::kSubTiles; ++j) {
+            Wgmma<T, kN>::run(Tile::kScalesWeights ? sums[j] : group_sums[Tile::kScalesWeights ? 0 : j],
+                              a[batch % 2][s][j], b, !begins);
+          }
         }
         wgmma_commit();
-        if (step == 0) fresh = false;
+        fresh = false;
         wgmma_wait<1>();  // the other half of `a` is free
-        if (step + 1 < kSteps) {
-          make(a[(step + 1) % 2], words, scaling);
+        if (batch + 1 < kBatches) {
+          make(a[(batch + 1) % 2], words, scaling);
         } else if (chunk + 1 < kChunks) {
           acquire(shared, stage);
           load(words, scaling, shared.weights(stage.at), 0, lane);
           make(a[0], words, scaling);
         }
         if constexpr (!Tile::kScalesWeights) {
-          const bool closes = kGroupsEndInChunks
-                                  ? step % kStepsPerGroup == kStepsPerGroup - 1
-                                  : step == kSteps - 1 && (chunk + 1) * Tile::kChunkK % Problem::kGroup == 0;
-          if (closes) {
-            const Factors factors(weights, step / kStepsPerScale, lane);
+          const int end = (batch + 1) * kBatch;  // in steps
+          if (kGroupsEndInChunks ? end % kStepsPerGroup == 0
+                                 : end == kSteps && (chunk + 1) * Tile::kChunkK % Problem::kGroup == 0) {
+            const Factors factors(weights, (end - 1) / kStepsPerScale, lane);
             wgmma_wait<0>();
             factors.close(sums, group_sums);
             fresh = true;
@@ -529,28 +549,37 @@ class WgmmaGroupedGemm {
     if (lane.lane == 0) mbarrier_arrive(shared.empty(stage));
   }
 
-  using Words = uint32_t[kHalves][kParts * kFragmentWords];
+  using Words = uint32_t[kBatch][kHalves][kParts * kFragmentWords];
+  using Fragments = uint32_t[kBatch][Tile::kSubTiles][4];
 
-  // A step's words, and the scales and zero points of the group that begins with it.
-  __device__ __forceinline__ static void load(Words& words, Scaling& scaling, uint32_t weights, int step,
+  // A batch's words, and the scales and zero points of the group that begins with it.
+  __device__ __forceinline__ static void load(Words& words, Scaling& scaling, uint32_t weights, int batch,
                                               const Lane& lane) {
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      load_shared_words(words[h], weights + step * kStepBytes + lane.unit(h) * kUnitBytes + lane.lane * kLaneBytes +
-                                      lane.word() * kFragmentWords * 4);
+    for (int s = 0; s < kBatch; ++s) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        load_shared_words(words[s][h], weights + (batch * kBatch + s) * kStepBytes + lane.unit(h) * kUnitBytes +
+                                           lane.lane * kLaneBytes + lane.word() * kFragmentWords * 4);
+      }
     }
+    const int step = batch * kBatch;
     if (step % kStepsPerScale == 0) scaling.load(weights, step / kStepsPerScale, lane);
   }
 
-  __device__ __forceinline__ static void make(uint32_t (&a)[Tile::kSubTiles][4], const Words& words,
-                                              const Scaling& scaling) {
+  __device__ __forceinline__ static void make(Fragments& a, const Words& words, const Scaling& scaling) {
 #pragma unroll
-    for (int j = 0; j < Tile::kSubTiles; ++j) {
-      Dequant::fragment(words[j / kParts][j % kParts], a[j]);
-      scaling.apply(a[j], j);
+    for (int s = 0; s < kBatch; ++s) {
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j) {
+        Dequant::fragment(words[s][j / kParts][j % kParts], a[s][j]);
+        scaling.apply(a[s][j], j);
+      }
     }
 #pragma unroll
-    for (int j = 0; j < Tile::kSubTiles; ++j) wgmma_operand_ready(a[j]);
+    for (int s = 0; s < kBatch; ++s)
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j) wgmma_operand_ready(a[s][j]);
   }
 
   template <int kN>

@@ -121,66 +121,29 @@ struct Wgmma;
 
 // The operands of kN / 2 sums: their numbers in the instruction's text, and the registers that they stand for.
 #define JMM_NUMBERS4 "%0, %1, %2, %3"
-#define JMM_NUMBERS8 \
-  JMM_NUMBERS4       \
-      ", "           \
-      "%4, %5, %6, %7"
-#define JMM_NUMBERS12 \
-  JMM_NUMBERS8        \
-      ", "            \
-      "%8, %9, %10, %11"
-#define JMM_NUMBERS16 \
-  JMM_NUMBERS12       \
-      ", "            \
-      "%12, %13, %14, %15"
-#define JMM_NUMBERS20 \
-  JMM_NUMBERS16       \
-      ", "            \
-      "%16, %17, %18, %19"
-#define JMM_NUMBERS24 \
-  JMM_NUMBERS20       \
-      ", "            \
-      "%20, %21, %22, %23"
-#define JMM_NUMBERS28 \
-  JMM_NUMBERS24       \
-      ", "            \
-      "%24, %25, %26, %27"
-#define JMM_NUMBERS32 \
-  JMM_NUMBERS28       \
-      ", "            \
-      "%28, %29, %30, %31"
-#define JMM_NUMBERS40 \
-  JMM_NUMBERS32       \
-      ", "            \
-      "%32, %33, %34, %35, %36, %37, %38, %39"
-#define JMM_NUMBERS48 \
-  JMM_NUMBERS40       \
-      ", "            \
-      "%40, %41, %42, %43, %44, %45, %46, %47"
-#define JMM_NUMBERS56 \
-  JMM_NUMBERS48       \
-      ", "            \
-      "%48, %49, %50, %51, %52, %53, %54, %55"
-#define JMM_NUMBERS64 \
-  JMM_NUMBERS56       \
-      ", "            \
-      "%56, %57, %58, %59, %60, %61, %62, %63"
-#define JMM_NUMBERS80 \
-  JMM_NUMBERS64       \
-      ", "            \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define JMM_NUMBERS96 \
-  JMM_NUMBERS80       \
-      ", "            \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define JMM_NUMBERS112 \
-  JMM_NUMBERS96        \
-      ", "             \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-#define JMM_NUMBERS128 \
-  JMM_NUMBERS112       \
-      ", "             \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define JMM_NUMBERS8 JMM_NUMBERS4 ", %4, %5, %6, %7"
+#define JMM_NUMBERS12 JMM_NUMBERS8 ", %8, %9, %10, %11"
+#define JMM_NUMBERS16 JMM_NUMBERS12 ", %12, %13, %14, %15"
+#define JMM_NUMBERS20 JMM_NUMBERS16 ", %16, %17, %18, %19"
+#define JMM_NUMBERS24 JMM_NUMBERS20 ", %20, %21, %22, %23"
+#define JMM_NUMBERS28 JMM_NUMBERS24 ", %24, %25, %26, %27"
+#define JMM_NUMBERS32 JMM_NUMBERS28 ", %28, %29, %30, %31"
+#define JMM_NUMBERS36 JMM_NUMBERS32 ", %32, %33, %34, %35"
+#define JMM_NUMBERS40 JMM_NUMBERS36 ", %36, %37, %38, %39"
+#define JMM_NUMBERS44 JMM_NUMBERS40 ", %40, %41, %42, %43"
+#define JMM_NUMBERS48 JMM_NUMBERS44 ", %44, %45, %46, %47"
+#define JMM_NUMBERS52 JMM_NUMBERS48 ", %48, %49, %50, %51"
+#define JMM_NUMBERS56 JMM_NUMBERS52 ", %52, %53, %54, %55"
+#define JMM_NUMBERS60 JMM_NUMBERS56 ", %56, %57, %58, %59"
+#define JMM_NUMBERS64 JMM_NUMBERS60 ", %60, %61, %62, %63"
+#define JMM_NUMBERS72 JMM_NUMBERS64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define JMM_NUMBERS80 JMM_NUMBERS72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define JMM_NUMBERS88 JMM_NUMBERS80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define JMM_NUMBERS96 JMM_NUMBERS88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define JMM_NUMBERS104 JMM_NUMBERS96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define JMM_NUMBERS112 JMM_NUMBERS104 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define JMM_NUMBERS120 JMM_NUMBERS112 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define JMM_NUMBERS128 JMM_NUMBERS120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define JMM_SUMS_AT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JMM_SUMS4 JMM_SUMS_AT(0)
 #define JMM_SUMS8 JMM_SUMS4, JMM_SUMS_AT(4)
@@ -190,14 +153,22 @@ struct Wgmma;
 #define JMM_SUMS24 JMM_SUMS20, JMM_SUMS_AT(20)
 #define JMM_SUMS28 JMM_SUMS24, JMM_SUMS_AT(24)
 #define JMM_SUMS32 JMM_SUMS28, JMM_SUMS_AT(28)
-#define JMM_SUMS40 JMM_SUMS32, JMM_SUMS_AT(32), JMM_SUMS_AT(36)
-#define JMM_SUMS48 JMM_SUMS40, JMM_SUMS_AT(40), JMM_SUMS_AT(44)
-#define JMM_SUMS56 JMM_SUMS48, JMM_SUMS_AT(48), JMM_SUMS_AT(52)
-#define JMM_SUMS64 JMM_SUMS56, JMM_SUMS_AT(56), JMM_SUMS_AT(60)
-#define JMM_SUMS80 JMM_SUMS64, JMM_SUMS_AT(64), JMM_SUMS_AT(68), JMM_SUMS_AT(72), JMM_SUMS_AT(76)
-#define JMM_SUMS96 JMM_SUMS80, JMM_SUMS_AT(80), JMM_SUMS_AT(84), JMM_SUMS_AT(88), JMM_SUMS_AT(92)
-#define JMM_SUMS112 JMM_SUMS96, JMM_SUMS_AT(96), JMM_SUMS_AT(100), JMM_SUMS_AT(104), JMM_SUMS_AT(108)
-#define JMM_SUMS128 JMM_SUMS112, JMM_SUMS_AT(112), JMM_SUMS_AT(116), JMM_SUMS_AT(120), JMM_SUMS_AT(124)
+#define JMM_SUMS36 JMM_SUMS32, JMM_SUMS_AT(32)
+#define JMM_SUMS40 JMM_SUMS36, JMM_SUMS_AT(36)
+#define JMM_SUMS44 JMM_SUMS40, JMM_SUMS_AT(40)
+#define JMM_SUMS48 JMM_SUMS44, JMM_SUMS_AT(44)
+#define JMM_SUMS52 JMM_SUMS48, JMM_SUMS_AT(48)
+#define JMM_SUMS56 JMM_SUMS52, JMM_SUMS_AT(52)
+#define JMM_SUMS60 JMM_SUMS56, JMM_SUMS_AT(56)
+#define JMM_SUMS64 JMM_SUMS60, JMM_SUMS_AT(60)
+#define JMM_SUMS72 JMM_SUMS64, JMM_SUMS_AT(64), JMM_SUMS_AT(68)
+#define JMM_SUMS80 JMM_SUMS72, JMM_SUMS_AT(72), JMM_SUMS_AT(76)
+#define JMM_SUMS88 JMM_SUMS80, JMM_SUMS_AT(80), JMM_SUMS_AT(84)
+#define JMM_SUMS96 JMM_SUMS88, JMM_SUMS_AT(88), JMM_SUMS_AT(92)
+#define JMM_SUMS104 JMM_SUMS96, JMM_SUMS_AT(96), JMM_SUMS_AT(100)
+#define JMM_SUMS112 JMM_SUMS104, JMM_SUMS_AT(104), JMM_SUMS_AT(108)
+#define JMM_SUMS120 JMM_SUMS112, JMM_SUMS_AT(112), JMM_SUMS_AT(116)
+#define JMM_SUMS128 JMM_SUMS120, JMM_SUMS_AT(120), JMM_SUMS_AT(124)
 
 #define JMM_WGMMA(T, TYPE, N, NUMBERS, SUMS, A0, A1, A2, A3, B, ACCUMULATE)                                   \
   template <>                                                                                                 \
@@ -222,13 +193,21 @@ JMM_WGMMA_BOTH(40, 20, 20, 21, 22, 23, 24, 25)
 JMM_WGMMA_BOTH(48, 24, 24, 25, 26, 27, 28, 29)
 JMM_WGMMA_BOTH(56, 28, 28, 29, 30, 31, 32, 33)
 JMM_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
+JMM_WGMMA_BOTH(72, 36, 36, 37, 38, 39, 40, 41)
 JMM_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45)
+JMM_WGMMA_BOTH(88, 44, 44, 45, 46, 47, 48, 49)
 JMM_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53)
+JMM_WGMMA_BOTH(104, 52, 52, 53, 54, 55, 56, 57)
 JMM_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61)
+JMM_WGMMA_BOTH(120, 60, 60, 61, 62, 63, 64, 65)
 JMM_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
+JMM_WGMMA_BOTH(144, 72, 72, 73, 74, 75, 76, 77)
 JMM_WGMMA_BOTH(160, 80, 80, 81, 82, 83, 84, 85)
+JMM_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93)
 JMM_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
+JMM_WGMMA_BOTH(208, 104, 104, 105, 106, 107, 108, 109)
 JMM_WGMMA_BOTH(224, 112, 112, 113, 114, 115, 116, 117)
+JMM_WGMMA_BOTH(240, 120, 120, 121, 122, 123, 124, 125)
 JMM_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
 #undef JMM_WGMMA_BOTH
 #undef JMM_WGMMA

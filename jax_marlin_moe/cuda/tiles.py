@@ -157,7 +157,7 @@ class WgmmaTile:
     def registers(self) -> int:
         """Of a thread that multiplies: sums, weights being made and in use, the rest."""
         sums = self.sub_tiles * self.tokens // 2 * (1 if self.scales_weights else 2)
-        return sums + 8 * self.sub_tiles + 48
+        return sums + 8 * self.sub_tiles + 40
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
@@ -168,8 +168,9 @@ class WgmmaTile:
         grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
         paired = not shape.gated or self.sub_tiles % 2 == 0
         size = self.shared_bytes(shape)
-        # The copying warpgroup keeps 40 registers a thread, the others share the rest.
-        spared = (65536 // self.blocks_per_sm // 128 - 40) // self.warpgroups // 8 * 8
+        # A block enters with an equal share of the registers for each thread; the copying warpgroup keeps 80.
+        entry = 65536 // (self.blocks_per_sm * self.threads) // 8 * 8
+        spared = (entry * (self.warpgroups + 1) - 80) // self.warpgroups // 8 * 8
         return (
             whole
             and grouped
