@@ -18,21 +18,25 @@
 
 namespace jmm {
 
-// How the work is cut. A block of threads makes kTokens x (kWarpgroups * kSubTiles * 64 packed columns).
-template <int kTokens_, int kSubTiles_, int kWarpgroups_, int kChunkK_, int kStages_, int kBlocksPerSm_, int kRaster_,
-          bool kScalesWeights_>
+// How the work is cut. A block of threads makes kTokens x (kWarpgroupsN * kSubTiles * 64 packed columns);
+// kWarpgroupsK warpgroups take the chunks of K in turn.
+template <int kTokens_, int kSubTiles_, int kWarpgroupsN_, int kWarpgroupsK_, int kChunkK_, int kStages_,
+          int kBlocksPerSm_, int kRaster_, bool kScalesWeights_>
 struct WgmmaTile {
   static constexpr int kTokens = kTokens_;            // rows of a block of tokens
   static constexpr int kSubTiles = kSubTiles_;        // 64-row products of a warpgroup: 1, 2 or 4
-  static constexpr int kWarpgroups = kWarpgroups_;    // that multiply; one more copies
+  static constexpr int kWarpgroupsN = kWarpgroupsN_;  // that multiply, side by side along the columns
+  static constexpr int kWarpgroupsK = kWarpgroupsK_;  // that share K
   static constexpr int kChunkK = kChunkK_;            // rows of K in one stage of the ring
   static constexpr int kStages = kStages_;            // stages of the ring
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // resident blocks
   static constexpr int kRaster = kRaster_;            // blocks of tokens that share a run of column tiles
   static constexpr bool kScalesWeights = kScalesWeights_;
-  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kWarpgroups = kWarpgroupsN * kWarpgroupsK;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);  // one more copies
   static_assert(kTokens % 8 == 0 && kTokens <= 256, "columns of a wgmma");
   static_assert(kChunkK % 64 == 0, "rows of 128 bytes in shared memory");
+  static_assert(kStages >= kWarpgroupsK, "warpgroups that share K read different stages");
 };
 
 template <class Problem, class Tile, class Routing, class Epilogue>
@@ -52,7 +56,7 @@ class WgmmaGroupedGemm {
   // warpgroup multiplies kParts sub-tiles of either half.
   static constexpr int kHalves = Epilogue::kGated ? 2 : 1;
   static constexpr int kParts = Tile::kSubTiles / kHalves;
-  static constexpr int kHalfUnits = Tile::kWarpgroups * kParts;  // 4 warps x kParts sub-tiles are kParts units
+  static constexpr int kHalfUnits = Tile::kWarpgroupsN * kParts;  // 4 warps x kParts sub-tiles are kParts units
   static constexpr int kTileUnits = kHalves * kHalfUnits;
   static constexpr int kColumns = Problem::kN / kHalves;
   static constexpr int kColumnTiles = kColumns / (kUnit * kHalfUnits);
@@ -65,6 +69,7 @@ class WgmmaGroupedGemm {
   static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
   static_assert(Problem::kK % Tile::kChunkK == 0, "K is whole chunks");
+  static_assert(kChunks >= Tile::kWarpgroupsK, "every warpgroup has a chunk");
   static_assert(Problem::kGroup % Tile::kChunkK == 0 || Tile::kChunkK % Problem::kGroup == 0,
                 "a chunk is part of one group, or whole groups");
 
@@ -91,7 +96,11 @@ class WgmmaGroupedGemm {
 
   static constexpr int kWeightsAt = Tile::kStages * kTokenBytes;
   static constexpr int kNotesAt = kWeightsAt + Tile::kStages * kWeightBytes;
-  static constexpr int kBarriersAt = kNotesAt + kNotes * int(sizeof(Note));
+  // Sums of all but the first of the warpgroups that share K: [warpgroup][sum][thread].
+  static constexpr int kThreadSums = Tile::kSubTiles * Tile::kTokens / 2;
+  static constexpr int kPartialsAt = kNotesAt + kNotes * int(sizeof(Note));
+  static constexpr int kBarriersAt =
+      kPartialsAt + (Tile::kWarpgroupsK - 1) * Tile::kWarpgroupsN * kThreadSums * 128 * 4;
   static_assert(kWeightBytes % 16 == 0 && sizeof(Note) % 8 == 0, "stages and barriers stay aligned");
 
  public:
@@ -109,7 +118,7 @@ class WgmmaGroupedGemm {
     if (threadIdx.x == 0) {
       for (int s = 0; s < Tile::kStages; ++s) {
         mbarrier_init(shared.full(s), 128);
-        mbarrier_init(shared.empty(s), 4 * Tile::kWarpgroups);
+        mbarrier_init(shared.empty(s), 4 * Tile::kWarpgroupsN);
       }
       for (int n = 0; n < kNotes; ++n) {
         mbarrier_init(shared.note_full(n), 128);
@@ -133,7 +142,7 @@ class WgmmaGroupedGemm {
   // Registers of a thread, in eights: a block enters with an equal share each, and the threads that copy hand theirs
   // on.
   static constexpr int kEntryRegisters = 65536 / (Tile::kBlocksPerSm * Tile::kThreads) / 8 * 8;
-  static constexpr int kCopierRegisters = 80;
+  static constexpr int kCopierRegisters = Tile::kTokens <= 32 ? 56 : 80;
   static constexpr int kSpared =
       (kEntryRegisters * (Tile::kWarpgroups + 1) - kCopierRegisters) / Tile::kWarpgroups / 8 * 8;
   static constexpr int kMultiplierRegisters = kSpared < 240 ? kSpared : 240;
@@ -158,8 +167,11 @@ class WgmmaGroupedGemm {
   struct Cursor {
     int at = 0;
     uint32_t parity = 0;
+    template <int kPlaces = 1>
     __device__ __forceinline__ void advance() {
-      if (++at == kLength) at = 0, parity ^= 1;
+      at += kPlaces % kLength;
+      parity ^= kPlaces / kLength & 1;
+      if (at >= kLength) at -= kLength, parity ^= 1;
     }
   };
 
@@ -190,7 +202,12 @@ class WgmmaGroupedGemm {
     const int blocks = routing.num_blocks(listed);
     const int tiles = blocks * kColumnTiles;
     const int piece = thread % kPieces, first_row = thread / kPieces;
-    const uint32_t target = piece / 8 * kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
+    // Where this thread's first pieces go in the stage that is filled next. (Carried along rather than computed from
+    // the stage: a sum of a register and a uniform register as the target of cp.async with a cache policy comes out of
+    // NVRTC 13.0 and 13.4 as an illegal instruction.)
+    uint32_t token_target =
+        shared.tokens(0) + piece / 8 * kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
+    uint32_t weight_target = shared.weights(0) + thread * 16;
     Cursor<Tile::kStages> stage;
     Cursor<kNotes> note;
 
@@ -225,7 +242,9 @@ class WgmmaGroupedGemm {
       const WeightSource weights(*this, expert, column_tile, warp, lane);
       if (!waited) {
 #pragma unroll 1
-        for (; prefetched < kPrefetched; ++prefetched) weights.copy(shared.weights(prefetched), prefetched, policy);
+        for (; prefetched < kPrefetched; ++prefetched) {
+          weights.copy(weight_target + prefetched * kWeightBytes, prefetched, policy);
+        }
         wait_for_previous_kernel();
         waited = true;
       }
@@ -261,21 +280,22 @@ class WgmmaGroupedGemm {
 #pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         mbarrier_wait(shared.empty(stage.at), stage.parity ^ 1);
-        const uint32_t weight_stage = shared.weights(stage.at);
         if (prefetched > 0) {
           --prefetched;
         } else {
-          weights.copy(weight_stage, chunk, policy);
+          weights.copy(weight_target, chunk, policy);
         }
-        copy_scales(weight_stage, expert, column_tile, chunk, thread);
+        copy_scales(shared.weights(stage.at), expert, column_tile, chunk, thread);
         // A row that does not exist is not copied: it meets the weights in a column of its own, never stored.
         const uint16_t* source = x + chunk * Tile::kChunkK;
 #pragma unroll
         for (int i = 0; i < kCopiedRows; ++i) {
-          if (real >> i & 1) copy16(shared.tokens(stage.at) + target + i * kRowStep * 128, source + offsets[i]);
+          if (real >> i & 1) copy16(token_target + i * kRowStep * 128, source + offsets[i]);
         }
         mbarrier_arrive_after_copies(shared.full(stage.at));
         stage.advance();
+        token_target += kTokenBytes, weight_target += kWeightBytes;
+        if (stage.at == 0) token_target -= Tile::kStages * kTokenBytes, weight_target -= Tile::kStages * kWeightBytes;
       }
     }
     mbarrier_wait(shared.note_empty(note.at), note.parity ^ 1);
@@ -284,7 +304,7 @@ class WgmmaGroupedGemm {
     wait_copies<0>();
   }
 
-  static constexpr int kCopierBarrier = 1;
+  static constexpr int kCopierBarrier = 1, kPartialsReadBarrier = 2, kPartialsWrittenBarrier = 3;
 
   // The packed unit at a place in a tile.
   __device__ __forceinline__ static int packed_unit(int column_tile, int unit) {
@@ -301,11 +321,10 @@ class WgmmaGroupedGemm {
 
     const uint32_t* rows;
     uint32_t offsets[kPeriod];
-    uint32_t target;  // in a stage
 
     __device__ __forceinline__ WeightSource(const WgmmaGroupedGemm& gemm, int expert, int column_tile, int warp,
                                             int lane)
-        : rows(gemm.packed + int64_t(expert) * (Problem::kK / kTileK) * kRowWords), target(warp * 512 + lane * 16) {
+        : rows(gemm.packed + int64_t(expert) * (Problem::kK / kTileK) * kRowWords) {
 #pragma unroll
       for (int r = 0; r < kPeriod; ++r) {
         const int parcel = r * 4 + warp, within = parcel % kParcels * 512;
@@ -314,14 +333,14 @@ class WgmmaGroupedGemm {
       }
     }
 
-    __device__ __forceinline__ void copy(uint32_t stage, int chunk, uint64_t policy) const {
+    __device__ __forceinline__ void copy(uint32_t target, int chunk, uint64_t policy) const {
       const uint32_t* source = rows + chunk * kSteps * kRowWords;
 #pragma unroll
       for (int r = 0; r < kPeriod; ++r) {
         const uint32_t* from = source + offsets[r];
 #pragma unroll
         for (int q = 0; q < kSteps / kPeriodSteps; ++q) {
-          copy16_streamed(stage + target + (q * kPeriod + r) * 2048, from + q * kPeriodSteps * kRowWords, policy);
+          copy16_streamed(target + (q * kPeriod + r) * 2048, from + q * kPeriodSteps * kRowWords, policy);
         }
       }
     }
@@ -350,7 +369,7 @@ class WgmmaGroupedGemm {
   // ---- The warpgroups that multiply.
 
   struct Lane {
-    int warpgroup, warp, lane;  // in the block, in the warpgroup, in the warp
+    int share, warpgroup, warp, lane;  // of K; along the columns; in the warpgroup; in the warp
 
     // The first of this warp's kParts sub-tiles in a half: its unit in the tile, and its word there.
     __device__ __forceinline__ int unit(int half) const {
@@ -360,7 +379,9 @@ class WgmmaGroupedGemm {
   };
 
   __device__ __forceinline__ void multiply(const Shared& shared) const {
-    const Lane lane{int(threadIdx.x / 128), int(threadIdx.x / 32 % 4), int(threadIdx.x % 32)};
+    const int warpgroup = threadIdx.x / 128;
+    const Lane lane{warpgroup / Tile::kWarpgroupsN, warpgroup % Tile::kWarpgroupsN, int(threadIdx.x / 32 % 4),
+                    int(threadIdx.x % 32)};
     Cursor<Tile::kStages> stage;
     Cursor<kNotes> note;
 #pragma unroll 1
@@ -370,6 +391,7 @@ class WgmmaGroupedGemm {
       if (notes.expert < 0) break;
       const int rows = max(max(notes.rows[0], notes.rows[1]), max(notes.rows[2], notes.rows[3]));
       multiply_rows<1>(rows, shared, notes, lane, stage);
+      stage.template advance<kChunks>();
       __syncwarp();
       if (lane.lane == 0) mbarrier_arrive(shared.note_empty(note.at));
     }
@@ -378,7 +400,7 @@ class WgmmaGroupedGemm {
   // Tiles with few rows multiply only so many: quarters of the block, in eights.
   template <int kQuarters>
   __device__ __forceinline__ void multiply_rows(int rows, const Shared& shared, const Note& note, const Lane& lane,
-                                                Cursor<Tile::kStages>& stage) const {
+                                                Cursor<Tile::kStages> stage) const {
     constexpr int kRows = (Tile::kTokens * kQuarters / 4 + 7) / 8 * 8;
     constexpr int kFewer = (Tile::kTokens * (kQuarters - 1) / 4 + 7) / 8 * 8;
     if constexpr (kRows == Tile::kTokens) {
@@ -471,7 +493,7 @@ class WgmmaGroupedGemm {
 
   template <int kN>
   __device__ __forceinline__ void multiply_tile(const Shared& shared, const Note& note, const Lane& lane,
-                                                Cursor<Tile::kStages>& stage) const {
+                                                Cursor<Tile::kStages> stage) const {
     float sums[Tile::kSubTiles][kN / 2];                                   // of the tile
     float group_sums[Tile::kScalesWeights ? 1 : Tile::kSubTiles][kN / 2];  // of the group, without its scales
     Fragments a[2];                                                        // weights: being made, and in use
@@ -485,15 +507,16 @@ class WgmmaGroupedGemm {
         if constexpr (!Tile::kScalesWeights) group_sums[j][i] = 0.0f;
       }
 
+    for (int i = 0; i < lane.share; ++i) stage.advance();
     acquire(shared, stage);
     load(words, scaling, shared.weights(stage.at), 0, lane);
     make(a[0], words, scaling);
     bool fresh = true;  // the next product begins a sum
 #pragma unroll 1
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = lane.share; chunk < kChunks; chunk += Tile::kWarpgroupsK) {
       const Cursor<Tile::kStages> here = stage;
       const uint32_t weights = shared.weights(here.at), tokens = shared.tokens(here.at);
-      stage.advance();
+      stage.template advance<Tile::kWarpgroupsK>();
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
         if (batch + 1 < kBatches) load(words, scaling, weights, batch + 1, lane);
@@ -515,15 +538,14 @@ class WgmmaGroupedGemm {
         wgmma_wait<1>();  // the other half of `a` is free
         if (batch + 1 < kBatches) {
           make(a[(batch + 1) % 2], words, scaling);
-        } else if (chunk + 1 < kChunks) {
+        } else if (chunk + Tile::kWarpgroupsK < kChunks) {
           acquire(shared, stage);
           load(words, scaling, shared.weights(stage.at), 0, lane);
           make(a[0], words, scaling);
         }
         if constexpr (!Tile::kScalesWeights) {
           const int end = (batch + 1) * kBatch;  // in steps
-          if (kGroupsEndInChunks ? end % kStepsPerGroup == 0
-                                 : end == kSteps && (chunk + 1) * Tile::kChunkK % Problem::kGroup == 0) {
+          if (kGroupsEndInChunks ? end % kStepsPerGroup == 0 : end == kSteps && ends_group(chunk)) {
             const Factors factors(weights, (end - 1) / kStepsPerScale, lane);
             wgmma_wait<0>();
             factors.close(sums, group_sums);
@@ -534,11 +556,51 @@ class WgmmaGroupedGemm {
       wgmma_wait<0>();
       release(shared, here.at, lane);
     }
+    if constexpr (Tile::kWarpgroupsK > 1) {
+      if (!add_shares(shared, lane, sums)) return;
+    }
     store<kN>(note, lane, sums);
   }
 
   static constexpr bool kGroupsEndInChunks = Problem::kGroup <= Tile::kChunkK;
   static constexpr int kStepsPerGroup = Problem::kGroup / kTileK;
+
+  // Whether the chunk that a warpgroup takes after this one belongs to another group, or to another tile.
+  __device__ __forceinline__ static bool ends_group(int chunk) {
+    const int next = chunk + Tile::kWarpgroupsK;
+    return next >= kChunks || chunk * Tile::kChunkK / Problem::kGroup != next * Tile::kChunkK / Problem::kGroup;
+  }
+
+  // Adds the sums of the warpgroups that share K, in their order. True for the one that has the total.
+  template <int kSums>
+  __device__ __forceinline__ static bool add_shares(const Shared& shared, const Lane& lane,
+                                                    float (&sums)[Tile::kSubTiles][kSums]) {
+    constexpr int kMultipliers = 128 * Tile::kWarpgroups;
+    float* partials = reinterpret_cast<float*>(shared.bytes + kPartialsAt) + lane.warpgroup * (kThreadSums * 128) +
+                      lane.warp * 32 + lane.lane;
+    if (lane.share > 0) {
+      barrier(kPartialsReadBarrier, kMultipliers);
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          partials[((lane.share - 1) * Tile::kWarpgroupsN * kThreadSums + j * kSums + i) * 128] = sums[j][i];
+        }
+      barrier_arrive(kPartialsWrittenBarrier, kMultipliers);
+      return false;
+    }
+    barrier_arrive(kPartialsReadBarrier, kMultipliers);  // those of the tile before
+    barrier(kPartialsWrittenBarrier, kMultipliers);
+#pragma unroll
+    for (int share = 1; share < Tile::kWarpgroupsK; ++share)
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          sums[j][i] += partials[((share - 1) * Tile::kWarpgroupsN * kThreadSums + j * kSums + i) * 128];
+        }
+    return true;
+  }
 
   __device__ __forceinline__ static void acquire(const Shared& shared, const Cursor<Tile::kStages>& stage) {
     mbarrier_wait(shared.full(stage.at), stage.parity);

@@ -102,12 +102,13 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class WgmmaTile:
-    """`jmm::WgmmaTile` of csrc/cuda/gemm_wgmma.cuh: tokens x (warpgroups * sub_tiles * 64 packed columns).
+    """`jmm::WgmmaTile` of csrc/cuda/gemm_wgmma.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
 
     Attributes:
         tokens: rows of a block of tokens, a column count of the instruction.
         sub_tiles: 64-row products of a warpgroup.
-        warpgroups: that multiply; one more copies.
+        warpgroups_n: that multiply, side by side along the columns.
+        warpgroups_k: that share K; one warpgroup more copies.
         chunk_k: rows of K in one stage of the ring.
         stages: stages of the ring.
         blocks_per_sm: resident blocks of threads.
@@ -117,7 +118,8 @@ class WgmmaTile:
 
     tokens: int
     sub_tiles: int
-    warpgroups: int
+    warpgroups_n: int
+    warpgroups_k: int
     chunk_k: int
     stages: int
     blocks_per_sm: int
@@ -129,7 +131,7 @@ class WgmmaTile:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 128 * (self.warpgroups + 1)
+        return 128 * (self.warpgroups_n * self.warpgroups_k + 1)
 
     @property
     def cpp(self) -> str:
@@ -138,21 +140,21 @@ class WgmmaTile:
 
     def stage_bytes(self, shape: GemmShape) -> int:
         """Tokens, weights, scales and zero points of one stage."""
-        columns = _UNIT * self.warpgroups * self.sub_tiles
+        columns = _UNIT * self.warpgroups_n * self.sub_tiles
         scale_rows = max(1, self.chunk_k // shape.group_size)
         zeros = scale_rows * columns // 2 if shape.has_zeros else 0
         return self.tokens * self.chunk_k * 2 + self.chunk_k * columns // 2 + scale_rows * columns * 2 + zeros
 
     def shared_bytes(self, shape: GemmShape) -> int:
-        """Dynamic shared memory of a block: the ring, two notes about tiles, barriers."""
+        """Dynamic shared memory of a block: the ring, two notes about tiles, shares of sums, barriers."""
         notes = 2
-        return (
-            self.stages * self.stage_bytes(shape) + notes * (6 * 4 + self.tokens * 8) + 8 * 2 * (self.stages + notes)
-        )
+        partials = (self.warpgroups_k - 1) * self.warpgroups_n * self.sub_tiles * self.tokens // 2 * 128 * 4
+        ring = self.stages * self.stage_bytes(shape)
+        return ring + notes * (6 * 4 + self.tokens * 8) + partials + 8 * 2 * (self.stages + notes)
 
     def column_tiles(self, shape: GemmShape) -> int:
         """Tiles along the columns of the product."""
-        return shape.n // (_UNIT * self.warpgroups * self.sub_tiles)
+        return shape.n // (_UNIT * self.warpgroups_n * self.sub_tiles)
 
     def registers(self) -> int:
         """Of a thread that multiplies: sums, weights being made and in use, the rest."""
@@ -164,13 +166,16 @@ class WgmmaTile:
         if capability != 90:
             return False
         per_sm, per_block = shared_memory(capability)
-        whole = shape.k % self.chunk_k == 0 and shape.n % (_UNIT * self.warpgroups * self.sub_tiles) == 0
+        chunks = shape.k // self.chunk_k
+        whole = shape.k % self.chunk_k == 0 and chunks >= self.warpgroups_k <= self.stages
+        whole = whole and shape.n % (_UNIT * self.warpgroups_n * self.sub_tiles) == 0
         grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
         paired = not shape.gated or self.sub_tiles % 2 == 0
         size = self.shared_bytes(shape)
-        # A block enters with an equal share of the registers for each thread; the copying warpgroup keeps 80.
+        # A block enters with an equal share of the registers for each thread; the copying warpgroup keeps few.
+        warpgroups = self.warpgroups_n * self.warpgroups_k
         entry = 65536 // (self.blocks_per_sm * self.threads) // 8 * 8
-        spared = (entry * (self.warpgroups + 1) - 80) // self.warpgroups // 8 * 8
+        spared = (entry * (warpgroups + 1) - (56 if self.tokens <= 32 else 80)) // warpgroups // 8 * 8
         return (
             whole
             and grouped
