@@ -240,6 +240,8 @@ class WgmmaGroupedGemm {
       const int column_tile = column_tile_of(tile, blocks);
 
       const WeightSource weights(*this, expert, column_tile, warp, lane);
+      const ScaleSource group_scales(scales, expert, column_tile, thread);
+      const ZeroSource group_zeros(zeros, expert, column_tile, thread);
       if (!waited) {
 #pragma unroll 1
         for (; prefetched < kPrefetched; ++prefetched) {
@@ -285,7 +287,8 @@ class WgmmaGroupedGemm {
         } else {
           weights.copy(weight_target, chunk, policy);
         }
-        copy_scales(shared.weights(stage.at), expert, column_tile, chunk, thread);
+        group_scales.copy(weight_target + kScalesAt, chunk);
+        if constexpr (Problem::kZeros) group_zeros.copy(weight_target + kZerosAt, chunk);
         // A row that does not exist is not copied: it meets the weights in a column of its own, never stored.
         const uint16_t* source = x + chunk * Tile::kChunkK;
 #pragma unroll
@@ -333,38 +336,54 @@ class WgmmaGroupedGemm {
       }
     }
 
+    // `target`: of the thread's first piece.
     __device__ __forceinline__ void copy(uint32_t target, int chunk, uint64_t policy) const {
-      const uint32_t* source = rows + chunk * kSteps * kRowWords;
-#pragma unroll
-      for (int r = 0; r < kPeriod; ++r) {
-        const uint32_t* from = source + offsets[r];
-#pragma unroll
-        for (int q = 0; q < kSteps / kPeriodSteps; ++q) {
-          copy16_streamed(target + (q * kPeriod + r) * 2048, from + q * kPeriodSteps * kRowWords, policy);
-        }
+      copy_turn<0>(target, rows + chunk * kSteps * kRowWords, policy);
+    }
+
+    template <int kTurn>
+    __device__ __forceinline__ void copy_turn(uint32_t target, const uint32_t* source, uint64_t policy) const {
+      if constexpr (kTurn < kSteps * kParcels / 4) {
+        constexpr int kRepeat = kTurn / kPeriod;
+        copy16_streamed_at<kTurn * 2048, kRepeat * kPeriodSteps * kRowWords * 4>(
+            target, source + offsets[kTurn % kPeriod], policy);
+        copy_turn<kTurn + 1>(target, source, policy);
       }
     }
   };
 
-  __device__ __forceinline__ void copy_scales(uint32_t stage, int expert, int column_tile, int chunk,
-                                              int thread) const {
-    const int64_t first = int64_t(expert) * kGroups + chunk * Tile::kChunkK / Problem::kGroup;
-    constexpr int kUnitPieces = kUnit * 2 / 16;
-    for (int i = thread; i < kScaleRows * kTileUnits * kUnitPieces; i += 128) {
-      const int row = i / (kTileUnits * kUnitPieces), unit = i / kUnitPieces % kTileUnits;
-      copy16(stage + kScalesAt + i * 16,
-             scales + (first + row) * Problem::kN + packed_unit(column_tile, unit) * kUnit + i % kUnitPieces * 8);
-    }
-    if constexpr (Problem::kZeros) {
-      constexpr int kZeroPieces = kUnit * Code::kBits / 8 / 16;
-      for (int i = thread; i < kScaleRows * kTileUnits * kZeroPieces; i += 128) {
-        const int row = i / (kTileUnits * kZeroPieces), unit = i / kZeroPieces % kTileUnits;
-        copy16(stage + kZerosAt + i * 16,
-               zeros + ((first + row) * Problem::kN + packed_unit(column_tile, unit) * kUnit) * Code::kBits / 32 +
-                   i % kZeroPieces * 4);
+  // Where a copying thread's pieces of the scales, or of the zero points, of a tile come from: rows of kUnitPieces
+  // 16-byte pieces for each unit.
+  template <class Word, int kUnitPieces, int kRowLength>
+  struct GroupSource {
+    static constexpr int kPieces = kScaleRows * kTileUnits * kUnitPieces;
+    static constexpr int kCopies = (kPieces + 127) / 128;
+    static constexpr int kPieceWords = 16 / int(sizeof(Word));
+
+    const Word* rows;
+    uint32_t offsets[kCopies];
+    const int thread;
+
+    __device__ __forceinline__ GroupSource(const Word* source, int expert, int column_tile, int t)
+        : rows(source + int64_t(expert) * kGroups * kRowLength), thread(t) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int piece = thread + 128 * i, row = piece / (kTileUnits * kUnitPieces);
+        const int unit = packed_unit(column_tile, piece / kUnitPieces % kTileUnits);
+        offsets[i] = row * kRowLength + (unit * kUnitPieces + piece % kUnitPieces) * kPieceWords;
       }
     }
-  }
+
+    __device__ __forceinline__ void copy(uint32_t target, int chunk) const {
+      const Word* source = rows + chunk * Tile::kChunkK / Problem::kGroup * kRowLength;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (thread + 128 * i < kPieces) copy16(target + 2048 * i, source + offsets[i]);
+      }
+    }
+  };
+  using ScaleSource = GroupSource<uint16_t, kUnit * 2 / 16, Problem::kN>;
+  using ZeroSource = GroupSource<uint32_t, kUnit * Code::kBits / 8 / 16, Problem::kN * Code::kBits / 32>;
 
   // ---- The warpgroups that multiply.
 
@@ -379,7 +398,7 @@ class WgmmaGroupedGemm {
   };
 
   __device__ __forceinline__ void multiply(const Shared& shared) const {
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be the same for the whole warp
     const Lane lane{warpgroup / Tile::kWarpgroupsN, warpgroup % Tile::kWarpgroupsN, int(threadIdx.x / 32 % 4),
                     int(threadIdx.x % 32)};
     Cursor<Tile::kStages> stage;
@@ -507,13 +526,15 @@ class WgmmaGroupedGemm {
         if constexpr (!Tile::kScalesWeights) group_sums[j][i] = 0.0f;
       }
 
-    for (int i = 0; i < lane.share; ++i) stage.advance();
+    if constexpr (Tile::kWarpgroupsK > 1) {
+      for (int i = 0; i < lane.share; ++i) stage.advance();
+    }
     acquire(shared, stage);
     load(words, scaling, shared.weights(stage.at), 0, lane);
     make(a[0], words, scaling);
     bool fresh = true;  // the next product begins a sum
 #pragma unroll 1
-    for (int chunk = lane.share; chunk < kChunks; chunk += Tile::kWarpgroupsK) {
+    for (int chunk = Tile::kWarpgroupsK > 1 ? lane.share : 0; chunk < kChunks; chunk += Tile::kWarpgroupsK) {
       const Cursor<Tile::kStages> here = stage;
       const uint32_t weights = shared.weights(here.at), tokens = shared.tokens(here.at);
       stage.template advance<Tile::kWarpgroupsK>();

@@ -35,6 +35,14 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Copies 16 bytes to shared memory, at byte offsets that the instruction holds; read once, they leave L2 first.
+template <int kShared, int kGlobal>
+__device__ __forceinline__ void copy16_streamed_at(uint32_t shared, const void* global, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %3], [%1 + %4], 16, %2;" ::"r"(shared), "l"(global),
+               "l"(policy), "n"(kShared), "n"(kGlobal)
+               : "memory");
+}
+
 // Makes shared memory that this thread has seen written by ordinary stores and copies visible to wgmma.
 __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
