@@ -9,6 +9,7 @@ y = jmm.fused_moe(x, gate_up, down, weights, ids)
 """
 
 from jax_marlin_moe import checkpoint
+from jax_marlin_moe.activations import Activation, swiglu
 from jax_marlin_moe.formats import FORMATS, WeightFormat
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment, moe_align_block_size
@@ -20,6 +21,7 @@ from jax_marlin_moe.quantize import (
     fold_input_order,
     from_awq,
     from_gptq,
+    pack_logical,
     quantize,
 )
 from jax_marlin_moe.routing import route, workspace_size
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CUSTOM_CALL_TARGETS",
     "FORMATS",
+    "Activation",
     "BlockAlignment",
     "MarlinWeights",
     "WeightFormat",
@@ -43,8 +46,10 @@ __all__ = [
     "fused_moe",
     "moe_align_block_size",
     "moe_gemm",
+    "pack_logical",
     "quantize",
     "route",
     "stack_experts",
+    "swiglu",
     "workspace_size",
 ]

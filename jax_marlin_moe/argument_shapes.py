@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jax_marlin_moe.formats import WeightFormat
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
@@ -13,7 +15,7 @@ class ModelShape:
         top_k: experts per token.
         hidden: H.
         intermediate: I of one expert (of one rank, where the name says tp).
-        group_size: rows of K that share a scale: 128, or 64 where 128 does not divide K.
+        group_size: rows of K that share a scale, a multiple of the 16 rows of a packed tile.
     """
 
     name: str
@@ -22,6 +24,12 @@ class ModelShape:
     hidden: int
     intermediate: int
     group_size: int = 128
+
+    def grouped(self, row: WeightFormat, group_size: int | None = None) -> "ModelShape":
+        """The same block with this group size; by default its own where the format has it, else the customary one."""
+        if group_size is None:
+            group_size = self.group_size if self.group_size in row.group_sizes else row.group_sizes[-1]
+        return dataclasses.replace(self, group_size=group_size)
 
 
 MODELS: dict[str, ModelShape] = {
@@ -32,8 +40,8 @@ MODELS: dict[str, ModelShape] = {
         ModelShape("qwen3-235b-a22b", 128, 8, 4096, 1536),
         ModelShape("deepseek-v3", 256, 8, 7168, 2048),
         ModelShape("deepseek-v3-tp8", 256, 8, 7168, 256),
-        ModelShape("gpt-oss-20b", 32, 4, 2880, 2880, group_size=64),
-        ModelShape("gpt-oss-120b", 128, 4, 2880, 2880, group_size=64),
+        ModelShape("gpt-oss-20b", 32, 4, 2880, 2880),
+        ModelShape("gpt-oss-120b", 128, 4, 2880, 2880),
         ModelShape("kimi-k2", 384, 8, 7168, 2048),
     )
 }

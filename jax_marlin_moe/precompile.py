@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"from {', '.join(sorted(MODELS))} (default: all)")  # fmt: skip
     parser.add_argument("--tokens", nargs="+", type=int, default=list(DECODE_TOKENS), help="rows of x")
     parser.add_argument("--format", default="int4", choices=sorted(FORMATS), help="weight format")
-    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's)")
+    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's or the format's)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="type of x and scales")
 
 
@@ -40,11 +40,11 @@ def run(options: argparse.Namespace) -> int:
     before, failures = _count(folder), 0
     for architecture in options.arch:
         for model in options.models:
-            shape = MODELS[model]
+            shape = MODELS[model].grouped(row, options.group_size)
             for tokens in options.tokens:
                 start = time.perf_counter()
                 try:
-                    lower(shape, tokens, architecture, row, options.group_size or shape.group_size, dtype)
+                    lower(shape, tokens, architecture, row, shape.group_size, dtype)
                     outcome = f"{time.perf_counter() - start:.1f} s"
                 except (ValueError, compiler.CompilationError) as error:
                     failures += 1
@@ -96,21 +96,8 @@ def lower(
 
 def _weights(experts: int, k: int, n: int, row: WeightFormat, group_size: int, dtype: jnp.dtype) -> jmm.MarlinWeights:
     """Shapes and dtypes of packed experts, without data."""
-
-    def words(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    if k % group_size:
-        raise ValueError(f"group_size is {group_size}; it must divide K = {k}")
-    groups = k // group_size
-    return jmm.MarlinWeights(
-        packed=words(experts, k // 16, n * 16 // row.codes_per_word),  # type: ignore[arg-type]
-        scales=jax.ShapeDtypeStruct((experts, groups, n), dtype),  # type: ignore[arg-type]
-        zeros=words(experts, groups, n // row.codes_per_word) if row.has_zero_points else None,  # type: ignore[arg-type]
-        bias=None,
-        input_order=None,
-        format=row,
-    )
+    dense = jax.ShapeDtypeStruct((experts, k, n), dtype)
+    return jax.eval_shape(lambda values: jmm.quantize(values, row.name, group_size=group_size), dense)
 
 
 def _count(folder: pathlib.Path) -> int:

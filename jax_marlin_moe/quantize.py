@@ -1,79 +1,231 @@
 """Into and out of `MarlinWeights`: dense weights, AutoAWQ and GPTQ tensors, and back to dense."""
 
 import dataclasses
+import itertools
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from jax_marlin_moe import layout, reference
-from jax_marlin_moe.formats import WeightFormat, get_format
+from jax_marlin_moe.formats import (
+    E2M1,
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3,
+    E4M3_MAX,
+    E4M3_SCALES,
+    E8M0_SCALES,
+    FLOAT_SCALES,
+    WeightFormat,
+    get_format,
+)
 from jax_marlin_moe.ops.arguments import check_array, check_rank, check_weights
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.weights import MarlinWeights, drop_column_padding
 
-dequantize = jax.jit(reference.dequantize)
+
+@jax.jit
+def dequantize(weights: MarlinWeights) -> Float32[Array, "*experts K N"]:
+    """The float32 weights, rows in packed order, without padding."""
+    return drop_column_padding(reference.dequantize(weights)[..., : weights.k, :], weights)
 
 
 def quantize(
     dense: Float[Array, "experts K N"],
     weight_format: str = "int4",
     *,
-    group_size: int | None = 128,
+    group_size: int | None | Literal["customary"] = "customary",
     scale_dtype: DTypeLike | None = None,
     bias: Float[Array, "experts N"] | None = None,
 ) -> MarlinWeights:
-    """Quantises dense experts by rounding to nearest.
+    """Quantises dense experts by rounding to nearest. Codes are chosen for the scale as stored.
 
-    Symmetric ("int4"): `scale = max|w| / 7` a group, `code = round(w / scale) + 8`. Asymmetric ("int4_zp"): the
-    range [min(w, 0), max(w, 0)] is mapped to 0..15. Codes are chosen for the scale as stored.
+    Integer codes: symmetric formats have `scale = max|w| / (zero_point - 1)` a group; those with zero points map the
+    range [min(w, 0), max(w, 0)] to all codes, with a rounded ("_zp") or an exact zero point ("_fzp"). "fp8":
+    `scale = max|w| / 448`. "nvfp4": a global scale `max|w| / (448 * 6)` an expert, then e4m3 block scales
+    `max|w| / 6`. "mxfp4" and "mxfp8": the power of two that brings the largest value of a block into the top binade
+    of the code (OCP microscaling formats 1.0, section 6.3).
 
     Args:
-        dense: weights with the input dimension second.
-        weight_format: "int4" or "int4_zp".
-        group_size: 16, 32, 64 or 128 rows of K, or None for one group.
-        scale_dtype: float16 or bfloat16; by default that of `dense`, bfloat16 for float32.
+        dense: weights with the input dimension second. Any K and N: the packed matrix is padded to whole tiles.
+        weight_format: a name of `jax_marlin_moe.FORMATS`.
+        group_size: rows of K that share a scale, None for one group; by default the format's customary size.
+        scale_dtype: of float scales; by default that of `dense`, float32 for "fp8", and bfloat16 for float32.
         bias: added after scaling, kept in float32.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: a shape does not fit the group size or the 16 x 64 tile.
+        ValueError: the format has no such group size, or a shape is off.
     """
     row = get_format(weight_format)
     check_rank("dense", dense, 3)
-    if not jnp.issubdtype(dense.dtype, jnp.floating):
-        raise TypeError(f"dense has dtype {dense.dtype}; it must be floating point")
-    if scale_dtype is None:
-        scale_dtype = dense.dtype if jnp.dtype(dense.dtype).name in row.scale_dtypes else jnp.bfloat16
-    _check_matrix("dense", dense.shape[1], dense.shape[2], group_size, row)
-    packed, scales, zeros = _quantize(dense, row, group_size or dense.shape[1], jnp.dtype(scale_dtype))
-    weights = MarlinWeights(packed, scales, zeros, None if bias is None else bias.astype(jnp.float32), None, row)
+    if not hasattr(dense, "dtype") or not jnp.issubdtype(dense.dtype, jnp.floating):
+        raise TypeError(f"dense has dtype {getattr(dense, 'dtype', type(dense))}; it must be floating point")
+    if group_size == "customary":
+        group_size = row.group_sizes[-1]
+    experts, k, n = dense.shape
+    check_group_size("group_size", group_size, k, row)
+    if 0 in dense.shape:
+        raise ValueError(f"dense has shape {dense.shape}; it must not be empty")
+    if row.scale != FLOAT_SCALES:
+        dtype = jnp.dtype(jnp.uint8)
+    elif scale_dtype is not None:
+        dtype = jnp.dtype(scale_dtype)
+    elif row.code == E4M3 or dense.dtype == jnp.float32:
+        dtype = jnp.dtype(jnp.float32 if row.code == E4M3 else jnp.bfloat16)
+    else:
+        dtype = jnp.dtype(dense.dtype)
+    if dtype.name not in row.scale_dtypes:
+        raise TypeError(f"scale_dtype is {dtype}; format {row.name} takes {' or '.join(row.scale_dtypes)}")
+    return _assemble(_quantize_and_pack(dense, row, group_size or k, dtype), k, n, row, bias)
+
+
+@partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
+def _quantize_and_pack(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
+    # Expert by expert: the float32 intermediates of one matrix, not of all.
+    return jax.lax.map(lambda w: pack_expert(*_quantize_expert(w, row, group_size, scale_dtype), row), dense)
+
+
+@partial(jax.jit, static_argnames="row")
+def _pack(leaves, row: WeightFormat):
+    return jax.lax.map(lambda leaf: pack_expert(*leaf, row), leaves)
+
+
+def _quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
+    """Codes [K, N], scales [G, N], zero points [G, N] or None, global scale [] or None of one expert."""
+    k, n = w.shape
+    groups = jnp.pad(w.astype(jnp.float32), ((0, -k % group_size), (0, 0))).reshape(-1, group_size, n)  # [G, g, N]
+    largest = jnp.abs(groups).max(1)
+    zeros = global_scale = None
+    shift = jnp.float32(row.zero_point or 0)
+    if row.scale == E8M0_SCALES:
+        # floor(log2(max)) from the exponent field, less that of the code's largest value: 4 = 2^2, 256 = 2^8.
+        exponent = (jax.lax.bitcast_convert_type(largest, jnp.uint32) >> 23).astype(jnp.int32)
+        scales = jnp.clip(exponent - (2 if row.code == E2M1 else 8), 0, 254).astype(jnp.uint8)
+        step = row.decode_scales(scales)
+    elif row.scale == E4M3_SCALES:
+        most = largest.max()
+        global_scale = jnp.where(most == 0, 1.0, most / (E4M3_MAX * E2M1_MAX))
+        scales = _to_e4m3(largest / E2M1_MAX / global_scale)
+        step = row.decode_scales(scales) * global_scale
+    else:
+        if row.zeros is not None:
+            low, high = jnp.minimum(groups.min(1), 0.0), jnp.maximum(groups.max(1), 0.0)
+            scales = _rounded((high - low) / row.max_code, scale_dtype)
+            step = jnp.where(scales == 0, 1.0, scales)
+            zeros = -low / step
+            if row.zeros == "integer":
+                zeros = jnp.clip(jnp.round(zeros), 0, row.max_code)
+            else:
+                zeros = _rounded(zeros, scale_dtype)
+            shift = zeros[:, None]
+        else:
+            extent = E4M3_MAX if row.code == E4M3 else row.zero_point - 1
+            step = scales = _rounded(largest / extent, scale_dtype)
+        scales = scales.astype(scale_dtype)
+    values = groups / jnp.where(step == 0, 1.0, step)[:, None]
+    if row.code == E2M1:
+        codes = _to_e2m1(values)
+    elif row.code == E4M3:
+        codes = _to_e4m3(values)
+    else:
+        codes = jnp.clip(jnp.round(values + shift), 0, row.max_code).astype(jnp.uint8)
+    if zeros is not None:
+        zeros = zeros.astype(jnp.uint8 if row.zeros == "integer" else scale_dtype)
+    return codes.reshape(-1, n)[:k], scales, zeros, global_scale
+
+
+def pack_expert(codes, scales, zeros, global_scale, row: WeightFormat):
+    """The leaves of one expert in Marlin order, padded to whole tiles; the global scale may be one per 64 columns."""
+    k, n = codes.shape
+    rows, columns = -k % layout.TILE_K, -n % layout.TILE_N
+    groups, blocks = scales.shape[0], (n + columns) // layout.TILE_N
+    # Scales of zero make the padding columns zero, whatever their codes; the padding of x does it for rows.
+    codes = jnp.pad(codes, ((0, rows), (0, columns)), constant_values=row.zero_point or 0)
+    scales = layout.permute_scales(jnp.pad(scales, ((0, 0), (0, columns))))
+    if zeros is not None:
+        zeros = jnp.pad(zeros, ((0, 0), (0, columns)))
+        packs = row.zeros == "integer"
+        zeros = layout.pack_zeros(zeros, bits=row.bits) if packs else layout.permute_scales(zeros)
+    if global_scale is not None:
+        global_scale = jnp.broadcast_to(jnp.asarray(global_scale, jnp.float32), (blocks,))
+    assert scales.shape == (groups, n + columns)
+    return layout.pack(codes, bits=row.bits), scales, zeros, global_scale
+
+
+def _assemble(parts, k: int, n: int, row: WeightFormat, bias: Array | None) -> MarlinWeights:
+    """`MarlinWeights` from the stacked leaves of `pack_expert`."""
+    packed, scales, zeros, global_scales = parts
+    rows, columns = -k % layout.TILE_K, -n % layout.TILE_N
+    if bias is not None:
+        check_rank("bias", bias, 2)
+        bias = jnp.pad(jnp.asarray(bias).astype(jnp.float32), ((0, 0), (0, columns)))
+    weights = MarlinWeights(
+        packed,
+        scales,
+        zeros,
+        bias,
+        None,
+        row,
+        global_scales=global_scales,
+        row_padding=rows,
+        column_padding=(columns,) if columns else (),
+    )
     check_weights("weights", weights)
     return weights
 
 
-@partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
-def _quantize(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
-    def one_expert(w):
-        groups = w.astype(jnp.float32).reshape(-1, group_size, w.shape[1])  # [G, g, N]
-        if row.has_zero_points:
-            low, high = jnp.minimum(groups.min(1), 0.0), jnp.maximum(groups.max(1), 0.0)
-            scales = _rounded((high - low) / row.max_code, scale_dtype)
-            step = jnp.where(scales == 0, 1.0, scales)
-            zeros = jnp.clip(jnp.round(-low / step), 0, row.max_code)
-        else:
-            scales = _rounded(jnp.abs(groups).max(1) / (row.zero_point - 1), scale_dtype)
-            step = jnp.where(scales == 0, 1.0, scales)
-            zeros = jnp.full_like(step, row.zero_point)
-        codes = jnp.clip(jnp.round(groups / step[:, None]) + zeros[:, None], 0, row.max_code)
-        codes = codes.astype(jnp.uint8).reshape(w.shape)
-        packed_zeros = layout.pack_zeros(zeros.astype(jnp.uint8), bits=row.bits) if row.has_zero_points else None
-        return layout.pack(codes, bits=row.bits), layout.permute_scales(scales.astype(scale_dtype)), packed_zeros
+def pack_logical(
+    codes: UInt8[Array, "experts K N"],
+    scales: Shaped[Array, "experts groups N"],
+    weight_format: str,
+    *,
+    zeros: Shaped[Array, "experts groups N"] | None = None,
+    global_scales: Float32[Array, "experts"] | Float32[Array, "experts N/64"] | None = None,
+    bias: Float[Array, "experts N"] | None = None,
+) -> MarlinWeights:
+    """Packs codes and scales that are already chosen, bit for bit; what every importer ends in.
 
-    # Expert by expert: the float32 intermediates of one matrix, not of all.
-    return jax.lax.map(one_expert, dense)
+    Args:
+        codes: one byte a code, of any K and N.
+        scales: in a dtype that the format allows; bit patterns (e4m3, e8m0) as uint8.
+        weight_format: a name of `jax_marlin_moe.FORMATS`.
+        zeros: zero points, uint8 or, for float ones, in the dtype of the scales.
+        global_scales: float32, one an expert or one for each 64 columns (rounded up).
+        bias: added after scaling, kept in float32.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: shapes disagree, or the format has no such group size.
+    """
+    row = get_format(weight_format)
+    check_array("codes", codes, ndim=3, dtype=jnp.uint8)
+    check_rank("scales", scales, 3)
+    experts, k, n = codes.shape
+    _check_stack("scales", scales.shape, (experts, scales.shape[1], n))
+    return _assemble(_pack((codes, scales, zeros, global_scales), row), k, n, row, bias)
+
+
+def _to_e4m3(values: Array) -> Array:
+    """Nearest e4m3fn as bit patterns, saturating: the cast itself gives NaN above 464."""
+    saturated = jnp.clip(values, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    return jax.lax.bitcast_convert_type(saturated, jnp.uint8)
+
+
+def _to_e2m1(values: Array) -> Array:
+    """Nearest e2m1 codes, ties to the even code, saturating."""
+    magnitude = jnp.abs(values)
+    code = jnp.zeros(values.shape, jnp.uint8)
+    for index, (low, high) in enumerate(itertools.pairwise(E2M1_VALUES)):
+        middle = (low + high) / 2
+        # A tie goes up where the upper code is even.
+        above = magnitude >= middle if index % 2 else magnitude > middle
+        code += above.astype(jnp.uint8)
+    return code | (jnp.signbit(values).astype(jnp.uint8) << 3)
 
 
 def _rounded(scales: Array, dtype: jnp.dtype) -> Array:
@@ -271,15 +423,19 @@ def _check_stack(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -
 def _check_groups(name: str, k: int, n: int, groups: int, row: WeightFormat) -> None:
     if groups < 1 or k % groups:
         raise ValueError(f"scales has {groups} groups, which do not divide K = {k} of {name}")
-    _check_matrix(name, k, n, None if groups == 1 else k // groups, row)
-
-
-def _check_matrix(name: str, k: int, n: int, group_size: int | None, row: WeightFormat) -> None:
     if k == 0 or k % layout.TILE_K:
         raise ValueError(f"{name} has K = {k}; it must be a positive multiple of {layout.TILE_K}")
     if n == 0 or n % layout.TILE_N:
         raise ValueError(f"{name} has N = {n}; it must be a positive multiple of {layout.TILE_N}")
-    if group_size is not None and group_size != k and (group_size not in row.group_sizes or k % group_size):
-        raise ValueError(
-            f"group_size is {group_size}; it must be None (one group) or one of {row.group_sizes} that divides K = {k}"
-        )
+    check_group_size("group_size", None if groups == 1 else k // groups, k, row)
+
+
+def check_group_size(name: str, group_size: int | None, k: int, row: WeightFormat) -> None:
+    """Raises ValueError unless the format has such groups over K rows; None is one group."""
+    if group_size is None or group_size == k:
+        allowed = row.per_channel or group_size in row.group_sizes
+    else:
+        allowed = group_size in row.group_sizes
+    if not allowed:
+        one_group = "None (one group) or " if row.per_channel else ""
+        raise ValueError(f"{name} is {group_size}; format {row.name} takes {one_group}one of {row.group_sizes}")

@@ -9,20 +9,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.layout import unpack, unpack_zeros, unpermute_scales
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
+from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 
 
-def dequantize(weights: MarlinWeights) -> Float32[Array, "*E K N"]:
-    """`(code - zero) * scale` in float32, rows in packed order."""
-    codes = unpack(weights.packed, weights.format.bits).astype(jnp.float32)
-    scales = unpermute_scales(weights.scales.astype(jnp.float32))  # [*E, G, N]
-    if weights.zeros is None:
-        zeros = jnp.float32(weights.format.zero_point)
-    else:
-        zeros = unpack_zeros(weights.zeros, weights.format.bits).astype(jnp.float32)[..., :, None, :]
-    grouped = codes.reshape(*scales.shape[:-1], weights.group_size, weights.n)  # [*E, G, g, N]
-    return ((grouped - zeros) * scales[..., :, None, :]).reshape(codes.shape)
+def dequantize(weights: MarlinWeights) -> Float32[Array, "*E padded_k padded_n"]:
+    """`(value(code) - zero) * scale`, times the global scale, in float32; rows in packed order, padding included."""
+    row = weights.format
+    values = row.code.decode(unpack(weights.packed, row.bits))  # [*E, K, N]
+    scales = unpermute_scales(row.decode_scales(weights.scales))  # [*E, G, N]
+    group = jnp.arange(weights.padded_k) // (weights.padded_k if weights.num_groups == 1 else weights.group_size)
+    if row.zeros == "integer":
+        values -= unpack_zeros(weights.zeros, row.bits).astype(jnp.float32)[..., group, :]
+    elif row.zeros == "float":
+        values -= unpermute_scales(weights.zeros.astype(jnp.float32))[..., group, :]
+    elif row.zero_point:
+        values -= jnp.float32(row.zero_point)
+    dense = values * scales[..., group, :]
+    if weights.global_scales is not None:
+        dense *= jnp.repeat(weights.global_scales, TILE_N, axis=-1)[..., None, :]
+    return dense
 
 
 def padded_size(num_slots: int, num_experts: int, block_size: int) -> int:
@@ -71,16 +77,16 @@ def moe_align_block_size(
 
 
 def expert_products(
-    rows: Float[Array, "slots K"],
+    rows: Float[Array, "slots padded_k"],
     weights: MarlinWeights,
     expert: Int32[Array, "slots"],
     *,
     block_size: int = 16,
-) -> Float32[Array, "slots N"]:
+) -> Float32[Array, "slots padded_n"]:
     """`rows[s] @ W[expert[s]] + bias[expert[s]]` in float32; zero rows where the expert is not in [0, E)."""
     num_slots = rows.shape[0]
     if num_slots == 0:
-        return jnp.zeros((0, weights.n), jnp.float32)
+        return jnp.zeros((0, weights.padded_n), jnp.float32)
     sorted_ids, block_experts, _ = moe_align_block_size(
         expert[:, None], None, block_size=block_size, num_experts=weights.num_experts
     )
@@ -100,10 +106,10 @@ def expert_products(
             y = jnp.matmul(x, dequantize(one), precision=jax.lax.Precision.HIGHEST)
             return y if one.bias is None else y + one.bias.astype(jnp.float32)
 
-        y = jax.lax.cond(e >= 0, product, lambda: jnp.zeros((block_size, weights.n), jnp.float32))
+        y = jax.lax.cond(e >= 0, product, lambda: jnp.zeros((block_size, weights.padded_n), jnp.float32))
         return out.at[slots].set(y, mode="drop"), None
 
-    out = jnp.zeros((num_slots, weights.n), jnp.float32)
+    out = jnp.zeros((num_slots, weights.padded_n), jnp.float32)
     return jax.lax.scan(add_block, out, (block_slots, block_experts))[0]
 
 
@@ -127,10 +133,10 @@ def moe_gemm(
     listed = (sorted_token_ids >= 0) & (position < num_tokens_post_padded[0])
     slot = jnp.where(listed, sorted_token_ids, num_slots)
     expert = jnp.full((num_slots,), -1, jnp.int32).at[slot].set(expert_ids[position // block_size], mode="drop")
-    y = expert_products(jnp.repeat(x, top_k, axis=0), weights, expert)
+    y = expert_products(jnp.repeat(pad_rows(x, weights), top_k, axis=0), weights, expert)
     if topk_weights is not None:
         y = y * topk_weights[:, None]
-    return y.astype(x.dtype)
+    return drop_column_padding(y, weights).astype(x.dtype)
 
 
 def fused_moe(
@@ -152,11 +158,15 @@ def fused_moe(
     if expert_map is not None:
         known = (expert >= 0) & (expert < expert_map.shape[0])
         expert = jnp.where(known, expert_map[jnp.clip(expert, 0, expert_map.shape[0] - 1)], -1)
-    rows = jnp.repeat(x, tokens * top_k // x.shape[0], axis=0) if tokens else x
+    rows = pad_rows(x, gate_up)
+    rows = jnp.repeat(rows, tokens * top_k // x.shape[0], axis=0) if tokens else rows
     h = expert_products(rows, gate_up, expert)
     if activation.gated:
         a = activation.apply(h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :])
     else:
         a = activation.apply(h, None)
-    y = expert_products(a.astype(x.dtype), down, expert).reshape(tokens, top_k, down.n)
-    return jnp.sum(y * topk_weights[:, :, None], axis=1).astype(x.dtype)
+    # The halves of gate_up are padded to whole tiles of columns, the rows of down only to tiles of rows.
+    a = a[:, : down.padded_k].astype(x.dtype)
+    y = expert_products(a, down, expert).reshape(tokens, top_k, down.padded_n)
+    y = jnp.sum(y * topk_weights[:, :, None], axis=1)
+    return drop_column_padding(y, down).astype(x.dtype)

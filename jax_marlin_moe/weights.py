@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from jax_marlin_moe.formats import WeightFormat
 from jax_marlin_moe.layout import TILE_K, TILE_N
@@ -19,25 +19,37 @@ from jax_marlin_moe.layout import TILE_K, TILE_N
 class MarlinWeights:
     """E quantised matrices of shape (K, N), K the input dimension.
 
+    Packed tiles are 16 x 64. A matrix that is no whole number of them is padded with zero rows and columns, which the
+    ops add to x and take off their results; `k` and `n` are those of the matrix as it was given. The last group of K
+    may be shorter than the others.
+
     Attributes:
         packed: codes in Marlin order.
-        scales: one per group of K and column, float16 or bfloat16, columns in Marlin grouped order (also when
-            there is one group).
-        zeros: integer zero points in Marlin order, for formats that have them.
+        scales: one per group of K and column, columns in Marlin grouped order (also when there is one group), in a
+            dtype that the format allows.
+        zeros: zero points of formats that store them: int32 words in Marlin order, or floats in the dtype and order of
+            the scales.
         bias: float32, logical column order, or None.
-        input_order: where groups were sorted at load (act-order): row k of the packed matrix multiplies
+        input_order: where groups were sorted at load (act-order): row k of the matrix multiplies
             `x[:, input_order[e, k]]`. None means the identity.
         format: the row of the format registry.
         layout: "a16", the packing for 16-bit activations; weights packed for another mode are refused.
+        global_scales: float32 factors of each 64 columns, for formats that have them.
+        row_padding: zero rows at the end of K.
+        column_padding: zero columns at the end of each of as many equal parts as there are entries: one entry for a
+            matrix, two for [gate | up]. Empty where nothing is padded.
     """
 
     packed: Int32[Array, "E K//16 words"]
-    scales: Float[Array, "E G N"]
-    zeros: Int32[Array, "E G N//pf"] | None
+    scales: Shaped[Array, "E G N"]
+    zeros: Shaped[Array, "E G N//pf"] | None
     bias: Float[Array, "E N"] | None
     input_order: Int32[Array, "E K"] | None
     format: WeightFormat
     layout: str = "a16"
+    global_scales: Float[Array, "E N//64"] | None = None
+    row_padding: int = 0
+    column_padding: tuple[int, ...] = ()
 
     @property
     def num_experts(self) -> int:
@@ -45,14 +57,24 @@ class MarlinWeights:
         return self.packed.shape[-3]
 
     @property
+    def padded_k(self) -> int:
+        """Rows as packed, a multiple of 16."""
+        return self.packed.shape[-2] * TILE_K
+
+    @property
+    def padded_n(self) -> int:
+        """Columns as packed, a multiple of 64."""
+        return self.packed.shape[-1] * self.format.codes_per_word // TILE_K
+
+    @property
     def k(self) -> int:
         """Rows of the logical matrix: the input dimension."""
-        return self.packed.shape[-2] * TILE_K
+        return self.padded_k - self.row_padding
 
     @property
     def n(self) -> int:
         """Columns of the logical matrix: the output dimension."""
-        return self.packed.shape[-1] * self.format.codes_per_word // TILE_K
+        return self.padded_n - sum(self.column_padding)
 
     @property
     def num_groups(self) -> int:
@@ -62,7 +84,11 @@ class MarlinWeights:
     @property
     def group_size(self) -> int:
         """Rows that share a scale; K when channel-wise."""
-        return self.k // self.num_groups
+        if self.num_groups == 1:
+            return self.k
+        # Sizes are powers of two apart, so no two of them give the same number of groups unless that is one.
+        fitting = [g for g in self.format.group_sizes if -(-self.padded_k // g) == self.num_groups]
+        return fitting[0] if fitting else self.padded_k // self.num_groups
 
     @property
     def nbytes(self) -> int:
@@ -77,15 +103,25 @@ class MarlinWeights:
 
     def columns(self, start: int, stop: int) -> "MarlinWeights":
         """Output columns [start, stop), multiples of 64: a tensor-parallel shard, or gate or up of a pair."""
-        _check_slice("columns", start, stop, self.n, TILE_N)
+        if self.column_padding:
+            raise ValueError(
+                f"column_padding is {self.column_padding}: columns of a padded matrix do not lie in whole tiles; slice "
+                "before packing"
+            )
+        _check_slice("columns", start, stop, self.n, TILE_N, "a packed tile")
         words = TILE_K // self.format.codes_per_word  # packed words per column
-        pf = self.format.codes_per_word
+        per_zero = self.scales.shape[-1] // self.zeros.shape[-1] if self.zeros is not None else 1
+
+        def cut(leaf: Array | None, columns_per_entry: int) -> Array | None:
+            return None if leaf is None else leaf[..., start // columns_per_entry : stop // columns_per_entry]
+
         return dataclasses.replace(
             self,
             packed=self.packed[..., words * start : words * stop],
-            scales=self.scales[..., start:stop],
-            zeros=None if self.zeros is None else self.zeros[..., start // pf : stop // pf],
-            bias=None if self.bias is None else self.bias[..., start:stop],
+            scales=cut(self.scales, 1),
+            zeros=cut(self.zeros, per_zero),
+            bias=cut(self.bias, 1),
+            global_scales=cut(self.global_scales, TILE_N),
         )
 
     def rows(self, start: int, stop: int) -> "MarlinWeights":
@@ -96,22 +132,54 @@ class MarlinWeights:
         if self.input_order is not None:
             raise ValueError("input_order is not None: its rows read x from anywhere, so they have no input slice")
         step = TILE_K if self.num_groups == 1 else self.group_size
-        _check_slice("rows", start, stop, self.k, step)
-        groups = slice(None) if self.num_groups == 1 else slice(start // step, stop // step)
+        last = stop == self.k  # the end of the matrix may be inside a group
+        _check_slice("rows", start, stop, self.k, step, "a group that shares its scales", open_end=True)
+        groups = slice(None) if self.num_groups == 1 else slice(start // step, -(-stop // step))
         return dataclasses.replace(
             self,
-            packed=self.packed[..., start // TILE_K : stop // TILE_K, :],
+            packed=self.packed[..., start // TILE_K : -(-stop // TILE_K), :],
             scales=self.scales[..., groups, :],
             zeros=None if self.zeros is None else self.zeros[..., groups, :],
             bias=None,
+            row_padding=self.row_padding if last else 0,
         )
 
 
 jax.tree_util.register_dataclass(
     MarlinWeights,
-    data_fields=["packed", "scales", "zeros", "bias", "input_order"],
-    meta_fields=["format", "layout"],
+    data_fields=["packed", "scales", "zeros", "bias", "input_order", "global_scales"],
+    meta_fields=["format", "layout", "row_padding", "column_padding"],
 )
+
+
+def pad_columns(y: Shaped[Array, "... n"], weights: MarlinWeights) -> Shaped[Array, "... padded_n"]:
+    """Zeros where the packed matrix has padding columns."""
+    if not weights.column_padding:
+        return y
+    parts = jnp.split(y, len(weights.column_padding), axis=-1)
+    return jnp.concatenate(
+        [
+            jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, padding)])
+            for part, padding in zip(parts, weights.column_padding, strict=True)
+        ],
+        axis=-1,
+    )
+
+
+def drop_column_padding(y: Shaped[Array, "... padded_n"], weights: MarlinWeights) -> Shaped[Array, "... n"]:
+    """The logical columns of a product with the packed matrix."""
+    if not weights.column_padding:
+        return y
+    parts = jnp.split(y, len(weights.column_padding), axis=-1)
+    return jnp.concatenate(
+        [part[..., : part.shape[-1] - padding] for part, padding in zip(parts, weights.column_padding, strict=True)],
+        axis=-1,
+    )
+
+
+def pad_rows(x: Shaped[Array, "... k"], weights: MarlinWeights) -> Shaped[Array, "... padded_k"]:
+    """Zeros where the packed matrix has padding rows."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, weights.row_padding)]) if weights.row_padding else x
 
 
 def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
@@ -123,7 +191,9 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
     """
     first, *rest = parts
     for number, part in enumerate(rest, start=1):
-        _check_alike("parts", number, part, first, ("format", "layout", "num_experts", "k", "num_groups"))
+        _check_alike(
+            "parts", number, part, first, ("format", "layout", "num_experts", "k", "num_groups", "row_padding")
+        )
         if first.input_order is not None and not _equal_arrays(first.input_order, part.input_order):
             raise ValueError(
                 f"parts[{number}].input_order differs from parts[0].input_order; matrices that read the same "
@@ -134,8 +204,13 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
         leaves = [getattr(part, name) for part in parts]
         return None if leaves[0] is None else jnp.concatenate(leaves, axis=-1)
 
+    padding = [part.column_padding or (0,) for part in parts]
+    if any(map(any, padding)) and len({part.padded_n for part in parts}) > 1:
+        raise ValueError(f"parts have {[part.n for part in parts]} columns; padded matrices must be equally wide")
     return dataclasses.replace(
-        first, packed=join("packed"), scales=join("scales"), zeros=join("zeros"), bias=join("bias")
+        first,
+        **{name: join(name) for name in ("packed", "scales", "zeros", "bias", "global_scales")},
+        column_padding=sum(padding, ()) if any(map(any, padding)) else (),
     )
 
 
@@ -148,7 +223,7 @@ def stack_experts(experts: Sequence[MarlinWeights]) -> MarlinWeights:
     """
     first, *rest = experts
     for number, part in enumerate(rest, start=1):
-        _check_alike("experts", number, part, first, ("format", "layout", "k", "n", "num_groups"))
+        _check_alike("experts", number, part, first, ("format", "layout", "k", "n", "num_groups", "column_padding"))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *experts)
 
 
@@ -172,8 +247,14 @@ def _equal_arrays(a: Array, b: Array | None) -> bool:
     return a is b or (b is not None and (a.shape == b.shape and bool(jnp.array_equal(a, b))))
 
 
-def _check_slice(what: str, start: int, stop: int, size: int, step: int) -> None:
-    if not 0 <= start < stop <= size or start % step or stop % step:
-        raise ValueError(
-            f"{what} [{start}, {stop}) must be a non-empty range inside [0, {size}) with both ends multiples of {step}"
-        )
+def _check_slice(what: str, start: int, stop: int, size: int, step: int, unit: str, *, open_end: bool = False) -> None:
+    """Both ends must be multiples of `step`, the extent of `unit`; `open_end` lets the range end where `size` does."""
+    if not 0 <= start < stop <= size:
+        raise ValueError(f"{what} [{start}, {stop}) must be a non-empty range inside [0, {size})")
+    for end in (start, stop):
+        if end % step and not (open_end and end == size):
+            below = end // step * step
+            raise ValueError(
+                f"{what} [{start}, {stop}) would split {unit}: both ends must be multiples of {step}; the nearest to "
+                f"{end} are {below} and {min(below + step, size)}"
+            )

@@ -1,9 +1,11 @@
 """The commands: they run, say what they promise, and their exit status tells success from failure."""
 
+import argparse
+
 import jax
 import pytest
 
-from jax_marlin_moe import demo, native
+from jax_marlin_moe import demo, native, shape_options
 from jax_marlin_moe.__main__ import main
 from jax_marlin_moe.cuda import cache, compiler
 
@@ -121,3 +123,72 @@ def test_a_command_is_needed():
     with pytest.raises(SystemExit) as stopped:
         main([])
     assert stopped.value.code == 2
+
+
+_SIZES = ["--experts", "8", "--top-k", "2", "--hidden", "256", "--intermediate", "128"]
+
+
+@pytest.mark.parametrize("command", ["tune", "bench"])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "--experts, --top-k, --hidden, --intermediate missing; give --models, or all four sizes"),
+        (["--experts", "8", "--hidden", "256"], "--top-k, --intermediate missing"),
+        (["--models", "mixtral-8x7b", "--experts", "8"], "--models names whole blocks"),
+        ([*_SIZES, "--top-k", "9"], "--top-k is 9; it must not exceed --experts, 8"),
+        ([*_SIZES, "--hidden", "0"], "hidden is 0; it must be positive"),
+        ([*_SIZES, "--tokens", "4", "-1"], "tokens is -1; it must be positive"),
+        (["--models", "mixtral-8x7b", "--group-size", "0"], "group_size is 0; it must be positive"),
+    ],
+)
+def test_unusable_sizes(capsys, command, arguments, complaint):
+    assert main([command, *arguments]) == 2
+    assert complaint in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["tune", "bench"])
+@pytest.mark.parametrize("arguments", [["--models", "no-such-model"], ["--format", "int3"], ["--dtype", "float32"]])
+def test_unknown_names(capsys, command, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *_SIZES, *arguments])
+    assert stopped.value.code == 2
+    assert f"invalid choice: '{arguments[1]}'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a card")
+@pytest.mark.parametrize("command", ["tune", "bench"])
+def test_measuring_needs_a_card(capsys, command):
+    assert main([command, *_SIZES]) == 1
+    assert "it measures on an NVIDIA GPU, and JAX finds only cpu" in capsys.readouterr().out
+
+
+def test_chosen_shapes():
+    parser = argparse.ArgumentParser()
+    shape_options.add_shape_options(parser, tokens=[1])
+    named = shape_options.chosen_shapes(
+        parser.parse_args(["--models", "mixtral-8x7b", "kimi-k2", "--group-size", "64"])
+    )
+    assert [(shape.name, shape.num_experts, shape.group_size) for shape in named] == [
+        ("mixtral-8x7b", 8, 64),
+        ("kimi-k2", 384, 64),
+    ]
+    (block,) = shape_options.chosen_shapes(parser.parse_args(_SIZES))
+    assert (block.num_experts, block.top_k, block.hidden, block.intermediate, block.group_size) == (8, 2, 256, 128, 128)
+
+
+@pytest.mark.gpu
+def test_bench_and_tune_on_a_card(capsys, kernels):
+    block = [*_SIZES, "--tokens", "4"]
+    assert main(["bench", *block, "--samples", "5"]) == 0
+    assert "us (" in capsys.readouterr().out
+    assert main(["tune", *block, "--candidates", "2"]) == 0
+    assert "stored in" in capsys.readouterr().out
+    (table,) = kernels.glob("tuned-*.json")
+    assert "E8 k2 H256 I128" in table.read_text()
+
+
+@pytest.mark.gpu
+def test_tune_without_a_cache(capsys, monkeypatch):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
+    assert main(["tune", *_SIZES]) == 1
+    assert "the kernel cache is off" in capsys.readouterr().out

@@ -141,6 +141,58 @@ def test_every_group_size_compiles(lower, architecture, group_size):
     assert CALL in lower(architecture, jmm.fused_moe, *arguments)
 
 
+def formatted_experts(num_experts, k, n, name, dtype, *, group_size="customary", bias=False):
+    """Shapes and dtypes of experts in any format, scales in `dtype` where they are floats."""
+
+    def make(dense, bias):
+        return jmm.quantize(dense, name, group_size=group_size, bias=bias)
+
+    bias = array((num_experts, n), jnp.float32) if bias else None
+    return jax.eval_shape(make, array((num_experts, k, n), dtype), bias)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", jmm.FORMATS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_format_compiles(lower, architecture, name):
+    # What the format does not decide alternates: the type of x and of float scales, few and many tokens, the
+    # activation, biases.
+    number = list(jmm.FORMATS).index(name) + ARCHITECTURES.index(architecture)
+    dtype = jnp.dtype(types_of(architecture)[-1 if number % 2 else 0])
+    tokens, activation = (3, "relu2") if number % 3 else (96, jmm.swiglu(7.0, 1.702, 1.0))
+    halves = 1 if activation == "relu2" else 2
+    gate_up = formatted_experts(6, 320, halves * 192, name, [dtype, jnp.float32][number % 2], bias=tokens == 96)
+    down = formatted_experts(6, 192, 320, name, jnp.float16)
+
+    def block(*arrays):
+        return jmm.fused_moe(*arrays, activation=activation)
+
+    text = lower(
+        architecture,
+        block,
+        array((tokens, 320), dtype),
+        gate_up,
+        down,
+        array((tokens, 2), jnp.float32),
+        array((tokens, 2)),
+    )
+    assert text.count(CALL) == 1
+    assert "dot_general" not in text
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", jmm.FORMATS)
+def test_every_group_size_of_every_format_compiles(lower, name):
+    row = jmm.FORMATS[name]
+    for group_size in (*row.group_sizes, *([None] if row.per_channel else [])):
+        weights = formatted_experts(4, 448, 128, name, jnp.bfloat16, group_size=group_size)
+
+        def product(x, weights, ids):
+            return jmm.moe_gemm(x, weights, jmm.moe_align_block_size(ids, block_size=16, num_experts=4), top_k=2)
+
+        assert CALL in lower("sm_90a", product, array((9, 448), jnp.bfloat16), weights, array((9, 2)))
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_smallest_block_compiles(lower, architecture):

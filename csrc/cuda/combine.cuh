@@ -7,7 +7,7 @@ namespace jmm {
 
 template <class T, int kTokens, int kTopK, int kColumns, int kExperts, int kRoutedExperts, bool kMapped>
 struct Combine {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 128;  // small: they move in beside the blocks of the kernel before
   static constexpr int kVector = 4;  // columns of a thread: one 16-byte load a slot
   static constexpr int kBlocks = (kTokens * (kColumns / kVector) + kThreads - 1) / kThreads;
   static_assert(kColumns % kVector == 0, "rows are whole vectors");
@@ -20,16 +20,19 @@ struct Combine {
   __device__ void run() const {
     constexpr int kVectors = kColumns / kVector;
     const int i = blockIdx.x * kThreads + threadIdx.x;
-    wait_for_previous_kernel();
+    const int token = min(i / kVectors, kTokens - 1), vector = i % kVectors;
+    // The ids were there before this call: they are fetched while the kernel before still runs.
+    uint32_t there[(kTopK + 31) / 32] = {};
+#pragma unroll
+    for (int j = 0; j < kTopK; ++j) there[j / 32] |= uint32_t(computed(topk_ids[token * kTopK + j])) << (j % 32);
     allow_next_kernel();
+    wait_for_previous_kernel();
     if (i >= kTokens * kVectors) return;
-    const int token = i / kVectors, vector = i % kVectors;
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < kTopK; ++j) {
-      const int slot = token * kTopK + j;
-      if (!computed(topk_ids[slot])) continue;
-      const float4 part = partials[int64_t(slot) * kVectors + vector];
+      if (!(there[j / 32] >> (j % 32) & 1)) continue;
+      const float4 part = partials[int64_t(token * kTopK + j) * kVectors + vector];
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     out[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,

@@ -1,33 +1,53 @@
-// From one packed word to the A fragment of an MMA: 16 columns of the weight matrix (rows of A) by 16 of K.
+// From packed words to the A fragment of an MMA, and from stored scales and zero points to float32.
 //
-// Marlin's order makes the eight codes of a word exactly the eight values that one lane owns: columns g and g + 8
-// (g = lane / 4), k in {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4). A fragment holds kStep * code + kOffset, exact in its
-// type and two instructions a pair; the group's end takes the offset, the zero point and the scale out of the float32
-// sums:
-//   sum_k (code - zero) * x = (sum_k a * x - (kOffset + kStep * zero) * sum_k x) / kStep.
+// Marlin's order makes the eight codes of a sub-tile (16 columns of the weight matrix, the rows of A, by 16 of K) that
+// a lane holds exactly the eight values that it owns in the fragment: columns g and g + 8 (g = lane / 4), k in
+// {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4), in pairs 16 bits apart. A fragment holds kStep * value + kOffset, exact in
+// its type; the group's end takes the offset, the zero point and the scale out of the float32 sums:
+//   sum_k (value - zero) * x = (sum_k a * x - (kOffset + kStep * zero) * sum_k x) / kStep.
+// Where bfloat16's exponent is too wide for a cheap conversion, the fragment is far too small by a power of two, and
+// the tokens are multiplied by 2^kTokenExponent on their way into the MMA, which shares the way back.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace jmm {
 
-// Codes of 4 bits with a zero point of 8, or of each group's own.
 struct Int4 {
   static constexpr int kBits = 4;
-  static constexpr int kBakedZero = 8;
+};
+struct Int8 {
+  static constexpr int kBits = 8;
+};
+struct E2M1 {
+  static constexpr int kBits = 4;
+};
+struct E4M3 {
+  static constexpr int kBits = 8;
 };
 
 template <class Code, class T>
 struct Dequantizer;
 
+__device__ constexpr float power_of_two(int exponent) {
+  float power = 1.0f;
+  for (int i = 0; i < exponent; ++i) power *= 2.0f;
+  for (int i = 0; i > exponent; --i) power *= 0.5f;
+  return power;
+}
+
+// Rows of x are safe up to 2^47, and sums down to 2^-126 keep every bit of products of 2^-80.
+constexpr int kBFloatTokenExponent = 80;
+
 // bfloat16 stores 7 bits of mantissa: 0x4300 | q is 128 + q. Marlin's pairs are 16 bits apart, so one shift serves two.
 template <>
 struct Dequantizer<Int4, BFloat> {
   static constexpr float kStep = 1.0f, kOffset = 128.0f;
-  static constexpr uint32_t kOnes = 0x3F803F80u;
+  static constexpr int kTokenExponent = 0;
 
-  __device__ __forceinline__ static void fragment(uint32_t word, uint32_t (&a)[4]) {
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     constexpr uint32_t kMask = 0x000F000Fu, kBias = 0x43004300u;
+    const uint32_t word = words[0];
     a[0] = and_or(word, kMask, kBias);
     a[2] = and_or(word >> 4, kMask, kBias);
     a[1] = and_or(word >> 8, kMask, kBias);
@@ -38,11 +58,12 @@ struct Dequantizer<Int4, BFloat> {
 // The bits of a code are the subnormal float16 q * 2^-24: nothing to add, nothing to cancel.
 template <>
 struct Dequantizer<Int4, Half> {
-  static constexpr float kStep = 1.0f / 16777216.0f, kOffset = 0.0f;
-  static constexpr uint32_t kOnes = 0x3C003C00u;
+  static constexpr float kStep = power_of_two(-24), kOffset = 0.0f;
+  static constexpr int kTokenExponent = 0;
 
-  __device__ __forceinline__ static void fragment(uint32_t word, uint32_t (&a)[4]) {
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     constexpr uint32_t kMask = 0x000F000Fu;
+    const uint32_t word = words[0];
     a[0] = word & kMask;
     a[2] = word >> 4 & kMask;
     a[1] = word >> 8 & kMask;
@@ -50,9 +71,228 @@ struct Dequantizer<Int4, Half> {
   }
 };
 
-// Zero point of column g + 8 j in one word of FORMATS section 4.
-__device__ __forceinline__ uint32_t zero_of_column(uint32_t word, int j) {
-  return (word >> (4 * (j / 2 + 4 * (j % 2)))) & 0xFu;
-}
+// 128 + (the low 7 bits), less 128 where the top bit is set and 256 where it is not: q - 128.
+template <>
+struct Dequantizer<Int8, BFloat> {
+  static constexpr float kStep = 1.0f, kOffset = -128.0f;
+  static constexpr int kTokenExponent = 0;
+
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      a[b] = pair(words[b]);
+      a[2 + b] = pair(words[b] >> 8);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t pair(uint32_t bytes) {
+    const uint32_t low = and_or(bytes, 0x007F007Fu, 0x43004300u);   // 128 + low 7 bits
+    const uint32_t top = and_xor(bytes, 0x00800080u, 0xC380C380u);  // -128 or -256
+    return multiply_add_bfloats(low, BFloat::kOnes, top);
+  }
+};
+
+template <>
+struct Dequantizer<Int8, Half> {
+  static constexpr float kStep = power_of_two(-24), kOffset = 0.0f;
+  static constexpr int kTokenExponent = 0;
+
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      a[b] = words[b] & 0x00FF00FFu;
+      a[2 + b] = words[b] >> 8 & 0x00FF00FFu;
+    }
+  }
+};
+
+// A code of sign, 2 bits of exponent (bias 1) and 1 of mantissa, at the low end of the exponent of T: the value times
+// 2^(1 - bias of T), subnormal codes as subnormals. Left shifts go to the multipliers' pipe, right shifts to the one
+// that the masks keep busy: there is one right shift a word.
+template <class T>
+struct E2M1Dequantizer {
+  static constexpr float kOffset = 0.0f;
+
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+    const uint32_t word = words[0], top = word >> (13 - kMantissa);  // the topmost magnitude in its place
+    a[0] = pair(word << 12, word << (kMantissa - 1));
+    a[2] = pair(word << 8, word << (kMantissa - 5));
+    a[1] = pair(word << 4, top << 4);
+    a[3] = pair(word, top);
+  }
+
+ private:
+  static constexpr int kMantissa = T::kMantissaBits;
+
+  __device__ __forceinline__ static uint32_t pair(uint32_t signs, uint32_t magnitudes) {
+    constexpr uint32_t kMagnitude = 0x00010001u * (7u << (kMantissa - 1));
+    return and_or(signs, 0x80008000u, magnitudes & kMagnitude);
+  }
+};
+
+template <>
+struct Dequantizer<E2M1, Half> : E2M1Dequantizer<Half> {
+  static constexpr int kTokenExponent = 0;
+  static constexpr float kStep = power_of_two(1 - 15);
+};
+
+template <>
+struct Dequantizer<E2M1, BFloat> : E2M1Dequantizer<BFloat> {
+  static constexpr int kTokenExponent = kBFloatTokenExponent;
+  static constexpr float kStep = power_of_two(1 - 127 + kTokenExponent);
+};
+
+// The same for 4 bits of exponent (bias 7) and 3 of mantissa: the value times 2^(7 - bias of T).
+template <class T>
+struct E4M3Dequantizer {
+  static constexpr float kOffset = 0.0f;
+
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+    constexpr int kLeft = T::kMantissaBits - 3;  // from the low byte of a half to its place in T
+    constexpr uint32_t kMagnitude = 0x00010001u * (0x7Fu << kLeft);
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint32_t word = words[b];
+      a[b] = and_or(word << 8, 0x80008000u, word << kLeft & kMagnitude);
+      a[2 + b] = and_or(word, 0x80008000u, word >> (8 - kLeft) & kMagnitude);
+    }
+  }
+};
+
+template <>
+struct Dequantizer<E4M3, Half> : E4M3Dequantizer<Half> {
+  static constexpr int kTokenExponent = 0;
+  static constexpr float kStep = power_of_two(7 - 15);
+};
+
+template <>
+struct Dequantizer<E4M3, BFloat> : E4M3Dequantizer<BFloat> {
+  static constexpr int kTokenExponent = kBFloatTokenExponent;
+  static constexpr float kStep = power_of_two(7 - 127 + kTokenExponent);
+};
+
+// Types of scales: Half, BFloat, Float, and bit patterns of one byte.
+struct Float {};
+struct E4M3Scale {};
+struct E8M0Scale {};
+
+// The scales of one lane's columns g + 8 j, j = 0..7: neighbours in Marlin's order. Each is kUnit too small, which is
+// made up for once a tile.
+template <class Scale>
+struct ColumnScales {  // of 16-bit types
+  static constexpr int kBytes = 2;
+  static constexpr float kUnit = 1.0f;
+  uint4 pairs;
+
+  __device__ __forceinline__ void load(uint32_t shared) { pairs = load_shared16(shared); }
+  __device__ __forceinline__ float operator[](int j) const {
+    const uint32_t pair = j < 2 ? pairs.x : j < 4 ? pairs.y : j < 6 ? pairs.z : pairs.w;
+    return to_float<Scale>(static_cast<uint16_t>(pair >> (16 * (j % 2))));
+  }
+};
+
+template <>
+struct ColumnScales<Float> {
+  static constexpr int kBytes = 4;
+  static constexpr float kUnit = 1.0f;
+  uint4 low, high;
+
+  __device__ __forceinline__ void load(uint32_t shared) {
+    low = load_shared16(shared);
+    high = load_shared16(shared + 16);
+  }
+  __device__ __forceinline__ float operator[](int j) const {
+    const uint4& four = j < 4 ? low : high;
+    return __uint_as_float(j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w);
+  }
+};
+
+// Block scales are not negative: their 7 bits, at the low end of float16's exponent, are the scale times 2^(7 - 15),
+// subnormals included, two at a time.
+template <>
+struct ColumnScales<E4M3Scale> {
+  static constexpr int kBytes = 1;
+  static constexpr float kUnit = power_of_two(7 - 15);
+  uint32_t pairs[4];  // [j / 4 * 2 + j % 2] holds j and j + 2
+
+  __device__ __forceinline__ void load(uint32_t shared) {
+    const uint2 bytes = load_shared8(shared);
+    pairs[0] = (bytes.x & 0x007F007Fu) << 7, pairs[1] = (bytes.x & 0x7F007F00u) >> 1;
+    pairs[2] = (bytes.y & 0x007F007Fu) << 7, pairs[3] = (bytes.y & 0x7F007F00u) >> 1;
+  }
+  __device__ __forceinline__ float operator[](int j) const {
+    return to_float<Half>(static_cast<uint16_t>(pairs[j / 4 * 2 + j % 2] >> (16 * (j / 2 % 2))));
+  }
+};
+
+// The exponent of a float32. 0, which stands for 2^-127, is taken as zero: less than float32's least normal number.
+template <>
+struct ColumnScales<E8M0Scale> {
+  static constexpr int kBytes = 1;
+  static constexpr float kUnit = 1.0f;
+  uint2 bytes;
+
+  __device__ __forceinline__ void load(uint32_t shared) { bytes = load_shared8(shared); }
+  __device__ __forceinline__ float operator[](int j) const {
+    const uint32_t four = j < 4 ? bytes.x : bytes.y;
+    return __uint_as_float((j % 4 == 3 ? four >> 1 : four << (23 - 8 * (j % 4))) & 0x7F800000u);
+  }
+};
+
+// Kinds of zero points: one for all (0 where codes have a sign), or each group's own, as codes or as floats.
+template <int kZero>
+struct BakedZero {};
+struct IntegerZeros {};
+struct FloatZeros {};
+
+// The zero points of one lane's columns g + 8 j.
+template <class Zeros, class Code, class Scale>
+struct ColumnZeros;
+
+template <int kZero, class Code, class Scale>
+struct ColumnZeros<BakedZero<kZero>, Code, Scale> {
+  static constexpr bool kStored = false;
+  static constexpr float kBaked = kZero;
+  static constexpr int kUnitBytes = 0;  // of 64 columns
+
+  __device__ __forceinline__ void load(uint32_t, int) {}
+  __device__ __forceinline__ float operator[](int) const { return kBaked; }
+};
+
+template <class Code, class Scale>
+struct ColumnZeros<IntegerZeros, Code, Scale> {
+  static constexpr bool kStored = true;
+  static constexpr float kBaked = 0.0f;
+  static constexpr int kUnitBytes = 8 * Code::kBits;
+  uint32_t words[Code::kBits / 4];
+
+  __device__ __forceinline__ void load(uint32_t shared, int column) {
+    if constexpr (Code::kBits == 4) {
+      words[0] = load_shared4(shared + column * 4);
+    } else {
+      const uint2 both = load_shared8(shared + column * 8);
+      words[0] = both.x, words[1] = both.y;
+    }
+  }
+  // FORMATS section 4: nibbles in the order 0, 4, 1, 5, ..., bytes in the order 0, 2, 1, 3.
+  __device__ __forceinline__ float operator[](int j) const {
+    if constexpr (Code::kBits == 4) return static_cast<float>(words[0] >> (4 * (j / 2 + 4 * (j % 2))) & 0xFu);
+    return static_cast<float>(words[j / 4] >> (8 * (j % 4 / 2 + 2 * (j % 2))) & 0xFFu);
+  }
+};
+
+template <class Code, class Scale>
+struct ColumnZeros<FloatZeros, Code, Scale> {
+  static constexpr bool kStored = true;
+  static constexpr float kBaked = 0.0f;
+  static constexpr int kUnitBytes = 64 * ColumnScales<Scale>::kBytes;
+  ColumnScales<Scale> zeros;
+
+  __device__ __forceinline__ void load(uint32_t shared, int column) {
+    zeros.load(shared + column * 8 * ColumnScales<Scale>::kBytes);
+  }
+  __device__ __forceinline__ float operator[](int j) const { return zeros[j]; }
+};
 
 }  // namespace jmm

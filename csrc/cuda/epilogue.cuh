@@ -8,27 +8,60 @@
 
 namespace jmm {
 
+__device__ __forceinline__ float sigmoid(float value) { return 1.0f / (1.0f + __expf(-value)); }
+
 struct Silu {
   static constexpr bool kGated = true;
-  __device__ __forceinline__ static float apply(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+  __device__ __forceinline__ static float apply(float gate, float up) { return gate * sigmoid(gate) * up; }
 };
 
-// out[slot, column] = activation(gate + bias, up + bias), rounded to T: the input of the second product.
-template <class T, class Activation, int kIntermediate, bool kBias>
-struct GatedActivation {
-  uint16_t* __restrict__ out;      // [slots, kIntermediate]
-  const float* __restrict__ bias;  // [experts, 2 * kIntermediate] if kBias
-
+// 0.5 * (1 + tanh(y)) is sigmoid(2 y).
+struct GeluTanh {
   static constexpr bool kGated = true;
+  __device__ __forceinline__ static float apply(float gate, float up) {
+    constexpr float kSqrt2OverPi = 0.7978845608f;
+    return gate * sigmoid(2.0f * kSqrt2OverPi * (gate + 0.044715f * gate * gate * gate)) * up;
+  }
+};
+
+// Parameters are the bit patterns of float32 values.
+template <uint32_t kLimit, uint32_t kAlpha, uint32_t kBeta>
+struct Swiglu {
+  static constexpr bool kGated = true;
+  __device__ __forceinline__ static float apply(float gate, float up) {
+    const float limit = __uint_as_float(kLimit);
+    gate = fminf(gate, limit);
+    up = fminf(fmaxf(up, -limit), limit);
+    return gate * sigmoid(__uint_as_float(kAlpha) * gate) * (up + __uint_as_float(kBeta));
+  }
+};
+
+struct Relu2 {
+  static constexpr bool kGated = false;
+  __device__ __forceinline__ static float apply(float value, float) {
+    value = fmaxf(value, 0.0f);
+    return value * value;
+  }
+};
+
+// out[slot, column] = activation(gate + bias, up + bias), rounded to T: the input of the second product. Without a
+// gate there is one half of kColumns, which the first argument has.
+template <class T, class Activation, int kColumns, bool kBias>
+struct Activated {
+  uint16_t* __restrict__ out;      // [slots, kColumns]
+  const float* __restrict__ bias;  // [experts, halves * kColumns] if kBias
+
+  static constexpr bool kGated = Activation::kGated;
 
   __device__ __forceinline__ float factor(int) const { return 1.0f; }
 
   __device__ __forceinline__ void store(int expert, int slot, float, int column, float gate, float up) const {
     if constexpr (kBias) {
-      gate += bias[expert * 2 * kIntermediate + column];
-      up += bias[expert * 2 * kIntermediate + kIntermediate + column];
+      const float* row = bias + expert * ((kGated ? 2 : 1) * kColumns) + column;
+      gate += row[0];
+      if constexpr (kGated) up += row[kColumns];
     }
-    out[int64_t(slot) * kIntermediate + column] = from_float<T>(Activation::apply(gate, up));
+    out[int64_t(slot) * kColumns + column] = from_float<T>(Activation::apply(gate, up));
   }
 };
 

@@ -30,32 +30,43 @@ struct Tile {
   static_assert(kStages >= 2, "one stage is read while another is filled");
 };
 
-template <class T_, class Scale_, class Code_, int kK_, int kN_, int kExperts_, int kGroup_, int kSlotsPerRow_,
-          bool kZeros_>
+template <class T_, class Code_, class Scale_, class Zeros_, bool kGlobalScales_, int kK_, int kN_, int kExperts_,
+          int kGroup_, int kRowStride_, int kSlotsPerRow_>
 struct Problem {
-  using T = T_;          // type of the activations
-  using Scale = Scale_;  // type of the scales
+  using T = T_;  // type of the activations
   using Code = Code_;
-  static constexpr int kK = kK_, kN = kN_, kExperts = kExperts_, kGroup = kGroup_;
+  using Scale = Scale_;                                 // type of the scales
+  using Zeros = Zeros_;                                 // kind of zero points
+  static constexpr bool kGlobalScales = kGlobalScales_;  // float32 factors of each 64 columns
+  static constexpr int kK = kK_, kN = kN_, kExperts = kExperts_;
+  static constexpr int kGroup = kGroup_;              // rows of K that share a scale; the last group may be shorter
+  static constexpr int kRowStride = kRowStride_;      // elements from a row of x to the next
   static constexpr int kSlotsPerRow = kSlotsPerRow_;  // slot s reads row s / kSlotsPerRow of x
-  static constexpr bool kZeros = kZeros_;             // zero points per group, rather than baked into the code
 };
 
 template <class Problem, class Tile, class Routing, class Epilogue>
 class GroupedGemm {
   using T = typename Problem::T;
-  using Dequant = Dequantizer<typename Problem::Code, T>;
+  using Code = typename Problem::Code;
+  using Dequant = Dequantizer<Code, T>;
+  using Scales = ColumnScales<typename Problem::Scale>;
+  using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
 
-  static constexpr int kTileK = 16, kUnit = 64;  // Marlin's tile
-  static constexpr int kWordsPerUnit = 128;      // 16 x 64 codes of 4 bits
+  static constexpr int kTileK = 16, kUnit = 64;                     // Marlin's tile
+  static constexpr int kWordsOfSubTile = Code::kBits / 4;           // of a lane: eight codes
+  static constexpr int kWordsPerUnit = 128 * kWordsOfSubTile;       // 16 x 64 codes
+  static constexpr int kRowWords = Problem::kN / kUnit * kWordsPerUnit;  // of 16 rows of K
   static constexpr int kSubTiles = kUnit / 16;   // MMA rows in a unit, one word of a lane each
   static constexpr int kTokenTiles = Tile::kTokens / 8;
   static constexpr int kShareK = Problem::kK / Tile::kWarpsK;
   static constexpr int kChunks = kShareK / Tile::kChunkK;
   static constexpr int kSteps = Tile::kChunkK / kTileK;
-  static constexpr int kGroups = Problem::kK / Problem::kGroup;
+  static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
   static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
+  static constexpr bool kGroupsInChunk = Problem::kGroup <= Tile::kChunkK;  // every chunk is whole groups
+  // Whether fragments have an offset or codes a zero point that the sums of x must take out.
+  static constexpr bool kTokenSums = Zeros::kStored || Dequant::kOffset + Dequant::kStep * Zeros::kBaked != 0.0f;
   // A gated tile holds as many gate units as up units; its columns are those of the product. Gate and up of a column
   // belong to one warp where a warp has two units, to the lower and the upper half of the warps where it has one.
   static constexpr int kHalves = Epilogue::kGated ? 2 : 1;
@@ -73,10 +84,12 @@ class GroupedGemm {
   static_assert(kColumns % (kUnit * kOutputUnits) == 0, "column tiles are whole");
 
   // One stage of a warp's ring of weights, and of the ring of tokens that kWarpsN warps share, in bytes.
-  static constexpr int kStepBytes = Tile::kUnits * 512;  // packed weights of 16 rows of K
+  static constexpr int kUnitBytes = kWordsPerUnit * 4;
+  static constexpr int kStepBytes = Tile::kUnits * kUnitBytes;  // packed weights of 16 rows of K
+  static constexpr int kUnitScaleBytes = kUnit * Scales::kBytes;
   static constexpr int kScalesAt = kSteps * kStepBytes;
-  static constexpr int kZerosAt = kScalesAt + kScaleRows * Tile::kUnits * kUnit * 2;
-  static constexpr int kWeightStage = kZerosAt + (Problem::kZeros ? kScaleRows * Tile::kUnits * kUnit / 2 : 0);
+  static constexpr int kZerosAt = kScalesAt + kScaleRows * Tile::kUnits * kUnitScaleBytes;
+  static constexpr int kWeightStage = kZerosAt + kScaleRows * Tile::kUnits * Zeros::kUnitBytes;
   static constexpr int kTokenStage = Tile::kTokens * Tile::kChunkK * 2;  // rows of kChunkK, 16-byte pieces swizzled
   static_assert(kWeightStage % 16 == 0 && kTokenStage % 16 == 0, "stages stay aligned for 16-byte copies");
 
@@ -90,10 +103,11 @@ class GroupedGemm {
  public:
   static constexpr int kSharedBytes = kPartialsAt + (kExchanges ? Tile::kWarpsK * kFragments * 512 : 0);
 
-  const uint16_t* __restrict__ x;       // [rows, K]
-  const uint32_t* __restrict__ packed;  // [experts, K / 16, N * 2]
-  const uint16_t* __restrict__ scales;  // [experts, groups, N] in Marlin order
-  const uint32_t* __restrict__ zeros;   // [experts, groups, N / 8] in Marlin order, if kZeros
+  const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
+  const uint32_t* __restrict__ packed;       // [experts, K / 16, kRowWords]
+  const unsigned char* __restrict__ scales;  // [experts, groups, N] of Scale, in Marlin order
+  const unsigned char* __restrict__ zeros;   // [experts, groups, N] as Zeros has them, in Marlin order
+  const float* __restrict__ global_scales;   // [experts, N / 64] if kGlobalScales
   Routing routing;
   Epilogue epilogue;
 
@@ -127,7 +141,7 @@ class GroupedGemm {
     int stage = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       multiplier.begin_tile();
-      const Rows rows(*this, tile, lane, listed);  // fetched now, wanted when the tile is done
+      const Rows rows(*this, tile, warp_n, lane, listed);  // fetched now, wanted when the tile is done
       int rows_left = Problem::kGroup - warp_k * kShareK % Problem::kGroup;  // of K, in the current group
 #pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -145,6 +159,7 @@ class GroupedGemm {
         if (rows_left <= 0) rows_left = Problem::kGroup;
         stage = stage == kAhead ? 0 : stage + 1;
       }
+      multiplier.apply(rows.global_scales);
       finish(shared_bytes, tile, rows, warp, warp_n, warp_k, lane, multiplier.sums);
     }
     wait_copies<0>();
@@ -155,12 +170,31 @@ class GroupedGemm {
   static constexpr int kCopyLanes = 32 * Tile::kWarpsN;  // that share the copying of a chunk's tokens
   static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + kCopyLanes - 1) / kCopyLanes;
 
+  // Where the 16-byte piece `p` of a unit lies in a stage. A lane reads kWordsOfSubTile pieces side by side; with two,
+  // every other row of 128 bytes has its pieces exchanged in pairs, so that eight lanes meet no bank twice.
+  __device__ __forceinline__ static uint32_t piece_offset(int p) {
+    return (kWordsOfSubTile == 1 ? p : p ^ (p / 8 % 2)) * 16;
+  }
+
+  template <int kShare>
+  __device__ __forceinline__ static void meet_in(int warp_k) {
+    if constexpr (kShare < Tile::kWarpsK) {
+      if (warp_k == kShare) {
+        barrier<1 + kShare>(kCopyLanes);
+      } else {
+        meet_in<kShare + 1>(warp_k);
+      }
+    }
+  }
+
   // The warps that share a part of K.
   __device__ __forceinline__ static void meet(int warp_k) {
     if constexpr (Tile::kWarpsN == 1) {
       __syncwarp();
+    } else if constexpr (Tile::kWarpsK == 1) {
+      __syncthreads();
     } else {
-      barrier(1 + warp_k, kCopyLanes);
+      meet_in<0>(warp_k);
     }
   }
 
@@ -190,10 +224,19 @@ class GroupedGemm {
     int slot;         // -1 where the row is padding
     float factor;     // of the row
     int token_tiles;  // groups of 8 rows that are not all padding
+    float global_scales[Tile::kUnits];  // of this warp's units
 
-    __device__ __forceinline__ Rows(const GroupedGemm& gemm, int tile, int lane, int listed) {
+    __device__ __forceinline__ Rows(const GroupedGemm& gemm, int tile, int warp_n, int lane, int listed) {
       const int block = tile / kColumnTiles;
       expert = gemm.routing.expert(block);
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u) {
+        global_scales[u] = 1.0f;
+        if constexpr (Problem::kGlobalScales) {
+          const int unit = first_unit(tile, warp_n) + u * kUnitStride;
+          global_scales[u] = gemm.global_scales[max(expert, 0) * (Problem::kN / kUnit) + unit];
+        }
+      }
       slot = lane < Tile::kTokens ? gemm.routing.slot(block, lane, listed) : -1;
       factor = slot >= 0 ? gemm.epilogue.factor(slot) : 0.0f;
       token_tiles = 1;
@@ -238,7 +281,7 @@ class GroupedGemm {
     __device__ __forceinline__ void begin_tile() {
       const int k = warp_k * kShareK;
       const int unit = first_unit(tile, warp_n);
-      weights = gemm.packed + (int64_t(max(expert, 0)) * (Problem::kK / kTileK) + k / kTileK) * (Problem::kN * 2) +
+      weights = gemm.packed + (int64_t(max(expert, 0)) * (Problem::kK / kTileK) + k / kTileK) * kRowWords +
                 unit * kWordsPerUnit + lane * 4;
       tokens = gemm.x + k + copy_lane() % kPieces * 8;
       token_copies = 0;
@@ -246,7 +289,7 @@ class GroupedGemm {
       for (int i = 0; i < kPiecesOfLane; ++i) {
         const int r = (i * kCopyLanes + copy_lane()) / kPieces;
         const int source_row = __shfl_sync(~0u, row, r % 32);
-        token_rows[i] = static_cast<uint32_t>(max(source_row, 0)) * Problem::kK;
+        token_rows[i] = static_cast<uint32_t>(max(source_row, 0)) * Problem::kRowStride;
         if (r < Tile::kTokens && source_row >= 0 && expert >= 0) token_copies |= 1u << i;
       }
       rows_left = Problem::kGroup - k % Problem::kGroup;
@@ -258,16 +301,20 @@ class GroupedGemm {
     // `ahead` chunks past the cursor, within its tile.
     __device__ __forceinline__ void load_weights(uint32_t stage, int ahead) const {
       if (expert < 0) return;
-      const uint32_t* source = weights + ahead * kSteps * (Problem::kN * 2);
+      const uint32_t* source = weights + ahead * kSteps * kRowWords;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int u = 0; u < Tile::kUnits; ++u) {
-          copy16_streamed(stage + step * kStepBytes + u * 512 + lane * 16,
-                          source + step * (Problem::kN * 2) + u * kUnitStride * kWordsPerUnit, policy);
+#pragma unroll
+          for (int half = 0; half < kWordsOfSubTile; ++half) {
+            copy16_streamed(stage + step * kStepBytes + u * kUnitBytes + piece_offset(half * 32 + lane),
+                            source + step * kRowWords + u * kUnitStride * kWordsPerUnit + half * 128, policy);
+          }
         }
       }
     }
+
 
     // A token's row that does not exist is not copied: it meets the weights in a column of its own, never stored.
     __device__ __forceinline__ void load_tokens(uint32_t stage) const {
@@ -286,29 +333,27 @@ class GroupedGemm {
       if (expert < 0 || (rows_left > Tile::kChunkK && chunk < kChunks - 1)) return;
       const int64_t first = int64_t(expert) * kGroups + group;
       const int unit = first_unit(tile, warp_n);
+copy_rows<kUnitScaleBytes>(stage + kScalesAt, gemm.scales, first, unit);
+      if constexpr (Zeros::kStored) copy_rows<Zeros::kUnitBytes>(stage + kZerosAt, gemm.zeros, first, unit);
+    }
+
+    // The rows of kScaleRows groups, kBytes for each unit of 64 columns.
+    template <int kBytes>
+    __device__ __forceinline__ void copy_rows(uint32_t shared, const unsigned char* source, int64_t group,
+                                              int unit) const {
+      constexpr int kPieces = kBytes / 16, kAllPieces = kScaleRows * Tile::kUnits * kPieces;
 #pragma unroll
-      for (int i = 0; i < kScaleRows * Tile::kUnits * 8; i += 32) {
-        const int piece = i + lane, scale_row = piece / (Tile::kUnits * 8), u = piece / 8 % Tile::kUnits;
-        if (piece < kScaleRows * Tile::kUnits * 8) {
-          copy16(stage + kScalesAt + piece * 16,
-                 gemm.scales + (first + scale_row) * Problem::kN + (unit + u * kUnitStride) * kUnit + piece % 8 * 8);
-        }
-      }
-      if constexpr (Problem::kZeros) {
-#pragma unroll
-        for (int i = 0; i < kScaleRows * Tile::kUnits * 2; i += 32) {
-          const int piece = i + lane, scale_row = piece / (Tile::kUnits * 2), u = piece / 2 % Tile::kUnits;
-          if (piece < kScaleRows * Tile::kUnits * 2) {
-            copy16(stage + kZerosAt + piece * 16,
-                   gemm.zeros + ((first + scale_row) * Problem::kN + (unit + u * kUnitStride) * kUnit) / 8 +
-                       piece % 2 * 4);
-          }
+      for (int i = 0; i < kAllPieces; i += 32) {
+        const int piece = i + lane, row = piece / (Tile::kUnits * kPieces), u = piece / kPieces % Tile::kUnits;
+        if (kAllPieces % 32 == 0 || piece < kAllPieces) {
+          copy16(shared + piece * 16,
+                 source + ((group + row) * (Problem::kN / kUnit) + unit + u * kUnitStride) * kBytes + piece % kPieces * 16);
         }
       }
     }
 
     __device__ __forceinline__ void advance() {
-      weights += kSteps * (Problem::kN * 2);
+      weights += kSteps * kRowWords;
       tokens += Tile::kChunkK;
       rows_left -= Tile::kChunkK;
       if (rows_left <= 0) {
@@ -347,15 +392,22 @@ class GroupedGemm {
 #pragma unroll
           for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[u][w][t][i] = group_sums[u][w][t][i] = 0.0f;
-      clear_token_sums();
+            for (int i = 0; i < 4; ++i) sums[u][w][t][i] = 0.0f;
+      clear_group_sums();
     }
 
-    __device__ __forceinline__ void clear_token_sums() {
+    __device__ __forceinline__ void clear_group_sums() {
 #pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t)
+      for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) token_sums[t][i] = 0.0f;
+#pragma unroll
+        for (int u = 0; u < Tile::kUnits; ++u)
+#pragma unroll
+          for (int w = 0; w < kSubTiles; ++w)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) group_sums[u][w][t][i] = 0.0f;
+      }
     }
 
     // Only the first `token_tiles` groups of 8 rows are multiplied.
@@ -374,69 +426,103 @@ class GroupedGemm {
 
     template <int kActive>
     __device__ __forceinline__ void multiply(uint32_t stage, uint32_t tokens, bool closes_group) {
-      const uint32_t ones[4] = {Dequant::kOnes, Dequant::kOnes, Dequant::kOnes, Dequant::kOnes};
+      const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
+        const bool opens_group = kGroupsInChunk && step % kStepsPerScale == 0;
         uint32_t b[kActive][2];
 #pragma unroll
         for (int t = 0; t < kActive; ++t) {
           load_matrices_x2(b[t], tokens + token_offsets[step] + t * 8 * Tile::kChunkK * 2);
-          mma_16x8x16<T>(token_sums[t], ones, b[t]);
+          if constexpr (Dequant::kTokenExponent != 0) {
+            constexpr uint32_t kPower = 0x00010001u * ((127u + Dequant::kTokenExponent) << 7), kMinusZero = 0x80008000u;
+            b[t][0] = multiply_add_bfloats(b[t][0], kPower, kMinusZero);
+            b[t][1] = multiply_add_bfloats(b[t][1], kPower, kMinusZero);
+          }
+          if constexpr (kTokenSums) multiply_into(token_sums[t], ones, b[t], opens_group);
         }
 #pragma unroll
         for (int u = 0; u < Tile::kUnits; ++u) {
-          const uint4 words = load_shared16(stage + step * kStepBytes + u * 512 + lane * 16);
-          const uint32_t word[kSubTiles] = {words.x, words.y, words.z, words.w};
+          uint32_t words[kSubTiles * kWordsOfSubTile];
+#pragma unroll
+          for (int half = 0; half < kWordsOfSubTile; ++half) {
+            const uint4 four = load_shared16(stage + step * kStepBytes + u * kUnitBytes + piece_offset(lane * kWordsOfSubTile + half));
+            words[4 * half] = four.x, words[4 * half + 1] = four.y;
+            words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
+          }
 #pragma unroll
           for (int w = 0; w < kSubTiles; ++w) {
             uint32_t a[4];
-            Dequant::fragment(word[w], a);
+            Dequant::fragment(words + w * kWordsOfSubTile, a);
 #pragma unroll
-            for (int t = 0; t < kActive; ++t) mma_16x8x16<T>(group_sums[u][w][t], a, b[t]);
+            for (int t = 0; t < kActive; ++t) multiply_into(group_sums[u][w][t], a, b[t], opens_group);
           }
         }
-        if constexpr (kScaleRows > 1) {
+        if constexpr (kGroupsInChunk) {
           if (step % kStepsPerScale == kStepsPerScale - 1) close_group<kActive>(stage, step / kStepsPerScale);
         }
       }
-      if constexpr (kScaleRows == 1) {
-        if (closes_group) close_group<kActive>(stage, 0);
+      if constexpr (!kGroupsInChunk) {
+        if (closes_group) {
+          close_group<kActive>(stage, 0);
+          clear_group_sums();
+        }
       }
     }
 
-    // sums += (group_sums - (offset + zero) * token_sums) * scale, and a fresh start for the next group.
+    __device__ __forceinline__ static void multiply_into(float (&sums)[4], const uint32_t (&a)[4],
+                                                         const uint32_t (&b)[2], bool fresh) {
+      if (fresh) {
+        mma_16x8x16_fresh<T>(sums, a, b);
+      } else {
+        mma_16x8x16<T>(sums, a, b);
+      }
+    }
+
+    // sums += (group_sums - (offset + zero) * token_sums) * scale.
     template <int kActive>
     __device__ __forceinline__ void close_group(uint32_t stage, int scale_row) {
       const int column = lane / 4;  // this lane's columns are column + 8 j, j = 0..7
 #pragma unroll
       for (int u = 0; u < Tile::kUnits; ++u) {
         const int row = scale_row * Tile::kUnits + u;
-        const uint4 scales = load_shared16(stage + kScalesAt + row * (kUnit * 2) + column * 16);
-        const uint32_t pairs[kSubTiles] = {scales.x, scales.y, scales.z, scales.w};
-        uint32_t zero_word = 0;
-        if constexpr (Problem::kZeros) zero_word = load_shared4(stage + kZerosAt + row * (kUnit / 2) + column * 4);
+        Scales scales;
+        scales.load(stage + kScalesAt + row * kUnitScaleBytes + column * 8 * Scales::kBytes);
+        Zeros zeros;
+        zeros.load(stage + kZerosAt + row * Zeros::kUnitBytes, column);
 #pragma unroll
         for (int w = 0; w < kSubTiles; ++w) {
 #pragma unroll
           for (int b = 0; b < 2; ++b) {  // columns g and g + 8 of the sub-tile
-            const uint16_t bits = static_cast<uint16_t>(pairs[w] >> (16 * b));
-            const float scale = to_float<typename Problem::Scale>(bits) * (1.0f / Dequant::kStep);
-            float zero = Problem::Code::kBakedZero;
-            if constexpr (Problem::kZeros) zero = static_cast<float>(zero_of_column(zero_word, 2 * w + b));
-            const float offset = Dequant::kOffset + Dequant::kStep * zero;
+            const float scale = scales[2 * w + b];
+            const float offset = Dequant::kOffset + Dequant::kStep * zeros[2 * w + b];
 #pragma unroll
             for (int t = 0; t < kActive; ++t) {
 #pragma unroll
               for (int i = 0; i < 2; ++i) {  // tokens 2t and 2t + 1
-                float& codes = group_sums[u][w][t][2 * b + i];
-                sums[u][w][t][2 * b + i] += (codes - offset * token_sums[t][i]) * scale;
-                codes = 0.0f;
+                float codes = group_sums[u][w][t][2 * b + i];
+                if constexpr (kTokenSums) codes -= offset * token_sums[t][i];
+                sums[u][w][t][2 * b + i] += codes * scale;
               }
             }
           }
         }
       }
-      clear_token_sums();
+    }
+
+    // The steps of codes and scales, and the global scales, once a tile.
+    __device__ __forceinline__ void apply(const float (&global_scales)[Tile::kUnits]) {
+      constexpr float kStep = Dequant::kStep * Scales::kUnit;
+      if constexpr (Problem::kGlobalScales || kStep != 1.0f) {
+#pragma unroll
+        for (int u = 0; u < Tile::kUnits; ++u)
+#pragma unroll
+          for (int w = 0; w < kSubTiles; ++w)
+#pragma unroll
+            for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) sums[u][w][t][i] *= global_scales[u] * (1.0f / kStep);
+      }
     }
   };
 

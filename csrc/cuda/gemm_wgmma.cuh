@@ -44,13 +44,17 @@ class WgmmaGroupedGemm {
   using T = typename Problem::T;
   using Code = typename Problem::Code;
   using Dequant = Dequantizer<Code, T>;
+  using Scales = ColumnScales<typename Problem::Scale>;
+  using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
 
   static constexpr int kTileK = 16, kUnit = 64;           // Marlin's tile
   static constexpr int kFragmentWords = Code::kBits / 4;  // of a lane, for one sub-tile
   static constexpr int kUnitBytes = kTileK * kUnit * Code::kBits / 8;
   static constexpr int kLaneBytes = kUnitBytes / 32;
   static constexpr int kRowWords = Problem::kN * kTileK * Code::kBits / 32;  // of 16 rows of K in the packed matrix
-  static_assert(kFragmentWords == 1, "a fragment is made of one word");
+  static_assert(Dequant::kTokenExponent == 0 && !Problem::kGlobalScales && Scales::kBytes == 2,
+                "codes that are exact in T, scales of 16 bits");
+  static_assert(Zeros::kUnitBytes <= kUnit * Code::kBits / 8, "zero points are codes");
 
   // A gated tile holds gate units and then as many up units; gate and up of a column meet in one thread. Each warp of a
   // warpgroup multiplies kParts sub-tiles of either half.
@@ -65,7 +69,7 @@ class WgmmaGroupedGemm {
 
   static constexpr int kChunks = Problem::kK / Tile::kChunkK;
   static constexpr int kSteps = Tile::kChunkK / kTileK;
-  static constexpr int kGroups = Problem::kK / Problem::kGroup;
+  static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
   static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
   static_assert(Problem::kK % Tile::kChunkK == 0, "K is whole chunks");
@@ -79,7 +83,7 @@ class WgmmaGroupedGemm {
   static constexpr int kTokenBytes = Tile::kChunkK / 64 * kSlabBytes;
   static constexpr int kStepBytes = kTileUnits * kUnitBytes;
   static constexpr int kScaleBytes = kScaleRows * kTileUnits * kUnit * 2;
-  static constexpr int kZeroBytes = Problem::kZeros ? kScaleRows * kTileUnits * kUnit * Code::kBits / 8 : 0;
+  static constexpr int kZeroBytes = kScaleRows * kTileUnits * Zeros::kUnitBytes;
   static constexpr int kScalesAt = kSteps * kStepBytes;
   static constexpr int kZerosAt = kScalesAt + kScaleBytes;
   static constexpr int kWeightBytes = kZerosAt + kZeroBytes;
@@ -106,10 +110,11 @@ class WgmmaGroupedGemm {
  public:
   static constexpr int kSharedBytes = kBarriersAt + 8 * 2 * (Tile::kStages + kNotes);
 
-  const uint16_t* __restrict__ x;       // [rows, K]
-  const uint32_t* __restrict__ packed;  // [experts, K / 16, kRowWords]
-  const uint16_t* __restrict__ scales;  // [experts, groups, N] in Marlin order
-  const uint32_t* __restrict__ zeros;   // [experts, groups, N * kBits / 32] in Marlin order, if kZeros
+  const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
+  const uint32_t* __restrict__ packed;       // [experts, K / 16, kRowWords]
+  const unsigned char* __restrict__ scales;  // [experts, groups, N] of Scale, in Marlin order
+  const unsigned char* __restrict__ zeros;   // [experts, groups, N] as Zeros has them, in Marlin order
+  const float* __restrict__ global_scales;   // absent
   Routing routing;
   Epilogue epilogue;
 
@@ -240,8 +245,8 @@ class WgmmaGroupedGemm {
       const int column_tile = column_tile_of(tile, blocks);
 
       const WeightSource weights(*this, expert, column_tile, warp, lane);
-      const ScaleSource group_scales(scales, expert, column_tile, thread);
-      const ZeroSource group_zeros(zeros, expert, column_tile, thread);
+      const GroupSource<kUnit * Scales::kBytes> group_scales(scales, expert, column_tile, thread);
+      const GroupSource<kStoredZeroBytes> group_zeros(zeros, expert, column_tile, thread);
       if (!waited) {
 #pragma unroll 1
         for (; prefetched < kPrefetched; ++prefetched) {
@@ -266,14 +271,14 @@ class WgmmaGroupedGemm {
       }
       if (lane == 0) notes.rows[warp] = last;
       if (thread == 0) notes.expert = expert, notes.column_tile = column_tile;
-      barrier(kCopierBarrier, 128);
+      barrier<kCopierBarrier>(128);
       uint32_t offsets[kCopiedRows];  // of the rows of x that this thread copies, in elements
       uint32_t real = 0;
 #pragma unroll
       for (int i = 0; i < kCopiedRows; ++i) {
         const int row = first_row + i * kRowStep;
         const int slot = row < Tile::kTokens ? notes.slots[row] : -1;
-        offsets[i] = static_cast<uint32_t>(max(slot, 0) / Problem::kSlotsPerRow) * Problem::kK + piece * 8;
+        offsets[i] = static_cast<uint32_t>(max(slot, 0) / Problem::kSlotsPerRow) * Problem::kRowStride + piece * 8;
         if (slot >= 0) real |= 1u << i;
       }
       mbarrier_arrive(shared.note_full(note.at));
@@ -288,7 +293,7 @@ class WgmmaGroupedGemm {
           weights.copy(weight_target, chunk, policy);
         }
         group_scales.copy(weight_target + kScalesAt, chunk);
-        if constexpr (Problem::kZeros) group_zeros.copy(weight_target + kZerosAt, chunk);
+        if constexpr (Zeros::kStored) group_zeros.copy(weight_target + kZerosAt, chunk);
         // A row that does not exist is not copied: it meets the weights in a column of its own, never stored.
         const uint16_t* source = x + chunk * Tile::kChunkK;
 #pragma unroll
@@ -352,38 +357,38 @@ class WgmmaGroupedGemm {
     }
   };
 
-  // Where a copying thread's pieces of the scales, or of the zero points, of a tile come from: rows of kUnitPieces
-  // 16-byte pieces for each unit.
-  template <class Word, int kUnitPieces, int kRowLength>
+  // Where a copying thread's pieces of the scales, or of the zero points, of a tile come from: rows of one group, with
+  // kUnitBytes for each unit.
+  template <int kUnitBytes>
   struct GroupSource {
+    static constexpr int kRowBytes = Problem::kN / kUnit * kUnitBytes;
+    static constexpr int kUnitPieces = kUnitBytes / 16;
     static constexpr int kPieces = kScaleRows * kTileUnits * kUnitPieces;
     static constexpr int kCopies = (kPieces + 127) / 128;
-    static constexpr int kPieceWords = 16 / int(sizeof(Word));
 
-    const Word* rows;
+    const unsigned char* rows;
     uint32_t offsets[kCopies];
     const int thread;
 
-    __device__ __forceinline__ GroupSource(const Word* source, int expert, int column_tile, int t)
-        : rows(source + int64_t(expert) * kGroups * kRowLength), thread(t) {
+    __device__ __forceinline__ GroupSource(const unsigned char* source, int expert, int column_tile, int t)
+        : rows(source + int64_t(expert) * kGroups * kRowBytes), thread(t) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         const int piece = thread + 128 * i, row = piece / (kTileUnits * kUnitPieces);
         const int unit = packed_unit(column_tile, piece / kUnitPieces % kTileUnits);
-        offsets[i] = row * kRowLength + (unit * kUnitPieces + piece % kUnitPieces) * kPieceWords;
+        offsets[i] = row * kRowBytes + unit * kUnitBytes + piece % kUnitPieces * 16;
       }
     }
 
     __device__ __forceinline__ void copy(uint32_t target, int chunk) const {
-      const Word* source = rows + chunk * Tile::kChunkK / Problem::kGroup * kRowLength;
+      const unsigned char* source = rows + chunk * Tile::kChunkK / Problem::kGroup * kRowBytes;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if (thread + 128 * i < kPieces) copy16(target + 2048 * i, source + offsets[i]);
       }
     }
   };
-  using ScaleSource = GroupSource<uint16_t, kUnit * 2 / 16, Problem::kN>;
-  using ZeroSource = GroupSource<uint32_t, kUnit * Code::kBits / 8 / 16, Problem::kN * Code::kBits / 32>;
+  static constexpr int kStoredZeroBytes = Zeros::kStored ? Zeros::kUnitBytes : 16;  // a type that nobody uses if none
 
   // ---- The warpgroups that multiply.
 
@@ -457,19 +462,15 @@ class WgmmaGroupedGemm {
     __device__ __forceinline__ void load(uint32_t weights, int row, const Lane& lane) {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        uint32_t zeros = 0;
-        if constexpr (Problem::kZeros) {
-          const int unit = row * kTileUnits + lane.unit(h);
-          zeros = load_shared4(weights + kZerosAt + unit * (kUnit / 2) + lane.lane / 4 * 4);
-        }
+        Zeros zeros;
+        zeros.load(weights + kZerosAt + (row * kTileUnits + lane.unit(h)) * Zeros::kUnitBytes, lane.lane / 4);
         uint32_t pairs[kParts] = {};
         if constexpr (Tile::kScalesWeights) load_scales(pairs, weights, row, h, lane);
 #pragma unroll
         for (int p = 0; p < kParts; ++p) {
 #pragma unroll
           for (int b = 0; b < 2; ++b) {
-            float zero = Code::kBakedZero;
-            if constexpr (Problem::kZeros) zero = static_cast<float>(zero_of_column(zeros, 2 * (lane.word() + p) + b));
+            const float zero = zeros[2 * (lane.word() + p) + b];
             offsets[h * kParts + p][b] = paired(Dequant::kOffset + Dequant::kStep * zero);
             if constexpr (Tile::kScalesWeights) scales[h * kParts + p][b] = paired(scale_of(pairs[p], b));
           }
@@ -478,9 +479,10 @@ class WgmmaGroupedGemm {
     }
 
     __device__ __forceinline__ void apply(uint32_t (&a)[4], int j) const {
+      constexpr bool kOffset = Zeros::kStored || Dequant::kOffset + Dequant::kStep * Zeros::kBaked != 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        a[i] = subtract_pairs<T>(a[i], offsets[j][i % 2]);
+        if constexpr (kOffset) a[i] = subtract_pairs<T>(a[i], offsets[j][i % 2]);
         if constexpr (Tile::kScalesWeights) a[i] = multiply_pairs<T>(a[i], scales[j][i % 2]);
       }
     }
@@ -600,18 +602,18 @@ class WgmmaGroupedGemm {
     float* partials = reinterpret_cast<float*>(shared.bytes + kPartialsAt) + lane.warpgroup * (kThreadSums * 128) +
                       lane.warp * 32 + lane.lane;
     if (lane.share > 0) {
-      barrier(kPartialsReadBarrier, kMultipliers);
+      barrier<kPartialsReadBarrier>(kMultipliers);
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j)
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
           partials[((lane.share - 1) * Tile::kWarpgroupsN * kThreadSums + j * kSums + i) * 128] = sums[j][i];
         }
-      barrier_arrive(kPartialsWrittenBarrier, kMultipliers);
+      barrier_arrive<kPartialsWrittenBarrier>(kMultipliers);
       return false;
     }
-    barrier_arrive(kPartialsReadBarrier, kMultipliers);  // those of the tile before
-    barrier(kPartialsWrittenBarrier, kMultipliers);
+    barrier_arrive<kPartialsReadBarrier>(kMultipliers);  // those of the tile before
+    barrier<kPartialsWrittenBarrier>(kMultipliers);
 #pragma unroll
     for (int share = 1; share < Tile::kWarpgroupsK; ++share)
 #pragma unroll
@@ -655,7 +657,7 @@ class WgmmaGroupedGemm {
     for (int s = 0; s < kBatch; ++s) {
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j) {
-        Dequant::fragment(words[s][j / kParts][j % kParts], a[s][j]);
+        Dequant::fragment(words[s][j / kParts] + j % kParts * kFragmentWords, a[s][j]);
         scaling.apply(a[s][j], j);
       }
     }

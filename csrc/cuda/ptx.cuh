@@ -17,8 +17,14 @@ using uint64_t = unsigned long long;
 
 namespace jmm {
 
-struct Half {};    // IEEE binary16
-struct BFloat {};  // bfloat16
+struct Half {  // IEEE binary16
+  static constexpr int kMantissaBits = 10;
+  static constexpr uint32_t kOnes = 0x3C003C00u;
+};
+struct BFloat {  // bfloat16
+  static constexpr int kMantissaBits = 7;
+  static constexpr uint32_t kOnes = 0x3F803F80u;
+};
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -67,9 +73,11 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// Barrier `id` of the block, for `threads` of its threads.
-__device__ __forceinline__ void barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Barrier `kId` of the block, for `threads` of its threads. An identifier that is not a constant would reserve all 16
+// barriers of a block, and a multiprocessor has 64.
+template <int kId>
+__device__ __forceinline__ void barrier(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "r"(threads) : "memory");
 }
 
 // Programmatic dependent launch: blocks until the kernels before this one in the stream have ended and their writes
@@ -91,6 +99,12 @@ __device__ __forceinline__ void allow_next_kernel() {
 __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared));
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_shared8(uint32_t shared) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared));
   return v;
 }
 
@@ -135,10 +149,33 @@ __device__ __forceinline__ void mma_16x8x16<BFloat>(float (&d)[4], const uint32_
 }
 #endif
 
+// The same from zero sums: d = a * b.
+template <class T>
+__device__ __forceinline__ void mma_16x8x16_fresh(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  d[0] = d[1] = d[2] = d[3] = 0.0f;  // the compiler feeds the zero register, no instruction
+  mma_16x8x16<T>(d, a, b);
+}
+
 // (a & b) | c in one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// (a & b) ^ c in one instruction.
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// a * b + c of both bfloat16 halves, rounded once. sm_75 has no bfloat16, and no call gets there.
+__device__ __forceinline__ uint32_t multiply_add_bfloats(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif
   return d;
 }
 

@@ -30,9 +30,10 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   } while (!done);
 }
 
-// Arrives at barrier `id` of the block, for `threads` of its threads, without waiting there.
-__device__ __forceinline__ void barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Arrives at barrier `kId` of the block, for `threads` of its threads, without waiting there.
+template <int kId>
+__device__ __forceinline__ void barrier_arrive(int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kId), "r"(threads) : "memory");
 }
 
 // Copies 16 bytes to shared memory, at byte offsets that the instruction holds; read once, they leave L2 first.

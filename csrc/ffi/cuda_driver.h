@@ -17,6 +17,7 @@ using Stream = struct StreamHandle*;
 
 inline constexpr int kDeviceMultiprocessorCount = 16;
 inline constexpr int kFunctionMaxDynamicSharedBytes = 8;
+inline constexpr int kFunctionPreferredSharedCarveout = 9;  // percent of a multiprocessor's largest
 inline constexpr int kFunctionMaxThreadsPerBlock = 0;
 inline constexpr int kLaunchProgrammaticStreamSerialization = 6;
 

@@ -109,6 +109,9 @@ ffi::ErrorOr<std::unique_ptr<Program>> Program::Load(const Driver& driver, ffi::
       result = driver.FuncSetAttribute(kernel.function, kFunctionMaxDynamicSharedBytes,
                                        static_cast<int>(kernel.shared_bytes));
     }
+    // Left to itself the driver may give shared memory too little for the blocks that the plan wants resident, and a
+    // change of the split between two kernels keeps them from overlapping: all kernels ask for the most.
+    if (result == 0) result = driver.FuncSetAttribute(kernel.function, kFunctionPreferredSharedCarveout, 100);
     if (result == 0) result = driver.FuncGetAttribute(&most_threads, kFunctionMaxThreadsPerBlock, kernel.function);
     if (result != 0) {
       return ffi::Unexpected(

@@ -16,15 +16,17 @@ from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
 from jax_marlin_moe.cuda.plan import Plan, block_key, gemm_shape, plan_fused_moe
-from jax_marlin_moe.cuda.replay import ReplayedPlan
+from jax_marlin_moe.cuda.replay import ReplayedPlan, block_operands
 from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
     BlockScheme,
+    GemmShape,
+    block_sizes,
     candidates,
-    choose_token_tile,
+    expected_blocks,
     predicted_microseconds,
 )
-from jax_marlin_moe.ops.operands import weight_operands
+from jax_marlin_moe.random_layers import random_routings
 from jax_marlin_moe.weights import MarlinWeights
 
 
@@ -68,16 +70,10 @@ def autotune(
     act = get_activation(activation)
     gate_up, down = layers[0]
     experts, slots = gate_up.num_experts, tokens * top_k
-    rng = np.random.default_rng(0)
-    ids = np.argsort(rng.random((repetitions, tokens, experts)), axis=-1)[..., :top_k].astype(np.int32)
+    ids = random_routings(experts, top_k, tokens, repetitions)
     x = jax.random.normal(jax.random.key(0), (tokens, gate_up.k), dtype)
     router = jnp.full((tokens, top_k), 1 / top_k, jnp.float32)
-    absent = jnp.zeros((0,), jnp.int32)
-    operands = [
-        [x, *weight_operands(first), *weight_operands(second), router, jnp.asarray(ids[i]), absent]
-        for i in range(repetitions)
-        for first, second in [layers[i % len(layers)]]
-    ]
+    operands = block_operands(x, layers, [router] * repetitions, ids)
     hit = float(np.mean([len(np.unique(chosen)) for chosen in ids]))
 
     def plan(scheme: BlockScheme) -> Plan:
@@ -103,19 +99,20 @@ def autotune(
 
     def measure(scheme: BlockScheme, samples: int = 5) -> Measurement:
         planned = plan(scheme)
-        replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.n), x.dtype)])
+        replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])
         first = len(planned.kernels) - 3  # [align,] gate_up, down, combine
         times = [statistics.median(replayed.microseconds(k, samples)) for k in (None, [first], [first + 1])]
         replayed.close()
         return Measurement(scheme, *times)
 
     finalists = []
-    for direct, block in _block_sizes(tokens, slots, experts):
-        blocks = slots if direct else max(hit, slots / block)
+    shapes = gemm_shape(gate_up, act.gated, x.dtype), gemm_shape(down, False, x.dtype)
+    for direct, block in _block_sizes(tokens, slots, experts, shapes[0], capability):
+        blocks = slots if direct else max(hit, expected_blocks(slots, experts, experts, block))
         ranked = []
-        for shape in (gemm_shape(gate_up, act.gated), gemm_shape(down, gated=False)):
+        for shape in shapes:
             tiles = candidates(shape, block, capability)
-            tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks))
+            tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks, rows=slots / blocks))
             ranked.append(tiles[:candidates_per_product])
         count = max(map(len, ranked))
         schemes = [BlockScheme(direct, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]
@@ -131,10 +128,9 @@ def autotune(
     return winner
 
 
-def _block_sizes(tokens: int, slots: int, experts: int) -> list[tuple[bool, int]]:
+def _block_sizes(tokens: int, slots: int, experts: int, shape: GemmShape, capability: int) -> list[tuple[bool, int]]:
     """(direct, rows of a block) worth measuring."""
     if tokens == 1:
         return [(True, TOKEN_TILES[0])]
-    likely = TOKEN_TILES.index(choose_token_tile(slots, experts))
-    sizes = [(False, TOKEN_TILES[i]) for i in (likely - 1, likely) if i >= 0]
+    sizes = [(False, size) for size in block_sizes(slots, experts, shape, capability)]
     return [*sizes, (True, TOKEN_TILES[0])] if slots <= 32 else sizes

@@ -9,6 +9,7 @@ import hashlib
 import os
 import pathlib
 import sys
+import threading
 
 import jax
 
@@ -18,6 +19,8 @@ ARCHITECTURE_VARIABLE = "JAX_MARLIN_MOE_CUDA_ARCH"
 
 # Compute capability to the target that uses all of it.
 _TARGETS = {"9.0": "sm_90a", "10.0": "sm_100a", "10.3": "sm_103a", "12.0": "sm_120a", "12.1": "sm_121a"}
+
+_IMPORT_LOCK = threading.Lock()
 
 _INSTALL_HINT = "install jax_marlin_moe[cuda13] (or [cuda12])"
 
@@ -118,7 +121,8 @@ def compile_cubin(source: str, architecture: str) -> bytes:
 
 
 def _compile(source: str, architecture: str) -> bytes:
-    from cuda.core import Program, ProgramOptions
+    with _IMPORT_LOCK:  # cuda-core's first import is not safe in several threads at once
+        from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(arch=architecture, std="c++17", include_path=str(source_directory()))
     try:

@@ -5,25 +5,42 @@ spelled here.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.program import Kernel, render
-from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, WgmmaTile, choose_tile, choose_token_tile, shared_memory
+from jax_marlin_moe.cuda.tiles import (
+    BlockScheme,
+    GemmShape,
+    Tile,
+    WgmmaTile,
+    block_sizes,
+    choose_tile,
+    expected_blocks,
+    predicted_microseconds,
+    shared_memory,
+)
+from jax_marlin_moe.ops.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
-_CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat"}
-_CPP_CODES = {("int4", 4): "jmm::Int4", ("int4_zp", 4): "jmm::Int4"}
-_CPP_ACTIVATIONS = {"silu": "jmm::Silu"}
+_CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm::Float"}
+_CPP_SCALES = {"e4m3": "jmm::E4M3Scale", "e8m0": "jmm::E8M0Scale"}  # of one byte; float scales go by their dtype
+_CPP_ZEROS = {"integer": "jmm::IntegerZeros", "float": "jmm::FloatZeros"}
+_CPP_ACTIVATIONS = {"silu": "Silu", "gelu_tanh": "GeluTanh", "relu2": "Relu2", "swiglu": "Swiglu"}
 
 _INT, _INTS = "const int32_t*", "int32_t*"
-_WORDS, _HALVES = "const uint32_t*", "const uint16_t*"
+_WORDS, _HALVES, _BYTES = "const uint32_t*", "const uint16_t*", "const unsigned char*"
+
+# The fields of `WEIGHT_OPERANDS` by their place.
+_PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, _BIAS = range(WEIGHT_OPERANDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +78,12 @@ class _Parameters:
         return f"p{len(self.items) - 1}"
 
 
+def _activation_type(activation: Activation) -> str:
+    """The C++ spelling; parameters as the bits of float32 values."""
+    bits = [f"0x{int(np.float32(value).view(np.uint32)):08X}u" for value in activation.parameters]
+    return f"jmm::{_CPP_ACTIVATIONS[activation.name]}" + (f"<{', '.join(bits)}>" if bits else "")
+
+
 def _boolean(value: object) -> str:
     return "true" if value else "false"
 
@@ -73,10 +96,20 @@ def check_rows(x: jax.Array, capability: int) -> None:
         raise ValueError(f"x has {x.size} elements; the CUDA kernels take fewer than 2**32: split the tokens")
 
 
-def gemm_shape(weights: MarlinWeights, gated: bool) -> GemmShape:
+def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmShape:
     """The facts about a matrix that tiles depend on."""
+    row, scale_bytes = weights.format, weights.scales.dtype.itemsize
     return GemmShape(
-        weights.k, weights.n, weights.num_experts, weights.group_size, gated, weights.format.has_zero_points
+        k=weights.padded_k,
+        n=weights.padded_n,
+        num_experts=weights.num_experts,
+        group_size=weights.padded_k if weights.num_groups == 1 else weights.group_size,
+        gated=gated,
+        code=row.code.name,
+        bits=row.bits,
+        scale_bytes=scale_bytes,
+        zero_bits={None: 0, "integer": row.bits, "float": 8 * scale_bytes}[row.zeros],
+        dtype=dtype.name,
     )
 
 
@@ -122,29 +155,40 @@ def gemm_kernel(
     dtype: jnp.dtype,
     *,
     slots_per_row: int,
+    row_stride: int,
     x: int,
-    operands: tuple[int, int, int | None],
+    first_operand: int,
     routing: Callable[[_Parameters], tuple[str, str]],
     epilogue: Callable[[_Parameters], tuple[str, str]],
     max_blocks: int,
     overlaps_predecessor: bool,
 ) -> Kernel:
-    """A grouped GEMM; `routing` and `epilogue` give their C++ type and members."""
-    p = _Parameters()
-    packed, scales, zeros = operands
-    pointers = [p.add(x, _HALVES), p.add(packed, _WORDS), p.add(scales, _HALVES), p.add(zeros, _WORDS)]
+    """A grouped GEMM; `routing` and `epilogue` give their C++ type and members.
+
+    `x` is the buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
+    """
+    p, row = _Parameters(), weights.format
+    pointers = [
+        p.add(x, _HALVES),
+        p.add(first_operand + _PACKED, _WORDS),
+        p.add(first_operand + _SCALES, _BYTES),
+        p.add(first_operand + _ZEROS if row.zeros else None, _BYTES),
+        p.add(first_operand + _GLOBAL_SCALES if row.has_global_scales else None, "const float*"),
+    ]
     routing_type, routing_members = routing(p)
     epilogue_type, epilogue_members = epilogue(p)
     problem = (
         _CPP_TYPES[dtype.name],
-        _CPP_TYPES[jnp.dtype(weights.scales.dtype).name],
-        _CPP_CODES[weights.format.name, weights.format.bits],
+        row.code.cpp,
+        _CPP_SCALES.get(row.scale.name) or _CPP_TYPES[jnp.dtype(weights.scales.dtype).name],
+        _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
+        _boolean(row.has_global_scales),
         shape.k,
         shape.n,
         shape.num_experts,
         shape.group_size,
+        row_stride,
         slots_per_row,
-        _boolean(shape.has_zeros),
     )
     return Kernel(
         body=(
@@ -216,19 +260,21 @@ def plan_moe_gemm(
     weighted: bool,
     architecture: str,
 ) -> Plan:
-    """Buffers: x, packed, scales, zeros, bias, topk_weights, sorted ids, expert ids, count; y."""
+    """Buffers: x, the matrix (5), topk_weights, sorted ids, expert ids, count; y."""
     capability = compute_capability(architecture)
     check_rows(x, capability)
     num_slots = x.shape[0] * top_k
-    shape = gemm_shape(weights, gated=False)
+    shape = gemm_shape(weights, False, x.dtype)
     block = {8: 8, 16: 16, 32: 32, 48: 24, 64: 32}[block_size]
     max_blocks = -(-list_length // block)
     tile = choose_tile(shape, block, min(num_slots, max_blocks), capability)
-    size = num_slots * weights.n * x.dtype.itemsize
+    size = num_slots * weights.padded_n * x.dtype.itemsize
+    first_matrix, router = 1, 1 + WEIGHT_OPERANDS
+    listed, y = (router + 1, router + 2, router + 3), router + 4
     clear = Kernel(
         body=f"Clear<{size}>",
         members="p0",
-        parameters=((9, "int4*"),),
+        parameters=((y, "int4*"),),
         threads=256,
         shared_bytes=0,
         max_blocks=-(-size // 16 // 256),
@@ -236,11 +282,11 @@ def plan_moe_gemm(
 
     def epilogue(p: _Parameters) -> tuple[str, str]:
         has_bias = weights.bias is not None
-        template = (_CPP_TYPES[x.dtype.name], weights.n, _boolean(has_bias), _boolean(weighted))
+        template = (_CPP_TYPES[x.dtype.name], weights.padded_n, _boolean(has_bias), _boolean(weighted))
         members = [
-            p.add(9, "uint16_t*"),
-            p.add(4 if has_bias else None, "const float*"),
-            p.add(5 if weighted else None, "const float*"),
+            p.add(y, "uint16_t*"),
+            p.add(first_matrix + _BIAS if has_bias else None, "const float*"),
+            p.add(router if weighted else None, "const float*"),
         ]
         return f"jmm::SlotRows<{', '.join(map(str, template))}>", ", ".join(members)
 
@@ -252,10 +298,11 @@ def plan_moe_gemm(
         weights,
         x.dtype,
         slots_per_row=top_k,
+        row_stride=shape.k,
         x=0,
-        operands=(1, 2, 3 if shape.has_zeros else None),
+        first_operand=first_matrix,
         routing=_sorted_routing(
-            num_slots, weights.num_experts, block, block_size, list_length, (6, 7, 8), from_previous=False
+            num_slots, weights.num_experts, block, block_size, list_length, listed, from_previous=False
         ),
         epilogue=epilogue,
         max_blocks=max_blocks,
@@ -267,7 +314,12 @@ def plan_moe_gemm(
 def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tuned.BlockKey:
     """The block's row in the tables of measured schemes."""
     return tuned.BlockKey(
-        gate_up.num_experts, top_k, gate_up.k, down.k, gate_up.group_size, (gate_up.format.bits, down.format.bits)
+        gate_up.num_experts,
+        top_k,
+        gate_up.k,
+        down.k,
+        gate_up.group_size,
+        (gate_up.format.code.name, down.format.code.name),
     )
 
 
@@ -275,16 +327,25 @@ def _predicted_scheme(
     first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
 ) -> BlockScheme:
     """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
-    direct = num_slots == top_k or num_slots * num_slots <= 8 * routed_experts
-    block = 8 if direct else choose_token_tile(num_slots, routed_experts)
-    # Experts hit under uniform routing, each filling one block or more.
-    hit = first.num_experts * (1 - (1 - 1 / routed_experts) ** num_slots)
-    expected_blocks = num_slots if direct else max(hit, num_slots / block)
-    return BlockScheme(
-        direct,
-        choose_tile(first, block, expected_blocks, capability),
-        choose_tile(second, block, expected_blocks, capability),
-    )
+    if num_slots == top_k or num_slots * num_slots <= 8 * routed_experts:
+        return BlockScheme(True, *(choose_tile(shape, 8, num_slots, capability) for shape in (first, second)))
+    best, least = None, math.inf
+    for tokens in block_sizes(num_slots, routed_experts, first, capability):
+        blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
+        rows = num_slots * first.num_experts / routed_experts / blocks
+        try:
+            tiles = [choose_tile(shape, tokens, blocks, capability, rows) for shape in (first, second)]
+        except ValueError:  # of one of the shapes
+            continue
+        microseconds = sum(
+            predicted_microseconds(shape, tile, blocks, rows)
+            for shape, tile in zip((first, second), tiles, strict=True)
+        )
+        if microseconds < least:
+            best, least = BlockScheme(False, *tiles), microseconds
+    if best is None:
+        raise ValueError(f"no kernel tile serves {first} and {second} on compute capability {capability}")
+    return best
 
 
 def plan_fused_moe(
@@ -300,21 +361,24 @@ def plan_fused_moe(
     architecture: str,
     scheme: BlockScheme | None = None,
 ) -> Plan:
-    """Buffers: x, gate_up (4), down (4), topk_weights, topk_ids, expert_map; y; scratch."""
+    """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map; y; scratch."""
     capability = compute_capability(architecture)
     check_rows(x, capability)
     num_slots, num_experts = tokens * top_k, gate_up.num_experts
-    topk_weights, topk_ids, expert_map, y = 9, 10, 11 if mapped else None, 12
+    first_matrix, second_matrix = 1, 1 + WEIGHT_OPERANDS
+    topk_weights = second_matrix + WEIGHT_OPERANDS
+    topk_ids, expert_map, y = topk_weights + 1, topk_weights + 2 if mapped else None, topk_weights + 3
+    columns = gate_up.padded_n // (2 if activation.gated else 1)  # of the activation, padding included
     overlap = capability >= 90
-    first, second = gemm_shape(gate_up, activation.gated), gemm_shape(down, gated=False)
+    first, second = gemm_shape(gate_up, activation.gated, x.dtype), gemm_shape(down, False, x.dtype)
 
     if scheme is None:
         scheme = tuned.lookup(block_key(gate_up, down, top_k), tokens, architecture)
     if scheme is None or not (scheme.gate_up.fits(first, capability) and scheme.down.fits(second, capability)):
         scheme = _predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
     direct, block = scheme.direct, scheme.gate_up.tokens
-    intermediate = jax.ShapeDtypeStruct((num_slots, down.k), x.dtype)
-    partials = jax.ShapeDtypeStruct((num_slots, down.n), jnp.float32)
+    intermediate = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
+    partials = jax.ShapeDtypeStruct((num_slots, down.padded_n), jnp.float32)
 
     kernels: list[Kernel] = []
     scratch = [intermediate, partials]
@@ -340,23 +404,19 @@ def plan_fused_moe(
         second_routing = _sorted_routing(num_slots, num_experts, block, block, list_length, listed, from_previous=False)
 
     def activate(p: _Parameters) -> tuple[str, str]:
-        template = (
-            _CPP_TYPES[x.dtype.name],
-            _CPP_ACTIVATIONS[activation.name],
-            down.k,
-            _boolean(gate_up.bias is not None),
-        )
-        members = [p.add(h, "uint16_t*"), p.add(4 if gate_up.bias is not None else None, "const float*")]
-        return f"jmm::GatedActivation<{', '.join(map(str, template))}>", ", ".join(members)
+        has_bias = gate_up.bias is not None
+        template = (_CPP_TYPES[x.dtype.name], _activation_type(activation), columns, _boolean(has_bias))
+        members = [p.add(h, "uint16_t*"), p.add(first_matrix + _BIAS if has_bias else None, "const float*")]
+        return f"jmm::Activated<{', '.join(map(str, template))}>", ", ".join(members)
 
     def weigh(p: _Parameters) -> tuple[str, str]:
         has_bias = down.bias is not None
         members = [
             p.add(sums, "float*"),
-            p.add(8 if has_bias else None, "const float*"),
+            p.add(second_matrix + _BIAS if has_bias else None, "const float*"),
             p.add(topk_weights, "const float*"),
         ]
-        return f"jmm::SlotPartials<{down.n}, {_boolean(has_bias)}>", ", ".join(members)
+        return f"jmm::SlotPartials<{down.padded_n}, {_boolean(has_bias)}>", ", ".join(members)
 
     kernels.append(
         gemm_kernel(
@@ -365,8 +425,9 @@ def plan_fused_moe(
             gate_up,
             x.dtype,
             slots_per_row=num_slots // x.shape[0],
+            row_stride=first.k,
             x=0,
-            operands=(1, 2, 3 if first.has_zeros else None),
+            first_operand=first_matrix,
             routing=routing,
             epilogue=activate,
             max_blocks=max_blocks,
@@ -380,8 +441,9 @@ def plan_fused_moe(
             down,
             x.dtype,
             slots_per_row=1,
+            row_stride=columns,
             x=h,
-            operands=(5, 6, 7 if second.has_zeros else None),
+            first_operand=second_matrix,
             routing=second_routing,
             epilogue=weigh,
             max_blocks=max_blocks,
@@ -389,16 +451,16 @@ def plan_fused_moe(
         )
     )
     p = _Parameters()
-    template = (_CPP_TYPES[x.dtype.name], tokens, top_k, down.n, num_experts, routed_experts, _boolean(mapped))
+    template = (_CPP_TYPES[x.dtype.name], tokens, top_k, down.padded_n, num_experts, routed_experts, _boolean(mapped))
     members = [p.add(sums, "const float4*"), p.add(topk_ids, _INT), p.add(expert_map, _INT), p.add(y, "uint2*")]
     kernels.append(
         Kernel(
             body=f"Combine<{', '.join(map(str, template))}>",
             members=", ".join(members),
             parameters=tuple(p.items),
-            threads=256,
+            threads=128,
             shared_bytes=0,
-            max_blocks=-(-tokens * (down.n // 4) // 256),
+            max_blocks=-(-tokens * (down.padded_n // 4) // 128),
             overlaps_predecessor=overlap,
         )
     )

@@ -1,20 +1,29 @@
 """Device time of a planned call: its kernels captured in a CUDA graph and replayed, without XLA in between.
 
 The same cubins, in the same launch configuration, as the custom call uses. Each repetition has its own routing and
-its own scratch, and takes the next layer's weights, so replays find a cold L2.
+takes the next layer's weights, so replays find a cold L2. The rows that pass between the kernels are the same memory in
+all repetitions, as they are for calls in a row under XLA: memory of their own would have to be written back.
 """
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from cuda.bindings import driver
 
+from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
-from jax_marlin_moe.cuda.plan import Plan
+from jax_marlin_moe.cuda.plan import Plan, plan_fused_moe
+from jax_marlin_moe.cuda.tiles import BlockScheme
+from jax_marlin_moe.ops.operands import weight_operands
+from jax_marlin_moe.weights import MarlinWeights, pad_rows
 
 _SHARED_LIMIT = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CARVEOUT = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _OVERLAP = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -23,6 +32,22 @@ def _checked(result):
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA driver: {status}")
     return values[0] if values else None
+
+
+def block_operands(
+    x: jax.Array,
+    layers: Sequence[tuple[MarlinWeights, MarlinWeights]],
+    topk_weights: Sequence[jax.Array] | jax.Array,
+    topk_ids: np.ndarray,
+) -> list[list[jax.Array]]:
+    """Operands of `plan_fused_moe` without an expert map, one list per routing; each takes the next layer."""
+    absent = jnp.zeros((0,), jnp.int32)
+    x = pad_rows(x, layers[0][0])
+    return [
+        [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jnp.asarray(topk_ids[i]), absent]
+        for i in range(len(topk_ids))
+        for gate_up, down in [layers[i % len(layers)]]
+    ]
 
 
 class ReplayedPlan:
@@ -50,10 +75,20 @@ class ReplayedPlan:
         for index, kernel in enumerate(plan.kernels):
             function = _checked(driver.cuModuleGetFunction(self._module, f"k{index}".encode()))
             _checked(driver.cuFuncSetAttribute(function, _SHARED_LIMIT, kernel.shared_bytes))
+            _checked(driver.cuFuncSetAttribute(function, _CARVEOUT, 100))  # as csrc/ffi/cuda_program.cc does
             self._functions.append(function)
         self._stream = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        rows = {
+            i: jnp.zeros(s.shape, s.dtype) for i, s in enumerate(plan.scratch) if jnp.issubdtype(s.dtype, jnp.floating)
+        }
+        # Integers say what the routing is: with lists of its own, a repetition's kernel can be timed alone.
         self._buffers = [
-            [*inputs, *(jnp.zeros(s.shape, s.dtype) for s in (*results, *plan.scratch))] for inputs in operands
+            [
+                *inputs,
+                *(jnp.zeros(s.shape, s.dtype) for s in results),
+                *(rows[i] if i in rows else jnp.zeros(s.shape, s.dtype) for i, s in enumerate(plan.scratch)),
+            ]
+            for inputs in operands
         ]
         jax.block_until_ready(self._buffers)
         self._pointers = [[b.unsafe_buffer_pointer() if b.size else 0 for b in buffers] for buffers in self._buffers]
@@ -83,13 +118,15 @@ class ReplayedPlan:
         parameters = (values, (ctypes.c_void_p,) * len(values))
         _checked(driver.cuLaunchKernelEx(config, self._functions[index], parameters, 0))
 
-    def microseconds(self, kernels: Sequence[int] | None = None, samples: int = 15) -> list[float]:
-        """Microseconds of one repetition, averaged over a replay of all of them; sorted.
+    @contextlib.contextmanager
+    def captured(self, kernels: Sequence[int] | None = None) -> Iterator[Callable[[], float]]:
+        """A graph of all repetitions, as a function that replays it once.
+
+        The function waits for the replay and returns the microseconds of one repetition, averaged over all.
 
         Args:
             kernels: which kernels to launch; None for the whole call. Those that read another's results must have
                 been preceded by a whole call.
-            samples: replays.
         """
         chosen = range(len(self.plan.kernels)) if kernels is None else kernels
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -101,14 +138,70 @@ class ReplayedPlan:
         graph = _checked(driver.cuStreamEndCapture(self._stream))
         executable = _checked(driver.cuGraphInstantiate(graph, 0))
         begin, end = (_checked(driver.cuEventCreate(0)) for _ in range(2))
-        times = []
-        for sample in range(samples + 3):
+
+        def replay() -> float:
             _checked(driver.cuEventRecord(begin, self._stream))
             _checked(driver.cuGraphLaunch(executable, self._stream))
             _checked(driver.cuEventRecord(end, self._stream))
             _checked(driver.cuEventSynchronize(end))
-            if sample >= 3:
-                times.append(_checked(driver.cuEventElapsedTime(begin, end)) * 1e3 / len(self._pointers))
-        _checked(driver.cuGraphExecDestroy(executable))
-        _checked(driver.cuGraphDestroy(graph))
-        return sorted(times)
+            return _checked(driver.cuEventElapsedTime(begin, end)) * 1e3 / len(self._pointers)
+
+        try:
+            yield replay
+        finally:
+            for event in (begin, end):
+                _checked(driver.cuEventDestroy(event))
+            _checked(driver.cuGraphExecDestroy(executable))
+            _checked(driver.cuGraphDestroy(graph))
+
+    def microseconds(
+        self, kernels: Sequence[int] | None = None, samples: int = 15, pause_seconds: float = 0.0
+    ) -> list[float]:
+        """Microseconds of one repetition in each of `samples` replays after three to warm up; sorted.
+
+        Replays in a row may drive the card into its power limit, where it lowers its clock; a pause before each keeps
+        it out of there.
+        """
+        times = []
+        with self.captured(kernels) as replay:
+            for _ in range(samples + 3):
+                time.sleep(pause_seconds)
+                times.append(replay())
+        return sorted(times[3:])
+
+
+def replayed_block(
+    x: jax.Array,
+    layers: Sequence[tuple[MarlinWeights, MarlinWeights]],
+    topk_weights: Sequence[jax.Array] | jax.Array,
+    topk_ids: np.ndarray,
+    *,
+    activation: str = "silu",
+    scheme: BlockScheme | None = None,
+) -> ReplayedPlan:
+    """The kernels of `fused_moe` over the routings, each with the next of the layers; see `ReplayedPlan`.
+
+    Args:
+        x: [tokens, K].
+        layers: (gate_up, down) pairs of the same shapes and formats.
+        topk_weights: router weights [routings, tokens, top_k], also as one array per routing.
+        topk_ids: expert ids [routings, tokens, top_k].
+        activation: between the products.
+        scheme: tiles; by default what a call would use.
+    """
+    gate_up, down = layers[0]
+    _, tokens, top_k = topk_ids.shape
+    plan = plan_fused_moe(
+        x,
+        gate_up,
+        down,
+        tokens=tokens,
+        top_k=top_k,
+        routed_experts=gate_up.num_experts,
+        mapped=False,
+        activation=get_activation(activation),
+        architecture=target_architecture(),
+        scheme=scheme,
+    )
+    operands = block_operands(x, layers, topk_weights, topk_ids)
+    return ReplayedPlan(plan, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])

@@ -29,18 +29,18 @@ class BlockKey:
     hidden: int
     intermediate: int
     group_size: int
-    bits: tuple[int, int]
+    codes: tuple[str, str]
 
     def __str__(self) -> str:
         return (
             f"E{self.num_experts} k{self.top_k} H{self.hidden} I{self.intermediate} "
-            f"g{self.group_size} {self.bits[0]}/{self.bits[1]} bit"
+            f"g{self.group_size} {self.codes[0]}/{self.codes[1]}"
         )
 
 
 def lookup(key: BlockKey, tokens: int, architecture: str) -> BlockScheme | None:
     """The measured scheme for the nearest number of tokens within a factor of two; the user's table comes first."""
-    for path in (_user_path(architecture), _SHIPPED / f"{architecture}.json"):
+    for path in (user_path(architecture), _SHIPPED / f"{architecture}.json"):
         entries = _load(path).get(str(key), {}) if path is not None else {}
         distance = {measured: abs(math.log2(int(measured) / tokens)) for measured in entries}
         if distance and min(distance.values()) <= 1:
@@ -52,7 +52,7 @@ def record(
     key: BlockKey, tokens: int, architecture: str, scheme: BlockScheme, path: pathlib.Path | None = None
 ) -> None:
     """Stores a scheme in the user's table, or in `path`; a directory that cannot be written is no error."""
-    path = path or _user_path(architecture)
+    path = path or user_path(architecture)
     if path is None:
         return
     table = {name: dict(entries) for name, entries in _load(path).items()}
@@ -77,7 +77,8 @@ def record(
         os.replace(temporary, path)
 
 
-def _user_path(architecture: str) -> pathlib.Path | None:
+def user_path(architecture: str) -> pathlib.Path | None:
+    """The user's table, or None when the cache is off."""
     root = cache.directory()
     return None if root is None else root / f"tuned-{architecture}.json"
 

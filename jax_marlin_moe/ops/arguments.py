@@ -44,7 +44,7 @@ def check_weights(name: str, weights: MarlinWeights) -> None:
     if not isinstance(weights, MarlinWeights):
         raise TypeError(
             f"{name} is a {type(weights).__name__}; it must be a MarlinWeights: pack dense weights with "
-            "jax_marlin_moe.quantize, or a checkpoint's with from_awq or from_gptq"
+            "jax_marlin_moe.quantize, or a checkpoint's with jax_marlin_moe.checkpoint"
         )
     if weights.layout != "a16":
         raise ValueError(
@@ -54,9 +54,27 @@ def check_weights(name: str, weights: MarlinWeights) -> None:
     if FORMATS.get(fmt.name) != fmt:
         raise ValueError(f"{name}.format is {fmt}; it must be a row of jax_marlin_moe.formats.FORMATS")
     check_array(f"{name}.packed", weights.packed, ndim=3, dtype=jnp.int32)
-    experts, k, n = weights.num_experts, weights.k, weights.n
+    experts, k, n = weights.num_experts, weights.padded_k, weights.padded_n
     if k < TILE_K or n < TILE_N or n % TILE_N:
-        raise ValueError(f"{name} has (K, N) = ({k}, {n}); K must be a multiple of {TILE_K} and N of {TILE_N}")
+        raise ValueError(f"{name} is packed as (K, N) = ({k}, {n}); K must be a multiple of {TILE_K} and N of {TILE_N}")
+    parts = weights.column_padding or (0,)
+    if not 0 <= weights.row_padding < k or not all(0 <= padding < n // len(parts) for padding in parts):
+        raise ValueError(
+            f"{name} has row_padding {weights.row_padding} and column_padding {weights.column_padding}, which do not "
+            f"fit its packed (K, N) = ({k}, {n})"
+        )
+    _check_scales(name, weights)
+    if weights.bias is not None:
+        check_array(f"{name}.bias", weights.bias, ndim=2, dtype=jnp.float32)
+        check_shape(f"{name}.bias", weights.bias, (experts, n), "(E, N)")
+    if weights.input_order is not None:
+        check_array(f"{name}.input_order", weights.input_order, ndim=2, dtype=jnp.int32)
+        check_shape(f"{name}.input_order", weights.input_order, (experts, weights.k), "(E, K)")
+
+
+def _check_scales(name: str, weights: MarlinWeights) -> None:
+    """Scales, zero points and global scales against the format and the packed shape."""
+    fmt, experts, k, n = weights.format, weights.num_experts, weights.padded_k, weights.padded_n
     if jnp.dtype(weights.scales.dtype).name not in fmt.scale_dtypes:
         raise TypeError(
             f"{name}.scales has dtype {weights.scales.dtype}; format {fmt.name} takes {' or '.join(fmt.scale_dtypes)}"
@@ -64,22 +82,24 @@ def check_weights(name: str, weights: MarlinWeights) -> None:
     check_rank(f"{name}.scales", weights.scales, 3)
     groups = weights.num_groups
     check_shape(f"{name}.scales", weights.scales, (experts, groups, n), "(E, groups, N)")
-    if groups < 1 or k % groups or (groups > 1 and k // groups not in fmt.group_sizes):
-        raise ValueError(
-            f"{name}.scales has {groups} groups over K = {k}; the group size must be K or one of {fmt.group_sizes}"
-        )
-    if fmt.has_zero_points != (weights.zeros is not None):
-        verb = "needs" if fmt.has_zero_points else "takes no"
-        raise ValueError(f"{name}.zeros is {'' if weights.zeros is None else 'not '}None; {fmt.name} {verb} zeros")
-    if weights.zeros is not None:
+    sizes = [g for g in fmt.group_sizes if -(-k // g) == groups]
+    if not sizes and not (groups == 1 and fmt.per_channel):
+        allowed = f"one of {fmt.group_sizes}" + (" or K" if fmt.per_channel else "")
+        raise ValueError(f"{name}.scales has {groups} groups over K = {k}; the group size must be {allowed}")
+    for leaf, wanted in (("zeros", fmt.zeros is not None), ("global_scales", fmt.has_global_scales)):
+        value = getattr(weights, leaf)
+        if wanted != (value is not None):
+            verb = "needs" if wanted else "takes no"
+            raise ValueError(f"{name}.{leaf} is {'' if value is None else 'not '}None; {fmt.name} {verb} {leaf}")
+    if fmt.zeros == "integer":
         check_array(f"{name}.zeros", weights.zeros, ndim=3, dtype=jnp.int32)
         check_shape(f"{name}.zeros", weights.zeros, (experts, groups, n // fmt.codes_per_word), "(E, groups, N / pf)")
-    if weights.bias is not None:
-        check_array(f"{name}.bias", weights.bias, ndim=2, dtype=jnp.float32)
-        check_shape(f"{name}.bias", weights.bias, (experts, n), "(E, N)")
-    if weights.input_order is not None:
-        check_array(f"{name}.input_order", weights.input_order, ndim=2, dtype=jnp.int32)
-        check_shape(f"{name}.input_order", weights.input_order, (experts, k), "(E, K)")
+    elif fmt.zeros == "float":
+        check_array(f"{name}.zeros", weights.zeros, ndim=3, dtype=weights.scales.dtype)
+        check_shape(f"{name}.zeros", weights.zeros, (experts, groups, n), "(E, groups, N)")
+    if fmt.has_global_scales:
+        check_array(f"{name}.global_scales", weights.global_scales, ndim=2, dtype=jnp.float32)
+        check_shape(f"{name}.global_scales", weights.global_scales, (experts, n // TILE_N), "(E, N / 64)")
 
 
 def check_block_size(block_size: int) -> None:

@@ -4,21 +4,28 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import native, reference
-from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.tiles import BlockScheme
-from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.ops import arguments
 from jax_marlin_moe.ops.implementation import check_implementation, serves
 from jax_marlin_moe.ops.moe_gemm import gather_input_order
-from jax_marlin_moe.ops.operands import WEIGHT_OPERANDS, or_absent, or_none, weight_operands, weights_from_operands
+from jax_marlin_moe.ops.operands import (
+    WEIGHT_OPERANDS,
+    format_attributes,
+    or_absent,
+    or_none,
+    weight_operands,
+    weights_from_operands,
+)
 from jax_marlin_moe.ops.primitive import define_primitive, map_batch
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 
 
 def fused_moe(
@@ -28,7 +35,7 @@ def fused_moe(
     topk_weights: Float32[Array, "tokens top_k"],
     topk_ids: Int32[Array, "tokens top_k"],
     *,
-    activation: str = "silu",
+    activation: str | Activation = "silu",
     expert_map: Int32[Array, "experts"] | None = None,
     implementation: str | None = None,
     cuda_scheme: BlockScheme | None = None,
@@ -41,11 +48,12 @@ def fused_moe(
 
     Args:
         x: bfloat16 or float16 tokens.
-        gate_up: experts of shape (H, 2 I), columns [gate | up].
+        gate_up: experts of shape (H, 2 I), columns [gate | up]; (H, I) where the activation is not gated.
         down: experts of shape (I, H).
         topk_weights: float32 router weights.
         topk_ids: int32 experts. Slots whose id is outside [0, E), or is mapped to -1, contribute nothing.
-        activation: "silu": `gate * sigmoid(gate) * up`.
+        activation: "silu" (`gate * sigmoid(gate) * up`), "gelu_tanh", "relu2" (not gated), or
+            `jax_marlin_moe.swiglu(limit, alpha, beta)`.
         expert_map: int32, global to local expert, -1 for experts that live elsewhere.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: how CUDA cuts the block; None takes the measured or predicted best.
@@ -62,11 +70,14 @@ def fused_moe(
     halves = 2 if act.gated else 1
     if gate_up.n != halves * down.k:
         raise ValueError(
-            f"gate_up has N = {gate_up.n} columns and down K = {down.k} rows; activation {activation!r} needs "
+            f"gate_up has N = {gate_up.n} columns and down K = {down.k} rows; activation {act.name!r} needs "
             f"N = {halves} * K"
         )
-    if down.k % TILE_N:
-        raise ValueError(f"down has K = {down.k} rows; the block needs a multiple of {TILE_N}")
+    if gate_up.column_padding and len(gate_up.column_padding) != halves:
+        raise ValueError(
+            f"gate_up.column_padding is {gate_up.column_padding}; the block needs gate and up padded apart: pack them one "
+            "by one and join them with jax_marlin_moe.concatenate_columns"
+        )
     if down.n != gate_up.k:
         raise ValueError(f"down has N = {down.n} columns; it must be H = {gate_up.k}")
     if down.num_experts != gate_up.num_experts:
@@ -93,17 +104,19 @@ def fused_moe(
             expert = expert_map[jnp.clip(expert, 0, routed_experts - 1)]
         x = gather_input_order(jnp.repeat(x, top_k, axis=0), gate_up, expert)
     operands = (
-        x,
+        pad_rows(x, gate_up),
         *weight_operands(gate_up),
         *weight_operands(down),
         topk_weights,
         topk_ids,
         or_absent(expert_map, jnp.int32),
     )
-    params = {"gate_up_format": gate_up.format, "down_format": down.format, "activation": activation}
+    params = {"gate_up_format": gate_up.format, "down_format": down.format, "activation": act}
     if implementation == "xla":
-        return _reference(*operands, **params, implementation=None, cuda_scheme=None)[0]
-    return fused_moe_p.bind(*operands, **params, implementation=implementation, cuda_scheme=cuda_scheme)[0]
+        (y,) = _reference(*operands, **params, implementation=None, cuda_scheme=None)
+    else:
+        (y,) = fused_moe_p.bind(*operands, **params, implementation=implementation, cuda_scheme=cuda_scheme)
+    return drop_column_padding(y, down)
 
 
 # x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
@@ -122,19 +135,30 @@ def _matrices(operands, gate_up_format, down_format):
 
 def _reference(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
     gate_up, down, (topk_weights, topk_ids, expert_map) = _matrices(operands, gate_up_format, down_format)
-    return [
-        reference.fused_moe(
-            x, gate_up, down, topk_weights, topk_ids, or_none(expert_map), activation=get_activation(activation)
-        )
-    ]
+    return [reference.fused_moe(x, gate_up, down, topk_weights, topk_ids, or_none(expert_map), activation=activation)]
 
 
-def _cpu(x, *operands, implementation, activation, **params):
+def _cpu(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
+    gate_up, down, (_, topk_ids, _) = _matrices(operands, gate_up_format, down_format)
     if not serves("cpu", implementation):
-        return _reference(x, *operands, activation=activation, implementation=None, **params)
-    topk_ids, down_scales = operands[2 * WEIGHT_OPERANDS + 1], operands[WEIGHT_OPERANDS + 1]
-    result = jax.ShapeDtypeStruct((topk_ids.shape[0], down_scales.shape[-1]), x.dtype)
-    return jax.ffi.ffi_call(native.FUSED_MOE_CPU, [result])(x, *operands, activation=activation)
+        return _reference(
+            x,
+            *operands,
+            gate_up_format=gate_up_format,
+            down_format=down_format,
+            activation=activation,
+            implementation=None,
+            cuda_scheme=None,
+        )
+    result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.n), x.dtype)
+    return jax.ffi.ffi_call(native.FUSED_MOE_CPU, [result])(
+        x,
+        *operands,
+        activation=activation.name,
+        activation_parameters=np.asarray(activation.parameters, np.float32),
+        **format_attributes("gate_up_", gate_up),
+        **format_attributes("down_", down),
+    )
 
 
 def _cuda(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
@@ -160,7 +184,7 @@ def _cuda(x, *operands, gate_up_format, down_format, activation, implementation,
         top_k=top_k,
         routed_experts=expert_map.shape[0] if mapped else gate_up.num_experts,
         mapped=mapped,
-        activation=get_activation(activation),
+        activation=activation,
         architecture=architecture,
         scheme=cuda_scheme,
     )

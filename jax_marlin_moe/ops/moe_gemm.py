@@ -1,5 +1,6 @@
 """`moe_gemm`: one grouped product over packed experts, with the classic contract of aligned slots."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -13,9 +14,16 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.ops import arguments
 from jax_marlin_moe.ops.align import BlockAlignment
 from jax_marlin_moe.ops.implementation import check_implementation, serves
-from jax_marlin_moe.ops.operands import WEIGHT_OPERANDS, or_absent, or_none, weight_operands, weights_from_operands
+from jax_marlin_moe.ops.operands import (
+    WEIGHT_OPERANDS,
+    format_attributes,
+    or_absent,
+    or_none,
+    weight_operands,
+    weights_from_operands,
+)
 from jax_marlin_moe.ops.primitive import define_primitive, map_batch
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 
 
 def moe_gemm(
@@ -72,11 +80,12 @@ def moe_gemm(
     weights = jax.tree.map(jnp.asarray, weights)  # numpy leaves cannot be indexed by tracers
     if weights.input_order is not None:
         x, weights, top_k = _reordered_rows(x, weights, alignment, top_k)
+    x = pad_rows(x, weights)
     router = topk_weights.reshape(-1) if mul_topk_weights and topk_weights is not None else None
     if implementation == "xla":
-        return reference.moe_gemm(
+        y = reference.moe_gemm(
             x,
-            weights,
+            weights_from_operands(weight_operands(weights), weights.format),
             router,
             alignment.sorted_token_ids,
             alignment.expert_ids,
@@ -84,6 +93,7 @@ def moe_gemm(
             top_k=top_k,
             block_size=alignment.block_size,
         )
+        return drop_column_padding(y, weights)
     (y,) = moe_gemm_p.bind(
         x,
         *weight_operands(weights),
@@ -96,7 +106,7 @@ def moe_gemm(
         block_size=alignment.block_size,
         implementation=implementation,
     )
-    return y
+    return drop_column_padding(y, weights)
 
 
 def _reordered_rows(x, weights, alignment, top_k):
@@ -120,7 +130,7 @@ def gather_input_order(rows: jax.Array, weights: MarlinWeights, expert: jax.Arra
 
 
 def _without_order(weights: MarlinWeights) -> MarlinWeights:
-    return MarlinWeights(weights.packed, weights.scales, weights.zeros, weights.bias, None, weights.format)
+    return dataclasses.replace(weights, input_order=None)
 
 
 def _shape_rule(
@@ -128,6 +138,7 @@ def _shape_rule(
     packed,
     scales,
     zeros,
+    global_scales,
     bias,
     topk_weights,
     sorted_ids,
@@ -158,7 +169,12 @@ def _cpu(x, *operands, weight_format, top_k, block_size, implementation):
     result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.n), x.dtype)
     weighted = or_none(operands[WEIGHT_OPERANDS]) is not None
     return jax.ffi.ffi_call(native.MOE_GEMM_CPU, [result])(
-        x, *operands, top_k=top_k, block_size=block_size, mul_topk_weights=weighted
+        x,
+        *operands,
+        top_k=top_k,
+        block_size=block_size,
+        mul_topk_weights=weighted,
+        **format_attributes("", weights),
     )
 
 

@@ -1,0 +1,118 @@
+"""Draws block time and limit over the number of tokens, both logarithmic, one panel a model.
+
+    python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --out decode.svg
+
+Takes any number of result files of `benchmarks.blocks`. A line is an implementation; where a model was timed in several
+formats, group sizes, dtypes or routings, each has lines of its own. Needs matplotlib.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+from collections import defaultdict
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+# The same numbers give the same file; text stays text.
+_SVG = {"svg.hashsalt": "jax_marlin_moe", "svg.fonttype": "none"}
+_VARIANT = ("format", "group_size", "dtype", "routing")
+_PANEL_INCHES = 4.2, 3.4
+_MOST_COLUMNS = 4
+
+
+def read_rows(paths: list[pathlib.Path]) -> list[dict]:
+    """The rows of all files; a later row of the same configuration and implementation replaces an earlier one.
+
+    Raises:
+        ValueError: a file is no result of `benchmarks.blocks`.
+    """
+    rows = {}
+    for path in paths:
+        for row in json.loads(path.read_text()).get("rows", []):
+            try:
+                key = tuple(row[name] for name in ("model", "M", "implementation", *_VARIANT))
+                _ = row["block_us"], row["limit_us"]
+            except KeyError as missing:
+                raise ValueError(f"{path} has a row without {missing}; it must be of benchmarks.blocks") from None
+            rows[key] = row
+    if not rows:
+        raise ValueError(f"{', '.join(map(str, paths))} have no rows; they must be of benchmarks.blocks")
+    return list(rows.values())
+
+
+def draw(rows: list[dict]) -> Figure:
+    """The figure; colours and markers stand for the same implementation in every panel."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    columns = min(_MOST_COLUMNS, len(models))
+    grid = math.ceil(len(models) / columns), columns
+    size = columns * _PANEL_INCHES[0], grid[0] * _PANEL_INCHES[1]
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(*grid, squeeze=False)
+    for panel, model in zip(axes.flat, models, strict=False):
+        _draw_panel(panel, model, [row for row in rows if row["model"] == model], names)
+    for panel in axes.flat[len(models) :]:
+        panel.set_axis_off()
+    return figure
+
+
+def _draw_panel(axes: Axes, model: str, rows: list[dict], names: list[str]) -> None:
+    varying = [name for name in _VARIANT if len({row[name] for row in rows}) > 1]
+    lines, limits = defaultdict(list), defaultdict(dict)
+    for row in rows:
+        variant = tuple(str(row[name]) for name in varying)
+        lines[row["implementation"], variant].append((row["M"], row["block_us"]))
+        limits[variant][row["M"]] = row["limit_us"]
+    variants = list(limits)
+    for (name, variant), points in lines.items():
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            color=f"C{names.index(name)}",
+            marker="os^Dv"[names.index(name) % 5],
+            markersize=4,
+            linestyle=("-", "--", "-.", ":")[variants.index(variant) % 4],
+            label=" ".join([name, *variant]),
+        )
+    for variant, points in limits.items():
+        label = " ".join(["limit", *variant])
+        axes.plot(*zip(*sorted(points.items()), strict=True), color="0.4", linewidth=1, linestyle=":", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row["M"] for row in rows}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    # Panels span one or two decades: powers of ten alone would leave some without a label.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.set_title(model)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("block, µs")
+    axes.grid(linewidth=0.3)
+    axes.legend(fontsize="x-small")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=pathlib.Path, help="JSON files of benchmarks.blocks")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a name that ends in .svg or .png")
+    args = parser.parse_args(arguments)
+    if args.out.suffix not in (".svg", ".png"):
+        parser.error(f"argument --out: {args.out} must end in .svg or .png")
+    try:
+        figure = draw(read_rows(args.results))
+    except ValueError as error:
+        parser.error(str(error))
+    # No date in the file: it would change with every drawing of the same numbers.
+    metadata = {"Date": None} if args.out.suffix == ".svg" else None
+    with matplotlib.rc_context(_SVG):
+        figure.savefig(args.out, dpi=150, metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Times blocks on this machine's card: device time with a cold L2, and what of the memory's bandwidth it is."""
+
+import argparse
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_marlin_moe.random_layers import random_layers, random_routings
+from jax_marlin_moe.shape_options import add_shape_options, chosen_shapes, no_cuda_reason
+
+_ROUTINGS = 24  # blocks of a replay
+# The card lowers its clock when replays in a row drive it into its power limit.
+_PAUSE_SECONDS = 0.02
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    add_shape_options(parser, tokens=[1, 4, 16, 64])
+    parser.add_argument("--samples", type=int, default=30, help="replays that are timed")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints a line for every block; returns 1 if nothing can be measured, 2 for unusable options."""
+    try:
+        shapes = chosen_shapes(options)
+    except ValueError as error:
+        print(f"cannot measure: {error}")
+        return 2
+    reason = no_cuda_reason()
+    if reason:
+        print(f"cannot measure: {reason}")
+        return 1
+    # It imports the driver's bindings, which a machine without CUDA need not have.
+    from jax_marlin_moe.cuda.replay import replayed_block
+
+    dtype = jnp.dtype(options.dtype)
+    print(f"{jax.devices('cuda')[0].device_kind}, {options.format}, {dtype}: us of a block (10 % to 90 % of replays)")
+    for shape in shapes:
+        try:
+            layers = random_layers(shape, options.format, dtype)
+        except ValueError as error:
+            print(f"cannot measure {shape.name}: {error}")
+            return 2
+        expert_bytes = sum(weights.nbytes for weights in layers[0]) / shape.num_experts
+        for tokens in options.tokens:
+            ids = random_routings(shape.num_experts, shape.top_k, tokens, _ROUTINGS)
+            x = jax.random.normal(jax.random.key(0), (tokens, shape.hidden), dtype)
+            weights = jnp.full((tokens, shape.top_k), 1 / shape.top_k, jnp.float32)
+            kernels = replayed_block(x, layers, [weights] * _ROUTINGS, ids)
+            times = kernels.microseconds(samples=options.samples, pause_seconds=_PAUSE_SECONDS)
+            kernels.close()
+            hit = float(np.mean([len(np.unique(chosen)) for chosen in ids]))
+            block_us = statistics.median(times)
+            print(
+                f"{shape.name:18s} {tokens:6d} tokens  {hit:6.1f} experts hit  {block_us:8.1f} us "
+                f"({times[len(times) // 10]:.1f} - {times[-1 - len(times) // 10]:.1f}), "
+                f"{hit * expert_bytes / block_us / 1e6:.2f} TB/s",
+                flush=True,
+            )
+        del layers
+    return 0

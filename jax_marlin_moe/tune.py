@@ -1,0 +1,66 @@
+"""Measures the CUDA tiles of blocks on this machine's card and stores the fastest beside the kernel cache."""
+
+import argparse
+import time
+
+import jax.numpy as jnp
+
+from jax_marlin_moe.cuda import cache
+from jax_marlin_moe.cuda.compiler import target_architecture
+from jax_marlin_moe.random_layers import random_layers
+from jax_marlin_moe.shape_options import add_shape_options, chosen_shapes, no_cuda_reason
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    add_shape_options(parser, tokens=[1, 16])
+    parser.add_argument("--candidates", type=int, default=24, help="tiles measured for each product and block size")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the winner of every block; returns 1 if nothing can be measured or stored, 2 for unusable options."""
+    try:
+        shapes = chosen_shapes(options)
+    except ValueError as error:
+        print(f"cannot tune: {error}")
+        return 2
+    reason = no_cuda_reason()
+    if reason:
+        print(f"cannot tune: {reason}")
+        return 1
+    if cache.directory() is None:
+        print(f"cannot tune: the kernel cache is off; set {cache.ENVIRONMENT_VARIABLE} to a folder")
+        return 1
+    # They import the driver's bindings, which a machine without CUDA need not have.
+    from jax_marlin_moe.cuda import tuned
+    from jax_marlin_moe.cuda.autotune import autotune
+    from jax_marlin_moe.cuda.plan import block_key
+
+    dtype, architecture = jnp.dtype(options.dtype), target_architecture()
+    path = tuned.user_path(architecture)
+    for shape in shapes:
+        try:
+            layers = random_layers(shape, options.format, dtype)
+        except ValueError as error:
+            print(f"cannot tune {shape.name}: {error}")
+            return 2
+        for tokens in options.tokens:
+            start = time.perf_counter()
+            best = autotune(
+                layers,
+                tokens=tokens,
+                top_k=shape.top_k,
+                dtype=dtype,
+                candidates_per_product=options.candidates,
+            )
+            print(
+                f"{shape.name:18s} {tokens:6d} tokens  block {best.block_us:.1f} us, products {best.gate_up_us:.1f} "
+                f"and {best.down_us:.1f}: {best.scheme}  ({time.perf_counter() - start:.0f} s)",
+                flush=True,
+            )
+            if tuned.lookup(block_key(*layers[0], shape.top_k), tokens, architecture) != best.scheme:
+                print(f"{path} cannot be written; set {cache.ENVIRONMENT_VARIABLE} to a folder that can")
+                return 1
+        del layers
+    print(f"stored in {path}: calls with these shapes use it from their next lowering on")
+    return 0

@@ -1,0 +1,65 @@
+"""The replay outside of XLA: the operands that it hands to the kernels are those of the custom call."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.argument_shapes import ModelShape
+from jax_marlin_moe.formats import get_format
+from jax_marlin_moe.ops.fused_moe import fused_moe_p
+from jax_marlin_moe.random_layers import random_layers, random_routings
+
+pytest.importorskip("cuda.bindings")
+
+from jax_marlin_moe.cuda.replay import block_operands, replayed_block
+
+SHAPE = ModelShape("small", 8, 2, 256, 128, group_size=64)
+PADDED = ModelShape("padded", 8, 2, 200, 120, group_size=64)
+TOKENS, ROUTINGS = 3, 4
+CASES = [(SHAPE, "int4"), (SHAPE, "int4_zp"), (SHAPE, "nvfp4"), (PADDED, "int4")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}")
+def case(request):
+    shape, weight_format = request.param
+    layers = random_layers(shape.grouped(get_format(weight_format)), weight_format, "bfloat16", count=2)
+    x = jax.random.normal(jax.random.key(0), (TOKENS, shape.hidden), jnp.bfloat16)
+    ids = random_routings(SHAPE.num_experts, SHAPE.top_k, TOKENS, ROUTINGS)
+    weights = jax.random.uniform(jax.random.key(1), ids.shape)
+    return x, layers, weights, ids
+
+
+def test_operands_are_those_of_the_custom_call(case):
+    x, layers, weights, ids = case
+    operands = block_operands(*case)
+    assert len(operands) == ROUTINGS
+    for i, ours in enumerate(operands):
+        layer = layers[i % len(layers)]
+        jaxpr = jax.make_jaxpr(jmm.fused_moe)(x, *layer, weights[i], jnp.asarray(ids[i]))
+        (call,) = (equation for equation in jaxpr.jaxpr.eqns if equation.primitive is fused_moe_p)
+        bound = [(variable.aval.shape, variable.aval.dtype) for variable in call.invars]
+        assert [(operand.shape, operand.dtype) for operand in ours] == bound
+        # Shapes alone would not tell layers and routings apart.
+        assert ours[1] is layer[0].packed
+        position = next(j for j, operand in enumerate(ours) if operand is layer[1].packed)
+        assert 1 < position < len(ours)
+        assert np.array_equal(ours[-2], ids[i])
+        assert np.array_equal(ours[-3], weights[i])
+
+
+@pytest.mark.gpu
+def test_replay(case):
+    kernels = replayed_block(*case)
+    times = kernels.microseconds(samples=5)
+    assert len(times) == 5
+    assert times == sorted(times)
+    assert 0 < times[0] < 1e4
+    # The replay wrote what a call computes.
+    x, layers, weights, ids = case
+    results = len(kernels._buffers[0]) - len(kernels.plan.scratch) - 1
+    for i, buffers in enumerate(kernels._buffers):
+        expected = jmm.fused_moe(x, *layers[i % 2], weights[i], jnp.asarray(ids[i]), implementation="cuda")
+        assert np.array_equal(np.asarray(buffers[results])[:, : x.shape[1]], np.asarray(expected))
+    kernels.close()
