@@ -11,6 +11,7 @@ configuration is checked against float32 of the dequantised weights.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
@@ -65,12 +66,10 @@ def relative_error(case: Case, **options) -> float:
 
 def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: MultiprocessorClock, args) -> dict:
     """Times and checks the block of this package."""
-    shape, row = case.shape, get_format(args.format)
+    shape, (gate_up, down) = case.shape, case.layers[0]
     read_tb_s, bf16_tflop_s = ceilings
-    scale_bytes = case.layers[0][0].scales.dtype.itemsize
-    limit = block_limit(
-        shape, case.ids, bits=row.bits, scale_bytes=scale_bytes, read_tb_s=read_tb_s, bf16_tflop_s=bf16_tflop_s
-    )
+    expert_bytes = (gate_up.nbytes + down.nbytes) / shape.num_experts
+    limit = block_limit(shape, case.ids, expert_bytes=expert_bytes, read_tb_s=read_tb_s, bf16_tflop_s=bf16_tflop_s)
     kernels = replayed_block(case.x, case.layers, case.weights, case.ids)
     times = kernels.microseconds(samples=args.samples, pause_seconds=args.pause)
     sm_mhz = clock.mhz()
@@ -96,7 +95,7 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
         "H": shape.hidden,
         "I": shape.intermediate,
         "M": case.tokens,
-        "format": args.format,
+        "format": gate_up.format.name,
         "group_size": shape.group_size,
         "dtype": args.dtype,
         "activation_dtype": args.dtype,
@@ -139,7 +138,7 @@ def print_row(row: dict) -> None:
     """One line; what was not measured is left out."""
     columns = [f"{name[:-3]} {row[name]:.1f}" for name in ("gemm1_us", "gemm2_us", "jit_us") if row[name] is not None]
     print(
-        f"{row['model']:16s} M={row['M']:<5d} {row['routing']:8s} block {row['block_us']:8.1f} us "
+        f"{row['model']:16s} {row['format']:8s} M={row['M']:<5d} {row['routing']:8s} block {row['block_us']:8.1f} us "
         f"({row['block_p10_us']:.1f} - {row['block_p90_us']:.1f}), limit {row['limit_us']:.1f} "
         f"({row['limit_us'] / row['block_us']:.0%}), {', '.join(columns)}, error {row['rel_l2']:.1e}, "
         f"{row['sm_mhz']:.0f} MHz, {row['implementation']}",
@@ -154,7 +153,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--routing", nargs="+", default=["uniform"], choices=["uniform", "zipf"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of rows and scales")
-    parser.add_argument("--format", default="int4", choices=sorted(FORMATS))
+    parser.add_argument("--format", nargs="+", default=["int4"], choices=sorted(FORMATS))
     parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's or the format's)")
     parser.add_argument("--repeats", type=int, default=24, help="routings, each a block of a replay")
     parser.add_argument("--samples", type=int, default=100, help="replays that are timed")
@@ -165,7 +164,7 @@ def main() -> None:
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    if args.peers and args.format != "int4":
+    if args.peers and args.format != ["int4"]:
         parser.error("argument --peers: the peers are timed on int4 alone; leave --format out")
 
     dtype = jnp.dtype(args.dtype)
@@ -174,18 +173,17 @@ def main() -> None:
     clock = MultiprocessorClock()
     print(f"{device.device_kind}: read {ceilings[0]:.2f} TB/s, bf16 {ceilings[1]:.0f} TFLOP/s", flush=True)
     rows = []
-    for name in args.models:
-        shape = MODELS[name].grouped(get_format(args.format), args.group_size)
-        layers = random_layers(shape, args.format, dtype)
-        for tokens in args.tokens:
-            for routing in args.routing:
-                case = make_case(shape, layers, tokens, args.repeats, routing, dtype)
-                ours = our_row(case, routing, ceilings, clock, args)
-                others = [peer_row(peer, ours, case, clock, args) for peer in args.peers]
-                for row in (ours, *others):
-                    if row is not None:
-                        rows.append(row)
-                        print_row(row)
+    for name, weight_format in itertools.product(args.models, args.format):
+        shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
+        layers = random_layers(shape, weight_format, dtype)
+        for tokens, routing in itertools.product(args.tokens, args.routing):
+            case = make_case(shape, layers, tokens, args.repeats, routing, dtype)
+            ours = our_row(case, routing, ceilings, clock, args)
+            others = [peer_row(peer, ours, case, clock, args) for peer in args.peers]
+            for row in (ours, *others):
+                if row is not None:
+                    rows.append(row)
+                    print_row(row)
         del layers, case
     document = {
         "card": device.device_kind,

@@ -32,11 +32,13 @@ class Limit:
 
 
 def block_limit(
-    shape: ModelShape, routings: np.ndarray, *, bits: int, scale_bytes: int, read_tb_s: float, bf16_tflop_s: float
+    shape: ModelShape, routings: np.ndarray, *, expert_bytes: float, read_tb_s: float, bf16_tflop_s: float
 ) -> Limit:
-    """The limit for routings [repeats, tokens, top_k], averaged over the repeats."""
+    """The limit for routings [repeats, tokens, top_k], averaged over the repeats.
+
+    `expert_bytes` are those of one expert: codes, scales and zero points of both matrices.
+    """
     hit = float(np.mean([len(np.unique(ids)) for ids in routings]))
-    codes = 3 * shape.hidden * shape.intermediate
-    expert_bytes = codes * bits / 8 + codes / shape.group_size * scale_bytes
+    weights = 3 * shape.hidden * shape.intermediate
     slots = routings.shape[1] * routings.shape[2]
-    return Limit(hit, hit * expert_bytes, 2.0 * slots * codes, read_tb_s, bf16_tflop_s)
+    return Limit(hit, hit * expert_bytes, 2.0 * slots * weights, read_tb_s, bf16_tflop_s)

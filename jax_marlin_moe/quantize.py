@@ -38,7 +38,7 @@ def quantize(
     dense: Float[Array, "experts K N"],
     weight_format: str = "int4",
     *,
-    group_size: int | None | Literal["customary"] = "customary",
+    group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
     bias: Float[Array, "experts N"] | None = None,
 ) -> MarlinWeights:
@@ -67,7 +67,7 @@ def quantize(
         raise TypeError(f"dense has dtype {getattr(dense, 'dtype', type(dense))}; it must be floating point")
     if group_size == "customary":
         group_size = row.group_sizes[-1]
-    experts, k, n = dense.shape
+    _, k, n = dense.shape
     check_group_size("group_size", group_size, k, row)
     if 0 in dense.shape:
         raise ValueError(f"dense has shape {dense.shape}; it must not be empty")
@@ -86,13 +86,20 @@ def quantize(
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
 def _quantize_and_pack(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
-    # Expert by expert: the float32 intermediates of one matrix, not of all.
-    return jax.lax.map(lambda w: pack_expert(*_quantize_expert(w, row, group_size, scale_dtype), row), dense)
+    def one_expert(w):
+        codes, scales, zeros, global_scale = _quantize_expert(w, row, group_size, scale_dtype)
+        return pack_expert(codes, scales, zeros, global_scale, row)
+
+    return jax.lax.map(one_expert, dense)  # the float32 intermediates of one matrix, not of all
 
 
 @partial(jax.jit, static_argnames="row")
 def _pack(leaves, row: WeightFormat):
-    return jax.lax.map(lambda leaf: pack_expert(*leaf, row), leaves)
+    def one_expert(leaf):
+        codes, scales, zeros, global_scale = leaf
+        return pack_expert(codes, scales, zeros, global_scale, row)
+
+    return jax.lax.map(one_expert, leaves)
 
 
 def _quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
@@ -124,7 +131,7 @@ def _quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: 
                 zeros = _rounded(zeros, scale_dtype)
             shift = zeros[:, None]
         else:
-            extent = E4M3_MAX if row.code == E4M3 else row.zero_point - 1
+            extent = E4M3_MAX if row.code == E4M3 else row.max_code // 2
             step = scales = _rounded(largest / extent, scale_dtype)
         scales = scales.astype(scale_dtype)
     values = groups / jnp.where(step == 0, 1.0, step)[:, None]
@@ -367,24 +374,42 @@ def fold_input_order(gate_up: MarlinWeights, down: MarlinWeights) -> tuple[Marli
     permuted alike, expert by expert, and down reads them in sequence.
 
     Args:
-        gate_up: columns [gate | up].
+        gate_up: columns [gate | up], or of one matrix where the activation is not gated.
         down: with `input_order` set; without, both are returned as they are.
     """
     check_weights("gate_up", gate_up)
     check_weights("down", down)
     if down.input_order is None:
         return gate_up, down
-    if gate_up.n != 2 * down.k:
-        raise ValueError(f"gate_up has N = {gate_up.n} columns; it must be 2 * K of down = {2 * down.k}")
-    columns = jnp.concatenate([down.input_order, down.input_order + down.k], axis=1)  # [E, 2 I]
+    halves = 1 if gate_up.n == down.k else 2
+    if gate_up.n != halves * down.k:
+        raise ValueError(
+            f"gate_up has N = {gate_up.n} columns; it must be 2 * K of down = {2 * down.k}, or K where not gated"
+        )
+    if gate_up.global_scales is not None:
+        raise ValueError(
+            "gate_up.global_scales is not None: they belong to blocks of 64 columns, which the row order of down would "
+            "break up; quantise down without one"
+        )
+    width = gate_up.padded_n // halves
+    padding = jnp.broadcast_to(jnp.arange(down.k, width), (down.num_experts, width - down.k))
+    one_half = jnp.concatenate([down.input_order, padding], axis=1)
+    columns = jnp.concatenate([one_half + width * half for half in range(halves)], axis=1)  # [E, padded_n]
+    row = gate_up.format
+
+    def permuted(scales: Array, order: Array) -> Array:
+        return layout.permute_scales(layout.unpermute_scales(scales)[:, order])
 
     def one_expert(arrays):
         packed, scales, zeros, bias, order = arrays
-        bits = gate_up.format.bits
+        if row.zeros == "integer":
+            zeros = layout.pack_zeros(layout.unpack_zeros(zeros, bits=row.bits)[:, order], bits=row.bits)
+        elif row.zeros == "float":
+            zeros = permuted(zeros, order)
         return (
-            layout.pack(layout.unpack(packed, bits=bits)[:, order], bits=bits),
-            layout.permute_scales(layout.unpermute_scales(scales)[:, order]),
-            None if zeros is None else layout.pack_zeros(layout.unpack_zeros(zeros, bits=bits)[:, order], bits=bits),
+            layout.pack(layout.unpack(packed, bits=row.bits)[:, order], bits=row.bits),
+            permuted(scales, order),
+            zeros,
             None if bias is None else bias[order],
         )
 

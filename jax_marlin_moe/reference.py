@@ -21,7 +21,7 @@ def dequantize(weights: MarlinWeights) -> Float32[Array, "*E padded_k padded_n"]
     group = jnp.arange(weights.padded_k) // (weights.padded_k if weights.num_groups == 1 else weights.group_size)
     if row.zeros == "integer":
         values -= unpack_zeros(weights.zeros, row.bits).astype(jnp.float32)[..., group, :]
-    elif row.zeros == "float":
+    elif weights.zeros is not None:
         values -= unpermute_scales(weights.zeros.astype(jnp.float32))[..., group, :]
     elif row.zero_point:
         values -= jnp.float32(row.zero_point)

@@ -118,7 +118,7 @@ class MarlinWeights:
         return dataclasses.replace(
             self,
             packed=self.packed[..., words * start : words * stop],
-            scales=cut(self.scales, 1),
+            scales=self.scales[..., start:stop],
             zeros=cut(self.zeros, per_zero),
             bias=cut(self.bias, 1),
             global_scales=cut(self.global_scales, TILE_N),

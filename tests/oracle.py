@@ -1,34 +1,153 @@
-"""What the ops compute, in float64 numpy, from codes that no packing has touched.
+"""What the ops compute, in float64 numpy, from codes that no packing has touched: FORMATS sections 2, 4, 6 and 7.
 
-Only `Experts.packed` calls the package: to hand it the same matrices in its own layout.
+Nothing here calls the package but to name the result: formats, packing and arithmetic are stated a second time.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe import layout
+
+
+def _e2m1_values():
+    """Sign, two exponent bits with bias 1, one mantissa bit."""
+    code = np.arange(16)
+    exponent, mantissa = code >> 1 & 3, code & 1
+    magnitude = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    return np.where(code >> 3, -magnitude, magnitude)
+
+
+def _e4m3_values():
+    """Sign, four exponent bits with bias 7, three mantissa bits; all ones is NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    magnitude = np.where(code & 127 == 127, np.nan, magnitude)
+    return np.where(code >> 7, -magnitude, magnitude)
+
+
+def _e8m0_values():
+    return np.where(np.arange(256) == 255, np.nan, 2.0 ** (np.arange(256) - 127.0))
+
+
+E2M1, E4M3, E8M0 = _e2m1_values(), _e4m3_values(), _e8m0_values()
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a format's name says: values of the codes, baked zero, stored zeros, values of scale bytes."""
+
+    bits: int
+    values: np.ndarray
+    zero_point: int | None
+    zeros: str | None
+    scale_bytes: np.ndarray | None
+    group_sizes: tuple[int, ...]
+    per_channel: bool
+    has_global_scales: bool = False
+
+
+FACTS = {
+    "int4": Facts(4, np.arange(16.0), 8, None, None, (16, 32, 64, 128), True),
+    "int4_zp": Facts(4, np.arange(16.0), None, "integer", None, (16, 32, 64, 128), True),
+    "int4_fzp": Facts(4, np.arange(16.0), None, "float", None, (64, 128), True),
+    "int8": Facts(8, np.arange(256.0), 128, None, None, (32, 64, 128), True),
+    "int8_zp": Facts(8, np.arange(256.0), None, "integer", None, (32, 64, 128), True),
+    "int8_fzp": Facts(8, np.arange(256.0), None, "float", None, (64, 128), True),
+    "fp8": Facts(8, E4M3, 0, None, None, (128,), True),
+    "nvfp4": Facts(4, E2M1, 0, None, E4M3, (16,), False, has_global_scales=True),
+    "mxfp4": Facts(4, E2M1, 0, None, E8M0, (32,), False),
+    "mxfp8": Facts(8, E4M3, 0, None, E8M0, (32,), False),
+}
+
+
+def scale_dtypes(weight_format: str) -> tuple[str, ...]:
+    return ("bfloat16", "float16", "float32") if FACTS[weight_format].scale_bytes is None else ("uint8",)
+
+
+def group_sizes(weight_format: str) -> tuple[int | None, ...]:
+    facts = FACTS[weight_format]
+    return (*facts.group_sizes, None) if facts.per_channel else facts.group_sizes
+
+
+_PAIR_ORDER = {4: np.asarray([0, 4, 1, 5, 2, 6, 3, 7]), 8: np.asarray([0, 2, 1, 3])}
+
+
+def _fold(fields: np.ndarray, bits: int) -> np.ndarray:
+    """[..., pf] codes, the i-th at bit `bits * i`, to int32 words."""
+    shifts = np.uint32(bits) * np.arange(32 // bits, dtype=np.uint32)
+    return np.bitwise_or.reduce(fields.astype(np.uint32) << shifts, axis=-1).view(np.int32)
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """[E, K, N] to [E, K / 16, words], FORMATS section 2."""
+    experts, rows, columns = codes.shape
+    k, n = np.arange(rows)[:, None], np.arange(columns)[None]
+    r, c = k % 16, n % 64
+    w, b, col = c // 16, c % 16 // 8, c % 8
+    lane, i = 4 * col + r % 8 // 2, r % 2 + 2 * (r // 8) + 4 * b
+    if bits == 4:
+        word, position = n // 64 * 128 + lane * 4 + w, _PAIR_ORDER[4][i]
+    else:
+        word, position = n // 64 * 256 + lane * 8 + 2 * w + b, _PAIR_ORDER[8][i % 4]
+    fields = np.zeros((experts, rows // 16, columns * bits // 2, 32 // bits), np.uint8)
+    fields[:, k // 16, word, position] = codes
+    return _fold(fields, bits)
+
+
+def order_scales(scales: np.ndarray) -> np.ndarray:
+    """Grouped order, FORMATS section 4."""
+    n = np.arange(scales.shape[-1])
+    ordered = np.empty_like(scales)
+    ordered[..., n // 64 * 64 + 8 * (n % 8) + n % 64 // 8] = scales
+    return ordered
+
+
+def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
+    """[E, G, N] integer zero points to words, FORMATS section 4."""
+    n = np.arange(zeros.shape[-1])
+    chunk, col, t = n // 64, n % 8, n % 64 // 8
+    word = chunk * 8 + col if bits == 4 else chunk * 16 + 2 * col + t // 4
+    fields = np.zeros((*zeros.shape[:-1], zeros.shape[-1] * bits // 32, 32 // bits), np.uint8)
+    fields[..., word, _PAIR_ORDER[bits][t % (32 // bits)]] = zeros
+    return _fold(fields, bits)
+
+
+def _padded(array: np.ndarray, rows: int, columns: int, value=0) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, rows), (0, columns)), constant_values=value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Matrices `(codes - zeros) * scales`, rows in packed order.
+    """Matrices `(value(codes) - zeros) * scales * global_scales`, rows in packed order.
 
-    codes [E, K, N] uint8; scales [E, G, N]; zeros [E, G, N] or None for 8; bias [E, N] or None; input_order [E, K]
-    or None.
+    codes [E, K, N] uint8; scales [E, ceil(K / group_size), N], bytes where the format has bytes; zeros like scales or
+    None; bias [E, N] or None; input_order [E, K] or None; global_scales [E, ceil(N / 64)] or None.
     """
 
+    weight_format: str
+    group_size: int
     codes: np.ndarray
     scales: np.ndarray
-    zeros: np.ndarray | None
-    bias: np.ndarray | None
-    input_order: np.ndarray | None
+    zeros: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    input_order: np.ndarray | None = None
+    global_scales: np.ndarray | None = None
+
+    @property
+    def facts(self) -> Facts:
+        return FACTS[self.weight_format]
 
     @property
     def num_experts(self) -> int:
         return self.codes.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.codes.shape[1]
 
     @property
     def n(self) -> int:
@@ -36,9 +155,13 @@ class Experts:
 
     def dense(self) -> np.ndarray:
         """[E, K, N], rows in the order in which they meet x."""
-        repeats = self.codes.shape[1] // self.scales.shape[1]
-        zeros = 8.0 if self.zeros is None else self.zeros.astype(np.float64).repeat(repeats, axis=1)
-        scaled = (self.codes.astype(np.float64) - zeros) * self.scales.astype(np.float64).repeat(repeats, axis=1)
+        group = np.arange(self.k) // self.group_size
+        facts = self.facts
+        scales = self.scales.astype(np.float64) if facts.scale_bytes is None else facts.scale_bytes[self.scales]
+        zeros = float(facts.zero_point or 0) if self.zeros is None else self.zeros.astype(np.float64)[:, group]
+        scaled = (facts.values[self.codes] - zeros) * scales[:, group]
+        if self.global_scales is not None:
+            scaled *= self.global_scales.astype(np.float64).repeat(64, axis=1)[:, None, : self.n]
         if self.input_order is None:
             return scaled
         dense = np.empty_like(scaled)
@@ -47,31 +170,94 @@ class Experts:
         return dense
 
     def packed(self) -> jmm.MarlinWeights:
-        def device(array):
-            return None if array is None else jnp.asarray(array)
-
+        """In Marlin order, padded to whole tiles with codes of value zero and scales of zero."""
+        facts, rows, columns = self.facts, -self.k % 16, -self.n % 64
+        codes = _padded(self.codes, rows, columns, facts.zero_point or 0)
+        zeros = None if self.zeros is None else _padded(self.zeros, 0, columns)
+        if zeros is not None:
+            zeros = jnp.asarray(pack_zeros(zeros, facts.bits) if facts.zeros == "integer" else order_scales(zeros))
         return jmm.MarlinWeights(
-            packed=layout.pack(device(self.codes)),
-            scales=layout.permute_scales(device(self.scales)),
-            zeros=None if self.zeros is None else layout.pack_zeros(device(self.zeros)),
-            bias=device(self.bias),
-            input_order=device(self.input_order),
-            format=jmm.FORMATS["int4" if self.zeros is None else "int4_zp"],
+            packed=jnp.asarray(pack_codes(codes, facts.bits)),
+            scales=jnp.asarray(order_scales(_padded(self.scales, 0, columns))),
+            zeros=zeros,
+            bias=None if self.bias is None else jnp.asarray(np.pad(self.bias, ((0, 0), (0, columns)))),
+            input_order=None if self.input_order is None else jnp.asarray(self.input_order),
+            format=jmm.FORMATS[self.weight_format],
+            global_scales=None if self.global_scales is None else jnp.asarray(self.global_scales),
+            row_padding=rows,
+            column_padding=(columns,) if columns else (),
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Matrices side by side, each padded apart: [gate | up]."""
+
+    parts: tuple[Experts, ...]
+
+    @property
+    def num_experts(self) -> int:
+        return self.parts[0].num_experts
+
+    @property
+    def n(self) -> int:
+        return sum(part.n for part in self.parts)
+
+    @property
+    def bias(self) -> np.ndarray | None:
+        biases = [part.bias for part in self.parts]
+        return None if biases[0] is None else np.concatenate(biases, axis=-1)
+
+    def dense(self) -> np.ndarray:
+        return np.concatenate([part.dense() for part in self.parts], axis=-1)
+
+    def packed(self) -> jmm.MarlinWeights:
+        return jmm.concatenate_columns([part.packed() for part in self.parts])
+
+
 def random_experts(
-    rng, num_experts, k, n, *, group_size=None, scale_dtype=jnp.bfloat16, zeros=False, bias=False, reordered=False
+    rng,
+    num_experts,
+    k,
+    n,
+    *,
+    weight_format="int4",
+    group_size=None,
+    scale_dtype=jnp.bfloat16,
+    bias=False,
+    reordered=False,
 ) -> Experts:
     """Experts whose products with unit-variance rows have about unit variance."""
-    groups = k // (group_size or k)
-    scales = rng.uniform(0.5, 1.5, (num_experts, groups, n)) / (4.6 * np.sqrt(k))
+    facts = FACTS[weight_format]
+    groups = -(-k // (group_size or k))
+    shape = (num_experts, groups, n)
+    codes = rng.integers(0, 2**facts.bits, (num_experts, k, n), dtype=np.uint8)
+    if facts.values is E4M3:
+        codes &= 0xBF  # magnitudes below 2: no NaN, and the small ones count
+    target = 1 / (facts.values[codes].std() * np.sqrt(k))
+    global_scales = None
+    if facts.scale_bytes is E4M3:
+        scales = rng.integers(1, 0x38, shape, dtype=np.uint8)  # up to 1; the first seven are subnormal
+        factor = target / np.sqrt(np.mean(E4M3[scales] ** 2))
+        global_scales = (factor * rng.uniform(0.25, 1.5, (num_experts, -(-n // 64)))).astype(np.float32)
+    elif facts.scale_bytes is E8M0:
+        scales = (127 + round(math.log2(target)) + rng.integers(-3, 2, shape)).astype(np.uint8)
+    else:
+        scales = (rng.uniform(0.5, 1.5, shape) * target).astype(scale_dtype)
+    zeros = None
+    if facts.zeros == "integer":
+        zeros = rng.integers(0, 2**facts.bits, shape, dtype=np.uint8)
+    elif facts.zeros == "float":
+        zeros = rng.uniform(-1, 2**facts.bits, shape).astype(scale_dtype)
     return Experts(
-        codes=rng.integers(0, 16, (num_experts, k, n), dtype=np.uint8),
-        scales=scales.astype(scale_dtype),
-        zeros=rng.integers(0, 16, (num_experts, groups, n), dtype=np.uint8) if zeros else None,
+        weight_format=weight_format,
+        group_size=group_size or k,
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
         bias=rng.normal(size=(num_experts, n)).astype(np.float32) if bias else None,
         input_order=np.argsort(rng.random((num_experts, k)), axis=1).astype(np.int32) if reordered else None,
+        global_scales=global_scales,
     )
 
 
@@ -106,7 +292,7 @@ def local_experts(ids, num_experts, expert_map=None) -> np.ndarray:
     return np.asarray([e if 0 <= e < num_experts else -1 for e in served], np.int64)
 
 
-def products(rows, experts: Experts, served) -> np.ndarray:
+def products(rows, experts: Experts | Joined, served) -> np.ndarray:
     """`rows[s] @ W[served[s]] + bias[served[s]]`, zero where nothing serves: [slots, N]."""
     dense = experts.dense()
     out = np.zeros((len(served), experts.n))
@@ -124,12 +310,36 @@ def grouped_product(x, experts: Experts, ids, *, expert_map=None, router_weights
     return out if router_weights is None else out * router_weights.reshape(-1, 1)
 
 
-def expert_block(x, gate_up: Experts, down: Experts, router_weights, ids, *, expert_map=None) -> np.ndarray:
+def activate(h, activation="silu", parameters=()) -> np.ndarray:
+    """FORMATS section 7, of [gate | up] columns or of all of them."""
+    if activation == "relu2":
+        return np.maximum(h, 0) ** 2
+    gate, up = np.split(h, 2, axis=1)
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    if activation == "gelu_tanh":
+        return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    limit, alpha, beta = parameters
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate / (1 + np.exp(-alpha * gate)) * (up + beta)
+
+
+def expert_block(
+    x,
+    gate_up: Experts | Joined,
+    down: Experts,
+    router_weights,
+    ids,
+    *,
+    expert_map=None,
+    activation="silu",
+    parameters=(),
+) -> np.ndarray:
     """What `fused_moe` computes: [tokens, H]. The activation is rounded to the type of x, nothing else is."""
     tokens, top_k = ids.shape
     served = local_experts(ids, gate_up.num_experts, expert_map)
-    gate, up = np.split(products(x.repeat(top_k, axis=0), gate_up, served), 2, axis=1)
-    activated = (gate / (1 + np.exp(-gate)) * up).astype(x.dtype)
+    h = products(x.repeat(top_k, axis=0), gate_up, served)
+    activated = activate(h, activation, parameters).astype(x.dtype)
     y = products(activated, down, served) * router_weights.reshape(-1, 1)
     return y.reshape(tokens, top_k, down.n).sum(1)
 

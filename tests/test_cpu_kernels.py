@@ -16,20 +16,29 @@ import numpy as np
 import jax_marlin_moe as jmm
 from oracle import *
 
+from test_formats import every_code, product
+
 rng = np.random.default_rng(0)
-for dtype in ("bfloat16", "float16"):
-    for zeros, group_size, scale_dtype in ((False, None, "float16"), (True, 16, "bfloat16"), (True, 272, "float16")):
-        gate_up = random_experts(rng, 5, 272, 128, group_size=group_size, zeros=zeros, bias=True,
-                                 scale_dtype=jnp.dtype(scale_dtype))
-        # From one row to more than a panel of 16, in every remainder of the rows that share a dequantisation.
-        for tokens, kind in ((1, "distinct"), (3, "one"), (23, "one"), (40, "holes")):
-            x = random_rows(rng, tokens, 272, jnp.dtype(dtype))
-            router, ids = random_routing(rng, tokens, 2, 5, kind)
-            alignment = jmm.moe_align_block_size(ids, block_size=16, num_experts=5)
-            y = jmm.moe_gemm(x, gate_up.packed(), alignment, top_k=2, implementation="cpu")
-            assert_product_close(y, grouped_product(x, gate_up, ids))
-    block = [random_experts(rng, 5, *shape, group_size=32, zeros=True) for shape in ((128, 384), (192, 128))]
-    x = random_rows(rng, 21, 128, jnp.dtype(dtype))
+for name, facts in FACTS.items():
+    for dtype, scale_dtype in (("bfloat16", scale_dtypes(name)[0]), ("float16", scale_dtypes(name)[-1])):
+        # 17 tiles: with the larger groups the last is a partial one, and one group takes several steps.
+        for group_size in (facts.group_sizes[-1], None if facts.per_channel else facts.group_sizes[0]):
+            experts = random_experts(rng, 5, 272, 128, weight_format=name, group_size=group_size, bias=True,
+                                     scale_dtype=jnp.dtype(scale_dtype))
+            weights = experts.packed()
+            # From one row to more than a panel of 16, in every remainder of the rows that share a dequantisation.
+            for tokens, kind in ((1, "distinct"), (3, "one"), (23, "one"), (40, "holes")):
+                x = random_rows(rng, tokens, 272, jnp.dtype(dtype))
+                _, ids = random_routing(rng, tokens, 2, 5, kind)
+                assert_product_close(product(x, weights, ids, "cpu", 5), grouped_product(x, experts, ids))
+        codes = every_code(name)
+        x = np.eye(codes.k).astype(jnp.dtype(dtype))
+        y = np.asarray(product(x, codes.packed(), np.zeros((codes.k, 1), np.int32), "cpu", 1))
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(y, codes.dense()[0].astype(np.float32).astype(x.dtype))
+    block = [random_experts(rng, 5, *shape, group_size=facts.group_sizes[-1], weight_format=name)
+             for shape in ((128, 384), (192, 128))]
+    x = random_rows(rng, 21, 128, jnp.bfloat16)
     router, ids = random_routing(rng, 21, 3, 5)
     y = jmm.fused_moe(x, *(experts.packed() for experts in block), router, ids, implementation="cpu")
     assert_block_close(y, expert_block(x, *block, router, ids))

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import random_experts
+from oracle import FACTS, random_experts
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.formats import WeightFormat
-from jax_marlin_moe.ops.operands import weight_operands
+from jax_marlin_moe.ops.arguments import check_weights
+from jax_marlin_moe.ops.operands import format_attributes, weight_operands
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 5, 2, 4, 128, 64
 
@@ -26,7 +26,7 @@ def gemm_arguments():
     alignment = jmm.moe_align_block_size(jnp.zeros((TOKENS, TOP_K), jnp.int32), block_size=8, num_experts=EXPERTS)
     return {
         "x": jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16),
-        "weights": experts(HIDDEN, 64, group_size=32, zeros=True, bias=True),
+        "weights": experts(HIDDEN, 64, group_size=32, weight_format="int4_zp", bias=True),
         "alignment": alignment,
         "top_k": TOP_K,
     }
@@ -63,15 +63,24 @@ BAD_WEIGHTS = {
     "dense array": (constant(jnp.zeros((4, 128, 64))), TypeError, r"{} is a .*; it must be a MarlinWeights"),
     "another layout": (partial(replaced, layout=constant("a8")), ValueError, r"{}\.layout is 'a8'; .*'a16'"),
     "another format": (
-        partial(replaced, format=constant(WeightFormat("int4", 4, 7, (128,), ("float16",)))),
+        partial(replaced, format=constant(dataclasses.replace(jmm.FORMATS["int4"], zero_point=7))),
         ValueError,
         r"{}\.format is .*; it must be a row of",
     ),
     "unsigned words": (partial(replaced, packed=cast(jnp.uint32)), TypeError, r"{}\.packed has dtype uint32"),
     "words without experts": (partial(replaced, packed=shaped(8, 128)), ValueError, r"{}\.packed has shape"),
-    "N off the tile": (partial(replaced, packed=shaped(4, 8, 192)), ValueError, r"{} has \(K, N\) = \(128, 96\)"),
-    "no rows": (partial(replaced, packed=shaped(4, 0, 128)), ValueError, r"{} has \(K, N\) = \(0, 64\)"),
-    "float32 scales": (partial(replaced, scales=cast(jnp.float32)), TypeError, r"{}\.scales has dtype float32"),
+    "N off the tile": (
+        partial(replaced, packed=shaped(4, 8, 192)),
+        ValueError,
+        r"{} is packed as \(K, N\) = \(128, 96\)",
+    ),
+    "no rows": (partial(replaced, packed=shaped(4, 0, 128)), ValueError, r"{} is packed as \(K, N\) = \(0, 64\)"),
+    "integer scales": (
+        partial(replaced, scales=cast(jnp.int32)),
+        TypeError,
+        r"{}\.scales has dtype int32; format int4_zp takes float16 or bfloat16 or float32",
+    ),
+    "scales as bytes": (partial(replaced, scales=cast(jnp.uint8)), TypeError, r"{}\.scales has dtype uint8"),
     "flat scales": (partial(replaced, scales=shaped(4, 64)), ValueError, r"{}\.scales has shape"),
     "scales of another width": (partial(replaced, scales=shaped(4, 4, 32)), ValueError, r"{}\.scales has shape"),
     "scales of fewer experts": (partial(replaced, scales=shaped(3, 4, 64)), ValueError, r"{}\.scales has shape"),
@@ -85,6 +94,17 @@ BAD_WEIGHTS = {
     ),
     "unsigned zero points": (partial(replaced, zeros=cast(jnp.uint32)), TypeError, r"{}\.zeros has dtype uint32"),
     "zero points of one group": (partial(replaced, zeros=shaped(4, 1, 8)), ValueError, r"{}\.zeros has shape"),
+    "superfluous global scales": (
+        partial(replaced, global_scales=constant(jnp.ones((4, 1)))),
+        ValueError,
+        r"{}\.global_scales is not None; int4_zp takes no global_scales",
+    ),
+    "more row padding than rows": (partial(replaced, row_padding=constant(128)), ValueError, r"{} has row_padding 128"),
+    "negative column padding": (
+        partial(replaced, column_padding=constant((-1,))),
+        ValueError,
+        r"{} has .* column_padding \(-1,\), which do not fit",
+    ),
     "half a bias": (partial(replaced, bias=cast(jnp.float16)), TypeError, r"{}\.bias has dtype float16"),
     "bias of another width": (partial(replaced, bias=shaped(4, 32)), ValueError, r"{}\.bias has shape"),
     "float row order": (
@@ -105,10 +125,44 @@ BAD_WEIGHTS = {
 def test_bad_weights_are_refused(bad, name):
     change, error, message = BAD_WEIGHTS[bad]
     arguments = gemm_arguments() if name == "weights" else block_arguments()
-    arguments[name] = change(experts(HIDDEN, 64, group_size=32, zeros=True, bias=True))
+    arguments[name] = change(experts(HIDDEN, 64, group_size=32, weight_format="int4_zp", bias=True))
     call = jmm.moe_gemm if name == "weights" else jmm.fused_moe
     with pytest.raises(error, match=message.format(name)):
         call(**arguments)
+
+
+BAD_LEAVES_OF_FORMATS = [
+    ("nvfp4", {"scales": cast(jnp.float16)}, TypeError, r"w\.scales has dtype float16; format nvfp4 takes uint8"),
+    ("nvfp4", {"scales": shaped(4, 4, 64)}, ValueError, r"w\.scales has 4 groups over K = 128; .*one of \(16,\)"),
+    ("nvfp4", {"global_scales": constant(None)}, ValueError, r"w\.global_scales is None; nvfp4 needs global_scales"),
+    ("nvfp4", {"global_scales": cast(jnp.bfloat16)}, TypeError, r"w\.global_scales has dtype bfloat16"),
+    ("nvfp4", {"global_scales": shaped(4)}, ValueError, r"w\.global_scales has shape \(4,\)"),
+    ("nvfp4", {"global_scales": shaped(4, 64)}, ValueError, r"w\.global_scales has shape .*\(E, N / 64\) = \(4, 1\)"),
+    ("nvfp4", {"global_scales": shaped(3, 1)}, ValueError, r"w\.global_scales has shape"),
+    ("mxfp4", {"scales": cast(jnp.bfloat16)}, TypeError, r"w\.scales has dtype bfloat16; format mxfp4 takes uint8"),
+    ("mxfp4", {"scales": shaped(4, 1, 64)}, ValueError, r"w\.scales has 1 groups .* must be one of \(32,\)$"),
+    (
+        "mxfp8",
+        {"zeros": constant(jnp.zeros((4, 4, 16), jnp.int32))},
+        ValueError,
+        r"w\.zeros is not None; mxfp8 takes no",
+    ),
+    ("fp8", {"scales": cast(jnp.uint8)}, TypeError, r"w\.scales has dtype uint8"),
+    ("fp8", {"packed": shaped(4, 8, 128)}, ValueError, r"w is packed as \(K, N\) = \(128, 32\)"),
+    ("int8_zp", {"zeros": shaped(4, 1, 8)}, ValueError, r"w\.zeros has shape .*\(E, groups, N / pf\) = \(4, 1, 16\)"),
+    ("int8_zp", {"zeros": constant(None)}, ValueError, r"w\.zeros is None; int8_zp needs zeros"),
+    ("int4_fzp", {"zeros": cast(jnp.int32)}, TypeError, r"w\.zeros has dtype int32; it must be a bfloat16"),
+    ("int4_fzp", {"zeros": cast(jnp.float32)}, TypeError, r"w\.zeros has dtype float32; it must be a bfloat16"),
+    ("int4_fzp", {"zeros": shaped(4, 1, 32)}, ValueError, r"w\.zeros has shape .*\(E, groups, N\) = \(4, 1, 64\)"),
+]
+
+
+@pytest.mark.parametrize(("weight_format", "leaves", "error", "message"), BAD_LEAVES_OF_FORMATS)
+def test_bad_leaves_of_a_format_are_refused(weight_format, leaves, error, message):
+    sizes = FACTS[weight_format].group_sizes
+    weights = experts(HIDDEN, 64, weight_format=weight_format, group_size=sizes[-1])
+    with pytest.raises(error, match=message):
+        check_weights("w", replaced(weights, **leaves))
 
 
 def alignment_with(**leaves):
@@ -169,17 +223,22 @@ BAD_BLOCKS = {
     "down with too many rows": (
         {"down": experts(128, HIDDEN)},
         ValueError,
-        "gate_up has N = 128 columns and down K = 128",
+        "gate_up has N = 128 columns and down K = 128 rows; activation 'silu' needs N = 2",
     ),
     "down with too few columns": (
         {"down": experts(INNER, 64)},
         ValueError,
         "down has N = 64 columns; it must be H = 128",
     ),
-    "inner rows off the tile": (
-        {"gate_up": experts(HIDDEN, 64), "down": experts(32, HIDDEN)},
+    "two halves where none are gated": (
+        {"activation": "relu2"},
         ValueError,
-        "down has K = 32 rows; the block needs a multiple of 64",
+        "gate_up has N = 128 columns and down K = 64 rows; activation 'relu2' needs N = 1",
+    ),
+    "halves padded as one": (
+        {"gate_up": experts(HIDDEN, 2 * 20), "down": experts(20, HIDDEN)},
+        ValueError,
+        r"gate_up.column_padding is \(24,\); .*join them with jax_marlin_moe.concatenate_columns",
     ),
     "fewer experts in down": (
         {"down": experts(INNER, HIDDEN).expert(0)},
@@ -191,7 +250,7 @@ BAD_BLOCKS = {
         ValueError,
         "down.input_order .*fold_input_order",
     ),
-    "unknown activation": ({"activation": "sine"}, ValueError, "activation is 'sine'; .*silu"),
+    "unknown activation": ({"activation": "sine"}, ValueError, "activation is 'sine'; .*relu2, silu, or .*swiglu"),
     "float ids": ({"topk_ids": jnp.zeros((TOKENS, TOP_K))}, TypeError, "topk_ids has dtype float32; .*int32"),
     "64-bit ids": ({"topk_ids": np.zeros((TOKENS, TOP_K), np.int64)}, TypeError, "topk_ids has dtype int64"),
     "ids in a list": ({"topk_ids": [[0, 1]]}, TypeError, "topk_ids has dtype list"),
@@ -303,10 +362,11 @@ def test_reverse_mode_says_that_it_is_missing():
 # The handlers, called as a corrupted or hand-written program would: operands in order, then results.
 
 ALIGN = ["topk_ids", "expert_map"]
-GEMM = ["x", "packed", "scales", "zeros", "bias", "topk_weights", "sorted_token_ids", "expert_ids", "count"]
+MATRIX = ["packed", "scales", "zeros", "global_scales", "bias"]
+GEMM = ["x", *MATRIX, "topk_weights", "sorted_token_ids", "expert_ids", "count"]
 BLOCK = [
     "x",
-    *(f"{matrix} {leaf}" for matrix in ("gate_up", "down") for leaf in ("packed", "scales", "zeros", "bias")),
+    *(f"{matrix} {leaf}" for matrix in ("gate_up", "down") for leaf in MATRIX),
     "topk_weights",
     "topk_ids",
     "expert_map",
@@ -320,34 +380,48 @@ def align_operands():
     return dict(zip(ALIGN, operands, strict=True)), results, {"block_size": 8, "num_experts": EXPERTS}
 
 
+def with_every_operand(k, n):
+    """int4 with zero points, bias and what no format has beside them: global scales."""
+    weights = experts(k, n, group_size=32, weight_format="int4_zp", bias=True)
+    return dataclasses.replace(weights, global_scales=jnp.ones((EXPERTS, n // 64)))
+
+
 def gemm_operands():
     arguments = gemm_arguments()
     alignment = arguments["alignment"]
+    weights = with_every_operand(HIDDEN, 64)
     operands = [
         arguments["x"],
-        *weight_operands(arguments["weights"]),
+        *weight_operands(weights),
         jnp.zeros(TOKENS * TOP_K),
         alignment.sorted_token_ids,
         alignment.expert_ids,
         alignment.num_tokens_post_padded,
     ]
     results = [jax.ShapeDtypeStruct((TOKENS * TOP_K, 64), jnp.bfloat16)]
-    attributes = {"top_k": TOP_K, "block_size": 8, "mul_topk_weights": True}
+    attributes = {"top_k": TOP_K, "block_size": 8, "mul_topk_weights": True, **format_attributes("", weights)}
     return dict(zip(GEMM, operands, strict=True)), results, attributes
 
 
 def block_operands():
     arguments = block_arguments()
+    gate_up, down = with_every_operand(HIDDEN, 2 * INNER), with_every_operand(INNER, HIDDEN)
     operands = [
         arguments["x"],
-        *weight_operands(experts(HIDDEN, 2 * INNER, group_size=32, zeros=True, bias=True)),
-        *weight_operands(experts(INNER, HIDDEN, group_size=32, zeros=True, bias=True)),
+        *weight_operands(gate_up),
+        *weight_operands(down),
         arguments["topk_weights"],
         arguments["topk_ids"],
         jnp.zeros(EXPERTS, jnp.int32),
     ]
     results = [jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16)]
-    return dict(zip(BLOCK, operands, strict=True)), results, {"activation": "silu"}
+    attributes = {
+        "activation": "silu",
+        "activation_parameters": np.zeros(0, np.float32),
+        **format_attributes("gate_up_", gate_up),
+        **format_attributes("down_", down),
+    }
+    return dict(zip(BLOCK, operands, strict=True)), results, attributes
 
 
 HANDLERS = {
@@ -388,7 +462,7 @@ def longer(leaf):
 
 
 def another_type(leaf):
-    return jnp.zeros(leaf.shape, jnp.float32 if leaf.dtype != jnp.float32 else jnp.int32)
+    return jnp.zeros(leaf.shape, jnp.int32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
 
 
 DISAGREEMENTS = [
@@ -435,7 +509,27 @@ def test_handlers_refuse_results_that_disagree(handler, result):
         ("product", {"top_k": 3}, "topk_weights has shape"),
         ("product", {"block_size": -8}, "block_size is -8"),
         ("product", {"block_size": 16}, "expert_ids has shape"),
-        ("block", {"activation": "sine"}, "activation is 'sine'; there are: silu"),
+        ("product", {"code": "int3"}, "code is 'int3'; there are: int4, int8, e2m1, e4m3"),
+        ("product", {"code": "int8"}, "packed has 128 words a row, not a multiple of 256"),
+        ("product", {"code": "e2m1"}, "zeros is 'integer', but only integer codes have zero points"),
+        ("product", {"scale": "e5m2"}, "scale is 'e5m2'"),
+        ("product", {"scale": "e8m0"}, "scales have dtype code .*, in which 'e8m0' scales are not stored"),
+        ("product", {"zeros": "some"}, "zeros is 'some'; there are: none, integer, float"),
+        ("product", {"zeros": "none"}, "zeros has shape"),
+        ("product", {"zeros": "float"}, "zeros has dtype code"),
+        ("product", {"zero_point": np.int64(-1)}, "zero_point is -1, which is no code"),
+        ("product", {"zero_point": np.int64(16)}, "zero_point is 16, which is no code"),
+        ("product", {"group_size": np.int64(0)}, "group_size is 0, not a multiple of 16"),
+        ("product", {"group_size": np.int64(24)}, "group_size is 24, not a multiple of 16"),
+        ("product", {"group_size": np.int64(64)}, "scales has shape"),
+        ("product", {"group_size": np.int64(2**62)}, "scales has shape"),
+        ("block", {"activation": "sine"}, "activation is 'sine'; there are: silu, swiglu, gelu_tanh, relu2"),
+        ("block", {"activation": "swiglu"}, "activation 'swiglu' has 0 parameters; it takes 3"),
+        ("block", {"activation_parameters": np.ones(1, np.float32)}, "activation 'silu' has 1 parameters; it takes 0"),
+        ("block", {"activation": "relu2"}, "gate_up has 128 columns, which are not 1 times the 64 rows of down"),
+        ("block", {"gate_up_code": "int3"}, "gate_up code is 'int3'"),
+        ("block", {"down_code": "int3"}, "down code is 'int3'"),
+        ("block", {"down_group_size": np.int64(16)}, "down scales has shape"),
     ],
 )
 def test_handlers_refuse_attributes_that_disagree(handler, attributes, message):
@@ -450,6 +544,25 @@ def test_block_rows_are_one_per_token_or_per_slot(rows):
 
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*x has {rows} rows"):
         run_handler("block", {"x": change})
+
+
+@pytest.mark.parametrize("weight_format", FACTS)
+def test_handlers_refuse_leaves_of_another_format(weight_format):
+    """Attributes of every format with the operands of every other: all but those that are one format to the kernels."""
+    own = experts(HIDDEN, 64, weight_format=weight_format, group_size=FACTS[weight_format].group_sizes[-1])
+    attributes = format_attributes("", own)
+    for name, facts in FACTS.items():
+        weights = experts(HIDDEN, 64, weight_format=name, group_size=facts.group_sizes[-1])
+        leaves = {leaf: constant(value) for leaf, value in zip(MATRIX, weight_operands(weights), strict=True)}
+        same_shapes = [
+            a.shape == b.shape and a.dtype == b.dtype
+            for a, b in zip(weight_operands(own), weight_operands(weights), strict=True)
+        ]
+        if all(same_shapes[:3]):
+            run_handler("product", leaves, attributes)
+            continue
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+            run_handler("product", leaves, attributes)
 
 
 def test_handlers_refuse_router_weights_that_are_missing():

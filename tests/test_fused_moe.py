@@ -25,8 +25,8 @@ class Case:
     inner: int = 128
     group_size: int | None = 64
     down_group_size: int | None = 64
-    zeros: bool = False
-    down_zeros: bool = False
+    weight_format: str = "int4"
+    down_format: str = "int4"
     dtype: str = "bfloat16"
     scale_dtype: str = "bfloat16"
     routing: str = "distinct"
@@ -42,15 +42,21 @@ CASES = [
     Case("fp16 rows, bf16 scales", dtype="float16"),
     *(Case(f"groups of {g}", hidden=256, inner=256, group_size=g, down_group_size=g) for g in (16, 32, 128)),
     *(
-        Case(f"zero points, groups of {g}", group_size=g, down_group_size=g, zeros=True, down_zeros=True)
+        Case(
+            f"zero points, groups of {g}",
+            group_size=g,
+            down_group_size=g,
+            weight_format="int4_zp",
+            down_format="int4_zp",
+        )
         for g in (16, 32, 64)
     ),
-    Case("zero points, fp16", zeros=True, down_zeros=True, dtype="float16", scale_dtype="float16"),
+    Case("zero points, fp16", weight_format="int4_zp", down_format="int4_zp", dtype="float16", scale_dtype="float16"),
     Case("one group", group_size=None, down_group_size=None),
-    Case("formats of their own", group_size=None, zeros=True, down_group_size=16),
+    Case("formats of their own", group_size=None, weight_format="int4_zp", down_group_size=16),
     *(Case(f"top {t}", top_k=t, experts=11, tokens=20) for t in (1, 3, 4, 5, 6, 7, 8, 9)),
     Case("one token", tokens=1),
-    Case("one token, fp16, bias", tokens=1, dtype="float16", scale_dtype="float16", bias=True, zeros=True),
+    Case("one token, fp16, bias", tokens=1, dtype="float16", scale_dtype="float16", bias=True, weight_format="int4_zp"),
     Case("one token, holes", tokens=1, top_k=6, routing="holes"),
     Case("one token, the same expert again", tokens=1, top_k=4, routing="duplicates"),
     Case("one token, remote experts", tokens=1, experts=3, top_k=5, expert_map=(1, -1, 2, -1, 0)),
@@ -105,12 +111,18 @@ def make_call(case: Case, implementation: str | None, seed=0) -> Call:
         case.hidden,
         2 * case.inner,
         group_size=case.group_size,
-        zeros=case.zeros,
+        weight_format=case.weight_format,
         reordered=case.reordered,
         **shared,
     )
     down = random_experts(
-        rng, case.experts, case.inner, case.hidden, group_size=case.down_group_size, zeros=case.down_zeros, **shared
+        rng,
+        case.experts,
+        case.inner,
+        case.hidden,
+        group_size=case.down_group_size,
+        weight_format=case.down_format,
+        **shared,
     )
     routed = case.experts if case.expert_map is None else len(case.expert_map)
     x = random_rows(rng, case.tokens, case.hidden, jnp.dtype(case.dtype))

@@ -24,7 +24,7 @@ class Case:
     k: int = 256
     n: int = 128
     group_size: int | None = 128
-    zeros: bool = False
+    weight_format: str = "int4"
     dtype: str = "bfloat16"
     scale_dtype: str = "bfloat16"
     block_size: int = 16
@@ -41,10 +41,10 @@ CASES = [
     Case("bf16 rows, fp16 scales", scale_dtype="float16"),
     Case("fp16 rows, bf16 scales", dtype="float16"),
     *(Case(f"groups of {g}", group_size=g) for g in (16, 32, 64)),
-    *(Case(f"zero points, groups of {g}", group_size=g, zeros=True) for g in (16, 32, 64, 128)),
-    Case("zero points, fp16", zeros=True, dtype="float16", scale_dtype="float16"),
+    *(Case(f"zero points, groups of {g}", group_size=g, weight_format="int4_zp") for g in (16, 32, 64, 128)),
+    Case("zero points, fp16", weight_format="int4_zp", dtype="float16", scale_dtype="float16"),
     Case("one group", group_size=None),
-    Case("one group with zero points", group_size=None, zeros=True, dtype="float16"),
+    Case("one group with zero points", group_size=None, weight_format="int4_zp", dtype="float16"),
     Case("one group of 128", k=128),
     *(Case(f"blocks of {b}", block_size=b, tokens=70) for b in (8, 32, 48, 64)),
     *(Case(f"top {t}", top_k=t, experts=11, tokens=20) for t in (1, 3, 4, 5, 6, 7, 8, 9)),
@@ -64,11 +64,18 @@ CASES = [
     Case("router weights", weighted=True),
     Case("bias and router weights", bias=True, weighted=True, routing="holes"),
     Case("minimum tile", k=16, n=64, group_size=16),
-    Case("minimum tile with zero points", k=16, n=64, group_size=None, zeros=True, dtype="float16"),
+    Case("minimum tile with zero points", k=16, n=64, group_size=None, weight_format="int4_zp", dtype="float16"),
     Case("odd tiles", k=208, n=320, group_size=None),
-    Case("odd tiles in groups", k=336, n=192, group_size=16, zeros=True),
+    Case("odd tiles in groups", k=336, n=192, group_size=16, weight_format="int4_zp"),
     Case("rows in orders of their own", reordered=True, group_size=32),
-    Case("row orders, holes and weights", reordered=True, routing="holes", weighted=True, bias=True, zeros=True),
+    Case(
+        "row orders, holes and weights",
+        reordered=True,
+        routing="holes",
+        weighted=True,
+        bias=True,
+        weight_format="int4_zp",
+    ),
 ]
 
 
@@ -94,7 +101,7 @@ def make_call(case: Case, implementation: str, seed=0) -> Call:
         case.n,
         group_size=case.group_size,
         scale_dtype=jnp.dtype(case.scale_dtype),
-        zeros=case.zeros,
+        weight_format=case.weight_format,
         bias=case.bias,
         reordered=case.reordered,
     )

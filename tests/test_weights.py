@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import random_experts
+from oracle import FACTS, random_experts
 
 import jax_marlin_moe as jmm
 
 GROUPS = pytest.mark.parametrize("group_size", [32, None])
+EVERY_FORMAT = pytest.mark.parametrize("weight_format", FACTS)
 
 
 def assert_same_weights(actual, expected):
@@ -21,7 +22,7 @@ def assert_same_weights(actual, expected):
 
 
 def experts_with_everything(group_size=32, seed=0, **changes):
-    fields = {"zeros": True, "bias": True} | changes
+    fields = {"weight_format": "int4_zp", "bias": True} | changes
     return random_experts(np.random.default_rng(seed), 3, 64, 192, group_size=group_size, **fields)
 
 
@@ -84,16 +85,43 @@ def test_an_expert_that_is_not_there_is_refused(index):
         experts_with_everything().packed().expert(index)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 32), (32, 96), (128, 256), (64, 64), (-64, 64)])
-def test_column_ranges_off_the_tile_are_refused(start, stop):
-    with pytest.raises(ValueError, match=r"columns .* multiples of 64"):
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (128, 256), (64, 64), (-64, 64), (0, 193)])
+def test_column_ranges_that_are_not_there_are_refused(start, stop):
+    with pytest.raises(ValueError, match=rf"columns \[{start}, {stop}\) must be a non-empty range inside \[0, 192\)"):
         experts_with_everything().packed().columns(start, stop)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 16), (16, 48), (0, 96)])
-def test_row_ranges_off_the_groups_are_refused(start, stop):
-    with pytest.raises(ValueError, match=r"rows .* multiples of 32"):
+@pytest.mark.parametrize(
+    ("start", "stop", "nearest"),
+    [(0, 32, "32 are 0 and 64"), (32, 96, "32 are 0 and 64"), (64, 190, "190 are 128 and 192")],
+)
+def test_column_ranges_off_the_tile_are_refused(start, stop, nearest):
+    with pytest.raises(ValueError, match=rf"columns .* multiples of 64; the nearest to {nearest}"):
+        experts_with_everything().packed().columns(start, stop)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 96), (32, 32), (-32, 32), (64, 96)])
+def test_row_ranges_that_are_not_there_are_refused(start, stop):
+    with pytest.raises(ValueError, match=rf"rows \[{start}, {stop}\) must be a non-empty range inside \[0, 64\)"):
         experts_with_everything().packed().rows(start, stop)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "nearest"),
+    [(0, 16, "16 are 0 and 32"), (16, 48, "16 are 0 and 32"), (32, 63, "63 are 32 and 64")],
+)
+def test_row_ranges_off_the_groups_are_refused(start, stop, nearest):
+    """A shard of which a group would straddle the end has no scale of its own there."""
+    with pytest.raises(ValueError, match=rf"rows .* split a group .* multiples of 32; the nearest to {nearest}"):
+        experts_with_everything().packed().rows(start, stop)
+
+
+def test_a_shard_of_2880_rows_names_its_neighbours():
+    """Two ranks of gpt-oss in groups of 128: 1440 is 11.25 groups."""
+    weights = random_experts(np.random.default_rng(0), 1, 2880, 64, group_size=128).packed()
+    with pytest.raises(ValueError, match="the nearest to 1440 are 1408 and 1536"):
+        weights.rows(0, 1440)
+    assert (weights.rows(0, 1408).k, weights.rows(1408, 2880).k) == (1408, 1472)
 
 
 def test_rows_of_reordered_weights_are_refused():
@@ -131,7 +159,7 @@ def test_equal_row_orders_are_kept():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zeros": False}, r"parts\[1\]\.format"),
+        ({"weight_format": "int4"}, r"parts\[1\]\.format"),
         ({"group_size": None}, r"parts\[1\]\.num_groups is 1"),
         ({"bias": False}, r"parts\[1\]\.bias"),
         ({"reordered": True}, r"parts\[1\]\.input_order must be given"),
@@ -157,7 +185,7 @@ def test_stacked_experts_are_their_stack():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zeros": False}, r"experts\[1\]\.format"),
+        ({"weight_format": "int4"}, r"experts\[1\]\.format"),
         ({"group_size": None}, r"experts\[1\]\.num_groups is 1"),
         ({"bias": False}, r"experts\[1\]\.bias"),
         ({"reordered": True}, r"experts\[1\]\.input_order must be given"),
@@ -167,6 +195,50 @@ def test_stacked_experts_are_their_stack():
 def test_experts_that_do_not_fit_are_refused(changes, message):
     with pytest.raises((TypeError, ValueError), match=message):
         jmm.stack_experts([experts_with_everything().packed(), experts_with_everything(**changes).packed()])
+
+
+@EVERY_FORMAT
+def test_slices_and_joins_of_every_format(weight_format):
+    """Columns, rows, joins and stacks are those of the logical matrix, global scales included."""
+    rng = np.random.default_rng(4)
+    size = FACTS[weight_format].group_sizes[-1]
+    experts = random_experts(rng, 3, 2 * size + 16, 192, weight_format=weight_format, group_size=size, bias=True)
+    weights, dense = experts.packed(), np.asarray(jmm.dequantize(experts.packed()))
+    assert (weights.group_size, weights.num_groups) == (size, 3)
+    np.testing.assert_array_equal(jmm.dequantize(weights.columns(64, 192)), dense[..., 64:192])
+    np.testing.assert_array_equal(weights.columns(64, 192).bias, experts.bias[:, 64:192])
+    np.testing.assert_array_equal(jmm.dequantize(weights.rows(0, size)), dense[:, :size])
+    np.testing.assert_array_equal(jmm.dequantize(weights.rows(size, 2 * size + 16)), dense[:, size:])
+    assert_same_weights(jmm.concatenate_columns([weights.columns(0, 64), weights.columns(64, 192)]), weights)
+    assert_same_weights(jmm.stack_experts([weights.expert(e) for e in range(3)]), weights)
+    if experts.global_scales is not None:
+        np.testing.assert_array_equal(weights.columns(64, 192).global_scales, experts.global_scales[:, 1:])
+
+
+@EVERY_FORMAT
+def test_padded_matrices_join_and_stack(weight_format):
+    rng = np.random.default_rng(5)
+    size = FACTS[weight_format].group_sizes[-1]
+    gate, up = (
+        random_experts(rng, 2, size + 20, 36, weight_format=weight_format, group_size=size, bias=True) for _ in range(2)
+    )
+    joined = jmm.concatenate_columns([gate.packed(), up.packed()])
+    assert (joined.k, joined.n, joined.padded_n, joined.column_padding) == (size + 20, 72, 128, (28, 28))
+    dense = np.concatenate([np.asarray(jmm.dequantize(part.packed())) for part in (gate, up)], axis=-1)
+    np.testing.assert_array_equal(jmm.dequantize(joined), dense)
+    assert_same_weights(jmm.stack_experts([joined.expert(e) for e in range(2)]), joined)
+    last = joined.rows(size, size + 20)
+    assert (last.k, last.row_padding) == (20, 12)
+    np.testing.assert_array_equal(jmm.dequantize(last), dense[:, size:])
+    with pytest.raises(ValueError, match=r"column_padding is \(28, 28\).*slice before packing"):
+        joined.columns(0, 64)
+
+
+def test_padded_matrices_of_different_widths_are_refused():
+    rng = np.random.default_rng(6)
+    parts = [random_experts(rng, 2, 64, n).packed() for n in (36, 128)]
+    with pytest.raises(ValueError, match=r"parts have \[36, 128\] columns; padded matrices must be equally wide"):
+        jmm.concatenate_columns(parts)
 
 
 def test_weights_pass_through_jit():
@@ -184,7 +256,7 @@ def test_slicing_traces():
 
 def test_format_is_part_of_the_structure():
     """Or a jitted function would use kernels of one format for another."""
-    symmetric, asymmetric = experts_with_everything(zeros=False).packed(), experts_with_everything().packed()
+    symmetric, asymmetric = experts_with_everything(weight_format="int4").packed(), experts_with_everything().packed()
     assert jax.tree.structure(symmetric) != jax.tree.structure(asymmetric)
     assert jax.tree.structure(symmetric) != jax.tree.structure(dataclasses.replace(symmetric, layout="a8"))
 

@@ -30,32 +30,59 @@ inline float Exp(float x) {
   return p * power;
 }
 
+inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(-x)); }
+
 // gate * sigmoid(gate) * up
-void Silu(const float* gate, const float* up, int64_t count, float* out) {
+void Silu(const float* gate, const float* up, int64_t count, const float*, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + Exp(-gate[i])) * up[i];
 }
 
-struct Row {
-  std::string_view name;
-  Activation function;
-};
+// g * sigmoid(alpha * g) * (u + beta) of g = min(gate, limit), u = clamp(up, -limit, limit); NaN stays NaN.
+void Swiglu(const float* gate, const float* up, int64_t count, const float* parameters, float* out) {
+  const float limit = parameters[0], alpha = parameters[1], beta = parameters[2];
+  for (int64_t i = 0; i < count; ++i) {
+    const float g = gate[i] > limit ? limit : gate[i];
+    const float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+    out[i] = g * Sigmoid(alpha * g) * (u + beta);
+  }
+}
 
-constexpr Row kActivations[] = {
-    {"silu", Silu},
+// gate / 2 * (1 + tanh(z)) * up of z = sqrt(2 / pi) * (gate + 0.044715 * gate^3), where 1 + tanh(z) = 2 * sigmoid(2z)
+void GeluTanh(const float* gate, const float* up, int64_t count, const float*, float* out) {
+  constexpr float kTwoRootTwoOverPi = 1.5957691216f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float g = gate[i];
+    out[i] = g * Sigmoid(kTwoRootTwoOverPi * (g + 0.044715f * g * g * g)) * up[i];
+  }
+}
+
+// max(gate, 0)^2; NaN stays NaN.
+void Relu2(const float* gate, const float*, int64_t count, const float*, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float g = gate[i] < 0 ? 0 : gate[i];
+    out[i] = g * g;
+  }
+}
+
+constexpr Activation kActivations[] = {
+    {"silu", true, 0, Silu},
+    {"swiglu", true, 3, Swiglu},
+    {"gelu_tanh", true, 0, GeluTanh},
+    {"relu2", false, 0, Relu2},
 };
 
 }  // namespace
 
-Activation FindActivation(std::string_view name) {
-  for (const Row& row : kActivations) {
-    if (row.name == name) return row.function;
+const Activation* FindActivation(std::string_view name) {
+  for (const Activation& row : kActivations) {
+    if (row.name == name) return &row;
   }
   return nullptr;
 }
 
 std::string ActivationNames() {
   std::string names;
-  for (const Row& row : kActivations) names += (names.empty() ? "" : ", ") + std::string(row.name);
+  for (const Activation& row : kActivations) names += (names.empty() ? "" : ", ") + std::string(row.name);
   return names;
 }
 

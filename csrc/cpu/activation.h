@@ -8,11 +8,16 @@
 
 namespace jax_marlin_moe::cpu {
 
-// out[i] = act(gate[i], up[i]) in float32; out may be gate or up.
-using Activation = void (*)(const float* gate, const float* up, int64_t count, float* out);
+struct Activation {
+  std::string_view name;
+  bool gated;  // whether the first product has two halves [gate | up]; otherwise `up` is not read
+  int parameters;
+  // out[i] = act(gate[i], up[i]) in float32; out may be gate or up.
+  void (*apply)(const float* gate, const float* up, int64_t count, const float* parameters, float* out);
+};
 
 // The activation of that name, or null.
-Activation FindActivation(std::string_view name);
+const Activation* FindActivation(std::string_view name);
 
 // Every name, for messages.
 std::string ActivationNames();

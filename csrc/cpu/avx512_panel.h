@@ -1,14 +1,18 @@
-// The panel kernel for 512-bit registers, apart from the arithmetic of one packed line, which `Math` brings.
+// The panel kernel for 512-bit registers, apart from the codes and the arithmetic, which `Math` brings.
 //
-// A packed line is 64 bytes: the words of columns 16 * w + 8 * b + col of a chunk for one col, as lanes
-// [t = 0..3][w = 0..3], with both halves b inside a word. Lanes are multiplied by x expanded to the same
-// order and accumulated apart; only at the end of a segment are the four t added and the scale applied.
+// A packed line is 64 bytes of the words of one col of a chunk: columns 16 * w + 8 * b + col. With 4-bit codes one line
+// is a col, lanes [t = 0..3][w = 0..3], both halves b inside a word; with 8-bit codes two lines are, lanes
+// [t % 2][w = 0..3][b = 0..1]. Lanes are multiplied by x expanded to the same order and accumulated apart; only at the
+// end of a segment are the lanes of a column added and the scale applied.
 //
 // Math provides
+//   kBits, kCenter                of a code: its width, and the zero point that its value has already subtracted
 //   kVectors                      x vectors of one tile
+//   kSegmentTiles                 most tiles between two applications of the scale
 //   Expand(x, out, stride, sum)   expands a tile, its vectors `stride` apart; adds its elements to `sum`
 //   kSumWeight                    how often `sum` holds each element
-//   AddLine<R>(line, x, acc)      acc[r][b] += codes of half b, minus 8, times row r
+//   AddColumn<R>(words, x, acc)   acc[r] += the codes of a col of a tile times row r, in two accumulators
+//   SumColumns(a, b)              the sums of two cols from their accumulators, lanes [c][b][w]
 //
 // Included by one file per instruction set, so everything has internal linkage: a shared template instance
 // could be kept from the wrong file.
@@ -18,6 +22,7 @@
 #include <immintrin.h>
 
 #include "cpu/gemm.h"
+#include "cpu/lookahead.h"
 
 // GCC's own definition of the "undefined" operand of its intrinsics sets these off (its bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
@@ -30,11 +35,9 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kSegmentTiles = 16;   // most tiles between two applications of the scale
-constexpr int kLineWords = 16;      // words of a packed line
-constexpr int kPrefetchTiles = 16;  // how far ahead memory is asked for
-constexpr int kVectorFloats = 16;   // lanes of a register
-constexpr int kMaxRows = 4;         // rows that share one dequantisation
+constexpr int kLineWords = 16;     // words of a packed line
+constexpr int kVectorFloats = 16;  // lanes of a register
+constexpr int kMaxRows = 4;        // rows that share one dequantisation
 
 // Sixteen consecutive 16-bit values as float32.
 JMM_INLINE __m512 LoadElements(const uint16_t* values, Element type) {
@@ -43,36 +46,116 @@ JMM_INLINE __m512 LoadElements(const uint16_t* values, Element type) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// A segment of one chunk as the four vectors of column pairs: lanes [c][b][w] of vector p stand for column
-// 16 * w + 8 * b + 2 * p + c.
-struct SegmentScales {
-  __m512 scale[4];
-  __m512 excess[4];  // of the zero point over 8, which the codes have already subtracted
-};
+// e4m3 codes in the top byte of each lane, anything below. Sign and magnitude, moved to where a float32 has them, make
+// the value times 2^-120: of codes below 2^-6 a subnormal, which this thread keeps (float_mode.h).
+JMM_INLINE __m512 FloatsFromE4M3(__m512i top) {
+  const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, 4), _mm512_set1_epi32(0x87F00000));
+  return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
+}
 
-JMM_INLINE void LoadScales(const ExpertMatrix& weight, int64_t group, int64_t column, SegmentScales* out) {
-  // The stored order is [c][w][b].
-  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  const uint16_t* scales = weight.scales + group * weight.n + column;
-#pragma GCC unroll 4
-  for (int p = 0; p < 4; ++p) {
-    out->scale[p] = _mm512_permutexvar_ps(order, LoadElements(scales + 16 * p, weight.scale_type));
-  }
-  if (weight.zeros == nullptr) return;
-  const int32_t* zeros = weight.zeros + (group * weight.n + column) / 8;
-  const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(zeros)));
-  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  const __m512i owner = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-#pragma GCC unroll 4
-  for (int p = 0; p < 4; ++p) {
-    const __m512i word = _mm512_permutexvar_epi32(_mm512_add_epi32(owner, _mm512_set1_epi32(2 * p)), words);
-    const __m512i code = _mm512_and_si512(_mm512_srlv_epi32(word, shifts), _mm512_set1_epi32(15));
-    out->excess[p] = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(8)));
+// Sixteen consecutive floats of type `type` as float32, from entry `index` on.
+template <Scale type>
+JMM_INLINE __m512 LoadFloats(const void* values, int64_t index) {
+  if constexpr (type == Scale::kF32) {
+    return _mm512_loadu_ps(static_cast<const float*>(values) + index);
+  } else if constexpr (type == Scale::kBf16 || type == Scale::kF16) {
+    return LoadElements(static_cast<const uint16_t*>(values) + index,
+                        type == Scale::kBf16 ? Element::kBf16 : Element::kF16);
+  } else {
+    const auto* address = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + index);
+    const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
+    if constexpr (type == Scale::kE4M3) {
+      const __m512i bits = _mm512_cvtepi8_epi32(_mm_loadu_si128(address));
+      const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7F));
+      const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7F));
+      return _mm512_mask_mov_ps(FloatsFromE4M3(_mm512_slli_epi32(bits, 24)), is_nan, nan);
+    } else {
+      const __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(address));
+      const __mmask16 is_smallest = _mm512_testn_epi32_mask(bits, bits);
+      const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(bits, _mm512_set1_epi32(255));
+      const __m512i powers =
+          _mm512_mask_mov_epi32(_mm512_slli_epi32(bits, 23), is_smallest, _mm512_set1_epi32(0x00400000));
+      return _mm512_mask_mov_ps(_mm512_castsi512_ps(powers), is_nan, nan);
+    }
   }
 }
 
-// The sums over t of four accumulators, one in each 128-bit lane.
-JMM_INLINE __m512 SumOverT(__m512 a, __m512 b, __m512 c, __m512 d) {
+// A group of one chunk as the four vectors of column pairs: lanes [c][b][w] of vector p stand for column
+// 16 * w + 8 * b + 2 * p + c.
+struct GroupScales {
+  __m512 scale[4];
+  __m512 excess[4];  // of the zero point over what values have already subtracted
+};
+
+// Integer zero points of one column pair: codes as int32.
+template <int kBits>
+JMM_INLINE __m512i LoadZeroCodes(const int32_t* words) {
+  if constexpr (kBits == 4) {  // two words, one a col; codes at nibbles [b][w]
+    const __m512i both = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(words)));
+    const __m512i owner = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    return _mm512_and_si512(_mm512_srlv_epi32(_mm512_permutexvar_epi32(owner, both), shifts), _mm512_set1_epi32(15));
+  } else {  // four words [c][w / 2], codes at bytes [b][w % 2]
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
+    const __m512i order = _mm512_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    return _mm512_permutexvar_epi32(order, codes);
+  }
+}
+
+template <class Math, Scale type>
+JMM_INLINE void LoadTypedScales(const ExpertMatrix& weight, int64_t first, GroupScales* out) {
+  // The stored order is [c][w][b].
+  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  const __m512 center = _mm512_set1_ps(Math::kCenter);
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p) {
+    out->scale[p] = _mm512_permutexvar_ps(order, LoadFloats<type>(weight.scales, first + 16 * p));
+  }
+  if (weight.zeros_type == Zeros::kInteger) {
+    const int32_t* words = static_cast<const int32_t*>(weight.zeros) + first * Math::kBits / 32;
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+      const __m512i codes = LoadZeroCodes<Math::kBits>(words + p * Math::kBits / 2);
+      out->excess[p] = _mm512_sub_ps(_mm512_cvtepi32_ps(codes), center);
+    }
+  } else if (weight.zeros_type == Zeros::kFloat) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+      const __m512 zeros = _mm512_permutexvar_ps(order, LoadFloats<type>(weight.zeros, first + 16 * p));
+      out->excess[p] = _mm512_sub_ps(zeros, center);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) out->excess[p] = _mm512_sub_ps(_mm512_set1_ps(weight.zero_point), center);
+  }
+}
+
+// Scales and zero points of a group for the 64 columns from `column` on.
+template <class Math>
+JMM_INLINE void LoadScales(const ExpertMatrix& weight, int64_t group, int64_t column, GroupScales* out) {
+  const int64_t first = group * weight.n + column;
+  switch (weight.scale_type) {
+    case Scale::kBf16:
+      return LoadTypedScales<Math, Scale::kBf16>(weight, first, out);
+    case Scale::kF16:
+      return LoadTypedScales<Math, Scale::kF16>(weight, first, out);
+    case Scale::kF32:
+      return LoadTypedScales<Math, Scale::kF32>(weight, first, out);
+    case Scale::kE4M3:
+      return LoadTypedScales<Math, Scale::kE4M3>(weight, first, out);
+    case Scale::kE8M0:
+      return LoadTypedScales<Math, Scale::kE8M0>(weight, first, out);
+  }
+}
+
+// Whether values need more than their center subtracted.
+template <class Math>
+bool HasExcess(const ExpertMatrix& weight) {
+  return weight.zeros_type != Zeros::kNone || weight.zero_point != Math::kCenter;
+}
+
+// The sums of the 128-bit lanes of four accumulators: of 4-bit codes, over t.
+JMM_INLINE __m512 SumLanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
   const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
   return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
@@ -91,8 +174,9 @@ struct Segment {
 };
 
 template <class Math, int R>
-JMM_INLINE void AddSegment(const Segment& segment, const SegmentScales& scales, bool has_zeros) {
-  // As many columns at once as accumulators fit in the registers.
+JMM_INLINE void AddSegment(const Segment& segment, const GroupScales& scales, bool has_excess) {
+  constexpr int kColWords = 8 * kTileK * Math::kBits / 32;  // of one col: 8 columns
+  // As many cols at once as accumulators fit in the registers.
   constexpr int kColumns = R == 1 ? 8 : R == 2 ? 4 : 2;
 #pragma GCC unroll 1
   for (int col = 0; col < 8; col += kColumns) {
@@ -102,7 +186,7 @@ JMM_INLINE void AddSegment(const Segment& segment, const SegmentScales& scales, 
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[c][r][0] = acc[c][r][1] = _mm512_setzero_ps();
     }
-    const int32_t* line = segment.tiles + col * kLineWords;
+    const int32_t* words = segment.tiles + col * kColWords;
     const float* x = segment.x;
 #pragma GCC unroll 1
     for (int tile = 0; tile < segment.count; ++tile) {
@@ -110,10 +194,14 @@ JMM_INLINE void AddSegment(const Segment& segment, const SegmentScales& scales, 
       for (int c = 0; c < kColumns; ++c) {
         // Into the second level: tiles along k are often a multiple of 4 KiB apart, so that those in use and
         // those to come would evict each other from the first.
-        _mm_prefetch(reinterpret_cast<const char*>(line + segment.prefetch + c * kLineWords), _MM_HINT_T1);
-        Math::template AddLine<R>(line + c * kLineWords, x, acc[c]);
+#pragma GCC unroll 2
+        for (int line = 0; line < kColWords; line += kLineWords) {
+          const int32_t* next = words + segment.prefetch + c * kColWords + line;
+          _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        }
+        Math::template AddColumn<R>(words + c * kColWords, x, acc[c]);
       }
-      line += segment.tile_stride;
+      words += segment.tile_stride;
       x += Math::kVectors * R * kVectorFloats;
     }
 #pragma GCC unroll 4
@@ -121,8 +209,8 @@ JMM_INLINE void AddSegment(const Segment& segment, const SegmentScales& scales, 
       const int p = (col + c) / 2;
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        __m512 dot = SumOverT(acc[c][r][0], acc[c][r][1], acc[c + 1][r][0], acc[c + 1][r][1]);
-        if (has_zeros) dot = _mm512_fnmadd_ps(scales.excess[p], _mm512_set1_ps(segment.sums[r]), dot);
+        __m512 dot = Math::SumColumns(acc[c][r], acc[c + 1][r]);
+        if (has_excess) dot = _mm512_fnmadd_ps(scales.excess[p], _mm512_set1_ps(segment.sums[r]), dot);
         float* out = segment.out + r * segment.out_stride + p * kVectorFloats;
         _mm512_storeu_ps(out, _mm512_fmadd_ps(scales.scale[p], dot, _mm512_loadu_ps(out)));
       }
@@ -132,9 +220,12 @@ JMM_INLINE void AddSegment(const Segment& segment, const SegmentScales& scales, 
 
 // The rows row ... row + R - 1 of a panel over one segment.
 template <class Math, int R>
-void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count, bool last) {
-  alignas(64) float x[kSegmentTiles * Math::kVectors * R * kVectorFloats];
-  float sums[R];
+void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count) {
+  constexpr int64_t kTileWords = kTileK * kChunk * Math::kBits / 32;
+  const ExpertMatrix& weight = panel.weight;
+  const bool has_excess = HasExcess<Math>(weight);
+  alignas(64) float x[Math::kSegmentTiles * Math::kVectors * R * kVectorFloats];
+  float sums[R] = {};
   for (int r = 0; r < R; ++r) {
     const uint16_t* source = panel.x[row + r] + first_tile * kTileK;
     __m512 sum = _mm512_setzero_ps();
@@ -142,32 +233,24 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
       float* out = x + (tile * Math::kVectors * R + r) * kVectorFloats;
       Math::Expand(source + tile * kTileK, panel.x_type, out, R * kVectorFloats, &sum);
     }
-    sums[r] = _mm512_reduce_add_ps(sum) * (1.0f / Math::kSumWeight);
+    if (has_excess) sums[r] = _mm512_reduce_add_ps(sum) * (1.0f / Math::kSumWeight);
   }
 
-  const ExpertMatrix& weight = panel.weight;
   Segment segment;
-  segment.tile_stride = weight.n * 2;
+  segment.tile_stride = weight.n / kChunk * kTileWords;
   segment.count = count;
   segment.x = x;
   segment.sums = sums;
   segment.out_stride = static_cast<int64_t>(panel.chunks) * kChunk;
   segment.out = panel.out + row * segment.out_stride;
-  int ahead = (kPrefetchTiles + count - 1) / count;
-  if (ahead > panel.chunks) ahead = panel.chunks;
-  for (int i = 0; i < panel.chunks; ++i) {
+  Lookahead lookahead(panel, first_tile, count);
+  for (int i = 0; i < panel.chunks; ++i, lookahead.Advance()) {
     segment.tiles = weight.packed + first_tile * segment.tile_stride + panel.chunk[i] * kTileWords;
-    if (i + ahead < panel.chunks) {
-      segment.prefetch = (panel.chunk[i + ahead] - panel.chunk[i]) * kTileWords;
-    } else if (!last) {
-      const int64_t next = panel.chunk[i + ahead - panel.chunks];
-      segment.prefetch = (next - panel.chunk[i]) * kTileWords + count * segment.tile_stride;
-    } else {
-      segment.prefetch = 0;
-    }
-    SegmentScales scales;
-    LoadScales(weight, group, panel.chunk[i] * kChunk, &scales);
-    AddSegment<Math, R>(segment, scales, weight.zeros != nullptr);
+    segment.prefetch = lookahead.Words(segment.tiles, kTileWords);
+    lookahead.PrefetchScales(Math::kBits);
+    GroupScales scales;
+    LoadScales<Math>(weight, group, panel.chunk[i] * kChunk, &scales);
+    AddSegment<Math, R>(segment, scales, has_excess);
     segment.out += kChunk;
   }
 }
@@ -189,28 +272,29 @@ JMM_INLINE void OrderColumns(float* out) {
 template <class Math>
 void RunPanel(const Panel& panel) {
   const ExpertMatrix& weight = panel.weight;
-  const int64_t group_tiles = weight.k / weight.groups / kTileK;
+  const int64_t group_tiles = weight.group_size / kTileK;
+  const int64_t all_tiles = weight.k / kTileK;
   const int64_t blocks = static_cast<int64_t>(panel.rows) * panel.chunks;
   for (int64_t i = 0; i < blocks * 4; ++i) _mm512_storeu_ps(panel.out + 16 * i, _mm512_setzero_ps());
   for (int64_t group = 0; group < weight.groups; ++group) {
-    for (int64_t done = 0; done < group_tiles; done += kSegmentTiles) {
-      const int64_t first_tile = group * group_tiles + done;
-      const int64_t left = group_tiles - done;
-      const int count = left < kSegmentTiles ? static_cast<int>(left) : kSegmentTiles;
-      const bool last = (first_tile + count) * kTileK >= weight.k;
+    const int64_t group_end = (group + 1) * group_tiles;
+    const int64_t end = group_end < all_tiles ? group_end : all_tiles;
+    for (int64_t first_tile = group * group_tiles; first_tile < end; first_tile += Math::kSegmentTiles) {
+      const int64_t left = end - first_tile;
+      const int count = left < Math::kSegmentTiles ? static_cast<int>(left) : Math::kSegmentTiles;
       for (int row = 0; row < panel.rows; row += kMaxRows) {
         switch (panel.rows - row) {
           case 1:
-            AddRows<Math, 1>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 1>(panel, row, group, first_tile, count);
             break;
           case 2:
-            AddRows<Math, 2>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 2>(panel, row, group, first_tile, count);
             break;
           case 3:
-            AddRows<Math, 3>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 3>(panel, row, group, first_tile, count);
             break;
           default:
-            AddRows<Math, 4>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 4>(panel, row, group, first_tile, count);
             break;
         }
       }

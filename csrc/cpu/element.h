@@ -1,4 +1,4 @@
-// Conversions of the 16-bit element types: exact to float32, to nearest even from it.
+// Conversions of the small floating-point types: exact to float32, and to nearest even from it.
 //
 // Not for the instruction-set files: they convert with their own instructions.
 #ifndef JAX_MARLIN_MOE_CPU_ELEMENT_H_
@@ -60,6 +60,27 @@ inline uint16_t F16FromFloat(float value) {
 
 inline float FloatFromElement(uint16_t bits, Element type) {
   return type == Element::kBf16 ? FloatFromBf16(bits) : FloatFromF16(bits);
+}
+
+// A number of a type whose bits below the sign, moved up by `shift`, are those of a float32 less an exponent bias of
+// 127 - bias. Subnormals come out right where the thread keeps them (float_mode.h).
+inline float FloatFromMinifloat(uint32_t sign, uint32_t magnitude, int shift, int bias) {
+  return FloatFromBits(sign << 31 | magnitude << shift) * FloatFromBits(static_cast<uint32_t>(254 - bias) << 23);
+}
+
+inline float FloatFromE2M1(uint32_t code) { return FloatFromMinifloat(code >> 3, code & 7, 22, 1); }
+
+// 480 for the NaN patterns.
+inline float FloatFromE4M3Code(uint32_t code) { return FloatFromMinifloat(code >> 7, code & 0x7F, 20, 7); }
+
+inline float FloatFromE4M3(uint8_t bits) {
+  return (bits & 0x7F) == 0x7F ? FloatFromBits(0x7FC00000) : FloatFromE4M3Code(bits);
+}
+
+// 2^(bits - 127), the first of them a subnormal; NaN for 255.
+inline float FloatFromE8M0(uint8_t bits) {
+  if (bits == 0) return FloatFromBits(0x00400000);
+  return bits == 255 ? FloatFromBits(0x7FC00000) : FloatFromBits(static_cast<uint32_t>(bits) << 23);
 }
 
 inline void RoundRow(const float* values, int64_t count, Element type, uint16_t* out) {

@@ -11,22 +11,35 @@ namespace jax_marlin_moe::cpu {
 
 constexpr int kTileK = 16;        // contraction extent of a packed tile
 constexpr int kChunk = 64;        // columns of a packed tile
-constexpr int kTileWords = 128;   // 32-bit words of a packed tile
 constexpr int kPanelRows = 16;    // most rows that one panel holds
 constexpr int kPanelChunks = 10;  // most column chunks that one panel holds
 
 // A 16-bit floating-point type, stored as its bit pattern.
 enum class Element { kBf16, kF16 };
 
-// One expert's quantised matrix W = (q - zero) * scale, q 4-bit codes in Marlin tiles.
+// What a code stands for before its zero point and scale. The two NaN patterns of e4m3 read as +-480.
+enum class Code { kInt4, kInt8, kE2M1, kE4M3 };
+
+// How scales are stored: floats, or bit patterns of one byte (e8m0 is 2^(bits - 127), 255 is NaN).
+enum class Scale { kBf16, kF16, kF32, kE4M3, kE8M0 };
+
+// What groups store as zero points: nothing, codes in Marlin order, or floats in type and order of the scales.
+enum class Zeros { kNone, kInteger, kFloat };
+
+// One expert's quantised matrix W = (value(code) - zero) * scale in Marlin tiles. A group is `group_size` rows of k,
+// the last one what is left of them.
 struct ExpertMatrix {
-  const int32_t* packed;   // [k / 16, n * 2]
-  const uint16_t* scales;  // [groups, n], Marlin grouped order: column c of a chunk at 8 * (c % 8) + c / 8
-  const int32_t* zeros;    // [groups, n / 8], Marlin order; null: every zero point is 8
+  const int32_t* packed;  // [k / 16, n * 16 * bits / 32]
+  const void* scales;     // [groups, n], Marlin grouped order: column c of a chunk at 8 * (c % 8) + c / 8
+  const void* zeros;      // [groups, n * bits / 32] words or [groups, n] floats
   int64_t k;
   int64_t n;
   int64_t groups;
-  Element scale_type;
+  int64_t group_size;  // a multiple of 16
+  float zero_point;    // of every group, where none is stored
+  Code code;
+  Scale scale_type;
+  Zeros zeros_type;
 };
 
 // A few rows of x times some column chunks of one expert.
@@ -40,7 +53,8 @@ struct Panel {
   float* out;                   // [rows, chunks * kChunk], plain column order inside a chunk; overwritten
 };
 
-// Computes panel.out. A row's result has the same bits whichever rows and columns share its panel.
+// Computes panel.out: x @ W, without global scales and bias. A row's result has the same bits whichever rows and
+// columns share its panel.
 using PanelKernel = void (*)(const Panel& panel);
 
 void PortablePanel(const Panel& panel);

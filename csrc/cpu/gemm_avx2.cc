@@ -1,29 +1,25 @@
 // The panel kernel for AVX2, FMA and F16C: float32 products of exactly converted operands.
 //
-// A code is masked where it stands in its word and converted as it is, 2^shift times too large. The power of
-// two is taken back exactly: from x for the four k of a word, from the sum for the half b, 8 bits higher.
 // Zero points are subtracted from the sum, so an infinite x gives NaN where other kernels may give infinity.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
 
 #include "cpu/gemm.h"
+#include "cpu/lookahead.h"
 
 #define JMM_INLINE __attribute__((always_inline)) inline
 
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kSegmentTiles = 16;   // most tiles between two applications of the scale
-constexpr int kLineWords = 16;      // words of one col of a chunk: lanes [t = 0..3][w = 0..3]
-constexpr int kPrefetchTiles = 16;  // how far ahead memory is asked for
+constexpr int kLineWords = 16;  // words of 64 bytes, what one prefetch brings
 constexpr int kLanes = 8;
-constexpr int kMaxRows = 4;  // rows that share one dequantisation
+constexpr int kMaxRows = 4;        // rows that share one dequantisation
+constexpr int kSegmentTiles = 16;  // most tiles between two applications of the scale
 
-// x of half a line (two t): for k = 2t, 2t + 1, 2t + 8, 2t + 9 divided by 2^0, 2^16, 2^4, 2^20; then the last
-// times 2^8, for the codes at bit 28: they are shifted down, as in place they could convert to a negative.
-constexpr int kVectors = 5;
-constexpr int kHalves = 2;
+// k = 2t + kOffset[j] is code j of a column in the words of one t.
+constexpr int kOffset[4] = {0, 1, 8, 9};
 
 JMM_INLINE __m256 LoadElements(const uint16_t* values, Element type) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
@@ -37,84 +33,240 @@ JMM_INLINE float SumOfLanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Expands one tile of a row, its vectors `stride` apart: [half][kVectors].
-JMM_INLINE void Expand(const uint16_t* x, Element type, float* out, int stride, __m256* sum) {
-  const __m256 low = LoadElements(x, type);
-  const __m256 high = LoadElements(x + 8, type);
-  const __m256i even = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
-  *sum = _mm256_add_ps(*sum, _mm256_add_ps(low, high));
-#pragma GCC unroll 2
-  for (int half = 0; half < kHalves; ++half) {
-    const __m256i index0 = _mm256_add_epi32(even, _mm256_set1_epi32(4 * half));
-    const __m256i index1 = _mm256_add_epi32(even, _mm256_set1_epi32(4 * half + 1));
-    const __m256 last = _mm256_permutevar8x32_ps(high, index1);
-    float* vectors = out + half * kVectors * stride;
-    _mm256_store_ps(vectors, _mm256_permutevar8x32_ps(low, index0));
-    _mm256_store_ps(vectors + stride, _mm256_mul_ps(_mm256_permutevar8x32_ps(low, index1), _mm256_set1_ps(0x1p-16f)));
-    _mm256_store_ps(vectors + 2 * stride,
-                    _mm256_mul_ps(_mm256_permutevar8x32_ps(high, index0), _mm256_set1_ps(0x1p-4f)));
-    _mm256_store_ps(vectors + 3 * stride, _mm256_mul_ps(last, _mm256_set1_ps(0x1p-20f)));
-    _mm256_store_ps(vectors + 4 * stride, _mm256_mul_ps(last, _mm256_set1_ps(0x1p8f)));
-  }
+// e4m3 codes in the top byte of each lane, anything below. Sign and magnitude, moved to where a float32 has them, make
+// the value times 2^-120: of codes below 2^-6 a subnormal, which this thread keeps (float_mode.h).
+JMM_INLINE __m256 FloatsFromE4M3(__m256i top) {
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0x87F00000));
+  const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(top, 4), mask);
+  return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));
 }
 
-// acc[r][b] += codes of half b of half a line, times 2^(8 * b), times row r.
-template <int R>
-JMM_INLINE void AddHalfLine(const int32_t* words, const float* x, __m256 (&acc)[R][2]) {
-  const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-  const int shift[4] = {0, 16, 4, 20};
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
+// 4-bit integers, masked where they stand in their word and converted as they are, 2^shift times too large. The power
+// of two is taken back exactly: from x for the four k of a word, from the sum for the half b, 8 bits higher.
+struct Int4 {
+  static constexpr float kCenter = 0;
+  // x vectors, and what of: the last is for the codes at bit 28, which are shifted down, as in place they could convert
+  // to a negative.
+  static constexpr int kVectors = 5;
+  static constexpr int kCode[kVectors] = {0, 1, 2, 3, 3};
+  static constexpr float kFactor[kVectors] = {1, 0x1p-16f, 0x1p-4f, 0x1p-20f, 0x1p8f};
+  static constexpr float kSumFactor = 0x1p-8f;  // of the half b = 1
+  static JMM_INLINE int Vector(int j, int b) { return j == 3 && b == 1 ? 4 : j; }
+  static JMM_INLINE __m256 Values(__m256i words, int shift) {
+    const __m256i code =
+        shift == 28 ? _mm256_srli_epi32(words, 28) : _mm256_and_si256(words, _mm256_set1_epi32(15 << shift));
+    return _mm256_cvtepi32_ps(code);
+  }
+};
+
+// The magnitudes of e2m1 are looked up by the low three bits, all that vpermps reads; the sign is put before them.
+struct E2M1 {
+  static constexpr float kCenter = 0;
+  static constexpr int kVectors = 4;
+  static constexpr int kCode[kVectors] = {0, 1, 2, 3};
+  static constexpr float kFactor[kVectors] = {1, 1, 1, 1};
+  static constexpr float kSumFactor = 1;
+  static JMM_INLINE int Vector(int j, int) { return j; }
+  static JMM_INLINE __m256 Values(__m256i words, int shift) {
+    const __m256 magnitudes = _mm256_setr_ps(0, 0.5, 1, 1.5, 2, 3, 4, 6);
+    const __m256i sign =
+        _mm256_and_si256(_mm256_slli_epi32(words, 28 - shift), _mm256_set1_epi32(static_cast<int>(0x80000000)));
+    const __m256 magnitude = _mm256_permutevar8x32_ps(magnitudes, _mm256_srli_epi32(words, shift));
+    return _mm256_or_ps(magnitude, _mm256_castsi256_ps(sign));
+  }
+};
+
+// Sums of a col are vectors [b][w] of columns 16 * w + 8 * b + col. The two below are how its words make them:
+//   kBits, kCenter      of a code: its width, and the zero point that its value has already subtracted
+//   kTileX              floats of one expanded tile of one row
+//   Expand<R>           row r of R of a tile; adds the elements to `sum`
+//   AddColumn<R>        acc[r] += the codes of a col of a tile times row r, in two accumulators
+//   SumColumn           the sums from the accumulators
+
+// Words of 4-bit codes: lanes [t % 2][w] of two vectors, both halves b inside a word.
+template <class Type>
+struct NibbleMath {
+  static constexpr int kBits = 4;
+  static constexpr float kCenter = Type::kCenter;
+  static constexpr int kHalves = 2;
+  static constexpr int kTileX = kHalves * Type::kVectors * kLanes;  // [half][vector], lanes [t % 2] four times
+
+  template <int R>
+  static JMM_INLINE void Expand(const uint16_t* x, Element type, float* out, int r, __m256* sum) {
+    const __m256 low = LoadElements(x, type);
+    const __m256 high = LoadElements(x + 8, type);
+    const __m256i even = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
+    *sum = _mm256_add_ps(*sum, _mm256_add_ps(low, high));
 #pragma GCC unroll 2
-    for (int b = 0; b < 2; ++b) {
-      const bool top = j == 3 && b == 1;
-      const __m256i code = top ? _mm256_srli_epi32(line, 28)
-                               : _mm256_and_si256(line, _mm256_set1_epi32(top ? 0 : 15 << (shift[j] + 8 * b)));
-      const __m256 value = _mm256_cvtepi32_ps(code);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        acc[r][b] = _mm256_fmadd_ps(value, _mm256_load_ps(x + ((j + top) * R + r) * kLanes), acc[r][b]);
+    for (int half = 0; half < kHalves; ++half) {
+#pragma GCC unroll 5
+      for (int v = 0; v < Type::kVectors; ++v) {
+        const int offset = kOffset[Type::kCode[v]];
+        const __m256i index = _mm256_add_epi32(even, _mm256_set1_epi32(4 * half + offset % 8));
+        const __m256 values = _mm256_permutevar8x32_ps(offset < 8 ? low : high, index);
+        _mm256_store_ps(out + ((half * Type::kVectors + v) * R + r) * kLanes,
+                        _mm256_mul_ps(values, _mm256_set1_ps(Type::kFactor[v])));
       }
     }
   }
+
+  template <int R>
+  static JMM_INLINE void AddColumn(const int32_t* words, const float* x, __m256 (&acc)[R][2]) {
+    const int shift[4] = {0, 16, 4, 20};
+#pragma GCC unroll 2
+    for (int half = 0; half < kHalves; ++half) {
+      const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + half * kLanes));
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 2
+        for (int b = 0; b < 2; ++b) {
+          const __m256 values = Type::Values(line, shift[j] + 8 * b);
+          const int vector = half * Type::kVectors + Type::Vector(j, b);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            acc[r][b] = _mm256_fmadd_ps(values, _mm256_load_ps(x + (vector * R + r) * kLanes), acc[r][b]);
+          }
+        }
+      }
+    }
+  }
+
+  static JMM_INLINE __m256 SumColumn(const __m256 (&acc)[2]) {
+    constexpr float kUpper = Type::kSumFactor;
+    const __m256 sum =
+        _mm256_add_ps(_mm256_permute2f128_ps(acc[0], acc[1], 0x20), _mm256_permute2f128_ps(acc[0], acc[1], 0x31));
+    return _mm256_mul_ps(sum, _mm256_setr_ps(1, 1, 1, 1, kUpper, kUpper, kUpper, kUpper));
+  }
+};
+
+// Of the codes in the top byte of each lane, anything below.
+struct Int8 {
+  static constexpr float kCenter = 128;
+  static JMM_INLINE __m256 Values(__m256i top) {  // flipping the top bit makes q - 128 in two's complement
+    const __m256i flipped = _mm256_xor_si256(top, _mm256_set1_epi32(static_cast<int>(0x80000000)));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(flipped, 24));
+  }
+};
+
+struct E4M3 {
+  static constexpr float kCenter = 0;
+  static JMM_INLINE __m256 Values(__m256i top) { return FloatsFromE4M3(top); }
+};
+
+// Words of 8-bit codes: a vector [w][b] for each t.
+template <class Type>
+struct ByteMath {
+  static constexpr int kBits = 8;
+  static constexpr float kCenter = Type::kCenter;
+  static constexpr int kTileX = kTileK;  // as they are: a load broadcasts
+
+  template <int R>
+  static JMM_INLINE void Expand(const uint16_t* x, Element type, float* out, int r, __m256* sum) {
+    const __m256 low = LoadElements(x, type);
+    const __m256 high = LoadElements(x + 8, type);
+    *sum = _mm256_add_ps(*sum, _mm256_add_ps(low, high));
+    _mm256_store_ps(out + r * kTileK, low);
+    _mm256_store_ps(out + r * kTileK + 8, high);
+  }
+
+  template <int R>
+  static JMM_INLINE void AddColumn(const int32_t* words, const float* x, __m256 (&acc)[R][2]) {
+    const int up[4] = {24, 8, 16, 0};  // from byte 0, 2, 1, 3 to the top
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + t * kLanes));
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m256 values = Type::Values(up[j] == 0 ? line : _mm256_slli_epi32(line, up[j]));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const __m256 element = _mm256_broadcast_ss(x + r * kTileK + 2 * t + kOffset[j]);
+          acc[r][t % 2] = _mm256_fmadd_ps(values, element, acc[r][t % 2]);
+        }
+      }
+    }
+  }
+
+  static JMM_INLINE __m256 SumColumn(const __m256 (&acc)[2]) {
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm256_permutevar8x32_ps(_mm256_add_ps(acc[0], acc[1]), order);
+  }
+};
+
+// Eight consecutive floats of type `type` as float32, from entry `index` on.
+JMM_INLINE __m256 LoadFloats(const void* values, Scale type, int64_t index) {
+  if (type == Scale::kF32) return _mm256_loadu_ps(static_cast<const float*>(values) + index);
+  if (type == Scale::kBf16) return LoadElements(static_cast<const uint16_t*>(values) + index, Element::kBf16);
+  if (type == Scale::kF16) return LoadElements(static_cast<const uint16_t*>(values) + index, Element::kF16);
+  const auto* address = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + index);
+  const __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64(address));
+  const __m256 nan = _mm256_set1_ps(__builtin_nanf(""));
+  if (type == Scale::kE4M3) {
+    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7F));
+    const __m256i is_nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7F));
+    return _mm256_blendv_ps(FloatsFromE4M3(_mm256_slli_epi32(bits, 24)), nan, _mm256_castsi256_ps(is_nan));
+  }
+  const __m256i is_smallest = _mm256_cmpeq_epi32(bits, _mm256_setzero_si256());
+  const __m256i is_nan = _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(255));
+  const __m256i subnormal = _mm256_and_si256(is_smallest, _mm256_set1_epi32(0x00400000));  // 2^-127
+  const __m256i powers = _mm256_or_si256(_mm256_slli_epi32(bits, 23), subnormal);
+  return _mm256_blendv_ps(_mm256_castsi256_ps(powers), nan, _mm256_castsi256_ps(is_nan));
+}
+
+// Zero points of the eight columns of a col as [b][w], less what values have already subtracted; `first` is the col's
+// first entry of the scales, whose order is [w][b].
+template <class Math>
+JMM_INLINE __m256 LoadExcess(const ExpertMatrix& weight, int64_t first) {
+  __m256 zeros = _mm256_set1_ps(weight.zero_point);
+  if (weight.zeros_type == Zeros::kFloat) {
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    zeros = _mm256_permutevar8x32_ps(LoadFloats(weight.zeros, weight.scale_type, first), order);
+  } else if (weight.zeros_type == Zeros::kInteger) {
+    const int32_t* words = static_cast<const int32_t*>(weight.zeros) + first * Math::kBits / 32;
+    __m256i codes;
+    if constexpr (Math::kBits == 4) {  // one word, nibbles [b][w]
+      const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+      codes = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(*words), shifts), _mm256_set1_epi32(15));
+    } else {  // two words [w / 2], bytes [b][w % 2]
+      const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(words));
+      codes = _mm256_permutevar8x32_epi32(_mm256_cvtepu8_epi32(bytes), order);
+    }
+    zeros = _mm256_cvtepi32_ps(codes);
+  }
+  return _mm256_sub_ps(zeros, _mm256_set1_ps(Math::kCenter));
 }
 
 // The rows row ... row + R - 1 of a panel over `count` tiles of one group.
-template <int R>
-void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count, bool last) {
-  alignas(32) float x[kSegmentTiles * kHalves * kVectors * R * kLanes];
+template <class Math, int R>
+void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count) {
+  constexpr int64_t kTileWords = kTileK * kChunk * Math::kBits / 32;
+  constexpr int kColWords = kTileWords / 8;
+  const ExpertMatrix& weight = panel.weight;
+  const bool has_excess = weight.zeros_type != Zeros::kNone || weight.zero_point != Math::kCenter;
+  alignas(32) float x[kSegmentTiles * Math::kTileX * R];
   float sums[R];
   for (int r = 0; r < R; ++r) {
     const uint16_t* source = panel.x[row + r] + first_tile * kTileK;
     __m256 sum = _mm256_setzero_ps();
     for (int tile = 0; tile < count; ++tile) {
-      float* out = x + (tile * kHalves * kVectors * R + r) * kLanes;
-      Expand(source + tile * kTileK, panel.x_type, out, R * kLanes, &sum);
+      Math::template Expand<R>(source + tile * kTileK, panel.x_type, x + tile * Math::kTileX * R, r, &sum);
     }
     sums[r] = SumOfLanes(sum);
   }
 
-  const ExpertMatrix& weight = panel.weight;
-  const int64_t tile_stride = weight.n * 2;
+  const int64_t tile_stride = weight.n / kChunk * kTileWords;
   const int64_t out_stride = static_cast<int64_t>(panel.chunks) * kChunk;
-  // As many columns at once as accumulators fit in the registers.
+  // As many cols at once as accumulators fit in the registers.
   constexpr int kColumns = R == 1 ? 4 : R == 2 ? 2 : 1;
   // Stored scales of a col are [w][b], sums are [b][w].
   const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-  const __m256 place = _mm256_setr_ps(1, 1, 1, 1, 0x1p-8f, 0x1p-8f, 0x1p-8f, 0x1p-8f);
-  int ahead = (kPrefetchTiles + count - 1) / count;
-  if (ahead > panel.chunks) ahead = panel.chunks;
-  for (int i = 0; i < panel.chunks; ++i) {
+  Lookahead lookahead(panel, first_tile, count);
+  for (int i = 0; i < panel.chunks; ++i, lookahead.Advance()) {
     const int64_t column = panel.chunk[i] * kChunk;
     const int32_t* tiles = weight.packed + first_tile * tile_stride + panel.chunk[i] * kTileWords;
-    int64_t prefetch = 0;  // words from a tile to the one that should come from memory next
-    if (i + ahead < panel.chunks) {
-      prefetch = (panel.chunk[i + ahead] - panel.chunk[i]) * kTileWords;
-    } else if (!last) {
-      const int64_t next = panel.chunk[i + ahead - panel.chunks];
-      prefetch = (next - panel.chunk[i]) * kTileWords + count * tile_stride;
-    }
+    const int64_t prefetch = lookahead.Words(tiles, kTileWords);
+    lookahead.PrefetchScales(Math::kBits);
     for (int col = 0; col < 8; col += kColumns) {
       __m256 acc[kColumns][R][2];
 #pragma GCC unroll 4
@@ -122,41 +274,33 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[c][r][0] = acc[c][r][1] = _mm256_setzero_ps();
       }
-      const int32_t* line = tiles + col * kLineWords;
-      const float* vectors = x;
+      const int32_t* words = tiles + col * kColWords;
+      const float* tile_x = x;
 #pragma GCC unroll 1
       for (int tile = 0; tile < count; ++tile) {
-#pragma GCC unroll 2
-        for (int half = 0; half < kHalves; ++half) {
 #pragma GCC unroll 4
-          for (int c = 0; c < kColumns; ++c) {
-            const int32_t* words = line + c * kLineWords + half * kLanes;
-            // Into the second level: tiles along k are often a multiple of 4 KiB apart, so that those in use
-            // and those to come would evict each other from the first.
-            if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(words + prefetch), _MM_HINT_T1);
-            AddHalfLine<R>(words, vectors, acc[c]);
+        for (int c = 0; c < kColumns; ++c) {
+          // Into the second level: tiles along k are often a multiple of 4 KiB apart, so that those in use
+          // and those to come would evict each other from the first.
+#pragma GCC unroll 2
+          for (int line = 0; line < kColWords; line += kLineWords) {
+            const int32_t* next = words + prefetch + c * kColWords + line;
+            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
           }
-          vectors += kVectors * R * kLanes;
+          Math::template AddColumn<R>(words + c * kColWords, tile_x, acc[c]);
         }
-        line += tile_stride;
+        words += tile_stride;
+        tile_x += Math::kTileX * R;
       }
 #pragma GCC unroll 4
       for (int c = 0; c < kColumns; ++c) {
-        const int64_t position = column + 8 * (col + c);
-        const __m256 scale = _mm256_permutevar8x32_ps(
-            LoadElements(weight.scales + group * weight.n + position, weight.scale_type), order);
-        __m256 zero = _mm256_set1_ps(8);
-        if (weight.zeros != nullptr) {
-          const int32_t word = weight.zeros[(group * weight.n + position) / 8];
-          const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
-          zero = _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
-        }
+        const int64_t first = group * weight.n + column + 8 * (col + c);
+        const __m256 scale = _mm256_permutevar8x32_ps(LoadFloats(weight.scales, weight.scale_type, first), order);
+        const __m256 excess = has_excess ? LoadExcess<Math>(weight, first) : _mm256_setzero_ps();
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const __m256 sum = _mm256_add_ps(_mm256_permute2f128_ps(acc[c][r][0], acc[c][r][1], 0x20),
-                                           _mm256_permute2f128_ps(acc[c][r][0], acc[c][r][1], 0x31));
-          const __m256 offset = _mm256_mul_ps(zero, _mm256_set1_ps(sums[r]));
-          const __m256 dot = _mm256_fmsub_ps(sum, place, offset);
+          __m256 dot = Math::SumColumn(acc[c][r]);
+          if (has_excess) dot = _mm256_fnmadd_ps(excess, _mm256_set1_ps(sums[r]), dot);
           float* out = panel.out + (row + r) * out_stride + i * kChunk + 8 * (col + c);
           _mm256_storeu_ps(out, _mm256_fmadd_ps(scale, dot, _mm256_loadu_ps(out)));
         }
@@ -176,38 +320,53 @@ JMM_INLINE void OrderColumns(float* out) {
   for (int i = 0; i < kChunk; ++i) out[i] = plain[i];
 }
 
-}  // namespace
-
-void Avx2Panel(const Panel& panel) {
+template <class Math>
+void RunPanel(const Panel& panel) {
   const ExpertMatrix& weight = panel.weight;
-  const int64_t group_tiles = weight.k / weight.groups / kTileK;
+  const int64_t group_tiles = weight.group_size / kTileK;
+  const int64_t all_tiles = weight.k / kTileK;
   const int64_t blocks = static_cast<int64_t>(panel.rows) * panel.chunks;
   for (int64_t i = 0; i < blocks * kChunk; ++i) panel.out[i] = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
-    for (int64_t done = 0; done < group_tiles; done += kSegmentTiles) {
-      const int64_t first_tile = group * group_tiles + done;
-      const int64_t left = group_tiles - done;
+    const int64_t group_end = (group + 1) * group_tiles;
+    const int64_t end = group_end < all_tiles ? group_end : all_tiles;
+    for (int64_t first_tile = group * group_tiles; first_tile < end; first_tile += kSegmentTiles) {
+      const int64_t left = end - first_tile;
       const int count = left < kSegmentTiles ? static_cast<int>(left) : kSegmentTiles;
-      const bool last = (first_tile + count) * kTileK >= weight.k;
       for (int row = 0; row < panel.rows; row += kMaxRows) {
         switch (panel.rows - row) {
           case 1:
-            AddRows<1>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 1>(panel, row, group, first_tile, count);
             break;
           case 2:
-            AddRows<2>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 2>(panel, row, group, first_tile, count);
             break;
           case 3:
-            AddRows<3>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 3>(panel, row, group, first_tile, count);
             break;
           default:
-            AddRows<4>(panel, row, group, first_tile, count, last);
+            AddRows<Math, 4>(panel, row, group, first_tile, count);
             break;
         }
       }
     }
   }
   for (int64_t i = 0; i < blocks; ++i) OrderColumns(panel.out + i * kChunk);
+}
+
+}  // namespace
+
+void Avx2Panel(const Panel& panel) {
+  switch (panel.weight.code) {
+    case Code::kInt4:
+      return RunPanel<NibbleMath<Int4>>(panel);
+    case Code::kE2M1:
+      return RunPanel<NibbleMath<E2M1>>(panel);
+    case Code::kInt8:
+      return RunPanel<ByteMath<Int8>>(panel);
+    case Code::kE4M3:
+      return RunPanel<ByteMath<E4M3>>(panel);
+  }
 }
 
 }  // namespace jax_marlin_moe::cpu

@@ -1,7 +1,8 @@
 // The panel kernel for AVX-512 with BF16: pair products of vdpbf16ps, accumulated in float32.
 //
-// Codes minus 8 are exact in bfloat16, and so is x: a bfloat16 as it is, a float16 as the sum of two
-// bfloat16. The instruction takes subnormal bfloat16 values (below 1.2e-38) as zero.
+// The values of 4-bit codes are exact in bfloat16, and so is x: a bfloat16 as it is, a float16 as the sum of two
+// bfloat16. The instruction takes subnormal bfloat16 values (below 1.2e-38) as zero. 8-bit codes gain nothing: to
+// bring them to bfloat16 takes more instructions than their products.
 #if defined(__x86_64__)
 
 #include "cpu/avx512_panel.h"
@@ -11,9 +12,31 @@ namespace {
 
 JMM_INLINE __m512bh AsBf16(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
+// The values of the codes in bfloat16.
+struct Int4 {
+  static constexpr float kCenter = 8;
+  static JMM_INLINE __m256i Values() {
+    return _mm256_setr_epi16(short(0xC100), short(0xC0E0), short(0xC0C0), short(0xC0A0), short(0xC080), short(0xC040),
+                             short(0xC000), short(0xBF80), 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0,
+                             0x40E0);
+  }
+};
+
+struct E2M1 {
+  static constexpr float kCenter = 0;
+  static JMM_INLINE __m256i Values() {
+    return _mm256_setr_epi16(0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, short(0x8000),
+                             short(0xBF00), short(0xBF80), short(0xBFC0), short(0xC000), short(0xC040), short(0xC080),
+                             short(0xC0C0));
+  }
+};
+
 // Parts is how many bfloat16 rows make a row of x.
-template <int Parts>
+template <class Type, int Parts>
 struct Bf16Math {
+  static constexpr int kBits = 4;
+  static constexpr float kCenter = Type::kCenter;
+  static constexpr int kSegmentTiles = 16;
   static constexpr int kVectors = 2 * Parts;  // pairs k = (2t, 2t + 1) and (2t + 8, 2t + 9), each four times
   static constexpr int kSumWeight = 4;        // `sum` is over the expanded pairs
 
@@ -48,37 +71,51 @@ struct Bf16Math {
   // The halves of a shifted word are the indices of a pair. vpermw reads five bits of each, the lowest bit of
   // the next code among them, so the table holds every value twice.
   template <int R>
-  static JMM_INLINE void AddLine(const int32_t* line, const float* x, __m512 (&acc)[R][2]) {
-    const __m256i values =
-        _mm256_setr_epi16(short(0xC100), short(0xC0E0), short(0xC0C0), short(0xC0A0), short(0xC080), short(0xC040),
-                          short(0xC000), short(0xBF80), 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0);
-    const __m512i table = _mm512_broadcast_i64x4(values);
+  static JMM_INLINE void AddColumn(const int32_t* line, const float* x, __m512 (&acc)[R][2]) {
+    const __m512i table = _mm512_broadcast_i64x4(Type::Values());
     const __m512i words = _mm512_loadu_si512(line);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 2
       for (int b = 0; b < 2; ++b) {
-        const __m512i codes = _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * half + 8 * b), table);
+        const __m512i values = _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * half + 8 * b), table);
 #pragma GCC unroll 2
         for (int part = 0; part < Parts; ++part) {
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
             const __m512i pairs = _mm512_load_si512(x + ((2 * part + half) * R + r) * kVectorFloats);
-            acc[r][b] = _mm512_dpbf16_ps(acc[r][b], AsBf16(codes), AsBf16(pairs));
+            acc[r][b] = _mm512_dpbf16_ps(acc[r][b], AsBf16(values), AsBf16(pairs));
           }
         }
       }
     }
   }
+
+  static JMM_INLINE __m512 SumColumns(const __m512 (&first)[2], const __m512 (&second)[2]) {
+    return SumLanes(first[0], first[1], second[0], second[1]);
+  }
 };
+
+template <class Type>
+void RunNibbles(const Panel& panel) {
+  if (panel.x_type == Element::kBf16) {
+    RunPanel<Bf16Math<Type, 1>>(panel);
+  } else {
+    RunPanel<Bf16Math<Type, 2>>(panel);
+  }
+}
 
 }  // namespace
 
 void Avx512Bf16Panel(const Panel& panel) {
-  if (panel.x_type == Element::kBf16) {
-    RunPanel<Bf16Math<1>>(panel);
-  } else {
-    RunPanel<Bf16Math<2>>(panel);
+  switch (panel.weight.code) {
+    case Code::kInt4:
+      return RunNibbles<Int4>(panel);
+    case Code::kE2M1:
+      return RunNibbles<E2M1>(panel);
+    case Code::kInt8:
+    case Code::kE4M3:
+      return Avx512Panel(panel);
   }
 }
 

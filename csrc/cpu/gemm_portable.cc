@@ -1,5 +1,5 @@
 // The panel kernel in standard C++, for processors without one of their own, and the plainest statement of
-// what the others compute. Its inner loops run over the 16 words of a packed line, which compilers vectorise.
+// what the others compute. Its inner loops run over the words of a packed line, which compilers vectorise.
 #include <algorithm>
 
 #include "cpu/element.h"
@@ -8,14 +8,88 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kLine = 16;          // words of one column class: [t = 0..3][w = 0..3]
+constexpr int kLine = 16;          // columns 16 * w + 8 * b + col of one col and b, for four t: [t = 0..3][w = 0..3]
 constexpr int kRows = 4;           // rows that share one dequantisation
 constexpr int kSegmentTiles = 16;  // most tiles between two applications of the scale
-// A word's codes for columns of half b: k = 2t, 2t + 1, 2t + 8, 2t + 9 of the tile at these shifts + 8 * b.
-constexpr int kShift[4] = {0, 16, 4, 20};
+// The codes of a column in the words of one t stand for k = 2t + kOffset[j].
 constexpr int kOffset[4] = {0, 1, 8, 9};
 
-// x of a tile as the words of a line meet it: lane 4 * t + w of vector j holds x[2 * t + kOffset[j]].
+// A 4-bit word holds both halves b: code j of half b at bit kShift[j] + 8 * b.
+struct Nibbles {
+  static constexpr int kBits = 4;
+  static uint32_t Extract(const int32_t* line, int lane, int b, int j) {
+    constexpr int kShift[4] = {0, 16, 4, 20};
+    return static_cast<uint32_t>(line[lane]) >> (kShift[j] + 8 * b) & 15;
+  }
+};
+
+// An 8-bit word holds one half, in the order [t][w][b]: code j at bit kShift[j].
+struct Bytes {
+  static constexpr int kBits = 8;
+  static uint32_t Extract(const int32_t* line, int lane, int b, int j) {
+    constexpr int kShift[4] = {0, 16, 8, 24};
+    return static_cast<uint32_t>(line[2 * lane + b]) >> kShift[j] & 255;
+  }
+};
+
+// A code type: Value is its float32 less kCenter.
+struct Int4 : Nibbles {
+  static constexpr int kCenter = 8;
+  static float Value(uint32_t code) { return static_cast<float>(static_cast<int32_t>(code) - kCenter); }
+};
+struct Int8 : Bytes {
+  static constexpr int kCenter = 128;
+  static float Value(uint32_t code) { return static_cast<float>(static_cast<int32_t>(code) - kCenter); }
+};
+struct E2M1 : Nibbles {
+  static constexpr int kCenter = 0;
+  static float Value(uint32_t code) { return FloatFromE2M1(code); }
+};
+struct E4M3 : Bytes {
+  static constexpr int kCenter = 0;
+  static float Value(uint32_t code) { return FloatFromE4M3Code(code); }
+};
+
+// Entry `index` of an array of floats of some type.
+float LoadFloat(const void* values, Scale type, int64_t index) {
+  switch (type) {
+    case Scale::kBf16:
+      return FloatFromBf16(static_cast<const uint16_t*>(values)[index]);
+    case Scale::kF16:
+      return FloatFromF16(static_cast<const uint16_t*>(values)[index]);
+    case Scale::kF32:
+      return static_cast<const float*>(values)[index];
+    case Scale::kE4M3:
+      return FloatFromE4M3(static_cast<const uint8_t*>(values)[index]);
+    case Scale::kE8M0:
+      break;
+  }
+  return FloatFromE8M0(static_cast<const uint8_t*>(values)[index]);
+}
+
+// The zero point of column 16 * w + 8 * b + col of a chunk, less what codes have already subtracted.
+template <class Type>
+float ZeroExcess(const ExpertMatrix& weight, int64_t group, int64_t chunk, int col, int w, int b) {
+  const int64_t first = group * weight.n + chunk * kChunk;  // of the chunk
+  switch (weight.zeros_type) {
+    case Zeros::kNone:
+      return weight.zero_point - Type::kCenter;
+    case Zeros::kFloat:
+      return LoadFloat(weight.zeros, weight.scale_type, first + 8 * col + 2 * w + b) - Type::kCenter;
+    case Zeros::kInteger:
+      break;
+  }
+  const int32_t* words = static_cast<const int32_t*>(weight.zeros) + first * Type::kBits / 32;
+  uint32_t code;
+  if (Type::kBits == 4) {
+    code = static_cast<uint32_t>(words[col]) >> (4 * w + 16 * b) & 15;
+  } else {
+    code = static_cast<uint32_t>(words[2 * col + w / 2]) >> (8 * (w % 2) + 16 * b) & 255;
+  }
+  return static_cast<float>(static_cast<int32_t>(code) - Type::kCenter);
+}
+
+// x of a tile as the codes of a line meet it: lane 4 * t + w of vector j holds x[2 * t + kOffset[j]].
 struct ExpandedTile {
   float x[4][kLine];
 };
@@ -34,37 +108,36 @@ float Expand(const uint16_t* x, Element type, int tiles, ExpandedTile* out) {
   return sum;
 }
 
-// Adds scale * (q - zero) . x over `tiles` tiles of one chunk to `out`.
+// Adds scale * (value - zero) . x over `tiles` tiles of one chunk to `out`.
+template <class Type>
 void AddSegment(const Panel& panel, int64_t chunk, int64_t first_tile, int tiles, int64_t group, int rows,
                 const ExpandedTile (*x)[kSegmentTiles], const float* sums, float* const* out) {
   const ExpertMatrix& weight = panel.weight;
-  const uint16_t* scales = weight.scales + group * weight.n + chunk * kChunk;
-  const int32_t* zeros = weight.zeros ? weight.zeros + (group * weight.n + chunk * kChunk) / 8 : nullptr;
+  const int64_t tile_words = kChunk * kTileK * Type::kBits / 32;
+  const int64_t tile_stride = weight.n / kChunk * tile_words;
   for (int col = 0; col < 8; ++col) {
     float acc[kRows][2][kLine] = {};
     for (int tile = 0; tile < tiles; ++tile) {
-      const int32_t* line = weight.packed + (first_tile + tile) * weight.n * 2 + chunk * kTileWords + col * kLine;
+      const int32_t* line =
+          weight.packed + (first_tile + tile) * tile_stride + chunk * tile_words + col * (tile_words / 8);
       for (int b = 0; b < 2; ++b) {
         for (int j = 0; j < 4; ++j) {
-          float codes[kLine];
-          for (int lane = 0; lane < kLine; ++lane) {
-            const uint32_t word = static_cast<uint32_t>(line[lane]);
-            codes[lane] = static_cast<float>(static_cast<int32_t>((word >> (kShift[j] + 8 * b)) & 15) - 8);
-          }
+          float values[kLine];
+          for (int lane = 0; lane < kLine; ++lane) values[lane] = Type::Value(Type::Extract(line, lane, b, j));
           for (int r = 0; r < rows; ++r) {
-            for (int lane = 0; lane < kLine; ++lane) acc[r][b][lane] += codes[lane] * x[r][tile].x[j][lane];
+            for (int lane = 0; lane < kLine; ++lane) acc[r][b][lane] += values[lane] * x[r][tile].x[j][lane];
           }
         }
       }
     }
     for (int w = 0; w < 4; ++w) {
       for (int b = 0; b < 2; ++b) {
-        const float scale = FloatFromElement(scales[8 * col + 2 * w + b], weight.scale_type);
-        int excess = 0;  // of the zero point over the 8 that the codes already have subtracted
-        if (zeros) excess = static_cast<int>((static_cast<uint32_t>(zeros[col]) >> (4 * w + 16 * b)) & 15) - 8;
+        const int64_t position = group * weight.n + chunk * kChunk + 8 * col + 2 * w + b;
+        const float scale = LoadFloat(weight.scales, weight.scale_type, position);
+        const float excess = ZeroExcess<Type>(weight, group, chunk, col, w, b);
         for (int r = 0; r < rows; ++r) {
           float dot = (acc[r][b][w] + acc[r][b][8 + w]) + (acc[r][b][4 + w] + acc[r][b][12 + w]);
-          if (zeros) dot -= static_cast<float>(excess) * sums[r];
+          if (excess != 0) dot -= excess * sums[r];
           out[r][16 * w + 8 * b + col] += scale * dot;
         }
       }
@@ -72,17 +145,17 @@ void AddSegment(const Panel& panel, int64_t chunk, int64_t first_tile, int tiles
   }
 }
 
-}  // namespace
-
-void PortablePanel(const Panel& panel) {
+template <class Type>
+void RunPanel(const Panel& panel) {
   const ExpertMatrix& weight = panel.weight;
   const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
-  const int64_t group_tiles = weight.k / weight.groups / kTileK;
+  const int64_t group_tiles = weight.group_size / kTileK;
+  const int64_t all_tiles = weight.k / kTileK;
   std::fill(panel.out, panel.out + panel.rows * width, 0.0f);
   for (int64_t group = 0; group < weight.groups; ++group) {
-    for (int64_t done = 0; done < group_tiles; done += kSegmentTiles) {
-      const int64_t first_tile = group * group_tiles + done;
-      const int tiles = static_cast<int>(std::min<int64_t>(kSegmentTiles, group_tiles - done));
+    const int64_t end = std::min((group + 1) * group_tiles, all_tiles);
+    for (int64_t first_tile = group * group_tiles; first_tile < end; first_tile += kSegmentTiles) {
+      const int tiles = static_cast<int>(std::min<int64_t>(kSegmentTiles, end - first_tile));
       for (int row = 0; row < panel.rows; row += kRows) {
         const int rows = std::min(kRows, panel.rows - row);
         ExpandedTile x[kRows][kSegmentTiles];
@@ -93,10 +166,25 @@ void PortablePanel(const Panel& panel) {
         for (int chunk = 0; chunk < panel.chunks; ++chunk) {
           float* out[kRows];
           for (int r = 0; r < rows; ++r) out[r] = panel.out + (row + r) * width + chunk * kChunk;
-          AddSegment(panel, panel.chunk[chunk], first_tile, tiles, group, rows, x, sums, out);
+          AddSegment<Type>(panel, panel.chunk[chunk], first_tile, tiles, group, rows, x, sums, out);
         }
       }
     }
+  }
+}
+
+}  // namespace
+
+void PortablePanel(const Panel& panel) {
+  switch (panel.weight.code) {
+    case Code::kInt4:
+      return RunPanel<Int4>(panel);
+    case Code::kInt8:
+      return RunPanel<Int8>(panel);
+    case Code::kE2M1:
+      return RunPanel<E2M1>(panel);
+    case Code::kE4M3:
+      return RunPanel<E4M3>(panel);
   }
 }
 

@@ -8,6 +8,8 @@
 #include <thread>
 #include <utility>
 
+#include "cpu/float_mode.h"
+
 namespace jax_marlin_moe::cpu {
 namespace {
 
@@ -32,6 +34,7 @@ struct Team {
   explicit Team(std::vector<Phase> work) : phases(std::move(work)), progress(phases.size()) {}
 
   void Work() {
+    const KeepSubnormals keep;
     for (size_t p = 0; p < phases.size(); ++p) {
       const int64_t items = phases[p].items;
       int64_t mine = 0;

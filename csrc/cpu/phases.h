@@ -15,7 +15,7 @@ namespace jax_marlin_moe::cpu {
 
 struct Phase {
   int64_t items;
-  std::function<void(int64_t item)> run;  // must not throw; items of a phase run in any order, at once
+  std::function<void(int64_t item)> run;  // must not throw; items of a phase run in any order, at once, with subnormals
 };
 
 // Threads that may work on one call.

@@ -35,12 +35,15 @@ struct Block {
   const float* topk_weights;  // [tokens, top_k]
   cpu::Routing routing;
   int64_t top_k;
-  cpu::Activation activation;
-  uint16_t* y;  // [tokens, hidden]
+  const cpu::Activation* activation;
+  const float* activation_parameters;
+  uint16_t* y;  // [tokens, down's columns]
 
   int64_t tokens() const { return routing.slots / top_k; }
-  int64_t hidden() const { return gate_up->k(); }
   int64_t inner() const { return down->k(); }
+  int halves() const { return activation->gated ? 2 : 1; }
+  // Columns of gate, and of up: inner, or more where gate_up is padded to whole chunks and down to whole tiles.
+  int64_t half() const { return gate_up->n() / halves(); }
 };
 
 // Rows in expert order, without padding.
@@ -60,7 +63,7 @@ void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGr
   static_assert(2 * (kGateChunks + 1) <= cpu::kPanelChunks);
   const uint16_t* inputs[cpu::kPanelRows];
   for (int r = 0; r < group.count; ++r) {
-    inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.hidden();
+    inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.gate_up->k();
   }
   alignas(64) float product[cpu::kPanelRows * 2 * (kGateChunks + 1) * cpu::kChunk];
   cpu::Panel panel;
@@ -69,10 +72,10 @@ void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGr
   panel.rows = group.count;
   panel.chunks = 0;
   panel.out = product;
-  const float* halves[2];  // column `begin` of gate and of up in the first row
-  for (int half = 0; half < 2; ++half) {
-    const int64_t first = half * block.inner() + begin;
-    const int64_t last = half * block.inner() + end - 1;
+  const float* halves[2] = {};  // column `begin` of gate and of up in the first row
+  for (int half = 0; half < block.halves(); ++half) {
+    const int64_t first = half * block.half() + begin;
+    const int64_t last = half * block.half() + end - 1;
     halves[half] = product + panel.chunks * cpu::kChunk + first % cpu::kChunk;
     for (int64_t chunk = first / cpu::kChunk; chunk <= last / cpu::kChunk; ++chunk) {
       panel.chunk[panel.chunks++] = chunk;
@@ -82,7 +85,8 @@ void GateUpItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGr
   const int64_t width = static_cast<int64_t>(panel.chunks) * cpu::kChunk;
   for (int r = 0; r < group.count; ++r) {
     float activated[kGateChunks * cpu::kChunk];
-    block.activation(halves[0] + r * width, halves[1] + r * width, end - begin, activated);
+    const float* up = block.activation->gated ? halves[1] + r * width : nullptr;
+    block.activation->apply(halves[0] + r * width, up, end - begin, block.activation_parameters, activated);
     cpu::RoundRow(activated, end - begin, block.type, out + (group.first + r) * block.inner() + begin);
   }
 }
@@ -106,7 +110,7 @@ void DownItem(const Block& block, const cpu::RowGroups& rows, const cpu::RowGrou
   for (int r = 0; r < group.count; ++r) {
     const int64_t slot = rows.slots[static_cast<size_t>(group.first + r)];
     const float weight = block.topk_weights[slot];
-    float* row = out + slot * block.hidden() + first_chunk * cpu::kChunk;
+    float* row = out + slot * block.down->n() + first_chunk * cpu::kChunk;
     for (int64_t c = 0; c < width; ++c) row[c] = product[r * width + c] * weight;
   }
 }
@@ -117,14 +121,14 @@ void SumItem(const Block& block, const std::vector<uint8_t>& scheduled, const fl
   float sum[kSumColumns] = {};
   for (int64_t slot = token * block.top_k; slot < (token + 1) * block.top_k; ++slot) {
     if (!scheduled[static_cast<size_t>(slot)]) continue;
-    const float* row = products + slot * block.hidden() + begin;
+    const float* row = products + slot * block.down->n() + begin;
     for (int64_t c = 0; c < end - begin; ++c) sum[c] += row[c];
   }
-  cpu::RoundRow(sum, end - begin, block.type, block.y + token * block.hidden() + begin);
+  cpu::RoundRow(sum, end - begin, block.type, block.y + token * block.down->n() + begin);
 }
 
 void RunBlock(ffi::ThreadPool& pool, const Block& block) {
-  const int64_t hidden = block.hidden();
+  const int64_t columns = block.down->n();
   const int64_t inner = block.inner();
   const cpu::RowGroups rows = GroupByExpert(block);
   const int64_t groups = static_cast<int64_t>(rows.groups.size());
@@ -132,7 +136,7 @@ void RunBlock(ffi::ThreadPool& pool, const Block& block) {
   for (int32_t slot : rows.slots) scheduled[static_cast<size_t>(slot)] = 1;
   const std::unique_ptr<uint16_t[]> activated(new uint16_t[rows.slots.size() * static_cast<size_t>(inner)]);
   const std::unique_ptr<float[]> products(
-      new float[static_cast<size_t>(block.routing.slots) * static_cast<size_t>(hidden)]);
+      new float[static_cast<size_t>(block.routing.slots) * static_cast<size_t>(columns)]);
 
   // Small enough items keep every thread busy to the end of a phase; larger ones expand x less often.
   auto item_chunks = [&](int64_t chunks, int64_t most) {
@@ -140,10 +144,10 @@ void RunBlock(ffi::ThreadPool& pool, const Block& block) {
   };
   const int64_t gate_width = item_chunks(cpu::CeilDiv(inner, cpu::kChunk), kGateChunks) * cpu::kChunk;
   const int64_t gate_splits = cpu::CeilDiv(inner, gate_width);
-  const int64_t down_all = hidden / cpu::kChunk;
+  const int64_t down_all = columns / cpu::kChunk;
   const int64_t down_chunks = item_chunks(down_all, kDownChunks);
   const int64_t down_splits = cpu::CeilDiv(down_all, down_chunks);
-  const int64_t sum_splits = cpu::CeilDiv(hidden, kSumColumns);
+  const int64_t sum_splits = cpu::CeilDiv(columns, kSumColumns);
 
   auto gate_up = [&](int64_t item) {
     const int64_t begin = item % gate_splits * gate_width;
@@ -157,17 +161,23 @@ void RunBlock(ffi::ThreadPool& pool, const Block& block) {
   };
   auto sum = [&](int64_t item) {
     const int64_t begin = item % sum_splits * kSumColumns;
-    SumItem(block, scheduled, products.get(), item / sum_splits, begin, std::min<int64_t>(begin + kSumColumns, hidden));
+    SumItem(block, scheduled, products.get(), item / sum_splits, begin,
+            std::min<int64_t>(begin + kSumColumns, columns));
   };
   cpu::RunPhases(pool,
                  {{groups * gate_splits, gate_up}, {groups * down_splits, down}, {block.tokens() * sum_splits, sum}});
 }
 
 ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_up_packed,
-                        ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer gate_up_zeros, ffi::AnyBuffer gate_up_bias,
-                        ffi::AnyBuffer down_packed, ffi::AnyBuffer down_scales, ffi::AnyBuffer down_zeros,
+                        ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer gate_up_zeros,
+                        ffi::AnyBuffer gate_up_global_scales, ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down_packed,
+                        ffi::AnyBuffer down_scales, ffi::AnyBuffer down_zeros, ffi::AnyBuffer down_global_scales,
                         ffi::AnyBuffer down_bias, ffi::AnyBuffer topk_weights, ffi::AnyBuffer topk_ids,
-                        ffi::AnyBuffer expert_map, ffi::Result<ffi::AnyBuffer> y, std::string_view activation) {
+                        ffi::AnyBuffer expert_map, ffi::Result<ffi::AnyBuffer> y, std::string_view activation,
+                        ffi::Span<const float> activation_parameters, std::string_view gate_up_code,
+                        std::string_view gate_up_scale, std::string_view gate_up_zeros_type, int64_t gate_up_zero_point,
+                        int64_t gate_up_group_size, std::string_view down_code, std::string_view down_scale,
+                        std::string_view down_zeros_type, int64_t down_zero_point, int64_t down_group_size) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   Contract contract("fused_moe");
   const int64_t x_rows = Extent(x, 0);
@@ -179,14 +189,27 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   block.activation = cpu::FindActivation(activation);
   contract.Require(block.activation != nullptr,
                    "activation is '" + std::string(activation) + "'; there are: " + cpu::ActivationNames());
+  if (!contract.ok()) return contract.ToError();
+  contract.Require(static_cast<int>(activation_parameters.size()) == block.activation->parameters,
+                   "activation '" + std::string(activation) + "' has " + std::to_string(activation_parameters.size()) +
+                       " parameters; it takes " + std::to_string(block.activation->parameters));
   block.type = cpu::CheckElement(contract, x, "x");
   contract.HasExtents(x, "x", {x_rows, hidden});
-  const cpu::ExpertStack gate_up(contract, "gate_up ", hidden, gate_up_packed, gate_up_scales, gate_up_zeros,
-                                 gate_up_bias);
-  const cpu::ExpertStack down(contract, "down ", inner, down_packed, down_scales, down_zeros, down_bias);
-  contract.Require(gate_up.n() == 2 * inner, "gate_up has " + std::to_string(gate_up.n()) + " columns, not twice the " +
-                                                 std::to_string(inner) + " rows of down");
-  contract.Require(down.n() == hidden,
+  const cpu::ExpertStack gate_up(
+      contract, "gate_up ", hidden,
+      {gate_up_packed, gate_up_scales, gate_up_zeros, gate_up_global_scales, gate_up_bias},
+      {gate_up_code, gate_up_scale, gate_up_zeros_type, gate_up_zero_point, gate_up_group_size});
+  const cpu::ExpertStack down(contract, "down ", inner,
+                              {down_packed, down_scales, down_zeros, down_global_scales, down_bias},
+                              {down_code, down_scale, down_zeros_type, down_zero_point, down_group_size});
+  if (!contract.ok()) return contract.ToError();
+  block.gate_up = &gate_up;
+  block.down = &down;
+  // Columns come in chunks of 64 and rows in tiles of 16, so one side may have the longer padding of the same extent.
+  contract.Require(gate_up.n() % block.halves() == 0 && block.half() >= inner && block.half() - inner < cpu::kChunk,
+                   "gate_up has " + std::to_string(gate_up.n()) + " columns, which are not " +
+                       std::to_string(block.halves()) + " times the " + std::to_string(inner) + " rows of down");
+  contract.Require(down.n() >= hidden && down.n() - hidden < cpu::kChunk,
                    "down has " + std::to_string(down.n()) + " columns, x has " + std::to_string(hidden));
   contract.Require(gate_up.experts() == down.experts(), "gate_up and down differ in their number of experts");
   contract.Require(top_k >= 1 && tokens <= kMost && top_k <= kMost && tokens * top_k <= kMost,
@@ -198,23 +221,22 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   contract.HasShape(topk_weights, "topk_weights", ffi::DataType::F32, {tokens, top_k});
   contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {tokens, top_k});
   contract.HasShape(expert_map, "expert_map", ffi::DataType::S32, {Extent(expert_map, 0)});
-  contract.HasShape(*y, "y", x.element_type(), {tokens, hidden});
+  contract.HasShape(*y, "y", x.element_type(), {tokens, down.n()});
   if (!contract.ok()) return contract.ToError();
 
   const bool mapped = !Contract::IsAbsent(expert_map);
-  block.gate_up = &gate_up;
-  block.down = &down;
+  block.activation_parameters = activation_parameters.begin();
   block.top_k = top_k;
   block.slots_per_row = x_rows == tokens ? top_k : 1;
   block.routing.num_experts = mapped ? Extent(expert_map, 0) : down.experts();
   block.routing.expert_map = mapped ? static_cast<const int32_t*>(expert_map.untyped_data()) : nullptr;
-  const int64_t pass_tokens = std::max<int64_t>(1, kMaxWaiting / (top_k * hidden));
+  const int64_t pass_tokens = std::max<int64_t>(1, kMaxWaiting / (top_k * down.n()));
   for (int64_t first = 0; first < tokens; first += pass_tokens) {
     block.x = static_cast<const uint16_t*>(x.untyped_data()) + first * top_k / block.slots_per_row * hidden;
     block.topk_weights = static_cast<const float*>(topk_weights.untyped_data()) + first * top_k;
     block.routing.topk_ids = static_cast<const int32_t*>(topk_ids.untyped_data()) + first * top_k;
     block.routing.slots = std::min(pass_tokens, tokens - first) * top_k;
-    block.y = static_cast<uint16_t*>(y->untyped_data()) + first * hidden;
+    block.y = static_cast<uint16_t*>(y->untyped_data()) + first * down.n();
     RunBlock(pool, block);
   }
   return ffi::Error::Success();
@@ -226,20 +248,33 @@ XLA_FFI_Error* FusedMoeCpu(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, FusedMoeImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
-                             .Arg<ffi::AnyBuffer>()  // x [M, H] or [M * top_k, H] bf16 or f16
-                             .Arg<ffi::AnyBuffer>()  // gate_up packed [E, H / 16, 2 * I * 2]
-                             .Arg<ffi::AnyBuffer>()  // gate_up scales [E, G, 2 * I]
-                             .Arg<ffi::AnyBuffer>()  // gate_up zeros [E, G, 2 * I / 8] or [0]
-                             .Arg<ffi::AnyBuffer>()  // gate_up bias [E, 2 * I] f32 or [0]
-                             .Arg<ffi::AnyBuffer>()  // down packed [E, I / 16, H * 2]
-                             .Arg<ffi::AnyBuffer>()  // down scales [E, G, H]
-                             .Arg<ffi::AnyBuffer>()  // down zeros [E, G, H / 8] or [0]
-                             .Arg<ffi::AnyBuffer>()  // down bias [E, H] f32 or [0]
+                             .Arg<ffi::AnyBuffer>()  // x [M, H] or [M * top_k, H] bf16 or f16, H as packed
+                             .Arg<ffi::AnyBuffer>()  // gate_up packed, and so on: expert_stack.h
+                             .Arg<ffi::AnyBuffer>()  // gate_up scales
+                             .Arg<ffi::AnyBuffer>()  // gate_up zeros
+                             .Arg<ffi::AnyBuffer>()  // gate_up global_scales
+                             .Arg<ffi::AnyBuffer>()  // gate_up bias
+                             .Arg<ffi::AnyBuffer>()  // down packed
+                             .Arg<ffi::AnyBuffer>()  // down scales
+                             .Arg<ffi::AnyBuffer>()  // down zeros
+                             .Arg<ffi::AnyBuffer>()  // down global_scales
+                             .Arg<ffi::AnyBuffer>()  // down bias
                              .Arg<ffi::AnyBuffer>()  // topk_weights [M, top_k] f32
                              .Arg<ffi::AnyBuffer>()  // topk_ids [M, top_k]
                              .Arg<ffi::AnyBuffer>()  // expert_map [global experts] or [0]
-                             .Ret<ffi::AnyBuffer>()  // y [M, H] of x's type
-                             .Attr<std::string_view>("activation"));
+                             .Ret<ffi::AnyBuffer>()  // y [M, N of down] of x's type
+                             .Attr<std::string_view>("activation")
+                             .Attr<ffi::Span<const float>>("activation_parameters")
+                             .Attr<std::string_view>("gate_up_code")
+                             .Attr<std::string_view>("gate_up_scale")
+                             .Attr<std::string_view>("gate_up_zeros")
+                             .Attr<int64_t>("gate_up_zero_point")
+                             .Attr<int64_t>("gate_up_group_size")
+                             .Attr<std::string_view>("down_code")
+                             .Attr<std::string_view>("down_scale")
+                             .Attr<std::string_view>("down_zeros")
+                             .Attr<int64_t>("down_zero_point")
+                             .Attr<int64_t>("down_group_size"));
   return (*handler)(frame);
 }
 

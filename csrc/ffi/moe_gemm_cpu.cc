@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/align.h"
@@ -18,10 +19,11 @@ namespace {
 constexpr int kItemChunks = 8;  // most column chunks of a work item
 
 ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed, ffi::AnyBuffer scales,
-                       ffi::AnyBuffer zeros, ffi::AnyBuffer bias, ffi::AnyBuffer topk_weights,
-                       ffi::AnyBuffer sorted_token_ids, ffi::AnyBuffer expert_ids,
+                       ffi::AnyBuffer zeros, ffi::AnyBuffer global_scales, ffi::AnyBuffer bias,
+                       ffi::AnyBuffer topk_weights, ffi::AnyBuffer sorted_token_ids, ffi::AnyBuffer expert_ids,
                        ffi::AnyBuffer num_tokens_post_padded, ffi::Result<ffi::AnyBuffer> y, int64_t top_k,
-                       int64_t block_size, bool mul_topk_weights) {
+                       int64_t block_size, bool mul_topk_weights, std::string_view code, std::string_view scale,
+                       std::string_view zeros_type, int64_t zero_point, int64_t group_size) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   Contract contract("moe_gemm");
   const int64_t tokens = Extent(x, 0);
@@ -35,7 +37,8 @@ ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   contract.Require(slots <= kMost, "there are " + std::to_string(slots) + " slots, more than int32 counts");
   const cpu::Element x_type = cpu::CheckElement(contract, x, "x");
   contract.HasExtents(x, "x", {tokens, k});
-  const cpu::ExpertStack stack(contract, "", k, packed, scales, zeros, bias);
+  const cpu::ExpertStack stack(contract, "", k, {packed, scales, zeros, global_scales, bias},
+                               {code, scale, zeros_type, zero_point, group_size});
   contract.HasShapeOrIsAbsent(topk_weights, "topk_weights", ffi::DataType::F32, {slots});
   contract.Require(!mul_topk_weights || slots == 0 || !Contract::IsAbsent(topk_weights),
                    "mul_topk_weights needs topk_weights");
@@ -101,10 +104,11 @@ XLA_FFI_Error* MoeGemmCpu(XLA_FFI_CallFrame* frame) {
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
                              .Arg<ffi::AnyBuffer>()  // x [M, K] bf16 or f16
-                             .Arg<ffi::AnyBuffer>()  // packed [E, K / 16, N * 2]
-                             .Arg<ffi::AnyBuffer>()  // scales [E, G, N] bf16 or f16, Marlin grouped order
-                             .Arg<ffi::AnyBuffer>()  // zeros [E, G, N / 8] or [0]
-                             .Arg<ffi::AnyBuffer>()  // bias [E, N] f32 or [0]
+                             .Arg<ffi::AnyBuffer>()  // packed, and so on: expert_stack.h
+                             .Arg<ffi::AnyBuffer>()  // scales
+                             .Arg<ffi::AnyBuffer>()  // zeros
+                             .Arg<ffi::AnyBuffer>()  // global_scales
+                             .Arg<ffi::AnyBuffer>()  // bias
                              .Arg<ffi::AnyBuffer>()  // topk_weights [M * top_k] f32 or [0]
                              .Arg<ffi::AnyBuffer>()  // sorted_token_ids [P]
                              .Arg<ffi::AnyBuffer>()  // expert_ids [ceil(P / block_size)]
@@ -112,7 +116,12 @@ XLA_FFI_Error* MoeGemmCpu(XLA_FFI_CallFrame* frame) {
                              .Ret<ffi::AnyBuffer>()  // y [M * top_k, N] of x's type
                              .Attr<int64_t>("top_k")
                              .Attr<int64_t>("block_size")
-                             .Attr<bool>("mul_topk_weights"));
+                             .Attr<bool>("mul_topk_weights")
+                             .Attr<std::string_view>("code")
+                             .Attr<std::string_view>("scale")
+                             .Attr<std::string_view>("zeros")
+                             .Attr<int64_t>("zero_point")
+                             .Attr<int64_t>("group_size"));
   return (*handler)(frame);
 }
 

@@ -91,13 +91,13 @@ def _check_scales(name: str, weights: MarlinWeights) -> None:
         if wanted != (value is not None):
             verb = "needs" if wanted else "takes no"
             raise ValueError(f"{name}.{leaf} is {'' if value is None else 'not '}None; {fmt.name} {verb} {leaf}")
-    if fmt.zeros == "integer":
+    if weights.zeros is not None and fmt.zeros == "integer":
         check_array(f"{name}.zeros", weights.zeros, ndim=3, dtype=jnp.int32)
         check_shape(f"{name}.zeros", weights.zeros, (experts, groups, n // fmt.codes_per_word), "(E, groups, N / pf)")
-    elif fmt.zeros == "float":
+    elif weights.zeros is not None:
         check_array(f"{name}.zeros", weights.zeros, ndim=3, dtype=weights.scales.dtype)
         check_shape(f"{name}.zeros", weights.zeros, (experts, groups, n), "(E, groups, N)")
-    if fmt.has_global_scales:
+    if weights.global_scales is not None:
         check_array(f"{name}.global_scales", weights.global_scales, ndim=2, dtype=jnp.float32)
         check_shape(f"{name}.global_scales", weights.global_scales, (experts, n // TILE_N), "(E, N / 64)")
 

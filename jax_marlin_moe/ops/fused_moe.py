@@ -75,8 +75,8 @@ def fused_moe(
         )
     if gate_up.column_padding and len(gate_up.column_padding) != halves:
         raise ValueError(
-            f"gate_up.column_padding is {gate_up.column_padding}; the block needs gate and up padded apart: pack them one "
-            "by one and join them with jax_marlin_moe.concatenate_columns"
+            f"gate_up.column_padding is {gate_up.column_padding}; the block needs gate and up padded apart: pack them "
+            "one by one and join them with jax_marlin_moe.concatenate_columns"
         )
     if down.n != gate_up.k:
         raise ValueError(f"down has N = {down.n} columns; it must be H = {gate_up.k}")
