@@ -1,8 +1,8 @@
 """Measured schemes for whole blocks: the table that ships with the package, and the user's own beside the cache.
 
 A table maps a block (its shapes and formats) and a number of tokens to the scheme that was fastest on a card of that
-architecture. Blocks that are in neither table, or only with token counts more than twice off, are left to the cost
-model of tiles.py.
+architecture. Blocks that are in neither table, or only with token counts further off than a factor of the root of
+two, are left to the cost model of tiles.py.
 """
 
 import contextlib
@@ -39,11 +39,14 @@ class BlockKey:
 
 
 def lookup(key: BlockKey, tokens: int, architecture: str) -> BlockScheme | None:
-    """The measured scheme for the nearest number of tokens within a factor of two; the user's table comes first."""
+    """The measured scheme for the nearest number of tokens, the user's table first.
+
+    Within a factor of the root of two: further off, an expert's rows fill other blocks.
+    """
     for path in (user_path(architecture), _SHIPPED / f"{architecture}.json"):
         entries = _load(path).get(str(key), {}) if path is not None else {}
         distance = {measured: abs(math.log2(int(measured) / tokens)) for measured in entries}
-        if distance and min(distance.values()) <= 1:
+        if distance and min(distance.values()) <= 0.5:
             return _decode(entries[min(distance, key=lambda measured: distance[measured])])
     return None
 
