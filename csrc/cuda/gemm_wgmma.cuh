@@ -208,8 +208,8 @@ class WgmmaGroupedGemm {
     const int tiles = blocks * kColumnTiles;
     const int piece = thread % kPieces, first_row = thread / kPieces;
     // Where this thread's first pieces go in the stage that is filled next. (Carried along rather than computed from
-    // the stage: a sum of a register and a uniform register as the target of cp.async with a cache policy comes out of
-    // NVRTC 13.0 and 13.4 as an illegal instruction.)
+    // the stage: a sum of a register and a uniform register as the target of cp.async with a cache policy has come
+    // out of NVRTC 13 as an illegal instruction.)
     uint32_t token_target =
         shared.tokens(0) + piece / 8 * kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
     uint32_t weight_target = shared.weights(0) + thread * 16;
