@@ -40,7 +40,7 @@ def array(shape, dtype=jnp.int32):
 
 
 def abstract_experts(num_experts, k, n, *, group_size=None, zeros=False, bias=False, scale_dtype=jnp.bfloat16):
-    groups = k // (group_size or k)
+    groups = -(-k // (group_size or k))
     return jmm.MarlinWeights(
         packed=array((num_experts, k // 16, 2 * n)),
         scales=array((num_experts, groups, n), scale_dtype),

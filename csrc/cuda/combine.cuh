@@ -8,7 +8,7 @@ namespace jmm {
 template <class T, int kTokens, int kTopK, int kColumns, int kExperts, int kRoutedExperts, bool kMapped>
 struct Combine {
   static constexpr int kThreads = 128;  // small: they move in beside the blocks of the kernel before
-  static constexpr int kVector = 4;  // columns of a thread: one 16-byte load a slot
+  static constexpr int kVector = 4;     // columns of a thread: one 16-byte load a slot
   static constexpr int kBlocks = (kTokens * (kColumns / kVector) + kThreads - 1) / kThreads;
   static_assert(kColumns % kVector == 0, "rows are whole vectors");
 
