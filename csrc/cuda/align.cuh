@@ -17,6 +17,8 @@ struct AlignBlockSize {
   static constexpr int kBlocks = (kListLength + kBlock - 1) / kBlock;
   static constexpr int kSlotsPerWarp = (kSlots + kThreads - 1) / kThreads * 32;
 
+  static constexpr int kAhead = kSlotsPerWarp / 32 < 8 ? kSlotsPerWarp / 32 : 8;  // ids of a lane fetched at once
+
   struct Shared {
     int counts[kWarps][kExperts];  // then: where the warp's next slot of the expert goes
     int warp_sums[kWarps];
@@ -41,11 +43,13 @@ struct AlignBlockSize {
     for (int i = threadIdx.x; i < kListLength; i += kThreads) sorted_token_ids[i] = kSlots;
     __syncthreads();
 
-    for (int base = first; base < last; base += 32) {
-      const int e = kept_expert(base + lane, last);
-      const uint32_t peers = __match_any_sync(~0u, e);
-      if (e >= 0 && lane == leader(peers)) shared.counts[warp][e] += __popc(peers);
-      __syncwarp();
+    for (int base = first; base < last; base += 32 * kAhead) {
+      int experts[kAhead];
+      fetch(experts, base + lane, last);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (experts[i] >= 0) atomicAdd(&shared.counts[warp][experts[i]], 1);
+      }
     }
     __syncthreads();
 
@@ -89,21 +93,32 @@ struct AlignBlockSize {
       expert_ids[block] = e;
     }
 
-    for (int base = first; base < last; base += 32) {
-      const int e = kept_expert(base + lane, last);
-      const uint32_t peers = __match_any_sync(~0u, e);
-      const int rank = __popc(peers & ((1u << lane) - 1));
-      const int start = e >= 0 ? shared.counts[warp][e] : 0;
-      __syncwarp();
-      if (e >= 0) {
-        sorted_token_ids[start + rank] = base + lane;
-        if (lane == leader(peers)) shared.counts[warp][e] = start + __popc(peers);
+    for (int base = first; base < last; base += 32 * kAhead) {
+      int experts[kAhead];
+      fetch(experts, base + lane, last);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int e = experts[i];
+        const uint32_t peers = lanes_of_equal(e);
+        const int rank = __popc(peers & ((1u << lane) - 1));
+        const int start = e >= 0 ? shared.counts[warp][e] : 0;
+        __syncwarp();
+        if (e >= 0) {
+          sorted_token_ids[start + rank] = base + 32 * i + lane;
+          if (lane == leader(peers)) shared.counts[warp][e] = start + __popc(peers);
+        }
+        __syncwarp();
       }
-      __syncwarp();
     }
   }
 
  private:
+  // The experts of slots 32 apart.
+  __device__ __forceinline__ void fetch(int (&experts)[kAhead], int slot, int last) const {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) experts[i] = kept_expert(slot + 32 * i, last);
+  }
+
   // The global id of the slot's expert, -1 where the slot vanishes.
   __device__ __forceinline__ int kept_expert(int slot, int last) const {
     if (slot >= last) return -1;
@@ -113,6 +128,17 @@ struct AlignBlockSize {
       if (expert_map[e] < 0) return -1;
     }
     return e;
+  }
+
+  // The lanes whose expert is the same, bit by bit: match.any takes a turn for every different value.
+  __device__ __forceinline__ static uint32_t lanes_of_equal(int expert) {
+    uint32_t lanes = ~0u;
+#pragma unroll
+    for (int bit = 1; bit <= kExperts; bit *= 2) {  // -1 differs from every expert
+      const uint32_t set = __ballot_sync(~0u, expert & bit);
+      lanes &= expert & bit ? set : ~set;
+    }
+    return lanes;
   }
 
   __device__ __forceinline__ static int leader(uint32_t peers) { return __ffs(peers) - 1; }

@@ -20,8 +20,10 @@ from jax_marlin_moe.cuda.replay import ReplayedPlan, block_operands
 from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
     BlockScheme,
+    GemmShape,
+    block_sizes,
     candidates,
-    choose_token_tile,
+    expected_blocks,
     predicted_microseconds,
 )
 from jax_marlin_moe.random_layers import random_routings
@@ -104,12 +106,13 @@ def autotune(
         return Measurement(scheme, *times)
 
     finalists = []
-    for direct, block in _block_sizes(tokens, slots, experts):
-        blocks = slots if direct else max(hit, slots / block)
+    shapes = gemm_shape(gate_up, act.gated, x.dtype), gemm_shape(down, False, x.dtype)
+    for direct, block in _block_sizes(tokens, slots, experts, shapes[0], capability):
+        blocks = slots if direct else max(hit, expected_blocks(slots, experts, experts, block))
         ranked = []
-        for shape in (gemm_shape(gate_up, act.gated), gemm_shape(down, gated=False)):
+        for shape in shapes:
             tiles = candidates(shape, block, capability)
-            tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks))
+            tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks, rows=slots / blocks))
             ranked.append(tiles[:candidates_per_product])
         count = max(map(len, ranked))
         schemes = [BlockScheme(direct, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]
@@ -125,10 +128,9 @@ def autotune(
     return winner
 
 
-def _block_sizes(tokens: int, slots: int, experts: int) -> list[tuple[bool, int]]:
+def _block_sizes(tokens: int, slots: int, experts: int, shape: GemmShape, capability: int) -> list[tuple[bool, int]]:
     """(direct, rows of a block) worth measuring."""
     if tokens == 1:
         return [(True, TOKEN_TILES[0])]
-    likely = TOKEN_TILES.index(choose_token_tile(slots, experts))
-    sizes = [(False, TOKEN_TILES[i]) for i in (likely - 1, likely) if i >= 0]
+    sizes = [(False, size) for size in block_sizes(slots, experts, shape, capability)]
     return [*sizes, (True, TOKEN_TILES[0])] if slots <= 32 else sizes

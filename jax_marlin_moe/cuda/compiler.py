@@ -61,7 +61,7 @@ def target_architecture() -> str:
     """
     named = os.environ.get(ARCHITECTURE_VARIABLE)
     if named:
-        return named
+        return "sm_90a" if named == "sm_90" else named  # the kernels of compute capability 9.0 use wgmma
     try:
         device = jax.local_devices(backend="cuda")[0]
     except RuntimeError:

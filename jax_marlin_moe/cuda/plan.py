@@ -5,6 +5,7 @@ spelled here.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,17 @@ from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.program import Kernel, render
-from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, choose_tile, choose_token_tile, shared_memory
+from jax_marlin_moe.cuda.tiles import (
+    BlockScheme,
+    GemmShape,
+    Tile,
+    WgmmaTile,
+    block_sizes,
+    choose_tile,
+    expected_blocks,
+    predicted_microseconds,
+    shared_memory,
+)
 from jax_marlin_moe.ops.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -45,7 +56,7 @@ class Plan:
 
     kernels: tuple[Kernel, ...]
     scratch: tuple[jax.ShapeDtypeStruct, ...]
-    includes: tuple[str, ...] = ("align.cuh", "combine.cuh", "gemm_mma.cuh")
+    includes: tuple[str, ...] = ("align.cuh", "combine.cuh", "gemm_mma.cuh", "gemm_wgmma.cuh")
     preamble: str = ""
 
     @property
@@ -85,7 +96,7 @@ def check_rows(x: jax.Array, capability: int) -> None:
         raise ValueError(f"x has {x.size} elements; the CUDA kernels take fewer than 2**32: split the tokens")
 
 
-def gemm_shape(weights: MarlinWeights, gated: bool) -> GemmShape:
+def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmShape:
     """The facts about a matrix that tiles depend on."""
     row, scale_bytes = weights.format, weights.scales.dtype.itemsize
     return GemmShape(
@@ -98,6 +109,7 @@ def gemm_shape(weights: MarlinWeights, gated: bool) -> GemmShape:
         bits=row.bits,
         scale_bytes=scale_bytes,
         zero_bits={None: 0, "integer": row.bits, "float": 8 * scale_bytes}[row.zeros],
+        dtype=dtype.name,
     )
 
 
@@ -138,7 +150,7 @@ def align_kernel(
 
 def gemm_kernel(
     shape: GemmShape,
-    tile: Tile,
+    tile: Tile | WgmmaTile,
     weights: MarlinWeights,
     dtype: jnp.dtype,
     *,
@@ -180,7 +192,7 @@ def gemm_kernel(
     )
     return Kernel(
         body=(
-            f"GroupedGemm<jmm::Problem<{', '.join(map(str, problem))}>, {tile.cpp}, {routing_type}, {epilogue_type}>"
+            f"{tile.kernel}<jmm::Problem<{', '.join(map(str, problem))}>, {tile.cpp}, {routing_type}, {epilogue_type}>"
         ),
         members=f"{', '.join(pointers)}, {{{routing_members}}}, {{{epilogue_members}}}",
         parameters=tuple(p.items),
@@ -252,7 +264,7 @@ def plan_moe_gemm(
     capability = compute_capability(architecture)
     check_rows(x, capability)
     num_slots = x.shape[0] * top_k
-    shape = gemm_shape(weights, gated=False)
+    shape = gemm_shape(weights, False, x.dtype)
     block = {8: 8, 16: 16, 32: 32, 48: 24, 64: 32}[block_size]
     max_blocks = -(-list_length // block)
     tile = choose_tile(shape, block, min(num_slots, max_blocks), capability)
@@ -315,16 +327,25 @@ def _predicted_scheme(
     first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
 ) -> BlockScheme:
     """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
-    direct = num_slots == top_k or num_slots * num_slots <= 8 * routed_experts
-    block = 8 if direct else choose_token_tile(num_slots, routed_experts)
-    # Experts hit under uniform routing, each filling one block or more.
-    hit = first.num_experts * (1 - (1 - 1 / routed_experts) ** num_slots)
-    expected_blocks = num_slots if direct else max(hit, num_slots / block)
-    return BlockScheme(
-        direct,
-        choose_tile(first, block, expected_blocks, capability),
-        choose_tile(second, block, expected_blocks, capability),
-    )
+    if num_slots == top_k or num_slots * num_slots <= 8 * routed_experts:
+        return BlockScheme(True, *(choose_tile(shape, 8, num_slots, capability) for shape in (first, second)))
+    best, least = None, math.inf
+    for tokens in block_sizes(num_slots, routed_experts, first, capability):
+        blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
+        rows = num_slots * first.num_experts / routed_experts / blocks
+        try:
+            tiles = [choose_tile(shape, tokens, blocks, capability, rows) for shape in (first, second)]
+        except ValueError:  # of one of the shapes
+            continue
+        microseconds = sum(
+            predicted_microseconds(shape, tile, blocks, rows)
+            for shape, tile in zip((first, second), tiles, strict=True)
+        )
+        if microseconds < least:
+            best, least = BlockScheme(False, *tiles), microseconds
+    if best is None:
+        raise ValueError(f"no kernel tile serves {first} and {second} on compute capability {capability}")
+    return best
 
 
 def plan_fused_moe(
@@ -349,7 +370,7 @@ def plan_fused_moe(
     topk_ids, expert_map, y = topk_weights + 1, topk_weights + 2 if mapped else None, topk_weights + 3
     columns = gate_up.padded_n // (2 if activation.gated else 1)  # of the activation, padding included
     overlap = capability >= 90
-    first, second = gemm_shape(gate_up, activation.gated), gemm_shape(down, gated=False)
+    first, second = gemm_shape(gate_up, activation.gated, x.dtype), gemm_shape(down, False, x.dtype)
 
     if scheme is None:
         scheme = tuned.lookup(block_key(gate_up, down, top_k), tokens, architecture)

@@ -55,7 +55,7 @@ def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) ->
         call = "run(shared_bytes)" if kernel.shared_bytes else "run()"
         lines.append(
             f'{shared}extern "C" __global__ void __launch_bounds__({bounds}) k{index}({arguments}) {{\n'
-            "  extern __shared__ __align__(128) unsigned char shared_bytes[];\n"
+            "  extern __shared__ __align__(1024) unsigned char shared_bytes[];\n"
             f"  B{index}{{{kernel.members}}}.{call};\n}}"
         )
     return "\n".join(lines) + "\n"

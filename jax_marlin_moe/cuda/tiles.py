@@ -13,6 +13,7 @@ _SHARED_BYTES |= {100: (228, 227), 103: (228, 227), 110: (228, 227), 120: (100, 
 _UNIT = 64  # columns
 _TILE_K = 16
 TOKEN_TILES = (8, 16, 24, 32)
+WGMMA_TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128, 144)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class GemmShape:
         bits: of a code.
         scale_bytes: of a scale.
         zero_bits: of a stored zero point.
+        dtype: of the activations.
     """
 
     k: int
@@ -40,6 +42,7 @@ class GemmShape:
     bits: int
     scale_bytes: int
     zero_bits: int
+    dtype: str
 
     @property
     def bytes_per_weight(self) -> float:
@@ -58,6 +61,8 @@ class Tile:
     chunk_k: int
     stages: int
     blocks_per_sm: int
+
+    kernel = "GroupedGemm"
 
     @property
     def threads(self) -> int:
@@ -109,6 +114,95 @@ class Tile:
 
 
 @dataclasses.dataclass(frozen=True)
+class WgmmaTile:
+    """`jmm::WgmmaTile` of csrc/cuda/gemm_wgmma.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
+
+    Attributes:
+        tokens: rows of a block of tokens, a column count of the instruction.
+        sub_tiles: 64-row products of a warpgroup.
+        warpgroups_n: that multiply, side by side along the columns.
+        warpgroups_k: that share K; one warpgroup more copies.
+        chunk_k: rows of K in one stage of the ring.
+        stages: stages of the ring.
+        blocks_per_sm: resident blocks of threads.
+        raster: blocks of tokens that share a run of column tiles.
+        scales_weights: whether the 16-bit weights are scaled, rather than the sums of each group.
+    """
+
+    tokens: int
+    sub_tiles: int
+    warpgroups_n: int
+    warpgroups_k: int
+    chunk_k: int
+    stages: int
+    blocks_per_sm: int
+    raster: int
+    scales_weights: bool
+
+    kernel = "WgmmaGroupedGemm"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (self.warpgroups_n * self.warpgroups_k + 1)
+
+    @property
+    def cpp(self) -> str:
+        """The C++ spelling."""
+        return f"jmm::WgmmaTile<{', '.join(str(int(field)) for field in dataclasses.astuple(self))}>"
+
+    def stage_bytes(self, shape: GemmShape) -> int:
+        """Tokens, weights, scales and zero points of one stage."""
+        columns = _UNIT * self.warpgroups_n * self.sub_tiles
+        scale_rows = max(1, self.chunk_k // shape.group_size)
+        shared = scale_rows * columns * (8 * shape.scale_bytes + shape.zero_bits) // 8
+        return self.tokens * self.chunk_k * 2 + self.chunk_k * columns * shape.bits // 8 + shared
+
+    def shared_bytes(self, shape: GemmShape) -> int:
+        """Dynamic shared memory of a block: the ring, two notes about tiles, shares of sums, barriers."""
+        notes = 2
+        partials = (self.warpgroups_k - 1) * self.warpgroups_n * self.sub_tiles * self.tokens // 2 * 128 * 4
+        ring = self.stages * self.stage_bytes(shape)
+        return ring + notes * (6 * 4 + self.tokens * 8) + partials + 8 * 2 * (self.stages + notes)
+
+    def column_tiles(self, shape: GemmShape) -> int:
+        """Tiles along the columns of the product."""
+        return shape.n // (_UNIT * self.warpgroups_n * self.sub_tiles)
+
+    def registers(self) -> int:
+        """Of a thread that multiplies: sums, weights being made and in use, the rest."""
+        sums = self.sub_tiles * self.tokens // 2 * (1 if self.scales_weights else 2)
+        return sums + 8 * self.sub_tiles + 40
+
+    def fits(self, shape: GemmShape, capability: int) -> bool:
+        """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
+        # Codes that are exact in 16 bits less their zero point, scales of 16 bits.
+        exact = shape.code in ("int4", "int8") and shape.scale_bytes == 2 and shape.zero_bits in (0, shape.bits)
+        # A scale of bfloat16 leaves a weight its range; float16 would lose small ones.
+        if capability != 90 or not exact or (self.scales_weights and shape.dtype != "bfloat16"):
+            return False
+        per_sm, per_block = shared_memory(capability)
+        chunks = shape.k // self.chunk_k
+        whole = shape.k % self.chunk_k == 0 and chunks >= self.warpgroups_k <= self.stages
+        whole = whole and shape.n % (_UNIT * self.warpgroups_n * self.sub_tiles) == 0
+        grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
+        paired = not shape.gated or self.sub_tiles % 2 == 0
+        size = self.shared_bytes(shape)
+        # A block enters with an equal share of the registers for each thread; the copying warpgroup keeps few.
+        warpgroups = self.warpgroups_n * self.warpgroups_k
+        entry = 65536 // (self.blocks_per_sm * self.threads) // 8 * 8
+        spared = (entry * (warpgroups + 1) - (56 if self.tokens <= 32 else 80)) // warpgroups // 8 * 8
+        return (
+            whole
+            and grouped
+            and paired
+            and size <= per_block
+            and (size + 1024) * self.blocks_per_sm <= per_sm
+            and self.registers() <= min(240, spared)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockScheme:
     """How a whole expert block is cut.
 
@@ -119,8 +213,8 @@ class BlockScheme:
     """
 
     direct: bool
-    gate_up: Tile
-    down: Tile
+    gate_up: Tile | WgmmaTile
+    down: Tile | WgmmaTile
 
 
 def shared_memory(capability: int) -> tuple[int, int]:
@@ -137,9 +231,32 @@ def choose_token_tile(num_slots: int, num_experts: int) -> int:
     return next((t for t in TOKEN_TILES if rows <= t), TOKEN_TILES[-1])
 
 
-def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
-    """Every tile worth considering: it fits, keeps enough bytes in flight, and leaves no room for another block."""
-    found = []
+def block_sizes(num_slots: int, num_experts: int, shape: GemmShape, capability: int) -> list[int]:
+    """Rows of a block worth considering: the smallest that holds nearly every expert's rows, and its neighbours."""
+    mean = num_slots / num_experts
+    rows = mean + 2 * math.sqrt(mean)
+    likely = TOKEN_TILES.index(choose_token_tile(num_slots, num_experts))
+    sizes = {TOKEN_TILES[likely], TOKEN_TILES[max(0, likely - 1)]}
+    if capability == 90 and shape.code in ("int4", "int8"):
+        fitting = next((i for i, t in enumerate(WGMMA_TOKEN_TILES) if rows <= t), len(WGMMA_TOKEN_TILES))
+        sizes |= set(WGMMA_TOKEN_TILES[max(0, fitting - 3) : fitting + 1])
+    return sorted(sizes)
+
+
+def expected_blocks(num_slots: int, routed_experts: int, num_experts: int, tokens: int) -> float:
+    """Blocks of `tokens` rows that `num_experts` of the routed experts fill under uniform routing."""
+    mean = num_slots / routed_experts
+    blocks = 1 - (1 - 1 / routed_experts) ** num_slots  # an expert has a row
+    for full in range(tokens, int(mean + 6 * math.sqrt(mean)) + 1, tokens):  # and more than so many
+        blocks += math.erfc((full + 0.5 - mean) / math.sqrt(2 * mean)) / 2
+    return num_experts * blocks
+
+
+def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | WgmmaTile]:
+    """Every tile of either kind worth considering: it fits."""
+    found: list[Tile | WgmmaTile] = [*_wgmma_candidates(shape, tokens, capability)]
+    if tokens not in TOKEN_TILES:
+        return found
     for units, warps_n, warps_k, chunk_k in itertools.product(
         (1, 2), (1, 2, 4), (1, 2, 3, 4, 5, 6, 8), (16, 32, 64, 128, 256)
     ):
@@ -156,8 +273,27 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
     return found
 
 
+def _wgmma_candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaTile]:
+    found = []
+    for sub_tiles, (warpgroups_n, warpgroups_k), chunk_k, blocks_per_sm, scales_weights in itertools.product(
+        (2, 4), ((1, 1), (2, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
+    ):
+        if scales_weights and tokens < 48:  # scaling the sums is cheaper, and exact
+            continue
+        for stages in range(8, 2, -1):  # as many as there is room for
+            tile = WgmmaTile(
+                tokens, sub_tiles, warpgroups_n, warpgroups_k, chunk_k, stages, blocks_per_sm, 1, scales_weights
+            )
+            if tile.fits(shape, capability):
+                found.append(tile)
+                break
+    return found
+
+
 @functools.lru_cache(maxsize=1024)
-def choose_tile(shape: GemmShape, tokens: int, expected_blocks: float, capability: int) -> Tile:
+def choose_tile(
+    shape: GemmShape, tokens: int, expected_blocks: float, capability: int, rows: float | None = None
+) -> Tile | WgmmaTile:
     """The tile of least predicted time.
 
     Args:
@@ -165,11 +301,12 @@ def choose_tile(shape: GemmShape, tokens: int, expected_blocks: float, capabilit
         tokens: rows of a block of tokens.
         expected_blocks: blocks of tokens that have work.
         capability: compute capability times ten.
+        rows: of a block that are no padding, on average; all of them by default.
     """
     found = candidates(shape, tokens, capability)
     if not found:
         raise ValueError(f"no kernel tile serves {shape} with {tokens}-row blocks on compute capability {capability}")
-    return min(found, key=lambda tile: predicted_microseconds(shape, tile, expected_blocks))
+    return min(found, key=lambda tile: predicted_microseconds(shape, tile, expected_blocks, rows))
 
 
 # The cost model's constants, fitted to 1100 timed kernels on an H200 (Qwen3-30B and Mixtral, 1 to 64 tokens): 17 %
@@ -189,8 +326,12 @@ _TILE_CYCLES = 829
 _LAUNCH_MICROSECONDS = 2.2
 
 
-def predicted_microseconds(shape: GemmShape, tile: Tile, expected_blocks: float) -> float:
+def predicted_microseconds(
+    shape: GemmShape, tile: Tile | WgmmaTile, expected_blocks: float, rows: float | None = None
+) -> float:
     """Time of one product: its busiest slot's chunks, each as long as latency, issue or memory makes it."""
+    if isinstance(tile, WgmmaTile):
+        return _predicted_wgmma_microseconds(shape, tile, expected_blocks, rows)
     warps, token_tiles = tile.warps_n * tile.warps_k, tile.tokens // 8
     tiles = max(1.0, expected_blocks * tile.column_tiles(shape))
     busy = min(tile.blocks_per_sm, max(1.0, tiles / _MULTIPROCESSORS))  # blocks at work on a multiprocessor
@@ -214,3 +355,38 @@ def predicted_microseconds(shape: GemmShape, tile: Tile, expected_blocks: float)
     ends = _TILE_CYCLES * (1.0 if tile.partials_bytes(shape) else 0.4)
     rounds = math.ceil(tiles / (_MULTIPROCESSORS * tile.blocks_per_sm))
     return _LAUNCH_MICROSECONDS + rounds * (chunks * chunk + ends) / _CYCLES_PER_MICROSECOND
+
+
+# The same for wgmma: within 5 % of Mixtral at 64 tokens and Qwen3-30B at 4096 on an H200.
+_WGMMA_RATE = 0.75  # of 2048 multiply-adds a cycle
+_WGMMA_ISSUE_RATE = 0.55
+_WGMMA_CHUNK_INSTRUCTIONS = 120  # of a scheduler: barriers, descriptors, copies
+_WGMMA_TILE_CYCLES = 700  # and _WGMMA_STORE_CYCLES for each sum of a thread
+_WGMMA_STORE_CYCLES = 12
+
+
+def _predicted_wgmma_microseconds(
+    shape: GemmShape, tile: WgmmaTile, expected_blocks: float, rows: float | None
+) -> float:
+    tiles = max(1.0, expected_blocks * tile.column_tiles(shape))
+    busy = min(tile.blocks_per_sm, max(1.0, tiles / _MULTIPROCESSORS))
+    units = tile.warpgroups_n * tile.sub_tiles  # of 64 columns
+    quarter = tile.tokens / 4
+    multiplied = min(tile.tokens, math.ceil((tile.tokens if rows is None else rows) / quarter) * quarter)
+
+    tensor = _UNIT * units * multiplied * tile.chunk_k / 2048 / _WGMMA_RATE
+    # A unit of 16 rows of K is a sub-tile for each of the four schedulers.
+    instructions = tile.chunk_k / _TILE_K * units * (_WORD_INSTRUCTIONS[shape.code] + 4 + 4 * tile.scales_weights)
+    if not tile.scales_weights:
+        instructions += units * multiplied / 2 * tile.chunk_k / min(shape.group_size, 128)
+    issue = (instructions + _WGMMA_CHUNK_INSTRUCTIONS) / _WGMMA_ISSUE_RATE
+    if busy * tile.warpgroups_n * tile.warpgroups_k < 3:
+        issue *= 1.15  # too few warps to fill each other's gaps
+    memory = tile.chunk_k * units * _UNIT * shape.bytes_per_weight / _BYTES_PER_CYCLE
+
+    longest = max(tensor, issue, memory)
+    chunk = busy * (longest + 0.15 * (tensor + issue + memory - longest))
+    ends = _WGMMA_TILE_CYCLES + _WGMMA_STORE_CYCLES * tile.sub_tiles * multiplied / 2
+    rounds = math.ceil(tiles / (_MULTIPROCESSORS * tile.blocks_per_sm))
+    cycles = rounds * (shape.k / tile.chunk_k * chunk + ends)
+    return _LAUNCH_MICROSECONDS + cycles / _CYCLES_PER_MICROSECOND

@@ -1,8 +1,8 @@
 """Measured schemes for whole blocks: the table that ships with the package, and the user's own beside the cache.
 
 A table maps a block (its shapes and formats) and a number of tokens to the scheme that was fastest on a card of that
-architecture. Blocks that are in neither table, or only with token counts more than twice off, are left to the cost
-model of tiles.py.
+architecture. Blocks that are in neither table, or only with token counts further off than a factor of the root of
+two, are left to the cost model of tiles.py.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import pathlib
 import tempfile
 
 from jax_marlin_moe.cuda import cache
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile
+from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
 
 _SHIPPED = pathlib.Path(__file__).parent / "tuned"
 
@@ -39,11 +39,14 @@ class BlockKey:
 
 
 def lookup(key: BlockKey, tokens: int, architecture: str) -> BlockScheme | None:
-    """The measured scheme for the nearest number of tokens within a factor of two; the user's table comes first."""
+    """The measured scheme for the nearest number of tokens, the user's table first.
+
+    Within a factor of the root of two: further off, an expert's rows fill other blocks.
+    """
     for path in (user_path(architecture), _SHIPPED / f"{architecture}.json"):
         entries = _load(path).get(str(key), {}) if path is not None else {}
         distance = {measured: abs(math.log2(int(measured) / tokens)) for measured in entries}
-        if distance and min(distance.values()) <= 1:
+        if distance and min(distance.values()) <= 0.5:
             return _decode(entries[min(distance, key=lambda measured: distance[measured])])
     return None
 
@@ -96,4 +99,10 @@ def _parse(path: pathlib.Path, modified: int) -> dict:
 
 
 def _decode(entry: dict) -> BlockScheme:
-    return BlockScheme(entry["direct"], Tile(*entry["gate_up"]), Tile(*entry["down"]))
+    return BlockScheme(entry["direct"], _decode_tile(entry["gate_up"]), _decode_tile(entry["down"]))
+
+
+def _decode_tile(fields: list) -> Tile | WgmmaTile:
+    """The kinds of tile have different numbers of fields."""
+    kind = Tile if len(fields) == len(dataclasses.fields(Tile)) else WgmmaTile
+    return kind(*fields)

@@ -1,0 +1,698 @@
+// Grouped GEMM over packed experts on Hopper's wgmma, for 8 to 256 token rows per block.
+//
+// The weights are the A operand, from registers: Marlin's order makes a word of a lane its fragment of m64k16, warp by
+// warp. The tokens are the B operand, from shared memory. One warpgroup of a block of threads copies: it walks the
+// tiles ahead of the others, fills the ring of stages and leaves a note about each tile. The others multiply, side by
+// side along the columns: each dequantises the next 16 rows of K while its products of the last 16 run. The grid is
+// persistent, so the ring fills for the next tile while this one is stored.
+//
+// The scales multiply either the 16-bit weights (one rounding of each weight, no second set of sums) or, exactly, the
+// float32 sums of a group when it closes; Tile says which.
+#pragma once
+
+#include "dequant.cuh"
+#include "epilogue.cuh"
+#include "gemm_mma.cuh"  // Problem
+#include "ptx_hopper.cuh"
+#include "routing.cuh"
+
+namespace jmm {
+
+// How the work is cut. A block of threads makes kTokens x (kWarpgroupsN * kSubTiles * 64 packed columns);
+// kWarpgroupsK warpgroups take the chunks of K in turn.
+template <int kTokens_, int kSubTiles_, int kWarpgroupsN_, int kWarpgroupsK_, int kChunkK_, int kStages_,
+          int kBlocksPerSm_, int kRaster_, bool kScalesWeights_>
+struct WgmmaTile {
+  static constexpr int kTokens = kTokens_;            // rows of a block of tokens
+  static constexpr int kSubTiles = kSubTiles_;        // 64-row products of a warpgroup: 1, 2 or 4
+  static constexpr int kWarpgroupsN = kWarpgroupsN_;  // that multiply, side by side along the columns
+  static constexpr int kWarpgroupsK = kWarpgroupsK_;  // that share K
+  static constexpr int kChunkK = kChunkK_;            // rows of K in one stage of the ring
+  static constexpr int kStages = kStages_;            // stages of the ring
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // resident blocks
+  static constexpr int kRaster = kRaster_;            // blocks of tokens that share a run of column tiles
+  static constexpr bool kScalesWeights = kScalesWeights_;
+  static constexpr int kWarpgroups = kWarpgroupsN * kWarpgroupsK;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);  // one more copies
+  static_assert(kTokens % 8 == 0 && kTokens <= 256, "columns of a wgmma");
+  static_assert(kChunkK % 64 == 0, "rows of 128 bytes in shared memory");
+  static_assert(kStages >= kWarpgroupsK, "warpgroups that share K read different stages");
+};
+
+template <class Problem, class Tile, class Routing, class Epilogue>
+class WgmmaGroupedGemm {
+  using T = typename Problem::T;
+  using Code = typename Problem::Code;
+  using Dequant = Dequantizer<Code, T>;
+  using Scales = ColumnScales<typename Problem::Scale>;
+  using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
+
+  static constexpr int kTileK = 16, kUnit = 64;           // Marlin's tile
+  static constexpr int kFragmentWords = Code::kBits / 4;  // of a lane, for one sub-tile
+  static constexpr int kUnitBytes = kTileK * kUnit * Code::kBits / 8;
+  static constexpr int kLaneBytes = kUnitBytes / 32;
+  static constexpr int kRowWords = Problem::kN * kTileK * Code::kBits / 32;  // of 16 rows of K in the packed matrix
+  static_assert(Dequant::kTokenExponent == 0 && !Problem::kGlobalScales && Scales::kBytes == 2,
+                "codes that are exact in T, scales of 16 bits");
+  static_assert(Zeros::kUnitBytes <= kUnit * Code::kBits / 8, "zero points are codes");
+
+  // A gated tile holds gate units and then as many up units; gate and up of a column meet in one thread. Each warp of a
+  // warpgroup multiplies kParts sub-tiles of either half.
+  static constexpr int kHalves = Epilogue::kGated ? 2 : 1;
+  static constexpr int kParts = Tile::kSubTiles / kHalves;
+  static constexpr int kHalfUnits = Tile::kWarpgroupsN * kParts;  // 4 warps x kParts sub-tiles are kParts units
+  static constexpr int kTileUnits = kHalves * kHalfUnits;
+  static constexpr int kColumns = Problem::kN / kHalves;
+  static constexpr int kColumnTiles = kColumns / (kUnit * kHalfUnits);
+  static_assert(Tile::kSubTiles % kHalves == 0, "gate and up come in pairs");
+  static_assert(kColumns % (kUnit * kHalfUnits) == 0, "column tiles are whole");
+
+  static constexpr int kChunks = Problem::kK / Tile::kChunkK;
+  static constexpr int kSteps = Tile::kChunkK / kTileK;
+  static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
+  static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
+  static constexpr int kStepsPerScale = kSteps / kScaleRows;
+  static_assert(Problem::kK % Tile::kChunkK == 0, "K is whole chunks");
+  static_assert(kChunks >= Tile::kWarpgroupsK, "every warpgroup has a chunk");
+  static_assert(Problem::kGroup % Tile::kChunkK == 0 || Tile::kChunkK % Problem::kGroup == 0,
+                "a chunk is part of one group, or whole groups");
+
+  // A stage: tokens, one slab of 128-byte rows per 64 of K; weights, units side by side, step after step; scales; zero
+  // points.
+  static constexpr int kSlabBytes = Tile::kTokens * 128;
+  static constexpr int kTokenBytes = Tile::kChunkK / 64 * kSlabBytes;
+  static constexpr int kStepBytes = kTileUnits * kUnitBytes;
+  static constexpr int kScaleBytes = kScaleRows * kTileUnits * kUnit * 2;
+  static constexpr int kZeroBytes = kScaleRows * kTileUnits * Zeros::kUnitBytes;
+  static constexpr int kScalesAt = kSteps * kStepBytes;
+  static constexpr int kZerosAt = kScalesAt + kScaleBytes;
+  static constexpr int kWeightBytes = kZerosAt + kZeroBytes;
+
+  // What the multiplying warpgroups need to know about a tile.
+  struct Note {
+    int expert;                    // -1 after the last tile
+    int column_tile;               // of the product
+    int rows[4];                   // the tile's last real row + 1 is the largest of these
+    int slots[Tile::kTokens];      // -1 where the row is padding
+    float factors[Tile::kTokens];  // of the rows
+  };
+  static constexpr int kNotes = 2;
+
+  static constexpr int kWeightsAt = Tile::kStages * kTokenBytes;
+  static constexpr int kNotesAt = kWeightsAt + Tile::kStages * kWeightBytes;
+  // Sums of all but the first of the warpgroups that share K: [warpgroup][sum][thread].
+  static constexpr int kThreadSums = Tile::kSubTiles * Tile::kTokens / 2;
+  static constexpr int kPartialsAt = kNotesAt + kNotes * int(sizeof(Note));
+  static constexpr int kBarriersAt =
+      kPartialsAt + (Tile::kWarpgroupsK - 1) * Tile::kWarpgroupsN * kThreadSums * 128 * 4;
+  static_assert(kWeightBytes % 16 == 0 && sizeof(Note) % 8 == 0, "stages and barriers stay aligned");
+
+ public:
+  static constexpr int kSharedBytes = kBarriersAt + 8 * 2 * (Tile::kStages + kNotes);
+
+  const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
+  const uint32_t* __restrict__ packed;       // [experts, K / 16, kRowWords]
+  const unsigned char* __restrict__ scales;  // [experts, groups, N] of Scale, in Marlin order
+  const unsigned char* __restrict__ zeros;   // [experts, groups, N] as Zeros has them, in Marlin order
+  const float* __restrict__ global_scales;   // absent
+  Routing routing;
+  Epilogue epilogue;
+
+  __device__ void run(unsigned char* shared_bytes) const {
+    const Shared shared(shared_bytes);
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < Tile::kStages; ++s) {
+        mbarrier_init(shared.full(s), 128);
+        mbarrier_init(shared.empty(s), 4 * Tile::kWarpgroupsN);
+      }
+      for (int n = 0; n < kNotes; ++n) {
+        mbarrier_init(shared.note_full(n), 128);
+        mbarrier_init(shared.note_empty(n), 4 * Tile::kWarpgroups);
+      }
+    }
+    __syncthreads();
+    if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
+    allow_next_kernel();
+    if (threadIdx.x >= 128 * Tile::kWarpgroups) {
+      if constexpr (kMovesRegisters) give_registers<kCopierRegisters>();
+      copy(shared, threadIdx.x - 128 * Tile::kWarpgroups);
+    } else {
+      if constexpr (kMovesRegisters) take_registers<kMultiplierRegisters>();
+      if constexpr (!Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
+      multiply(shared);
+    }
+  }
+
+ private:
+  // Registers of a thread, in eights: a block enters with an equal share each, and the threads that copy hand theirs
+  // on.
+  static constexpr int kEntryRegisters = 65536 / (Tile::kBlocksPerSm * Tile::kThreads) / 8 * 8;
+  static constexpr int kCopierRegisters = Tile::kTokens <= 32 ? 56 : 80;
+  static constexpr int kSpared =
+      (kEntryRegisters * (Tile::kWarpgroups + 1) - kCopierRegisters) / Tile::kWarpgroups / 8 * 8;
+  static constexpr int kMultiplierRegisters = kSpared < 240 ? kSpared : 240;
+  static constexpr bool kMovesRegisters = kEntryRegisters < 240 && kEntryRegisters > kCopierRegisters;
+
+  struct Shared {
+    unsigned char* const bytes;
+    const uint32_t base;
+
+    __device__ __forceinline__ explicit Shared(unsigned char* b) : bytes(b), base(smem_address(b)) {}
+    __device__ __forceinline__ uint32_t tokens(int stage) const { return base + stage * kTokenBytes; }
+    __device__ __forceinline__ uint32_t weights(int stage) const { return base + kWeightsAt + stage * kWeightBytes; }
+    __device__ __forceinline__ Note& note(int n) const { return reinterpret_cast<Note*>(bytes + kNotesAt)[n]; }
+    __device__ __forceinline__ uint32_t full(int stage) const { return base + kBarriersAt + 8 * stage; }
+    __device__ __forceinline__ uint32_t empty(int stage) const { return full(Tile::kStages + stage); }
+    __device__ __forceinline__ uint32_t note_full(int n) const { return full(2 * Tile::kStages + n); }
+    __device__ __forceinline__ uint32_t note_empty(int n) const { return full(2 * Tile::kStages + kNotes + n); }
+  };
+
+  // A position in a ring and the parity of its round.
+  template <int kLength>
+  struct Cursor {
+    int at = 0;
+    uint32_t parity = 0;
+    template <int kPlaces = 1>
+    __device__ __forceinline__ void advance() {
+      at += kPlaces % kLength;
+      parity ^= kPlaces / kLength & 1;
+      if (at >= kLength) at -= kLength, parity ^= 1;
+    }
+  };
+
+  // Tiles in an order that keeps kRaster blocks of tokens and a run of columns together: what runs at the same time
+  // reads the same rows and the same weights.
+  __device__ __forceinline__ static int block_of(int tile, int blocks) {
+    const int first = tile / (Tile::kRaster * kColumnTiles) * Tile::kRaster;
+    return first + tile % (Tile::kRaster * kColumnTiles) % min(Tile::kRaster, blocks - first);
+  }
+  __device__ __forceinline__ static int column_tile_of(int tile, int blocks) {
+    const int first = tile / (Tile::kRaster * kColumnTiles) * Tile::kRaster;
+    return tile % (Tile::kRaster * kColumnTiles) / min(Tile::kRaster, blocks - first);
+  }
+
+  // ---- The warpgroup that copies.
+
+  static constexpr int kRowsOfThread = (Tile::kTokens + 127) / 128;  // of a note
+  static constexpr int kPieces = Tile::kChunkK / 8;                  // 16-byte pieces of a token's row in a chunk
+  static constexpr int kRowStep = 128 / kPieces;                     // rows that the warpgroup copies at once
+  static constexpr int kCopiedRows = (Tile::kTokens + kRowStep - 1) / kRowStep;  // of a thread
+  static_assert(kCopiedRows <= 32, "one bit each");
+  static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
+
+  __device__ __forceinline__ void copy(const Shared& shared, int thread) const {
+    const int lane = thread % 32, warp = thread / 32;
+    const uint64_t policy = evict_first_policy();
+    const int listed = routing.listed();
+    const int blocks = routing.num_blocks(listed);
+    const int tiles = blocks * kColumnTiles;
+    const int piece = thread % kPieces, first_row = thread / kPieces;
+    // Where this thread's first pieces go in the stage that is filled next. (Carried along rather than computed from
+    // the stage: a sum of a register and a uniform register as the target of cp.async with a cache policy has come
+    // out of NVRTC 13 as an illegal instruction.)
+    uint32_t token_target =
+        shared.tokens(0) + piece / 8 * kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
+    uint32_t weight_target = shared.weights(0) + thread * 16;
+    Cursor<Tile::kStages> stage;
+    Cursor<kNotes> note;
+
+    // The next tile's expert and slots are fetched a tile ahead.
+    int next_expert = -1, next_slots[kRowsOfThread];
+    const auto fetch = [&](int tile) {
+      next_expert = -1;
+      if (tile >= tiles) return;
+      const int block = block_of(tile, blocks);
+      next_expert = routing.expert(block);
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        const int row = thread + 128 * i;
+        next_slots[i] = row < Tile::kTokens ? routing.slot(block, row, listed) : -1;
+      }
+    };
+    fetch(blockIdx.x);
+
+    constexpr int kPrefetched = Tile::kStages < kChunks ? Tile::kStages : kChunks;
+    int prefetched = 0;  // chunks of the first tile whose weights are on their way before its tokens exist
+    bool waited = Routing::kNeedsPreviousKernel;
+#pragma unroll 1
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const int expert = next_expert;
+      int slots[kRowsOfThread];
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) slots[i] = next_slots[i];
+      fetch(tile + gridDim.x);
+      if (expert < 0) continue;
+      const int column_tile = column_tile_of(tile, blocks);
+
+      const WeightSource weights(*this, expert, column_tile, warp, lane);
+      const GroupSource<kUnit * Scales::kBytes> group_scales(scales, expert, column_tile, thread);
+      const GroupSource<kStoredZeroBytes> group_zeros(zeros, expert, column_tile, thread);
+      if (!waited) {
+#pragma unroll 1
+        for (; prefetched < kPrefetched; ++prefetched) {
+          weights.copy(weight_target + prefetched * kWeightBytes, prefetched, policy);
+        }
+        wait_for_previous_kernel();
+        waited = true;
+      }
+
+      mbarrier_wait(shared.note_empty(note.at), note.parity ^ 1);
+      Note& notes = shared.note(note.at);
+      int last = 0;
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        const int row = thread + 128 * i;
+        const uint32_t real = __ballot_sync(~0u, slots[i] >= 0);
+        if (real) last = 128 * i + 32 * warp + 32 - __clz(real);
+        if (row < Tile::kTokens) {
+          notes.slots[row] = slots[i];
+          notes.factors[row] = slots[i] >= 0 ? epilogue.factor(slots[i]) : 0.0f;
+        }
+      }
+      if (lane == 0) notes.rows[warp] = last;
+      if (thread == 0) notes.expert = expert, notes.column_tile = column_tile;
+      barrier<kCopierBarrier>(128);
+      uint32_t offsets[kCopiedRows];  // of the rows of x that this thread copies, in elements
+      uint32_t real = 0;
+#pragma unroll
+      for (int i = 0; i < kCopiedRows; ++i) {
+        const int row = first_row + i * kRowStep;
+        const int slot = row < Tile::kTokens ? notes.slots[row] : -1;
+        offsets[i] = static_cast<uint32_t>(max(slot, 0) / Problem::kSlotsPerRow) * Problem::kRowStride + piece * 8;
+        if (slot >= 0) real |= 1u << i;
+      }
+      mbarrier_arrive(shared.note_full(note.at));
+      note.advance();
+
+#pragma unroll 1
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        mbarrier_wait(shared.empty(stage.at), stage.parity ^ 1);
+        if (prefetched > 0) {
+          --prefetched;
+        } else {
+          weights.copy(weight_target, chunk, policy);
+        }
+        group_scales.copy(weight_target + kScalesAt, chunk);
+        if constexpr (Zeros::kStored) group_zeros.copy(weight_target + kZerosAt, chunk);
+        // A row that does not exist is not copied: it meets the weights in a column of its own, never stored.
+        const uint16_t* source = x + chunk * Tile::kChunkK;
+#pragma unroll
+        for (int i = 0; i < kCopiedRows; ++i) {
+          if (real >> i & 1) copy16(token_target + i * kRowStep * 128, source + offsets[i]);
+        }
+        mbarrier_arrive_after_copies(shared.full(stage.at));
+        stage.advance();
+        token_target += kTokenBytes, weight_target += kWeightBytes;
+        if (stage.at == 0) token_target -= Tile::kStages * kTokenBytes, weight_target -= Tile::kStages * kWeightBytes;
+      }
+    }
+    mbarrier_wait(shared.note_empty(note.at), note.parity ^ 1);
+    if (thread == 0) shared.note(note.at).expert = -1;
+    mbarrier_arrive(shared.note_full(note.at));
+    wait_copies<0>();
+  }
+
+  static constexpr int kCopierBarrier = 1, kPartialsReadBarrier = 2, kPartialsWrittenBarrier = 3;
+
+  // The packed unit at a place in a tile.
+  __device__ __forceinline__ static int packed_unit(int column_tile, int unit) {
+    return unit / kHalfUnits * (kColumns / kUnit) + column_tile * kHalfUnits + unit % kHalfUnits;
+  }
+
+  // Where a copying thread's pieces of a tile's weights come from. The four warps copy half-kilobytes in turn; where
+  // the pieces of a warp lie repeats after kPeriod turns, kPeriodSteps steps further on.
+  struct WeightSource {
+    static constexpr int kParcels = kStepBytes / 512;
+    static constexpr int kShared = kParcels % 4 == 0 ? 4 : kParcels % 2 == 0 ? 2 : 1;  // factor of 4 and kParcels
+    static constexpr int kPeriod = kParcels / kShared, kPeriodSteps = 4 / kShared;
+    static_assert(kSteps % kPeriodSteps == 0, "the four warps copy alike");
+
+    const uint32_t* rows;
+    uint32_t offsets[kPeriod];
+
+    __device__ __forceinline__ WeightSource(const WgmmaGroupedGemm& gemm, int expert, int column_tile, int warp,
+                                            int lane)
+        : rows(gemm.packed + int64_t(expert) * (Problem::kK / kTileK) * kRowWords) {
+#pragma unroll
+      for (int r = 0; r < kPeriod; ++r) {
+        const int parcel = r * 4 + warp, within = parcel % kParcels * 512;
+        offsets[r] = parcel / kParcels * kRowWords + lane * 4 + within % kUnitBytes / 4 +
+                     packed_unit(column_tile, within / kUnitBytes) * (kUnitBytes / 4);
+      }
+    }
+
+    // `target`: of the thread's first piece.
+    __device__ __forceinline__ void copy(uint32_t target, int chunk, uint64_t policy) const {
+      copy_turn<0>(target, rows + chunk * kSteps * kRowWords, policy);
+    }
+
+    template <int kTurn>
+    __device__ __forceinline__ void copy_turn(uint32_t target, const uint32_t* source, uint64_t policy) const {
+      if constexpr (kTurn < kSteps * kParcels / 4) {
+        constexpr int kRepeat = kTurn / kPeriod;
+        copy16_streamed_at<kTurn * 2048, kRepeat * kPeriodSteps * kRowWords * 4>(
+            target, source + offsets[kTurn % kPeriod], policy);
+        copy_turn<kTurn + 1>(target, source, policy);
+      }
+    }
+  };
+
+  // Where a copying thread's pieces of the scales, or of the zero points, of a tile come from: rows of one group, with
+  // kUnitBytes for each unit.
+  template <int kUnitBytes>
+  struct GroupSource {
+    static constexpr int kRowBytes = Problem::kN / kUnit * kUnitBytes;
+    static constexpr int kUnitPieces = kUnitBytes / 16;
+    static constexpr int kPieces = kScaleRows * kTileUnits * kUnitPieces;
+    static constexpr int kCopies = (kPieces + 127) / 128;
+
+    const unsigned char* rows;
+    uint32_t offsets[kCopies];
+    const int thread;
+
+    __device__ __forceinline__ GroupSource(const unsigned char* source, int expert, int column_tile, int t)
+        : rows(source + int64_t(expert) * kGroups * kRowBytes), thread(t) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int piece = thread + 128 * i, row = piece / (kTileUnits * kUnitPieces);
+        const int unit = packed_unit(column_tile, piece / kUnitPieces % kTileUnits);
+        offsets[i] = row * kRowBytes + unit * kUnitBytes + piece % kUnitPieces * 16;
+      }
+    }
+
+    __device__ __forceinline__ void copy(uint32_t target, int chunk) const {
+      const unsigned char* source = rows + chunk * Tile::kChunkK / Problem::kGroup * kRowBytes;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (thread + 128 * i < kPieces) copy16(target + 2048 * i, source + offsets[i]);
+      }
+    }
+  };
+  static constexpr int kStoredZeroBytes = Zeros::kStored ? Zeros::kUnitBytes : 16;  // a type that nobody uses if none
+
+  // ---- The warpgroups that multiply.
+
+  struct Lane {
+    int share, warpgroup, warp, lane;  // of K; along the columns; in the warpgroup; in the warp
+
+    // The first of this warp's kParts sub-tiles in a half: its unit in the tile, and its word there.
+    __device__ __forceinline__ int unit(int half) const {
+      return half * kHalfUnits + warpgroup * kParts + warp * kParts / 4;
+    }
+    __device__ __forceinline__ int word() const { return warp * kParts % 4; }
+  };
+
+  __device__ __forceinline__ void multiply(const Shared& shared) const {
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be the same for the whole warp
+    const Lane lane{warpgroup / Tile::kWarpgroupsN, warpgroup % Tile::kWarpgroupsN, int(threadIdx.x / 32 % 4),
+                    int(threadIdx.x % 32)};
+    Cursor<Tile::kStages> stage;
+    Cursor<kNotes> note;
+#pragma unroll 1
+    for (;; note.advance()) {
+      mbarrier_wait(shared.note_full(note.at), note.parity);
+      const Note& notes = shared.note(note.at);
+      if (notes.expert < 0) break;
+      const int rows = max(max(notes.rows[0], notes.rows[1]), max(notes.rows[2], notes.rows[3]));
+      multiply_rows<1>(rows, shared, notes, lane, stage);
+      stage.template advance<kChunks>();
+      __syncwarp();
+      if (lane.lane == 0) mbarrier_arrive(shared.note_empty(note.at));
+    }
+  }
+
+  // Tiles with few rows multiply only so many: quarters of the block, in eights.
+  template <int kQuarters>
+  __device__ __forceinline__ void multiply_rows(int rows, const Shared& shared, const Note& note, const Lane& lane,
+                                                Cursor<Tile::kStages> stage) const {
+    constexpr int kRows = (Tile::kTokens * kQuarters / 4 + 7) / 8 * 8;
+    constexpr int kFewer = (Tile::kTokens * (kQuarters - 1) / 4 + 7) / 8 * 8;
+    if constexpr (kRows == Tile::kTokens) {
+      multiply_tile<kRows>(shared, note, lane, stage);
+    } else {
+      if (kRows > kFewer && rows <= kRows) return multiply_tile<kRows>(shared, note, lane, stage);
+      multiply_rows<kQuarters + 1>(rows, shared, note, lane, stage);
+    }
+  }
+
+  // Steps whose products are issued together: as many as there are registers for the weights, twice.
+  static constexpr int kSumRegisters = Tile::kSubTiles * Tile::kTokens / 2 * (Tile::kScalesWeights ? 1 : 2);
+  static constexpr int kRoom = (kMultiplierRegisters - 40 - kSumRegisters) / (2 * Tile::kSubTiles * 4);
+  static constexpr int kMost = kSteps / 2 < kStepsPerScale ? kSteps / 2 : kStepsPerScale;
+  static constexpr int kBatch = kRoom >= 4 && kMost >= 4 ? 4 : kRoom >= 2 && kMost >= 2 ? 2 : 1;
+  static constexpr int kBatches = kSteps / kBatch;
+
+  __device__ __forceinline__ static uint32_t paired(float value) { return from_float<T>(value) * 0x10001u; }
+
+  // The scales of this lane's columns (g and g + 8 of each sub-tile, g = lane / 4) in a half, two to a word.
+  __device__ __forceinline__ static void load_scales(uint32_t (&scales)[kParts], uint32_t weights, int row, int half,
+                                                     const Lane& lane) {
+    const int unit = row * kTileUnits + lane.unit(half);
+    load_shared_words(scales, weights + kScalesAt + unit * (kUnit * 2) + lane.lane / 4 * 16 + lane.word() * 4);
+  }
+  __device__ __forceinline__ static float scale_of(uint32_t pair, int b) {
+    return to_float<typename Problem::Scale>(static_cast<uint16_t>(pair >> (16 * b))) * (1.0f / Dequant::kStep);
+  }
+
+  // From fragments of codes to weights (but for the scale, where the sums get it), in pairs of T.
+  struct Scaling {
+    uint32_t offsets[Tile::kSubTiles][2];  // what a fragment of the zero point holds
+    uint32_t scales[Tile::kSubTiles][2];
+
+    __device__ __forceinline__ void load(uint32_t weights, int row, const Lane& lane) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        Zeros zeros;
+        zeros.load(weights + kZerosAt + (row * kTileUnits + lane.unit(h)) * Zeros::kUnitBytes, lane.lane / 4);
+        uint32_t pairs[kParts] = {};
+        if constexpr (Tile::kScalesWeights) load_scales(pairs, weights, row, h, lane);
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const float zero = zeros[2 * (lane.word() + p) + b];
+            offsets[h * kParts + p][b] = paired(Dequant::kOffset + Dequant::kStep * zero);
+            if constexpr (Tile::kScalesWeights) scales[h * kParts + p][b] = paired(scale_of(pairs[p], b));
+          }
+        }
+      }
+    }
+
+    __device__ __forceinline__ void apply(uint32_t (&a)[4], int j) const {
+      constexpr bool kOffset = Zeros::kStored || Dequant::kOffset + Dequant::kStep * Zeros::kBaked != 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kOffset) a[i] = subtract_pairs<T>(a[i], offsets[j][i % 2]);
+        if constexpr (Tile::kScalesWeights) a[i] = multiply_pairs<T>(a[i], scales[j][i % 2]);
+      }
+    }
+  };
+
+  // The scales of a group's sums.
+  struct Factors {
+    float scales[Tile::kSubTiles][2];
+
+    __device__ __forceinline__ Factors(uint32_t weights, int row, const Lane& lane) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        uint32_t pairs[kParts];
+        load_scales(pairs, weights, row, h, lane);
+#pragma unroll
+        for (int j = 0; j < 2 * kParts; ++j) scales[h * kParts + j / 2][j % 2] = scale_of(pairs[j / 2], j % 2);
+      }
+    }
+
+    template <int kSums>
+    __device__ __forceinline__ void close(float (&sums)[Tile::kSubTiles][kSums],
+                                          const float (&group_sums)[Tile::kSubTiles][kSums]) const {
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[j][i] += group_sums[j][i] * scales[j][i / 2 % 2];
+    }
+  };
+
+  template <int kN>
+  __device__ __forceinline__ void multiply_tile(const Shared& shared, const Note& note, const Lane& lane,
+                                                Cursor<Tile::kStages> stage) const {
+    float sums[Tile::kSubTiles][kN / 2];                                   // of the tile
+    float group_sums[Tile::kScalesWeights ? 1 : Tile::kSubTiles][kN / 2];  // of the group, without its scales
+    Fragments a[2];                                                        // weights: being made, and in use
+    Words words;
+    Scaling scaling;
+#pragma unroll
+    for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) {
+        sums[j][i] = 0.0f;
+        if constexpr (!Tile::kScalesWeights) group_sums[j][i] = 0.0f;
+      }
+
+    if constexpr (Tile::kWarpgroupsK > 1) {
+      for (int i = 0; i < lane.share; ++i) stage.advance();
+    }
+    acquire(shared, stage);
+    load(words, scaling, shared.weights(stage.at), 0, lane);
+    make(a[0], words, scaling);
+    bool fresh = true;  // the next product begins a sum
+#pragma unroll 1
+    for (int chunk = Tile::kWarpgroupsK > 1 ? lane.share : 0; chunk < kChunks; chunk += Tile::kWarpgroupsK) {
+      const Cursor<Tile::kStages> here = stage;
+      const uint32_t weights = shared.weights(here.at), tokens = shared.tokens(here.at);
+      stage.template advance<Tile::kWarpgroupsK>();
+#pragma unroll
+      for (int batch = 0; batch < kBatches; ++batch) {
+        if (batch + 1 < kBatches) load(words, scaling, weights, batch + 1, lane);
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < kBatch; ++s) {
+          const int step = batch * kBatch + s;
+          const uint64_t b = wgmma_rows(tokens + step / 4 * kSlabBytes + step % 4 * 32);
+          const bool begins =
+              !Tile::kScalesWeights && kGroupsEndInChunks ? step % kStepsPerGroup == 0 : step == 0 && fresh;
+#pragma unroll
+          for (int j = 0; j < Tile::kSubTiles; ++j) {
+            Wgmma<T, kN>::run(Tile::kScalesWeights ? sums[j] : group_sums[Tile::kScalesWeights ? 0 : j],
+                              a[batch % 2][s][j], b, !begins);
+          }
+        }
+        wgmma_commit();
+        fresh = false;
+        wgmma_wait<1>();  // the other half of `a` is free
+        if (batch + 1 < kBatches) {
+          make(a[(batch + 1) % 2], words, scaling);
+        } else if (chunk + Tile::kWarpgroupsK < kChunks) {
+          acquire(shared, stage);
+          load(words, scaling, shared.weights(stage.at), 0, lane);
+          make(a[0], words, scaling);
+        }
+        if constexpr (!Tile::kScalesWeights) {
+          const int end = (batch + 1) * kBatch;  // in steps
+          if (kGroupsEndInChunks ? end % kStepsPerGroup == 0 : end == kSteps && ends_group(chunk)) {
+            const Factors factors(weights, (end - 1) / kStepsPerScale, lane);
+            wgmma_wait<0>();
+            factors.close(sums, group_sums);
+            fresh = true;
+          }
+        }
+      }
+      wgmma_wait<0>();
+      release(shared, here.at, lane);
+    }
+    if constexpr (Tile::kWarpgroupsK > 1) {
+      if (!add_shares(shared, lane, sums)) return;
+    }
+    store<kN>(note, lane, sums);
+  }
+
+  static constexpr bool kGroupsEndInChunks = Problem::kGroup <= Tile::kChunkK;
+  static constexpr int kStepsPerGroup = Problem::kGroup / kTileK;
+
+  // Whether the chunk that a warpgroup takes after this one belongs to another group, or to another tile.
+  __device__ __forceinline__ static bool ends_group(int chunk) {
+    const int next = chunk + Tile::kWarpgroupsK;
+    return next >= kChunks || chunk * Tile::kChunkK / Problem::kGroup != next * Tile::kChunkK / Problem::kGroup;
+  }
+
+  // Adds the sums of the warpgroups that share K, in their order. True for the one that has the total.
+  template <int kSums>
+  __device__ __forceinline__ static bool add_shares(const Shared& shared, const Lane& lane,
+                                                    float (&sums)[Tile::kSubTiles][kSums]) {
+    constexpr int kMultipliers = 128 * Tile::kWarpgroups;
+    float* partials = reinterpret_cast<float*>(shared.bytes + kPartialsAt) + lane.warpgroup * (kThreadSums * 128) +
+                      lane.warp * 32 + lane.lane;
+    if (lane.share > 0) {
+      barrier<kPartialsReadBarrier>(kMultipliers);
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          partials[((lane.share - 1) * Tile::kWarpgroupsN * kThreadSums + j * kSums + i) * 128] = sums[j][i];
+        }
+      barrier_arrive<kPartialsWrittenBarrier>(kMultipliers);
+      return false;
+    }
+    barrier_arrive<kPartialsReadBarrier>(kMultipliers);  // those of the tile before
+    barrier<kPartialsWrittenBarrier>(kMultipliers);
+#pragma unroll
+    for (int share = 1; share < Tile::kWarpgroupsK; ++share)
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          sums[j][i] += partials[((share - 1) * Tile::kWarpgroupsN * kThreadSums + j * kSums + i) * 128];
+        }
+    return true;
+  }
+
+  __device__ __forceinline__ static void acquire(const Shared& shared, const Cursor<Tile::kStages>& stage) {
+    mbarrier_wait(shared.full(stage.at), stage.parity);
+    fence_for_wgmma();
+  }
+  __device__ __forceinline__ static void release(const Shared& shared, int stage, const Lane& lane) {
+    __syncwarp();
+    if (lane.lane == 0) mbarrier_arrive(shared.empty(stage));
+  }
+
+  using Words = uint32_t[kBatch][kHalves][kParts * kFragmentWords];
+  using Fragments = uint32_t[kBatch][Tile::kSubTiles][4];
+
+  // A batch's words, and the scales and zero points of the group that begins with it.
+  __device__ __forceinline__ static void load(Words& words, Scaling& scaling, uint32_t weights, int batch,
+                                              const Lane& lane) {
+#pragma unroll
+    for (int s = 0; s < kBatch; ++s) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        load_shared_words(words[s][h], weights + (batch * kBatch + s) * kStepBytes + lane.unit(h) * kUnitBytes +
+                                           lane.lane * kLaneBytes + lane.word() * kFragmentWords * 4);
+      }
+    }
+    const int step = batch * kBatch;
+    if (step % kStepsPerScale == 0) scaling.load(weights, step / kStepsPerScale, lane);
+  }
+
+  __device__ __forceinline__ static void make(Fragments& a, const Words& words, const Scaling& scaling) {
+#pragma unroll
+    for (int s = 0; s < kBatch; ++s) {
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j) {
+        Dequant::fragment(words[s][j / kParts] + j % kParts * kFragmentWords, a[s][j]);
+        scaling.apply(a[s][j], j);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kBatch; ++s)
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j) wgmma_operand_ready(a[s][j]);
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void store(const Note& note, const Lane& lane,
+                                        const float (&sums)[Tile::kSubTiles][kN / 2]) const {
+    const int expert = note.expert;
+    const int first_column =
+        note.column_tile * kHalfUnits * kUnit + lane.unit(0) * kUnit + lane.word() * 16 + lane.lane / 4;
+#pragma unroll
+    for (int t = 0; t < kN / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 8 * t + lane.lane % 4 * 2 + i;
+        const int slot = note.slots[row];
+        if (slot < 0) continue;
+        const float factor = note.factors[row];
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const int s = 4 * t + 2 * b + i;
+            epilogue.store(expert, slot, factor, first_column + 16 * p + 8 * b, sums[p][s],
+                           Epilogue::kGated ? sums[Tile::kSubTiles - kParts + p][s] : 0.0f);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace jmm

@@ -1,0 +1,139 @@
+"""Hopper's wgmma kernels: compiled without serialised products, chosen where they pay, right on the card."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import assert_block_close, expert_block, random_experts, random_routing, random_rows
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.argument_shapes import MODELS
+from jax_marlin_moe.cuda import compiler, plan, tiles, tuned
+from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, WgmmaTile
+
+needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
+
+# (gate_up, down), activations, format, group size
+SCHEMES = {
+    "shared K": ((16, 2, 2, 2, 128, 6, 1, 1, False), (16, 4, 1, 3, 128, 6, 1, 1, False), "bfloat16", "int4", 128),
+    "two blocks": ((8, 2, 2, 1, 128, 4, 2, 1, False), (8, 2, 1, 1, 64, 4, 2, 1, False), "float16", "int4_zp", 64),
+    "scaled weights": ((144, 2, 2, 1, 128, 3, 1, 2, True), (144, 2, 2, 1, 64, 4, 1, 4, True), "bfloat16", "int4", 128),
+    "groups of 16": ((48, 2, 2, 1, 64, 5, 1, 1, True), (48, 4, 1, 1, 64, 5, 1, 1, True), "bfloat16", "int4_zp", 16),
+    "groups of 32": ((32, 2, 2, 1, 64, 5, 1, 1, False), (32, 2, 1, 2, 128, 5, 1, 1, False), "float16", "int4", 32),
+    "one group": ((16, 2, 2, 2, 64, 6, 1, 1, False), (16, 2, 1, 3, 64, 6, 1, 1, False), "bfloat16", "int4", None),
+    "8 bits": ((32, 2, 2, 1, 64, 6, 1, 1, False), (32, 2, 2, 1, 64, 5, 1, 1, False), "bfloat16", "int8", 128),
+}
+HIDDEN, INNER, EXPERTS, TOP_K = 768, 512, 5, 2
+
+
+def scheme_of(name):
+    gate_up, down, *_ = SCHEMES[name]
+    return BlockScheme(False, WgmmaTile(*gate_up), WgmmaTile(*down))
+
+
+def experts_of(name, rng):
+    *_, dtype, weight_format, group_size = SCHEMES[name]
+    options = {"weight_format": weight_format, "group_size": group_size, "scale_dtype": jnp.dtype(dtype), "bias": True}
+    return (
+        random_experts(rng, EXPERTS, HIDDEN, 2 * INNER, **options),
+        random_experts(rng, EXPERTS, INNER, HIDDEN, **options),
+    )
+
+
+def shape_of(k, n, *, gated=False, dtype="bfloat16", **facts):
+    facts = {"code": "int4", "bits": 4, "scale_bytes": 2, "zero_bits": 0, "group_size": 128} | facts
+    return GemmShape(k=k, n=n, num_experts=8, gated=gated, dtype=dtype, **facts)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", SCHEMES)
+def test_products_are_not_serialised(name):
+    """ptxas says so in its log (C7510 and its like)."""
+    from cuda.core import Program, ProgramOptions
+
+    gate_up, down = (experts.packed() for experts in experts_of(name, np.random.default_rng(0)))
+    planned = plan.plan_fused_moe(
+        jnp.zeros((9, HIDDEN), SCHEMES[name][2]),
+        gate_up,
+        down,
+        tokens=9,
+        top_k=TOP_K,
+        routed_experts=EXPERTS,
+        mapped=False,
+        activation=get_activation("silu"),
+        architecture="sm_90a",
+        scheme=scheme_of(name),
+    )
+    assert planned.source.count("WgmmaGroupedGemm") == 2
+    options = ProgramOptions(
+        arch="sm_90a", std="c++17", include_path=str(compiler.source_directory()), ptxas_options=["-v"]
+    )
+    log = io.StringIO()
+    Program(planned.source, "c++", options).compile("cubin", logs=log)
+    assert "registers" in log.getvalue()
+    assert "serialized" not in log.getvalue()
+
+
+def test_a_tile_fits_what_its_kernel_takes():
+    tile = WgmmaTile(144, 2, 2, 1, 128, 4, 1, 1, True)
+    assert tile.fits(shape_of(2048, 1536, gated=True), 90)
+    assert not tile.fits(shape_of(2048, 1536, gated=True), 80)
+    assert not tile.fits(shape_of(2048, 1536, dtype="float16"), 90)  # small scaled weights would be lost
+    assert not tile.fits(shape_of(2048, 1536, scale_bytes=1), 90)
+    assert not tile.fits(shape_of(2048, 1536, code="e2m1"), 90)
+    assert not tile.fits(shape_of(2112, 1536), 90)  # half a chunk
+    assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
+    assert not WgmmaTile(144, 4, 2, 1, 128, 3, 1, 1, True).fits(shape_of(2048, 1536), 90)  # registers
+    assert not WgmmaTile(24, 2, 1, 3, 128, 6, 1, 1, False).fits(shape_of(256, 1536), 90)  # a warpgroup without a chunk
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"])
+def test_the_cost_model_takes_wgmma_for_many_rows(name, dtype):
+    model = MODELS[name]
+    first = shape_of(model.hidden, 2 * model.intermediate, gated=True, dtype=dtype)
+    second = shape_of(model.intermediate, model.hidden, dtype=dtype)
+    for capability, kind in ((90, WgmmaTile), (80, Tile)):
+        scheme = plan._predicted_scheme(first, second, 4096 * model.top_k, model.top_k, model.num_experts, capability)
+        for tile, shape in ((scheme.gate_up, first), (scheme.down, second)):
+            assert isinstance(tile, kind)
+            assert tile.fits(shape, capability)
+        assert scheme.gate_up.tokens == scheme.down.tokens
+
+
+def test_blocks_expected_under_uniform_routing():
+    rng = np.random.default_rng(0)
+    rows = rng.multinomial(4096, np.full(32, 1 / 32), size=200)
+    for tokens in (8, 48, 128, 144):
+        mean = np.mean(np.sum(-(-rows // tokens), axis=1))
+        assert tiles.expected_blocks(4096, 32, 32, tokens) == pytest.approx(mean, rel=0.03)
+
+
+def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):
+    path = tmp_path / "tuned-sm_90a.json"
+    key = tuned.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
+    mixed = BlockScheme(False, WgmmaTile(16, 2, 2, 1, 64, 4, 1, 1, False), Tile(16, 1, 2, 1, 64, 2, 2))
+    tuned.record(key, 16, "sm_90a", mixed, path)
+    monkeypatch.setattr(tuned, "user_path", lambda architecture: path)
+    assert tuned.lookup(key, 16, "sm_90a") == mixed
+    assert tuned.lookup(key, 20, "sm_90a") == mixed
+    assert tuned.lookup(key, 32, "sm_90a") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 64, 500])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_block_on_the_card(monkeypatch, name, tokens):
+    if compiler.target_architecture() != "sm_90a":
+        pytest.skip("wgmma is Hopper's")
+    rng = np.random.default_rng(1)
+    gate_up, down = experts_of(name, rng)
+    x = random_rows(rng, tokens, HIDDEN, jnp.dtype(SCHEMES[name][2]))
+    router, ids = random_routing(rng, tokens, TOP_K, EXPERTS)
+    monkeypatch.setattr(tuned, "lookup", lambda *_: scheme_of(name))
+    with jax.default_device(jax.devices("cuda")[0]):
+        actual = jax.jit(lambda *a: jmm.fused_moe(*a))(x, gate_up.packed(), down.packed(), router, ids)
+    assert_block_close(actual, expert_block(x, gate_up, down, router, ids))
