@@ -1,12 +1,12 @@
-"""The command line: `python -m jax_marlin_moe demo | doctor | precompile`."""
+"""The command line: `python -m jax_marlin_moe demo | doctor | precompile | convert | inspect`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_marlin_moe import demo, doctor, precompile
+from jax_marlin_moe import convert, demo, doctor, inspect, precompile
 
-_COMMANDS = {"demo": demo, "doctor": doctor, "precompile": precompile}
+_COMMANDS = {"demo": demo, "doctor": doctor, "precompile": precompile, "convert": convert, "inspect": inspect}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
