@@ -437,17 +437,14 @@ def test_stacked_plain_experts(save, rng, transposed):
         np.testing.assert_array_equal(loaded.packed, jmm.quantize(dense.swapaxes(1, 2), "int8", group_size=64).packed)
 
 
-def test_sizes_that_are_padded(save, rng):
-    global I  # noqa: PLW0603
-    before, I = I, 96 + 8 * 12  # 192: no whole 128 columns of gate
-    try:
-        tensors, dense = expert_tensors(rng, compressed(4, 32, True, np.float16))
-        path = save({"model_type": "qwen3_moe", "moe_intermediate_size": I, "quantization_config": ct_config()}, tensors | router(rng))
-        layer = load_moe_layer(path, 0)
-        check(layer, *dense)
-        run_and_compare(layer, rng, *dense, silu)
-    finally:
-        I = before
+def test_sizes_that_are_padded(save, rng, monkeypatch):
+    monkeypatch.setitem(globals(), "I", 96)  # gate and up are padded to 128 columns each
+    tensors, dense = expert_tensors(rng, compressed(4, 32, True, np.float16))
+    config = {"model_type": "qwen3_moe", "moe_intermediate_size": 96, "quantization_config": ct_config()}
+    layer = load_moe_layer(save(config, tensors | router(rng)), 0)
+    assert layer.gate_up.column_padding == (32, 32)
+    check(layer, *dense)
+    run_and_compare(layer, rng, *dense, silu)
 
 
 def test_layers_are_those_with_experts(save, rng):
