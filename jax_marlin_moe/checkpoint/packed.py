@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,9 +63,7 @@ class Manifest:
         file = SafetensorsFile(path)
         leaves = {}
         for name in (name for name in file.infos if not name.endswith(_GAP)):
-            # A copy, so that nothing depends on the file any more.
-            leaves[name] = jnp.array(file.read(name), copy=True)
-            jax.block_until_ready(leaves[name])
+            leaves[name] = _copy(file, name)
             file.drop_pages()
         try:
             return _layer_from(leaves, entry["layer"])
@@ -230,6 +229,23 @@ def _activation_facts(activation: str | Activation) -> dict[str, Any]:
 def _activation_from(facts: Mapping[str, Any]) -> str | Activation:
     parameters = [float(value) for value in facts["parameters"]]
     return swiglu(*parameters) if facts["name"] == "swiglu" else get_activation(facts["name"]).name
+
+
+def _copy(file: SafetensorsFile, name: str) -> jax.Array:
+    """A tensor in memory of its own, so that nothing depends on the file any more; large ones expert by expert."""
+    view = file.read(name)
+    if view.nbytes <= _CHUNK:
+        return jax.block_until_ready(jnp.array(view, copy=True))
+    leaf = jnp.empty(view.shape, view.dtype)
+    for index in range(view.shape[0]):
+        leaf = jax.block_until_ready(_put(leaf, view[index], np.int32(index)))
+        file.drop_pages()
+    return leaf
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(leaf: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(leaf, part, index, 0)
 
 
 def _sha256(path: pathlib.Path) -> str:
