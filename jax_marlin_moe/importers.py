@@ -79,7 +79,7 @@ def decode_fp8(weight: Array, scale: Array) -> LogicalLinear:
 
     Scales may be floats, or e8m0 bit patterns as uint8; they become float32.
     """
-    n, k = weight.shape
+    n = weight.shape[0]
     scale = decode_e8m0(scale) if scale.dtype == jnp.uint8 else scale.astype(jnp.float32)
     if scale.size == 1:
         rows = jnp.broadcast_to(scale.reshape(1, 1), (n, 1))
@@ -235,15 +235,16 @@ def from_gptq(
     less_one = checkpoint_format == "gptq"
     stored = np.asarray(qzeros)
     check_gptq_zeros(stored, bits, less_one)
-    if gptq_zeros_are_baked(stored, bits, less_one):
-        qzeros, row = None, _integer_row(bits, zeros=False)
+    baked = gptq_zeros_are_baked(stored, bits, less_one)
+    if baked:
+        row = _integer_row(bits, zeros=False)
     order = None
     if g_idx is not None:
         check_array("g_idx", g_idx, ndim=2, dtype=jnp.int32)
         check_stack("g_idx", g_idx.shape, (experts, k))
         order = row_order(np.asarray(g_idx), group_size)
     decode = partial(decode_gptq, bits=bits, stored_less_one=less_one)
-    return _pack_stack(decode, (qweight, qzeros, scales, order), row, k, n, order)
+    return _pack_stack(decode, (qweight, None if baked else qzeros, scales, order), row, k, n, order)
 
 
 def check_gptq_zeros(qzeros: np.ndarray, bits: int, less_one: bool) -> None:

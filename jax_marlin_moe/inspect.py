@@ -41,7 +41,8 @@ def _print_source(checkpoint: Checkpoint) -> None:
     quantization = checkpoint.quantization
     method = quantization.method or "none"
     print(
-        f"{checkpoint.folder}: {checkpoint.config.get('model_type')}, quant_method {method} ({quantization.source.name})"
+        f"{checkpoint.folder}: {checkpoint.config.get('model_type')}, quant_method {method} "
+        f"({quantization.source.name})"
     )
     files = checkpoint.files
     for number in checkpoint.layers:

@@ -37,7 +37,7 @@ def quantize(
     dense: Float[Array, "experts K N"],
     weight_format: str = "int4",
     *,
-    group_size: int | None | Literal["customary"] = "customary",
+    group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
     bias: Float[Array, "experts N"] | None = None,
 ) -> MarlinWeights:
@@ -66,7 +66,7 @@ def quantize(
         raise TypeError(f"dense has dtype {getattr(dense, 'dtype', type(dense))}; it must be floating point")
     if group_size == "customary":
         group_size = row.group_sizes[-1]
-    experts, k, n = dense.shape
+    _, k, n = dense.shape
     check_group_size("group_size", group_size, k, row)
     if 0 in dense.shape:
         raise ValueError(f"dense has shape {dense.shape}; it must not be empty")
@@ -290,6 +290,7 @@ def dense_weights(weights: MarlinWeights) -> Float32[Array, "experts K N"]:
 
 
 def check_stack(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises ValueError where a stack of tensors does not have the shape that the others ask for."""
     if tuple(shape) != expected:
         raise ValueError(f"{name} has shape {tuple(shape)}; with the other tensors it must be {expected}")
 

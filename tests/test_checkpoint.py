@@ -1,8 +1,10 @@
 """The loader against files that the formats' own tools wrote, and against files that are wrong on purpose."""
 
+import io
 import json
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.checkpoint import MoELayer, load_moe_layer
+from jax_marlin_moe.checkpoint import MoELayer, load_moe_layer, loading
 
 DATA = pathlib.Path(__file__).parent / "data"
 EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 4, 128, 128, 64
@@ -61,6 +63,23 @@ def test_gptq_fields():
     assert layer.down.input_order is None
     assert layer.router.dtype == ml_dtypes.bfloat16
     assert load_moe_layer(DATA / "ck_q3_gptq_False", 0).gate_up.input_order is None
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_a_long_load_shows_progress_on_a_terminal(stream, monkeypatch):
+    monkeypatch.setattr(loading, "_PROGRESS_AFTER", 0.0)
+    monkeypatch.setattr("sys.stderr", stream())
+    load_moe_layer(DATA / "ck_awq", 1)
+    shown = sys.stderr.getvalue()
+    if stream is Terminal:
+        assert shown.endswith("\rlayer 1 [##############################] 8/8\n")
+    else:
+        assert shown == ""
 
 
 def test_layer_is_a_pytree():
@@ -186,7 +205,9 @@ def test_gptq_bias(copy):
     zero = copy(name, tensors=biases(0))
     assert load_moe_layer(zero, 0).gate_up.bias is None
     save_file({**load_file(zero / "model.safetensors"), **biases(1)}, zero / "model.safetensors")
-    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj\.bias is not zero; experts of this model have no bias"):
+    with pytest.raises(
+        ValueError, match=r"experts\.0\.gate_proj\.bias is not zero; experts of this model have no bias"
+    ):
         load_moe_layer(zero, 0)
 
 
@@ -224,7 +245,11 @@ WRONG = [
     ("ck_q3_gptq_False", {"quantization": {"checkpoint_format": "marlin"}}, "checkpoint_format is 'marlin'"),
     ("ck_q3_gptq_False", {"quantization": {"is_marlin_format": True}}, "is_marlin_format"),
     ("ck_q3_gptq_False", {"quantization": {"group_size": None}}, "GPTQ group_size is None"),
-    ("ck_q3_gptq_False", {"quantization": {"dynamic": {r".*\.0\.mlp\.experts": {"bits": 8}}}}, r"qzeros has shape \(2, 16\); it must be \(2, 32\)"),
+    (
+        "ck_q3_gptq_False",
+        {"quantization": {"dynamic": {r".*\.0\.mlp\.experts": {"bits": 8}}}},
+        r"qzeros has shape \(2, 16\); it must be \(2, 32\)",
+    ),
     ("ck_q3_gptq_True", {"tensors": {f"{PREFIX}.0.up_proj.g_idx": None}}, r"no tensor .*up_proj\.g_idx"),
     (
         "ck_q3_gptq_True",

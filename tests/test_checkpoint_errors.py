@@ -80,13 +80,18 @@ TENSORS = [
     (W4, "weight_scale", first(np.inf), r"weight_scale holds infinities or NaN"),
     (W4, "weight_scale", None, r"has no tensor .*weight_scale"),
     (W4, "weight_scale", np.ones((128, 2), np.float32), r"weight_scale has shape \(128, 2\); it must be \(128, 1\)"),
-    (W4, "weight_packed", np.zeros((128, 15), np.int32), r"weight_packed has shape \(128, 15\); it must be \(128, 16\)"),
+    (
+        W4,
+        "weight_packed",
+        np.zeros((128, 15), np.int32),
+        r"weight_packed has shape \(128, 15\); it must be \(128, 16\)",
+    ),
     (W4, "weight_shape", np.asarray([128, 64]), r"weight_shape says \[128, 64\]; it must be \[128, 128\]"),
     (ASYM, "weight_zero_point", None, r"has no tensor .*weight_zero_point"),
     (W4, "weight_zero_point", np.zeros((16, 1), np.int32), r"weight_zero_point is not known"),
     (W8, "bias", np.ones(128, np.float32), r"bias is not zero; experts of this model have no bias"),
     (W8, "something", np.ones(1, np.float32), r"up_proj\.something is not known; the layer would be loaded without it"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "suffix", "change", "message"), TENSORS)
@@ -172,10 +177,18 @@ QUANTIZATION = [
     (W4, {"config_groups": {}}, r"no config group has .*down_proj among its targets"),
     (W4, {"config_groups": {"a": {"targets": ["Linear"]}}}, "config group 'a' has no weights"),
     (W4, {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 3}}}}, "num_bits 3"),
-    (W4, {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "block"}}}}, "strategy of"),
-    (W4, {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 0}}}}, "group_size is 0"),
+    (
+        W4,
+        {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "block"}}}},
+        "strategy of",
+    ),
+    (
+        W4,
+        {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 0}}}},
+        "group_size is 0",
+    ),
     (W4, {"quant_method": "gptq"}, "is compressed-tensors' packing"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "quantization", "message"), QUANTIZATION)

@@ -89,10 +89,13 @@ def gpt_oss_tensors(rng, module, blocks, scales, bias, names):
     up_bias, down_bias = rng.normal(size=(E, 2 * I)).astype(BF16), rng.normal(size=(E, H)).astype(BF16)
     first, second = names
     tensors = {
-        f"{module}{first}{blocks}": up_blocks, f"{module}{first}{scales}": up_scales, f"{module}{first}{bias}": up_bias,
-        f"{module}{second}{blocks}": down_blocks, f"{module}{second}{scales}": down_scales,
+        f"{module}{first}{blocks}": up_blocks,
+        f"{module}{first}{scales}": up_scales,
+        f"{module}{first}{bias}": up_bias,
+        f"{module}{second}{blocks}": down_blocks,
+        f"{module}{second}{scales}": down_scales,
         f"{module}{second}{bias}": down_bias,
-    }  # fmt: skip
+    }
 
     def dense(data, scale):
         flat = data.reshape(*data.shape[:2], -1)
@@ -130,10 +133,12 @@ def test_gpt_oss_in_bfloat16_lies_transposed(save, rng):
     down = (rng.normal(size=(E, I, H)) * 0.1).astype(BF16)
     module = "model.layers.0.mlp.experts."
     tensors = {
-        f"{module}gate_up_proj": up, f"{module}down_proj": down,
-        f"{module}gate_up_proj_bias": np.zeros((E, 2 * I), BF16), f"{module}down_proj_bias": np.zeros((E, H), BF16),
+        f"{module}gate_up_proj": up,
+        f"{module}down_proj": down,
+        f"{module}gate_up_proj_bias": np.zeros((E, 2 * I), BF16),
+        f"{module}down_proj_bias": np.zeros((E, H), BF16),
         "model.layers.0.mlp.router.bias": np.zeros(E, BF16),
-    } | router(rng, "model.layers.0.mlp.router.weight")  # fmt: skip
+    } | router(rng, "model.layers.0.mlp.router.weight")
     layer = load_moe_layer(save({"model_type": "gpt_oss"}, tensors), 0, quantize="int8", group_size=32)
     joined = np.concatenate([up[..., 0::2], up[..., 1::2]], axis=2)
     same = jmm.quantize(joined, "int8", group_size=32)
@@ -197,9 +202,11 @@ def gptq8(zeros, plus):
         scale = rng.uniform(0.001, 0.002, (k // 32, n)).astype(np.float16)
         rows = np.arange(k) // 32
         found = {
-            ".qweight": files.join(codes, 8, 0), ".qzeros": files.join(z - plus, 8, 1),
-            ".scales": scale, ".g_idx": rows.astype(np.int32),
-        }  # fmt: skip
+            ".qweight": files.join(codes, 8, 0),
+            ".qzeros": files.join(z - plus, 8, 1),
+            ".scales": scale,
+            ".g_idx": rows.astype(np.int32),
+        }
         return found, (codes - z[rows]) * scale.astype(float)[rows]
 
     return make
@@ -214,8 +221,10 @@ def compressed(bits, group, symmetric, dtype, shuffled=False):
         if shuffled:  # the same for gate and up of an expert, as their input is
             rows = np.random.default_rng(k).permutation(rows)
         found = {
-            ".weight_packed": files.join(codes, bits, 1), ".weight_scale": scale, ".weight_shape": np.asarray([n, k])
-        }  # fmt: skip
+            ".weight_packed": files.join(codes, bits, 1),
+            ".weight_scale": scale,
+            ".weight_shape": np.asarray([n, k]),
+        }
         if shuffled:
             found[".weight_g_idx"] = rows.astype(np.int32)
         if not symmetric:
@@ -233,16 +242,27 @@ def hqq(bits, dtype=np.float16):
         data = codes[:half] << 4 | codes[half:] if bits == 4 else codes
         scale, zero = (rng.uniform(low, high, (len(codes), 1)).astype(dtype) for low, high in ((0.01, 0.02), (3, 9)))
         found = {
-            ".W_q": data, ".scale": scale, ".zero": zero, ".axis": np.asarray(1), ".nbits": np.asarray(bits),
-            ".group_size": np.asarray(group), ".shape": np.asarray([n, k]),
-        }  # fmt: skip
+            ".W_q": data,
+            ".scale": scale,
+            ".zero": zero,
+            ".axis": np.asarray(1),
+            ".nbits": np.asarray(bits),
+            ".group_size": np.asarray(group),
+            ".shape": np.asarray([n, k]),
+        }
         return found, ((codes - zero.astype(float)) * scale.astype(float)).reshape(n, k).T
 
     return make
 
 
 def ct_config(bits=4, group=32, symmetric=True, **weights):
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group} | weights
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group",
+        "group_size": group,
+    } | weights
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
 
@@ -261,7 +281,11 @@ SCHEMES = {
     "gptq 8 bit": (gptq8(None, 1), GPTQ, "int8"),
     "gptq 8 bit, zeros": (gptq8("random", 1), GPTQ, "int8_zp"),
     "gptq v2 8 bit, zeros": (gptq8("random", 0), GPTQ | {"checkpoint_format": "gptq_v2"}, "int8_zp"),
-    "auto-round": (gptq8(None, 1), GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "int8"),
+    "auto-round": (
+        gptq8(None, 1),
+        GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
+        "int8",
+    ),
     "gptq, dynamic": (gptq8(None, 1), GPTQ | {"bits": 4, "dynamic": {r"+:.*experts": {"bits": 8}, "-:x": {}}}, "int8"),
     "pack, bf16": (compressed(4, 32, True, BF16), ct_config(), "int4"),
     "pack, float32, zeros": (compressed(4, 32, False, np.float32), ct_config(symmetric=False), "int4_zp"),
@@ -269,19 +293,24 @@ SCHEMES = {
     "pack, by name": (
         compressed(8, 32, True, np.float16),
         ct_config()
-        | {"config_groups": ct_config()["config_groups"] | {"b": {"targets": ["re:.*experts.*"], "weights": {"num_bits": 8, "group_size": 32}}}},
+        | {
+            "config_groups": ct_config()["config_groups"]
+            | {"b": {"targets": ["re:.*experts.*"], "weights": {"num_bits": 8, "group_size": 32}}}
+        },
         "int8",
     ),
     "hqq": (hqq(4), HQQ, "int4_fzp"),
     "hqq 8 bit": (hqq(8, BF16), HQQ, "int8_fzp"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(save, rng, scheme):
     make, quantization, weight_format = SCHEMES[scheme]
     tensors, dense = expert_tensors(rng, make)
-    path = save({"model_type": "qwen3_moe", "norm_topk_prob": True, "quantization_config": quantization}, tensors | router(rng))
+    path = save(
+        {"model_type": "qwen3_moe", "norm_topk_prob": True, "quantization_config": quantization}, tensors | router(rng)
+    )
     layer = load_moe_layer(path, 0)
     assert (layer.gate_up.format.name, layer.down.format.name) == (weight_format, weight_format)
     check(layer, *dense)
@@ -327,19 +356,59 @@ def test_gate_and_up_keep_global_scales_of_their_own(save, rng):
 FAMILIES = [
     # model type, prefix of the layer, names of the linears, router, further tensors, further config
     ("mixtral", "model.layers.0.block_sparse_moe", ("w1", "w3", "w2"), "gate.weight", {}, {}),
-    ("minimax_m2", "model.layers.0.block_sparse_moe", ("w1", "w3", "w2"), "gate.weight", {"e_score_correction_bias": (E,)}, {}),
+    (
+        "minimax_m2",
+        "model.layers.0.block_sparse_moe",
+        ("w1", "w3", "w2"),
+        "gate.weight",
+        {"e_score_correction_bias": (E,)},
+        {},
+    ),
     ("olmoe", "model.layers.0.mlp", None, "gate.weight", {}, {}),
     ("qwen3_vl_moe", "model.language_model.layers.0.mlp", None, "gate.weight", {}, {}),
-    ("qwen2_moe", "model.layers.0.mlp", None, "gate.weight", {"shared_expert_gate.weight": (1, H)}, {"shared": "shared_expert"}),
+    (
+        "qwen2_moe",
+        "model.layers.0.mlp",
+        None,
+        "gate.weight",
+        {"shared_expert_gate.weight": (1, H)},
+        {"shared": "shared_expert"},
+    ),
     ("deepseek_v2", "model.layers.0.mlp", None, "gate.weight", {}, {"shared": "shared_experts"}),
-    ("deepseek_v3", "model.layers.0.mlp", None, "gate.weight", {"gate.e_score_correction_bias": (E,)},
-     {"shared": "shared_experts", "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}),
+    (
+        "deepseek_v3",
+        "model.layers.0.mlp",
+        None,
+        "gate.weight",
+        {"gate.e_score_correction_bias": (E,)},
+        {"shared": "shared_experts", "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5},
+    ),
     ("kimi_k25", "language_model.model.layers.0.mlp", None, "gate.weight", {"gate.e_score_correction_bias": (E,)}, {}),
-    ("deepseek_v4", "layers.0.ffn", ("w1", "w3", "w2"), "gate.weight", {"gate.bias": (E,)}, {"shared": "shared_experts"}),
-    ("llama4", "model.layers.0.feed_forward", None, "router.weight", {}, {"shared": "shared_expert", "num_experts_per_tok": 1}),
-    ("nemotron_h", "backbone.layers.0.mixer", ("up_proj", "down_proj"), "gate.weight", {"gate.e_score_correction_bias": (E,)},
-     {"mlp_hidden_act": "relu2", "shared": "shared_experts", "routed_scaling_factor": 2.5}),
-]  # fmt: skip
+    (
+        "deepseek_v4",
+        "layers.0.ffn",
+        ("w1", "w3", "w2"),
+        "gate.weight",
+        {"gate.bias": (E,)},
+        {"shared": "shared_experts"},
+    ),
+    (
+        "llama4",
+        "model.layers.0.feed_forward",
+        None,
+        "router.weight",
+        {},
+        {"shared": "shared_expert", "num_experts_per_tok": 1},
+    ),
+    (
+        "nemotron_h",
+        "backbone.layers.0.mixer",
+        ("up_proj", "down_proj"),
+        "gate.weight",
+        {"gate.e_score_correction_bias": (E,)},
+        {"mlp_hidden_act": "relu2", "shared": "shared_experts", "routed_scaling_factor": 2.5},
+    ),
+]
 
 
 @pytest.mark.parametrize(("model_type", "block", "names", "router_name", "further", "config"), FAMILIES)
@@ -371,7 +440,7 @@ def test_families(save, rng, model_type, block, names, router_name, further, con
 
 
 def test_quantised_shared_experts_stay_packed(save, rng):
-    tensors, dense = expert_tensors(rng, fp8_block(".weight_scale_inv"))
+    tensors, _ = expert_tensors(rng, fp8_block(".weight_scale_inv"))
     shared, one = {}, []
     for name in ("gate_proj", "up_proj", "down_proj"):
         found, value = fp8_block(".weight_scale_inv")(rng, *((H, I) if name == "down_proj" else (I, H)))
@@ -384,7 +453,9 @@ def test_quantised_shared_experts_stay_packed(save, rng):
 
 
 def test_hash_layers_of_deepseek_v4(save, rng):
-    tensors, _ = expert_tensors(rng, packed_fp4(".weight", ".scale", np.int8, E8M0), ("w1", "w3", "w2"), "layers.0.ffn.experts")
+    tensors, _ = expert_tensors(
+        rng, packed_fp4(".weight", ".scale", np.int8, E8M0), ("w1", "w3", "w2"), "layers.0.ffn.experts"
+    )
     table = rng.integers(0, E, (10, 2))
     tensors |= router(rng, "layers.0.ffn.gate.weight") | {"layers.0.ffn.gate.tid2eid": table}
     config = {"model_type": "deepseek_v4", "swiglu_limit": 10.0, "quantization_config": {"quant_method": "fp8"}}
@@ -403,11 +474,16 @@ def test_gemma(save, rng):
     layer = "model.language_model.layers.0."
     scale, factors = rng.uniform(1, 2, H).astype(BF16), rng.uniform(1, 2, E).astype(BF16)
     tensors = {
-        f"{layer}experts.gate_up_proj": up, f"{layer}experts.down_proj": down, f"{layer}router.scale": scale,
-        f"{layer}router.per_expert_scale": factors, f"{layer}mlp.gate_proj.weight": np.zeros((8, H), BF16),
-    } | router(rng, f"{layer}router.proj.weight")  # fmt: skip
+        f"{layer}experts.gate_up_proj": up,
+        f"{layer}experts.down_proj": down,
+        f"{layer}router.scale": scale,
+        f"{layer}router.per_expert_scale": factors,
+        f"{layer}mlp.gate_proj.weight": np.zeros((8, H), BF16),
+    } | router(rng, f"{layer}router.proj.weight")
     text = {"model_type": "gemma4_text", "top_k_experts": 2, "hidden_activation": "gelu_pytorch_tanh"}
-    loaded = load_moe_layer(save({"model_type": "gemma4", "text_config": text}, tensors), 0, quantize="int8", group_size=32)
+    loaded = load_moe_layer(
+        save({"model_type": "gemma4", "text_config": text}, tensors), 0, quantize="int8", group_size=32
+    )
     assert loaded.activation == "gelu_tanh"
     x = rng.normal(size=(5, H)).astype(np.float32)
     weights, ids = loaded.route(jnp.asarray(x))
@@ -418,15 +494,16 @@ def test_gemma(save, rng):
         p = np.exp(logits[t][best])
         np.testing.assert_array_equal(ids[t], best)
         np.testing.assert_allclose(weights[t], p / p.sum() * factors.astype(float)[best], rtol=1e-5)
-    np.testing.assert_array_equal(
-        loaded.gate_up.packed, jmm.quantize(up.swapaxes(1, 2), "int8", group_size=32).packed
-    )
+    np.testing.assert_array_equal(loaded.gate_up.packed, jmm.quantize(up.swapaxes(1, 2), "int8", group_size=32).packed)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_stacked_plain_experts(save, rng, transposed):
     """[E, 2 I, H] and [E, H, 2 I]: the shapes tell."""
-    up, down = (rng.normal(size=(E, 3 * H, H)) * 0.1).astype(BF16), (rng.normal(size=(E, H, 3 * H // 2)) * 0.1).astype(BF16)
+    up, down = (
+        (rng.normal(size=(E, 3 * H, H)) * 0.1).astype(BF16),
+        (rng.normal(size=(E, H, 3 * H // 2)) * 0.1).astype(BF16),
+    )
     module = "model.layers.0.feed_forward.experts."
     stored = [part.swapaxes(1, 2) if transposed else part for part in (up, down)]
     tensors = {f"{module}gate_up_proj": stored[0], f"{module}down_proj": stored[1]}

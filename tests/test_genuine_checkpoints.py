@@ -92,7 +92,10 @@ MISTAKES = {
     "AWQ order inverted": ("ck_awq", functools.partial(files.awq, columns=(0, 4, 1, 5, 2, 6, 3, 7))),
     "GPTQ without the + 1": ("ck_q3_gptq_False", functools.partial(files.gptq, plus=0)),
     "compressed-tensors offset by one": ("ck_llmc_W4A16", functools.partial(files.pack_quantized, offset=1)),
-    "CT NVFP4 nibbles swapped": ("ck_llmc_NVFP4A16", functools.partial(files.nvfp4_compressed_tensors, low_first=False)),
+    "CT NVFP4 nibbles swapped": (
+        "ck_llmc_NVFP4A16",
+        functools.partial(files.nvfp4_compressed_tensors, low_first=False),
+    ),
     "ModelOpt nibbles swapped": ("ck_modelopt", functools.partial(files.nvfp4_modelopt, low_first=False)),
     "MXFP4 nibbles swapped": ("ck_llmc_MXFP4A16", functools.partial(files.mxfp4_compressed_tensors, low_first=False)),
 }

@@ -73,9 +73,7 @@ def test_compressed_tensors(rng, bits, k):
     zeros = rng.integers(0, 2**bits, (E, N, groups))
     scales = rng.uniform(0.01, 0.02, zeros.shape).astype(BF16)
     words = files.join(codes, bits, 2)[..., : -(-k * bits // 32)]
-    weights = jmm.from_compressed_tensors(
-        words, scales, k=k, bits=bits, weight_zero_point=files.join(zeros, bits, 1)
-    )
+    weights = jmm.from_compressed_tensors(words, scales, k=k, bits=bits, weight_zero_point=files.join(zeros, bits, 1))
     rows = np.arange(k) // group
     dense = (codes[..., :k] - zeros[..., rows]) * scales.astype(float)[..., rows]
     same(weights, dense.swapaxes(1, 2))
@@ -145,7 +143,11 @@ def test_qarray(rng, dtype, groups, zero):
 
 ZEROS = np.zeros((1, 64, 32), np.uint8)
 BAD = [
-    (lambda: jmm.from_nvfp4(ZEROS.astype(int), ZEROS[..., :4], np.ones(1, np.float32)), TypeError, "weight has dtype int64"),
+    (
+        lambda: jmm.from_nvfp4(ZEROS.astype(int), ZEROS[..., :4], np.ones(1, np.float32)),
+        TypeError,
+        "weight has dtype int64",
+    ),
     (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :5], np.ones(1, np.float32)), ValueError, "weight_scale has shape"),
     (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :4] + np.uint8(0x7F), np.ones(1, np.float32)), ValueError, "holds NaN"),
     (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :4] + np.uint8(0x81), np.ones(1, np.float32)), ValueError, "negative"),
@@ -154,15 +156,41 @@ BAD = [
     (lambda: jmm.from_mxfp4(ZEROS, ZEROS[..., :2] + np.uint8(255)), ValueError, "e8m0 255"),
     (lambda: jmm.from_mxfp4(ZEROS, ZEROS[..., :2].astype(np.float32)), TypeError, "weight_scale has dtype float32"),
     (lambda: jmm.from_fp8(ZEROS + np.uint8(0x7F), np.ones(1, np.float32)), ValueError, "weight holds NaN"),
-    (lambda: jmm.from_fp8(ZEROS, np.ones((1, 3), np.float32)), ValueError, r"weight_scale has shape \(1, 3\); it must be"),
+    (
+        lambda: jmm.from_fp8(ZEROS, np.ones((1, 3), np.float32)),
+        ValueError,
+        r"weight_scale has shape \(1, 3\); it must be",
+    ),
     (lambda: jmm.from_fp8(ZEROS, np.full(1, np.inf, np.float32)), ValueError, "holds infinities"),
     (lambda: jmm.from_fp8(ZEROS, np.ones(1, np.int32)), TypeError, "weight_scale has dtype int32"),
-    (lambda: jmm.from_compressed_tensors(np.zeros((1, 64, 8), np.int32), np.ones((1, 64, 1), np.float16), k=32), ValueError, "weight_packed has shape"),
-    (lambda: jmm.from_hqq(ZEROS, np.ones((1, 64), np.float16), np.ones((1, 64), np.float32), shape=(64, 64), group_size=64), TypeError, "zero has dtype float32"),
-    (lambda: jmm.from_hqq(ZEROS, np.ones((1, 64), np.float16), np.ones((1, 64), np.float16), shape=(64, 64), group_size=16), ValueError, "group_size is 16"),
+    (
+        lambda: jmm.from_compressed_tensors(np.zeros((1, 64, 8), np.int32), np.ones((1, 64, 1), np.float16), k=32),
+        ValueError,
+        "weight_packed has shape",
+    ),
+    (
+        lambda: jmm.from_hqq(
+            ZEROS, np.ones((1, 64), np.float16), np.ones((1, 64), np.float32), shape=(64, 64), group_size=64
+        ),
+        TypeError,
+        "zero has dtype float32",
+    ),
+    (
+        lambda: jmm.from_hqq(
+            ZEROS, np.ones((1, 64), np.float16), np.ones((1, 64), np.float16), shape=(64, 64), group_size=16
+        ),
+        ValueError,
+        "group_size is 16",
+    ),
     (lambda: jmm.from_hqq(ZEROS, ZEROS, ZEROS, shape=(64, 64), group_size=64, bits=3), ValueError, "bits is 3"),
-    (lambda: jmm.from_qarray(types.SimpleNamespace(qvalue=jnp.zeros((1, 64, 64), jnp.int16), scale=None, zero_point=None)), TypeError, "qvalue has dtype int16"),
-]  # fmt: skip
+    (
+        lambda: jmm.from_qarray(
+            types.SimpleNamespace(qvalue=jnp.zeros((1, 64, 64), jnp.int16), scale=None, zero_point=None)
+        ),
+        TypeError,
+        "qvalue has dtype int16",
+    ),
+]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD)

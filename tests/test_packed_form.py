@@ -129,8 +129,11 @@ MANIFESTS = [
     (lambda v: v["layers"]["0"].update(file="/etc/passwd"), "must be a plain file name"),
     (lambda v: v["layers"]["0"]["layer"].pop("routing"), "does not describe the file"),
     (lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int3"), "format is 'int3'"),
-    (lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int8"), r"down\.scales|down is packed|down has"),
-]  # fmt: skip
+    (
+        lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int8"),
+        r"down\.scales|down is packed|down has",
+    ),
+]
 
 
 @pytest.mark.parametrize(("change", "message"), MANIFESTS)

@@ -1,6 +1,7 @@
 """AutoAWQ checkpoints, version "gemm": 4-bit codes packed along N, integer zero points in every group."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,6 @@ class AwqStorage(Storage):
         check_finite(files, linear.name(".scales"), scales)
         return qweight, qzeros, scales
 
-    def decode(self, order, *tensors) -> LogicalLinear:
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
         return decode_awq(*tensors)

@@ -114,6 +114,7 @@ class PackQuantizedStorage(Storage):
             zeros = linear.read(files, ".weight_zero_point", (-(-n // pf), groups), ("I32",))
         return packed, scale, zeros
 
-    def decode(self, order, *tensors) -> LogicalLinear:
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows sorted by group."""
-        return decode_compressed_tensors(*tensors, order, bits=self.bits, k=self.k)
+        packed, scale, zeros = tensors
+        return decode_compressed_tensors(packed, scale, zeros, order, bits=self.bits, k=self.k)

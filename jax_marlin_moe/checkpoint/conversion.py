@@ -16,7 +16,7 @@ def convert(
     destination: str | os.PathLike,
     *,
     quantize: str | None = None,
-    group_size: int | None | Literal["customary"] = "customary",
+    group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
     report: Callable[[int, int], None] = lambda layer, bytes_written: None,
 ) -> None:

@@ -121,6 +121,12 @@ def _softmax(renormalize: bool | None) -> Callable[[Config, int], Routing]:
     return rule
 
 
+def _qwen_with_shared_expert(config: Config, top_k: int) -> Routing:
+    """Qwen3.5 renormalises and says nothing; Qwen2 does where its config says so."""
+    default = config.get("model_type") != "qwen2_moe"
+    return Routing(top_k, renormalize=bool(config.get("norm_topk_prob", default)))
+
+
 def _deepseek(scoring: str, group_score: str) -> Callable[[Config, int], Routing]:
     """DeepSeek's rule with the config's scoring, groups and scale."""
 
@@ -162,9 +168,7 @@ FAMILIES = (
     Family(
         model_types=("qwen2_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_6_moe", "qwen3_6_moe_text"),
         block="mlp",
-        routing=lambda config, top_k: _softmax(bool(config.get("norm_topk_prob", config.get("model_type") != "qwen2_moe")))(
-            config, top_k
-        ),
+        routing=_qwen_with_shared_expert,
         shared=("{block}.shared_expert",),
         shared_gate="{block}.shared_expert_gate.weight",
         stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj"),),

@@ -1,7 +1,7 @@
 """FP4 checkpoints: NVFP4 of compressed-tensors and ModelOpt; MXFP4 of compressed-tensors, gpt-oss and DeepSeek-V4."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,9 +54,9 @@ class Nvfp4Storage(Storage):
         value = np.float32(files.read(name, shape, ("F32",)).reshape(()))
         if not (np.isfinite(value) and value > 0):
             raise files.fault(name, f"is {value}; a global scale must be positive and finite")
-        return weight, scale, np.float32(1) / value if self.divides else value
+        return weight, scale, np.asarray(np.float32(1) / value if self.divides else value)
 
-    def decode(self, order, *tensors) -> LogicalLinear:
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
         return decode_fp4(*tensors)
 
@@ -97,7 +97,7 @@ class Mxfp4Storage(Storage):
         _check_block_scales(files, linear.name(self.scale), scale, exponent=True)
         return weight, scale
 
-    def decode(self, order, *tensors) -> LogicalLinear:
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
         return decode_fp4(*tensors)
 

@@ -1,7 +1,7 @@
 """FP8 checkpoints: e4m3 codes with scales of blocks, channels or the tensor, and MXFP8."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,6 +67,6 @@ class Fp8Storage(Storage):
             raise files.fault(name, f"holds {bad_block_scales(scale, exponent=True)}; every scale must be a number")
         return weight, scale
 
-    def decode(self, order, *tensors) -> LogicalLinear:
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
         return decode_fp8(*tensors) if self.weight_format == "fp8" else decode_mxfp8(*tensors)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -109,9 +109,10 @@ class GptqStorage(Storage):
         check_finite(files, linear.name(".scales"), scales)
         return qweight, None if self.baked else self._zeros(files, linear, k, n), scales
 
-    def decode(self, order, *tensors) -> LogicalLinear:
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows sorted by group."""
-        return decode_gptq(*tensors, order, bits=self.bits, stored_less_one=self.less_one)
+        qweight, qzeros, scales = tensors
+        return decode_gptq(qweight, qzeros, scales, order, bits=self.bits, stored_less_one=self.less_one)
 
     def _zeros(self, files: TensorFolder, linear: Linear, k: int, n: int) -> np.ndarray:
         groups = number_of_groups(k, self.group_size)

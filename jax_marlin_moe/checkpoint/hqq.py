@@ -84,6 +84,6 @@ class HqqStorage(Storage):
             raise files.fault(linear.name(".zero"), f"has dtype {zero.dtype}; it must be {scale.dtype}, as the scale")
         return w_q, scale, zero
 
-    def decode(self, order, *tensors) -> LogicalLinear:
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
         return decode_hqq(*tensors, bits=self.bits, k=self.k, n=self.n)

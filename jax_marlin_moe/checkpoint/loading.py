@@ -33,7 +33,7 @@ def load_moe_layer(
     layer: int,
     *,
     quantize: str | None = None,
-    group_size: int | None | Literal["customary"] = "customary",
+    group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
 ) -> MoELayer:
     """Loads one mixture-of-experts layer of a checkpoint: bit for bit where it is quantised.
@@ -66,7 +66,7 @@ def load_moe_layers(
     path: str | os.PathLike,
     *,
     quantize: str | None = None,
-    group_size: int | None | Literal["customary"] = "customary",
+    group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
 ) -> Iterator[tuple[int, MoELayer]]:
     """All mixture-of-experts layers in ascending order, each with its number; arguments as for `load_moe_layer`."""
@@ -93,7 +93,7 @@ class Checkpoint:
         path: str | os.PathLike,
         *,
         quantize: str | None = None,
-        group_size: int | None | Literal["customary"] = "customary",
+        group_size: int | Literal["customary"] | None = "customary",
         scale_dtype: DTypeLike | None = None,
     ) -> None:
         self.folder = pathlib.Path(path)
@@ -211,15 +211,22 @@ class _LayerReader:
                 shape = self.files.info(module + suffix).shape
                 straight, across = (experts, len(parts) * size, hidden), (experts, hidden, len(parts) * size)
                 transposed = transposed if straight == across else shape == across
-            common = dict(num_experts=experts, transposed=transposed)
             first = [
                 [
-                    Linear(module, e, part=j, parts=len(parts), interleaved=row.interleaved, **common)
+                    Linear(
+                        module,
+                        e,
+                        part=j,
+                        parts=len(parts),
+                        interleaved=row.interleaved,
+                        num_experts=experts,
+                        transposed=transposed,
+                    )
                     for j in range(len(parts))
                 ]
                 for e in range(experts)
             ]
-            return first, [[Linear(down, e, **common)] for e in range(experts)]
+            return first, [[Linear(down, e, num_experts=experts, transposed=transposed)] for e in range(experts)]
         self._check_experts(experts)
         prefix = self.name(family.experts)
 
@@ -314,7 +321,8 @@ class _LayerReader:
         found = {int(match.group(1)) for match in filter(None, map(pattern.match, self.files.names))}
         if found != set(range(experts)):
             raise ValueError(
-                f"{self.files.folder}: layer {self.layer} has tensors of {len(found)} experts; config.json says {experts}"
+                f"{self.files.folder}: layer {self.layer} has tensors of {len(found)} experts; "
+                f"config.json says {experts}"
             )
 
     def _refuse_fused_quantised_names(self) -> None:
@@ -324,8 +332,8 @@ class _LayerReader:
                 if name in self.files:
                     raise self.files.fault(
                         name,
-                        "is of llm-compressor 0.12.0, which wrote fused experts in a broken way; requantise with a later "
-                        "version",
+                        "is of llm-compressor 0.12.0, which wrote fused experts in a broken way; requantise with a "
+                        "later version",
                     )
 
     def _refuse_unknown(self) -> None:

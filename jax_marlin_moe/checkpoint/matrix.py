@@ -70,8 +70,8 @@ def load_matrix(
                 scale_dtype = part[1].dtype
             elif part[1].dtype != scale_dtype:
                 raise ValueError(
-                    f"{files.folder}: scales of {linear.module} have dtype {part[1].dtype}; they must be {scale_dtype}, "
-                    f"as those of {experts[0][0].module}"
+                    f"{files.folder}: scales of {linear.module} have dtype {part[1].dtype}; they must be "
+                    f"{scale_dtype}, as those of {experts[0][0].module}"
                 )
             if buffers is None:
                 buffers = jax.tree.map(partial(_buffer, len(experts), len(linears)), part)
@@ -112,8 +112,8 @@ def matrix_storage(
         other = find_storage(files, linear, k, n, quantization, target)
         if other != first:
             raise ValueError(
-                f"{files.folder}: {linear.module} is stored as {other}, {linears[0].module} as {first}; the experts of a "
-                "matrix must share one way"
+                f"{files.folder}: {linear.module} is stored as {other}, {linears[0].module} as {first}; the experts "
+                "of a matrix must share one way"
             )
     return first.of_matrix(files, linears, k, n)
 
@@ -128,7 +128,9 @@ def _shared_order(files: TensorFolder, storage: Storage, linears: Sequence[Linea
     order = storage.row_order(files, first, k)
     for other in others:
         its = storage.row_order(files, other, k)
-        if (its is None) != (order is None) or (its is not None and not np.array_equal(its, order)):
+        if (its is None) != (order is None) or (
+            its is not None and order is not None and not np.array_equal(its, order)
+        ):
             raise ValueError(
                 f"{files.folder}: the g_idx of {other.module} differs from that of {first.module}; gate and up of an "
                 "expert must read their input in the same order"
@@ -168,7 +170,7 @@ def _store(buffers: Any, part: Any, expert: Any, position: Any) -> Any:
 
 def _read_biases(files: TensorFolder, experts: Experts, n: int, *, biased: bool) -> np.ndarray | None:
     """float32 [experts, parts, n]; None where there are none, or zeros that the model has no place for."""
-    rows = []
+    rows: list[np.ndarray | None] = []
     for linears in experts:
         for linear in linears:
             suffix = next((s for s in (".bias", "_bias") if linear.name(s) in files), None)

@@ -1,7 +1,7 @@
 """Plain bfloat16, float16 and float32 weights, quantised on the way in."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ class Target:
     """What plain weights become: the arguments of `jax_marlin_moe.quantize` of the same names."""
 
     weight_format: str
-    group_size: int | None | Literal["customary"] = "customary"
+    group_size: int | Literal["customary"] | None = "customary"
     scale_dtype: str | None = None
 
 
@@ -73,7 +73,7 @@ class PlainStorage(Storage):
             raise files.fault(linear.name(self.weight), "holds infinities or NaN; such weights cannot be quantised")
         return (weight,)
 
-    def decode(self, order, *tensors) -> LogicalLinear:
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rounds to nearest."""
         weight = tensors[0] if self.transposed else tensors[0].T
         parts = quantize_expert(weight, get_format(self.weight_format), self.group_size, jnp.dtype(self.scale_dtype))

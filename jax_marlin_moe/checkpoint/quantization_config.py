@@ -61,7 +61,8 @@ def find_quantization(folder: pathlib.Path, config: Mapping[str, Any]) -> Quanti
         ValueError: a method that is not supported, by name.
     """
     source = folder / "config.json"
-    found, default = None, None
+    found: Any = None
+    default: str | None = None
     for holder in (config, config.get("text_config") or {}):
         found = found or holder.get("quantization_config") or holder.get("compression_config")
     if found is None:

@@ -62,6 +62,6 @@ def find_storage(
     if linear.name(".B") in files:
         described = f"Marlin-format files, {described}"
     raise ValueError(
-        f"{files.file_of(found[0])}: {linear.module} is stored in no way that the loader knows ({described}; quant_method "
-        f"{quantization.method!r} in {quantization.source.name}); it knows {_SUPPORTED}"
+        f"{files.file_of(found[0])}: {linear.module} is stored in no way that the loader knows ({described}; "
+        f"quant_method {quantization.method!r} in {quantization.source.name}); it knows {_SUPPORTED}"
     )

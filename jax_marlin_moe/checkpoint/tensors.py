@@ -134,7 +134,8 @@ class TensorFolder:
             for name in self._file(path).infos:
                 if name in self._files:
                     raise ValueError(
-                        f"{path}: tensor {name} is in {self._files[name].name} as well, and no {_INDEX} says which counts"
+                        f"{path}: tensor {name} is in {self._files[name].name} as well, and no {_INDEX} says "
+                        "which counts"
                     )
                 self._files[name] = path
 
@@ -229,7 +230,7 @@ def _safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{folder} holds pickles ({pickles[0]}) and no safetensors file; loading a pickle runs code, so convert it to "
-            "safetensors with the tool that wrote it"
+            f"{folder} holds pickles ({pickles[0]}) and no safetensors file; loading a pickle runs code, so convert it "
+            "to safetensors with the tool that wrote it"
         )
     raise FileNotFoundError(f"{folder} holds neither {_INDEX} nor a safetensors file")
