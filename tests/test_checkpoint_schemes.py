@@ -534,3 +534,13 @@ def test_layers_are_those_with_experts(save, rng):
     assert [number for number, _ in load_moe_layers(path)] == [3]
     with pytest.raises(ValueError, match="layer 0 has no experts; layers with experts: 3 to 3"):
         load_moe_layer(path, 0)
+
+
+def test_latent_experts_are_refused(save, rng):
+    tensors, _ = expert_tensors(
+        rng, compressed(4, 32, True, np.float16), ("up_proj", "down_proj"), "backbone.layers.0.mixer.experts"
+    )
+    config = {"model_type": "nemotron_h", "moe_latent_size": 64, "quantization_config": ct_config()}
+    path = save(config, tensors | router(rng, "backbone.layers.0.mixer.gate.weight"))
+    with pytest.raises(ValueError, match="moe_latent_size is 64; experts behind a latent projection"):
+        load_moe_layer(path, 0)

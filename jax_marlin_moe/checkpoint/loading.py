@@ -166,6 +166,11 @@ class _LayerReader:
             activation = family.activation(self.config)
         except ValueError as error:
             raise ValueError(f"{source}: hidden_act: {error}") from None
+        if self.config.get("moe_latent_size"):
+            raise ValueError(
+                f"{source}: moe_latent_size is {self.config['moe_latent_size']}; experts behind a latent projection "
+                "cannot be loaded"
+            )
         gated = get_activation(activation).gated
         if gated != (family.gate is not None):
             raise ValueError(
