@@ -11,6 +11,16 @@ y = jmm.fused_moe(x, gate_up, down, weights, ids)
 from jax_marlin_moe import checkpoint
 from jax_marlin_moe.activations import Activation, swiglu
 from jax_marlin_moe.formats import FORMATS, WeightFormat
+from jax_marlin_moe.importers import (
+    from_awq,
+    from_compressed_tensors,
+    from_fp8,
+    from_gptq,
+    from_hqq,
+    from_mxfp4,
+    from_nvfp4,
+    from_qarray,
+)
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment, moe_align_block_size
 from jax_marlin_moe.ops.fused_moe import fused_moe
@@ -19,12 +29,10 @@ from jax_marlin_moe.quantize import (
     dense_weights,
     dequantize,
     fold_input_order,
-    from_awq,
-    from_gptq,
     pack_logical,
     quantize,
 )
-from jax_marlin_moe.routing import route, workspace_size
+from jax_marlin_moe.routing import Routing, route, workspace_size
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns, stack_experts
 
 __version__ = "0.1.0"
@@ -35,6 +43,7 @@ __all__ = [
     "Activation",
     "BlockAlignment",
     "MarlinWeights",
+    "Routing",
     "WeightFormat",
     "checkpoint",
     "concatenate_columns",
@@ -42,7 +51,13 @@ __all__ = [
     "dequantize",
     "fold_input_order",
     "from_awq",
+    "from_compressed_tensors",
+    "from_fp8",
     "from_gptq",
+    "from_hqq",
+    "from_mxfp4",
+    "from_nvfp4",
+    "from_qarray",
     "fused_moe",
     "moe_align_block_size",
     "moe_gemm",

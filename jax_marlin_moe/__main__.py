@@ -1,12 +1,20 @@
-"""The command line: `python -m jax_marlin_moe demo | doctor | bench | tune | precompile`."""
+"""The command line: `python -m jax_marlin_moe demo | doctor | convert | inspect | bench | tune | precompile`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_marlin_moe import bench, demo, doctor, precompile, tune
+from jax_marlin_moe import bench, convert, demo, doctor, inspect, precompile, tune
 
-_COMMANDS = {"demo": demo, "doctor": doctor, "bench": bench, "tune": tune, "precompile": precompile}
+_COMMANDS = {
+    "demo": demo,
+    "doctor": doctor,
+    "convert": convert,
+    "inspect": inspect,
+    "bench": bench,
+    "tune": tune,
+    "precompile": precompile,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

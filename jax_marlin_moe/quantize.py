@@ -1,4 +1,4 @@
-"""Into and out of `MarlinWeights`: dense weights, AutoAWQ and GPTQ tensors, and back to dense."""
+"""Into and out of `MarlinWeights`: dense weights, logical codes, and back to dense."""
 
 import dataclasses
 import itertools
@@ -7,9 +7,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from jax_marlin_moe import layout, reference
 from jax_marlin_moe.formats import (
@@ -81,13 +80,13 @@ def quantize(
         dtype = jnp.dtype(dense.dtype)
     if dtype.name not in row.scale_dtypes:
         raise TypeError(f"scale_dtype is {dtype}; format {row.name} takes {' or '.join(row.scale_dtypes)}")
-    return _assemble(_quantize_and_pack(dense, row, group_size or k, dtype), k, n, row, bias)
+    return assemble(_quantize_and_pack(dense, row, group_size or k, dtype), k, n, row, bias)
 
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
 def _quantize_and_pack(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
     def one_expert(w):
-        codes, scales, zeros, global_scale = _quantize_expert(w, row, group_size, scale_dtype)
+        codes, scales, zeros, global_scale = quantize_expert(w, row, group_size, scale_dtype)
         return pack_expert(codes, scales, zeros, global_scale, row)
 
     return jax.lax.map(one_expert, dense)  # the float32 intermediates of one matrix, not of all
@@ -102,7 +101,7 @@ def _pack(leaves, row: WeightFormat):
     return jax.lax.map(one_expert, leaves)
 
 
-def _quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
+def quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
     """Codes [K, N], scales [G, N], zero points [G, N] or None, global scale [] or None of one expert."""
     k, n = w.shape
     groups = jnp.pad(w.astype(jnp.float32), ((0, -k % group_size), (0, 0))).reshape(-1, group_size, n)  # [G, g, N]
@@ -164,7 +163,7 @@ def pack_expert(codes, scales, zeros, global_scale, row: WeightFormat):
     return layout.pack(codes, bits=row.bits), scales, zeros, global_scale
 
 
-def _assemble(parts, k: int, n: int, row: WeightFormat, bias: Array | None) -> MarlinWeights:
+def assemble(parts, k: int, n: int, row: WeightFormat, bias: Array | None) -> MarlinWeights:
     """`MarlinWeights` from the stacked leaves of `pack_expert`."""
     packed, scales, zeros, global_scales = parts
     rows, columns = -k % layout.TILE_K, -n % layout.TILE_N
@@ -213,8 +212,8 @@ def pack_logical(
     check_array("codes", codes, ndim=3, dtype=jnp.uint8)
     check_rank("scales", scales, 3)
     experts, k, n = codes.shape
-    _check_stack("scales", scales.shape, (experts, scales.shape[1], n))
-    return _assemble(_pack((codes, scales, zeros, global_scales), row), k, n, row, bias)
+    check_stack("scales", scales.shape, (experts, scales.shape[1], n))
+    return assemble(_pack((codes, scales, zeros, global_scales), row), k, n, row, bias)
 
 
 def _to_e4m3(values: Array) -> Array:
@@ -245,126 +244,6 @@ def _rounded(scales: Array, dtype: jnp.dtype) -> Array:
     if dtype == jnp.float16:  # reduce_precision flushes its subnormals, multiples of 2^-24
         rounded = jnp.where(scales < info.smallest_normal, jnp.round(scales * 2.0**24) * 2.0**-24, rounded)
     return rounded
-
-
-def from_awq(
-    qweight: Int32[Array, "experts K N/8"],
-    qzeros: Int32[Array, "experts groups N/8"],
-    scales: Float[Array, "experts groups N"],
-    *,
-    bits: int = 4,
-) -> MarlinWeights:
-    """Packs AutoAWQ tensors (version "gemm"), experts stacked in front; `(q - z) * s`, exact.
-
-    Raises:
-        TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, or bits is not 4.
-    """
-    row = _row_for(bits)
-    check_array("qweight", qweight, ndim=3, dtype=jnp.int32)
-    check_array("qzeros", qzeros, ndim=3, dtype=jnp.int32)
-    _check_scales(scales, row)
-    experts, k, n = qweight.shape[0], qweight.shape[1], qweight.shape[2] * row.codes_per_word
-    _check_stack("scales", scales.shape, (experts, scales.shape[1], n))
-    _check_stack("qzeros", qzeros.shape, (experts, scales.shape[1], n // row.codes_per_word))
-    _check_groups("qweight", k, n, scales.shape[1], row)
-    packed, scales, zeros = _pack_awq(qweight, qzeros, scales, bits)
-    return MarlinWeights(packed, scales, zeros, None, None, row)
-
-
-@partial(jax.jit, static_argnames="bits")
-def _pack_awq(qweight, qzeros, scales, bits: int):
-    def one_expert(tensors):
-        weight, zeros, scale = tensors
-        return (
-            layout.pack(layout.unpack_awq(weight, bits=bits), bits=bits),
-            layout.permute_scales(scale),
-            layout.pack_zeros(layout.unpack_awq(zeros, bits=bits), bits=bits),
-        )
-
-    return jax.lax.map(one_expert, (qweight, qzeros, scales))
-
-
-def from_gptq(
-    qweight: Int32[Array, "experts K/8 N"],
-    qzeros: Int32[Array, "experts groups N/8"],
-    scales: Float[Array, "experts groups N"],
-    *,
-    g_idx: Int32[Array, "experts K"] | None = None,
-    bits: int = 4,
-    checkpoint_format: str = "gptq",
-) -> MarlinWeights:
-    """Packs GPTQ tensors, experts stacked in front; `(q - z) * s[g_idx]`, exact.
-
-    Codes whose zero points are all 8 become format "int4", others "int4_zp". Where `g_idx` is not `k // group_size`,
-    rows are sorted by group and the order is kept in `input_order`.
-
-    Args:
-        qweight: codes packed along K.
-        qzeros: zero points packed along N.
-        scales: float16 or bfloat16.
-        g_idx: group of each row, concrete values; None means `k // group_size`. Each group must have as many rows.
-        bits: 4.
-        checkpoint_format: "gptq" (v1: qzeros hold z - 1) or "gptq_v2" (they hold z).
-
-    Raises:
-        TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, groups are unequal, or a v1 zero point is 16, which 4 bits cannot hold.
-    """
-    row = _row_for(bits)
-    check_array("qweight", qweight, ndim=3, dtype=jnp.int32)
-    check_array("qzeros", qzeros, ndim=3, dtype=jnp.int32)
-    _check_scales(scales, row)
-    experts, k, n = qweight.shape[0], qweight.shape[1] * row.codes_per_word, qweight.shape[2]
-    groups = scales.shape[1]
-    _check_stack("scales", scales.shape, (experts, groups, n))
-    _check_stack("qzeros", qzeros.shape, (experts, groups, n // row.codes_per_word))
-    _check_groups("qweight", k, n, groups, row)
-    if checkpoint_format not in ("gptq", "gptq_v2"):
-        raise ValueError(f"checkpoint_format is {checkpoint_format!r}; it must be 'gptq' or 'gptq_v2'")
-
-    zeros = layout.unpack_along_n(qzeros, bits=bits)
-    if checkpoint_format == "gptq":
-        if bool(jnp.any(zeros == row.max_code)):
-            raise ValueError(
-                f"qzeros holds {row.max_code}, a v1 zero point of {row.max_code + 1}, which {bits} bits cannot hold; "
-                "if the file stores zero points as they are, pass checkpoint_format='gptq_v2'"
-            )
-        zeros = zeros + 1
-    order = None if g_idx is None else _row_order(g_idx, experts, k, groups)
-    packed = _pack_gptq(qweight, order, bits)
-    scales = layout.permute_scales(scales)
-    symmetric = get_format("int4")
-    if bool(jnp.all(zeros == symmetric.zero_point)):
-        return MarlinWeights(packed, scales, None, None, order, symmetric)
-    return MarlinWeights(packed, scales, layout.pack_zeros(zeros, bits=bits), None, order, row)
-
-
-@partial(jax.jit, static_argnames="bits")
-def _pack_gptq(qweight, order, bits: int):
-    def one_expert(tensors):
-        weight, rows = tensors
-        codes = layout.unpack_along_k(weight, bits=bits)
-        return layout.pack(codes if rows is None else codes[rows], bits=bits)
-
-    return jax.lax.map(one_expert, (qweight, order))
-
-
-def _row_order(g_idx: Array, experts: int, k: int, groups: int) -> Int32[Array, "experts K"] | None:
-    """Rows sorted by group; None where they already are."""
-    check_array("g_idx", g_idx, ndim=2, dtype=jnp.int32)
-    _check_stack("g_idx", g_idx.shape, (experts, k))
-    index = np.asarray(g_idx)
-    natural = np.arange(k) // (k // groups)
-    if (index == natural).all():
-        return None
-    order = np.argsort(index, axis=1, kind="stable").astype(np.int32)
-    if not (np.take_along_axis(index, order, axis=1) == natural).all():
-        raise ValueError(
-            f"g_idx does not put exactly K / groups = {k // groups} rows into each of {groups} groups; such a matrix "
-            "cannot be packed by groups: requantise it without desc_act or with static_groups"
-        )
-    return jnp.asarray(order)
 
 
 def fold_input_order(gate_up: MarlinWeights, down: MarlinWeights) -> tuple[MarlinWeights, MarlinWeights]:
@@ -428,31 +307,10 @@ def dense_weights(weights: MarlinWeights) -> Float32[Array, "experts K N"]:
     return jnp.take_along_axis(dense, inverse[:, :, None], axis=1)
 
 
-def _row_for(bits: int) -> WeightFormat:
-    if bits != 4:
-        raise ValueError(f"bits is {bits}; it must be 4")
-    return get_format("int4_zp")
-
-
-def _check_scales(scales: Array, row: WeightFormat) -> None:
-    if jnp.dtype(scales.dtype).name not in row.scale_dtypes:
-        raise TypeError(f"scales has dtype {scales.dtype}; it must be {' or '.join(row.scale_dtypes)}")
-    check_rank("scales", scales, 3)
-
-
-def _check_stack(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def check_stack(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises ValueError where a stack of tensors does not have the shape that the others ask for."""
     if tuple(shape) != expected:
         raise ValueError(f"{name} has shape {tuple(shape)}; with the other tensors it must be {expected}")
-
-
-def _check_groups(name: str, k: int, n: int, groups: int, row: WeightFormat) -> None:
-    if groups < 1 or k % groups:
-        raise ValueError(f"scales has {groups} groups, which do not divide K = {k} of {name}")
-    if k == 0 or k % layout.TILE_K:
-        raise ValueError(f"{name} has K = {k}; it must be a positive multiple of {layout.TILE_K}")
-    if n == 0 or n % layout.TILE_N:
-        raise ValueError(f"{name} has N = {n}; it must be a positive multiple of {layout.TILE_N}")
-    check_group_size("group_size", None if groups == 1 else k // groups, k, row)
 
 
 def check_group_size(name: str, group_size: int | None, k: int, row: WeightFormat) -> None:

@@ -1,46 +1,152 @@
 """Routing: router logits to experts and weights, and the sizes that the aligned slots need."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import reference
-from jax_marlin_moe.ops.arguments import check_block_size, check_rank, check_top_k
+from jax_marlin_moe.ops.arguments import check_array, check_block_size, check_rank, check_shape, check_top_k
+
+# Scores of all experts from float32 logits.
+_SCORINGS = {
+    "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "sqrtsoftplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+    "identity": lambda logits: logits,
+}
+# What a group of experts is worth, from its scores [..., group]: V3's rule and V2's.
+_GROUP_SCORES = {
+    "top2": lambda scores: jax.lax.top_k(scores, min(2, scores.shape[-1]))[0].sum(-1),
+    "max": lambda scores: scores.max(-1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How a model chooses experts: the static arguments of `route`, and where the weights go.
+
+    Attributes:
+        top_k: experts per token.
+        scoring: "softmax", "sigmoid", "sqrtsoftplus" or "identity".
+        renormalize: whether the chosen weights are divided by their sum.
+        softmax_after_topk: whether the weights are the softmax of the chosen scores.
+        num_groups: groups of experts, of which `top_groups` stay in the choice.
+        top_groups: see there.
+        group_score: "top2", the sum of a group's two largest scores, or "max".
+        scale: multiplies the weights.
+        apply_on_input: whether an expert's weight multiplies its input, not its output (Llama-4).
+    """
+
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    softmax_after_topk: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "top2"
+    scale: float = 1.0
+    apply_on_input: bool = False
+
+    def options(self) -> dict[str, object]:
+        """The keyword arguments of `route`."""
+        values = dataclasses.asdict(self)
+        del values["apply_on_input"]
+        return values
 
 
 def route(
-    logits: Float[Array, "tokens experts"], *, top_k: int, scoring: str = "softmax", renormalize: bool = True
+    logits: Float[Array, "tokens experts"],
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    softmax_after_topk: bool = False,
+    correction_bias: Float[Array, "experts"] | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "top2",
+    scale: float = 1.0,
+    expert_scale: Float[Array, "experts"] | None = None,
+    ids: Int32[Array, "tokens top_k"] | None = None,
 ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
-    """Chooses top_k experts for each token; leading batch dimensions are allowed.
+    """Chooses top_k experts for each token, all in float32; leading batch dimensions are allowed.
 
-    `p = softmax(logits)` in float32 over all experts; the top_k largest, in descending order (ties to the lower
-    expert); divided by their sum if `renormalize` (Mixtral, Qwen3), left as they are otherwise (Qwen1.5, OLMoE).
+    `s = scoring(logits)` over all experts. The top_k largest `s + correction_bias` are chosen, in descending order
+    (ties to the lower expert), with groups only from the best `top_groups` of them. Their weights are `s`, without the
+    bias: as they are, divided by their sum (`renormalize`), or put through a softmax (`softmax_after_topk`); then
+    times `scale` and `expert_scale[id]`.
+
+    Mixtral and Qwen3 need no option, Qwen1.5 and OLMoE `renormalize=False`; DeepSeek-V3, Kimi, GLM, MiniMax and
+    Nemotron are "sigmoid" with a bias, DeepSeek-V4 "sqrtsoftplus"; gpt-oss is "identity" with `softmax_after_topk`;
+    Llama-4 is "sigmoid" with `renormalize=False`; Gemma-4 has an `expert_scale`.
 
     Args:
         logits: router outputs of any float dtype.
         top_k: experts per token, 1 to the number of experts.
-        scoring: "softmax".
-        renormalize: whether the chosen weights sum to one.
+        scoring: "softmax", "sigmoid", "sqrtsoftplus" or "identity".
+        renormalize: whether the chosen weights sum to one (before `scale`).
+        softmax_after_topk: whether the weights are a softmax over the chosen; then nothing is renormalised.
+        correction_bias: added to the scores for the choice alone.
+        num_groups: equal groups of consecutive experts.
+        top_groups: how many of them stay in the choice.
+        group_score: "top2" or "max": what a group is worth, from its biased scores.
+        scale: factor of all weights.
+        expert_scale: factors by expert.
+        ids: experts chosen already (int32, as the hash layers of DeepSeek-V4 do); only their weights are computed.
 
     Returns:
         Weights (float32) and expert ids (int32).
 
     Raises:
         TypeError: logits are not floating point.
-        ValueError: top_k or scoring is out of range.
+        ValueError: an option is out of range, or a shape does not fit.
     """
     if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"logits has dtype {getattr(logits, 'dtype', type(logits))}; it must be floating point")
     if logits.ndim < 1:
         check_rank("logits", logits, 2)
-    check_top_k(top_k, logits.shape[-1])
-    if scoring != "softmax":
-        raise ValueError(f"scoring is {scoring!r}; it must be 'softmax'")
-    scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, ids = jax.lax.top_k(scores, top_k)
-    if renormalize:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, ids.astype(jnp.int32)
+    num_experts = logits.shape[-1]
+    check_top_k(top_k, num_experts)
+    for name, value, known in (("scoring", scoring, _SCORINGS), ("group_score", group_score, _GROUP_SCORES)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    for name, vector in (("correction_bias", correction_bias), ("expert_scale", expert_scale)):
+        if vector is not None:
+            check_shape(name, vector, (num_experts,), "(experts,)")
+    if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups} and top_groups {top_groups}; num_groups must divide the {num_experts} experts "
+            "and top_groups lie in [1, num_groups]"
+        )
+    if top_groups * (num_experts // num_groups) < top_k:
+        raise ValueError(f"top_k is {top_k}; {top_groups} groups have {top_groups * num_experts // num_groups} experts")
+
+    scores = _SCORINGS[scoring](logits.astype(jnp.float32))
+    if ids is None:
+        choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)
+        if top_groups < num_groups:
+            grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)
+            _, best = jax.lax.top_k(_GROUP_SCORES[group_score](grouped), top_groups)
+            kept = jax.nn.one_hot(best, num_groups, dtype=jnp.bool_).any(-2)
+            choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+        ids = jax.lax.top_k(choice, top_k)[1].astype(jnp.int32)
+    else:
+        check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
+        check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if softmax_after_topk:
+        weights = jax.nn.softmax(weights, axis=-1)
+    elif renormalize:
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        # Scores other than those of a softmax may all be zero.
+        weights = weights / (total if scoring == "softmax" else total + 1e-20)
+    if scale != 1.0:
+        weights = weights * jnp.float32(scale)
+    if expert_scale is not None:
+        weights = weights * expert_scale.astype(jnp.float32)[ids]
+    return weights, ids
 
 
 def workspace_size(*, num_slots: int, num_experts: int, n: int, block_size: int, multiprocessors: int) -> int:

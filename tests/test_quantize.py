@@ -383,7 +383,7 @@ BAD_TENSORS = [
     ),
     ({"scales": np.zeros((4, 64), np.float16)}, ValueError, "scales has shape"),
     ({"scales": np.zeros((3, 4, 64), np.float16)}, ValueError, "scales has shape"),
-    ({"bits": 8}, ValueError, "bits is 8"),
+    ({"bits": 3}, ValueError, "bits is 3"),
 ]
 
 

@@ -74,6 +74,69 @@ def test_route_has_a_gradient():
     np.testing.assert_allclose(jax.grad(second)(logits), expected, atol=1e-6)
 
 
+LOGITS = np.random.default_rng(4).normal(size=(40, 16)).astype(np.float32)
+BIAS = np.random.default_rng(5).normal(size=16).astype(np.float32)
+
+
+def best(scores, top_k):
+    return np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus"])
+def test_the_correction_bias_is_for_the_choice_alone(scoring):
+    weights, ids = jmm.route(LOGITS, top_k=4, scoring=scoring, correction_bias=BIAS, scale=2.5)
+    z = LOGITS.astype(np.float64)
+    scores = 1 / (1 + np.exp(-z)) if scoring == "sigmoid" else np.sqrt(np.log1p(np.exp(z)))
+    order = best(scores + BIAS, 4)
+    assert (order != best(scores, 4)).any()
+    chosen = np.take_along_axis(scores, order, axis=1)
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(weights, chosen / chosen.sum(1, keepdims=True) * 2.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group_score", ["top2", "max"])
+def test_only_the_best_groups_stay(group_score):
+    weights, ids = jmm.route(
+        LOGITS, top_k=3, scoring="sigmoid", correction_bias=BIAS, num_groups=4, top_groups=2, group_score=group_score
+    )
+    scores = 1 / (1 + np.exp(-LOGITS.astype(np.float64)))
+    for t, row in enumerate(scores + BIAS):
+        groups = np.sort(row.reshape(4, 4), axis=1)
+        worth = groups[:, -2:].sum(1) if group_score == "top2" else groups[:, -1]
+        kept = np.argsort(-worth)[:2]
+        allowed = [e for e in np.argsort(-row) if e // 4 in kept][:3]
+        np.testing.assert_array_equal(ids[t], allowed)
+        np.testing.assert_allclose(weights[t], scores[t][allowed] / scores[t][allowed].sum(), rtol=1e-5)
+
+
+def test_softmax_over_the_chosen():
+    weights, ids = jmm.route(LOGITS, top_k=4, scoring="identity", softmax_after_topk=True)
+    order = best(LOGITS, 4)
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(weights, softmax(np.take_along_axis(LOGITS, order, axis=1)), rtol=1e-5)
+
+
+def test_sigmoid_of_the_top_logit():
+    weights, ids = jmm.route(LOGITS, top_k=1, scoring="sigmoid", renormalize=False)
+    np.testing.assert_array_equal(ids[:, 0], LOGITS.argmax(1))
+    np.testing.assert_allclose(weights[:, 0], 1 / (1 + np.exp(-LOGITS.max(1))), rtol=1e-5)
+
+
+def test_factors_by_expert():
+    weights, ids = jmm.route(LOGITS, top_k=2, expert_scale=BIAS)
+    plain, _ = jmm.route(LOGITS, top_k=2)
+    np.testing.assert_allclose(weights, plain * BIAS[np.asarray(ids)], rtol=1e-6)
+
+
+def test_given_experts():
+    given = np.random.default_rng(6).integers(0, 16, (40, 3)).astype(np.int32)
+    weights, ids = jmm.route(LOGITS, top_k=3, scoring="sqrtsoftplus", scale=1.5, ids=given)
+    scores = np.sqrt(np.log1p(np.exp(LOGITS.astype(np.float64))))
+    chosen = np.take_along_axis(scores, given, axis=1)
+    np.testing.assert_array_equal(ids, given)
+    np.testing.assert_allclose(weights, chosen / chosen.sum(1, keepdims=True) * 1.5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("logits", "options", "error", "message"),
     [
@@ -82,7 +145,13 @@ def test_route_has_a_gradient():
         ([[0.0, 1.0]], {"top_k": 1}, TypeError, "logits has dtype"),
         (np.zeros((2, 4), np.float32), {"top_k": 5}, ValueError, r"top_k is 5; .*\[1, 4\]"),
         (np.zeros((2, 4), np.float32), {"top_k": 0}, ValueError, "top_k is 0"),
-        (np.zeros((2, 4), np.float32), {"top_k": 1, "scoring": "sigmoid"}, ValueError, "scoring is 'sigmoid'"),
+        (np.zeros((2, 4), np.float32), {"top_k": 1, "scoring": "tanh"}, ValueError, "scoring is 'tanh'"),
+        (LOGITS, {"top_k": 1, "group_score": "sum"}, ValueError, "group_score is 'sum'"),
+        (LOGITS, {"top_k": 1, "num_groups": 3}, ValueError, "num_groups is 3"),
+        (LOGITS, {"top_k": 1, "num_groups": 4, "top_groups": 5}, ValueError, "top_groups 5"),
+        (LOGITS, {"top_k": 5, "num_groups": 4}, ValueError, "top_k is 5; 1 groups have 4 experts"),
+        (LOGITS, {"top_k": 1, "correction_bias": BIAS[:3]}, ValueError, r"correction_bias has shape \(3,\)"),
+        (LOGITS, {"top_k": 1, "ids": np.zeros((40, 2), np.int32)}, ValueError, r"ids has shape \(40, 2\)"),
     ],
 )
 def test_bad_routers_are_refused(logits, options, error, message):

@@ -1,129 +1,119 @@
-"""GPTQ checkpoints, v1 and v2, with or without act-order: 4-bit codes packed along K."""
+"""GPTQ checkpoints, v1 and v2, 4 and 8 bit, with or without act-order: codes packed along K."""
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 
-from jax_marlin_moe.checkpoint.tensors import TensorFolder, check_scales, stack_experts_side_by_side
-from jax_marlin_moe.quantize import from_gptq
-from jax_marlin_moe.weights import MarlinWeights
-
-_CODES_PER_WORD = 8
+from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.storage import Storage, check_finite, group_size_from, number_of_groups
+from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.importers import (
+    LogicalLinear,
+    check_gptq_zeros,
+    decode_gptq,
+    gptq_zeros_are_baked,
+    row_order,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class GptqParameters:
-    """What the quantisation config says that tensors depend on.
+class GptqStorage(Storage):
+    """How a GPTQ linear is stored.
 
     Attributes:
+        bits: 4 or 8.
         group_size: rows of K that share a scale, None for one group.
-        checkpoint_format: "gptq" (v1, zero points stored less one) or "gptq_v2".
+        less_one: whether zero points are stored less one (v1).
         desc_act: whether groups follow the activations: `g_idx` must then be there.
-        overrides: patterns of modules that have a config of their own.
-        source: the file that said so.
+        baked: whether all zero points of the matrix are the middle code.
     """
 
+    bits: int
     group_size: int | None
-    checkpoint_format: str
+    less_one: bool
     desc_act: bool
-    overrides: tuple[str, ...]
-    source: object
+    baked: bool = False
+    ignored: ClassVar[tuple[str, ...]] = (".g_idx",)
 
+    @property
+    def weight_format(self) -> str:  # type: ignore[override]
+        """Zero points are stored where they differ."""
+        return f"int{self.bits}" if self.baked else f"int{self.bits}_zp"
 
-def parse(config: Mapping[str, Any], source: object) -> GptqParameters:
-    """Reads a quantisation config.
-
-    Raises:
-        ValueError: a width, packing or variant that is not supported, naming `source`.
-    """
-    if config.get("bits") != 4:
-        raise ValueError(f"{source}: GPTQ bits is {config.get('bits')!r}; it must be 4")
-    if config.get("pack_dtype", "int32") != "int32":
-        raise ValueError(f"{source}: GPTQ pack_dtype is {config['pack_dtype']!r}; it must be 'int32'")
-    if config.get("is_marlin_format"):
-        raise ValueError(f"{source}: is_marlin_format is true; only unpermuted GPTQ files can be loaded")
-    variant = config.get("checkpoint_format", config.get("format", "gptq"))
-    if variant not in ("gptq", "gptq_v2"):
-        raise ValueError(f"{source}: GPTQ checkpoint_format is {variant!r}; it must be 'gptq' or 'gptq_v2'")
-    group_size = config.get("group_size")
-    if not isinstance(group_size, int):
-        raise ValueError(f"{source}: GPTQ group_size is {group_size!r}; it must be an integer, -1 for one group")
-    # "-:pattern" leaves modules unquantised, which shows in their tensors; anything else changes their format.
-    overrides = tuple(rule.removeprefix("+:") for rule in config.get("dynamic") or () if not rule.startswith("-:"))
-    return GptqParameters(
-        group_size=None if group_size == -1 else group_size,
-        checkpoint_format=variant,
-        desc_act=bool(config.get("desc_act", False)),
-        overrides=overrides,
-        source=source,
-    )
-
-
-def read_matrix(
-    files: TensorFolder, linears: Sequence[Sequence[str]], k: int, n: int, parameters: GptqParameters
-) -> MarlinWeights:
-    """Reads and packs one matrix of all experts; biases that are all zero are dropped.
-
-    Args:
-        files: the checkpoint.
-        linears: per expert the modules that stand side by side, each of shape (k, n).
-        k: input features.
-        n: output features of one module.
-        parameters: from `parse`.
-    """
-    for pattern in parameters.overrides:
-        for module in (module for modules in linears for module in modules):
-            if re.match(pattern, module):
-                raise ValueError(
-                    f"{parameters.source}: dynamic rule {pattern!r} gives {module} a config of its own; experts must "
-                    "share one"
-                )
-    groups = 1 if parameters.group_size is None else -(-k // parameters.group_size)
-    shape = (k // _CODES_PER_WORD, n)
-    qweight = stack_experts_side_by_side(files, linears, "qweight", shape, ("I32",))
-    qzeros = stack_experts_side_by_side(files, linears, "qzeros", (groups, n // _CODES_PER_WORD), ("I32",))
-    scales = stack_experts_side_by_side(files, linears, "scales", (groups, n), ("F16", "BF16"))
-    check_scales(files, linears, "scales", scales)
-    g_idx = _read_groups(files, linears, k, parameters)
-    try:
-        weights = from_gptq(
-            jnp.asarray(qweight),
-            jnp.asarray(qzeros),
-            jnp.asarray(scales),
-            g_idx=None if g_idx is None else jnp.asarray(g_idx),
-            checkpoint_format=parameters.checkpoint_format,
+    @classmethod
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+        """`dynamic` rules override width and group size module by module."""
+        config, source = quantization.config, quantization.source
+        by_auto_round = quantization.method == "auto-round" and "auto_awq" not in str(config.get("packing_format"))
+        if linear.name(".qweight") not in files or not (quantization.method == "gptq" or by_auto_round):
+            return None
+        packing = str(config.get("packing_format", "auto_round:auto_gptq"))
+        if by_auto_round and packing not in ("auto_round:auto_gptq", "auto_gptq", "auto_round:gptq"):
+            raise ValueError(
+                f"{source}: packing_format is {packing!r}; it must be 'auto_round:auto_gptq' or 'auto_round:auto_awq'"
+            )
+        rule = quantization.module_rule(config.get("dynamic") or config.get("extra_config"), linear.module)
+        merged = {**config, **rule}
+        if merged.get("bits") not in (4, 8):
+            raise ValueError(f"{source}: GPTQ bits is {merged.get('bits')!r} for {linear.module}; it must be 4 or 8")
+        if merged.get("pack_dtype", "int32") != "int32":
+            raise ValueError(f"{source}: GPTQ pack_dtype is {merged['pack_dtype']!r}; it must be 'int32'")
+        if merged.get("is_marlin_format"):
+            raise ValueError(f"{source}: is_marlin_format is true; only unpermuted GPTQ files can be loaded")
+        variant = merged.get("checkpoint_format", merged.get("format", "gptq"))
+        if by_auto_round:
+            variant = "gptq"
+        if variant not in ("gptq", "gptq_v2"):
+            raise ValueError(
+                f"{source}: GPTQ checkpoint_format is {variant!r}; it must be 'gptq' or 'gptq_v2' (planar 'gptq_p' and "
+                "Marlin files have other layouts)"
+            )
+        return cls(
+            bits=merged["bits"],
+            group_size=group_size_from(source, "GPTQ group_size", merged.get("group_size")),
+            less_one=variant == "gptq",
+            desc_act=bool(merged.get("desc_act", False)),
         )
-    except ValueError as error:
-        raise ValueError(f"{files.file_of(f'{linears[0][0]}.qweight')}: {linears[0][0]} and others: {error}") from None
-    return dataclasses.replace(weights, bias=_read_bias(files, linears, n))
 
+    def of_matrix(self, files: TensorFolder, linears: Sequence[Linear], k: int, n: int) -> Storage:
+        """Zero points need no storage where all of the matrix are the middle code."""
+        baked = True
+        for linear in linears:
+            qzeros = self._zeros(files, linear, k, n)
+            try:
+                check_gptq_zeros(qzeros, self.bits, self.less_one)
+            except ValueError as error:
+                raise files.fault(linear.name(".qzeros"), f"cannot be used: {error}") from None
+            baked = baked and gptq_zeros_are_baked(qzeros, self.bits, self.less_one)
+        return dataclasses.replace(self, baked=baked)
 
-def _read_groups(
-    files: TensorFolder, linears: Sequence[Sequence[str]], k: int, parameters: GptqParameters
-) -> np.ndarray | None:
-    """The group of each row [experts, K]; None where the files leave it to `k // group_size`."""
-    if f"{linears[0][0]}.g_idx" not in files.names and not parameters.desc_act:
-        return None
-    rows = []
-    for first, *others in linears:
-        index = files.read(f"{first}.g_idx", (k,), ("I32",))
-        for other in others:
-            if not np.array_equal(index, files.read(f"{other}.g_idx", (k,), ("I32",))):
-                raise ValueError(
-                    f"{files.file_of(f'{other}.g_idx')}: tensor {other}.g_idx differs from {first}.g_idx; gate and up "
-                    "of an expert must read their input in the same order"
-                )
-        rows.append(index)
-    return np.stack(rows)
+    def row_order(self, files: TensorFolder, linear: Linear, k: int) -> np.ndarray | None:
+        """From `g_idx`, where the file has it."""
+        name = linear.name(".g_idx")
+        if name not in files and not self.desc_act:
+            return None
+        index = linear.read(files, ".g_idx", (k,), ("I32",))
+        try:
+            return row_order(index, self.group_size or k)
+        except ValueError as error:
+            raise files.fault(name, f"cannot be used: {error}") from None
 
+    def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
+        """Words, zero points (None where baked in) and scales."""
+        groups = number_of_groups(k, self.group_size)
+        qweight = linear.read(files, ".qweight", (k * self.bits // 32, n), ("I32",), columns=1)
+        scales = linear.read(files, ".scales", (groups, n), FLOATS, columns=1)
+        check_finite(files, linear.name(".scales"), scales)
+        return qweight, None if self.baked else self._zeros(files, linear, k, n), scales
 
-def _read_bias(files: TensorFolder, linears: Sequence[Sequence[str]], n: int) -> jnp.ndarray | None:
-    # Old AutoGPTQ wrote a zero bias for linears that have none.
-    if f"{linears[0][0]}.bias" not in files.names:
-        return None
-    bias = stack_experts_side_by_side(files, linears, "bias", (n,), ("F16", "BF16", "F32")).astype(np.float32)
-    return jnp.asarray(bias) if bias.any() else None
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
+        """Rows sorted by group."""
+        qweight, qzeros, scales = tensors
+        return decode_gptq(qweight, qzeros, scales, order, bits=self.bits, stored_less_one=self.less_one)
+
+    def _zeros(self, files: TensorFolder, linear: Linear, k: int, n: int) -> np.ndarray:
+        groups = number_of_groups(k, self.group_size)
+        return linear.read(files, ".qzeros", (groups, n * self.bits // 32), ("I32",), columns=1)

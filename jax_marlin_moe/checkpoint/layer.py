@@ -1,22 +1,31 @@
-"""`load_moe_layer`: the experts and the router of one layer of a checkpoint."""
+"""`MoELayer`: the experts of one layer and how tokens are routed to them; and how it is found in a checkpoint."""
 
 import dataclasses
-import os
-import pathlib
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.checkpoint.families import Family, get_family
-from jax_marlin_moe.checkpoint.schemes import find_scheme
-from jax_marlin_moe.checkpoint.tensors import TensorFolder, read_json
-from jax_marlin_moe.quantize import fold_input_order
+from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.ops.fused_moe import fused_moe
+from jax_marlin_moe.routing import Routing, route
 from jax_marlin_moe.weights import MarlinWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExpert:
+    """An expert that every token visits. A pytree.
+
+    Attributes:
+        gate_up: (H, 2 I'), columns [gate | up], (H, I') where the activation is not gated: a stack of one packed
+            expert where the file is quantised, else a dense array in the file's dtype.
+        down: (I', H), likewise.
+        gate: [H, 1]; its sigmoid multiplies the result (Qwen), or None.
+    """
+
+    gate_up: MarlinWeights | Float[Array, "H N"]
+    down: MarlinWeights | Float[Array, "I H"]
+    gate: Float[Array, "H 1"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,117 +33,134 @@ class MoELayer:
     """The experts of one layer and how tokens are routed to them. A pytree: arrays are leaves, the rest is static.
 
     Attributes:
-        gate_up: E matrices (H, 2 I), columns [gate | up].
+        gate_up: E matrices (H, 2 I), columns [gate | up]; (H, I) where the activation is not gated.
         down: E matrices (I, H).
         router: kernel of the router, input dimension first, in the checkpoint's dtype: `logits = x @ router`.
-        top_k: experts per token.
-        renormalize: whether the chosen router weights are divided by their sum, for `jax_marlin_moe.route`.
-        scoring: likewise.
+        routing: the model's rule, for `jax_marlin_moe.route`.
         activation: for `jax_marlin_moe.fused_moe`.
+        router_bias: [E], added to the logits, or None.
+        correction_bias: [E], added to the scores for the choice alone, or None.
+        expert_scale: [E], factors of the router weights by expert, or None.
+        router_input_scale: [H], or None; where it is there, the router sees `rms_norm(x) * scale / sqrt(H)`.
+        token_experts: [vocabulary, top_k] int32, the experts of each token id in layers that route by a hash, or None.
+        shared: the expert that every token visits, or None.
+        norm_epsilon: of that norm.
     """
 
     gate_up: MarlinWeights
     down: MarlinWeights
     router: Float[Array, "H E"]
-    top_k: int
-    renormalize: bool
-    scoring: str = "softmax"
-    activation: str = "silu"
+    routing: Routing
+    activation: str | Activation = "silu"
+    router_bias: Float[Array, "E"] | None = None
+    correction_bias: Float[Array, "E"] | None = None
+    expert_scale: Float[Array, "E"] | None = None
+    router_input_scale: Float[Array, "H"] | None = None
+    token_experts: Int32[Array, "vocabulary top_k"] | None = None
+    shared: SharedExpert | None = None
+    norm_epsilon: float = 1e-6
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return self.routing.top_k
+
+    @property
+    def renormalize(self) -> bool:
+        """Whether the chosen router weights are divided by their sum."""
+        return self.routing.renormalize
+
+    @property
+    def scoring(self) -> str:
+        """The scores of the router."""
+        return self.routing.scoring
+
+    def route(
+        self, x: Float[Array, "tokens H"], token_ids: Int32[Array, "tokens"] | None = None
+    ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
+        """Router weights and expert ids of each row of x, in float32 from the logits on.
+
+        Args:
+            x: the input of the layer.
+            token_ids: for layers with `token_experts`, the token of each row.
+
+        Raises:
+            ValueError: the layer routes by token and there are no `token_ids`.
+        """
+        rows = x.astype(jnp.float32)
+        if self.router_input_scale is not None:
+            mean = jnp.mean(jnp.square(rows), axis=-1, keepdims=True)
+            rows = rows * jax.lax.rsqrt(mean + self.norm_epsilon)
+            rows = rows * self.router_input_scale.astype(jnp.float32) * rows.shape[-1] ** -0.5
+        logits = jnp.matmul(rows, self.router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        if self.router_bias is not None:
+            logits = logits + self.router_bias.astype(jnp.float32)
+        ids = None
+        if self.token_experts is not None:
+            if token_ids is None:
+                raise ValueError("token_ids is None; this layer chooses experts by token, so it must be given")
+            ids = self.token_experts[token_ids]
+        return route(
+            logits,
+            correction_bias=self.correction_bias,
+            expert_scale=self.expert_scale,
+            ids=ids,
+            **self.routing.options(),  # type: ignore[arg-type]
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens H"],
+        token_ids: Int32[Array, "tokens"] | None = None,
+        *,
+        implementation: str | None = None,
+    ) -> Float[Array, "tokens H"]:
+        """The whole layer: routed experts plus the shared one.
+
+        Args:
+            x: float16 or bfloat16.
+            token_ids: as for `route`.
+            implementation: as for `jax_marlin_moe.fused_moe`.
+        """
+        weights, ids = self.route(x, token_ids)
+
+        def experts(rows: Array, gate_up: MarlinWeights, down: MarlinWeights, w: Array, chosen: Array) -> Array:
+            return fused_moe(rows, gate_up, down, w, chosen, activation=self.activation, implementation=implementation)
+
+        if self.routing.apply_on_input:
+            slots = (x[:, None].astype(jnp.float32) * weights[..., None]).astype(x.dtype)  # [tokens, top_k, H]
+            flat = slots.reshape(-1, x.shape[1])
+            ones = jnp.ones((flat.shape[0], 1), jnp.float32)
+            y = experts(flat, self.gate_up, self.down, ones, ids.reshape(-1, 1))
+            y = y.reshape(slots.shape).astype(jnp.float32).sum(1).astype(x.dtype)
+        else:
+            y = experts(x, self.gate_up, self.down, weights, ids)
+        if self.shared is None:
+            return y
+        gate_up, down = self.shared.gate_up, self.shared.down
+        if isinstance(gate_up, MarlinWeights) and isinstance(down, MarlinWeights):
+            only = jnp.zeros((x.shape[0], 1), jnp.int32)
+            extra = experts(x, gate_up, down, jnp.ones((x.shape[0], 1), jnp.float32), only)
+        else:
+            extra = self._dense_shared(x)
+        if self.shared.gate is not None:
+            logits = jnp.matmul(x, self.shared.gate.astype(x.dtype), preferred_element_type=jnp.float32)
+            extra = (extra.astype(jnp.float32) * jax.nn.sigmoid(logits)).astype(x.dtype)
+        return y + extra
+
+    def _dense_shared(self, x: Array) -> Array:
+        assert self.shared is not None
+        act = get_activation(self.activation)
+        h = jnp.matmul(x, self.shared.gate_up.astype(x.dtype), preferred_element_type=jnp.float32)  # type: ignore[union-attr]
+        a = act.apply(*jnp.split(h, 2, axis=1)) if act.gated else act.apply(h, None)
+        down = self.shared.down.astype(x.dtype)  # type: ignore[union-attr]
+        return jnp.matmul(a.astype(x.dtype), down, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
+jax.tree_util.register_dataclass(SharedExpert, data_fields=["gate_up", "down", "gate"], meta_fields=[])
+_STATIC = ["routing", "activation", "norm_epsilon"]
 jax.tree_util.register_dataclass(
     MoELayer,
-    data_fields=["gate_up", "down", "router"],
-    meta_fields=["top_k", "renormalize", "scoring", "activation"],
+    data_fields=[field.name for field in dataclasses.fields(MoELayer) if field.name not in _STATIC],
+    meta_fields=_STATIC,
 )
-
-
-def load_moe_layer(path: str | os.PathLike, layer: int) -> MoELayer:
-    """Loads one mixture-of-experts layer of a quantised checkpoint, bit for bit.
-
-    Formats: AutoAWQ "gemm" and GPTQ v1 and v2 (act-order included), 4 bit. Names: Qwen3-MoE and Mixtral. Scales keep
-    the dtype that they have on disk; x may be float16 or bfloat16 all the same. Only this layer's tensors are read.
-    An act-order of the down matrices is folded into the columns of gate and up.
-
-    Args:
-        path: the folder with config.json and safetensors files.
-        layer: its number, from 0.
-
-    Returns:
-        The packed experts, on JAX's default device, and the facts that routing needs.
-
-    Raises:
-        FileNotFoundError: no such folder, or files are missing in it.
-        ValueError: the model, its quantisation or the layer is not supported, or a tensor is missing or does not fit
-            the config. Messages name the file, the tensor, what was expected and what was found.
-    """
-    folder = pathlib.Path(path)
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; pass the folder of a checkpoint")
-    config = read_json(config_path)
-    family = get_family(config.get("model_type"), config_path)
-    scheme, parameters = find_scheme(folder, config)
-
-    hidden = _integer(config, ("hidden_size",), config_path)
-    intermediate = _integer(config, (family.intermediate_key,), config_path)
-    num_experts = _integer(config, family.num_experts_keys, config_path)
-    top_k = _integer(config, ("num_experts_per_tok",), config_path)
-    if top_k > num_experts:
-        raise ValueError(f"{config_path}: num_experts_per_tok is {top_k}, more than the {num_experts} experts")
-    activation = config.get("hidden_act", "silu")
-    try:
-        get_activation(activation)
-    except ValueError as error:
-        raise ValueError(f"{config_path}: hidden_act: {error}") from None
-    renormalize = family.renormalize
-    if isinstance(renormalize, str):
-        renormalize = bool(config.get(renormalize, False))
-
-    with TensorFolder(folder) as files:
-        _check_experts(files, family, layer, num_experts)
-
-        def linears(*names: str) -> list[tuple[str, ...]]:
-            return [tuple(family.expert(layer, e, name) for name in names) for e in range(num_experts)]
-
-        gate_up = scheme.read_matrix(files, linears(family.gate, family.up), hidden, intermediate, parameters)
-        down = scheme.read_matrix(files, linears(family.down), intermediate, hidden, parameters)
-        router = files.read(
-            f"{family.block.format(layer=layer)}.{family.router}",
-            (num_experts, hidden),
-            ("F16", "BF16", "F32"),
-        )
-    gate_up, down = fold_input_order(gate_up, down)
-    return MoELayer(
-        gate_up=gate_up,
-        down=down,
-        router=jnp.asarray(router.T),
-        top_k=top_k,
-        renormalize=renormalize,
-        activation=activation,
-    )
-
-
-def _integer(config: Mapping[str, Any], keys: Sequence[str], source: pathlib.Path) -> int:
-    for key in keys:
-        if key in config:
-            if not isinstance(config[key], int) or config[key] < 1:
-                raise ValueError(f"{source}: {key} is {config[key]!r}; it must be a positive integer")
-            return config[key]
-    raise ValueError(f"{source}: {' or '.join(keys)} is missing")
-
-
-def _check_experts(files: TensorFolder, family: Family, layer: int, num_experts: int) -> None:
-    """The tensors that exist decide: which layers have experts, and how many."""
-    before, after = family.block.split("{layer}")
-    pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}\.experts\.(\d+)\.")
-    found: dict[int, set[int]] = {}
-    for match in filter(None, map(pattern.match, files.names)):
-        found.setdefault(int(match.group(1)), set()).add(int(match.group(2)))
-    if layer not in found:
-        layers = f"{min(found)} to {max(found)}" if found else "none"
-        raise ValueError(f"{files.folder}: layer {layer} has no experts; layers with experts: {layers}")
-    if found[layer] != set(range(num_experts)):
-        raise ValueError(
-            f"{files.folder}: layer {layer} has tensors of {len(found[layer])} experts; config.json says {num_experts}"
-        )

@@ -1,62 +1,67 @@
-"""The quantisation schemes that the loader knows: one row each, found by `quant_method`."""
+"""The quantisation schemes that the loader knows, and which of them a linear is stored in."""
 
-import dataclasses
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from jax_marlin_moe.checkpoint.awq import AwqStorage
+from jax_marlin_moe.checkpoint.compressed_tensors import PackQuantizedStorage
+from jax_marlin_moe.checkpoint.fp4 import Mxfp4Storage, Nvfp4Storage
+from jax_marlin_moe.checkpoint.fp8 import Fp8Storage
+from jax_marlin_moe.checkpoint.gptq import GptqStorage
+from jax_marlin_moe.checkpoint.hqq import HqqStorage
+from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.plain import PlainStorage, Target, plain_suffix
+from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.storage import Storage
+from jax_marlin_moe.checkpoint.tensors import TensorFolder
 
-from jax_marlin_moe.checkpoint import awq, gptq
-from jax_marlin_moe.checkpoint.tensors import TensorFolder, read_json
-from jax_marlin_moe.weights import MarlinWeights
+# The tensors decide which one it is, so no two of them know the same tensors.
+SCHEMES: tuple[type[Storage], ...] = (
+    AwqStorage,
+    GptqStorage,
+    PackQuantizedStorage,
+    Nvfp4Storage,
+    Mxfp4Storage,
+    Fp8Storage,
+    HqqStorage,
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """A way of storing quantised linears.
-
-    Attributes:
-        quant_method: its name in the quantisation config.
-        own_file: a file of its own that may hold the config in place of config.json, and then names no method.
-        parse: (config, source) to parameters; raises ValueError for variants that are not supported.
-        read_matrix: (files, linears, k, n, parameters) to the packed matrix of all experts; `linears` lists per
-            expert the modules (k, n) that stand side by side.
-    """
-
-    quant_method: str
-    own_file: str
-    parse: Callable[[Mapping[str, Any], object], Any]
-    read_matrix: Callable[[TensorFolder, Sequence[Sequence[str]], int, int, Any], MarlinWeights]
-
-
-SCHEMES = (
-    Scheme("awq", "quant_config.json", awq.parse, awq.read_matrix),
-    Scheme("gptq", "quantize_config.json", gptq.parse, gptq.read_matrix),
+_SUPPORTED = (
+    "AutoAWQ gemm, GPTQ, compressed-tensors (pack-quantized, nvfp4-pack, mxfp4-pack, FP8), ModelOpt NVFP4 and FP8, "
+    "MXFP4, FP8 (blocks, channels, tensor), MXFP8, HQQ, and plain weights with quantize="
 )
 
 
-def find_scheme(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[Scheme, Any]:
-    """The scheme of a checkpoint and its parameters.
-
-    Args:
-        folder: of the checkpoint.
-        config: the contents of config.json; its `quantization_config` counts first.
+def find_storage(
+    files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization, target: Target | None
+) -> Storage:
+    """How a linear (k, n) is stored, decided by the tensors that exist.
 
     Raises:
-        ValueError: there is no quantisation config, or a method or variant that is not supported.
+        ValueError: it is plain and there is no target, or the other way round; or its tensors are of no known scheme.
     """
-    quantization, source = config.get("quantization_config"), folder / "config.json"
-    default_method = None
-    if quantization is None:
-        for scheme in SCHEMES:
-            if (folder / scheme.own_file).is_file():
-                source, default_method = folder / scheme.own_file, scheme.quant_method
-                quantization = read_json(source)
-                break
-    if not isinstance(quantization, dict):
-        raise ValueError(f"{source}: there is no quantization_config; the loader needs quantised experts")
-    method = quantization.get("quant_method", default_method)
+    if plain_suffix(files, linear) is not None:
+        if target is None:
+            name = linear.name(plain_suffix(files, linear) or "")
+            raise files.fault(
+                name,
+                f"is plain {files.info(name).dtype}; the loader needs quantised experts: pass quantize=, the name of a "
+                "format",
+            )
+        return PlainStorage.to(target, files, linear, k)
+    if target is not None and any(name.startswith(linear.module) for name in files.names):
+        raise ValueError(
+            f"{files.folder}: {linear.module} is quantised already; quantize={target.weight_format!r} is for plain "
+            "weights: leave it out"
+        )
     for scheme in SCHEMES:
-        if scheme.quant_method == method:
-            return scheme, scheme.parse(quantization, source)
-    known = ", ".join(scheme.quant_method for scheme in SCHEMES)
-    raise ValueError(f"{source}: quant_method is {method!r}; the loader knows {known}")
+        storage = scheme.find(files, linear, k, n, quantization)
+        if storage is not None:
+            return storage
+    found = sorted(name for name in files.names if name.startswith((f"{linear.module}.", f"{linear.module}_")))
+    if not found:
+        raise ValueError(f"{files.folder} has no tensor {linear.module}.*")
+    described = ", ".join(f"{name} {files.info(name).dtype}" for name in found[:6])
+    if linear.name(".B") in files:
+        described = f"Marlin-format files, {described}"
+    raise ValueError(
+        f"{files.file_of(found[0])}: {linear.module} is stored in no way that the loader knows ({described}; "
+        f"quant_method {quantization.method!r} in {quantization.source.name}); it knows {_SUPPORTED}"
+    )

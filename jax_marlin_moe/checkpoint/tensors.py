@@ -1,16 +1,38 @@
 """Tensors of a checkpoint folder by name: safetensors files, memory-mapped, checked before they are read."""
 
-import contextlib
 import json
+import math
+import mmap
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors then uses
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.pt", "*.pth", "*.bin", "*.pkl")
+
+# What each safetensors dtype is read as. The two 8-bit floats are read as their bit patterns.
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": np.uint8,
+    "F8_E8M0": np.uint8,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+FLOATS = ("F16", "BF16", "F32")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -24,43 +46,106 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-class TensorFolder:
-    """Reads tensors by name, whichever file of the folder they are in. A context manager.
+class TensorInfo(NamedTuple):
+    """What a header says of a tensor."""
 
-    Only the tensors asked for are read; files are opened when first needed and closed together.
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsFile:
+    """One safetensors file, mapped into memory: `read` gives views, no copies.
 
     Args:
-        folder: holds `model.safetensors.index.json` with the files that it names, or one safetensors file.
+        path: the file; its header and its length are checked when it is opened.
+
+    Raises:
+        ValueError: the file is no safetensors file, or is truncated.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):  # checks the header against the length of the file
+                pass
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._start = 8 + size
+        self._entries = header
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """All tensors of the file."""
+        return {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in self._entries.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor; raises ValueError, naming the file, where it holds none of that name."""
+        if name not in self._entries:
+            raise ValueError(f"{self.path}: the file has no tensor {name}, although the index says so")
+        entry = self._entries[name]
+        return TensorInfo(entry["dtype"], tuple(entry["shape"]))
+
+    def read(self, name: str) -> np.ndarray:
+        """A view of a tensor, valid as long as it is referred to."""
+        dtype, shape = self.info(name)
+        if dtype not in _DTYPES:
+            raise ValueError(f"{self.path}: tensor {name} has dtype {dtype}, which cannot be read")
+        start = self._start + self._entries[name]["data_offsets"][0]
+        return np.frombuffer(self._map, _DTYPES[dtype], math.prod(shape), start).reshape(shape)
+
+    def drop_pages(self) -> None:
+        """Gives the pages read so far back to the system; views stay valid and read them again."""
+        if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class TensorFolder:
+    """Reads tensors by name, whichever file of the folder they are in.
+
+    Files are opened when first needed. Names that were read or ignored are remembered, so that a loader can tell
+    whether it has seen everything.
+
+    Args:
+        folder: holds `model.safetensors.index.json` with the files that it names, or safetensors files alone.
 
     Raises:
         FileNotFoundError: there is no such folder, or no safetensors file in it.
-        ValueError: the index is malformed, or names a file outside the folder; several files and no index.
+        ValueError: the index is malformed, or names a file outside the folder; files share a name and there is no
+            index; the folder holds pickles alone.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        self._open: dict[pathlib.Path, Any] = {}
-        self._exit = contextlib.ExitStack()
+        self.seen: set[str] = set()
+        self._open: dict[pathlib.Path, SafetensorsFile] = {}
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; pass the folder that holds config.json")
         index = folder / _INDEX
         if index.is_file():
             self._files = _indexed_files(index)
             return
-        path = _only_file(folder)
-        self._files = dict.fromkeys(self._file(path).keys(), path)
-
-    def __enter__(self) -> "TensorFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-        self._exit.close()
+        self._files = {}
+        for path in _safetensors_files(folder):
+            for name in self._file(path).infos:
+                if name in self._files:
+                    raise ValueError(
+                        f"{path}: tensor {name} is in {self._files[name].name} as well, and no {_INDEX} says "
+                        "which counts"
+                    )
+                self._files[name] = path
 
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
         return frozenset(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
 
     def file_of(self, name: str) -> pathlib.Path:
         """The file that holds tensor `name`; raises ValueError, naming the folder, if none does."""
@@ -68,8 +153,17 @@ class TensorFolder:
             raise ValueError(f"{self.folder} has no tensor {name}")
         return self._files[name]
 
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor."""
+        path = self.file_of(name)
+        return self._file(path).info(name)
+
+    def dtype(self, name: str) -> str | None:
+        """The safetensors dtype of a tensor, None where there is no such tensor."""
+        return self.info(name).dtype if name in self._files else None
+
     def read(self, name: str, shape: Sequence[int], dtypes: Sequence[str]) -> np.ndarray:
-        """Reads one tensor.
+        """A view of one tensor.
 
         Args:
             name: as in the file.
@@ -80,24 +174,42 @@ class TensorFolder:
             ValueError: no file holds it, its shape or dtype is another, or the file is damaged.
         """
         path = self.file_of(name)
-        try:
-            view = self._file(path).get_slice(name)
-            found_shape, found_dtype = tuple(view.get_shape()), view.get_dtype()
-        except SafetensorError as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read: {error}") from None
-        if found_shape != tuple(shape):
-            raise ValueError(f"{path}: tensor {name} has shape {found_shape}; it must be {tuple(shape)}")
-        if found_dtype not in dtypes:
-            raise ValueError(f"{path}: tensor {name} has dtype {found_dtype}; it must be {' or '.join(dtypes)}")
-        return self._file(path).get_tensor(name)
+        found = self._file(path).info(name)
+        if found.shape != tuple(shape):
+            raise ValueError(f"{path}: tensor {name} has shape {found.shape}; it must be {tuple(shape)}")
+        if found.dtype not in dtypes:
+            raise ValueError(f"{path}: tensor {name} has dtype {found.dtype}; it must be {' or '.join(dtypes)}")
+        self.seen.add(name)
+        return self._file(path).read(name)
 
-    def _file(self, path: pathlib.Path) -> Any:
+    def ignore(self, name: str) -> None:
+        """Remembers a tensor that is known and not needed."""
+        self.seen.add(name)
+
+    def fault(self, name: str, text: str) -> ValueError:
+        """An error about the contents of a tensor, with its file and name."""
+        return ValueError(f"{self.file_of(name)}: tensor {name} {text}")
+
+    def drop_pages(self) -> None:
+        """Gives the pages of all open files back to the system."""
+        for file in self._open.values():
+            file.drop_pages()
+
+    def _file(self, path: pathlib.Path) -> SafetensorsFile:
         if path not in self._open:
-            try:
-                self._open[path] = self._exit.enter_context(safe_open(path, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; {_INDEX} names it")
+            self._open[path] = SafetensorsFile(path)
         return self._open[path]
+
+
+def check_file_name(source: pathlib.Path, name: str) -> None:
+    """Raises ValueError unless `name`, which `source` gives, is a plain file name.
+
+    An index comes with a download: it must not reach files elsewhere on the machine.
+    """
+    if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
+        raise ValueError(f"{source} names the file {name!r}; it must be a plain file name in the same folder")
 
 
 def _indexed_files(index: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -105,65 +217,20 @@ def _indexed_files(index: pathlib.Path) -> dict[str, pathlib.Path]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names")
     for name in set(names.values()):
-        # An index comes with a download: it must not reach files elsewhere on the machine.
-        if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
-            raise ValueError(f"{index} names the file {name!r}; it must be a plain file name in the same folder")
+        check_file_name(index, name)
     return {tensor: index.parent / name for tensor, name in names.items()}
 
 
-def _only_file(folder: pathlib.Path) -> pathlib.Path:
+def _safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / _SINGLE).is_file():
-        return folder / _SINGLE
+        return [folder / _SINGLE]
     found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds neither {_INDEX} nor a safetensors file")
-    if len(found) > 1:
-        raise ValueError(f"{folder} holds {len(found)} safetensors files and no {_INDEX} that says what is where")
-    return found[0]
-
-
-def stack_experts_side_by_side(
-    files: TensorFolder,
-    linears: Sequence[Sequence[str]],
-    suffix: str,
-    shape: Sequence[int],
-    dtypes: Sequence[str],
-) -> np.ndarray:
-    """Reads one tensor of every expert linear: experts stacked, the linears of an expert joined by columns.
-
-    Args:
-        files: where to read.
-        linears: per expert the module names whose columns stand side by side: (gate, up), or (down,).
-        suffix: the tensor of each module, such as "qweight".
-        shape: of one module's tensor; its last axis follows the output columns.
-        dtypes: safetensors names of the dtypes allowed.
-
-    Returns:
-        [experts, *shape[:-1], parts * shape[-1]].
-    """
-    parts, width = len(linears[0]), shape[-1]
-    stacked: np.ndarray | None = None
-    for e, modules in enumerate(linears):
-        for j, module in enumerate(modules):
-            tensor = files.read(f"{module}.{suffix}", shape, dtypes)
-            if stacked is None:
-                stacked = np.empty((len(linears), *shape[:-1], parts * width), tensor.dtype)
-            elif tensor.dtype != stacked.dtype:
-                raise ValueError(
-                    f"{files.file_of(f'{module}.{suffix}')}: tensor {module}.{suffix} has dtype {tensor.dtype}; it "
-                    f"must be {stacked.dtype}, as in {linears[0][0]}"
-                )
-            stacked[e, ..., j * width : (j + 1) * width] = tensor
-    assert stacked is not None
-    return stacked
-
-
-def check_scales(files: TensorFolder, linears: Sequence[Sequence[str]], suffix: str, scales: np.ndarray) -> None:
-    """Raises ValueError, naming file and tensor, where scales are infinite or no numbers."""
-    finite = np.isfinite(scales.astype(np.float32))
-    if finite.all():
-        return
-    expert, *_, column = (int(i) for i in np.argwhere(~finite)[0])
-    module = linears[expert][column * len(linears[expert]) // scales.shape[-1]]
-    name = f"{module}.{suffix}"
-    raise ValueError(f"{files.file_of(name)}: tensor {name} holds infinities or NaN; every scale must be finite")
+    if found:
+        return found
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds pickles ({pickles[0]}) and no safetensors file; loading a pickle runs code, so convert it "
+            "to safetensors with the tool that wrote it"
+        )
+    raise FileNotFoundError(f"{folder} holds neither {_INDEX} nor a safetensors file")

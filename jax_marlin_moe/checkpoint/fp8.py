@@ -1,0 +1,72 @@
+"""FP8 checkpoints: e4m3 codes with scales of blocks, channels or the tensor, and MXFP8."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.storage import Storage, check_finite
+from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.importers import (
+    FP8_BLOCK,
+    LogicalLinear,
+    bad_block_scales,
+    decode_fp8,
+    decode_mxfp8,
+    has_nan_codes,
+)
+
+_SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Storage(Storage):
+    """`scale` is the suffix of the scales, a multiplier whatever its name; `weight_format` "fp8" or "mxfp8"."""
+
+    scale: str
+    weight_format: str
+    ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
+
+    @classmethod
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+        """Known by e4m3 codes; the shape of the scales tells the rest."""
+        name = linear.name(".weight")
+        if files.dtype(name) != "F8_E4M3":
+            return None
+        block = quantization.config.get("weight_block_size")
+        if block not in (None, [FP8_BLOCK, FP8_BLOCK]):
+            raise ValueError(f"{quantization.source}: weight_block_size is {block}; it must be [128, 128]")
+        for suffix in _SCALES:
+            if linear.name(suffix) in files:
+                found = files.info(linear.name(suffix))
+                micro = found.dtype in ("U8", "F8_E8M0") and found.shape == (n, -(-k // 32))
+                return cls(suffix, "mxfp8" if micro else "fp8")
+        raise files.fault(
+            name, f"has no scales; one of {', '.join(linear.name(suffix) for suffix in _SCALES)} must exist"
+        )
+
+    def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
+        """Codes and scales; e8m0 scales as bits."""
+        weight = linear.read(files, ".weight", (n, k), ("F8_E4M3",))
+        if has_nan_codes(weight):
+            raise files.fault(linear.name(".weight"), "holds NaN (e4m3 0x7F or 0xFF)")
+        name = linear.name(self.scale)
+        shape = files.info(name).shape
+        blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+        allowed = ((), (1,), (1, 1), (n,), (n, 1), blocks) if self.weight_format == "fp8" else ((n, -(-k // 32)),)
+        if shape not in allowed:
+            raise files.fault(
+                name, f"has shape {shape}; it must be () (tensor), {(n, 1)} (channel) or {blocks} (blocks of 128 x 128)"
+            )
+        scale = files.read(name, shape, (*FLOATS, "F8_E8M0", "U8"))
+        if scale.dtype != np.uint8:
+            check_finite(files, name, scale)
+        elif bad_block_scales(scale, exponent=True):
+            raise files.fault(name, f"holds {bad_block_scales(scale, exponent=True)}; every scale must be a number")
+        return weight, scale
+
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
+        """Rows have no order of their own."""
+        return decode_fp8(*tensors) if self.weight_format == "fp8" else decode_mxfp8(*tensors)

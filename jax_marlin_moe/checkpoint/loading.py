@@ -1,0 +1,386 @@
+"""`load_moe_layer` and `load_moe_layers`: layers of a checkpoint, as its tool wrote it or as `convert` did."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.checkpoint import families, packed
+from jax_marlin_moe.checkpoint.families import Config, Family, get_family
+from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
+from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.matrix import Experts, load_matrix, matrix_storage, row_orders
+from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
+from jax_marlin_moe.checkpoint.quantization_config import Quantization, find_quantization
+from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
+from jax_marlin_moe.weights import MarlinWeights
+
+_PROGRESS_AFTER = 2.0  # seconds before a progress bar appears
+
+
+def load_moe_layer(
+    path: str | os.PathLike,
+    layer: int,
+    *,
+    quantize: str | None = None,
+    group_size: int | Literal["customary"] | None = "customary",
+    scale_dtype: DTypeLike | None = None,
+) -> MoELayer:
+    """Loads one mixture-of-experts layer of a checkpoint: bit for bit where it is quantised.
+
+    Which layers have experts, and how they are stored, is decided by the tensors that exist; README lists the schemes
+    and the model families. Float scales keep the dtype that they have on disk. Only this layer's tensors are read, one
+    linear at a time, so the host needs little more memory than the packed layer. An act-order of the down matrices is
+    folded into the columns of gate and up. Shared experts are packed where the file has them quantised, and stay dense
+    arrays where it has not.
+
+    Args:
+        path: the folder with config.json and safetensors files, or one that `convert` wrote.
+        layer: its number, from 0.
+        quantize: for plain bfloat16, float16 or float32 experts, the format that they shall have.
+        group_size: for `quantize`, as in `jax_marlin_moe.quantize`.
+        scale_dtype: likewise; by default the dtype of the file.
+
+    Returns:
+        The packed experts, on JAX's default device, and what routing needs.
+
+    Raises:
+        FileNotFoundError: no such folder, or files are missing in it.
+        ValueError: the model, its quantisation or the layer is not supported, or a tensor is missing, not known, or
+            does not fit the config. Messages name the file, the tensor, what was expected and what was found.
+    """
+    return Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype).load(layer)
+
+
+def load_moe_layers(
+    path: str | os.PathLike,
+    *,
+    quantize: str | None = None,
+    group_size: int | Literal["customary"] | None = "customary",
+    scale_dtype: DTypeLike | None = None,
+) -> Iterator[tuple[int, MoELayer]]:
+    """All mixture-of-experts layers in ascending order, each with its number; arguments as for `load_moe_layer`."""
+    checkpoint = Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype)
+    for layer in checkpoint.layers:
+        yield layer, checkpoint.load(layer)
+
+
+class Checkpoint:
+    """An opened checkpoint folder: its config and the layers that have experts.
+
+    Args:
+        path: the folder.
+        quantize: as for `load_moe_layer`.
+        group_size: likewise.
+        scale_dtype: likewise.
+
+    Attributes:
+        layers: numbers of the layers with experts, ascending, without those for multi-token prediction.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        quantize: str | None = None,
+        group_size: int | Literal["customary"] | None = "customary",
+        scale_dtype: DTypeLike | None = None,
+    ) -> None:
+        self.folder = pathlib.Path(path)
+        self.manifest = packed.read_manifest(self.folder)
+        if self.manifest is not None:
+            if quantize is not None:
+                raise ValueError(f"{self.folder} is packed already; quantize={quantize!r} is for plain weights")
+            self.layers = self.manifest.layers
+            return
+        self.source = self.folder / "config.json"
+        if not self.source.is_file():
+            raise FileNotFoundError(f"{self.folder} holds no config.json; pass the folder of a checkpoint")
+        whole = read_json(self.source)
+        self.family, self.config = get_family(whole, self.source)
+        self.quantization = find_quantization(self.folder, whole)
+        scale_name = None if scale_dtype is None else jnp.dtype(scale_dtype).name
+        self.target = None if quantize is None else Target(quantize, group_size, scale_name)
+        self.files = TensorFolder(self.folder)
+        self._prefixes = _layer_prefixes(self.files, self.family)
+        last = self.config.get("num_hidden_layers")
+        self.layers = sorted(n for n in self._prefixes if not isinstance(last, int) or n < last)
+
+    def load(self, layer: int) -> MoELayer:
+        """Loads one layer; arguments and errors as for `load_moe_layer`."""
+        if layer not in self.layers:
+            found = f"{self.layers[0]} to {self.layers[-1]}" if self.layers else "none"
+            raise ValueError(f"{self.folder}: layer {layer} has no experts; layers with experts: {found}")
+        if self.manifest is not None:
+            return self.manifest.load(layer)
+        return _LayerReader(self, layer).load()
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return self._prefixes[layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayerReader:
+    checkpoint: Checkpoint
+    layer: int
+
+    @property
+    def files(self) -> TensorFolder:
+        return self.checkpoint.files
+
+    @property
+    def family(self) -> Family:
+        return self.checkpoint.family
+
+    @property
+    def config(self) -> Config:
+        return self.checkpoint.config
+
+    @property
+    def quantization(self) -> Quantization:
+        return self.checkpoint.quantization
+
+    def name(self, template: str) -> str:
+        return self.family.name(template, self.checkpoint.prefix(self.layer))
+
+    def load(self) -> MoELayer:
+        family, source = self.family, self.checkpoint.source
+        hidden = families.positive(self.config, ("hidden_size",), source)
+        size = families.intermediate(self.config, source)
+        experts = families.num_experts(self.config, source)
+        top_k = families.top_k(self.config, source)
+        if top_k > experts:
+            raise ValueError(f"{source}: num_experts_per_tok is {top_k}, more than the {experts} experts")
+        try:
+            activation = family.activation(self.config)
+        except ValueError as error:
+            raise ValueError(f"{source}: hidden_act: {error}") from None
+        if self.config.get("moe_latent_size"):
+            raise ValueError(
+                f"{source}: moe_latent_size is {self.config['moe_latent_size']}; experts behind a latent projection "
+                "cannot be loaded"
+            )
+        gated = get_activation(activation).gated
+        if gated != (family.gate is not None):
+            raise ValueError(
+                f"{source}: activation {activation!r} does not fit experts {'with' if family.gate else 'without'} gate"
+            )
+        self._refuse_fused_quantised_names()
+        first, second = self._linears(experts, hidden, size)
+        gate_up, down = self._matrices(first, second, hidden, size, family.biased)
+        router = self._vector(family.router, (experts, hidden))
+        if router is None:
+            raise ValueError(f"{self.files.folder} has no tensor {self.name(family.router)}")
+        layer = MoELayer(
+            gate_up=gate_up,
+            down=down,
+            router=router.T,
+            routing=family.routing(self.config, top_k),
+            activation=activation,
+            router_bias=self._vector(family.router_bias, (experts,)),
+            correction_bias=self._vector(family.correction_bias, (experts,)),
+            expert_scale=self._vector(family.expert_scale, (experts,)),
+            router_input_scale=self._vector(family.input_scale, (hidden,)),
+            token_experts=self._token_experts(top_k, experts),
+            shared=self._shared(hidden, size),
+            norm_epsilon=float(self.config.get("rms_norm_eps") or 1e-6),
+        )
+        self._refuse_unknown()
+        self.files.drop_pages()
+        return layer
+
+    def _linears(self, experts: int, hidden: int, size: int) -> tuple[list[list[Linear]], list[list[Linear]]]:
+        """The linears of gate and up, and of down, per expert."""
+        family = self.family
+        parts = [name for name in (family.gate, family.up) if name is not None]
+        for row in family.stacked:
+            module, down = self.name(row.gate_up), self.name(row.down)
+            if not any(
+                module + suffix in self.files for suffix in ("", ".weight", "_blocks", "_weight.blocks", "_weight")
+            ):
+                continue
+            transposed = row.transposed
+            suffix = next((s for s in ("", ".weight") if module + s in self.files), None)
+            if suffix is not None:  # [E, N, K] or [E, K, N]: where both sizes are equal, the family's way
+                shape = self.files.info(module + suffix).shape
+                straight, across = (experts, len(parts) * size, hidden), (experts, hidden, len(parts) * size)
+                transposed = transposed if straight == across else shape == across
+            first = [
+                [
+                    Linear(
+                        module,
+                        e,
+                        part=j,
+                        parts=len(parts),
+                        interleaved=row.interleaved,
+                        num_experts=experts,
+                        transposed=transposed,
+                    )
+                    for j in range(len(parts))
+                ]
+                for e in range(experts)
+            ]
+            return first, [[Linear(down, e, num_experts=experts, transposed=transposed)] for e in range(experts)]
+        self._check_experts(experts)
+        prefix = self.name(family.experts)
+
+        def modules(*names: str) -> list[list[Linear]]:
+            return [[Linear(f"{prefix}.{e}.{name}") for name in names] for e in range(experts)]
+
+        return modules(*parts), modules(family.down)
+
+    def _matrices(
+        self, first: Experts, second: Experts, hidden: int, size: int, biased: bool
+    ) -> tuple[MarlinWeights, MarlinWeights]:
+        files, target = self.files, self.checkpoint.target
+        storage = matrix_storage(files, second, size, hidden, self.quantization, target)
+        orders = row_orders(files, storage, second, size)
+        bar = _Progress(f"layer {self.layer}", len(first) + len(second))
+        try:
+            gate_up = load_matrix(
+                files, first, hidden, size, self.quantization, target,
+                biased=biased,
+                column_orders=None if all(order is None for order in orders) else orders,
+                advance=bar.advance,
+            )  # fmt: skip
+            down = load_matrix(
+                files, second, size, hidden, self.quantization, target, biased=biased, advance=bar.advance
+            )
+        finally:
+            bar.close()
+        return gate_up, dataclasses.replace(down, input_order=None)
+
+    def _vector(self, template: str | None, shape: tuple[int, ...]) -> Array | None:
+        """A small tensor of the layer, None where the file has none."""
+        if template is None or self.name(template) not in self.files:
+            return None
+        name = self.name(template)
+        value = self.files.read(name, shape, FLOATS)
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise self.files.fault(name, "holds infinities or NaN")
+        return jnp.array(value, copy=True)
+
+    def _token_experts(self, top_k: int, experts: int) -> Array | None:
+        template = self.family.hash_table
+        if template is None or self.name(template) not in self.files:
+            return None
+        name = self.name(template)
+        rows = self.files.info(name).shape[0]
+        table = self.files.read(name, (rows, top_k), ("I64", "I32"))
+        if rows and not (table.min() >= 0 and table.max() < experts):
+            raise self.files.fault(name, f"holds {table.min()} to {table.max()}; experts lie in [0, {experts})")
+        return jnp.asarray(table.astype(np.int32))
+
+    def _shared(self, hidden: int, routed_size: int) -> SharedExpert | None:
+        family, files = self.family, self.files
+        module = next(
+            (m for m in map(self.name, family.shared) if any(name.startswith(f"{m}.") for name in files.names)), None
+        )
+        if module is None:
+            return None
+        gate_up = [Linear(f"{module}.{name}") for name in (family.gate, family.up) if name is not None]
+        down = Linear(f"{module}.{family.down}")
+        gate = self._vector(family.shared_gate, (1, hidden))
+        gate = None if gate is None else gate.T
+        suffix = plain_suffix(files, down)
+        if suffix is not None:
+            size = files.info(down.name(suffix)).shape[-1]
+            dense = [read_plain(files, part, suffix, hidden, size).T for part in gate_up]
+            last = read_plain(files, down, suffix, size, hidden).T
+            return SharedExpert(jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True), gate)
+        size = self._shared_size(routed_size)
+        packed_gate_up, packed_down = self._shared_matrices(gate_up, down, hidden, size)
+        return SharedExpert(packed_gate_up, packed_down, gate)
+
+    def _shared_matrices(self, gate_up: list[Linear], down: Linear, hidden: int, size: int):
+        files = self.files
+        storage = matrix_storage(files, [[down]], size, hidden, self.quantization, None)
+        orders = row_orders(files, storage, [[down]], size)
+        first = load_matrix(
+            files, [gate_up], hidden, size, self.quantization, None,
+            biased=False,
+            column_orders=None if orders[0] is None else orders,
+        )  # fmt: skip
+        second = load_matrix(files, [[down]], size, hidden, self.quantization, None, biased=False)
+        return first, dataclasses.replace(second, input_order=None)
+
+    def _shared_size(self, routed_size: int) -> int:
+        for key in self.family.shared_size:
+            if isinstance(self.config.get(key), int) and self.config[key] > 0:
+                return self.config[key]
+        return routed_size * int(self.config.get("n_shared_experts") or self.config.get("num_shared_experts") or 1)
+
+    def _check_experts(self, experts: int) -> None:
+        pattern = re.compile(re.escape(self.name(self.family.experts)) + r"\.(\d+)\.")
+        found = {int(match.group(1)) for match in filter(None, map(pattern.match, self.files.names))}
+        if found != set(range(experts)):
+            raise ValueError(
+                f"{self.files.folder}: layer {self.layer} has tensors of {len(found)} experts; "
+                f"config.json says {experts}"
+            )
+
+    def _refuse_fused_quantised_names(self) -> None:
+        for part in ("gate_up_proj", "down_proj"):
+            for suffix in ("_packed", "_scale", "_shape"):
+                name = f"{self.name(self.family.experts)}.{part}{suffix}"
+                if name in self.files:
+                    raise self.files.fault(
+                        name,
+                        "is of llm-compressor 0.12.0, which wrote fused experts in a broken way; requantise with a "
+                        "later version",
+                    )
+
+    def _refuse_unknown(self) -> None:
+        """Every tensor of the block must have been read, or be known not to matter."""
+        family = self.family
+        for template in family.others:
+            self.files.ignore(self.name(template))
+        for module in ("{block}.gate", "{block}.router"):  # quantisers leave empty scales beside plain routers
+            self.files.ignore(self.name(f"{module}.input_scale"))
+        owned = {f"{self.name('{block}')}.", f"{self.name(family.router.split('.')[0])}."}
+        left = sorted(n for n in self.files.names - self.files.seen if any(n.startswith(prefix) for prefix in owned))
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise self.files.fault(left[0], f"is not known{more}; the layer would be loaded without it")
+
+
+def _layer_prefixes(files: TensorFolder, family: Family) -> dict[int, str]:
+    pattern = family.layer_pattern()
+    found: dict[int, str] = {}
+    for match in filter(None, map(pattern.match, files.names)):
+        found[int(match.group(2))] = match.group(1)
+    return found
+
+
+class _Progress:
+    """A line on a terminal's stderr that follows a long load."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self._start, self._shown = time.monotonic(), False
+        self._stream = sys.stderr
+
+    def advance(self) -> None:
+        self.done += 1
+        if time.monotonic() - self._start < _PROGRESS_AFTER or not self._stream.isatty():
+            return
+        self._shown = True
+        filled = 30 * self.done // self.total
+        bar = "#" * filled + "." * (30 - filled)
+        self._stream.write(f"\r{self.what} [{bar}] {self.done}/{self.total}")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._shown:
+            self._stream.write("\n")

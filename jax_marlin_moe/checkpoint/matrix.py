@@ -1,0 +1,198 @@
+"""One matrix of all experts: read, decoded and packed linear by linear into arrays that are there from the start."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.plain import Target
+from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.schemes import find_storage
+from jax_marlin_moe.checkpoint.storage import Storage
+from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.formats import get_format
+from jax_marlin_moe.layout import TILE_K, TILE_N
+from jax_marlin_moe.ops.arguments import check_weights
+from jax_marlin_moe.quantize import pack_expert
+from jax_marlin_moe.weights import MarlinWeights
+
+Experts = Sequence[Sequence[Linear]]  # per expert the linears (k, n) that stand side by side
+
+
+def load_matrix(
+    files: TensorFolder,
+    experts: Experts,
+    k: int,
+    n: int,
+    quantization: Quantization,
+    target: Target | None,
+    *,
+    biased: bool,
+    column_orders: Sequence[np.ndarray | None] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> MarlinWeights:
+    """Loads one matrix: bit for bit where it is quantised, else rounded to `target`.
+
+    Beside the result, the host holds the tensors of one linear at a time.
+
+    Args:
+        files: the checkpoint.
+        experts: the linears.
+        k: input features.
+        n: output features of one linear.
+        quantization: the checkpoint's.
+        target: what plain weights become.
+        biased: whether biases belong to the model; zero ones are dropped where they do not, others refused.
+        column_orders: per expert the order of the columns of each of its linears.
+        advance: called after each expert.
+
+    Raises:
+        ValueError: a tensor is missing or wrong, or experts are stored in different ways.
+    """
+    storage = matrix_storage(files, experts, k, n, quantization, target)
+    row = get_format(storage.weight_format)
+    orders, buffers, scale_dtype = [], None, None
+    biases = _read_biases(files, experts, n, biased=biased)
+    for e, linears in enumerate(experts):
+        order = _shared_order(files, storage, linears, k)
+        orders.append(order)
+        columns = None if column_orders is None else column_orders[e]
+        for j, linear in enumerate(linears):
+            for suffix in storage.ignored:
+                files.ignore(linear.name(suffix))
+            tensors = storage.read(files, linear, k, n)
+            part = _decode_and_pack(tensors, order, columns, storage=storage)
+            if scale_dtype is None:
+                scale_dtype = part[1].dtype
+            elif part[1].dtype != scale_dtype:
+                raise ValueError(
+                    f"{files.folder}: scales of {linear.module} have dtype {part[1].dtype}; they must be "
+                    f"{scale_dtype}, as those of {experts[0][0].module}"
+                )
+            if buffers is None:
+                buffers = jax.tree.map(partial(_buffer, len(experts), len(linears)), part)
+            buffers = _store(buffers, part, np.int32(e), np.int32(j))
+        # Work in flight holds its inputs: two experts at most.
+        jax.block_until_ready(buffers)
+        files.drop_pages()
+        advance()
+    assert buffers is not None
+    packed, scales, zeros, global_scales = buffers
+    row_padding, column_padding = -k % TILE_K, -n % TILE_N
+    parts = len(experts[0])
+    if biases is not None and column_orders is not None:
+        stacked = [bias if order is None else bias[:, order] for bias, order in zip(biases, column_orders, strict=True)]
+        biases = np.stack(stacked)
+    weights = MarlinWeights(
+        packed=packed,
+        scales=scales,
+        zeros=zeros,
+        bias=None if biases is None else _pad_bias(biases, column_padding),
+        input_order=_stack_orders(orders, k),
+        format=row,
+        global_scales=global_scales,
+        row_padding=row_padding,
+        column_padding=(column_padding,) * parts if column_padding else (),
+    )
+    check_weights(experts[0][0].module, weights)
+    return weights
+
+
+def matrix_storage(
+    files: TensorFolder, experts: Experts, k: int, n: int, quantization: Quantization, target: Target | None
+) -> Storage:
+    """The storage that all linears share; raises ValueError, naming two of them, where they differ."""
+    linears = [linear for expert in experts for linear in expert]
+    first = find_storage(files, linears[0], k, n, quantization, target)
+    for linear in linears[1:]:
+        other = find_storage(files, linear, k, n, quantization, target)
+        if other != first:
+            raise ValueError(
+                f"{files.folder}: {linear.module} is stored as {other}, {linears[0].module} as {first}; the experts "
+                "of a matrix must share one way"
+            )
+    return first.of_matrix(files, linears, k, n)
+
+
+def row_orders(files: TensorFolder, storage: Storage, experts: Experts, k: int) -> list[np.ndarray | None]:
+    """The row order of each expert."""
+    return [_shared_order(files, storage, linears, k) for linears in experts]
+
+
+def _shared_order(files: TensorFolder, storage: Storage, linears: Sequence[Linear], k: int) -> np.ndarray | None:
+    first, *others = linears
+    order = storage.row_order(files, first, k)
+    for other in others:
+        its = storage.row_order(files, other, k)
+        if (its is None) != (order is None) or (
+            its is not None and order is not None and not np.array_equal(its, order)
+        ):
+            raise ValueError(
+                f"{files.folder}: the g_idx of {other.module} differs from that of {first.module}; gate and up of an "
+                "expert must read their input in the same order"
+            )
+    return order
+
+
+def _stack_orders(orders: Sequence[np.ndarray | None], k: int) -> jax.Array | None:
+    if all(order is None for order in orders):
+        return None
+    natural = np.arange(k, dtype=np.int32)
+    return jnp.asarray(np.stack([natural if order is None else order for order in orders]))
+
+
+@partial(jax.jit, static_argnames="storage")
+def _decode_and_pack(tensors: Any, order: Any, columns: Any, *, storage: Storage) -> Any:
+    logical = storage.decode(order, *tensors)
+    if columns is not None:
+        logical = logical.columns(columns)
+    return pack_expert(*logical, get_format(storage.weight_format))
+
+
+def _buffer(experts: int, parts: int, leaf: jax.Array) -> jax.Array:
+    return jnp.empty((experts, *leaf.shape[:-1], parts * leaf.shape[-1]), leaf.dtype)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _store(buffers: Any, part: Any, expert: Any, position: Any) -> Any:
+    """Writes the leaves of one linear in place: the packing of [a | b] is that of a beside that of b."""
+
+    def write(buffer: jax.Array, leaf: jax.Array) -> jax.Array:
+        start = (expert, *([0] * (leaf.ndim - 1)), position * leaf.shape[-1])
+        return jax.lax.dynamic_update_slice(buffer, leaf[None], start)
+
+    return jax.tree.map(write, buffers, part)
+
+
+def _read_biases(files: TensorFolder, experts: Experts, n: int, *, biased: bool) -> np.ndarray | None:
+    """float32 [experts, parts, n]; None where there are none, or zeros that the model has no place for."""
+    rows: list[np.ndarray | None] = []
+    for linears in experts:
+        for linear in linears:
+            suffix = next((s for s in (".bias", "_bias") if linear.name(s) in files), None)
+            if suffix is None:
+                rows.append(None)
+                continue
+            bias = linear.read(files, suffix, (n,), FLOATS).astype(np.float32)
+            if not np.isfinite(bias).all():
+                raise files.fault(linear.name(suffix), "holds infinities or NaN")
+            if not biased and bias.any():
+                raise files.fault(linear.name(suffix), "is not zero; experts of this model have no bias")
+            rows.append(bias)
+    if all(row is None for row in rows) or not biased:
+        return None
+    missing = next(
+        (linear for linear, row in zip([x for y in experts for x in y], rows, strict=True) if row is None), None
+    )
+    if missing is not None:
+        raise ValueError(f"{files.folder} has no tensor {missing.module}.bias, although other experts have a bias")
+    return np.stack(rows).reshape(len(experts), len(experts[0]), n)  # type: ignore[arg-type]
+
+
+def _pad_bias(biases: np.ndarray, padding: int) -> jax.Array:
+    padded = np.pad(biases, ((0, 0), (0, 0), (0, padding)))
+    return jnp.asarray(padded.reshape(len(biases), -1))

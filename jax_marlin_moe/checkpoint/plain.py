@@ -1,0 +1,95 @@
+"""Plain bfloat16, float16 and float32 weights, quantised on the way in."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.storage import Storage
+from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.formats import E4M3, FLOAT_SCALES, get_format
+from jax_marlin_moe.importers import LogicalLinear
+from jax_marlin_moe.quantize import check_group_size, quantize_expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What plain weights become: the arguments of `jax_marlin_moe.quantize` of the same names."""
+
+    weight_format: str
+    group_size: int | Literal["customary"] | None = "customary"
+    scale_dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainStorage(Storage):
+    """How a plain weight is stored.
+
+    Attributes:
+        weight: suffix of the weight.
+        transposed: whether it lies as [K, N].
+        weight_format: what it becomes.
+        group_size: rows of K that will share a scale.
+        scale_dtype: of the scales that it will have.
+    """
+
+    weight: str
+    transposed: bool
+    weight_format: str
+    group_size: int
+    scale_dtype: str
+
+    @classmethod
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+        """Plain weights need a target; `to` makes the storage."""
+        return None
+
+    @classmethod
+    def to(cls, target: Target, files: TensorFolder, linear: Linear, k: int) -> Storage:
+        """The storage of a plain linear that becomes `target`."""
+        suffix = plain_suffix(files, linear)
+        assert suffix is not None
+        row = get_format(target.weight_format)
+        size = row.group_sizes[-1] if target.group_size == "customary" else target.group_size
+        check_group_size("group_size", size, k, row)
+        if row.scale != FLOAT_SCALES:
+            dtype = "uint8"
+        elif target.scale_dtype is not None:
+            dtype = jnp.dtype(target.scale_dtype).name
+        else:
+            stored = {"F16": "float16", "BF16": "bfloat16", "F32": "bfloat16"}[files.info(linear.name(suffix)).dtype]
+            dtype = "float32" if row.code == E4M3 else stored
+        if dtype not in row.scale_dtypes:
+            raise TypeError(f"scale_dtype is {dtype}; format {row.name} takes {' or '.join(row.scale_dtypes)}")
+        return cls(suffix, linear.transposed, row.name, size or k, dtype)
+
+    def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
+        """The weight."""
+        weight = read_plain(files, linear, self.weight, k, n)
+        if not np.isfinite(weight.astype(np.float32, copy=False)).all():
+            raise files.fault(linear.name(self.weight), "holds infinities or NaN; such weights cannot be quantised")
+        return (weight,)
+
+    def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
+        """Rounds to nearest."""
+        weight = tensors[0] if self.transposed else tensors[0].T
+        parts = quantize_expert(weight, get_format(self.weight_format), self.group_size, jnp.dtype(self.scale_dtype))
+        return LogicalLinear(*parts)
+
+
+def plain_suffix(files: TensorFolder, linear: Linear) -> str | None:
+    """The suffix of a plain float weight, None where the linear has none."""
+    for suffix in (".weight", ""):
+        if files.dtype(linear.name(suffix)) in FLOATS:
+            return suffix
+    return None
+
+
+def read_plain(files: TensorFolder, linear: Linear, suffix: str, k: int, n: int) -> np.ndarray:
+    """A view of a plain weight, [n, k], or [k, n] where it lies transposed."""
+    if linear.transposed:
+        return linear.read(files, suffix, (k, n), FLOATS, columns=1)
+    return linear.read(files, suffix, (n, k), FLOATS)

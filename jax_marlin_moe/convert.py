@@ -1,0 +1,33 @@
+"""Writes the expert layers of a checkpoint in the packed form, which loads without repacking."""
+
+import argparse
+import time
+
+from jax_marlin_moe.checkpoint import convert
+from jax_marlin_moe.formats import FORMATS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("source", help="folder of the checkpoint")
+    parser.add_argument("destination", help="folder to make")
+    parser.add_argument(
+        "--quantize", choices=sorted(FORMATS), help="format for plain bfloat16, float16 or float32 experts"
+    )
+    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the format's; -1: one group)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Converts; returns 1, with the reason, where the checkpoint is refused."""
+    size = {None: "customary", -1: None}.get(options.group_size, options.group_size)
+    start = time.perf_counter()
+
+    def report(layer: int, written: int) -> None:
+        print(f"layer {layer:4d}  {written / 1e6:9.1f} MB  {time.perf_counter() - start:6.1f} s", flush=True)
+
+    try:
+        convert(options.source, options.destination, quantize=options.quantize, group_size=size, report=report)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"cannot convert: {error}")
+        return 1
+    return 0

@@ -1,0 +1,241 @@
+"""The packed form on disk: what comes back, what is refused, and how much memory loading takes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import checkpoint_files as files
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.__main__ import main
+from jax_marlin_moe.checkpoint import MoELayer, SharedExpert, convert, load_moe_layer, load_moe_layers, packed
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+def assert_same(a: MoELayer, b: MoELayer) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)  # formats, padding, routing and activation included
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "name", ["ck_awq", "ck_q3_gptq_True", "ck_llmc_W4A16", "ck_llmc_W8A16", "ck_llmc_MXFP4A16", "ck_modelopt"]
+)
+def test_what_was_converted_comes_back(name, tmp_path):
+    convert(DATA / name, tmp_path / "packed")
+    found = dict(load_moe_layers(tmp_path / "packed"))
+    assert sorted(found) == [0, 1]
+    for layer, loaded in found.items():
+        assert_same(loaded, load_moe_layer(DATA / name, layer))
+
+
+def test_plain_weights_are_quantised_once(tmp_path):
+    convert(DATA / "ck_q3", tmp_path / "packed", quantize="nvfp4")
+    assert_same(load_moe_layer(tmp_path / "packed", 1), load_moe_layer(DATA / "ck_q3", 1, quantize="nvfp4"))
+
+
+def full_layer() -> MoELayer:
+    """Every field set."""
+    rng = np.random.default_rng(0)
+
+    def dense(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float16)
+
+    def pair(experts):
+        halves = [jmm.quantize(dense(experts, 40, 24), "int4_zp", group_size=None) for _ in range(2)]
+        bias = rng.normal(size=(experts, 40)).astype(np.float32)
+        down = jmm.quantize(dense(experts, 24, 40), "int8_fzp", group_size=None, bias=bias)
+        return jmm.concatenate_columns(halves), down
+
+    gate_up, down = pair(4)
+    return MoELayer(
+        gate_up=gate_up,
+        down=down,
+        router=dense(40, 4),
+        routing=jmm.Routing(2, "sigmoid", num_groups=2, top_groups=1, scale=2.5, apply_on_input=True),
+        activation=jmm.swiglu(float("inf"), 1.702, 1.0),
+        router_bias=dense(4),
+        correction_bias=dense(4),
+        expert_scale=dense(4),
+        router_input_scale=dense(40),
+        token_experts=jnp.zeros((9, 2), jnp.int32),
+        shared=SharedExpert(*pair(1), dense(40, 1)),
+        norm_epsilon=1e-5,
+    )
+
+
+def test_every_field_comes_back(tmp_path):
+    layer = full_layer()
+    packed.write_manifest(tmp_path, {7: packed.write_layer(tmp_path, 7, layer)}, "test")
+    assert_same(load_moe_layer(tmp_path, 7), layer)
+    assert load_moe_layer(tmp_path, 7).activation == layer.activation
+
+
+def test_the_file_is_plain_safetensors(tmp_path):
+    """Any reader of safetensors can open it; every leaf begins at a multiple of 64 bytes."""
+    layer = full_layer()
+    entry = packed.write_layer(tmp_path, 0, layer)
+    tensors = files.read(tmp_path / entry["file"])
+    np.testing.assert_array_equal(tensors["gate_up.packed"], layer.gate_up.packed)
+    raw = (tmp_path / entry["file"]).read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    assert header["__metadata__"] == {"format": "jax_marlin_moe", "version": "1"}
+    starts = [8 + size + e["data_offsets"][0] for n, e in header.items() if n[0] != "_" and not n.endswith(".gap")]
+    assert all(start % 64 == 0 for start in starts)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    convert(DATA / "ck_llmc_W4A16", tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def edit(folder, change):
+    path = folder / packed.MANIFEST
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_a_wrong_checksum_is_refused(folder):
+    path = folder / "layer-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    load_moe_layer(folder, 0)
+    with pytest.raises(ValueError, match=r"layer-00001\.safetensors has SHA-256 .* the file is damaged"):
+        load_moe_layer(folder, 1)
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match="the file is damaged"):
+        load_moe_layer(folder, 1)
+
+
+MANIFESTS = [
+    (lambda v: v.update(version=2), "version is 2; this package reads up to 1: update it"),
+    (lambda v: v.update(version="1"), "version is '1'; it must be a positive integer"),
+    (lambda v: v.pop("version"), "version is None"),
+    (lambda v: v.pop("layers"), "has no layers"),
+    (lambda v: v["layers"]["0"].pop("sha256"), "lacks file, sha256 or layer"),
+    (lambda v: v["layers"]["0"].update(file="../layer-00000.safetensors"), "must be a plain file name"),
+    (lambda v: v["layers"]["0"].update(file="/etc/passwd"), "must be a plain file name"),
+    (lambda v: v["layers"]["0"]["layer"].pop("routing"), "does not describe the file"),
+    (lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int3"), "format is 'int3'"),
+    (
+        lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int8"),
+        r"down\.scales|down is packed|down has",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MANIFESTS)
+def test_wrong_manifests_are_refused(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message):
+        load_moe_layer(folder, 0)
+
+
+def test_what_is_missing(folder):
+    (folder / "layer-00000.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"layer-00000\.safetensors is missing"):
+        load_moe_layer(folder, 0)
+    with pytest.raises(ValueError, match="layer 2 has no experts; layers with experts: 0 to 1"):
+        load_moe_layer(folder, 2)
+
+
+def test_converting_twice_or_over_something_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="is packed already"):
+        convert(folder, tmp_path / "again")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        convert(DATA / "ck_awq", folder)
+    with pytest.raises(ValueError, match="is packed already; quantize='int4' is for plain weights"):
+        load_moe_layer(folder, 0, quantize="int4")
+
+
+def test_commands(tmp_path, capsys):
+    target = str(tmp_path / "packed")
+    assert main(["convert", str(DATA / "ck_q3"), target, "--quantize", "int8", "--group-size", "64"]) == 0
+    assert "layer    1" in capsys.readouterr().out
+    assert load_moe_layer(target, 0).gate_up.group_size == 64
+    assert main(["inspect", target]) == 0
+    output = capsys.readouterr().out
+    assert "packed form, version 1, 2 layers" in output
+    assert "gate_up int8, down int8; softmax top 2" in output
+    assert main(["inspect", str(DATA / "ck_modelopt")]) == 0
+    output = capsys.readouterr().out
+    assert "qwen3_moe, quant_method modelopt (config.json)" in output
+    assert "4 x mlp.experts.*.gate_proj.weight_scale  F8_E4M3 [128, 8]" in output
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "cannot inspect" in capsys.readouterr().out
+    assert main(["convert", str(DATA / "ck_q3"), str(tmp_path / "other")]) == 1
+    assert "pass quantize=" in capsys.readouterr().out
+
+
+def test_orbax_round_trip(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    layer = full_layer()
+    with checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "orbax", layer.gate_up)
+        saver.wait_until_finished()
+        restored = saver.restore(tmp_path / "orbax", jax.tree.map(jnp.zeros_like, layer.gate_up))
+    assert restored.format == layer.gate_up.format
+    assert restored.column_padding == layer.gate_up.column_padding
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(layer.gate_up), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+_MEASURE = """
+import json, pathlib, sys
+import jax
+from jax_marlin_moe.checkpoint import load_moe_layer
+def status(field):
+    text = pathlib.Path("/proc/self/status").read_text()
+    return int(text.split(field + ":")[1].split()[0]) * 1024
+jax.block_until_ready(jax.numpy.ones(8) + 1)
+load_moe_layer(sys.argv[1], 1)  # compiled code is not what is measured
+start = status("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+layer = jax.block_until_ready(load_moe_layer(sys.argv[1], 0))
+peak = status("VmHWM") - start
+print(json.dumps([peak, sum(leaf.nbytes for leaf in jax.tree.leaves(layer))]))
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("form", ["source", "packed"])
+def test_peak_memory(tmp_path, form):
+    """Loading takes at most 1.3 times the packed layer: 128 MiB of experts, in the file of both layers."""
+    experts, hidden, size = 32, 1024, 2048
+    rng = np.random.default_rng(0)
+    tensors, config = {}, json.loads((DATA / "ck_llmc_NVFP4A16" / "config.json").read_text())
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp"
+        for e in range(experts):
+            for name, n, k in (("gate_proj", size, hidden), ("up_proj", size, hidden), ("down_proj", hidden, size)):
+                module = f"{block}.experts.{e}.{name}"
+                tensors[f"{module}.weight_packed"] = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
+                scales = rng.integers(0, 0x7F, (n, k // 16), dtype=np.uint8)
+                tensors[f"{module}.weight_scale"] = scales.view(ml_dtypes.float8_e4m3fn)
+                tensors[f"{module}.weight_global_scale"] = np.ones(1, np.float32)
+        tensors[f"{block}.gate.weight"] = np.zeros((experts, hidden), np.float32)
+    config |= {"hidden_size": hidden, "moe_intermediate_size": size, "num_local_experts": experts}
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    files.write(source / "model.safetensors", tensors)
+    path = source
+    if form == "packed":
+        path = tmp_path / "packed"
+        convert(source, path)
+    done = subprocess.run([sys.executable, "-c", _MEASURE, str(path)], capture_output=True, text=True, check=True)
+    peak, size = json.loads(done.stdout.splitlines()[-1])
+    assert size > 100e6
+    assert peak <= 1.3 * size, f"{peak / size:.2f} times the packed layer"
