@@ -83,16 +83,19 @@ def test_nnx_optimiser_sees_the_router_alone(parts):
     assert {leaf.shape for leaf in moments} == {(HIDDEN, EXPERTS)}
 
 
-@pytest.mark.parametrize("weight_format", ["int4", "int4_zp"])
+@pytest.mark.parametrize("weight_format", jmm.FORMATS)
 def test_nnx_random(weight_format):
-    make = {"top_k": TOP_K, "weight_format": weight_format, "group_size": 64, "dtype": jnp.float16}
+    sizes = jmm.FORMATS[weight_format].group_sizes
+    group_size = 64 if 64 in sizes else "customary"
+    make = {"top_k": TOP_K, "weight_format": weight_format, "group_size": group_size, "dtype": jnp.float16}
     layer = MarlinMoE.random(EXPERTS, HIDDEN, INTERMEDIATE, rngs=nnx.Rngs(0), **make)
     again = MarlinMoE.random(EXPERTS, HIDDEN, INTERMEDIATE, rngs=nnx.Rngs(0), **make)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(layer), nnx.state(again))
     gate_up = layer.gate_up.get_value()
     assert gate_up.format.name == weight_format
-    assert (gate_up.num_experts, gate_up.k, gate_up.n, gate_up.group_size) == (EXPERTS, HIDDEN, 2 * INTERMEDIATE, 64)
-    assert gate_up.scales.dtype == jnp.float16
+    assert (gate_up.num_experts, gate_up.k, gate_up.n) == (EXPERTS, HIDDEN, 2 * INTERMEDIATE)
+    assert gate_up.group_size == min(HIDDEN, 64 if 64 in sizes else sizes[-1])
+    assert gate_up.scales.dtype.name == ("float16" if "float16" in gate_up.format.scale_dtypes else "uint8")
     assert abs(float(jnp.std(jmm.dequantize(gate_up))) * HIDDEN**0.5 - 1) < 0.05
     assert not np.array_equal(gate_up.packed[0], gate_up.packed[1])
     y = layer(jax.random.normal(jax.random.key(2), (3, HIDDEN), jnp.float16))

@@ -1,5 +1,7 @@
 """What the layers of both Flax APIs share: routed experts as a function, and random experts. No Flax in here."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -69,7 +71,7 @@ def random_experts(
     *,
     activation: str,
     weight_format: str,
-    group_size: int | None,
+    group_size: int | Literal["customary"] | None,
     dtype: DTypeLike,
 ) -> tuple[MarlinWeights, MarlinWeights]:
     """`gate_up` and `down` of normal random weights with variance 1 / K, quantised expert by expert."""

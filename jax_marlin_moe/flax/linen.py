@@ -1,6 +1,6 @@
 """`MarlinMoE` for Flax Linen."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -25,9 +25,10 @@ class MarlinMoE(nn.Module):
         hidden: H, a multiple of 64.
         intermediate: I, a multiple of 64.
         top_k: experts per token.
-        weight_format: "int4" or "int4_zp"; used by `init` alone, as are the next three.
-        group_size: rows that share a scale: 16, 32, 64 or 128 dividing H and I; None for one group.
-        dtype: of the scales, float16 or bfloat16.
+        weight_format: a name of `jax_marlin_moe.FORMATS`; used by `init` alone, as are the next three.
+        group_size: rows that share a scale, as the format allows; None for one group, by default the
+            customary size.
+        dtype: of the scales, where they are floats.
         router_dtype: of the router's kernel, any float.
         renormalize: whether the chosen router weights are divided by their sum.
         activation: a name of `jax_marlin_moe.activations`.
@@ -39,7 +40,7 @@ class MarlinMoE(nn.Module):
     intermediate: int
     top_k: int
     weight_format: str = "int4"
-    group_size: int | None = 128
+    group_size: int | Literal["customary"] | None = "customary"
     dtype: Any = jnp.bfloat16
     router_dtype: Any = jnp.float32
     renormalize: bool = True

@@ -1,6 +1,6 @@
 """`MarlinMoE` for Flax NNX."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class MarlinMoE(nnx.Module):
         top_k: int,
         rngs: nnx.Rngs,
         weight_format: str = "int4",
-        group_size: int | None = 128,
+        group_size: int | Literal["customary"] | None = "customary",
         dtype: DTypeLike = jnp.bfloat16,
         router_dtype: DTypeLike = jnp.float32,
         activation: str = "silu",
@@ -84,9 +84,10 @@ class MarlinMoE(nnx.Module):
             intermediate: I, a multiple of 64.
             top_k: experts per token.
             rngs: its `params` stream is used.
-            weight_format: "int4" or "int4_zp".
-            group_size: rows that share a scale: 16, 32, 64 or 128 dividing H and I; None for one group.
-            dtype: of the scales, float16 or bfloat16.
+            weight_format: a name of `jax_marlin_moe.FORMATS`.
+            group_size: rows that share a scale, as the format allows; None for one group, by default the
+                customary size.
+            dtype: of the scales, where they are floats.
             router_dtype: of the router's kernel, any float.
             activation: as in the constructor.
             **options: `renormalize` and `implementation`, as in the constructor.
