@@ -212,7 +212,7 @@ def test_gptq_bias(copy):
 
 
 WRONG = [
-    ("ck_awq", {"config": {"model_type": "llama"}}, r"model_type is 'llama'; the loader knows qwen3_moe, qwen3_vl_moe"),
+    ("ck_awq", {"config": {"model_type": "llama"}}, r"model_type is 'llama'; the loader knows qwen3_moe, olmoe"),
     ("ck_awq", {"config": {"quantization_config": None}}, r"qweight I32.*quant_method None in config\.json"),
     ("ck_awq", {"config": {"hidden_act": "tanh"}}, "hidden_act: activation is 'tanh'"),
     ("ck_awq", {"config": {"num_experts_per_tok": 5}}, "num_experts_per_tok is 5, more than the 4 experts"),

@@ -24,7 +24,7 @@ def rng():
 def save(tmp_path):
     def make(config, tensors, folder="checkpoint"):
         path = tmp_path / folder
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         base = {"hidden_size": H, "moe_intermediate_size": I, "num_experts": E, "num_experts_per_tok": 2}
         (path / "config.json").write_text(json.dumps({**base, **config}))
         files.write(path / "model.safetensors", tensors)
@@ -431,12 +431,37 @@ def test_families(save, rng, model_type, block, names, router_name, further, con
             y = activation(x @ first[0] if gated else None, x @ first[-1]) @ last
             return y if gate is None else y / (1 + np.exp(-(x @ gate.astype(np.float64).T)))
 
-    path = save({"model_type": model_type, "quantization_config": ct_config()} | config, tensors)
+    config |= {"model_type": model_type, "quantization_config": ct_config()}
+    path = save(config, tensors)
     layer = load_moe_layer(path, 0)
     dense = dense if gated else [None, *dense]
     check(layer, *dense)
     assert (layer.shared is not None) == bool(shared)
     run_and_compare(layer, rng, *dense, activation, extra=extra)
+    for name in (router_name, *further):
+        without = save(config, {key: value for key, value in tensors.items() if key != f"{block}.{name}"})
+        with pytest.raises(ValueError, match=f"has no tensor {block}.{name}"):
+            load_moe_layer(without, 0)
+
+
+def test_promised_shared_experts_must_be_there(save, rng):
+    tensors, _ = expert_tensors(rng, compressed(4, 32, True, np.float16))
+    tensors |= router(rng) | {"model.layers.0.mlp.gate.e_score_correction_bias": np.zeros(E, np.float32)}
+    config = {"model_type": "deepseek_v3", "n_shared_experts": 1, "quantization_config": ct_config()}
+    with pytest.raises(ValueError, match=r"has no tensors .*shared_experts.* says n_shared_experts = 1"):
+        load_moe_layer(save(config, tensors), 0)
+
+
+def test_minimax_m3_names_its_shared_expert_otherwise(save, rng):
+    block = "model.layers.0.block_sparse_moe"
+    tensors, dense = expert_tensors(rng, compressed(4, 32, True, np.float16), ("w1", "w3", "w2"), f"{block}.experts")
+    shared = {name: weight(rng, *((H, 96) if name == "down_proj" else (96, H))) for name in ("gate_proj", "up_proj")}
+    shared["down_proj"] = weight(rng, H, 96)
+    tensors |= {f"{block}.shared_experts.{name}.weight": part for name, part in shared.items()}
+    tensors |= router(rng, f"{block}.gate.weight") | {f"{block}.e_score_correction_bias": np.zeros(E, np.float32)}
+    layer = load_moe_layer(save({"model_type": "minimax_m3", "quantization_config": ct_config()}, tensors), 0)
+    gate, up, down = (part.astype(np.float64).T for part in shared.values())
+    run_and_compare(layer, rng, *dense, silu, extra=lambda x: silu(x @ gate, x @ up) @ down)
 
 
 def test_quantised_shared_experts_stay_packed(save, rng):
@@ -447,6 +472,7 @@ def test_quantised_shared_experts_stay_packed(save, rng):
         shared |= {f"model.layers.0.mlp.shared_experts.{name}{suffix}": tensor for suffix, tensor in found.items()}
         one.append(value)
     config = {"model_type": "deepseek_v3", "n_shared_experts": 1, "quantization_config": {"quant_method": "fp8"}}
+    tensors |= {"model.layers.0.mlp.gate.e_score_correction_bias": np.zeros(E, np.float32)}
     layer = load_moe_layer(save(config, tensors | shared | router(rng)), 0)
     assert layer.shared.gate_up.num_experts == 1
     np.testing.assert_array_equal(jmm.dense_weights(layer.shared.down)[0], one[2])
@@ -526,6 +552,7 @@ def test_sizes_that_are_padded(save, rng, monkeypatch):
 
 def test_layers_are_those_with_experts(save, rng):
     tensors, _ = expert_tensors(rng, compressed(4, 32, True, np.float16), prefix="model.layers.3.mlp.experts")
+    tensors |= {"model.layers.3.mlp.gate.e_score_correction_bias": np.zeros(E, np.float32)}
     beyond = {name.replace("layers.3", "layers.5"): value for name, value in tensors.items()}
     mtp = {f"mtp.{name.removeprefix('model.')}": value for name, value in tensors.items()}
     dense = {"model.layers.0.mlp.gate_proj.weight": weight(rng, I, H)}

@@ -59,6 +59,9 @@ class Family:
         activation: the activation, from the config.
         shared_size: keys of the shared expert's intermediate size.
         others: tensors of the block that are no part of its experts or its router.
+
+    Tensors that a row names are there in every layer of its models; only a layer that routes by a hash table has no
+    correction bias.
     """
 
     model_types: tuple[str, ...]
@@ -159,11 +162,17 @@ _DEEPSEEK_SHARED = ("{block}.shared_experts", "{block}.shared_expert")
 
 FAMILIES = (
     Family(
-        # Qwen3-VL and Qwen3.5 name themselves twice: the whole model, and its text part.
-        model_types=("qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "olmoe"),
+        model_types=("qwen3_moe", "olmoe"),
         block="mlp",
         routing=_softmax(None),
         stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj"),),
+    ),
+    Family(
+        # Named twice, as Qwen3.5 is: the whole model, and its text part.
+        model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        block="mlp",
+        routing=_softmax(None),
+        stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj", transposed=True),),
     ),
     Family(
         model_types=("qwen2_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_6_moe", "qwen3_6_moe_text"),

@@ -110,19 +110,30 @@ class MoELayer:
 
     def __call__(
         self,
-        x: Float[Array, "tokens H"],
-        token_ids: Int32[Array, "tokens"] | None = None,
+        x: Float[Array, "*batch H"],
+        token_ids: Int32[Array, "*batch"] | None = None,
         *,
+        router_input: Float[Array, "*batch H"] | None = None,
         implementation: str | None = None,
-    ) -> Float[Array, "tokens H"]:
+    ) -> Float[Array, "*batch H"]:
         """The whole layer: routed experts plus the shared one.
 
         Args:
             x: float16 or bfloat16.
             token_ids: as for `route`.
+            router_input: rows that the router reads, where they are not those of the experts (Gemma-4 norms them
+                apart).
             implementation: as for `jax_marlin_moe.fused_moe`.
         """
-        weights, ids = self.route(x, token_ids)
+        rows = x.reshape(-1, x.shape[-1])
+        weights, ids = self.route(
+            rows if router_input is None else router_input.reshape(rows.shape),
+            None if token_ids is None else token_ids.reshape(-1),
+        )
+        return self._experts(rows, weights, ids, implementation).reshape(x.shape)
+
+    def _experts(self, x: Array, weights: Array, ids: Array, implementation: str | None) -> Array:
+        """Routed and shared experts of rows whose experts are chosen."""
 
         def experts(rows: Array, gate_up: MarlinWeights, down: MarlinWeights, w: Array, chosen: Array) -> Array:
             return fused_moe(rows, gate_up, down, w, chosen, activation=self.activation, implementation=implementation)

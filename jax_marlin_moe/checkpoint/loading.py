@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.checkpoint import families, packed
-from jax_marlin_moe.checkpoint.families import Config, Family, get_family
+from jax_marlin_moe.checkpoint.families import Config, Family, Stacked, get_family
 from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, load_matrix, matrix_storage, row_orders
@@ -24,6 +24,15 @@ from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.quantization_config import Quantization, find_quantization
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
 from jax_marlin_moe.weights import MarlinWeights
+
+# Where a config says that layers have shared experts.
+_SHARED_COUNTS = (
+    "n_shared_experts",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
 
 _PROGRESS_AFTER = 2.0  # seconds before a progress bar appears
 
@@ -180,8 +189,8 @@ class _LayerReader:
         first, second = self._linears(experts, hidden, size)
         gate_up, down = self._matrices(first, second, hidden, size, family.biased)
         router = self._vector(family.router, (experts, hidden))
-        if router is None:
-            raise ValueError(f"{self.files.folder} has no tensor {self.name(family.router)}")
+        assert router is not None, "every family has a router"
+        token_experts = self._token_experts(top_k, experts)
         layer = MoELayer(
             gate_up=gate_up,
             down=down,
@@ -189,10 +198,10 @@ class _LayerReader:
             routing=family.routing(self.config, top_k),
             activation=activation,
             router_bias=self._vector(family.router_bias, (experts,)),
-            correction_bias=self._vector(family.correction_bias, (experts,)),
+            correction_bias=None if token_experts is not None else self._vector(family.correction_bias, (experts,)),
             expert_scale=self._vector(family.expert_scale, (experts,)),
             router_input_scale=self._vector(family.input_scale, (hidden,)),
-            token_experts=self._token_experts(top_k, experts),
+            token_experts=token_experts,
             shared=self._shared(hidden, size),
             norm_epsilon=float(self.config.get("rms_norm_eps") or 1e-6),
         )
@@ -210,12 +219,7 @@ class _LayerReader:
                 module + suffix in self.files for suffix in ("", ".weight", "_blocks", "_weight.blocks", "_weight")
             ):
                 continue
-            transposed = row.transposed
-            suffix = next((s for s in ("", ".weight") if module + s in self.files), None)
-            if suffix is not None:  # [E, N, K] or [E, K, N]: where both sizes are equal, the family's way
-                shape = self.files.info(module + suffix).shape
-                straight, across = (experts, len(parts) * size, hidden), (experts, hidden, len(parts) * size)
-                transposed = transposed if straight == across else shape == across
+            transposed = self._transposed(row, experts, len(parts) * size, hidden, size)
             first = [
                 [
                     Linear(
@@ -240,6 +244,16 @@ class _LayerReader:
 
         return modules(*parts), modules(family.down)
 
+    def _transposed(self, row: Stacked, experts: int, width: int, hidden: int, size: int) -> bool:
+        """Whether plain stacked weights lie as [E, K, N]: a shape tells, the family where all are square."""
+        for module, n, k in ((row.gate_up, width, hidden), (row.down, hidden, size)):
+            suffix = next((s for s in ("", ".weight") if self.name(module) + s in self.files), None)
+            if suffix is not None and n != k:
+                shape = self.files.info(self.name(module) + suffix).shape
+                if shape in ((experts, n, k), (experts, k, n)):
+                    return shape == (experts, k, n)
+        return row.transposed
+
     def _matrices(
         self, first: Experts, second: Experts, hidden: int, size: int, biased: bool
     ) -> tuple[MarlinWeights, MarlinWeights]:
@@ -262,8 +276,8 @@ class _LayerReader:
         return gate_up, dataclasses.replace(down, input_order=None)
 
     def _vector(self, template: str | None, shape: tuple[int, ...]) -> Array | None:
-        """A small tensor of the layer, None where the file has none."""
-        if template is None or self.name(template) not in self.files:
+        """A small tensor of the layer, None where the family has none; raises ValueError where files lack it."""
+        if template is None:
             return None
         name = self.name(template)
         value = self.files.read(name, shape, FLOATS)
@@ -288,9 +302,24 @@ class _LayerReader:
             (m for m in map(self.name, family.shared) if any(name.startswith(f"{m}.") for name in files.names)), None
         )
         if module is None:
+            promised = next((key for key in _SHARED_COUNTS if family.shared and self.config.get(key)), None)
+            if promised is not None:
+                raise ValueError(
+                    f"{files.folder} has no tensors {self.name(family.shared[0])}.* of a shared expert; "
+                    f"{self.checkpoint.source} says {promised} = {self.config[promised]}"
+                )
             return None
-        gate_up = [Linear(f"{module}.{name}") for name in (family.gate, family.up) if name is not None]
-        down = Linear(f"{module}.{family.down}")
+        # MiniMax-M3 names the linears of its shared expert in the other way.
+        names = next(
+            (
+                names
+                for names in ((family.gate, family.up, family.down), ("gate_proj", "up_proj", "down_proj"))
+                if any(name.startswith(f"{module}.{names[2]}.") for name in files.names)
+            ),
+            (family.gate, family.up, family.down),
+        )
+        gate_up = [Linear(f"{module}.{name}") for name in names[:2] if name is not None]
+        down = Linear(f"{module}.{names[2]}")
         gate = self._vector(family.shared_gate, (1, hidden))
         gate = None if gate is None else gate.T
         suffix = plain_suffix(files, down)
