@@ -35,8 +35,8 @@ template <class T_, class Code_, class Scale_, class Zeros_, bool kGlobalScales_
 struct Problem {
   using T = T_;  // type of the activations
   using Code = Code_;
-  using Scale = Scale_;                                 // type of the scales
-  using Zeros = Zeros_;                                 // kind of zero points
+  using Scale = Scale_;                                  // type of the scales
+  using Zeros = Zeros_;                                  // kind of zero points
   static constexpr bool kGlobalScales = kGlobalScales_;  // float32 factors of each 64 columns
   static constexpr int kK = kK_, kN = kN_, kExperts = kExperts_;
   static constexpr int kGroup = kGroup_;              // rows of K that share a scale; the last group may be shorter
@@ -52,11 +52,11 @@ class GroupedGemm {
   using Scales = ColumnScales<typename Problem::Scale>;
   using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
 
-  static constexpr int kTileK = 16, kUnit = 64;                     // Marlin's tile
-  static constexpr int kWordsOfSubTile = Code::kBits / 4;           // of a lane: eight codes
-  static constexpr int kWordsPerUnit = 128 * kWordsOfSubTile;       // 16 x 64 codes
+  static constexpr int kTileK = 16, kUnit = 64;                          // Marlin's tile
+  static constexpr int kWordsOfSubTile = Code::kBits / 4;                // of a lane: eight codes
+  static constexpr int kWordsPerUnit = 128 * kWordsOfSubTile;            // 16 x 64 codes
   static constexpr int kRowWords = Problem::kN / kUnit * kWordsPerUnit;  // of 16 rows of K
-  static constexpr int kSubTiles = kUnit / 16;   // MMA rows in a unit, one word of a lane each
+  static constexpr int kSubTiles = kUnit / 16;                           // MMA rows in a unit, one word of a lane each
   static constexpr int kTokenTiles = Tile::kTokens / 8;
   static constexpr int kShareK = Problem::kK / Tile::kWarpsK;
   static constexpr int kChunks = kShareK / Tile::kChunkK;
@@ -220,10 +220,10 @@ class GroupedGemm {
 
   // What the end of a tile needs to know about its rows. Lane r holds row r.
   struct Rows {
-    int expert;       // -1 where the tile has nothing to do
-    int slot;         // -1 where the row is padding
-    float factor;     // of the row
-    int token_tiles;  // groups of 8 rows that are not all padding
+    int expert;                         // -1 where the tile has nothing to do
+    int slot;                           // -1 where the row is padding
+    float factor;                       // of the row
+    int token_tiles;                    // groups of 8 rows that are not all padding
     float global_scales[Tile::kUnits];  // of this warp's units
 
     __device__ __forceinline__ Rows(const GroupedGemm& gemm, int tile, int warp_n, int lane, int listed) {
@@ -315,7 +315,6 @@ class GroupedGemm {
       }
     }
 
-
     // A token's row that does not exist is not copied: it meets the weights in a column of its own, never stored.
     __device__ __forceinline__ void load_tokens(uint32_t stage) const {
       if (expert < 0) return;
@@ -333,7 +332,7 @@ class GroupedGemm {
       if (expert < 0 || (rows_left > Tile::kChunkK && chunk < kChunks - 1)) return;
       const int64_t first = int64_t(expert) * kGroups + group;
       const int unit = first_unit(tile, warp_n);
-copy_rows<kUnitScaleBytes>(stage + kScalesAt, gemm.scales, first, unit);
+      copy_rows<kUnitScaleBytes>(stage + kScalesAt, gemm.scales, first, unit);
       if constexpr (Zeros::kStored) copy_rows<Zeros::kUnitBytes>(stage + kZerosAt, gemm.zeros, first, unit);
     }
 
@@ -346,8 +345,9 @@ copy_rows<kUnitScaleBytes>(stage + kScalesAt, gemm.scales, first, unit);
       for (int i = 0; i < kAllPieces; i += 32) {
         const int piece = i + lane, row = piece / (Tile::kUnits * kPieces), u = piece / kPieces % Tile::kUnits;
         if (kAllPieces % 32 == 0 || piece < kAllPieces) {
-          copy16(shared + piece * 16,
-                 source + ((group + row) * (Problem::kN / kUnit) + unit + u * kUnitStride) * kBytes + piece % kPieces * 16);
+          copy16(shared + piece * 16, source +
+                                          ((group + row) * (Problem::kN / kUnit) + unit + u * kUnitStride) * kBytes +
+                                          piece % kPieces * 16);
         }
       }
     }
@@ -446,7 +446,8 @@ copy_rows<kUnitScaleBytes>(stage + kScalesAt, gemm.scales, first, unit);
           uint32_t words[kSubTiles * kWordsOfSubTile];
 #pragma unroll
           for (int half = 0; half < kWordsOfSubTile; ++half) {
-            const uint4 four = load_shared16(stage + step * kStepBytes + u * kUnitBytes + piece_offset(lane * kWordsOfSubTile + half));
+            const uint4 four =
+                load_shared16(stage + step * kStepBytes + u * kUnitBytes + piece_offset(lane * kWordsOfSubTile + half));
             words[4 * half] = four.x, words[4 * half + 1] = four.y;
             words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
           }
