@@ -104,6 +104,18 @@ def test_the_cost_model_takes_wgmma_for_many_rows(name, dtype):
         assert scheme.gate_up.tokens == scheme.down.tokens
 
 
+@pytest.mark.parametrize("code", ["int4", "int8"])
+def test_the_cost_model_leaves_blocks_of_eight_rows_to_mma(code):
+    first, second = (
+        shape_of(k, n, gated=gated, code=code, bits=int(code[3:]))
+        for k, n, gated in ((2048, 1536, True), (768, 2048, False))
+    )
+    for tokens in (1, 2, 4, 8):
+        scheme = plan._predicted_scheme(first, second, tokens * 8, 8, 128, 90)
+        assert isinstance(scheme.gate_up, Tile)
+        assert isinstance(scheme.down, Tile)
+
+
 def test_blocks_expected_under_uniform_routing():
     rng = np.random.default_rng(0)
     rows = rng.multinomial(4096, np.full(32, 1 / 32), size=200)
