@@ -28,6 +28,10 @@ class Activation:
     parameters: tuple[float, ...] = ()
     apply: Callable[..., Float[Array, "... I"]] = dataclasses.field(compare=False, kw_only=True, repr=False)
 
+    def __reduce__(self) -> tuple[Callable[..., "Activation"], tuple]:
+        """Pickled by name and parameters: functions of arrays are not."""
+        return _by_name, (self.name, *self.parameters)
+
 
 def swiglu(limit: float = math.inf, alpha: float = 1.0, beta: float = 0.0) -> Activation:
     """`g * sigmoid(alpha * g) * (u + beta)` of `g = min(gate, limit)` and `u = clip(up, -limit, limit)`.
@@ -70,3 +74,7 @@ def get_activation(activation: str | Activation) -> Activation:
             "jax_marlin_moe.swiglu(limit, alpha, beta)"
         )
     return ACTIVATIONS[activation]
+
+
+def _by_name(name: str, *parameters: float) -> Activation:
+    return swiglu(*parameters) if name == "swiglu" else ACTIVATIONS[name]

@@ -16,6 +16,10 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 
 
+def _decode_float(scales: Float[Array, "..."]) -> Float32[Array, "..."]:
+    return scales.astype(jnp.float32)
+
+
 def _decode_integer(codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
     return codes.astype(jnp.float32)
 
@@ -77,7 +81,7 @@ class ScaleType:
     decode: Callable[[Array], Array] = dataclasses.field(compare=False, repr=False)
 
 
-FLOAT_SCALES = ScaleType("float", ("float16", "bfloat16", "float32"), lambda scales: scales.astype(jnp.float32))
+FLOAT_SCALES = ScaleType("float", ("float16", "bfloat16", "float32"), _decode_float)
 E4M3_SCALES = ScaleType("e4m3", ("uint8",), decode_e4m3)
 E8M0_SCALES = ScaleType("e8m0", ("uint8",), decode_e8m0)
 

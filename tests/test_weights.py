@@ -1,6 +1,8 @@
 """`MarlinWeights` as a value: slices, joins, stacks and pytree behaviour."""
 
+import copy
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from oracle import FACTS, random_experts
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.activations import get_activation
 
 GROUPS = pytest.mark.parametrize("group_size", [32, None])
 EVERY_FORMAT = pytest.mark.parametrize("weight_format", FACTS)
@@ -24,6 +27,23 @@ def assert_same_weights(actual, expected):
 def experts_with_everything(group_size=32, seed=0, **changes):
     fields = {"weight_format": "int4_zp", "bias": True} | changes
     return random_experts(np.random.default_rng(seed), 3, 64, 192, group_size=group_size, **fields)
+
+
+@EVERY_FORMAT
+def test_weights_can_be_pickled(weight_format):
+    weights = random_experts(np.random.default_rng(0), 2, 64, 64, weight_format=weight_format).packed()
+    for again in (pickle.loads(pickle.dumps(weights)), copy.deepcopy(weights)):
+        assert_same_weights(again, weights)
+        np.testing.assert_array_equal(jmm.dequantize(again), jmm.dequantize(weights))
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu2", jmm.swiglu(7.0, 1.702, 1.0)])
+def test_activations_can_be_pickled(activation):
+    activation = get_activation(activation)
+    again = pickle.loads(pickle.dumps(activation))
+    assert again == activation
+    gate, up = jnp.linspace(-9, 9, 7), jnp.linspace(9, -9, 7)
+    np.testing.assert_array_equal(again.apply(gate, up), activation.apply(gate, up))
 
 
 def test_extents_follow_from_the_leaves():
