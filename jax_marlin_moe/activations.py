@@ -5,7 +5,7 @@ A plain one is a row of the registry and goes by its name; one with parameters i
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Activation:
 
     def __reduce__(self) -> tuple[Callable[..., "Activation"], tuple]:
         """Pickled by name and parameters: functions of arrays are not."""
-        return _by_name, (self.name, *self.parameters)
+        return make_activation, (self.name, self.parameters)
 
 
 def swiglu(limit: float = math.inf, alpha: float = 1.0, beta: float = 0.0) -> Activation:
@@ -76,5 +76,6 @@ def get_activation(activation: str | Activation) -> Activation:
     return ACTIVATIONS[activation]
 
 
-def _by_name(name: str, *parameters: float) -> Activation:
-    return swiglu(*parameters) if name == "swiglu" else ACTIVATIONS[name]
+def make_activation(name: str, parameters: Sequence[float]) -> Activation:
+    """The activation that has this name and these parameters; raises ValueError for an unknown name."""
+    return swiglu(*parameters) if name == "swiglu" else get_activation(name)

@@ -6,8 +6,9 @@ decodes and packs it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -188,7 +189,7 @@ def from_awq(
     check_stack("scales", scales.shape, (experts, groups, n))
     check_stack("qzeros", qzeros.shape, (experts, groups, n // row.codes_per_word))
     group_size_of(k, groups, row)
-    return _pack_stack(partial(decode_awq, bits=bits), (qweight, qzeros, scales), row, k, n)
+    return _pack_stack(decode_awq, (qweight, qzeros, scales), row, k, n, options={"bits": bits})
 
 
 def from_gptq(
@@ -243,8 +244,9 @@ def from_gptq(
         check_array("g_idx", g_idx, ndim=2, dtype=jnp.int32)
         check_stack("g_idx", g_idx.shape, (experts, k))
         order = row_order(np.asarray(g_idx), group_size)
-    decode = partial(decode_gptq, bits=bits, stored_less_one=less_one)
-    return _pack_stack(decode, (qweight, None if baked else qzeros, scales, order), row, k, n, order)
+    tensors = (qweight, None if baked else qzeros, scales, order)
+    options = {"bits": bits, "stored_less_one": less_one}
+    return _pack_stack(decode_gptq, tensors, row, k, n, order, options=options)
 
 
 def check_gptq_zeros(qzeros: np.ndarray, bits: int, less_one: bool) -> None:
@@ -307,8 +309,8 @@ def from_compressed_tensors(
         check_array("weight_g_idx", weight_g_idx, ndim=2, dtype=jnp.int32)
         check_stack("weight_g_idx", weight_g_idx.shape, (experts, k))
         order = row_order(np.asarray(weight_g_idx), group_size)
-    decode = partial(decode_compressed_tensors, bits=bits, k=k)
-    return _pack_stack(decode, (weight_packed, weight_scale, weight_zero_point, order), row, k, n, order)
+    tensors = (weight_packed, weight_scale, weight_zero_point, order)
+    return _pack_stack(decode_compressed_tensors, tensors, row, k, n, order, options={"bits": bits, "k": k})
 
 
 def from_nvfp4(
@@ -453,7 +455,7 @@ def from_hqq(
                 f"{name} has dtype {value.dtype}; it must be {' or '.join(row.scale_dtypes)}, both the same"
             )
         check_stack(name, (value.shape[0], value[0].size), (experts, n * groups))
-    return _pack_stack(partial(decode_hqq, bits=bits, k=k, n=n), (w_q, scale, zero), row, k, n)
+    return _pack_stack(decode_hqq, (w_q, scale, zero), row, k, n, options={"bits": bits, "k": k, "n": n})
 
 
 def from_qarray(array: Any, *, bias: Array | None = None) -> MarlinWeights:
@@ -511,15 +513,23 @@ def _pack_stack(
     n: int,
     order: np.ndarray | None = None,
     bias: Array | None = None,
+    options: Mapping[str, int] = MappingProxyType({}),
 ) -> MarlinWeights:
-    """Decodes and packs expert by expert: the codes of one matrix, not of all, are in memory."""
-
-    def one_expert(leaves: tuple[Any, ...]) -> tuple[Any, ...]:
-        return pack_expert(*decode(*leaves), row)
-
-    parts = jax.jit(lambda stacked: jax.lax.map(one_expert, stacked))(tensors)
+    """Decodes, with the keyword arguments `options`, and packs a stack."""
+    parts = _decode_and_pack(tensors, decode, tuple(options.items()), row)
     weights = assemble(parts, k, n, row, bias)
     return weights if order is None else dataclasses.replace(weights, input_order=jnp.asarray(order))
+
+
+# Stacks of one kind and shape share a compilation: options travel as a tuple, which compares by value.
+@partial(jax.jit, static_argnames=("decode", "options", "row"))
+def _decode_and_pack(tensors: Any, decode: Callable, options: tuple[tuple[str, int], ...], row: WeightFormat) -> Any:
+    def one_expert(leaves: tuple[Any, ...]) -> tuple[Any, ...]:
+        codes, scales, zeros, global_scale = decode(*leaves, **dict(options))
+        return pack_expert(codes, scales, zeros, global_scale, row)
+
+    # Expert by expert: the codes of one matrix, not of all, are in memory.
+    return jax.lax.map(one_expert, tensors)
 
 
 def _integer_row(bits: int, *, zeros: bool) -> WeightFormat:

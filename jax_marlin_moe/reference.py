@@ -18,7 +18,7 @@ def dequantize(weights: MarlinWeights) -> Float32[Array, "*E padded_k padded_n"]
     row = weights.format
     values = row.code.decode(unpack(weights.packed, row.bits))  # [*E, K, N]
     scales = unpermute_scales(row.decode_scales(weights.scales))  # [*E, G, N]
-    group = jnp.arange(weights.padded_k) // (weights.padded_k if weights.num_groups == 1 else weights.group_size)
+    group = jnp.arange(weights.padded_k) // weights.rows_per_scale
     if row.zeros == "integer":
         values -= unpack_zeros(weights.zeros, row.bits).astype(jnp.float32)[..., group, :]
     elif weights.zeros is not None:

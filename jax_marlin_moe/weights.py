@@ -91,6 +91,11 @@ class MarlinWeights:
         return fitting[0] if fitting else self.padded_k // self.num_groups
 
     @property
+    def rows_per_scale(self) -> int:
+        """Rows of the packed matrix under one scale: those of a group, or all of them, padding included."""
+        return self.padded_k if self.num_groups == 1 else self.group_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all leaves."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
@@ -150,20 +155,6 @@ jax.tree_util.register_dataclass(
     data_fields=["packed", "scales", "zeros", "bias", "input_order", "global_scales"],
     meta_fields=["format", "layout", "row_padding", "column_padding"],
 )
-
-
-def pad_columns(y: Shaped[Array, "... n"], weights: MarlinWeights) -> Shaped[Array, "... padded_n"]:
-    """Zeros where the packed matrix has padding columns."""
-    if not weights.column_padding:
-        return y
-    parts = jnp.split(y, len(weights.column_padding), axis=-1)
-    return jnp.concatenate(
-        [
-            jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, padding)])
-            for part, padding in zip(parts, weights.column_padding, strict=True)
-        ],
-        axis=-1,
-    )
 
 
 def drop_column_padding(y: Shaped[Array, "... padded_n"], weights: MarlinWeights) -> Shaped[Array, "... n"]:

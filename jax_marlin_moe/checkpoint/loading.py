@@ -19,7 +19,7 @@ from jax_marlin_moe.checkpoint import families, packed
 from jax_marlin_moe.checkpoint.families import Config, Family, Stacked, get_family
 from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.matrix import Experts, load_matrix, matrix_storage, row_orders
+from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix
 from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.quantization_config import Quantization, find_quantization
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
@@ -187,7 +187,7 @@ class _LayerReader:
             )
         self._refuse_fused_quantised_names()
         first, second = self._linears(experts, hidden, size)
-        gate_up, down = self._matrices(first, second, hidden, size, family.biased)
+        gate_up, down = self._matrices(first, second, hidden, size, self.checkpoint.target, biased=family.biased)
         router = self._vector(family.router, (experts, hidden))
         assert router is not None, "every family has a router"
         token_experts = self._token_experts(top_k, experts)
@@ -255,22 +255,21 @@ class _LayerReader:
         return row.transposed
 
     def _matrices(
-        self, first: Experts, second: Experts, hidden: int, size: int, biased: bool
+        self, first: Experts, second: Experts, hidden: int, size: int, target: Target | None, *, biased: bool
     ) -> tuple[MarlinWeights, MarlinWeights]:
-        files, target = self.files, self.checkpoint.target
-        storage = matrix_storage(files, second, size, hidden, self.quantization, target)
-        orders = row_orders(files, storage, second, size)
+        """Both matrices of some experts; a row order of the second is folded into the columns of the first."""
+        files = self.files
+        down_stored = find_matrix(files, second, size, hidden, self.quantization, target)
         bar = _Progress(f"layer {self.layer}", len(first) + len(second))
         try:
             gate_up = load_matrix(
-                files, first, hidden, size, self.quantization, target,
+                files,
+                find_matrix(files, first, hidden, size, self.quantization, target),
                 biased=biased,
-                column_orders=None if all(order is None for order in orders) else orders,
+                column_orders=down_stored.column_orders,
                 advance=bar.advance,
-            )  # fmt: skip
-            down = load_matrix(
-                files, second, size, hidden, self.quantization, target, biased=biased, advance=bar.advance
             )
+            down = load_matrix(files, down_stored, biased=biased, advance=bar.advance)
         finally:
             bar.close()
         return gate_up, dataclasses.replace(down, input_order=None)
@@ -329,20 +328,8 @@ class _LayerReader:
             last = read_plain(files, down, suffix, size, hidden).T
             return SharedExpert(jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True), gate)
         size = self._shared_size(routed_size)
-        packed_gate_up, packed_down = self._shared_matrices(gate_up, down, hidden, size)
+        packed_gate_up, packed_down = self._matrices([gate_up], [[down]], hidden, size, None, biased=False)
         return SharedExpert(packed_gate_up, packed_down, gate)
-
-    def _shared_matrices(self, gate_up: list[Linear], down: Linear, hidden: int, size: int):
-        files = self.files
-        storage = matrix_storage(files, [[down]], size, hidden, self.quantization, None)
-        orders = row_orders(files, storage, [[down]], size)
-        first = load_matrix(
-            files, [gate_up], hidden, size, self.quantization, None,
-            biased=False,
-            column_orders=None if orders[0] is None else orders,
-        )  # fmt: skip
-        second = load_matrix(files, [[down]], size, hidden, self.quantization, None, biased=False)
-        return first, dataclasses.replace(second, input_order=None)
 
     def _shared_size(self, routed_size: int) -> int:
         for key in self.family.shared_size:

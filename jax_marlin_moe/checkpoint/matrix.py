@@ -1,5 +1,6 @@
 """One matrix of all experts: read, decoded and packed linear by linear into arrays that are there from the start."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,43 +24,69 @@ from jax_marlin_moe.weights import MarlinWeights
 Experts = Sequence[Sequence[Linear]]  # per expert the linears (k, n) that stand side by side
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredMatrix:
+    """One matrix of all experts as it lies in a checkpoint.
+
+    Attributes:
+        experts: its linears.
+        k: input features.
+        n: output features of one linear.
+        storage: how all of them are stored.
+        orders: per expert the row order that its linears share, None for the natural one.
+    """
+
+    experts: Experts
+    k: int
+    n: int
+    storage: Storage
+    orders: Sequence[np.ndarray | None]
+
+    @property
+    def column_orders(self) -> Sequence[np.ndarray | None] | None:
+        """Orders for the columns of the matrix before this one, None where they stay as they are."""
+        return None if all(order is None for order in self.orders) else self.orders
+
+
+def find_matrix(
+    files: TensorFolder, experts: Experts, k: int, n: int, quantization: Quantization, target: Target | None
+) -> StoredMatrix:
+    """Finds out how a matrix is stored: bit for bit where it is quantised, else rounded to `target`.
+
+    Raises:
+        ValueError: a tensor is missing or wrong, or experts are stored in different ways.
+    """
+    storage = _shared_storage(files, experts, k, n, quantization, target)
+    orders = [_shared_order(files, storage, linears, k) for linears in experts]
+    return StoredMatrix(experts, k, n, storage, orders)
+
+
 def load_matrix(
     files: TensorFolder,
-    experts: Experts,
-    k: int,
-    n: int,
-    quantization: Quantization,
-    target: Target | None,
+    matrix: StoredMatrix,
     *,
     biased: bool,
     column_orders: Sequence[np.ndarray | None] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> MarlinWeights:
-    """Loads one matrix: bit for bit where it is quantised, else rounded to `target`.
-
-    Beside the result, the host holds the tensors of one linear at a time.
+    """Loads one matrix. Beside the result, the host holds the tensors of one linear at a time.
 
     Args:
         files: the checkpoint.
-        experts: the linears.
-        k: input features.
-        n: output features of one linear.
-        quantization: the checkpoint's.
-        target: what plain weights become.
+        matrix: of `find_matrix`.
         biased: whether biases belong to the model; zero ones are dropped where they do not, others refused.
         column_orders: per expert the order of the columns of each of its linears.
         advance: called after each expert.
 
     Raises:
-        ValueError: a tensor is missing or wrong, or experts are stored in different ways.
+        ValueError: a tensor is missing or wrong.
     """
-    storage = matrix_storage(files, experts, k, n, quantization, target)
+    experts, k, n, storage = matrix.experts, matrix.k, matrix.n, matrix.storage
     row = get_format(storage.weight_format)
-    orders, buffers, scale_dtype = [], None, None
+    buffers, scale_dtype = None, None
     biases = _read_biases(files, experts, n, biased=biased)
     for e, linears in enumerate(experts):
-        order = _shared_order(files, storage, linears, k)
-        orders.append(order)
+        order = matrix.orders[e]
         columns = None if column_orders is None else column_orders[e]
         for j, linear in enumerate(linears):
             for suffix in storage.ignored:
@@ -92,7 +119,7 @@ def load_matrix(
         scales=scales,
         zeros=zeros,
         bias=None if biases is None else _pad_bias(biases, column_padding),
-        input_order=_stack_orders(orders, k),
+        input_order=_stack_orders(matrix.orders, k),
         format=row,
         global_scales=global_scales,
         row_padding=row_padding,
@@ -102,7 +129,7 @@ def load_matrix(
     return weights
 
 
-def matrix_storage(
+def _shared_storage(
     files: TensorFolder, experts: Experts, k: int, n: int, quantization: Quantization, target: Target | None
 ) -> Storage:
     """The storage that all linears share; raises ValueError, naming two of them, where they differ."""
@@ -116,11 +143,6 @@ def matrix_storage(
                 "of a matrix must share one way"
             )
     return first.of_matrix(files, linears, k, n)
-
-
-def row_orders(files: TensorFolder, storage: Storage, experts: Experts, k: int) -> list[np.ndarray | None]:
-    """The row order of each expert."""
-    return [_shared_order(files, storage, linears, k) for linears in experts]
 
 
 def _shared_order(files: TensorFolder, storage: Storage, linears: Sequence[Linear], k: int) -> np.ndarray | None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_marlin_moe.activations import Activation, get_activation, swiglu
+from jax_marlin_moe.activations import Activation, get_activation, make_activation
 from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
 from jax_marlin_moe.checkpoint.tensors import SafetensorsFile, check_file_name, read_json
 from jax_marlin_moe.formats import get_format
@@ -227,8 +227,8 @@ def _activation_facts(activation: str | Activation) -> dict[str, Any]:
 
 
 def _activation_from(facts: Mapping[str, Any]) -> str | Activation:
-    parameters = [float(value) for value in facts["parameters"]]
-    return swiglu(*parameters) if facts["name"] == "swiglu" else get_activation(facts["name"]).name
+    activation = make_activation(facts["name"], [float(value) for value in facts["parameters"]])
+    return activation if activation.parameters else activation.name
 
 
 def _copy(file: SafetensorsFile, name: str) -> jax.Array:

@@ -103,7 +103,7 @@ def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmSha
         k=weights.padded_k,
         n=weights.padded_n,
         num_experts=weights.num_experts,
-        group_size=weights.padded_k if weights.num_groups == 1 else weights.group_size,
+        group_size=weights.rows_per_scale,
         gated=gated,
         code=row.code.name,
         bits=row.bits,

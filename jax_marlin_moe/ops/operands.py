@@ -53,5 +53,5 @@ def format_attributes(prefix: str, weights: MarlinWeights) -> dict[str, Any]:
         f"{prefix}scale": row.scale.name,
         f"{prefix}zeros": row.zeros or "none",
         f"{prefix}zero_point": np.int64(row.zero_point or 0),
-        f"{prefix}group_size": np.int64(weights.padded_k if weights.num_groups == 1 else weights.group_size),
+        f"{prefix}group_size": np.int64(weights.rows_per_scale),
     }
