@@ -36,8 +36,12 @@ __device__ constexpr float power_of_two(int exponent) {
   return power;
 }
 
-// Rows of x are safe up to 2^47, and sums down to 2^-126 keep every bit of products of 2^-80.
-constexpr int kBFloatTokenExponent = 80;
+// For codes that are floats. Rows of bfloat16 are safe up to 2^47, and sums down to 2^-126 keep every bit of products
+// of 2^-80.
+template <class T>
+constexpr int kFloatTokenExponent = 0;
+template <>
+constexpr int kFloatTokenExponent<BFloat> = 80;
 
 // bfloat16 stores 7 bits of mantissa: 0x4300 | q is 128 + q. Marlin's pairs are 16 bits apart, so one shift serves two.
 template <>
@@ -111,8 +115,9 @@ struct Dequantizer<Int8, Half> {
 // 2^(1 - bias of T), subnormal codes as subnormals. Left shifts go to the multipliers' pipe, right shifts to the one
 // that the masks keep busy: there is one right shift a word.
 template <class T>
-struct E2M1Dequantizer {
-  static constexpr float kOffset = 0.0f;
+struct Dequantizer<E2M1, T> {
+  static constexpr int kTokenExponent = kFloatTokenExponent<T>;
+  static constexpr float kStep = power_of_two(1 - T::kExponentBias + kTokenExponent), kOffset = 0.0f;
 
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     const uint32_t word = words[0], top = word >> (13 - kMantissa);  // the topmost magnitude in its place
@@ -131,22 +136,11 @@ struct E2M1Dequantizer {
   }
 };
 
-template <>
-struct Dequantizer<E2M1, Half> : E2M1Dequantizer<Half> {
-  static constexpr int kTokenExponent = 0;
-  static constexpr float kStep = power_of_two(1 - 15);
-};
-
-template <>
-struct Dequantizer<E2M1, BFloat> : E2M1Dequantizer<BFloat> {
-  static constexpr int kTokenExponent = kBFloatTokenExponent;
-  static constexpr float kStep = power_of_two(1 - 127 + kTokenExponent);
-};
-
 // The same for 4 bits of exponent (bias 7) and 3 of mantissa: the value times 2^(7 - bias of T).
 template <class T>
-struct E4M3Dequantizer {
-  static constexpr float kOffset = 0.0f;
+struct Dequantizer<E4M3, T> {
+  static constexpr int kTokenExponent = kFloatTokenExponent<T>;
+  static constexpr float kStep = power_of_two(7 - T::kExponentBias + kTokenExponent), kOffset = 0.0f;
 
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     constexpr int kLeft = T::kMantissaBits - 3;  // from the low byte of a half to its place in T
@@ -158,18 +152,6 @@ struct E4M3Dequantizer {
       a[2 + b] = and_or(word, 0x80008000u, word >> (8 - kLeft) & kMagnitude);
     }
   }
-};
-
-template <>
-struct Dequantizer<E4M3, Half> : E4M3Dequantizer<Half> {
-  static constexpr int kTokenExponent = 0;
-  static constexpr float kStep = power_of_two(7 - 15);
-};
-
-template <>
-struct Dequantizer<E4M3, BFloat> : E4M3Dequantizer<BFloat> {
-  static constexpr int kTokenExponent = kBFloatTokenExponent;
-  static constexpr float kStep = power_of_two(7 - 127 + kTokenExponent);
 };
 
 // Types of scales: Half, BFloat, Float, and bit patterns of one byte.

@@ -18,11 +18,11 @@ using uint64_t = unsigned long long;
 namespace jmm {
 
 struct Half {  // IEEE binary16
-  static constexpr int kMantissaBits = 10;
+  static constexpr int kMantissaBits = 10, kExponentBias = 15;
   static constexpr uint32_t kOnes = 0x3C003C00u;
 };
 struct BFloat {  // bfloat16
-  static constexpr int kMantissaBits = 7;
+  static constexpr int kMantissaBits = 7, kExponentBias = 127;
   static constexpr uint32_t kOnes = 0x3F803F80u;
 };
 

@@ -64,7 +64,8 @@ __device__ __forceinline__ void load_shared_words(uint32_t (&w)[kWords], uint32_
   if constexpr (kWords == 1) {
     w[0] = load_shared4(shared);
   } else if constexpr (kWords == 2) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(shared));
+    const uint2 v = load_shared8(shared);
+    w[0] = v.x, w[1] = v.y;
   } else {
 #pragma unroll
     for (int i = 0; i < kWords; i += 4) {
