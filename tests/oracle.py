@@ -292,9 +292,9 @@ def local_experts(ids, num_experts, expert_map=None) -> np.ndarray:
     return np.asarray([e if 0 <= e < num_experts else -1 for e in served], np.int64)
 
 
-def products(rows, experts: Experts | Joined, served) -> np.ndarray:
+def products(rows, experts: Experts | Joined, served, weights_dtype=np.float64) -> np.ndarray:
     """`rows[s] @ W[served[s]] + bias[served[s]]`, zero where nothing serves: [slots, N]."""
-    dense = experts.dense()
+    dense = experts.dense().astype(weights_dtype).astype(np.float64)
     out = np.zeros((len(served), experts.n))
     for slot, e in enumerate(served):
         if e >= 0:
@@ -334,13 +334,14 @@ def expert_block(
     expert_map=None,
     activation="silu",
     parameters=(),
+    weights_dtype=np.float64,
 ) -> np.ndarray:
-    """What `fused_moe` computes: [tokens, H]. The activation is rounded to the type of x, nothing else is."""
+    """What `fused_moe` computes: [tokens, H]. The activation is rounded to the type of x, weights to theirs."""
     tokens, top_k = ids.shape
     served = local_experts(ids, gate_up.num_experts, expert_map)
-    h = products(x.repeat(top_k, axis=0), gate_up, served)
+    h = products(x.repeat(top_k, axis=0), gate_up, served, weights_dtype)
     activated = activate(h, activation, parameters).astype(x.dtype)
-    y = products(activated, down, served) * router_weights.reshape(-1, 1)
+    y = products(activated, down, served, weights_dtype) * router_weights.reshape(-1, 1)
     return y.reshape(tokens, top_k, down.n).sum(1)
 
 
@@ -367,7 +368,14 @@ def assert_product_close(actual, expected) -> None:
 def assert_block_close(actual, expected) -> None:
     """FORMATS section 6 for an expert block, and the bound of a product on each row beside it."""
     assert_product_close(actual, expected)
+    assert_block_accepted(actual, expected)
+
+
+def assert_block_accepted(actual, expected) -> None:
+    """FORMATS section 6 for an expert block, and the bound of a product on all rows together."""
+    limit = _RELATIVE_ERROR[jnp.dtype(actual.dtype).name]
     actual = np.asarray(actual).astype(np.float64)
+    assert np.linalg.norm(actual - expected) <= limit * np.linalg.norm(expected)
     np.testing.assert_allclose(actual, expected, atol=0.05, rtol=0.02)
     if actual.size:
         assert _cosine(actual, expected) >= 0.9999

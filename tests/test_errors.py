@@ -238,7 +238,7 @@ BAD_BLOCKS = {
     "halves padded as one": (
         {"gate_up": experts(HIDDEN, 2 * 20), "down": experts(20, HIDDEN)},
         ValueError,
-        r"gate_up.column_padding is \(24,\); .*join them with jax_marlin_moe.concatenate_columns",
+        r"gate_up has .* column_padding = \(24,\); .*join them with jax_marlin_moe.concatenate_columns",
     ),
     "fewer experts in down": (
         {"down": experts(INNER, HIDDEN).expert(0)},

@@ -12,6 +12,7 @@ from oracle import (
     FACTS,
     Experts,
     Joined,
+    assert_block_accepted,
     assert_block_close,
     assert_product_close,
     expert_block,
@@ -192,7 +193,7 @@ BLOCKS = [
     *(Block(f"{name}, {d}", name, dtype=d) for name in FACTS for d in ("bfloat16", "float16")),
     *(Block(f"padded {name}", name, hidden=80, inner=100, bias=True) for name in FACTS),
     *(Block(f"padded {name}, one token", name, hidden=72, inner=36, tokens=1) for name in ("int4_zp", "nvfp4")),
-    Block("halves off the chunks", hidden=64, inner=96),
+    Block("halves off the chunks", hidden=64, inner=192),
     Block("formats of their own", "fp8", "mxfp4"),
     Block("gpt-oss", "mxfp4", hidden=288, inner=288, activation="swiglu", parameters=(7.0, 1.702, 1.0), bias=True),
     Block("gpt-oss, fp16", "mxfp4", dtype="float16", activation="swiglu", parameters=(7.0, 1.702, 1.0), bias=True),
@@ -285,7 +286,9 @@ def test_blocks_of_real_width(weight_format, dtype, tokens):
     with jax.default_device(jax.devices("cuda")[0]):
         case = Block("", weight_format, hidden=2048, inner=768, tokens=tokens, dtype=dtype)
         arrays = make_block(case)
-        assert_block_close(run_block(case, arrays, "cuda"), expected_block(case, arrays))
+        # Kernels for many rows may round weights to 16 bits; tests/test_wgmma.py holds them to that, row by row.
+        assert_close = assert_block_accepted if tokens == 300 else assert_block_close
+        assert_close(run_block(case, arrays, "cuda"), expected_block(case, arrays))
 
 
 def test_two_runs_give_the_same_bits(platform):

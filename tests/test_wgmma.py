@@ -1,12 +1,13 @@
 """Hopper's wgmma kernels: compiled without serialised products, chosen where they pay, right on the card."""
 
+import dataclasses
 import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import assert_block_close, expert_block, random_experts, random_routing, random_rows
+from oracle import assert_block_accepted, assert_block_close, expert_block, random_experts, random_routing, random_rows
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
@@ -16,27 +17,75 @@ from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, WgmmaTile
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
-# (gate_up, down), activations, format, group size
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """Two tiles and the weights that they multiply; scales have the type of the activations by default."""
+
+    tiles: tuple[WgmmaTile, WgmmaTile]
+    dtype: str
+    weight_format: str
+    group_size: int | None
+    scale_dtype: str | None = None
+
+
+def two(gate_up, down):
+    return WgmmaTile(*gate_up), WgmmaTile(*down)
+
+
+MANY_ROWS = two((144, 2, 2, 1, 128, 3, 1, 1, True), (144, 2, 2, 1, 64, 3, 1, 1, True))
+FEW_ROWS = two((16, 2, 1, 1, 64, 4, 2, 1, True), (16, 4, 1, 2, 64, 4, 1, 1, True))
+SCALED_SUMS = two((32, 4, 2, 1, 64, 3, 1, 1, False), (32, 2, 1, 2, 128, 3, 1, 1, False))
+
+
 SCHEMES = {
-    "shared K": ((16, 2, 2, 2, 128, 6, 1, 1, False), (16, 4, 1, 3, 128, 6, 1, 1, False), "bfloat16", "int4", 128),
-    "two blocks": ((8, 2, 2, 1, 128, 4, 2, 1, False), (8, 2, 1, 1, 64, 4, 2, 1, False), "float16", "int4_zp", 64),
-    "scaled weights": ((144, 2, 2, 1, 128, 3, 1, 2, True), (144, 2, 2, 1, 64, 4, 1, 4, True), "bfloat16", "int4", 128),
-    "groups of 16": ((48, 2, 2, 1, 64, 5, 1, 1, True), (48, 4, 1, 1, 64, 5, 1, 1, True), "bfloat16", "int4_zp", 16),
-    "groups of 32": ((32, 2, 2, 1, 64, 5, 1, 1, False), (32, 2, 1, 2, 128, 5, 1, 1, False), "float16", "int4", 32),
-    "one group": ((16, 2, 2, 2, 64, 6, 1, 1, False), (16, 2, 1, 3, 64, 6, 1, 1, False), "bfloat16", "int4", None),
-    "8 bits": ((32, 2, 2, 1, 64, 6, 1, 1, False), (32, 2, 2, 1, 64, 5, 1, 1, False), "bfloat16", "int8", 128),
+    "shared K": Scheme(
+        two((16, 2, 2, 2, 128, 6, 1, 1, False), (16, 4, 1, 3, 128, 6, 1, 1, False)), "bfloat16", "int4", 128
+    ),
+    "two blocks": Scheme(
+        two((8, 2, 2, 1, 128, 4, 2, 1, False), (8, 2, 1, 1, 64, 4, 2, 1, False)), "float16", "int4_zp", 64
+    ),
+    "scaled weights": Scheme(
+        two((144, 2, 2, 1, 128, 3, 1, 2, True), (144, 2, 2, 1, 64, 4, 1, 4, True)), "bfloat16", "int4", 128
+    ),
+    "groups of 16": Scheme(
+        two((48, 2, 2, 1, 64, 5, 1, 1, True), (48, 4, 1, 1, 64, 5, 1, 1, True)), "bfloat16", "int4_zp", 16
+    ),
+    "groups of 32": Scheme(
+        two((32, 2, 2, 1, 64, 5, 1, 1, False), (32, 2, 1, 2, 128, 5, 1, 1, False)), "float16", "int4", 32
+    ),
+    "one group": Scheme(
+        two((16, 2, 2, 2, 64, 6, 1, 1, False), (16, 2, 1, 3, 64, 6, 1, 1, False)), "bfloat16", "int4", None
+    ),
+    "8 bits": Scheme(
+        two((32, 2, 2, 1, 64, 6, 1, 1, False), (32, 2, 2, 1, 64, 5, 1, 1, False)), "bfloat16", "int8", 128
+    ),
+    "fp8, sums": Scheme(SCALED_SUMS, "bfloat16", "fp8", 128, "float32"),
+    "fp8, float16": Scheme(SCALED_SUMS, "float16", "fp8", None, "float32"),
+    "fp8, weights": Scheme(MANY_ROWS, "bfloat16", "fp8", 128, "float32"),
+    "nvfp4": Scheme(MANY_ROWS, "bfloat16", "nvfp4", 16),
+    "nvfp4, float16": Scheme(FEW_ROWS, "float16", "nvfp4", 16),
+    "mxfp4": Scheme(FEW_ROWS, "bfloat16", "mxfp4", 32),
+    "mxfp4, float16": Scheme(SCALED_SUMS, "float16", "mxfp4", 32),
+    "mxfp8": Scheme(MANY_ROWS, "bfloat16", "mxfp8", 32),
+    "mxfp8, float16": Scheme(SCALED_SUMS, "float16", "mxfp8", 32),
+    "float zeros": Scheme(FEW_ROWS, "bfloat16", "int4_fzp", 64),
+    "8 bits, float zeros": Scheme(MANY_ROWS, "bfloat16", "int8_fzp", None, "float16"),
+    "float16 scales": Scheme(MANY_ROWS, "bfloat16", "int4_zp", 128, "float16"),
+    "float32 scales": Scheme(MANY_ROWS, "bfloat16", "int4", 32, "float32"),
+    "float32 scales, sums": Scheme(SCALED_SUMS, "float16", "int8_zp", 64, "float32"),
 }
 HIDDEN, INNER, EXPERTS, TOP_K = 768, 512, 5, 2
 
 
 def scheme_of(name):
-    gate_up, down, *_ = SCHEMES[name]
-    return BlockScheme(False, WgmmaTile(*gate_up), WgmmaTile(*down))
+    return BlockScheme(False, *SCHEMES[name].tiles)
 
 
 def experts_of(name, rng):
-    *_, dtype, weight_format, group_size = SCHEMES[name]
-    options = {"weight_format": weight_format, "group_size": group_size, "scale_dtype": jnp.dtype(dtype), "bias": True}
+    case = SCHEMES[name]
+    options = {"weight_format": case.weight_format, "group_size": case.group_size, "bias": True}
+    options["scale_dtype"] = jnp.dtype(case.scale_dtype or case.dtype)
     return (
         random_experts(rng, EXPERTS, HIDDEN, 2 * INNER, **options),
         random_experts(rng, EXPERTS, INNER, HIDDEN, **options),
@@ -44,7 +93,7 @@ def experts_of(name, rng):
 
 
 def shape_of(k, n, *, gated=False, dtype="bfloat16", **facts):
-    facts = {"code": "int4", "bits": 4, "scale_bytes": 2, "zero_bits": 0, "group_size": 128} | facts
+    facts = {"code": "int4", "bits": 4, "scale": "bfloat16", "zeros": None, "group_size": 128} | facts
     return GemmShape(k=k, n=n, num_experts=8, gated=gated, dtype=dtype, **facts)
 
 
@@ -56,7 +105,7 @@ def test_products_are_not_serialised(name):
 
     gate_up, down = (experts.packed() for experts in experts_of(name, np.random.default_rng(0)))
     planned = plan.plan_fused_moe(
-        jnp.zeros((9, HIDDEN), SCHEMES[name][2]),
+        jnp.zeros((9, HIDDEN), SCHEMES[name].dtype),
         gate_up,
         down,
         tokens=9,
@@ -82,8 +131,10 @@ def test_a_tile_fits_what_its_kernel_takes():
     assert tile.fits(shape_of(2048, 1536, gated=True), 90)
     assert not tile.fits(shape_of(2048, 1536, gated=True), 80)
     assert not tile.fits(shape_of(2048, 1536, dtype="float16"), 90)  # small scaled weights would be lost
-    assert not tile.fits(shape_of(2048, 1536, scale_bytes=1), 90)
-    assert not tile.fits(shape_of(2048, 1536, code="e2m1"), 90)
+    assert tile.fits(shape_of(2048, 1536, dtype="float16", code="e2m1", scale="e4m3", group_size=16), 90)  # exact
+    assert not tile.fits(shape_of(2048, 1536, dtype="float16", code="e2m1", scale="e8m0", group_size=32), 90)
+    assert tile.fits(shape_of(2048, 1536, zeros="float"), 90)
+    assert not WgmmaTile(32, 2, 2, 1, 128, 4, 1, 1, False).fits(shape_of(2048, 1536, zeros="float"), 90)
     assert not tile.fits(shape_of(2112, 1536), 90)  # half a chunk
     assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
     assert not WgmmaTile(144, 4, 2, 1, 128, 3, 1, 1, True).fits(shape_of(2048, 1536), 90)  # registers
@@ -143,9 +194,12 @@ def test_a_block_on_the_card(monkeypatch, name, tokens):
         pytest.skip("wgmma is Hopper's")
     rng = np.random.default_rng(1)
     gate_up, down = experts_of(name, rng)
-    x = random_rows(rng, tokens, HIDDEN, jnp.dtype(SCHEMES[name][2]))
+    x = random_rows(rng, tokens, HIDDEN, jnp.dtype(SCHEMES[name].dtype))
     router, ids = random_routing(rng, tokens, TOP_K, EXPERTS)
     monkeypatch.setattr(tuned, "lookup", lambda *_: scheme_of(name))
     with jax.default_device(jax.devices("cuda")[0]):
         actual = jax.jit(lambda *a: jmm.fused_moe(*a))(x, gate_up.packed(), down.packed(), router, ids)
-    assert_block_close(actual, expert_block(x, gate_up, down, router, ids))
+    arrays = (x, gate_up, down, router, ids)
+    assert_block_accepted(actual, expert_block(*arrays))
+    scaled = SCHEMES[name].tiles[0].scales_weights  # where each weight is rounded, exactly once
+    assert_block_close(actual, expert_block(*arrays, weights_dtype=x.dtype if scaled else np.float64))

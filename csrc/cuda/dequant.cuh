@@ -234,7 +234,7 @@ struct ColumnZeros;
 
 template <int kZero, class Code, class Scale>
 struct ColumnZeros<BakedZero<kZero>, Code, Scale> {
-  static constexpr bool kStored = false;
+  static constexpr bool kStored = false, kWhole = true;
   static constexpr float kBaked = kZero;
   static constexpr int kUnitBytes = 0;  // of 64 columns
 
@@ -244,7 +244,7 @@ struct ColumnZeros<BakedZero<kZero>, Code, Scale> {
 
 template <class Code, class Scale>
 struct ColumnZeros<IntegerZeros, Code, Scale> {
-  static constexpr bool kStored = true;
+  static constexpr bool kStored = true, kWhole = true;
   static constexpr float kBaked = 0.0f;
   static constexpr int kUnitBytes = 8 * Code::kBits;
   uint32_t words[Code::kBits / 4];
@@ -266,7 +266,7 @@ struct ColumnZeros<IntegerZeros, Code, Scale> {
 
 template <class Code, class Scale>
 struct ColumnZeros<FloatZeros, Code, Scale> {
-  static constexpr bool kStored = true;
+  static constexpr bool kStored = true, kWhole = false;
   static constexpr float kBaked = 0.0f;
   static constexpr int kUnitBytes = 64 * ColumnScales<Scale>::kBytes;
   ColumnScales<Scale> zeros;

@@ -6,13 +6,14 @@
 // side along the columns: each dequantises the next 16 rows of K while its products of the last 16 run. The grid is
 // persistent, so the ring fills for the next tile while this one is stored.
 //
-// The scales multiply either the 16-bit weights (one rounding of each weight, no second set of sums) or, exactly, the
-// float32 sums of a group when it closes; Tile says which.
+// The scales multiply either the 16-bit weights (no second set of sums; one rounding of each weight, none where code and
+// scale have few bits between them) or, exactly, the float32 sums of a group when it closes; Tile says which.
 #pragma once
 
 #include "dequant.cuh"
 #include "epilogue.cuh"
 #include "gemm_mma.cuh"  // Problem
+#include "part_scales.cuh"
 #include "ptx_hopper.cuh"
 #include "routing.cuh"
 
@@ -52,9 +53,9 @@ class WgmmaGroupedGemm {
   static constexpr int kUnitBytes = kTileK * kUnit * Code::kBits / 8;
   static constexpr int kLaneBytes = kUnitBytes / 32;
   static constexpr int kRowWords = Problem::kN * kTileK * Code::kBits / 32;  // of 16 rows of K in the packed matrix
-  static_assert(Dequant::kTokenExponent == 0 && !Problem::kGlobalScales && Scales::kBytes == 2,
-                "codes that are exact in T, scales of 16 bits");
-  static_assert(Zeros::kUnitBytes <= kUnit * Code::kBits / 8, "zero points are codes");
+  static constexpr bool kFloatZeros = !Zeros::kWhole;
+  static_assert(Tile::kScalesWeights || (!kFloatZeros && !Problem::kGlobalScales),
+                "a fraction of a zero point goes into weights that have their scale; sums are scaled group by group");
 
   // A gated tile holds gate units and then as many up units; gate and up of a column meet in one thread. Each warp of a
   // warpgroup multiplies kParts sub-tiles of either half.
@@ -82,7 +83,7 @@ class WgmmaGroupedGemm {
   static constexpr int kSlabBytes = Tile::kTokens * 128;
   static constexpr int kTokenBytes = Tile::kChunkK / 64 * kSlabBytes;
   static constexpr int kStepBytes = kTileUnits * kUnitBytes;
-  static constexpr int kScaleBytes = kScaleRows * kTileUnits * kUnit * 2;
+  static constexpr int kScaleBytes = kScaleRows * kTileUnits * kUnit * Scales::kBytes;
   static constexpr int kZeroBytes = kScaleRows * kTileUnits * Zeros::kUnitBytes;
   static constexpr int kScalesAt = kSteps * kStepBytes;
   static constexpr int kZerosAt = kScalesAt + kScaleBytes;
@@ -114,7 +115,7 @@ class WgmmaGroupedGemm {
   const uint32_t* __restrict__ packed;       // [experts, K / 16, kRowWords]
   const unsigned char* __restrict__ scales;  // [experts, groups, N] of Scale, in Marlin order
   const unsigned char* __restrict__ zeros;   // [experts, groups, N] as Zeros has them, in Marlin order
-  const float* __restrict__ global_scales;   // absent
+  const float* __restrict__ global_scales;   // [experts, N / 64] if kGlobalScales
   Routing routing;
   Epilogue epilogue;
 
@@ -435,55 +436,85 @@ class WgmmaGroupedGemm {
     }
   }
 
+  // What fragments hold once they are weights without a scale: kStep * (value - zero). Where T's exponent is so wide
+  // that fragments of floats are far too small, they are brought to 1 * value.
+  static constexpr bool kNormalizes = Dequant::kTokenExponent != 0;
+  static constexpr float kNormalizer = power_of_two(Dequant::kTokenExponent) / Dequant::kStep;
+  static constexpr float kStep = kNormalizes ? 1.0f : Dequant::kStep;
+  static constexpr bool kOffset = Zeros::kStored || Dequant::kOffset + Dequant::kStep * Zeros::kBaked != 0.0f;
+  static_assert(!(kNormalizes && kOffset) && !(kFloatZeros && kStep != 1.0f), "floats have no zero point");
+  // What is left to multiply the sums by, beside the global scales, when the scales are in.
+  static constexpr float kLeft = Tile::kScalesWeights ? 1.0f / kStep : 1.0f;
+  // Scales that T does not hold exactly come in two parts, so that they are not rounded before the weight is.
+  static constexpr bool kSplitsScales = Tile::kScalesWeights && !kHoldsScale<T, typename Problem::Scale>;
+
   // Steps whose products are issued together: as many as there are registers for the weights, twice.
   static constexpr int kSumRegisters = Tile::kSubTiles * Tile::kTokens / 2 * (Tile::kScalesWeights ? 1 : 2);
-  static constexpr int kRoom = (kMultiplierRegisters - 40 - kSumRegisters) / (2 * Tile::kSubTiles * 4);
+  static constexpr int kScalingRegisters = 2 * Tile::kSubTiles * (kSplitsScales + kFloatZeros);  // beyond the usual
+  static constexpr int kRoom =
+      (kMultiplierRegisters - 40 - kSumRegisters - kScalingRegisters) / (2 * Tile::kSubTiles * 4);
   static constexpr int kMost = kSteps / 2 < kStepsPerScale ? kSteps / 2 : kStepsPerScale;
   static constexpr int kBatch = kRoom >= 4 && kMost >= 4 ? 4 : kRoom >= 2 && kMost >= 2 ? 2 : 1;
   static constexpr int kBatches = kSteps / kBatch;
 
   __device__ __forceinline__ static uint32_t paired(float value) { return from_float<T>(value) * 0x10001u; }
 
-  // The scales of this lane's columns (g and g + 8 of each sub-tile, g = lane / 4) in a half, two to a word.
-  __device__ __forceinline__ static void load_scales(uint32_t (&scales)[kParts], uint32_t weights, int row, int half,
-                                                     const Lane& lane) {
+  // The scales of this lane's columns (g and g + 8 of each sub-tile, g = lane / 4) in a half.
+  using GroupScales = PartScales<typename Problem::Scale, kParts>;
+  __device__ __forceinline__ static GroupScales load_scales(uint32_t weights, int row, int half, const Lane& lane) {
     const int unit = row * kTileUnits + lane.unit(half);
-    load_shared_words(scales, weights + kScalesAt + unit * (kUnit * 2) + lane.lane / 4 * 16 + lane.word() * 4);
-  }
-  __device__ __forceinline__ static float scale_of(uint32_t pair, int b) {
-    return to_float<typename Problem::Scale>(static_cast<uint16_t>(pair >> (16 * b))) * (1.0f / Dequant::kStep);
+    return GroupScales(weights + kScalesAt + (unit * kUnit + lane.lane / 4 * 8 + lane.word() * 2) * Scales::kBytes);
   }
 
   // From fragments of codes to weights (but for the scale, where the sums get it), in pairs of T.
   struct Scaling {
-    uint32_t offsets[Tile::kSubTiles][2];  // what a fragment of the zero point holds
+    uint32_t offsets[Tile::kSubTiles][2];  // what a fragment of the zero point, rounded to an integer, holds
     uint32_t scales[Tile::kSubTiles][2];
+    uint32_t rests[Tile::kSubTiles][2];  // of the scales
+    uint32_t zeros[Tile::kSubTiles][2];  // the zero point's fraction, as a weight
 
     __device__ __forceinline__ void load(uint32_t weights, int row, const Lane& lane) {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        Zeros zeros;
-        zeros.load(weights + kZerosAt + (row * kTileUnits + lane.unit(h)) * Zeros::kUnitBytes, lane.lane / 4);
-        uint32_t pairs[kParts] = {};
-        if constexpr (Tile::kScalesWeights) load_scales(pairs, weights, row, h, lane);
+        Zeros group_zeros;
+        group_zeros.load(weights + kZerosAt + (row * kTileUnits + lane.unit(h)) * Zeros::kUnitBytes, lane.lane / 4);
+        GroupScales group_scales;
+        if constexpr (Tile::kScalesWeights) group_scales = load_scales(weights, row, h, lane);
 #pragma unroll
         for (int p = 0; p < kParts; ++p) {
 #pragma unroll
           for (int b = 0; b < 2; ++b) {
-            const float zero = zeros[2 * (lane.word() + p) + b];
-            offsets[h * kParts + p][b] = paired(Dequant::kOffset + Dequant::kStep * zero);
-            if constexpr (Tile::kScalesWeights) scales[h * kParts + p][b] = paired(scale_of(pairs[p], b));
+            const int j = h * kParts + p;
+            const float zero = group_zeros[2 * (lane.word() + p) + b];
+            const float whole = kFloatZeros ? rintf(zero) : zero;
+            offsets[j][b] = paired(Dequant::kOffset + Dequant::kStep * whole);
+            if constexpr (Tile::kScalesWeights) {
+              const float scale = group_scales.get(p, b) * (1.0f / Scales::kUnit);
+              scales[j][b] = paired(scale);
+              if constexpr (kSplitsScales) rests[j][b] = paired(scale - to_float<T>(from_float<T>(scale)));
+              if constexpr (kFloatZeros) zeros[j][b] = paired((whole - zero) * scale);
+            }
           }
         }
       }
     }
 
     __device__ __forceinline__ void apply(uint32_t (&a)[4], int j) const {
-      constexpr bool kOffset = Zeros::kStored || Dequant::kOffset + Dequant::kStep * Zeros::kBaked != 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if constexpr (kOffset) a[i] = subtract_pairs<T>(a[i], offsets[j][i % 2]);
-        if constexpr (Tile::kScalesWeights) a[i] = multiply_pairs<T>(a[i], scales[j][i % 2]);
+        if constexpr (kNormalizes) a[i] = multiply_pairs<T>(a[i], paired(kNormalizer));
+        if constexpr (!Tile::kScalesWeights) continue;
+        const uint32_t scale = scales[j][i % 2], code = a[i];
+        if constexpr (kSplitsScales && kFloatZeros) {
+          a[i] = multiply_add_pairs<T>(code, scale, multiply_add_pairs<T>(code, rests[j][i % 2], zeros[j][i % 2]));
+        } else if constexpr (kSplitsScales) {
+          a[i] = multiply_add_pairs<T>(code, scale, multiply_pairs<T>(code, rests[j][i % 2]));
+        } else if constexpr (kFloatZeros) {
+          a[i] = multiply_add_pairs<T>(code, scale, zeros[j][i % 2]);
+        } else {
+          a[i] = multiply_pairs<T>(code, scale);
+        }
       }
     }
   };
@@ -495,10 +526,11 @@ class WgmmaGroupedGemm {
     __device__ __forceinline__ Factors(uint32_t weights, int row, const Lane& lane) {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        uint32_t pairs[kParts];
-        load_scales(pairs, weights, row, h, lane);
+        const auto group_scales = load_scales(weights, row, h, lane);
 #pragma unroll
-        for (int j = 0; j < 2 * kParts; ++j) scales[h * kParts + j / 2][j % 2] = scale_of(pairs[j / 2], j % 2);
+        for (int j = 0; j < 2 * kParts; ++j) {
+          scales[h * kParts + j / 2][j % 2] = group_scales.get(j / 2, j % 2) * (1.0f / (kStep * Scales::kUnit));
+        }
       }
     }
 
@@ -671,6 +703,14 @@ class WgmmaGroupedGemm {
   __device__ __forceinline__ void store(const Note& note, const Lane& lane,
                                         const float (&sums)[Tile::kSubTiles][kN / 2]) const {
     const int expert = note.expert;
+    float factors[kHalves];  // of this lane's sums
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      factors[h] = kLeft;
+      if constexpr (Problem::kGlobalScales) {
+        factors[h] *= global_scales[expert * (Problem::kN / kUnit) + packed_unit(note.column_tile, lane.unit(h))];
+      }
+    }
     const int first_column =
         note.column_tile * kHalfUnits * kUnit + lane.unit(0) * kUnit + lane.word() * 16 + lane.lane / 4;
 #pragma unroll
@@ -686,8 +726,8 @@ class WgmmaGroupedGemm {
 #pragma unroll
           for (int b = 0; b < 2; ++b) {
             const int s = 4 * t + 2 * b + i;
-            epilogue.store(expert, slot, factor, first_column + 16 * p + 8 * b, sums[p][s],
-                           Epilogue::kGated ? sums[Tile::kSubTiles - kParts + p][s] : 0.0f);
+            epilogue.store(expert, slot, factor, first_column + 16 * p + 8 * b, sums[p][s] * factors[0],
+                           Epilogue::kGated ? sums[Tile::kSubTiles - kParts + p][s] * factors[kHalves - 1] : 0.0f);
           }
         }
       }

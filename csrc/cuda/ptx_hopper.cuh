@@ -57,6 +57,12 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+__device__ __forceinline__ uint32_t load_shared2(uint32_t shared) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared));
+  return v;
+}
+
 // kWords words of shared memory, aligned to their size.
 template <int kWords>
 __device__ __forceinline__ void load_shared_words(uint32_t (&w)[kWords], uint32_t shared) {
@@ -99,6 +105,18 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   } else {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  }
+  return d;
+}
+
+// a * b + c, rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  if constexpr (kIsBFloat<T>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   }
   return d;
 }

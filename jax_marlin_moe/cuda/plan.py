@@ -28,11 +28,12 @@ from jax_marlin_moe.cuda.tiles import (
     predicted_microseconds,
     shared_memory,
 )
+from jax_marlin_moe.formats import FLOAT_SCALES
 from jax_marlin_moe.ops.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
 _CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm::Float"}
-_CPP_SCALES = {"e4m3": "jmm::E4M3Scale", "e8m0": "jmm::E8M0Scale"}  # of one byte; float scales go by their dtype
+_CPP_TYPES |= {"e4m3": "jmm::E4M3Scale", "e8m0": "jmm::E8M0Scale"}  # scales of one byte
 _CPP_ZEROS = {"integer": "jmm::IntegerZeros", "float": "jmm::FloatZeros"}
 _CPP_ACTIVATIONS = {"silu": "Silu", "gelu_tanh": "GeluTanh", "relu2": "Relu2", "swiglu": "Swiglu"}
 
@@ -98,7 +99,7 @@ def check_rows(x: jax.Array, capability: int) -> None:
 
 def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmShape:
     """The facts about a matrix that tiles depend on."""
-    row, scale_bytes = weights.format, weights.scales.dtype.itemsize
+    row = weights.format
     return GemmShape(
         k=weights.padded_k,
         n=weights.padded_n,
@@ -107,8 +108,8 @@ def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmSha
         gated=gated,
         code=row.code.name,
         bits=row.bits,
-        scale_bytes=scale_bytes,
-        zero_bits={None: 0, "integer": row.bits, "float": 8 * scale_bytes}[row.zeros],
+        scale=weights.scales.dtype.name if row.scale == FLOAT_SCALES else row.scale.name,
+        zeros=row.zeros,
         dtype=dtype.name,
     )
 
@@ -180,7 +181,7 @@ def gemm_kernel(
     problem = (
         _CPP_TYPES[dtype.name],
         row.code.cpp,
-        _CPP_SCALES.get(row.scale.name) or _CPP_TYPES[jnp.dtype(weights.scales.dtype).name],
+        _CPP_TYPES[shape.scale],
         _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
         _boolean(row.has_global_scales),
         shape.k,

@@ -10,6 +10,8 @@ import math
 _SHARED_BYTES = {75: (64, 64), 80: (164, 163), 86: (100, 99), 87: (164, 163), 89: (100, 99), 90: (228, 227)}
 _SHARED_BYTES |= {100: (228, 227), 103: (228, 227), 110: (228, 227), 120: (100, 99), 121: (100, 99)}
 
+_SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "e4m3": 8, "e8m0": 8}
+
 _UNIT = 64  # columns
 _TILE_K = 16
 TOKEN_TILES = (8, 16, 24, 32)
@@ -28,8 +30,8 @@ class GemmShape:
         gated: whether gate and up columns are combined in the epilogue.
         code: the type of the codes.
         bits: of a code.
-        scale_bytes: of a scale.
-        zero_bits: of a stored zero point.
+        scale: the type of the scales: a float dtype, "e4m3" or "e8m0".
+        zeros: "integer" or "float" where each group has a zero point of its own.
         dtype: of the activations.
     """
 
@@ -40,14 +42,20 @@ class GemmShape:
     gated: bool
     code: str
     bits: int
-    scale_bytes: int
-    zero_bits: int
+    scale: str
+    zeros: str | None
     dtype: str
+
+    @property
+    def group_bits(self) -> int:
+        """What the rows of a group share in a column: a scale and a zero point."""
+        scale_bits = _SCALE_BITS[self.scale]
+        return scale_bits + {None: 0, "integer": self.bits, "float": scale_bits}[self.zeros]
 
     @property
     def bytes_per_weight(self) -> float:
         """Codes and what a group shares."""
-        return self.bits / 8 + (self.scale_bytes + self.zero_bits / 8) / self.group_size
+        return (self.bits + self.group_bits / self.group_size) / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Tile:
         """One stage of one warp's ring: weights, scales, zero points."""
         scale_rows = max(1, self.chunk_k // shape.group_size)
         weights = self.chunk_k * self.units * _UNIT * shape.bits // 8
-        shared = scale_rows * self.units * _UNIT * (8 * shape.scale_bytes + shape.zero_bits) // 8
+        shared = scale_rows * self.units * _UNIT * shape.group_bits // 8
         return weights + shared
 
     def token_stage_bytes(self) -> int:
@@ -155,7 +163,7 @@ class WgmmaTile:
         """Tokens, weights, scales and zero points of one stage."""
         columns = _UNIT * self.warpgroups_n * self.sub_tiles
         scale_rows = max(1, self.chunk_k // shape.group_size)
-        shared = scale_rows * columns * (8 * shape.scale_bytes + shape.zero_bits) // 8
+        shared = scale_rows * columns * shape.group_bits // 8
         return self.tokens * self.chunk_k * 2 + self.chunk_k * columns * shape.bits // 8 + shared
 
     def shared_bytes(self, shape: GemmShape) -> int:
@@ -176,10 +184,7 @@ class WgmmaTile:
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
-        # Codes that are exact in 16 bits less their zero point, scales of 16 bits.
-        exact = shape.code in ("int4", "int8") and shape.scale_bytes == 2 and shape.zero_bits in (0, shape.bits)
-        # A scale of bfloat16 leaves a weight its range; float16 would lose small ones.
-        if capability != 90 or not exact or (self.scales_weights and shape.dtype != "bfloat16"):
+        if capability != 90 or not (_weights_can_be_scaled if self.scales_weights else _sums_can_be_scaled)(shape):
             return False
         per_sm, per_block = shared_memory(capability)
         chunks = shape.k // self.chunk_k
@@ -200,6 +205,19 @@ class WgmmaTile:
             and (size + 1024) * self.blocks_per_sm <= per_sm
             and self.registers() <= min(240, spared)
         )
+
+
+def _weights_can_be_scaled(shape: GemmShape) -> bool:
+    """Whether a weight in 16 bits keeps its range: bfloat16 has float32's; float16 would lose small weights.
+
+    Products of e2m1 and e4m3 are exact in both.
+    """
+    return shape.dtype == "bfloat16" or shape.scale == "e4m3"
+
+
+def _sums_can_be_scaled(shape: GemmShape) -> bool:
+    """Whether codes less their zero point are exact in 16 bits, and a group long enough to close its sums."""
+    return shape.zeros != "float" and shape.scale != "e4m3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +255,7 @@ def block_sizes(num_slots: int, num_experts: int, shape: GemmShape, capability: 
     rows = mean + 2 * math.sqrt(mean)
     likely = TOKEN_TILES.index(choose_token_tile(num_slots, num_experts))
     sizes = {TOKEN_TILES[likely], TOKEN_TILES[max(0, likely - 1)]}
-    if capability == 90 and shape.code in ("int4", "int8"):
+    if capability == 90:
         fitting = next((i for i, t in enumerate(WGMMA_TOKEN_TILES) if rows <= t), len(WGMMA_TOKEN_TILES))
         sizes |= set(WGMMA_TOKEN_TILES[max(0, fitting - 3) : fitting + 1])
     return sorted(sizes)
@@ -278,7 +296,8 @@ def _wgmma_candidates(shape: GemmShape, tokens: int, capability: int) -> list[Wg
     for sub_tiles, (warpgroups_n, warpgroups_k), chunk_k, blocks_per_sm, scales_weights in itertools.product(
         (2, 4), ((1, 1), (2, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
     ):
-        if scales_weights and tokens < 48:  # scaling the sums is cheaper, and exact
+        exact = shape.scale in ("e4m3", "e8m0")
+        if scales_weights and tokens < 48 and not exact:  # scaling the sums is cheaper, and exact
             continue
         for stages in range(8, 2, -1):  # as many as there is room for
             tile = WgmmaTile(
@@ -379,9 +398,13 @@ def _predicted_wgmma_microseconds(
 
     tensor = _UNIT * units * multiplied * tile.chunk_k / 2048 / _WGMMA_RATE
     # A unit of 16 rows of K is a sub-tile for each of the four schedulers.
-    instructions = tile.chunk_k / _TILE_K * units * (_WORD_INSTRUCTIONS[shape.code] + 4 + 4 * tile.scales_weights)
-    if not tile.scales_weights:
-        instructions += units * multiplied / 2 * tile.chunk_k / min(shape.group_size, 128)
+    word = _WORD_INSTRUCTIONS[shape.code] + 4
+    groups = tile.chunk_k / min(shape.group_size, 128)
+    if tile.scales_weights:
+        word += 4 if shape.scale in (shape.dtype, "e4m3", "e8m0") else 8
+        instructions = tile.chunk_k / _TILE_K * units * word + units * 8 * groups
+    else:
+        instructions = tile.chunk_k / _TILE_K * units * word + units * multiplied / 2 * groups
     issue = (instructions + _WGMMA_CHUNK_INSTRUCTIONS) / _WGMMA_ISSUE_RATE
     if busy * tile.warpgroups_n * tile.warpgroups_k < 3:
         issue *= 1.15  # too few warps to fill each other's gaps

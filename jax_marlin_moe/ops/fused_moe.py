@@ -13,6 +13,7 @@ from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.tiles import BlockScheme
+from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.ops import arguments
 from jax_marlin_moe.ops.implementation import check_implementation, serves
 from jax_marlin_moe.ops.moe_gemm import gather_input_order
@@ -73,10 +74,11 @@ def fused_moe(
             f"gate_up has N = {gate_up.n} columns and down K = {down.k} rows; activation {act.name!r} needs "
             f"N = {halves} * K"
         )
-    if gate_up.column_padding and len(gate_up.column_padding) != halves:
+    if gate_up.padded_n % (halves * TILE_N) or len(gate_up.column_padding or halves * (0,)) != halves:
         raise ValueError(
-            f"gate_up.column_padding is {gate_up.column_padding}; the block needs gate and up padded apart: pack them "
-            "one by one and join them with jax_marlin_moe.concatenate_columns"
+            f"gate_up has {gate_up.padded_n} columns, with column_padding = {gate_up.column_padding}; the block needs "
+            f"gate and up in whole tiles of {TILE_N} columns each: pack them one by one and join them with "
+            "jax_marlin_moe.concatenate_columns"
         )
     if down.n != gate_up.k:
         raise ValueError(f"down has N = {down.n} columns; it must be H = {gate_up.k}")
