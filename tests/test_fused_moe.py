@@ -11,6 +11,7 @@ from oracle import Experts, assert_block_close, expert_block, random_experts, ra
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.argument_shapes import MODELS
+from jax_marlin_moe.cuda.tiles import BlockScheme, Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,6 +364,24 @@ def test_what_memory_held_before_stays_out(tokens):
         for _ in range(5):
             jax.block_until_ready(jnp.full((1 << 26,), jnp.nan)).delete()
             assert_block_close(run(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (Tile(8, 2, 3, 2, 64, 2, 2), Tile(8, 1, 3, 1, 64, 3, 4)),
+        (Tile(16, 2, 3, 1, 32, 3, 2), Tile(16, 1, 5, 1, 64, 2, 2)),
+        (Tile(8, 1, 2, 3, 64, 2, 2), Tile(8, 1, 5, 1, 32, 3, 2)),
+    ],
+    ids=["3 and 3", "3 and 5", "2 and 5"],
+)
+def test_tiles_of_odd_width(tiles):
+    """Warps side by side: 2880 columns, gpt-oss's, are 45 units of 64."""
+    case = Case("", hidden=960, inner=384, group_size=64, down_group_size=64)
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(case, "cuda")
+        assert_block_close(call.run(cuda_scheme=BlockScheme(False, *tiles)), call.expected())
 
 
 @pytest.mark.gpu

@@ -73,6 +73,14 @@ SCHEMES = {
     "8 bits, float zeros": Scheme(MANY_ROWS, "bfloat16", "int8_fzp", None, "float16"),
     "float16 scales": Scheme(MANY_ROWS, "bfloat16", "int4_zp", 128, "float16"),
     "float32 scales": Scheme(MANY_ROWS, "bfloat16", "int4", 32, "float32"),
+    "float16 weights": Scheme(MANY_ROWS, "float16", "int4_zp", 128),
+    "float16 weights, 8 bits": Scheme(MANY_ROWS, "float16", "int8_fzp", 64),
+    "one group, many rows": Scheme(
+        two((144, 2, 2, 1, 128, 3, 1, 1, False), (144, 2, 2, 1, 64, 3, 1, 1, False)), "bfloat16", "fp8", None, "float32"
+    ),
+    "three warpgroups": Scheme(
+        two((32, 2, 2, 1, 64, 4, 1, 1, False), (32, 1, 3, 1, 64, 4, 1, 1, False)), "bfloat16", "int4", 128
+    ),
     "float32 scales, sums": Scheme(SCALED_SUMS, "float16", "int8_zp", 64, "float32"),
 }
 HIDDEN, INNER, EXPERTS, TOP_K = 768, 512, 5, 2
@@ -130,7 +138,8 @@ def test_a_tile_fits_what_its_kernel_takes():
     tile = WgmmaTile(144, 2, 2, 1, 128, 4, 1, 1, True)
     assert tile.fits(shape_of(2048, 1536, gated=True), 90)
     assert not tile.fits(shape_of(2048, 1536, gated=True), 80)
-    assert not tile.fits(shape_of(2048, 1536, dtype="float16"), 90)  # small scaled weights would be lost
+    assert not tile.fits(shape_of(2048, 1536, dtype="float16"), 90)  # small weights would be lost
+    assert tile.fits(shape_of(2048, 1536, dtype="float16", scale="float16"), 90)
     assert tile.fits(shape_of(2048, 1536, dtype="float16", code="e2m1", scale="e4m3", group_size=16), 90)  # exact
     assert not tile.fits(shape_of(2048, 1536, dtype="float16", code="e2m1", scale="e8m0", group_size=32), 90)
     assert tile.fits(shape_of(2048, 1536, zeros="float"), 90)

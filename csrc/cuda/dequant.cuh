@@ -111,6 +111,38 @@ struct Dequantizer<Int8, Half> {
   }
 };
 
+// Fragments that leave T's range to a scale that they are multiplied by: the same, but for subnormals.
+template <class Code, class T>
+struct RoomyDequantizer : Dequantizer<Code, T> {};
+
+// float16 stores 10 bits of mantissa: 0x6400 | q is 1024 + q.
+struct BiasedHalves {
+  static constexpr float kStep = 1.0f, kOffset = 1024.0f;
+  static constexpr int kTokenExponent = 0;
+  static constexpr uint32_t kBias = 0x64006400u;
+};
+template <>
+struct RoomyDequantizer<Int4, Half> : BiasedHalves {
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+    constexpr uint32_t kMask = 0x000F000Fu;
+    const uint32_t word = words[0];
+    a[0] = and_or(word, kMask, kBias);
+    a[2] = and_or(word >> 4, kMask, kBias);
+    a[1] = and_or(word >> 8, kMask, kBias);
+    a[3] = and_or(word >> 12, kMask, kBias);
+  }
+};
+template <>
+struct RoomyDequantizer<Int8, Half> : BiasedHalves {
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      a[b] = and_or(words[b], 0x00FF00FFu, kBias);
+      a[2 + b] = and_or(words[b] >> 8, 0x00FF00FFu, kBias);
+    }
+  }
+};
+
 // A code of sign, 2 bits of exponent (bias 1) and 1 of mantissa, at the low end of the exponent of T: the value times
 // 2^(1 - bias of T), subnormal codes as subnormals. Left shifts go to the multipliers' pipe, right shifts to the one
 // that the masks keep busy: there is one right shift a word.

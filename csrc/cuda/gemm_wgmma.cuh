@@ -40,11 +40,20 @@ struct WgmmaTile {
   static_assert(kStages >= kWarpgroupsK, "warpgroups that share K read different stages");
 };
 
+template <bool kFirst, class First, class Second>
+struct Chosen {
+  using Type = First;
+};
+template <class First, class Second>
+struct Chosen<false, First, Second> {
+  using Type = Second;
+};
+
 template <class Problem, class Tile, class Routing, class Epilogue>
 class WgmmaGroupedGemm {
   using T = typename Problem::T;
   using Code = typename Problem::Code;
-  using Dequant = Dequantizer<Code, T>;
+  using Dequant = typename Chosen<Tile::kScalesWeights, RoomyDequantizer<Code, T>, Dequantizer<Code, T>>::Type;
   using Scales = ColumnScales<typename Problem::Scale>;
   using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
 
@@ -71,6 +80,8 @@ class WgmmaGroupedGemm {
   static constexpr int kChunks = Problem::kK / Tile::kChunkK;
   static constexpr int kSteps = Tile::kChunkK / kTileK;
   static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
+  // The sums of a group and those of the tile, unless there is one group or weights have their scale.
+  static constexpr bool kTwoSums = !Tile::kScalesWeights && kGroups > 1;
   static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
   static_assert(Problem::kK % Tile::kChunkK == 0, "K is whole chunks");
@@ -449,7 +460,7 @@ class WgmmaGroupedGemm {
   static constexpr bool kSplitsScales = Tile::kScalesWeights && !kHoldsScale<T, typename Problem::Scale>;
 
   // Steps whose products are issued together: as many as there are registers for the weights, twice.
-  static constexpr int kSumRegisters = Tile::kSubTiles * Tile::kTokens / 2 * (Tile::kScalesWeights ? 1 : 2);
+  static constexpr int kSumRegisters = Tile::kSubTiles * Tile::kTokens / 2 * (kTwoSums ? 2 : 1);
   static constexpr int kScalingRegisters = 2 * Tile::kSubTiles * (kSplitsScales + kFloatZeros);  // beyond the usual
   static constexpr int kRoom =
       (kMultiplierRegisters - 40 - kSumRegisters - kScalingRegisters) / (2 * Tile::kSubTiles * 4);
@@ -534,22 +545,25 @@ class WgmmaGroupedGemm {
       }
     }
 
-    template <int kSums>
+    template <int kSums, int kGroupSums>
     __device__ __forceinline__ void close(float (&sums)[Tile::kSubTiles][kSums],
-                                          const float (&group_sums)[Tile::kSubTiles][kSums]) const {
+                                          const float (&group_sums)[kGroupSums][kSums]) const {
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j)
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[j][i] += group_sums[j][i] * scales[j][i / 2 % 2];
+        for (int i = 0; i < kSums; ++i) {
+          const float scale = scales[j][i / 2 % 2];
+          sums[j][i] = kTwoSums ? sums[j][i] + group_sums[kTwoSums ? j : 0][i] * scale : sums[j][i] * scale;
+        }
     }
   };
 
   template <int kN>
   __device__ __forceinline__ void multiply_tile(const Shared& shared, const Note& note, const Lane& lane,
                                                 Cursor<Tile::kStages> stage) const {
-    float sums[Tile::kSubTiles][kN / 2];                                   // of the tile
-    float group_sums[Tile::kScalesWeights ? 1 : Tile::kSubTiles][kN / 2];  // of the group, without its scales
-    Fragments a[2];                                                        // weights: being made, and in use
+    float sums[Tile::kSubTiles][kN / 2];                       // of the tile
+    float group_sums[kTwoSums ? Tile::kSubTiles : 1][kN / 2];  // of the group, without its scales
+    Fragments a[2];                                            // weights: being made, and in use
     Words words;
     Scaling scaling;
 #pragma unroll
@@ -557,7 +571,7 @@ class WgmmaGroupedGemm {
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
         sums[j][i] = 0.0f;
-        if constexpr (!Tile::kScalesWeights) group_sums[j][i] = 0.0f;
+        if constexpr (kTwoSums) group_sums[j][i] = 0.0f;
       }
 
     if constexpr (Tile::kWarpgroupsK > 1) {
@@ -581,11 +595,10 @@ class WgmmaGroupedGemm {
           const int step = batch * kBatch + s;
           const uint64_t b = wgmma_rows(tokens + step / 4 * kSlabBytes + step % 4 * 32);
           const bool begins =
-              !Tile::kScalesWeights && kGroupsEndInChunks ? step % kStepsPerGroup == 0 : step == 0 && fresh;
+              kTwoSums && kGroupsEndInChunks ? step % kStepsPerGroup == 0 : step == 0 && fresh;
 #pragma unroll
           for (int j = 0; j < Tile::kSubTiles; ++j) {
-            Wgmma<T, kN>::run(Tile::kScalesWeights ? sums[j] : group_sums[Tile::kScalesWeights ? 0 : j],
-                              a[batch % 2][s][j], b, !begins);
+            Wgmma<T, kN>::run(kTwoSums ? group_sums[kTwoSums ? j : 0] : sums[j], a[batch % 2][s][j], b, !begins);
           }
         }
         wgmma_commit();

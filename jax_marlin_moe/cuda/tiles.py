@@ -177,9 +177,10 @@ class WgmmaTile:
         """Tiles along the columns of the product."""
         return shape.n // (_UNIT * self.warpgroups_n * self.sub_tiles)
 
-    def registers(self) -> int:
+    def registers(self, shape: GemmShape) -> int:
         """Of a thread that multiplies: sums, weights being made and in use, the rest."""
-        sums = self.sub_tiles * self.tokens // 2 * (1 if self.scales_weights else 2)
+        two_sums = not self.scales_weights and shape.group_size < shape.k
+        sums = self.sub_tiles * self.tokens // 2 * (2 if two_sums else 1)
         return sums + 8 * self.sub_tiles + 40
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
@@ -203,16 +204,17 @@ class WgmmaTile:
             and paired
             and size <= per_block
             and (size + 1024) * self.blocks_per_sm <= per_sm
-            and self.registers() <= min(240, spared)
+            and self.registers(shape) <= min(240, spared)
         )
 
 
 def _weights_can_be_scaled(shape: GemmShape) -> bool:
-    """Whether a weight in 16 bits keeps its range: bfloat16 has float32's; float16 would lose small weights.
+    """Whether a weight in 16 bits keeps its range.
 
-    Products of e2m1 and e4m3 are exact in both.
+    bfloat16 has float32's. In float16 an integer times a scale of float16 does, and e2m1 times e4m3 is exact; other
+    scales would lose small weights.
     """
-    return shape.dtype == "bfloat16" or shape.scale == "e4m3"
+    return shape.dtype == "bfloat16" or shape.scale == "e4m3" or (shape.code[:3], shape.scale) == ("int", "float16")
 
 
 def _sums_can_be_scaled(shape: GemmShape) -> bool:
@@ -276,7 +278,7 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
     if tokens not in TOKEN_TILES:
         return found
     for units, warps_n, warps_k, chunk_k in itertools.product(
-        (1, 2), (1, 2, 4), (1, 2, 3, 4, 5, 6, 8), (16, 32, 64, 128, 256)
+        (1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 8), (16, 32, 64, 128, 256)
     ):
         warps = warps_n * warps_k
         if warps > 8 or units * tokens > 48:  # more sums than a thread has registers
@@ -294,10 +296,12 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
 def _wgmma_candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaTile]:
     found = []
     for sub_tiles, (warpgroups_n, warpgroups_k), chunk_k, blocks_per_sm, scales_weights in itertools.product(
-        (2, 4), ((1, 1), (2, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
+        (1, 2, 4), ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
     ):
         exact = shape.scale in ("e4m3", "e8m0")
         if scales_weights and tokens < 48 and not exact:  # scaling the sums is cheaper, and exact
+            continue
+        if scales_weights and shape.group_size >= shape.k and _sums_can_be_scaled(shape):  # once, at the end
             continue
         for stages in range(8, 2, -1):  # as many as there is room for
             tile = WgmmaTile(
