@@ -29,16 +29,26 @@ BUFFERS = [
 
 
 def test_the_contract_is_the_documented_record():
-    fields = program._contract(BUFFERS, [KERNEL, dataclasses.replace(KERNEL, shared_bytes=1024, blocks_per_sm=0)])
+    fields = program._contract(
+        BUFFERS, [KERNEL, dataclasses.replace(KERNEL, shared_bytes=1024, blocks_per_sm=0, cluster=4)]
+    )
     assert fields.dtype == np.int64
     assert fields.tolist() == [
-        *(1, 3, 2),  # version, buffers, kernels
+        *(2, 3, 2),  # version, buffers, kernels
         *(4, 2, 5, 6),  # int32 [5, 6]
         *(10, 0),  # float16 []
         *(11, 1, 0),  # float32 [0]
-        *(64, 0, 7, 2, 1, 2, 0, 2),
-        *(64, 1024, 7, 0, 1, 2, 0, 2),
+        *(64, 0, 7, 2, 1, 1, 2, 0, 2),
+        *(64, 1024, 7, 0, 4, 1, 2, 0, 2),
     ]
+
+
+def test_grids_are_whole_clusters():
+    assert KERNEL.blocks(132) == 7
+    assert KERNEL.blocks(3) == 6
+    pairs = dataclasses.replace(KERNEL, max_blocks=1000, cluster=4)
+    assert pairs.blocks(57) == 112
+    assert "__cluster_dims__(4, 1, 1) k0(" in program.render([pairs], [], "")
 
 
 def test_the_source_has_an_entry_point_for_each_kernel():

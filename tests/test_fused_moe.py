@@ -11,6 +11,7 @@ from oracle import Experts, assert_block_close, expert_block, random_experts, ra
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.argument_shapes import MODELS
+from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.cuda.tiles import BlockScheme, Tile
 
 
@@ -382,6 +383,29 @@ def test_tiles_of_odd_width(tiles):
     with jax.default_device(jax.devices("cuda")[0]):
         call = make_call(case, "cuda")
         assert_block_close(call.run(cuda_scheme=BlockScheme(False, *tiles)), call.expected())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("weight_format", ["int4_zp", "nvfp4"])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (Tile(8, 2, 1, 2, 64, 2, 2, 2), Tile(8, 1, 2, 1, 64, 3, 4, 2)),
+        (Tile(8, 1, 2, 1, 32, 3, 3, 4), Tile(8, 2, 1, 3, 64, 2, 1, 2)),
+        (Tile(8, 2, 2, 1, 64, 3, 1, 4), Tile(8, 1, 1, 1, 32, 4, 2, 4)),
+    ],
+    ids=["2 and 2", "4 and 2", "4 and 4"],
+)
+def test_clusters_that_share_k(tiles, weight_format, direct):
+    if compiler.target_architecture() != "sm_90a":
+        pytest.skip("clusters are measured on Hopper alone")
+    group = 16 if weight_format == "nvfp4" else 64
+    case = Case("", hidden=768, inner=768, weight_format=weight_format, down_format=weight_format, experts=9)
+    case = dataclasses.replace(case, group_size=group, down_group_size=group, routing="holes")
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(case, "cuda")
+        assert_block_close(call.run(cuda_scheme=BlockScheme(direct, *tiles)), call.expected())
 
 
 @pytest.mark.gpu

@@ -15,7 +15,9 @@
 namespace jmm {
 
 // How the work is cut. A block of threads makes kTokens x (kWarpsN * kUnits * 64 columns), kWarpsK warps sharing K.
-template <int kTokens_, int kUnits_, int kWarpsN_, int kWarpsK_, int kChunkK_, int kStages_, int kBlocksPerSm_>
+// Where a product has fewer tiles than the card has multiprocessors, a cluster of blocks shares the K of a tile.
+template <int kTokens_, int kUnits_, int kWarpsN_, int kWarpsK_, int kChunkK_, int kStages_, int kBlocksPerSm_,
+          int kCluster_ = 1>
 struct Tile {
   static constexpr int kTokens = kTokens_;            // rows of a block of tokens, a multiple of 8
   static constexpr int kUnits = kUnits_;              // 64-column units of a warp
@@ -24,6 +26,7 @@ struct Tile {
   static constexpr int kChunkK = kChunkK_;            // rows of K in one stage of the ring
   static constexpr int kStages = kStages_;            // stages of the ring
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // resident blocks that the register budget allows for
+  static constexpr int kCluster = kCluster_;          // blocks that share K, neighbours in the grid
   static constexpr int kWarps = kWarpsN * kWarpsK;
   static constexpr int kThreads = 32 * kWarps;
   static_assert(kTokens % 8 == 0 && kTokens <= 32, "a lane holds the slot of one row");
@@ -58,7 +61,7 @@ class GroupedGemm {
   static constexpr int kRowWords = Problem::kN / kUnit * kWordsPerUnit;  // of 16 rows of K
   static constexpr int kSubTiles = kUnit / 16;                           // MMA rows in a unit, one word of a lane each
   static constexpr int kTokenTiles = Tile::kTokens / 8;
-  static constexpr int kShareK = Problem::kK / Tile::kWarpsK;
+  static constexpr int kShareK = Problem::kK / (Tile::kWarpsK * Tile::kCluster);
   static constexpr int kChunks = kShareK / Tile::kChunkK;
   static constexpr int kSteps = Tile::kChunkK / kTileK;
   static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
@@ -76,7 +79,7 @@ class GroupedGemm {
   static constexpr int kUnitStride = kPairedInWarp ? kColumns / kUnit : 1;  // between the units of a warp
   static constexpr int kColumnTiles = kColumns / (kUnit * kOutputUnits);
 
-  static_assert(Problem::kK % (Tile::kWarpsK * Tile::kChunkK) == 0, "every warp's share of K is whole chunks");
+  static_assert(Problem::kK % (Tile::kWarpsK * Tile::kCluster * Tile::kChunkK) == 0, "every warp's share of K is whole chunks");
   static_assert(Problem::kGroup % Tile::kChunkK == 0 || Tile::kChunkK % Problem::kGroup == 0,
                 "a chunk is part of one group, or whole groups");
   static_assert(kShareK % Problem::kGroup == 0 || Problem::kGroup >= Tile::kChunkK, "shares begin at a chunk");
@@ -95,7 +98,7 @@ class GroupedGemm {
 
   static constexpr int kFragments = kHalves * kOutputUnits * kSubTiles * kTokenTiles;  // 16 x 8 sums each
   // Sums need no exchange where one warp has all of K, and both of gate and up.
-  static constexpr bool kExchanges = Tile::kWarpsK > 1 || (Epilogue::kGated && !kPairedInWarp);
+  static constexpr bool kExchanges = Tile::kWarpsK * Tile::kCluster > 1 || (Epilogue::kGated && !kPairedInWarp);
 
   static constexpr int kTokensAt = Tile::kWarps * Tile::kStages * kWeightStage;
   static constexpr int kPartialsAt = kTokensAt + Tile::kWarpsK * Tile::kStages * kTokenStage;
@@ -122,7 +125,8 @@ class GroupedGemm {
     const int listed = routing.listed();
     const int tiles = routing.num_blocks(listed) * kColumnTiles;
 
-    Loader loader(*this, warp_n, warp_k, lane, tiles, listed);
+    const int share = block_of_cluster() * Tile::kWarpsK + warp_k;  // of K
+    Loader loader(*this, warp_n, share, lane, tiles, listed);
     // Weights do not depend on the kernel before; tokens may.
     constexpr int kAhead = Tile::kStages - 1;
 #pragma unroll
@@ -139,10 +143,10 @@ class GroupedGemm {
 
     Multiplier multiplier(lane);
     int stage = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = first_tile(); tile < tiles; tile += tile_stride()) {
       multiplier.begin_tile();
       const Rows rows(*this, tile, warp_n, lane, listed);  // fetched now, wanted when the tile is done
-      int rows_left = Problem::kGroup - warp_k * kShareK % Problem::kGroup;  // of K, in the current group
+      int rows_left = Problem::kGroup - share * kShareK % Problem::kGroup;  // of K, in the current group
 #pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         wait_copies<kAhead - 1>();
@@ -163,9 +167,14 @@ class GroupedGemm {
       finish(shared_bytes, tile, rows, warp, warp_n, warp_k, lane, multiplier.sums);
     }
     wait_copies<0>();
+    if constexpr (Tile::kCluster > 1) meet_cluster();  // nobody reads this block's shared memory any more
   }
 
  private:
+  __device__ __forceinline__ static int block_of_cluster() { return blockIdx.x % Tile::kCluster; }
+  __device__ __forceinline__ static int first_tile() { return blockIdx.x / Tile::kCluster; }
+  __device__ __forceinline__ static int tile_stride() { return gridDim.x / Tile::kCluster; }
+
   static constexpr int kPieces = Tile::kChunkK / 8;      // 16-byte pieces of a token's row in a chunk
   static constexpr int kCopyLanes = 32 * Tile::kWarpsN;  // that share the copying of a chunk's tokens
   static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + kCopyLanes - 1) / kCopyLanes;
@@ -247,7 +256,7 @@ class GroupedGemm {
   // Walks the (tile, chunk) sequence of one warp ahead of the multiplication and fills the ring.
   struct Loader {
     const GroupedGemm& gemm;
-    const int warp_n, warp_k, lane, tiles, listed;
+    const int warp_n, share, lane, tiles, listed;
     const uint64_t policy = evict_first_policy();
     int tile, chunk = 0;
     int expert, row;                     // of the tile being loaded; lane r holds row r of x
@@ -259,10 +268,10 @@ class GroupedGemm {
     int rows_left;                       // of K, in the current group
     int group;                           // of the chunk
 
-    __device__ __forceinline__ Loader(const GroupedGemm& g, int wn, int wk, int l, int t, int n)
-        : gemm(g), warp_n(wn), warp_k(wk), lane(l), tiles(t), listed(n), tile(blockIdx.x) {
+    __device__ __forceinline__ Loader(const GroupedGemm& g, int wn, int s, int l, int t, int n)
+        : gemm(g), warp_n(wn), share(s), lane(l), tiles(t), listed(n), tile(first_tile()) {
       fetch(tile, expert, row);
-      fetch(tile + gridDim.x, next_expert, next_row);
+      fetch(tile + tile_stride(), next_expert, next_row);
       begin_tile();
     }
 
@@ -279,7 +288,7 @@ class GroupedGemm {
     }
 
     __device__ __forceinline__ void begin_tile() {
-      const int k = warp_k * kShareK;
+      const int k = share * kShareK;
       const int unit = first_unit(tile, warp_n);
       weights = gemm.packed + (int64_t(max(expert, 0)) * (Problem::kK / kTileK) + k / kTileK) * kRowWords +
                 unit * kWordsPerUnit + lane * 4;
@@ -362,10 +371,10 @@ class GroupedGemm {
       }
       if (++chunk == kChunks) {
         chunk = 0;
-        tile += gridDim.x;
+        tile += tile_stride();
         expert = next_expert;
         row = next_row;
-        fetch(tile + gridDim.x, next_expert, next_row);
+        fetch(tile + tile_stride(), next_expert, next_row);
         begin_tile();
       }
     }
@@ -549,7 +558,7 @@ class GroupedGemm {
       }
     } else {
       float4* partials = reinterpret_cast<float4*>(shared_bytes + kPartialsAt);
-      __syncthreads();  // the partials of the tile before have been read
+      meet_sharers();  // the partials of the tile before have been read
 #pragma unroll
       for (int u = 0; u < Tile::kUnits; ++u) {
         const int unit = half_of(warp_n, u) * kOutputUnits + output_unit(warp_n, u);
@@ -563,13 +572,14 @@ class GroupedGemm {
           }
         }
       }
-      __syncthreads();
+      meet_sharers();
       if (rows.expert < 0) return;
       constexpr int kOutputFragments = kFragments / kHalves;
+      const uint32_t shares = smem_address(partials);
 #pragma unroll 1
-      for (int f = warp; f < kOutputFragments; f += Tile::kWarps) {
-        const float4 first = add_shares(partials, f, lane);
-        const float4 second = Epilogue::kGated ? add_shares(partials, f + kOutputFragments, lane) : float4{};
+      for (int f = block_of_cluster() * Tile::kWarps + warp; f < kOutputFragments; f += Tile::kCluster * Tile::kWarps) {
+        const float4 first = add_shares(shares, f, lane);
+        const float4 second = Epilogue::kGated ? add_shares(shares, f + kOutputFragments, lane) : float4{};
         store(rows, f % kTokenTiles, tile, f / kTokenTiles, lane, first, second);
       }
     }
@@ -592,12 +602,30 @@ class GroupedGemm {
     }
   }
 
-  __device__ __forceinline__ static float4 add_shares(const float4* partials, int fragment, int lane) {
-    float4 sum = partials[fragment * 32 + lane];
+  // All threads that share the K of a tile.
+  __device__ __forceinline__ static void meet_sharers() {
+    if constexpr (Tile::kCluster > 1) {
+      meet_cluster();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ static float4 add_shares(uint32_t partials, int fragment, int lane) {
+    float4 sum;
 #pragma unroll
-    for (int k = 1; k < Tile::kWarpsK; ++k) {
-      const float4 part = partials[(k * kFragments + fragment) * 32 + lane];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    for (int block = 0; block < Tile::kCluster; ++block) {
+      const uint32_t theirs = Tile::kCluster > 1 ? shared_of_block(partials, block) : partials;
+#pragma unroll
+      for (int k = 0; k < Tile::kWarpsK; ++k) {
+        const uint32_t at = theirs + ((k * kFragments + fragment) * 32 + lane) * 16;
+        const float4 part = Tile::kCluster > 1 ? load_cluster16(at) : as_floats(load_shared16(at));
+        if (block + k == 0) {
+          sum = part;
+        } else {
+          sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+      }
     }
     return sum;
   }

@@ -114,6 +114,36 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
   return v;
 }
 
+__device__ __forceinline__ float4 as_floats(uint4 v) {
+  return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+}
+
+// Clusters of blocks (sm_90 and up): a barrier for all their threads, and reads of each other's shared memory.
+__device__ __forceinline__ void meet_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Where block `block` of the cluster has what this one has at `shared`.
+__device__ __forceinline__ uint32_t shared_of_block(uint32_t shared, int block) {
+  uint32_t theirs = shared;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared), "r"(block));
+#endif
+  return theirs;
+}
+
+__device__ __forceinline__ float4 load_cluster16(uint32_t theirs) {
+  float4 v{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(theirs));
+#endif
+  return v;
+}
+
 // Fragments of two 8 x 8 matrices of 16-bit values; lanes 0-7 address the rows of the first, 8-15 of the second.
 __device__ __forceinline__ void load_matrices_x2(uint32_t (&r)[2], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(row));

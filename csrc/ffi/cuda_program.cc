@@ -79,8 +79,10 @@ ffi::ErrorOr<std::unique_ptr<Program>> Program::Load(const Driver& driver, ffi::
     kernel.shared_bytes = static_cast<unsigned>(reader.Next(0, 1 << 20));
     const int64_t most_blocks = reader.Next(1, INT32_MAX);
     const int64_t blocks_per_multiprocessor = reader.Next(0, 64);
-    kernel.blocks = static_cast<unsigned>(
-        blocks_per_multiprocessor ? std::min(most_blocks, blocks_per_multiprocessor * multiprocessors) : most_blocks);
+    const int64_t cluster = reader.Next(1, 8);
+    const int64_t blocks =
+        blocks_per_multiprocessor ? std::min(most_blocks, blocks_per_multiprocessor * multiprocessors) : most_blocks;
+    kernel.blocks = static_cast<unsigned>(blocks - blocks % cluster);
     kernel.overlaps_predecessor = reader.Next(0, 1) == 1;
     const int64_t parameters = reader.Next(1, kMaxBuffers);
     for (int64_t p = 0; p < parameters; ++p) {

@@ -5,8 +5,8 @@
 //
 //   version, number of buffers (operands, then results), number of kernels,
 //   per buffer: dtype code, rank, extents ...
-//   per kernel: threads, dynamic shared bytes, most blocks, blocks per multiprocessor (0: no bound),
-//               1 if it may start before its predecessor ends, number of parameters, buffer index of each ...
+//   per kernel: threads, dynamic shared bytes, most blocks, blocks per multiprocessor (0: no bound), blocks of a
+//               cluster, 1 if it may start before its predecessor ends, number of parameters, buffer index of each ...
 //
 // Kernels are named k0, k1, ... in launch order.
 #ifndef JAX_MARLIN_MOE_FFI_CUDA_PROGRAM_H_
@@ -24,7 +24,7 @@ namespace jax_marlin_moe::cuda {
 
 namespace ffi = xla::ffi;
 
-inline constexpr int64_t kContractVersion = 1;
+inline constexpr int64_t kContractVersion = 2;
 
 struct BufferShape {
   int64_t dtype;

@@ -199,8 +199,9 @@ def gemm_kernel(
         parameters=tuple(p.items),
         threads=tile.threads,
         shared_bytes=tile.shared_bytes(shape),
-        max_blocks=max(1, max_blocks * tile.column_tiles(shape)),
+        max_blocks=max(1, max_blocks * tile.column_tiles(shape)) * tile.cluster,
         blocks_per_sm=tile.blocks_per_sm,
+        cluster=tile.cluster,
         overlaps_predecessor=overlaps_predecessor,
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
 
-_CONTRACT_VERSION = 1
+_CONTRACT_VERSION = 2
 
 # XLA's codes of the types that the programs take (xla.PrimitiveType).
 _DTYPE_CODES = {"int32": 4, "float16": 10, "float32": 11, "bfloat16": 16, "uint8": 6}
@@ -29,6 +29,7 @@ class Kernel:
         max_blocks: blocks that have work, at most.
         blocks_per_sm: resident blocks of a persistent grid; 0 launches `max_blocks`.
         overlaps_predecessor: whether it may start before the kernel before it has ended.
+        cluster: blocks of a cluster; grids are whole clusters.
     """
 
     body: str
@@ -39,6 +40,13 @@ class Kernel:
     max_blocks: int
     blocks_per_sm: int = 0
     overlaps_predecessor: bool = False
+    cluster: int = 1
+
+    def blocks(self, multiprocessors: int) -> int:
+        """The grid on a card with so many multiprocessors, as csrc/ffi/cuda_program.cc computes it."""
+        bound = self.blocks_per_sm * multiprocessors
+        blocks = min(self.max_blocks, bound) if bound else self.max_blocks
+        return blocks - blocks % self.cluster
 
 
 def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) -> str:
@@ -51,10 +59,12 @@ def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) ->
             shared += (
                 f'static_assert(B{index}::kSharedBytes == {kernel.shared_bytes}, "the plan sized shared memory");\n'
             )
-        bounds = f"{kernel.threads}, {max(kernel.blocks_per_sm, 1)}"
+        bounds = f"__launch_bounds__({kernel.threads}, {max(kernel.blocks_per_sm, 1)})"
+        if kernel.cluster > 1:
+            bounds += f" __cluster_dims__({kernel.cluster}, 1, 1)"
         call = "run(shared_bytes)" if kernel.shared_bytes else "run()"
         lines.append(
-            f'{shared}extern "C" __global__ void __launch_bounds__({bounds}) k{index}({arguments}) {{\n'
+            f'{shared}extern "C" __global__ void {bounds} k{index}({arguments}) {{\n'
             "  extern __shared__ __align__(1024) unsigned char shared_bytes[];\n"
             f"  B{index}{{{kernel.members}}}.{call};\n}}"
         )
@@ -90,6 +100,6 @@ def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct], kernels: Sequ
         fields += [_DTYPE_CODES[jnp.dtype(buffer.dtype).name], len(buffer.shape), *buffer.shape]
     for kernel in kernels:
         fields += [kernel.threads, kernel.shared_bytes, kernel.max_blocks, kernel.blocks_per_sm]
-        fields += [int(kernel.overlaps_predecessor), len(kernel.parameters)]
+        fields += [kernel.cluster, int(kernel.overlaps_predecessor), len(kernel.parameters)]
         fields += [index for index, _ in kernel.parameters]
     return np.asarray(fields, np.int64)

@@ -101,8 +101,7 @@ class ReplayedPlan:
     def _launch(self, index: int, pointers: Sequence[int], overlap: bool) -> None:
         kernel = self.plan.kernels[index]
         config = driver.CUlaunchConfig()
-        bound = kernel.blocks_per_sm * self._multiprocessors
-        config.gridDimX = min(kernel.max_blocks, bound) if bound else kernel.max_blocks
+        config.gridDimX = kernel.blocks(self._multiprocessors)
         config.gridDimY = config.gridDimZ = 1
         config.blockDimX = kernel.threads
         config.blockDimY = config.blockDimZ = 1

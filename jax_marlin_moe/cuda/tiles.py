@@ -60,7 +60,7 @@ class GemmShape:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """`jmm::Tile` of csrc/cuda/gemm_mma.cuh: tokens x (warps_n * units * 64) columns for one block of threads."""
+    """`jmm::Tile` of csrc/cuda/gemm_mma.cuh: tokens x (warps_n * units * 64) columns for one cluster of blocks."""
 
     tokens: int
     units: int
@@ -69,6 +69,7 @@ class Tile:
     chunk_k: int
     stages: int
     blocks_per_sm: int
+    cluster: int = 1  # blocks that share K
 
     kernel = "GroupedGemm"
 
@@ -80,8 +81,12 @@ class Tile:
     @property
     def cpp(self) -> str:
         """The C++ spelling."""
-        fields = (self.tokens, self.units, self.warps_n, self.warps_k, self.chunk_k, self.stages, self.blocks_per_sm)
-        return f"jmm::Tile<{', '.join(map(str, fields))}>"
+        return f"jmm::Tile<{', '.join(map(str, dataclasses.astuple(self)))}>"
+
+    @property
+    def shares_k(self) -> int:
+        """Parts of K."""
+        return self.warps_k * self.cluster
 
     def weight_stage_bytes(self, shape: GemmShape) -> int:
         """One stage of one warp's ring: weights, scales, zero points."""
@@ -96,7 +101,7 @@ class Tile:
 
     def partials_bytes(self, shape: GemmShape) -> int:
         """The float32 sums that the warps exchange at the end of a tile."""
-        if self.warps_k == 1 and (not shape.gated or self.units == 2):
+        if self.shares_k == 1 and (not shape.gated or self.units == 2):
             return 0
         return self.warps_k * self.warps_n * self.units * (_UNIT // 16) * (self.tokens // 8) * 512
 
@@ -112,9 +117,11 @@ class Tile:
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
         per_sm, per_block = shared_memory(capability)
-        whole = shape.k % (self.warps_k * self.chunk_k) == 0 and shape.n % (_UNIT * self.warps_n * self.units) == 0
+        if self.cluster > 1 and capability != 90:
+            return False
+        whole = shape.k % (self.shares_k * self.chunk_k) == 0 and shape.n % (_UNIT * self.warps_n * self.units) == 0
         grouped = shape.group_size % self.chunk_k == 0 or (
-            self.chunk_k % shape.group_size == 0 and (shape.k // self.warps_k) % shape.group_size == 0
+            self.chunk_k % shape.group_size == 0 and (shape.k // self.shares_k) % shape.group_size == 0
         )
         paired = not shape.gated or (self.warps_n * self.units) % 2 == 0
         size = self.shared_bytes(shape)
@@ -148,6 +155,7 @@ class WgmmaTile:
     scales_weights: bool
 
     kernel = "WgmmaGroupedGemm"
+    cluster = 1
 
     @property
     def threads(self) -> int:
@@ -286,8 +294,9 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
         # Two sets of sums, and what the main loop holds; as NVRTC 13 allots them for sm_90a.
         registers = min(255, 80 + 5 * units * tokens // 2)
         resident = min(12, 65536 // (registers * 32 * warps))
-        for stages, blocks_per_sm in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1)):
-            tile = Tile(tokens, units, warps_n, warps_k, chunk_k, stages, blocks_per_sm)
+        clusters = (1, 2, 4) if tokens == TOKEN_TILES[0] and capability == 90 else (1,)
+        for stages, blocks_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), clusters):
+            tile = Tile(tokens, units, warps_n, warps_k, chunk_k, stages, blocks_per_sm, cluster)
             if tile.fits(shape, capability):
                 found.append(tile)
     return found
@@ -349,6 +358,7 @@ _CHUNK_LATENCY = 144
 _ISSUE_RATE = 0.42  # of the four schedulers, when all warps compete
 _BYTES_IN_FLIGHT = 24e3  # of a multiprocessor, below which the memory waits
 _TILE_CYCLES = 829
+_CLUSTER_CYCLES = 1000  # two barriers of a cluster, reads of another block's memory
 _LAUNCH_MICROSECONDS = 2.2
 
 
@@ -360,8 +370,9 @@ def predicted_microseconds(
         return _predicted_wgmma_microseconds(shape, tile, expected_blocks, rows)
     warps, token_tiles = tile.warps_n * tile.warps_k, tile.tokens // 8
     tiles = max(1.0, expected_blocks * tile.column_tiles(shape))
-    busy = min(tile.blocks_per_sm, max(1.0, tiles / _MULTIPROCESSORS))  # blocks at work on a multiprocessor
-    chunks = shape.k / tile.warps_k / tile.chunk_k
+    blocks = tiles * tile.cluster
+    busy = min(tile.blocks_per_sm, max(1.0, blocks / _MULTIPROCESSORS))  # blocks at work on a multiprocessor
+    chunks = shape.k / tile.shares_k / tile.chunk_k
     columns = _UNIT * tile.warps_n * tile.units
     steps = tile.chunk_k / _TILE_K
 
@@ -378,8 +389,8 @@ def predicted_microseconds(
 
     longest = max(latency, issue, memory)
     chunk = longest + 0.15 * (latency + issue + memory - longest)
-    ends = _TILE_CYCLES * (1.0 if tile.partials_bytes(shape) else 0.4)
-    rounds = math.ceil(tiles / (_MULTIPROCESSORS * tile.blocks_per_sm))
+    ends = _TILE_CYCLES * (1.0 if tile.partials_bytes(shape) else 0.4) + _CLUSTER_CYCLES * (tile.cluster > 1)
+    rounds = math.ceil(blocks / (_MULTIPROCESSORS * tile.blocks_per_sm))
     return _LAUNCH_MICROSECONDS + rounds * (chunks * chunk + ends) / _CYCLES_PER_MICROSECOND
 
 
