@@ -88,6 +88,7 @@ class GptqStorage(Storage):
             except ValueError as error:
                 raise files.fault(linear.name(".qzeros"), f"cannot be used: {error}") from None
             baked = baked and gptq_zeros_are_baked(qzeros, self.bits, self.less_one)
+            files.drop_pages()
         return dataclasses.replace(self, baked=baked)
 
     def row_order(self, files: TensorFolder, linear: Linear, k: int) -> np.ndarray | None:

@@ -191,7 +191,11 @@ class TensorFolder:
         return ValueError(f"{self.file_of(name)}: tensor {name} {text}")
 
     def drop_pages(self) -> None:
-        """Gives the pages of all open files back to the system."""
+        """Gives the pages of all open files back to the system.
+
+        To be called between linears also where only small tensors were read: with each of them the system may map
+        megabytes of the large ones beside it.
+        """
         for file in self._open.values():
             file.drop_pages()
 
