@@ -216,6 +216,16 @@ WRONG = [
     ("ck_awq", {"config": {"quantization_config": None}}, r"qweight I32.*quant_method None in config\.json"),
     ("ck_awq", {"config": {"hidden_act": "tanh"}}, "hidden_act: activation is 'tanh'"),
     ("ck_awq", {"config": {"num_experts_per_tok": 5}}, "num_experts_per_tok is 5, more than the 4 experts"),
+    (
+        "ck_awq",
+        {"config": {"model_type": "deepseek_v2", "n_group": 3, "topk_group": 1}},
+        r"config\.json: the layer does not fit together: num_groups is 3 .* must divide the 4 experts",
+    ),
+    (
+        "ck_awq",
+        {"config": {"model_type": "deepseek_v2", "scoring_func": "tanh"}},
+        r"does not fit together: scoring is 'tanh'; it must be one of softmax, sigmoid",
+    ),
     ("ck_awq", {"config": {"hidden_size": "x"}}, "hidden_size is 'x'; it must be a positive integer"),
     ("ck_awq", {"config": {"num_experts": 5}}, r"layer 0 has tensors of 4 experts; config\.json says 5"),
     ("ck_awq", {"quantization": {"quant_method": "eetq"}}, "quant_method is 'eetq'; the loader knows awq, gptq"),

@@ -127,7 +127,23 @@ MANIFESTS = [
     (lambda v: v["layers"]["0"].pop("sha256"), "lacks file, sha256 or layer"),
     (lambda v: v["layers"]["0"].update(file="../layer-00000.safetensors"), "must be a plain file name"),
     (lambda v: v["layers"]["0"].update(file="/etc/passwd"), "must be a plain file name"),
-    (lambda v: v["layers"]["0"]["layer"].pop("routing"), "does not describe the file"),
+    (lambda v: v["layers"]["0"].update(file=3), "must be a plain file name"),
+    (lambda v: v.update(version=True), "version is True"),
+    (lambda v: v["layers"].update(first=v["layers"]["0"]), "layers has the key 'first'; it must be the number"),
+    (lambda v: v["layers"]["0"].update(layer="x"), "layer 0 lacks matrices or routing"),
+    (lambda v: v["layers"]["0"]["layer"].update(matrices=[]), "layer 0 lacks matrices or routing"),
+    (lambda v: v["layers"]["0"]["layer"].pop("routing"), "layer 0 lacks matrices or routing"),
+    (lambda v: v["layers"]["0"]["layer"]["matrices"].update(down=8), "a matrix of layer 0 lacks its format"),
+    (lambda v: v["layers"]["0"]["layer"].update(matrices={}), "says nothing of down.packed"),
+    (lambda v: v["layers"]["0"]["layer"]["matrices"].pop("gate_up"), "says nothing of gate_up.packed"),
+    (
+        lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(row_padding=16),
+        "does not fit together: gate_up has N = 256 columns and down K = 112",
+    ),
+    (lambda v: v["layers"]["0"]["layer"]["routing"].update(top_k=99), "does not fit together: top_k is 99"),
+    (lambda v: v["layers"]["0"]["layer"]["routing"].update(scoring="?"), "does not fit together: scoring is"),
+    (lambda v: v["layers"]["0"]["layer"]["routing"].update(surprise=1), "does not describe the file"),
+    (lambda v: v["layers"]["0"]["layer"].update(activation={"name": "?", "parameters": []}), "activation is '\\?'"),
     (lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int3"), "format is 'int3'"),
     (
         lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int8"),
@@ -141,6 +157,7 @@ def test_wrong_manifests_are_refused(folder, change, message):
     edit(folder, change)
     with pytest.raises(ValueError, match=message):
         load_moe_layer(folder, 0)
+    assert main(["inspect", str(folder)]) in (0, 1)  # says what is wrong, where it sees it
 
 
 def test_what_is_missing(folder):

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.checkpoint import families, packed
 from jax_marlin_moe.checkpoint.families import Config, Family, Stacked, get_family
-from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
+from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert, check_layer
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix
 from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
@@ -207,6 +207,7 @@ class _LayerReader:
         )
         self._refuse_unknown()
         self.files.drop_pages()
+        check_layer(source, layer)
         return layer
 
     def _linears(self, experts: int, hidden: int, size: int) -> tuple[list[list[Linear]], list[list[Linear]]]:
