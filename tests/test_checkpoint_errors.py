@@ -69,6 +69,7 @@ TENSORS = [
     (NV, "weight_global_scale", None, r"has no tensor .*weight_global_scale"),
     (MO, "weight_scale_2", None, r"has no tensor .*weight_scale_2"),
     (NV, "weight_global_scale", first(0), r"weight_global_scale is 0\.0; a global scale must be positive"),
+    (NV, "weight_global_scale", first(1e-39), r"weight_global_scale is 1.*e-39; .* and so must its inverse"),
     (NV, "weight_global_scale", first(np.nan), r"weight_global_scale is nan"),
     (NV, "weight_global_scale", np.ones(2, np.float32), r"weight_global_scale has shape \(2,\); it must be"),
     (MO, "weight_scale_2", np.float16(1), r"weight_scale_2 has dtype F16; it must be F32"),
@@ -188,6 +189,19 @@ QUANTIZATION = [
         "group_size is 0",
     ),
     (W4, {"quant_method": "gptq"}, "is compressed-tensors' packing"),
+    (W4, {"config_groups": ["a"]}, r"config\.json: config_groups is a JSON list"),
+    (
+        W4,
+        {"config_groups": {"a": {"targets": [3], "weights": {"num_bits": 4}}}},
+        r"targets of config group 'a' are \[3\]",
+    ),
+    (
+        W4,
+        {"config_groups": {"a": {"targets": ["re:("], "weights": {}}}},
+        r"config\.json: '\(' is no regular expression",
+    ),
+    ("ck_q3_gptq_False", {"dynamic": ["x"]}, "gptq rules by module are .* they must be an object"),
+    ("ck_q3_gptq_False", {"dynamic": {"+:(": {"bits": 8}}}, r"config\.json: '\(' is no regular expression"),
 ]
 
 

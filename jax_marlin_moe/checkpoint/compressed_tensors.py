@@ -1,7 +1,6 @@
 """compressed-tensors "pack-quantized" checkpoints: 4- and 8-bit codes packed along K, symmetric or not."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,12 +20,22 @@ def weights_scheme(quantization: Quantization, module: str) -> Mapping[str, Any]
         ValueError: no group has it, or the group is malformed.
     """
     by_class = None
-    for name, group in (quantization.config.get("config_groups") or {}).items():
+    groups = quantization.config.get("config_groups") or {}
+    if not isinstance(groups, dict):
+        raise ValueError(
+            f"{quantization.source}: config_groups is a JSON {type(groups).__name__}; it must be an object"
+        )
+    for name, group in groups.items():
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise ValueError(f"{quantization.source}: config group {name!r} has no weights")
-        for target in group.get("targets") or ():
+        targets = group.get("targets") or []
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(
+                f"{quantization.source}: targets of config group {name!r} are {targets!r}; they must be names"
+            )
+        for target in targets:
             pattern = target.removeprefix("re:")
-            if re.match(pattern, module) if target.startswith("re:") else target == module:
+            if quantization.matches(pattern, module) if target.startswith("re:") else target == module:
                 return group["weights"]
             if target == "Linear":
                 by_class = by_class or group["weights"]
