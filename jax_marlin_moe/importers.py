@@ -42,9 +42,10 @@ class LogicalLinear(NamedTuple):
 # Decoders of one linear. K and N are its input and output features.
 
 
-def decode_awq(qweight: Array, qzeros: Array, scales: Array, *, bits: int = 4) -> LogicalLinear:
-    """AutoAWQ "gemm": words along N, columns interleaved."""
-    return LogicalLinear(layout.unpack_awq(qweight, bits=bits), scales, layout.unpack_awq(qzeros, bits=bits))
+def decode_awq(qweight: Array, qzeros: Array | None, scales: Array, *, bits: int = 4) -> LogicalLinear:
+    """AutoAWQ "gemm": words along N, columns interleaved; no `qzeros` where the format has its zero point baked in."""
+    zeros = None if qzeros is None else layout.unpack_awq(qzeros, bits=bits)
+    return LogicalLinear(layout.unpack_awq(qweight, bits=bits), scales, zeros)
 
 
 def decode_gptq(
@@ -76,7 +77,7 @@ def decode_fp4(weight: Array, scale: Array, global_scale: Array | None = None) -
 
 
 def decode_fp8(weight: Array, scale: Array) -> LogicalLinear:
-    """FP8: bytes [N, K]; scales of a tensor, of a row of N, or of blocks of rows by 128 columns of K.
+    """FP8: bytes [N, K]; scales of a tensor, of a row of N, of groups of 128 in a row, or of blocks of 128 x 128.
 
     Scales may be floats, or e8m0 bit patterns as uint8; they become float32.
     """
@@ -84,8 +85,8 @@ def decode_fp8(weight: Array, scale: Array) -> LogicalLinear:
     scale = decode_e8m0(scale) if scale.dtype == jnp.uint8 else scale.astype(jnp.float32)
     if scale.size == 1:
         rows = jnp.broadcast_to(scale.reshape(1, 1), (n, 1))
-    elif scale.size == n and scale.shape[0] == n:
-        rows = scale.reshape(n, 1)
+    elif scale.shape[0] == n:
+        rows = scale.reshape(n, -1)
     else:
         rows = jnp.repeat(scale, fp8_block_rows(n, scale.shape[0]), axis=0)[:n]
     return LogicalLinear(weight.T, rows.T)
@@ -101,6 +102,18 @@ def decode_hqq(w_q: Array, scale: Array, zero: Array, *, bits: int, k: int, n: i
     rows = jnp.concatenate([w_q >> 4, w_q & 15]) if bits == 4 else w_q
     grouped = [array.reshape(n, -1).T for array in (scale, zero)]
     return LogicalLinear(rows.reshape(n, k).T, *grouped)
+
+
+def fp8_scale_shapes(k: int, n: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes that the scales of an FP8 linear (k, n) may have."""
+    groups = -(-k // FP8_BLOCK)
+    return (), (1,), (1, 1), (n,), (n, 1), (n, groups), (-(-n // FP8_BLOCK), groups)
+
+
+def fp8_scale_shapes_in_words(k: int, n: int) -> str:
+    """The same for an error."""
+    *_, channels, grouped, blocks = fp8_scale_shapes(k, n)
+    return f"() (tensor), {channels} (channel), {grouped} (groups of 128) or {blocks} (blocks of 128 x 128)"
 
 
 def fp8_block_rows(n: int, blocks: int) -> int:
@@ -123,6 +136,13 @@ def bad_block_scales(scale: np.ndarray, *, exponent: bool) -> str | None:
     if ((scale & 0x7F) == 0x7F).any():
         return "NaN (e4m3 0x7F or 0xFF)"
     return "negative values" if (scale > 0x80).any() else None
+
+
+def bad_float_scales(scale: np.ndarray) -> str | None:
+    """What is wrong with float scales that may not be negative, or None."""
+    if not np.isfinite(scale.astype(np.float32, copy=False)).all():
+        return "infinities or NaN; every scale must be finite"
+    return "negative values; no scale may be negative" if (scale < 0).any() else None
 
 
 def row_order(index: np.ndarray, group_size: int) -> np.ndarray | None:
@@ -161,18 +181,18 @@ def group_size_of(k: int, groups: int, row: WeightFormat) -> int:
 
 def from_awq(
     qweight: Int32[Array, "experts K N/8"],
-    qzeros: Int32[Array, "experts groups N/8"],
+    qzeros: Int32[Array, "experts groups N/8"] | None,
     scales: Float[Array, "experts groups N"],
     *,
     bits: int = 4,
 ) -> MarlinWeights:
     """Packs AutoAWQ tensors (version "gemm"), experts stacked in front; `(q - z) * s`, exact.
 
-    The format is "int4_zp" or "int8_zp".
+    The format is "int4_zp" or "int8_zp", without `qzeros` "int4" or "int8".
 
     Args:
         qweight: codes packed along N, interleaved as AutoAWQ does.
-        qzeros: zero points, packed likewise.
+        qzeros: zero points, packed likewise; None where all are 8 (128 for 8 bit).
         scales: float16, bfloat16 or float32, kept as they are.
         bits: 4 or 8.
 
@@ -180,14 +200,15 @@ def from_awq(
         TypeError: an argument has the wrong dtype.
         ValueError: shapes disagree, or bits is neither 4 nor 8.
     """
-    row = _integer_row(bits, zeros=True)
+    row = _integer_row(bits, zeros=qzeros is not None)
     check_array("qweight", qweight, ndim=3, dtype=jnp.int32)
-    check_array("qzeros", qzeros, ndim=3, dtype=jnp.int32)
     _check_scales("scales", scales, row)
     experts, k, n = qweight.shape[0], qweight.shape[1], qweight.shape[2] * row.codes_per_word
     groups = scales.shape[1]
     check_stack("scales", scales.shape, (experts, groups, n))
-    check_stack("qzeros", qzeros.shape, (experts, groups, n // row.codes_per_word))
+    if qzeros is not None:
+        check_array("qzeros", qzeros, ndim=3, dtype=jnp.int32)
+        check_stack("qzeros", qzeros.shape, (experts, groups, n // row.codes_per_word))
     group_size_of(k, groups, row)
     return _pack_stack(decode_awq, (qweight, qzeros, scales), row, k, n, options={"bits": bits})
 
@@ -236,7 +257,7 @@ def from_gptq(
     less_one = checkpoint_format == "gptq"
     stored = np.asarray(qzeros)
     check_gptq_zeros(stored, bits, less_one)
-    baked = gptq_zeros_are_baked(stored, bits, less_one)
+    baked = zeros_are_baked(stored, bits, less_one=less_one)
     if baked:
         row = _integer_row(bits, zeros=False)
     order = None
@@ -261,8 +282,8 @@ def check_gptq_zeros(qzeros: np.ndarray, bits: int, less_one: bool) -> None:
         )
 
 
-def gptq_zeros_are_baked(qzeros: np.ndarray, bits: int, less_one: bool) -> bool:
-    """Whether every zero point is the middle code."""
+def zeros_are_baked(qzeros: np.ndarray, bits: int, *, less_one: bool = False) -> bool:
+    """Whether every zero point of packed ones is the middle code; `less_one` as GPTQ v1 stores them."""
     middle = 2 ** (bits - 1) - less_one
     word = np.uint32(sum(middle << shift for shift in range(0, 32, bits)))
     return bool((np.ascontiguousarray(qzeros).view(np.uint32) == word).all())
@@ -382,13 +403,13 @@ def from_fp8(
     Args:
         weight: float8_e4m3fn, or its bit patterns as uint8; concrete values.
         weight_scale: a factor (also where the file calls it `weight_scale_inv`): [E] or [E, 1] of a tensor, [E, N] or
-            [E, N, 1] of an output channel, [E, ceil(N / 128), ceil(K / 128)] of a block; floats, or e8m0 bit patterns
-            as uint8 or float8_e8m0fnu.
+            [E, N, 1] of an output channel, [E, N, ceil(K / 128)] of groups of 128 in a channel,
+            [E, ceil(N / 128), ceil(K / 128)] of blocks; floats, or e8m0 bit patterns as uint8 or float8_e8m0fnu.
         bias: [experts, N], kept in float32.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, a code is NaN, or a scale is not finite.
+        ValueError: shapes disagree, a code is NaN, or a scale is negative or not finite.
     """
     weight = _bits("weight", weight, "float8_e4m3fn")
     check_rank("weight", weight, 3)
@@ -400,15 +421,12 @@ def from_fp8(
         _refuse("weight_scale", bad_block_scales(np.asarray(weight_scale), exponent=True))
     elif not jnp.issubdtype(weight_scale.dtype, jnp.floating):
         raise TypeError(f"weight_scale has dtype {weight_scale.dtype}; it must be floating point, or uint8 for e8m0")
-    elif not np.isfinite(np.asarray(weight_scale, np.float32)).all():
-        raise ValueError("weight_scale holds infinities or NaN")
-    blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+    elif bad_float_scales(np.asarray(weight_scale)):
+        raise ValueError(f"weight_scale holds {bad_float_scales(np.asarray(weight_scale))}")
     shape = tuple(weight_scale.shape)
-    allowed = ((experts,), (experts, 1), (experts, 1, 1), (experts, n), (experts, n, 1), (experts, *blocks))
-    if shape not in allowed:
+    if shape[:1] != (experts,) or shape[1:] not in fp8_scale_shapes(k, n):
         raise ValueError(
-            f"weight_scale has shape {shape}; it must be {(experts,)} (tensor), {(experts, n)} (channel) or "
-            f"{(experts, *blocks)} (blocks of 128 x 128)"
+            f"weight_scale has shape {shape}; it must be {experts} times {fp8_scale_shapes_in_words(k, n)}"
         )
     return _pack_stack(decode_fp8, (weight, weight_scale), get_format("fp8"), k, n, bias=bias)
 

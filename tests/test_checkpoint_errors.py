@@ -144,7 +144,9 @@ def fp8_experts(change):
     [
         ("weight", np.full((128, 128), np.nan, E4M3), r"up_proj\.weight holds NaN"),
         ("weight_scale", np.full((128, 1), np.nan, np.float32), r"weight_scale holds infinities or NaN"),
+        ("weight_scale", np.full((128, 1), -1, np.float32), r"weight_scale holds negative values"),
         ("weight_scale", np.ones((3, 1), np.float32), r"weight_scale has shape \(3, 1\); it must be \(\) \(tensor\)"),
+        ("weight_scale", np.ones((128, 2), np.float32), r"is stored as Fp8Storage\(.*groups=2\).* must share one way"),
         ("weight_scale", np.full((128, 1), 255, np.uint8), r"weight_scale holds NaN \(e8m0 255\)"),
         ("weight_scale", np.ones((128, 1), np.int32), r"weight_scale has dtype I32; it must be"),
     ],
@@ -215,6 +217,11 @@ def test_a_v1_zero_point_of_16(spoil):
     folder = spoil("ck_q3_gptq_False", {f"{LINEAR}.qzeros": first(0x7777777F)})
     with pytest.raises(ValueError, match=r"up_proj\.qzeros cannot be used: qzeros holds 15, a v1 zero point of 16"):
         load_moe_layer(folder, 0)
+
+
+def test_symmetric_awq_with_other_zero_points(spoil):
+    with pytest.raises(ValueError, match=r"\.qzeros holds zero points other than 8; zero_point is false"):
+        load_moe_layer(spoil("ck_awq", quantization={"zero_point": False}), 0)
 
 
 def test_marlin_files(spoil):

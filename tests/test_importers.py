@@ -37,6 +37,9 @@ def test_awq(rng, bits):
     weights = jmm.from_awq(words(codes), words(zeros), scales, bits=bits)
     assert weights.format.name == f"int{bits}_zp"
     same(weights, (codes - zeros.repeat(32, 1)) * scales.astype(float).repeat(32, 1))
+    symmetric = jmm.from_awq(words(codes), None, scales, bits=bits)
+    assert symmetric.format.name == f"int{bits}"
+    same(symmetric, (codes - 2.0 ** (bits - 1)) * scales.astype(float).repeat(32, 1))
 
 
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
@@ -97,17 +100,19 @@ def test_mxfp4(rng):
     same(jmm.from_mxfp4(data.view(np.int8), bits.view(E8M0)), expected)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "channel", "block", "block e8m0"])
+@pytest.mark.parametrize("kind", ["tensor", "channel", "group", "block", "block e8m0"])
 def test_fp8(rng, kind):
     n, k = 200, 300  # neither whole blocks
     codes = (rng.normal(size=(E, n, k)) * 50).astype(E4M3)
-    shape = {"tensor": (E,), "channel": (E, n)}.get(kind, (E, 2, 3))
+    shape = {"tensor": (E,), "channel": (E, n), "group": (E, n, 3)}.get(kind, (E, 2, 3))
     scale = rng.uniform(0.001, 0.01, shape).astype(np.float32)
     if kind == "block e8m0":
         scale = (2.0 ** rng.integers(-9, -4, shape)).astype(E8M0)
-    wide = scale.astype(float).reshape(E, *({"tensor": (1, 1), "channel": (n, 1)}.get(kind, (2, 3))))
+    wide = scale.astype(float).reshape(E, *({"tensor": (1, 1), "channel": (n, 1)}.get(kind, shape[1:])))
     if kind.startswith("block"):
-        wide = wide.repeat(128, 1)[:, :n].repeat(128, 2)[..., :k]
+        wide = wide.repeat(128, 1)[:, :n]
+    if wide.shape[2] == 3:
+        wide = wide.repeat(128, 2)[..., :k]
     same(jmm.from_fp8(codes, scale), (codes.astype(float) * wide).swapaxes(1, 2))
 
 
@@ -162,6 +167,7 @@ BAD = [
         r"weight_scale has shape \(1, 3\); it must be",
     ),
     (lambda: jmm.from_fp8(ZEROS, np.full(1, np.inf, np.float32)), ValueError, "holds infinities"),
+    (lambda: jmm.from_fp8(ZEROS, np.full(1, -1, np.float32)), ValueError, "weight_scale holds negative values"),
     (lambda: jmm.from_fp8(ZEROS, np.ones(1, np.int32)), TypeError, "weight_scale has dtype int32"),
     (
         lambda: jmm.from_compressed_tensors(np.zeros((1, 64, 8), np.int32), np.ones((1, 64, 1), np.float16), k=32),
