@@ -146,6 +146,51 @@ def test_qarray(rng, dtype, groups, zero):
     same(weights, (np.asarray(values.astype(jnp.float32)) - shift) * np.asarray(scale, float)[:, rows])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tile", "scale_dtype", "weight_format"),
+    [
+        ("float8_e4m3fn", 32, "float8_e8m0fnu", "mxfp8"),
+        ("float4_e2m1fn", 32, "float8_e8m0fnu", "mxfp4"),
+        ("float4_e2m1fn", 16, "float8_e4m3fn", "nvfp4"),
+    ],
+)
+def test_qarray_of_block_floats(rng, dtype, tile, scale_dtype, weight_format):
+    """qwix keeps their scales as floats of the type of the weights; subnormal e4m3 scales among them."""
+    values = jnp.asarray(rng.normal(size=(E, K, N)) * 3, jnp.float32).astype(dtype)
+    exact = rng.uniform(2.0**-9, 0.5, (E, K // tile, N)).astype(scale_dtype).astype(np.float32)
+    array = types.SimpleNamespace(qvalue=values, scale=jnp.asarray(exact, jnp.bfloat16), zero_point=None)
+    weights = jmm.from_qarray(array)
+    assert weights.format.name == weight_format
+    same(weights, np.asarray(values.astype(jnp.float32), float) * exact.astype(float).repeat(tile, 1))
+    array.scale = jnp.full_like(array.scale, 0.3)
+    with pytest.raises(ValueError, match=f"scale holds values that {scale_dtype} does not.* {weight_format}"):
+        jmm.from_qarray(array)
+
+
+@pytest.mark.parametrize(
+    ("qtype", "tile", "method", "weight_format"),
+    [
+        ("int4", 32, "absmax", "int4"),
+        ("int4", 64, "minmax", "int4_zp"),
+        ("int8", None, "absmax", "int8"),
+        ("int8", 128, "minmax", "int8_zp"),
+        ("float8_e4m3fn", 128, "absmax", "fp8"),
+        ("mxfp8", 32, "absmax", "mxfp8"),
+        ("mxfp4", 32, "absmax", "mxfp4"),
+        ("nvfp4", 16, "absmax", "nvfp4"),
+    ],
+)
+def test_qarray_of_qwix(rng, qtype, tile, method, weight_format):
+    qwix = pytest.importorskip("qwix")
+    dense = jnp.asarray(rng.normal(size=(E, K, N)), jnp.bfloat16)
+    tiles = {} if tile is None else {1: tile}
+    array = qwix.quantize(dense, qtype, channelwise_axes=(0, 2), tiled_axes=tiles, calibration_method=method)
+    weights = jmm.from_qarray(array)
+    assert weights.format.name == weight_format
+    wide = array.astype(jnp.float32)  # the same values, multiplied without rounding
+    same(weights, np.asarray(qwix.dequantize(wide), float))
+
+
 ZEROS = np.zeros((1, 64, 32), np.uint8)
 BAD = [
     (
@@ -191,7 +236,9 @@ BAD = [
     (lambda: jmm.from_hqq(ZEROS, ZEROS, ZEROS, shape=(64, 64), group_size=64, bits=3), ValueError, "bits is 3"),
     (
         lambda: jmm.from_qarray(
-            types.SimpleNamespace(qvalue=jnp.zeros((1, 64, 64), jnp.int16), scale=None, zero_point=None)
+            types.SimpleNamespace(
+                qvalue=jnp.zeros((1, 64, 64), jnp.int16), scale=jnp.ones((1, 1, 64), jnp.float32), zero_point=None
+            )
         ),
         TypeError,
         "qvalue has dtype int16",
