@@ -191,6 +191,11 @@ QUANTIZATION = [
         "group_size is 0",
     ),
     (W4, {"quant_method": "gptq"}, "is compressed-tensors' packing"),
+    (
+        W4,
+        {"format": "marlin-24"},
+        "compressed-tensors format is 'marlin-24'; int32 words can be read as 'pack-quantized'",
+    ),
     (W4, {"config_groups": ["a"]}, r"config\.json: config_groups is a JSON list"),
     (
         W4,

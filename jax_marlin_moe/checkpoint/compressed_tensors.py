@@ -12,6 +12,8 @@ from jax_marlin_moe.checkpoint.storage import Storage, check_finite, group_size_
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.importers import LogicalLinear, decode_compressed_tensors, row_order
 
+_FORMATS = (None, "pack-quantized", "mixed-precision")  # of a config whose int32 words are pack-quantized
+
 
 def weights_scheme(quantization: Quantization, module: str) -> Mapping[str, Any]:
     """The `weights` of the config group that a module belongs to: by name first, then by the class "Linear".
@@ -78,6 +80,11 @@ class PackQuantizedStorage(Storage):
                 "nothing says how it was quantised",
             )
         scheme, source = weights_scheme(quantization, linear.module), quantization.source
+        form = quantization.config.get("format")
+        if form not in _FORMATS:
+            raise ValueError(
+                f"{source}: compressed-tensors format is {form!r}; int32 words can be read as 'pack-quantized' alone"
+            )
         if scheme.get("type", "int") != "int" or scheme.get("num_bits") not in (4, 8):
             raise ValueError(
                 f"{source}: weights of {linear.module} have type {scheme.get('type')!r} and num_bits "
