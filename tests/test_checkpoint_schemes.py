@@ -437,6 +437,31 @@ def test_layers_quantised_in_different_ways(save, rng, form):
         check(layers[number], *dense)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_plain_layers_beside_quantised_ones(save, rng, stacked):
+    """`quantize` is for the plain ones, and refused where there are none."""
+    tensors, dense = expert_tensors(rng, compressed(4, 32, True, np.float16))
+    tensors |= router(rng) | router(rng, "model.layers.1.mlp.gate.weight")
+    module = "model.layers.1.mlp.experts"
+    if stacked:
+        plain = {
+            f"{module}.gate_up_proj": rng.normal(size=(E, 2 * I, H)).astype(BF16),
+            f"{module}.down_proj": rng.normal(size=(E, H, I)).astype(BF16),
+        }
+    else:
+        plain, _ = expert_tensors(rng, lambda rng, n, k: ({".weight": weight(rng, n, k)}, None), prefix=module)
+    config = {"model_type": "qwen3_moe", "quantization_config": ct_config()}
+    path = save(config, tensors | plain)
+    layers = dict(load_moe_layers(path, quantize="mxfp8"))
+    assert [layers[number].gate_up.format.name for number in (0, 1)] == ["int4", "mxfp8"]
+    check(layers[0], *dense)
+    with pytest.raises(ValueError, match=r"is plain BF16; .* pass quantize="):
+        load_moe_layer(path, 1)
+    del tensors["model.layers.1.mlp.gate.weight"]
+    with pytest.raises(ValueError, match="is quantised already; quantize='mxfp8' is for plain weights"):
+        load_moe_layer(save(config, tensors, "quantised"), 0, quantize="mxfp8")
+
+
 def test_scales_keep_their_dtype(save, rng):
     for dtype in (np.float32, np.float16, BF16):
         tensors, _ = expert_tensors(rng, compressed(4, 32, True, dtype))
