@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from jax_marlin_moe import layout
-from jax_marlin_moe.formats import FLOAT_SCALES, WeightFormat, decode_e8m0, get_format
+from jax_marlin_moe.formats import E4M3_SCALES, E8M0_SCALES, FLOAT_SCALES, WeightFormat, decode_e8m0, get_format
 from jax_marlin_moe.ops.arguments import check_array, check_rank
 from jax_marlin_moe.quantize import assemble, check_group_size, check_stack, pack_expert
 from jax_marlin_moe.weights import MarlinWeights
@@ -42,9 +42,10 @@ class LogicalLinear(NamedTuple):
 # Decoders of one linear. K and N are its input and output features.
 
 
-def decode_awq(qweight: Array, qzeros: Array, scales: Array, *, bits: int = 4) -> LogicalLinear:
-    """AutoAWQ "gemm": words along N, columns interleaved."""
-    return LogicalLinear(layout.unpack_awq(qweight, bits=bits), scales, layout.unpack_awq(qzeros, bits=bits))
+def decode_awq(qweight: Array, qzeros: Array | None, scales: Array, *, bits: int = 4) -> LogicalLinear:
+    """AutoAWQ "gemm": words along N, columns interleaved; no `qzeros` where the format has its zero point baked in."""
+    zeros = None if qzeros is None else layout.unpack_awq(qzeros, bits=bits)
+    return LogicalLinear(layout.unpack_awq(qweight, bits=bits), scales, zeros)
 
 
 def decode_gptq(
@@ -76,7 +77,7 @@ def decode_fp4(weight: Array, scale: Array, global_scale: Array | None = None) -
 
 
 def decode_fp8(weight: Array, scale: Array) -> LogicalLinear:
-    """FP8: bytes [N, K]; scales of a tensor, of a row of N, or of blocks of rows by 128 columns of K.
+    """FP8: bytes [N, K]; scales of a tensor, of a row of N, of groups of 128 in a row, or of blocks of 128 x 128.
 
     Scales may be floats, or e8m0 bit patterns as uint8; they become float32.
     """
@@ -84,8 +85,8 @@ def decode_fp8(weight: Array, scale: Array) -> LogicalLinear:
     scale = decode_e8m0(scale) if scale.dtype == jnp.uint8 else scale.astype(jnp.float32)
     if scale.size == 1:
         rows = jnp.broadcast_to(scale.reshape(1, 1), (n, 1))
-    elif scale.size == n and scale.shape[0] == n:
-        rows = scale.reshape(n, 1)
+    elif scale.shape[0] == n:
+        rows = scale.reshape(n, -1)
     else:
         rows = jnp.repeat(scale, fp8_block_rows(n, scale.shape[0]), axis=0)[:n]
     return LogicalLinear(weight.T, rows.T)
@@ -101,6 +102,18 @@ def decode_hqq(w_q: Array, scale: Array, zero: Array, *, bits: int, k: int, n: i
     rows = jnp.concatenate([w_q >> 4, w_q & 15]) if bits == 4 else w_q
     grouped = [array.reshape(n, -1).T for array in (scale, zero)]
     return LogicalLinear(rows.reshape(n, k).T, *grouped)
+
+
+def fp8_scale_shapes(k: int, n: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes that the scales of an FP8 linear (k, n) may have."""
+    groups = -(-k // FP8_BLOCK)
+    return (), (1,), (1, 1), (n,), (n, 1), (n, groups), (-(-n // FP8_BLOCK), groups)
+
+
+def fp8_scale_shapes_in_words(k: int, n: int) -> str:
+    """The same for an error."""
+    *_, channels, grouped, blocks = fp8_scale_shapes(k, n)
+    return f"() (tensor), {channels} (channel), {grouped} (groups of 128) or {blocks} (blocks of 128 x 128)"
 
 
 def fp8_block_rows(n: int, blocks: int) -> int:
@@ -123,6 +136,13 @@ def bad_block_scales(scale: np.ndarray, *, exponent: bool) -> str | None:
     if ((scale & 0x7F) == 0x7F).any():
         return "NaN (e4m3 0x7F or 0xFF)"
     return "negative values" if (scale > 0x80).any() else None
+
+
+def bad_float_scales(scale: np.ndarray) -> str | None:
+    """What is wrong with float scales that may not be negative, or None."""
+    if not np.isfinite(scale.astype(np.float32, copy=False)).all():
+        return "infinities or NaN; every scale must be finite"
+    return "negative values; no scale may be negative" if (scale < 0).any() else None
 
 
 def row_order(index: np.ndarray, group_size: int) -> np.ndarray | None:
@@ -161,18 +181,18 @@ def group_size_of(k: int, groups: int, row: WeightFormat) -> int:
 
 def from_awq(
     qweight: Int32[Array, "experts K N/8"],
-    qzeros: Int32[Array, "experts groups N/8"],
+    qzeros: Int32[Array, "experts groups N/8"] | None,
     scales: Float[Array, "experts groups N"],
     *,
     bits: int = 4,
 ) -> MarlinWeights:
     """Packs AutoAWQ tensors (version "gemm"), experts stacked in front; `(q - z) * s`, exact.
 
-    The format is "int4_zp" or "int8_zp".
+    The format is "int4_zp" or "int8_zp", without `qzeros` "int4" or "int8".
 
     Args:
         qweight: codes packed along N, interleaved as AutoAWQ does.
-        qzeros: zero points, packed likewise.
+        qzeros: zero points, packed likewise; None where all are 8 (128 for 8 bit).
         scales: float16, bfloat16 or float32, kept as they are.
         bits: 4 or 8.
 
@@ -180,14 +200,15 @@ def from_awq(
         TypeError: an argument has the wrong dtype.
         ValueError: shapes disagree, or bits is neither 4 nor 8.
     """
-    row = _integer_row(bits, zeros=True)
+    row = _integer_row(bits, zeros=qzeros is not None)
     check_array("qweight", qweight, ndim=3, dtype=jnp.int32)
-    check_array("qzeros", qzeros, ndim=3, dtype=jnp.int32)
     _check_scales("scales", scales, row)
     experts, k, n = qweight.shape[0], qweight.shape[1], qweight.shape[2] * row.codes_per_word
     groups = scales.shape[1]
     check_stack("scales", scales.shape, (experts, groups, n))
-    check_stack("qzeros", qzeros.shape, (experts, groups, n // row.codes_per_word))
+    if qzeros is not None:
+        check_array("qzeros", qzeros, ndim=3, dtype=jnp.int32)
+        check_stack("qzeros", qzeros.shape, (experts, groups, n // row.codes_per_word))
     group_size_of(k, groups, row)
     return _pack_stack(decode_awq, (qweight, qzeros, scales), row, k, n, options={"bits": bits})
 
@@ -236,7 +257,7 @@ def from_gptq(
     less_one = checkpoint_format == "gptq"
     stored = np.asarray(qzeros)
     check_gptq_zeros(stored, bits, less_one)
-    baked = gptq_zeros_are_baked(stored, bits, less_one)
+    baked = zeros_are_baked(stored, bits, less_one=less_one)
     if baked:
         row = _integer_row(bits, zeros=False)
     order = None
@@ -261,8 +282,8 @@ def check_gptq_zeros(qzeros: np.ndarray, bits: int, less_one: bool) -> None:
         )
 
 
-def gptq_zeros_are_baked(qzeros: np.ndarray, bits: int, less_one: bool) -> bool:
-    """Whether every zero point is the middle code."""
+def zeros_are_baked(qzeros: np.ndarray, bits: int, *, less_one: bool = False) -> bool:
+    """Whether every zero point of packed ones is the middle code; `less_one` as GPTQ v1 stores them."""
     middle = 2 ** (bits - 1) - less_one
     word = np.uint32(sum(middle << shift for shift in range(0, 32, bits)))
     return bool((np.ascontiguousarray(qzeros).view(np.uint32) == word).all())
@@ -382,13 +403,13 @@ def from_fp8(
     Args:
         weight: float8_e4m3fn, or its bit patterns as uint8; concrete values.
         weight_scale: a factor (also where the file calls it `weight_scale_inv`): [E] or [E, 1] of a tensor, [E, N] or
-            [E, N, 1] of an output channel, [E, ceil(N / 128), ceil(K / 128)] of a block; floats, or e8m0 bit patterns
-            as uint8 or float8_e8m0fnu.
+            [E, N, 1] of an output channel, [E, N, ceil(K / 128)] of groups of 128 in a channel,
+            [E, ceil(N / 128), ceil(K / 128)] of blocks; floats, or e8m0 bit patterns as uint8 or float8_e8m0fnu.
         bias: [experts, N], kept in float32.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, a code is NaN, or a scale is not finite.
+        ValueError: shapes disagree, a code is NaN, or a scale is negative or not finite.
     """
     weight = _bits("weight", weight, "float8_e4m3fn")
     check_rank("weight", weight, 3)
@@ -400,15 +421,12 @@ def from_fp8(
         _refuse("weight_scale", bad_block_scales(np.asarray(weight_scale), exponent=True))
     elif not jnp.issubdtype(weight_scale.dtype, jnp.floating):
         raise TypeError(f"weight_scale has dtype {weight_scale.dtype}; it must be floating point, or uint8 for e8m0")
-    elif not np.isfinite(np.asarray(weight_scale, np.float32)).all():
-        raise ValueError("weight_scale holds infinities or NaN")
-    blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+    elif bad_float_scales(np.asarray(weight_scale)):
+        raise ValueError(f"weight_scale holds {bad_float_scales(np.asarray(weight_scale))}")
     shape = tuple(weight_scale.shape)
-    allowed = ((experts,), (experts, 1), (experts, 1, 1), (experts, n), (experts, n, 1), (experts, *blocks))
-    if shape not in allowed:
+    if shape[:1] != (experts,) or shape[1:] not in fp8_scale_shapes(k, n):
         raise ValueError(
-            f"weight_scale has shape {shape}; it must be {(experts,)} (tensor), {(experts, n)} (channel) or "
-            f"{(experts, *blocks)} (blocks of 128 x 128)"
+            f"weight_scale has shape {shape}; it must be {experts} times {fp8_scale_shapes_in_words(k, n)}"
         )
     return _pack_stack(decode_fp8, (weight, weight_scale), get_format("fp8"), k, n, bias=bias)
 
@@ -461,33 +479,37 @@ def from_hqq(
 def from_qarray(array: Any, *, bias: Array | None = None) -> MarlinWeights:
     """Packs a stack of experts that qwix quantised: any object with `qvalue`, `scale` and `zero_point`.
 
-    `qvalue` [E, K, N] is int4, int8 or float8_e4m3fn, tiled along K alone: `scale` is [E or 1, groups or 1, N or 1];
-    `zero_point` (integers like qvalue, or None) has the shape of the scale. The weight is `(qvalue - zero_point) *
-    scale`, exact; formats "int4", "int4_zp", "int8", "int8_zp" and "fp8".
+    `qvalue` [E, K, N] is int4, int8, float8_e4m3fn or float4_e2m1fn, tiled along K alone: `scale` is [E or 1, groups or
+    1, N or 1]; `zero_point` (integers like qvalue, or None) has the shape of the scale. The weight is `(qvalue -
+    zero_point) * scale`, exact. Formats are "int4", "int4_zp", "int8", "int8_zp" and "fp8"; in tiles as long as theirs
+    also "mxfp8", "mxfp4" (32) and "nvfp4" (16), whose scales must be concrete values that an e8m0 or e4m3 number holds,
+    as qwix makes them.
 
     Raises:
         TypeError: a dtype that no format has.
-        ValueError: shapes disagree, or a zero point has no code.
+        ValueError: shapes disagree, or a zero point or a scale has no code.
     """
     qvalue, scale, zero_point = array.qvalue, array.scale, getattr(array, "zero_point", None)
     check_rank("qvalue", qvalue, 3)
     experts, k, n = qvalue.shape
     dtype = jnp.dtype(qvalue.dtype).name
-    if dtype not in ("int4", "int8", "float8_e4m3fn"):
-        raise TypeError(f"qvalue has dtype {dtype}; it must be int4, int8 or float8_e4m3fn")
     check_rank("scale", scale, 3)
     groups = scale.shape[1]
     for axis, size in ((0, experts), (2, n)):
         if scale.shape[axis] not in (1, size):
             raise ValueError(f"scale has shape {scale.shape}; tiles may lie along K alone, axis 1 of {qvalue.shape}")
-    scales = jnp.broadcast_to(scale, (experts, groups, n))
-    zeros = None
-    if dtype == "float8_e4m3fn":
+    if groups > 1 and k % groups:
+        raise ValueError(f"scale has {groups} groups, which do not divide K = {k}")
+    shape, zeros = (experts, groups, n), None
+    if dtype in _FLOAT_TILES:
         if zero_point is not None:
-            raise ValueError("zero_point is given; float8_e4m3fn values have none")
-        codes, row = _bits("qvalue", qvalue, dtype), get_format("fp8")
-        scales = scales.astype(jnp.float32)
-    else:
+            raise ValueError(f"zero_point is given; {dtype} values have none")
+        tiles = _FLOAT_TILES[dtype]
+        row = get_format(tiles.get(k // groups, tiles[None]))
+        bits = jnp.uint8 if row.bits == 8 else jnp.uint4
+        codes = jax.lax.bitcast_convert_type(jnp.asarray(qvalue), bits).astype(jnp.uint8)
+        scale = scale.astype(jnp.float32) if row.scale == FLOAT_SCALES else _exact_bits("scale", scale, row)
+    elif dtype in ("int4", "int8"):
         bits = 4 if dtype == "int4" else 8
         middle = 2 ** (bits - 1)
         row = _integer_row(bits, zeros=zero_point is not None)
@@ -496,13 +518,34 @@ def from_qarray(array: Any, *, bias: Array | None = None) -> MarlinWeights:
             shifted = np.asarray(zero_point).astype(np.int32) + middle
             if not ((shifted >= 0) & (shifted <= row.max_code)).all():
                 raise ValueError(f"zero_point lies outside [{-middle}, {middle - 1}], the values of {dtype}")
-            zeros = jnp.broadcast_to(jnp.asarray(shifted, jnp.uint8), (experts, groups, n))
+            zeros = jnp.broadcast_to(jnp.asarray(shifted, jnp.uint8), shape)
+    else:
+        raise TypeError(f"qvalue has dtype {dtype}; it must be int4, int8, {' or '.join(_FLOAT_TILES)}")
+    scales = jnp.broadcast_to(scale, shape)
     if jnp.dtype(scales.dtype).name not in row.scale_dtypes:
         raise TypeError(f"scale has dtype {scales.dtype}; it must be {' or '.join(row.scale_dtypes)}")
     group_size_of(k, groups, row)
-    if groups > 1 and k % groups:
-        raise ValueError(f"scale has {groups} groups, which do not divide K = {k}")
-    return _pack_stack(LogicalLinear, (codes, scales, zeros), row, k, n, bias=bias)
+    factors = jnp.ones(experts, jnp.float32) if row.has_global_scales else None
+    return _pack_stack(LogicalLinear, (codes, scales, zeros, factors), row, k, n, bias=bias)
+
+
+# The formats of float values, by the rows of K in a tile; None for all other sizes.
+_FLOAT_TILES: dict[str, dict[int | None, str]] = {
+    "float8_e4m3fn": {32: "mxfp8", None: "fp8"},
+    "float4_e2m1fn": {16: "nvfp4", None: "mxfp4"},
+}
+
+
+def _exact_bits(name: str, scales: Array, row: WeightFormat) -> np.ndarray:
+    """Bit patterns of float scales in the 8-bit type of a format; raises ValueError where it does not hold them."""
+    dtype = np.dtype({E4M3_SCALES: jnp.float8_e4m3fn, E8M0_SCALES: jnp.float8_e8m0fnu}[row.scale])
+    values = np.asarray(scales).astype(np.float32)
+    stored = values.astype(dtype)
+    if not (stored.astype(np.float32) == values).all():
+        raise ValueError(f"{name} holds values that {dtype.name} does not, the type of the scales of format {row.name}")
+    bits = stored.view(np.uint8)
+    _refuse(name, bad_block_scales(bits, exponent=row.scale == E8M0_SCALES))
+    return bits
 
 
 def _pack_stack(

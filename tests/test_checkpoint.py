@@ -193,6 +193,22 @@ def test_gptq_asymmetric(copy):
     assert len(changed) == HIDDEN - GROUP
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_symmetric_awq(copy, stored):
+    """`zero_point` false, as auto-round writes it: every zero point is 8, whether or not the file says so."""
+    eights = {
+        key: np.full_like(value, 0x88888888 - 2**32) if stored else None
+        for key, value in load_file(DATA / "ck_awq" / "model.safetensors").items()
+        if key.endswith("qzeros")
+    }
+    loaded = load_moe_layer(copy(tensors=eights, quantization={"zero_point": False}), 0)
+    assert (loaded.gate_up.format.name, loaded.down.format.name) == ("int4", "int4")
+    asymmetric = load_moe_layer(DATA / "ck_awq", 0)
+    for found, other in ((loaded.gate_up, asymmetric.gate_up), (loaded.down, asymmetric.down)):
+        np.testing.assert_array_equal(found.packed, other.packed)
+        np.testing.assert_array_equal(found.scales, other.scales)
+
+
 def test_gptq_bias(copy):
     def biases(value):
         return {
@@ -216,12 +232,21 @@ WRONG = [
     ("ck_awq", {"config": {"quantization_config": None}}, r"qweight I32.*quant_method None in config\.json"),
     ("ck_awq", {"config": {"hidden_act": "tanh"}}, "hidden_act: activation is 'tanh'"),
     ("ck_awq", {"config": {"num_experts_per_tok": 5}}, "num_experts_per_tok is 5, more than the 4 experts"),
+    (
+        "ck_awq",
+        {"config": {"model_type": "deepseek_v2", "n_group": 3, "topk_group": 1}},
+        r"config\.json: the layer does not fit together: num_groups is 3 .* must divide the 4 experts",
+    ),
+    (
+        "ck_awq",
+        {"config": {"model_type": "deepseek_v2", "scoring_func": "tanh"}},
+        r"does not fit together: scoring is 'tanh'; it must be one of softmax, sigmoid",
+    ),
     ("ck_awq", {"config": {"hidden_size": "x"}}, "hidden_size is 'x'; it must be a positive integer"),
     ("ck_awq", {"config": {"num_experts": 5}}, r"layer 0 has tensors of 4 experts; config\.json says 5"),
     ("ck_awq", {"quantization": {"quant_method": "eetq"}}, "quant_method is 'eetq'; the loader knows awq, gptq"),
     ("ck_awq", {"quantization": {"version": "gemv"}}, "AWQ version is 'gemv'"),
     ("ck_awq", {"quantization": {"bits": 8}}, "AWQ bits is 8; it must be 4"),
-    ("ck_awq", {"quantization": {"zero_point": False}}, "AWQ zero_point is false"),
     ("ck_awq", {"quantization": {"group_size": None}}, "AWQ group_size is None"),
     ("ck_awq", {"quantization": {"group_size": 32}}, r"qzeros has shape \(2, 16\); it must be \(4, 16\)"),
     ("ck_awq", {"tensors": {f"{PREFIX}.2.up_proj.scales": None}}, f"no tensor {PREFIX}.2.up_proj.scales"),

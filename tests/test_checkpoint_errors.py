@@ -69,6 +69,7 @@ TENSORS = [
     (NV, "weight_global_scale", None, r"has no tensor .*weight_global_scale"),
     (MO, "weight_scale_2", None, r"has no tensor .*weight_scale_2"),
     (NV, "weight_global_scale", first(0), r"weight_global_scale is 0\.0; a global scale must be positive"),
+    (NV, "weight_global_scale", first(1e-39), r"weight_global_scale is 1.*e-39; .* and so must its inverse"),
     (NV, "weight_global_scale", first(np.nan), r"weight_global_scale is nan"),
     (NV, "weight_global_scale", np.ones(2, np.float32), r"weight_global_scale has shape \(2,\); it must be"),
     (MO, "weight_scale_2", np.float16(1), r"weight_scale_2 has dtype F16; it must be F32"),
@@ -143,7 +144,9 @@ def fp8_experts(change):
     [
         ("weight", np.full((128, 128), np.nan, E4M3), r"up_proj\.weight holds NaN"),
         ("weight_scale", np.full((128, 1), np.nan, np.float32), r"weight_scale holds infinities or NaN"),
+        ("weight_scale", np.full((128, 1), -1, np.float32), r"weight_scale holds negative values"),
         ("weight_scale", np.ones((3, 1), np.float32), r"weight_scale has shape \(3, 1\); it must be \(\) \(tensor\)"),
+        ("weight_scale", np.ones((128, 2), np.float32), r"is stored as Fp8Storage\(.*groups=2\).* must share one way"),
         ("weight_scale", np.full((128, 1), 255, np.uint8), r"weight_scale holds NaN \(e8m0 255\)"),
         ("weight_scale", np.ones((128, 1), np.int32), r"weight_scale has dtype I32; it must be"),
     ],
@@ -188,6 +191,24 @@ QUANTIZATION = [
         "group_size is 0",
     ),
     (W4, {"quant_method": "gptq"}, "is compressed-tensors' packing"),
+    (
+        W4,
+        {"format": "marlin-24"},
+        "compressed-tensors format is 'marlin-24'; int32 words can be read as 'pack-quantized'",
+    ),
+    (W4, {"config_groups": ["a"]}, r"config\.json: config_groups is a JSON list"),
+    (
+        W4,
+        {"config_groups": {"a": {"targets": [3], "weights": {"num_bits": 4}}}},
+        r"targets of config group 'a' are \[3\]",
+    ),
+    (
+        W4,
+        {"config_groups": {"a": {"targets": ["re:("], "weights": {}}}},
+        r"config\.json: '\(' is no regular expression",
+    ),
+    ("ck_q3_gptq_False", {"dynamic": ["x"]}, "gptq rules by module are .* they must be an object"),
+    ("ck_q3_gptq_False", {"dynamic": {"+:(": {"bits": 8}}}, r"config\.json: '\(' is no regular expression"),
 ]
 
 
@@ -201,6 +222,11 @@ def test_a_v1_zero_point_of_16(spoil):
     folder = spoil("ck_q3_gptq_False", {f"{LINEAR}.qzeros": first(0x7777777F)})
     with pytest.raises(ValueError, match=r"up_proj\.qzeros cannot be used: qzeros holds 15, a v1 zero point of 16"):
         load_moe_layer(folder, 0)
+
+
+def test_symmetric_awq_with_other_zero_points(spoil):
+    with pytest.raises(ValueError, match=r"\.qzeros holds zero points other than 8; zero_point is false"):
+        load_moe_layer(spoil("ck_awq", quantization={"zero_point": False}), 0)
 
 
 def test_marlin_files(spoil):

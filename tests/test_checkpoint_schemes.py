@@ -168,12 +168,15 @@ def fp8_block(suffix, scale_dtype=np.float32):
     return make
 
 
-def fp8_rows(shape):
+def fp8_rows(kind):
     def make(rng, n, k):
         codes = (rng.normal(size=(n, k)) * 50).astype(E4M3)
-        scale = rng.uniform(0.001, 0.01, (n, 1) if shape == "channel" else ()).astype(BF16)
+        shape = {"tensor": (), "channel": (n, 1), "group": (n, -(-k // 128))}[kind]
+        scale = rng.uniform(0.001, 0.01, shape).astype(BF16)
         found = {".weight": codes, ".weight_scale": scale, ".input_scale": np.float32(1)}
-        return found, (codes.astype(np.float64) * scale.astype(np.float64)).T
+        wide = scale.astype(np.float64)
+        wide = wide.repeat(128, 1)[:, :k] if kind == "group" else wide
+        return found, (codes.astype(np.float64) * wide).T
 
     return make
 
@@ -196,14 +199,21 @@ def mxfp8(rng, n, k):
 
 
 def gptq8(zeros, plus):
+    return gptq(8, 32, zeros, plus)
+
+
+def gptq(bits, group, zeros, plus):
+    """`group` -1 is one group."""
+
     def make(rng, n, k):
-        codes = rng.integers(0, 256, (k, n))
-        z = np.full((k // 32, n), 128) if zeros is None else rng.integers(1, 256, (k // 32, n))
-        scale = rng.uniform(0.001, 0.002, (k // 32, n)).astype(np.float16)
-        rows = np.arange(k) // 32
+        size = k if group == -1 else group
+        codes, shape = rng.integers(0, 2**bits, (k, n)), (k // size, n)
+        z = np.full(shape, 2 ** (bits - 1)) if zeros is None else rng.integers(1, 2**bits, shape)
+        scale = rng.uniform(0.001, 0.002, shape).astype(np.float16)
+        rows = np.arange(k) // size
         found = {
-            ".qweight": files.join(codes, 8, 0),
-            ".qzeros": files.join(z - plus, 8, 1),
+            ".qweight": files.join(codes, bits, 0),
+            ".qzeros": files.join(z - plus, bits, 1),
             ".scales": scale,
             ".g_idx": rows.astype(np.int32),
         }
@@ -213,11 +223,14 @@ def gptq8(zeros, plus):
 
 
 def compressed(bits, group, symmetric, dtype, shuffled=False):
+    """`group` -1 is one group."""
+
     def make(rng, n, k):
-        codes, groups = rng.integers(0, 2**bits, (n, k)), k // group
+        size = k if group == -1 else group
+        codes, groups = rng.integers(0, 2**bits, (n, k)), k // size
         z = np.full((n, groups), 2 ** (bits - 1)) if symmetric else rng.integers(0, 2**bits, (n, groups))
         scale = rng.uniform(0.01, 0.02, (n, groups)).astype(dtype)
-        rows = np.arange(k) // group
+        rows = np.arange(k) // size
         if shuffled:  # the same for gate and up of an expert, as their input is
             rows = np.random.default_rng(k).permutation(rows)
         found = {
@@ -234,9 +247,11 @@ def compressed(bits, group, symmetric, dtype, shuffled=False):
     return make
 
 
-def hqq(bits, dtype=np.float16):
+def hqq(bits, dtype=np.float16, size=64):
+    """`size` -1 is one group."""
+
     def make(rng, n, k):
-        group = 64
+        group = k if size == -1 else size
         codes = rng.integers(0, 2**bits, (n * k // group, group), dtype=np.uint8)
         half = len(codes) // 2
         data = codes[:half] << 4 | codes[half:] if bits == 4 else codes
@@ -314,6 +329,137 @@ def test_schemes(save, rng, scheme):
     layer = load_moe_layer(path, 0)
     assert (layer.gate_up.format.name, layer.down.format.name) == (weight_format, weight_format)
     check(layer, *dense)
+
+
+GROUPS = [(bits, group) for bits, sizes in ((4, (16, 32, 64, 128, -1)), (8, (32, 64, 128, -1))) for group in sizes]
+
+
+@pytest.mark.parametrize("tool", ["gptq", "gptq_v2", "compressed-tensors"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), GROUPS)
+def test_integer_groups(save, rng, monkeypatch, bits, group, symmetric, tool):
+    monkeypatch.setitem(globals(), "H", 256)
+    monkeypatch.setitem(globals(), "I", 256)
+    if tool == "compressed-tensors":
+        make, strategy = compressed(bits, group, symmetric, BF16), {"strategy": "channel"} if group == -1 else {}
+        quantization = ct_config(bits, None if group == -1 else group, symmetric, **strategy)
+    else:
+        make = gptq(bits, group, None if symmetric else "random", tool == "gptq")
+        quantization = GPTQ | {"bits": bits, "group_size": group, "checkpoint_format": tool}
+    tensors, dense = expert_tensors(rng, make)
+    layer = load_moe_layer(
+        save({"model_type": "qwen3_moe", "quantization_config": quantization}, tensors | router(rng)), 0
+    )
+    for matrix in (layer.gate_up, layer.down):
+        assert matrix.format.name == f"int{bits}" + ("" if symmetric else "_zp")
+        assert matrix.group_size == (256 if group == -1 else group)
+    check(layer, *dense)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [64, 128, -1])
+def test_hqq_groups(save, rng, monkeypatch, bits, group):
+    monkeypatch.setitem(globals(), "H", 256)
+    monkeypatch.setitem(globals(), "I", 256)
+    tensors, dense = expert_tensors(rng, hqq(bits, size=group))
+    layer = load_moe_layer(save({"model_type": "qwen3_moe", "quantization_config": HQQ}, tensors | router(rng)), 0)
+    assert layer.down.group_size == (256 if group == -1 else group)
+    check(layer, *dense)
+
+
+@pytest.mark.parametrize("kind", ["block", "group"])
+def test_fp8_groups(save, rng, monkeypatch, kind):
+    monkeypatch.setitem(globals(), "H", 320)
+    monkeypatch.setitem(globals(), "I", 192)
+    make = fp8_block(".weight_scale_inv") if kind == "block" else fp8_rows("group")
+    tensors, dense = expert_tensors(rng, make)
+    path = save({"model_type": "qwen3_moe", "quantization_config": {"quant_method": "fp8"}}, tensors | router(rng))
+    layer = load_moe_layer(path, 0)
+    assert (layer.gate_up.num_groups, layer.down.num_groups) == (3, 2)
+    check(layer, *dense)
+
+
+def modelopt_nvfp4(rng, n, k):
+    data = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
+    blocks = rng.integers(0, 0x7F, (n, k // 16), dtype=np.uint8).view(E4M3)
+    factor = np.float32(rng.uniform(0.01, 0.1))
+    found = {".weight": data, ".weight_scale": blocks, ".weight_scale_2": factor}
+    return found, files.fp4(data, blocks, float(factor))
+
+
+MODULE = "model.layers.{}.mlp.experts.*"
+MIXED = {
+    # nvidia/Qwen3.6-35B-A3B-NVFP4: groups by glob, in config.json
+    "config.json": {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "ignore": ["lm_head", "*.mlp.gate", "*.mlp.shared_expert_gate"],
+        "config_groups": {
+            "group_0": {"targets": [MODULE.format(1)], "weights": {"num_bits": 8, "type": "float"}},
+            "group_1": {"targets": [MODULE.format(0)], "weights": {"num_bits": 4, "type": "float", "group_size": 16}},
+        },
+    },
+    "hf_quant_config.json": {
+        "producer": {"name": "modelopt", "version": "0.47.0"},
+        "quantization": {
+            "quant_algo": "MIXED_PRECISION",
+            "exclude_modules": ["*.mlp.gate"],
+            "quantized_layers": {MODULE.format(0): {"quant_algo": "NVFP4", "group_size": 16}},
+        },
+    },
+    # nvidia/DeepSeek-V4-*-NVFP4: FP8 for the model, NVFP4 groups for experts
+    "fp8": {
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "config_groups": {"group_0": {"targets": [MODULE.format(0)], "weights": {"num_bits": 4, "group_size": 16}}},
+    },
+}
+
+
+@pytest.mark.parametrize("form", MIXED)
+def test_layers_quantised_in_different_ways(save, rng, form):
+    """NVFP4 experts in layer 0, FP8 ones in layer 1: each by its tensors, whatever globs the config has."""
+    nvfp4, first = expert_tensors(rng, modelopt_nvfp4)
+    fp8, second = expert_tensors(
+        rng,
+        fp8_block(".weight_scale_inv") if form == "fp8" else fp8_rows("tensor"),
+        prefix="model.layers.1.mlp.experts",
+    )
+    tensors = nvfp4 | fp8 | router(rng) | router(rng, "model.layers.1.mlp.gate.weight")
+    path = save(
+        {"model_type": "qwen3_moe"} | ({"quantization_config": MIXED[form]} if "hf" not in form else {}), tensors
+    )
+    if "hf" in form:
+        (path / form).write_text(json.dumps(MIXED[form]))
+    layers = dict(load_moe_layers(path))
+    for number, weight_format, dense in ((0, "nvfp4", first), (1, "fp8", second)):
+        assert (layers[number].gate_up.format.name, layers[number].down.format.name) == (weight_format, weight_format)
+        check(layers[number], *dense)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_plain_layers_beside_quantised_ones(save, rng, stacked):
+    """`quantize` is for the plain ones, and refused where there are none."""
+    tensors, dense = expert_tensors(rng, compressed(4, 32, True, np.float16))
+    tensors |= router(rng) | router(rng, "model.layers.1.mlp.gate.weight")
+    module = "model.layers.1.mlp.experts"
+    if stacked:
+        plain = {
+            f"{module}.gate_up_proj": rng.normal(size=(E, 2 * I, H)).astype(BF16),
+            f"{module}.down_proj": rng.normal(size=(E, H, I)).astype(BF16),
+        }
+    else:
+        plain, _ = expert_tensors(rng, lambda rng, n, k: ({".weight": weight(rng, n, k)}, None), prefix=module)
+    config = {"model_type": "qwen3_moe", "quantization_config": ct_config()}
+    path = save(config, tensors | plain)
+    layers = dict(load_moe_layers(path, quantize="mxfp8"))
+    assert [layers[number].gate_up.format.name for number in (0, 1)] == ["int4", "mxfp8"]
+    check(layers[0], *dense)
+    with pytest.raises(ValueError, match=r"is plain BF16; .* pass quantize="):
+        load_moe_layer(path, 1)
+    del tensors["model.layers.1.mlp.gate.weight"]
+    with pytest.raises(ValueError, match="is quantised already; quantize='mxfp8' is for plain weights"):
+        load_moe_layer(save(config, tensors, "quantised"), 0, quantize="mxfp8")
 
 
 def test_scales_keep_their_dtype(save, rng):

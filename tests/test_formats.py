@@ -152,7 +152,7 @@ def test_large_rows_meet_the_smallest_scale():
 
 
 @FORMATS
-@pytest.mark.parametrize(("k", "n"), [(100, 80), (24, 8), (2880, 64), (1856, 64), (704, 72)])
+@pytest.mark.parametrize(("k", "n"), [(100, 80), (24, 8), (2880, 64), (1856, 64), (1408, 64), (704, 72), (320, 64)])
 def test_products_of_padded_and_partial_shapes(platform, weight_format, k, n):
     """Rows and columns off the tile, and a last group that is shorter: 2880 = 22.5 * 128."""
     rng = np.random.default_rng(4)
@@ -206,6 +206,8 @@ BLOCKS = [
     Block("Nemotron", "nvfp4", hidden=64, inner=29 * 64, activation="relu2"),
     Block("Nemotron, fp16", "int8_zp", hidden=64, inner=29 * 64, activation="relu2", dtype="float16"),
     Block("padded and not gated", "mxfp8", hidden=80, inner=100, activation="relu2", bias=True),
+    Block("GLM", "int4_zp", hidden=64, inner=1408),
+    Block("a shard of 320", hidden=64, inner=320),
     Block("Gemma", "int8_fzp", hidden=64, inner=704, activation="gelu_tanh"),
 ]
 

@@ -37,6 +37,9 @@ def test_awq(rng, bits):
     weights = jmm.from_awq(words(codes), words(zeros), scales, bits=bits)
     assert weights.format.name == f"int{bits}_zp"
     same(weights, (codes - zeros.repeat(32, 1)) * scales.astype(float).repeat(32, 1))
+    symmetric = jmm.from_awq(words(codes), None, scales, bits=bits)
+    assert symmetric.format.name == f"int{bits}"
+    same(symmetric, (codes - 2.0 ** (bits - 1)) * scales.astype(float).repeat(32, 1))
 
 
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
@@ -97,17 +100,19 @@ def test_mxfp4(rng):
     same(jmm.from_mxfp4(data.view(np.int8), bits.view(E8M0)), expected)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "channel", "block", "block e8m0"])
+@pytest.mark.parametrize("kind", ["tensor", "channel", "group", "block", "block e8m0"])
 def test_fp8(rng, kind):
     n, k = 200, 300  # neither whole blocks
     codes = (rng.normal(size=(E, n, k)) * 50).astype(E4M3)
-    shape = {"tensor": (E,), "channel": (E, n)}.get(kind, (E, 2, 3))
+    shape = {"tensor": (E,), "channel": (E, n), "group": (E, n, 3)}.get(kind, (E, 2, 3))
     scale = rng.uniform(0.001, 0.01, shape).astype(np.float32)
     if kind == "block e8m0":
         scale = (2.0 ** rng.integers(-9, -4, shape)).astype(E8M0)
-    wide = scale.astype(float).reshape(E, *({"tensor": (1, 1), "channel": (n, 1)}.get(kind, (2, 3))))
+    wide = scale.astype(float).reshape(E, *({"tensor": (1, 1), "channel": (n, 1)}.get(kind, shape[1:])))
     if kind.startswith("block"):
-        wide = wide.repeat(128, 1)[:, :n].repeat(128, 2)[..., :k]
+        wide = wide.repeat(128, 1)[:, :n]
+    if wide.shape[2] == 3:
+        wide = wide.repeat(128, 2)[..., :k]
     same(jmm.from_fp8(codes, scale), (codes.astype(float) * wide).swapaxes(1, 2))
 
 
@@ -141,6 +146,51 @@ def test_qarray(rng, dtype, groups, zero):
     same(weights, (np.asarray(values.astype(jnp.float32)) - shift) * np.asarray(scale, float)[:, rows])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tile", "scale_dtype", "weight_format"),
+    [
+        ("float8_e4m3fn", 32, "float8_e8m0fnu", "mxfp8"),
+        ("float4_e2m1fn", 32, "float8_e8m0fnu", "mxfp4"),
+        ("float4_e2m1fn", 16, "float8_e4m3fn", "nvfp4"),
+    ],
+)
+def test_qarray_of_block_floats(rng, dtype, tile, scale_dtype, weight_format):
+    """qwix keeps their scales as floats of the type of the weights; subnormal e4m3 scales among them."""
+    values = jnp.asarray(rng.normal(size=(E, K, N)) * 3, jnp.float32).astype(dtype)
+    exact = rng.uniform(2.0**-9, 0.5, (E, K // tile, N)).astype(scale_dtype).astype(np.float32)
+    array = types.SimpleNamespace(qvalue=values, scale=jnp.asarray(exact, jnp.bfloat16), zero_point=None)
+    weights = jmm.from_qarray(array)
+    assert weights.format.name == weight_format
+    same(weights, np.asarray(values.astype(jnp.float32), float) * exact.astype(float).repeat(tile, 1))
+    array.scale = jnp.full_like(array.scale, 0.3)
+    with pytest.raises(ValueError, match=f"scale holds values that {scale_dtype} does not.* {weight_format}"):
+        jmm.from_qarray(array)
+
+
+@pytest.mark.parametrize(
+    ("qtype", "tile", "method", "weight_format"),
+    [
+        ("int4", 32, "absmax", "int4"),
+        ("int4", 64, "minmax", "int4_zp"),
+        ("int8", None, "absmax", "int8"),
+        ("int8", 128, "minmax", "int8_zp"),
+        ("float8_e4m3fn", 128, "absmax", "fp8"),
+        ("mxfp8", 32, "absmax", "mxfp8"),
+        ("mxfp4", 32, "absmax", "mxfp4"),
+        ("nvfp4", 16, "absmax", "nvfp4"),
+    ],
+)
+def test_qarray_of_qwix(rng, qtype, tile, method, weight_format):
+    qwix = pytest.importorskip("qwix")
+    dense = jnp.asarray(rng.normal(size=(E, K, N)), jnp.bfloat16)
+    tiles = {} if tile is None else {1: tile}
+    array = qwix.quantize(dense, qtype, channelwise_axes=(0, 2), tiled_axes=tiles, calibration_method=method)
+    weights = jmm.from_qarray(array)
+    assert weights.format.name == weight_format
+    wide = array.astype(jnp.float32)  # the same values, multiplied without rounding
+    same(weights, np.asarray(qwix.dequantize(wide), float))
+
+
 ZEROS = np.zeros((1, 64, 32), np.uint8)
 BAD = [
     (
@@ -162,6 +212,7 @@ BAD = [
         r"weight_scale has shape \(1, 3\); it must be",
     ),
     (lambda: jmm.from_fp8(ZEROS, np.full(1, np.inf, np.float32)), ValueError, "holds infinities"),
+    (lambda: jmm.from_fp8(ZEROS, np.full(1, -1, np.float32)), ValueError, "weight_scale holds negative values"),
     (lambda: jmm.from_fp8(ZEROS, np.ones(1, np.int32)), TypeError, "weight_scale has dtype int32"),
     (
         lambda: jmm.from_compressed_tensors(np.zeros((1, 64, 8), np.int32), np.ones((1, 64, 1), np.float16), k=32),
@@ -185,7 +236,9 @@ BAD = [
     (lambda: jmm.from_hqq(ZEROS, ZEROS, ZEROS, shape=(64, 64), group_size=64, bits=3), ValueError, "bits is 3"),
     (
         lambda: jmm.from_qarray(
-            types.SimpleNamespace(qvalue=jnp.zeros((1, 64, 64), jnp.int16), scale=None, zero_point=None)
+            types.SimpleNamespace(
+                qvalue=jnp.zeros((1, 64, 64), jnp.int16), scale=jnp.ones((1, 1, 64), jnp.float32), zero_point=None
+            )
         ),
         TypeError,
         "qvalue has dtype int16",

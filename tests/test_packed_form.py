@@ -127,7 +127,23 @@ MANIFESTS = [
     (lambda v: v["layers"]["0"].pop("sha256"), "lacks file, sha256 or layer"),
     (lambda v: v["layers"]["0"].update(file="../layer-00000.safetensors"), "must be a plain file name"),
     (lambda v: v["layers"]["0"].update(file="/etc/passwd"), "must be a plain file name"),
-    (lambda v: v["layers"]["0"]["layer"].pop("routing"), "does not describe the file"),
+    (lambda v: v["layers"]["0"].update(file=3), "must be a plain file name"),
+    (lambda v: v.update(version=True), "version is True"),
+    (lambda v: v["layers"].update(first=v["layers"]["0"]), "layers has the key 'first'; it must be the number"),
+    (lambda v: v["layers"]["0"].update(layer="x"), "layer 0 lacks matrices or routing"),
+    (lambda v: v["layers"]["0"]["layer"].update(matrices=[]), "layer 0 lacks matrices or routing"),
+    (lambda v: v["layers"]["0"]["layer"].pop("routing"), "layer 0 lacks matrices or routing"),
+    (lambda v: v["layers"]["0"]["layer"]["matrices"].update(down=8), "a matrix of layer 0 lacks its format"),
+    (lambda v: v["layers"]["0"]["layer"].update(matrices={}), "says nothing of down.packed"),
+    (lambda v: v["layers"]["0"]["layer"]["matrices"].pop("gate_up"), "says nothing of gate_up.packed"),
+    (
+        lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(row_padding=16),
+        "does not fit together: gate_up has N = 256 columns and down K = 112",
+    ),
+    (lambda v: v["layers"]["0"]["layer"]["routing"].update(top_k=99), "does not fit together: top_k is 99"),
+    (lambda v: v["layers"]["0"]["layer"]["routing"].update(scoring="?"), "does not fit together: scoring is"),
+    (lambda v: v["layers"]["0"]["layer"]["routing"].update(surprise=1), "does not describe the file"),
+    (lambda v: v["layers"]["0"]["layer"].update(activation={"name": "?", "parameters": []}), "activation is '\\?'"),
     (lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int3"), "format is 'int3'"),
     (
         lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int8"),
@@ -141,6 +157,7 @@ def test_wrong_manifests_are_refused(folder, change, message):
     edit(folder, change)
     with pytest.raises(ValueError, match=message):
         load_moe_layer(folder, 0)
+    assert main(["inspect", str(folder)]) in (0, 1)  # says what is wrong, where it sees it
 
 
 def test_what_is_missing(folder):
@@ -209,22 +226,43 @@ print(json.dumps([peak, sum(leaf.nbytes for leaf in jax.tree.leaves(layer))]))
 """
 
 
+def nvfp4_linear(rng, n, k):
+    scales = rng.integers(0, 0x7F, (n, k // 16), dtype=np.uint8)
+    return {
+        "weight_packed": rng.integers(0, 256, (n, k // 2), dtype=np.uint8),
+        "weight_scale": scales.view(ml_dtypes.float8_e4m3fn),
+        "weight_global_scale": np.ones(1, np.float32),
+    }
+
+
+def gptq_linear(rng, n, k):
+    """With everything that is looked at before the first linear is loaded: zero points, row order, a bias of zero."""
+    return {
+        "qweight": rng.integers(0, 256, (k // 8, 4 * n), dtype=np.uint8).view(np.int32),
+        "qzeros": np.full((k // 128, n // 8), 0x77777777, np.int32),
+        "scales": np.ones((k // 128, n), np.float16),
+        "g_idx": np.random.default_rng(k).permutation(np.arange(k, dtype=np.int32) // 128),
+        "bias": np.zeros(n, np.float16),
+    }
+
+
+LARGE = {"ck_llmc_NVFP4A16": nvfp4_linear, "ck_q3_gptq_True": gptq_linear}
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("form", ["source", "packed"])
-def test_peak_memory(tmp_path, form):
-    """Loading takes at most 1.3 times the packed layer: 128 MiB of experts, in the file of both layers."""
+@pytest.mark.parametrize(("name", "form"), [(name, "source") for name in LARGE] + [("ck_llmc_NVFP4A16", "packed")])
+def test_peak_memory(tmp_path, name, form):
+    """Loading takes at most 1.3 times the packed layer: 100 MB of experts or more, in the file of both layers."""
     experts, hidden, size = 32, 1024, 2048
     rng = np.random.default_rng(0)
-    tensors, config = {}, json.loads((DATA / "ck_llmc_NVFP4A16" / "config.json").read_text())
+    tensors, config = {}, json.loads((DATA / name / "config.json").read_text())
+    config.get("quantization_config", {}).update({"group_size": 128} if name == "ck_q3_gptq_True" else {})
     for layer in range(2):
         block = f"model.layers.{layer}.mlp"
         for e in range(experts):
-            for name, n, k in (("gate_proj", size, hidden), ("up_proj", size, hidden), ("down_proj", hidden, size)):
-                module = f"{block}.experts.{e}.{name}"
-                tensors[f"{module}.weight_packed"] = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
-                scales = rng.integers(0, 0x7F, (n, k // 16), dtype=np.uint8)
-                tensors[f"{module}.weight_scale"] = scales.view(ml_dtypes.float8_e4m3fn)
-                tensors[f"{module}.weight_global_scale"] = np.ones(1, np.float32)
+            for part, n, k in (("gate_proj", size, hidden), ("up_proj", size, hidden), ("down_proj", hidden, size)):
+                found = LARGE[name](rng, n, k)
+                tensors |= {f"{block}.experts.{e}.{part}.{suffix}": value for suffix, value in found.items()}
         tensors[f"{block}.gate.weight"] = np.zeros((experts, hidden), np.float32)
     config |= {"hidden_size": hidden, "moe_intermediate_size": size, "num_local_experts": experts}
     source = tmp_path / "source"

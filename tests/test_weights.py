@@ -144,6 +144,16 @@ def test_a_shard_of_2880_rows_names_its_neighbours():
     assert (weights.rows(0, 1408).k, weights.rows(1408, 2880).k) == (1408, 1472)
 
 
+@pytest.mark.parametrize(("rows", "half", "below", "above"), [(1408, 704, 640, 768), (640, 320, 256, 384)])
+def test_half_of_the_rows_needs_a_group_that_divides_it(rows, half, below, above):
+    """Two ranks of 1408 (GLM-4.5-Air) and of 640 rows: not in groups of 128, but in groups of 64."""
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=rf"would split a group .* the nearest to {half} are {below} and {above}"):
+        random_experts(rng, 1, rows, 64, group_size=128).packed().rows(half, rows)
+    shard = random_experts(rng, 1, rows, 64, group_size=64).packed().rows(half, rows)
+    assert (shard.k, shard.num_groups) == (half, half // 64)
+
+
 def test_rows_of_reordered_weights_are_refused():
     """Their row order names columns of the whole x."""
     with pytest.raises(ValueError, match="input_order"):

@@ -1,6 +1,7 @@
 """AutoAWQ checkpoints, version "gemm": 4-bit codes packed along N, integer zero points in every group."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,29 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
 from jax_marlin_moe.checkpoint.storage import Storage, check_finite, group_size_from, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
-from jax_marlin_moe.importers import LogicalLinear, decode_awq
+from jax_marlin_moe.importers import LogicalLinear, decode_awq, zeros_are_baked
 
 _CODES_PER_WORD = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class AwqStorage(Storage):
-    """`group_size` None means one group over K."""
+    """How an AWQ linear is stored.
+
+    Attributes:
+        group_size: rows of K that share a scale, None for one group.
+        symmetric: whether the config promises that all zero points are 8; files may then lack them.
+        baked: whether all zero points of the matrix are 8.
+    """
 
     group_size: int | None
-    weight_format: str = "int4_zp"
+    symmetric: bool = False
+    baked: bool = False
+
+    @property
+    def weight_format(self) -> str:  # type: ignore[override]
+        """Zero points are stored where they differ."""
+        return "int4" if self.baked else "int4_zp"
 
     @classmethod
     def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
@@ -36,21 +49,35 @@ class AwqStorage(Storage):
         bits = config.get("bits", config.get("w_bit"))
         if bits != 4:
             raise ValueError(f"{source}: AWQ bits is {bits!r}; it must be 4")
-        if not config.get("zero_point", True):
-            raise ValueError(f"{source}: AWQ zero_point is false; only files with zero points can be loaded")
         rule = quantization.module_rule(config.get("extra_config"), linear.module)
         size = rule.get("group_size", config.get("group_size", config.get("q_group_size")))
-        return cls(group_size_from(source, "AWQ group_size", size))
+        return cls(group_size_from(source, "AWQ group_size", size), symmetric=not config.get("zero_point", True))
+
+    def of_matrix(self, files: TensorFolder, linears: Sequence[Linear], k: int, n: int) -> Storage:
+        """Zero points need no storage where all of the matrix are 8."""
+        baked = True
+        for linear in linears:
+            if self.symmetric and linear.name(".qzeros") not in files:
+                continue
+            of_linear = zeros_are_baked(self._zeros(files, linear, k, n), 4)
+            if self.symmetric and not of_linear:
+                raise files.fault(linear.name(".qzeros"), "holds zero points other than 8; zero_point is false")
+            baked = baked and of_linear
+            files.drop_pages()
+        return dataclasses.replace(self, baked=baked)
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
-        """Words, zero points and scales."""
+        """Words, zero points (None where baked in) and scales."""
         groups, words = number_of_groups(k, self.group_size), n // _CODES_PER_WORD
         qweight = linear.read(files, ".qweight", (k, words), ("I32",), columns=1)
-        qzeros = linear.read(files, ".qzeros", (groups, words), ("I32",), columns=1)
         scales = linear.read(files, ".scales", (groups, n), FLOATS, columns=1)
         check_finite(files, linear.name(".scales"), scales)
-        return qweight, qzeros, scales
+        return qweight, None if self.baked else self._zeros(files, linear, k, n), scales
 
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
         return decode_awq(*tensors)
+
+    def _zeros(self, files: TensorFolder, linear: Linear, k: int, n: int) -> np.ndarray:
+        groups, words = number_of_groups(k, self.group_size), n // _CODES_PER_WORD
+        return linear.read(files, ".qzeros", (groups, words), ("I32",), columns=1)

@@ -1,7 +1,6 @@
 """compressed-tensors "pack-quantized" checkpoints: 4- and 8-bit codes packed along K, symmetric or not."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,6 +12,8 @@ from jax_marlin_moe.checkpoint.storage import Storage, check_finite, group_size_
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.importers import LogicalLinear, decode_compressed_tensors, row_order
 
+_FORMATS = (None, "pack-quantized", "mixed-precision")  # of a config whose int32 words are pack-quantized
+
 
 def weights_scheme(quantization: Quantization, module: str) -> Mapping[str, Any]:
     """The `weights` of the config group that a module belongs to: by name first, then by the class "Linear".
@@ -21,12 +22,22 @@ def weights_scheme(quantization: Quantization, module: str) -> Mapping[str, Any]
         ValueError: no group has it, or the group is malformed.
     """
     by_class = None
-    for name, group in (quantization.config.get("config_groups") or {}).items():
+    groups = quantization.config.get("config_groups") or {}
+    if not isinstance(groups, dict):
+        raise ValueError(
+            f"{quantization.source}: config_groups is a JSON {type(groups).__name__}; it must be an object"
+        )
+    for name, group in groups.items():
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise ValueError(f"{quantization.source}: config group {name!r} has no weights")
-        for target in group.get("targets") or ():
+        targets = group.get("targets") or []
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(
+                f"{quantization.source}: targets of config group {name!r} are {targets!r}; they must be names"
+            )
+        for target in targets:
             pattern = target.removeprefix("re:")
-            if re.match(pattern, module) if target.startswith("re:") else target == module:
+            if quantization.matches(pattern, module) if target.startswith("re:") else target == module:
                 return group["weights"]
             if target == "Linear":
                 by_class = by_class or group["weights"]
@@ -69,6 +80,11 @@ class PackQuantizedStorage(Storage):
                 "nothing says how it was quantised",
             )
         scheme, source = weights_scheme(quantization, linear.module), quantization.source
+        form = quantization.config.get("format")
+        if form not in _FORMATS:
+            raise ValueError(
+                f"{source}: compressed-tensors format is {form!r}; int32 words can be read as 'pack-quantized' alone"
+            )
         if scheme.get("type", "int") != "int" or scheme.get("num_bits") not in (4, 8):
             raise ValueError(
                 f"{source}: weights of {linear.module} have type {scheme.get('type')!r} and num_bits "

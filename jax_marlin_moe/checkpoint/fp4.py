@@ -52,9 +52,12 @@ class Nvfp4Storage(Storage):
         if shape not in ((), (1,)):
             raise files.fault(name, f"has shape {shape}; it must be () or (1,)")
         value = np.float32(files.read(name, shape, ("F32",)).reshape(()))
-        if not (np.isfinite(value) and value > 0):
-            raise files.fault(name, f"is {value}; a global scale must be positive and finite")
-        return weight, scale, np.asarray(np.float32(1) / value if self.divides else value)
+        with np.errstate(all="ignore"):
+            factor = np.float32(1) / value if self.divides else value
+        if not (np.isfinite(value) and np.isfinite(factor) and value > 0):
+            inverse = ", and so must its inverse" if self.divides else ""
+            raise files.fault(name, f"is {value}; a global scale must be positive and finite{inverse}")
+        return weight, scale, np.asarray(factor)
 
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""

@@ -7,14 +7,17 @@ import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
-from jax_marlin_moe.checkpoint.storage import Storage, check_finite
+from jax_marlin_moe.checkpoint.storage import Storage
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.importers import (
     FP8_BLOCK,
     LogicalLinear,
     bad_block_scales,
+    bad_float_scales,
     decode_fp8,
     decode_mxfp8,
+    fp8_scale_shapes,
+    fp8_scale_shapes_in_words,
     has_nan_codes,
 )
 
@@ -23,10 +26,17 @@ _SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Storage(Storage):
-    """`scale` is the suffix of the scales, a multiplier whatever its name; `weight_format` "fp8" or "mxfp8"."""
+    """How an FP8 linear is stored.
+
+    Attributes:
+        scale: suffix of the scales, multipliers whatever their name.
+        weight_format: "fp8" or "mxfp8".
+        groups: scales along K.
+    """
 
     scale: str
     weight_format: str
+    groups: int
     ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
 
     @classmethod
@@ -42,7 +52,8 @@ class Fp8Storage(Storage):
             if linear.name(suffix) in files:
                 found = files.info(linear.name(suffix))
                 micro = found.dtype in ("U8", "F8_E8M0") and found.shape == (n, -(-k // 32))
-                return cls(suffix, "mxfp8" if micro else "fp8")
+                groups = found.shape[1] if len(found.shape) == 2 else 1
+                return cls(suffix, "mxfp8" if micro else "fp8", groups)
         raise files.fault(
             name, f"has no scales; one of {', '.join(linear.name(suffix) for suffix in _SCALES)} must exist"
         )
@@ -54,15 +65,12 @@ class Fp8Storage(Storage):
             raise files.fault(linear.name(".weight"), "holds NaN (e4m3 0x7F or 0xFF)")
         name = linear.name(self.scale)
         shape = files.info(name).shape
-        blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
-        allowed = ((), (1,), (1, 1), (n,), (n, 1), blocks) if self.weight_format == "fp8" else ((n, -(-k // 32)),)
-        if shape not in allowed:
-            raise files.fault(
-                name, f"has shape {shape}; it must be () (tensor), {(n, 1)} (channel) or {blocks} (blocks of 128 x 128)"
-            )
+        if self.weight_format == "fp8" and shape not in fp8_scale_shapes(k, n):
+            raise files.fault(name, f"has shape {shape}; it must be {fp8_scale_shapes_in_words(k, n)}")
         scale = files.read(name, shape, (*FLOATS, "F8_E8M0", "U8"))
         if scale.dtype != np.uint8:
-            check_finite(files, name, scale)
+            if bad_float_scales(scale):
+                raise files.fault(name, f"holds {bad_float_scales(scale)}")
         elif bad_block_scales(scale, exponent=True):
             raise files.fault(name, f"holds {bad_block_scales(scale, exponent=True)}; every scale must be a number")
         return weight, scale

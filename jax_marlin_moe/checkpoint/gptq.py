@@ -14,8 +14,8 @@ from jax_marlin_moe.importers import (
     LogicalLinear,
     check_gptq_zeros,
     decode_gptq,
-    gptq_zeros_are_baked,
     row_order,
+    zeros_are_baked,
 )
 
 
@@ -87,7 +87,8 @@ class GptqStorage(Storage):
                 check_gptq_zeros(qzeros, self.bits, self.less_one)
             except ValueError as error:
                 raise files.fault(linear.name(".qzeros"), f"cannot be used: {error}") from None
-            baked = baked and gptq_zeros_are_baked(qzeros, self.bits, self.less_one)
+            baked = baked and zeros_are_baked(qzeros, self.bits, less_one=self.less_one)
+            files.drop_pages()
         return dataclasses.replace(self, baked=baked)
 
     def row_order(self, files: TensorFolder, linear: Linear, k: int) -> np.ndarray | None:

@@ -168,6 +168,18 @@ class MoELayer:
         return jnp.matmul(a.astype(x.dtype), down, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
+def check_layer(source: object, layer: MoELayer) -> None:
+    """Raises ValueError, naming `source`, unless the parts of a layer and its routing rule fit each other."""
+    ids = None if layer.token_experts is None else jax.ShapeDtypeStruct((1,), jnp.int32)
+    try:
+        x = jax.ShapeDtypeStruct((1, layer.router.shape[0]), jnp.bfloat16)
+        y = jax.eval_shape(lambda parts, *rows: parts(*rows, implementation="xla"), layer, x, ids)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: the layer does not fit together: {error}") from None
+    if y.shape != x.shape:
+        raise ValueError(f"{source}: the layer does not fit together: it makes {y.shape} of rows {x.shape}")
+
+
 jax.tree_util.register_dataclass(SharedExpert, data_fields=["gate_up", "down", "gate"], meta_fields=[])
 _STATIC = ["routing", "activation", "norm_epsilon"]
 jax.tree_util.register_dataclass(

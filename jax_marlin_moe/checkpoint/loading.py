@@ -1,6 +1,7 @@
 """`load_moe_layer` and `load_moe_layers`: layers of a checkpoint, as its tool wrote it or as `convert` did."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ from jaxtyping import Array
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.checkpoint import families, packed
 from jax_marlin_moe.checkpoint.families import Config, Family, Stacked, get_family
-from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
+from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert, check_layer
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix
 from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
@@ -56,7 +57,8 @@ def load_moe_layer(
     Args:
         path: the folder with config.json and safetensors files, or one that `convert` wrote.
         layer: its number, from 0.
-        quantize: for plain bfloat16, float16 or float32 experts, the format that they shall have.
+        quantize: for plain bfloat16, float16 or float32 experts, the format that they shall have. Layers that are
+            quantised stay as they are, where others are plain; where none is, `quantize` is refused.
         group_size: for `quantize`, as in `jax_marlin_moe.quantize`.
         scale_dtype: likewise; by default the dtype of the file.
 
@@ -119,7 +121,7 @@ class Checkpoint:
         self.family, self.config = get_family(whole, self.source)
         self.quantization = find_quantization(self.folder, whole)
         scale_name = None if scale_dtype is None else jnp.dtype(scale_dtype).name
-        self.target = None if quantize is None else Target(quantize, group_size, scale_name)
+        self._target = None if quantize is None else Target(quantize, group_size, scale_name)
         self.files = TensorFolder(self.folder)
         self._prefixes = _layer_prefixes(self.files, self.family)
         last = self.config.get("num_hidden_layers")
@@ -133,6 +135,22 @@ class Checkpoint:
         if self.manifest is not None:
             return self.manifest.load(layer)
         return _LayerReader(self, layer).load()
+
+    def target(self, layer: int) -> Target | None:
+        """What plain experts of a layer become; None where it is quantised and others, which are plain, are meant."""
+        if self._target is None or not self._plain_layers or layer in self._plain_layers:
+            return self._target
+        return None
+
+    @functools.cached_property
+    def _plain_layers(self) -> frozenset[int]:
+        pattern = self.family.layer_pattern()
+        found = ((name, match) for name in self.files.names if (match := pattern.match(name)))
+        return frozenset(
+            int(match.group(2))
+            for name, match in found
+            if (name.endswith(".weight") or name == match.group()) and self.files.dtype(name) in FLOATS
+        )
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with."""
@@ -187,7 +205,9 @@ class _LayerReader:
             )
         self._refuse_fused_quantised_names()
         first, second = self._linears(experts, hidden, size)
-        gate_up, down = self._matrices(first, second, hidden, size, self.checkpoint.target, biased=family.biased)
+        gate_up, down = self._matrices(
+            first, second, hidden, size, self.checkpoint.target(self.layer), biased=family.biased
+        )
         router = self._vector(family.router, (experts, hidden))
         assert router is not None, "every family has a router"
         token_experts = self._token_experts(top_k, experts)
@@ -207,6 +227,7 @@ class _LayerReader:
         )
         self._refuse_unknown()
         self.files.drop_pages()
+        check_layer(source, layer)
         return layer
 
     def _linears(self, experts: int, hidden: int, size: int) -> tuple[list[list[Linear]], list[list[Linear]]]:

@@ -57,7 +57,10 @@ def find_matrix(
         ValueError: a tensor is missing or wrong, or experts are stored in different ways.
     """
     storage = _shared_storage(files, experts, k, n, quantization, target)
-    orders = [_shared_order(files, storage, linears, k) for linears in experts]
+    orders = []
+    for linears in experts:
+        orders.append(_shared_order(files, storage, linears, k))
+        files.drop_pages()
     return StoredMatrix(experts, k, n, storage, orders)
 
 
@@ -205,6 +208,7 @@ def _read_biases(files: TensorFolder, experts: Experts, n: int, *, biased: bool)
             if not biased and bias.any():
                 raise files.fault(linear.name(suffix), "is not zero; experts of this model have no bias")
             rows.append(bias)
+        files.drop_pages()
     if all(row is None for row in rows) or not biased:
         return None
     missing = next(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin_moe.activations import Activation, get_activation, make_activation
-from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
+from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert, check_layer
 from jax_marlin_moe.checkpoint.tensors import SafetensorsFile, check_file_name, read_json
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.ops.arguments import check_weights
@@ -66,9 +66,13 @@ class Manifest:
             leaves[name] = _copy(file, name)
             file.drop_pages()
         try:
-            return _layer_from(leaves, entry["layer"])
-        except (KeyError, TypeError) as error:
+            loaded = _layer_from(leaves, entry["layer"])
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {MANIFEST} does not describe the file: {error!r}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {MANIFEST} does not describe the file: {error}") from None
+        check_layer(path, loaded)
+        return loaded
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest | None:
@@ -82,7 +86,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest | None:
         return None
     values = read_json(path)
     version = values.get("version")
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"{path}: version is {version!r}; it must be a positive integer")
     if version > VERSION:
         raise ValueError(
@@ -91,10 +95,17 @@ def read_manifest(folder: pathlib.Path) -> Manifest | None:
     layers = values.get("layers")
     if not isinstance(layers, dict):
         raise ValueError(f"{path} has no layers")
-    for entry in layers.values():
+    for number, entry in layers.items():
+        if not number.isdecimal():
+            raise ValueError(f"{path}: layers has the key {number!r}; it must be the number of a layer")
         if not isinstance(entry, dict) or not {"file", "sha256", "layer"} <= entry.keys():
             raise ValueError(f"{path}: an entry of layers lacks file, sha256 or layer")
-        check_file_name(path, str(entry["file"]))
+        check_file_name(path, entry["file"])
+        facts = entry["layer"]
+        if not isinstance(facts, dict) or not all(isinstance(facts.get(key), dict) for key in ("matrices", "routing")):
+            raise ValueError(f"{path}: layer {number} lacks matrices or routing; each must be an object")
+        if not all(isinstance(about, dict) and "format" in about for about in facts["matrices"].values()):
+            raise ValueError(f"{path}: a matrix of layer {number} lacks its format")
     return Manifest(folder, {int(number): entry for number, entry in layers.items()})
 
 
@@ -191,6 +202,11 @@ def _leaves_of(layer: MoELayer) -> tuple[dict[str, jax.Array], dict[str, Any]]:
 
 def _layer_from(leaves: Mapping[str, jax.Array], facts: Mapping[str, Any]) -> MoELayer:
     """The inverse of `_leaves_of`."""
+    known = {f"{path}.{name}" for path in facts["matrices"] for name in _WEIGHT_LEAVES}
+    known |= {*_LAYER_LEAVES, "shared.gate_up", "shared.down", "shared.gate"}
+    unknown = sorted(leaves.keys() - known)
+    if unknown:
+        raise ValueError(f"it says nothing of {unknown[0]}; the layer would be loaded without it")
 
     def matrix(path: str) -> Any:
         if path not in facts["matrices"]:

@@ -44,10 +44,19 @@ class Quantization:
         A key is a regular expression, perhaps behind "+:"; keys behind "-:" leave modules unquantised, which their
         tensors show. The first that matches counts.
         """
+        if not isinstance(rules or {}, dict):
+            raise ValueError(f"{self.source}: {self.method} rules by module are {rules!r}; they must be an object")
         for pattern, values in (rules or {}).items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+            if not pattern.startswith("-:") and self.matches(pattern.removeprefix("+:"), module):
                 return values if isinstance(values, dict) else {}
         return {}
+
+    def matches(self, pattern: str, module: str) -> bool:
+        """Whether a regular expression of the config matches a module; raises ValueError where it is none."""
+        try:
+            return re.match(pattern, module) is not None
+        except re.error as error:
+            raise ValueError(f"{self.source}: {pattern!r} is no regular expression: {error}") from None
 
 
 def find_quantization(folder: pathlib.Path, config: Mapping[str, Any]) -> Quantization:

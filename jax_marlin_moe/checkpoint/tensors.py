@@ -191,7 +191,11 @@ class TensorFolder:
         return ValueError(f"{self.file_of(name)}: tensor {name} {text}")
 
     def drop_pages(self) -> None:
-        """Gives the pages of all open files back to the system."""
+        """Gives the pages of all open files back to the system.
+
+        To be called between linears also where only small tensors were read: with each of them the system may map
+        megabytes of the large ones beside it.
+        """
         for file in self._open.values():
             file.drop_pages()
 
@@ -203,12 +207,12 @@ class TensorFolder:
         return self._open[path]
 
 
-def check_file_name(source: pathlib.Path, name: str) -> None:
+def check_file_name(source: pathlib.Path, name: object) -> None:
     """Raises ValueError unless `name`, which `source` gives, is a plain file name.
 
     An index comes with a download: it must not reach files elsewhere on the machine.
     """
-    if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
+    if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
         raise ValueError(f"{source} names the file {name!r}; it must be a plain file name in the same folder")
 
 
