@@ -172,7 +172,15 @@ def main() -> None:
     ceilings = measure_read_bandwidth(), measure_bf16_rate()
     clock = MultiprocessorClock()
     print(f"{device.device_kind}: read {ceilings[0]:.2f} TB/s, bf16 {ceilings[1]:.0f} TFLOP/s", flush=True)
-    rows = []
+    document = {
+        "card": device.device_kind,
+        "commit": args.commit or current_commit(),
+        "command": recorded_command("benchmarks.blocks"),
+        "versions": {"jax": jax.__version__, "jax_marlin_moe": jmm.__version__, "numpy": np.__version__},
+        "read_tb_s": ceilings[0],
+        "bf16_tflop_s": ceilings[1],
+        "rows": [],
+    }
     for name, weight_format in itertools.product(args.models, args.format):
         shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
         layers = random_layers(shape, weight_format, dtype)
@@ -182,19 +190,10 @@ def main() -> None:
             others = [peer_row(peer, ours, case, clock, args) for peer in args.peers]
             for row in (ours, *others):
                 if row is not None:
-                    rows.append(row)
+                    document["rows"].append(row)
                     print_row(row)
+            args.out.write_text(json.dumps(document, indent=1) + "\n")  # a run that is cut short keeps its rows
         del layers, case
-    document = {
-        "card": device.device_kind,
-        "commit": args.commit or current_commit(),
-        "command": recorded_command("benchmarks.blocks"),
-        "versions": {"jax": jax.__version__, "jax_marlin_moe": jmm.__version__, "numpy": np.__version__},
-        "read_tb_s": ceilings[0],
-        "bf16_tflop_s": ceilings[1],
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
