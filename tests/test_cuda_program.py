@@ -130,7 +130,7 @@ def at(index, value):
 
 
 MALFORMED = {
-    "another version": at(0, 2),
+    "another version": at(0, program._CONTRACT_VERSION + 1),
     "no buffers": at(1, 0),
     "too many buffers": at(1, 65),
     "one buffer more": at(1, 6),
@@ -162,7 +162,7 @@ def test_a_malformed_contract_is_refused(case):
 @pytest.mark.gpu
 def test_more_threads_than_the_kernel_has_are_refused():
     operands, cubin, contract = alignment_program()
-    threads = len(contract) - 4 - 6  # four parameters; six fields stand before them
+    threads = len(contract) - 4 - 7  # four parameters; seven fields stand before them
     assert contract[threads] == plan_align(IDS.size, 5, 8, False, compiler.target_architecture()).kernels[0].threads
     contract = at(threads, 1024)(contract)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*k0"):

@@ -79,7 +79,8 @@ class GroupedGemm {
   static constexpr int kUnitStride = kPairedInWarp ? kColumns / kUnit : 1;  // between the units of a warp
   static constexpr int kColumnTiles = kColumns / (kUnit * kOutputUnits);
 
-  static_assert(Problem::kK % (Tile::kWarpsK * Tile::kCluster * Tile::kChunkK) == 0, "every warp's share of K is whole chunks");
+  static_assert(Problem::kK % (Tile::kWarpsK * Tile::kCluster * Tile::kChunkK) == 0,
+                "every warp's share of K is whole chunks");
   static_assert(Problem::kGroup % Tile::kChunkK == 0 || Tile::kChunkK % Problem::kGroup == 0,
                 "a chunk is part of one group, or whole groups");
   static_assert(kShareK % Problem::kGroup == 0 || Problem::kGroup >= Tile::kChunkK, "shares begin at a chunk");
@@ -145,7 +146,7 @@ class GroupedGemm {
     int stage = 0;
     for (int tile = first_tile(); tile < tiles; tile += tile_stride()) {
       multiplier.begin_tile();
-      const Rows rows(*this, tile, warp_n, lane, listed);  // fetched now, wanted when the tile is done
+      const Rows rows(*this, tile, warp_n, lane, listed);                   // fetched now, wanted when the tile is done
       int rows_left = Problem::kGroup - share * kShareK % Problem::kGroup;  // of K, in the current group
 #pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk) {

@@ -6,8 +6,8 @@
 // side along the columns: each dequantises the next 16 rows of K while its products of the last 16 run. The grid is
 // persistent, so the ring fills for the next tile while this one is stored.
 //
-// The scales multiply either the 16-bit weights (no second set of sums; one rounding of each weight, none where code and
-// scale have few bits between them) or, exactly, the float32 sums of a group when it closes; Tile says which.
+// The scales multiply either the 16-bit weights (no second set of sums; one rounding of each weight, none where code
+// and scale have few bits between them) or, exactly, the float32 sums of a group when it closes; Tile says which.
 #pragma once
 
 #include "dequant.cuh"
@@ -594,8 +594,7 @@ class WgmmaGroupedGemm {
         for (int s = 0; s < kBatch; ++s) {
           const int step = batch * kBatch + s;
           const uint64_t b = wgmma_rows(tokens + step / 4 * kSlabBytes + step % 4 * 32);
-          const bool begins =
-              kTwoSums && kGroupsEndInChunks ? step % kStepsPerGroup == 0 : step == 0 && fresh;
+          const bool begins = kTwoSums && kGroupsEndInChunks ? step % kStepsPerGroup == 0 : step == 0 && fresh;
 #pragma unroll
           for (int j = 0; j < Tile::kSubTiles; ++j) {
             Wgmma<T, kN>::run(kTwoSums ? group_sums[kTwoSums ? j : 0] : sums[j], a[batch % 2][s][j], b, !begins);
