@@ -506,8 +506,8 @@ def from_qarray(array: Any, *, bias: Array | None = None) -> MarlinWeights:
             raise ValueError(f"zero_point is given; {dtype} values have none")
         tiles = _FLOAT_TILES[dtype]
         row = get_format(tiles.get(k // groups, tiles[None]))
-        bits = jnp.uint8 if row.bits == 8 else jnp.uint4
-        codes = jax.lax.bitcast_convert_type(jnp.asarray(qvalue), bits).astype(jnp.uint8)
+        pattern = jnp.uint8 if row.bits == 8 else jnp.uint4
+        codes = jax.lax.bitcast_convert_type(jnp.asarray(qvalue), pattern).astype(jnp.uint8)
         scale = scale.astype(jnp.float32) if row.scale == FLOAT_SCALES else _exact_bits("scale", scale, row)
     elif dtype in ("int4", "int8"):
         bits = 4 if dtype == "int4" else 8
