@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin_moe.random_layers import random_layers, random_routings
-from jax_marlin_moe.shape_options import add_shape_options, chosen_shapes, no_cuda_reason
+from jax_marlin_moe.shape_options import add_shape_options, shapes_to_measure
 
 _ROUTINGS = 24  # blocks of a replay
 # The card lowers its clock when replays in a row drive it into its power limit.
@@ -23,15 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints a line for every block; returns 1 if nothing can be measured, 2 for unusable options."""
-    try:
-        shapes = chosen_shapes(options)
-    except ValueError as error:
-        print(f"cannot measure: {error}")
-        return 2
-    reason = no_cuda_reason()
-    if reason:
-        print(f"cannot measure: {reason}")
-        return 1
+    shapes, status = shapes_to_measure(options, "measure")
+    if status:
+        return status
     # It imports the driver's bindings, which a machine without CUDA need not have.
     from jax_marlin_moe.cuda.replay import replayed_block
 

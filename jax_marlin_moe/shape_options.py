@@ -51,6 +51,20 @@ def chosen_shapes(options: argparse.Namespace) -> list[ModelShape]:
     return [shape.grouped(get_format(options.format), options.group_size) for shape in shapes]
 
 
+def shapes_to_measure(options: argparse.Namespace, action: str) -> tuple[list[ModelShape], int]:
+    """The blocks that the options name and the exit status 0; no blocks and another one after saying what is wrong."""
+    try:
+        shapes = chosen_shapes(options)
+    except ValueError as error:
+        print(f"cannot {action}: {error}")
+        return [], 2
+    reason = no_cuda_reason()
+    if reason:
+        print(f"cannot {action}: {reason}")
+        return [], 1
+    return shapes, 0
+
+
 def no_cuda_reason() -> str | None:
     """Why nothing can be measured on this machine, or None."""
     try:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_marlin_moe.cuda import cache
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.random_layers import random_layers
-from jax_marlin_moe.shape_options import add_shape_options, chosen_shapes, no_cuda_reason
+from jax_marlin_moe.shape_options import add_shape_options, shapes_to_measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,15 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the winner of every block; returns 1 if nothing can be measured or stored, 2 for unusable options."""
-    try:
-        shapes = chosen_shapes(options)
-    except ValueError as error:
-        print(f"cannot tune: {error}")
-        return 2
-    reason = no_cuda_reason()
-    if reason:
-        print(f"cannot tune: {reason}")
-        return 1
+    shapes, status = shapes_to_measure(options, "tune")
+    if status:
+        return status
     if cache.directory() is None:
         print(f"cannot tune: the kernel cache is off; set {cache.ENVIRONMENT_VARIABLE} to a folder")
         return 1

@@ -3,6 +3,9 @@
 import functools
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; numpy looks when it is imported
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import pytest
 from hypothesis import settings

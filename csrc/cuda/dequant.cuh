@@ -43,19 +43,24 @@ constexpr int kFloatTokenExponent = 0;
 template <>
 constexpr int kFloatTokenExponent<BFloat> = 80;
 
-// bfloat16 stores 7 bits of mantissa: 0x4300 | q is 128 + q. Marlin's pairs are 16 bits apart, so one shift serves two.
+// The four pairs of 4-bit codes of a word, 16 bits apart, each with the bits of kBias around it: one shift serves two.
+template <uint32_t kBias>
+__device__ __forceinline__ void biased_nibbles(uint32_t word, uint32_t (&a)[4]) {
+  constexpr uint32_t kMask = 0x000F000Fu;
+  a[0] = and_or(word, kMask, kBias);
+  a[2] = and_or(word >> 4, kMask, kBias);
+  a[1] = and_or(word >> 8, kMask, kBias);
+  a[3] = and_or(word >> 12, kMask, kBias);
+}
+
+// bfloat16 stores 7 bits of mantissa: 0x4300 | q is 128 + q.
 template <>
 struct Dequantizer<Int4, BFloat> {
   static constexpr float kStep = 1.0f, kOffset = 128.0f;
   static constexpr int kTokenExponent = 0;
 
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    constexpr uint32_t kMask = 0x000F000Fu, kBias = 0x43004300u;
-    const uint32_t word = words[0];
-    a[0] = and_or(word, kMask, kBias);
-    a[2] = and_or(word >> 4, kMask, kBias);
-    a[1] = and_or(word >> 8, kMask, kBias);
-    a[3] = and_or(word >> 12, kMask, kBias);
+    biased_nibbles<0x43004300u>(words[0], a);
   }
 };
 
@@ -124,12 +129,7 @@ struct BiasedHalves {
 template <>
 struct RoomyDequantizer<Int4, Half> : BiasedHalves {
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    constexpr uint32_t kMask = 0x000F000Fu;
-    const uint32_t word = words[0];
-    a[0] = and_or(word, kMask, kBias);
-    a[2] = and_or(word >> 4, kMask, kBias);
-    a[1] = and_or(word >> 8, kMask, kBias);
-    a[3] = and_or(word >> 12, kMask, kBias);
+    biased_nibbles<kBias>(words[0], a);
   }
 };
 template <>

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
-from jax_marlin_moe.cuda.plan import Plan, block_key, gemm_shape, plan_fused_moe
-from jax_marlin_moe.cuda.replay import ReplayedPlan, block_operands
+from jax_marlin_moe.cuda.plan import Plan, block_key, gemm_shape
+from jax_marlin_moe.cuda.replay import ReplayedPlan, block_operands, plan_block
 from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
     BlockScheme,
@@ -77,18 +77,7 @@ def autotune(
     hit = float(np.mean([len(np.unique(chosen)) for chosen in ids]))
 
     def plan(scheme: BlockScheme) -> Plan:
-        return plan_fused_moe(
-            x,
-            gate_up,
-            down,
-            tokens=tokens,
-            top_k=top_k,
-            routed_experts=experts,
-            mapped=False,
-            activation=act,
-            architecture=architecture,
-            scheme=scheme,
-        )
+        return plan_block(x, gate_up, down, top_k=top_k, activation=act, scheme=scheme)
 
     def compiles(scheme: BlockScheme) -> bool:
         try:

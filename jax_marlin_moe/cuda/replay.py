@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from cuda.bindings import driver
 
-from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
 from jax_marlin_moe.cuda.plan import Plan, plan_fused_moe
 from jax_marlin_moe.cuda.tiles import BlockScheme
@@ -32,6 +32,30 @@ def _checked(result):
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA driver: {status}")
     return values[0] if values else None
+
+
+def plan_block(
+    x: jax.Array,
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    *,
+    top_k: int,
+    activation: str | Activation,
+    scheme: BlockScheme | None,
+) -> Plan:
+    """`plan_fused_moe` for the card at hand, with a row of x for each token and every expert in the matrices."""
+    return plan_fused_moe(
+        x,
+        gate_up,
+        down,
+        tokens=x.shape[0],
+        top_k=top_k,
+        routed_experts=gate_up.num_experts,
+        mapped=False,
+        activation=get_activation(activation),
+        architecture=target_architecture(),
+        scheme=scheme,
+    )
 
 
 def block_operands(
@@ -190,17 +214,6 @@ def replayed_block(
     """
     gate_up, down = layers[0]
     _, tokens, top_k = topk_ids.shape
-    plan = plan_fused_moe(
-        x,
-        gate_up,
-        down,
-        tokens=tokens,
-        top_k=top_k,
-        routed_experts=gate_up.num_experts,
-        mapped=False,
-        activation=get_activation(activation),
-        architecture=target_architecture(),
-        scheme=scheme,
-    )
+    plan = plan_block(x, gate_up, down, top_k=top_k, activation=activation, scheme=scheme)
     operands = block_operands(x, layers, topk_weights, topk_ids)
     return ReplayedPlan(plan, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])

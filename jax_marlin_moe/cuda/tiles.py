@@ -289,6 +289,7 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
     found: list[Tile | WgmmaTile] = [*_wgmma_candidates(shape, tokens, capability)]
     if tokens not in TOKEN_TILES:
         return found
+    clusters = (1, 2, 4) if tokens == TOKEN_TILES[0] and capability == 90 else (1,)
     for units, warps_n, warps_k, chunk_k in itertools.product(
         (1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 8), (16, 32, 64, 128, 256)
     ):
@@ -298,7 +299,6 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
         # Two sets of sums, and what the main loop holds; as NVRTC 13 allots them for sm_90a.
         registers = min(255, 80 + 5 * units * tokens // 2)
         resident = min(12, 65536 // (registers * 32 * warps))
-        clusters = (1, 2, 4) if tokens == TOKEN_TILES[0] and capability == 90 else (1,)
         for stages, blocks_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), clusters):
             tile = Tile(tokens, units, warps_n, warps_k, chunk_k, stages, blocks_per_sm, cluster)
             uneven = tile.longest_share(shape) * tile.shares_k * tile.chunk_k / shape.k
@@ -309,10 +309,10 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
 
 def _wgmma_candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaTile]:
     found = []
+    exact = shape.scale in ("e4m3", "e8m0")
     for sub_tiles, (warpgroups_n, warpgroups_k), chunk_k, blocks_per_sm, scales_weights in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
     ):
-        exact = shape.scale in ("e4m3", "e8m0")
         if scales_weights and tokens < 48 and not exact:  # scaling the sums is cheaper, and exact
             continue
         if scales_weights and shape.group_size >= shape.k and _sums_can_be_scaled(shape):  # once, at the end
