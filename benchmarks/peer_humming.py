@@ -212,7 +212,7 @@ def _random_tensors(shape: ModelShape, layer: int, matrix: int, dtype) -> dict[s
     generator = torch.Generator("cuda").manual_seed(2 * layer + matrix)
     codes = torch.empty((shape.num_experts, n, k // 8), dtype=torch.int32, device="cuda")
     codes.random_(-(2**31), 2**31 - 1, generator=generator)
-    scales = torch.empty((shape.num_experts, n, k // shape.group_size), dtype=torch.float32, device="cuda")
+    scales = torch.empty((shape.num_experts, n, _quotient(k, shape.group_size)), dtype=torch.float32, device="cuda")
     scales.uniform_(0.5, 1.5, generator=generator).mul_(gain / _CODE_DEVIATION / k**0.5)
     return {"weight": codes, "weight_scale": scales.to(dtype)}
 
@@ -241,9 +241,9 @@ def _prepare_matrix(shape: ModelShape, layer: int, matrix: int, dtype) -> tuple[
 def _dequantize(tensors: dict[str, Any], expert: int, group_size: int):
     """One expert's matrix [N, K] in float32."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device="cuda")
-    codes = (tensors["weight"][expert][..., None] >> shifts) & 15
+    codes = ((tensors["weight"][expert][..., None] >> shifts) & 15).flatten(-2)
     scales = tensors["weight_scale"][expert].float().repeat_interleave(group_size, -1)
-    return (codes.flatten(-2).float() - 8) * scales
+    return (codes.float() - 8) * scales[:, : codes.shape[1]]
 
 
 def _reference(shape: ModelShape, x, ids, weights, dtype):

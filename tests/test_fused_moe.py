@@ -386,6 +386,26 @@ def test_tiles_of_odd_width(tiles):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("weight_format", "group"), [("int4_zp", 128), ("int4", 32), ("nvfp4", 16), ("fp8", 128)])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (Tile(8, 2, 1, 3, 128, 2, 1), Tile(8, 1, 1, 2, 128, 2, 2)),
+        (Tile(16, 1, 2, 2, 64, 3, 2), Tile(16, 1, 3, 1, 256, 2, 1)),
+        (Tile(8, 1, 2, 4, 128, 2, 1), Tile(8, 1, 5, 2, 64, 3, 1)),
+    ],
+    ids=["3 and 2", "2 and 1", "4 and 2"],
+)
+def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
+    """The last chunk of K may be shorter, as the last group may."""
+    case = Case("", hidden=960, inner=448, group_size=group, down_group_size=group)
+    case = dataclasses.replace(case, weight_format=weight_format, down_format=weight_format)
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(case, "cuda")
+        assert_block_close(call.run(cuda_scheme=BlockScheme(False, *tiles)), call.expected())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("weight_format", ["int4_zp", "nvfp4"])
 @pytest.mark.parametrize(

@@ -61,9 +61,12 @@ class GroupedGemm {
   static constexpr int kRowWords = Problem::kN / kUnit * kWordsPerUnit;  // of 16 rows of K
   static constexpr int kSubTiles = kUnit / 16;                           // MMA rows in a unit, one word of a lane each
   static constexpr int kTokenTiles = Tile::kTokens / 8;
-  static constexpr int kShareK = Problem::kK / (Tile::kWarpsK * Tile::kCluster);
-  static constexpr int kChunks = kShareK / Tile::kChunkK;
+  // K is cut into chunks, of which the last may be shorter; shares of K are whole chunks, as many as can be alike.
+  static constexpr int kShares = Tile::kWarpsK * Tile::kCluster;
+  static constexpr int kChunks = (Problem::kK + Tile::kChunkK - 1) / Tile::kChunkK;
   static constexpr int kSteps = Tile::kChunkK / kTileK;
+  static constexpr int kLastSteps = kSteps - (kChunks * Tile::kChunkK - Problem::kK) / kTileK;  // of the last chunk
+  static constexpr bool kShortens = kLastSteps < kSteps;
   static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
   static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
@@ -79,11 +82,9 @@ class GroupedGemm {
   static constexpr int kUnitStride = kPairedInWarp ? kColumns / kUnit : 1;  // between the units of a warp
   static constexpr int kColumnTiles = kColumns / (kUnit * kOutputUnits);
 
-  static_assert(Problem::kK % (Tile::kWarpsK * Tile::kCluster * Tile::kChunkK) == 0,
-                "every warp's share of K is whole chunks");
+  static_assert(kChunks >= kShares, "every warp has a chunk");
   static_assert(Problem::kGroup % Tile::kChunkK == 0 || Tile::kChunkK % Problem::kGroup == 0,
                 "a chunk is part of one group, or whole groups");
-  static_assert(kShareK % Problem::kGroup == 0 || Problem::kGroup >= Tile::kChunkK, "shares begin at a chunk");
   static_assert(Tile::kWarpsN * Tile::kUnits % kHalves == 0, "gate and up come in pairs");
   static_assert(kColumns % (kUnit * kOutputUnits) == 0, "column tiles are whole");
 
@@ -127,15 +128,18 @@ class GroupedGemm {
     const int tiles = routing.num_blocks(listed) * kColumnTiles;
 
     const int share = block_of_cluster() * Tile::kWarpsK + warp_k;  // of K
+    const int chunks = chunks_of(share);
     Loader loader(*this, warp_n, share, lane, tiles, listed);
     // Weights do not depend on the kernel before; tokens may.
     constexpr int kAhead = Tile::kStages - 1;
 #pragma unroll
-    for (int s = 0; s < kAhead && s < kChunks; ++s) loader.load_weights(weight_ring + s * kWeightStage, s);
+    for (int s = 0; s < kAhead; ++s) {
+      if (s < chunks) loader.load_weights(weight_ring + s * kWeightStage, s);
+    }
     if constexpr (!Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
-      if (s >= kChunks) loader.load_weights(weight_ring + s * kWeightStage, 0);
+      if (s >= chunks) loader.load_weights(weight_ring + s * kWeightStage, 0);
       loader.load_scales(weight_ring + s * kWeightStage);
       loader.load_tokens(token_ring + s * kTokenStage);
       loader.advance();
@@ -146,10 +150,10 @@ class GroupedGemm {
     int stage = 0;
     for (int tile = first_tile(); tile < tiles; tile += tile_stride()) {
       multiplier.begin_tile();
-      const Rows rows(*this, tile, warp_n, lane, listed);                   // fetched now, wanted when the tile is done
-      int rows_left = Problem::kGroup - share * kShareK % Problem::kGroup;  // of K, in the current group
+      const Rows rows(*this, tile, warp_n, lane, listed);  // fetched now, wanted when the tile is done
+      int rows_left = Problem::kGroup - first_row(share) % Problem::kGroup;  // of K, in the current group
 #pragma unroll 1
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
+      for (int chunk = 0; chunk < chunks; ++chunk) {
         wait_copies<kAhead - 1>();
         meet(warp_k);  // everybody's copies have arrived, and nobody reads the stage that is filled next
         const int free = stage == 0 ? kAhead : stage - 1;
@@ -160,7 +164,7 @@ class GroupedGemm {
         commit_copies();
         rows_left -= Tile::kChunkK;
         multiplier.multiply(rows.token_tiles, weight_ring + stage * kWeightStage, token_ring + stage * kTokenStage,
-                            rows_left <= 0 || chunk == kChunks - 1);
+                            rows_left <= 0 || chunk == chunks - 1, is_short(share, chunk));
         if (rows_left <= 0) rows_left = Problem::kGroup;
         stage = stage == kAhead ? 0 : stage + 1;
       }
@@ -172,6 +176,20 @@ class GroupedGemm {
   }
 
  private:
+  // Chunks and the first row of a share of K.
+  __device__ __forceinline__ static int chunks_of(int share) {
+    if constexpr (kChunks % kShares == 0) return kChunks / kShares;
+    return (share + 1) * kChunks / kShares - share * kChunks / kShares;
+  }
+  __device__ __forceinline__ static int first_row(int share) {
+    if constexpr (kChunks % kShares == 0) return share * (kChunks / kShares * Tile::kChunkK);
+    return share * kChunks / kShares * Tile::kChunkK;
+  }
+  // Whether a chunk of a share is the last one of K, of kLastSteps.
+  __device__ __forceinline__ static bool is_short(int share, int chunk) {
+    return kShortens && share == kShares - 1 && chunk == chunks_of(share) - 1;
+  }
+
   __device__ __forceinline__ static int block_of_cluster() { return blockIdx.x % Tile::kCluster; }
   __device__ __forceinline__ static int first_tile() { return blockIdx.x / Tile::kCluster; }
   __device__ __forceinline__ static int tile_stride() { return gridDim.x / Tile::kCluster; }
@@ -289,7 +307,7 @@ class GroupedGemm {
     }
 
     __device__ __forceinline__ void begin_tile() {
-      const int k = share * kShareK;
+      const int k = first_row(share);
       const int unit = first_unit(tile, warp_n);
       weights = gemm.packed + (int64_t(max(expert, 0)) * (Problem::kK / kTileK) + k / kTileK) * kRowWords +
                 unit * kWordsPerUnit + lane * 4;
@@ -312,8 +330,10 @@ class GroupedGemm {
     __device__ __forceinline__ void load_weights(uint32_t stage, int ahead) const {
       if (expert < 0) return;
       const uint32_t* source = weights + ahead * kSteps * kRowWords;
+      const bool shortened = is_short(share, chunk + ahead);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
+        if (step == kLastSteps && shortened) break;
 #pragma unroll
         for (int u = 0; u < Tile::kUnits; ++u) {
 #pragma unroll
@@ -327,7 +347,7 @@ class GroupedGemm {
 
     // A token's row that does not exist is not copied: it meets the weights in a column of its own, never stored.
     __device__ __forceinline__ void load_tokens(uint32_t stage) const {
-      if (expert < 0) return;
+      if (expert < 0 || (is_short(share, chunk) && copy_lane() % kPieces >= kLastSteps * (kTileK / 8))) return;
 #pragma unroll
       for (int i = 0; i < kPiecesOfLane; ++i) {
         if (token_copies >> i & 1) {
@@ -339,7 +359,7 @@ class GroupedGemm {
 
     // Scales and zero points are wanted when a group closes.
     __device__ __forceinline__ void load_scales(uint32_t stage) const {
-      if (expert < 0 || (rows_left > Tile::kChunkK && chunk < kChunks - 1)) return;
+      if (expert < 0 || (rows_left > Tile::kChunkK && chunk < chunks_of(share) - 1)) return;
       const int64_t first = int64_t(expert) * kGroups + group;
       const int unit = first_unit(tile, warp_n);
       copy_rows<kUnitScaleBytes>(stage + kScalesAt, gemm.scales, first, unit);
@@ -351,10 +371,12 @@ class GroupedGemm {
     __device__ __forceinline__ void copy_rows(uint32_t shared, const unsigned char* source, int64_t group,
                                               int unit) const {
       constexpr int kPieces = kBytes / 16, kAllPieces = kScaleRows * Tile::kUnits * kPieces;
+      constexpr int kLastRows = (kLastSteps + kStepsPerScale - 1) / kStepsPerScale;
+      const int rows = kLastRows < kScaleRows && is_short(share, chunk) ? kLastRows : kScaleRows;
 #pragma unroll
       for (int i = 0; i < kAllPieces; i += 32) {
         const int piece = i + lane, row = piece / (Tile::kUnits * kPieces), u = piece / kPieces % Tile::kUnits;
-        if (kAllPieces % 32 == 0 || piece < kAllPieces) {
+        if ((kAllPieces % 32 == 0 && kLastRows == kScaleRows) || row < rows) {
           copy16(shared + piece * 16, source +
                                           ((group + row) * (Problem::kN / kUnit) + unit + u * kUnitStride) * kBytes +
                                           piece % kPieces * 16);
@@ -370,7 +392,7 @@ class GroupedGemm {
         rows_left = Problem::kGroup;
         group += kScaleRows;
       }
-      if (++chunk == kChunks) {
+      if (++chunk == chunks_of(share)) {
         chunk = 0;
         tile += tile_stride();
         expert = next_expert;
@@ -421,24 +443,31 @@ class GroupedGemm {
     }
 
     // Only the first `token_tiles` groups of 8 rows are multiplied.
-    __device__ __forceinline__ void multiply(int token_tiles, uint32_t stage, uint32_t tokens, bool closes_group) {
+    __device__ __forceinline__ void multiply(int token_tiles, uint32_t stage, uint32_t tokens, bool closes_group,
+                                             bool shortened) {
       if constexpr (kTokenTiles >= 4) {
-        if (token_tiles == 4) return multiply<4>(stage, tokens, closes_group);
+        if (token_tiles == 4) return multiply<4>(stage, tokens, closes_group, shortened);
       }
       if constexpr (kTokenTiles >= 3) {
-        if (token_tiles == 3) return multiply<3>(stage, tokens, closes_group);
+        if (token_tiles == 3) return multiply<3>(stage, tokens, closes_group, shortened);
       }
       if constexpr (kTokenTiles >= 2) {
-        if (token_tiles == 2) return multiply<2>(stage, tokens, closes_group);
+        if (token_tiles == 2) return multiply<2>(stage, tokens, closes_group, shortened);
       }
-      multiply<1>(stage, tokens, closes_group);
+      multiply<1>(stage, tokens, closes_group, shortened);
     }
 
     template <int kActive>
-    __device__ __forceinline__ void multiply(uint32_t stage, uint32_t tokens, bool closes_group) {
+    __device__ __forceinline__ void multiply(uint32_t stage, uint32_t tokens, bool closes_group, bool shortened) {
       const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
+        if (step == kLastSteps && shortened) {
+          if constexpr (kGroupsInChunk && kLastSteps % kStepsPerScale != 0) {  // of a group that is shorter, too
+            close_group<kActive>(stage, kLastSteps / kStepsPerScale);
+          }
+          break;
+        }
         const bool opens_group = kGroupsInChunk && step % kStepsPerScale == 0;
         uint32_t b[kActive][2];
 #pragma unroll

@@ -455,7 +455,7 @@ class WgmmaGroupedGemm {
   static constexpr bool kOffset = Zeros::kStored || Dequant::kOffset + Dequant::kStep * Zeros::kBaked != 0.0f;
   static_assert(!(kNormalizes && kOffset) && !(kFloatZeros && kStep != 1.0f), "floats have no zero point");
   // What is left to multiply the sums by, beside the global scales, when the scales are in.
-  static constexpr float kLeft = Tile::kScalesWeights ? 1.0f / kStep : 1.0f;
+  static constexpr float kLeft = 1.0f / (Tile::kScalesWeights ? kStep : kStep * Scales::kUnit);
   // Scales that T does not hold exactly come in two parts, so that they are not rounded before the weight is.
   static constexpr bool kSplitsScales = Tile::kScalesWeights && !kHoldsScale<T, typename Problem::Scale>;
 
@@ -540,7 +540,7 @@ class WgmmaGroupedGemm {
         const auto group_scales = load_scales(weights, row, h, lane);
 #pragma unroll
         for (int j = 0; j < 2 * kParts; ++j) {
-          scales[h * kParts + j / 2][j % 2] = group_scales.get(j / 2, j % 2) * (1.0f / (kStep * Scales::kUnit));
+          scales[h * kParts + j / 2][j % 2] = group_scales.get(j / 2, j % 2);
         }
       }
     }

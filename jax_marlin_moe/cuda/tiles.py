@@ -15,6 +15,7 @@ _SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "e4m3": 8, "e8m0": 
 _UNIT = 64  # columns
 _TILE_K = 16
 TOKEN_TILES = (8, 16, 24, 32)
+_MOST_UNEVEN = 1.15  # the longest share of K over the mean one, of tiles worth considering
 WGMMA_TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128, 144)
 
 
@@ -88,6 +89,11 @@ class Tile:
         """Parts of K."""
         return self.warps_k * self.cluster
 
+    def longest_share(self, shape: GemmShape) -> int:
+        """Chunks of K that the busiest warp has; the last one of K may be shorter."""
+        chunks = -(-shape.k // self.chunk_k)
+        return -(-chunks // self.shares_k)
+
     def weight_stage_bytes(self, shape: GemmShape) -> int:
         """One stage of one warp's ring: weights, scales, zero points."""
         scale_rows = max(1, self.chunk_k // shape.group_size)
@@ -119,10 +125,8 @@ class Tile:
         per_sm, per_block = shared_memory(capability)
         if self.cluster > 1 and capability != 90:
             return False
-        whole = shape.k % (self.shares_k * self.chunk_k) == 0 and shape.n % (_UNIT * self.warps_n * self.units) == 0
-        grouped = shape.group_size % self.chunk_k == 0 or (
-            self.chunk_k % shape.group_size == 0 and (shape.k // self.shares_k) % shape.group_size == 0
-        )
+        whole = shape.k >= self.shares_k * self.chunk_k and shape.n % (_UNIT * self.warps_n * self.units) == 0
+        grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
         paired = not shape.gated or (self.warps_n * self.units) % 2 == 0
         size = self.shared_bytes(shape)
         return whole and grouped and paired and size <= per_block and (size + 1024) * self.blocks_per_sm <= per_sm
@@ -297,7 +301,8 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
         resident = min(12, 65536 // (registers * 32 * warps))
         for stages, blocks_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), clusters):
             tile = Tile(tokens, units, warps_n, warps_k, chunk_k, stages, blocks_per_sm, cluster)
-            if tile.fits(shape, capability):
+            uneven = tile.longest_share(shape) * tile.shares_k * tile.chunk_k / shape.k
+            if uneven <= _MOST_UNEVEN and tile.fits(shape, capability):
                 found.append(tile)
     return found
 
@@ -372,7 +377,7 @@ def predicted_microseconds(
     tiles = max(1.0, expected_blocks * tile.column_tiles(shape))
     blocks = tiles * tile.cluster
     busy = min(tile.blocks_per_sm, max(1.0, blocks / _MULTIPROCESSORS))  # blocks at work on a multiprocessor
-    chunks = shape.k / tile.shares_k / tile.chunk_k
+    chunks = tile.longest_share(shape)
     columns = _UNIT * tile.warps_n * tile.units
     steps = tile.chunk_k / _TILE_K
 
