@@ -43,16 +43,6 @@ constexpr int kFloatTokenExponent = 0;
 template <>
 constexpr int kFloatTokenExponent<BFloat> = 80;
 
-// The four pairs of 4-bit codes of a word, 16 bits apart, each with the bits of kBias around it: one shift serves two.
-template <uint32_t kBias>
-__device__ __forceinline__ void biased_nibbles(uint32_t word, uint32_t (&a)[4]) {
-  constexpr uint32_t kMask = 0x000F000Fu;
-  a[0] = and_or(word, kMask, kBias);
-  a[2] = and_or(word >> 4, kMask, kBias);
-  a[1] = and_or(word >> 8, kMask, kBias);
-  a[3] = and_or(word >> 12, kMask, kBias);
-}
-
 // bfloat16 stores 7 bits of mantissa: 0x4300 | q is 128 + q.
 template <>
 struct Dequantizer<Int4, BFloat> {
@@ -60,7 +50,12 @@ struct Dequantizer<Int4, BFloat> {
   static constexpr int kTokenExponent = 0;
 
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    biased_nibbles<0x43004300u>(words[0], a);
+    constexpr uint32_t kMask = 0x000F000Fu, k128 = 0x43004300u;
+    const uint32_t word = words[0];  // one shift serves two codes, 16 bits apart
+    a[0] = and_or(word, kMask, k128);
+    a[2] = and_or(word >> 4, kMask, k128);
+    a[1] = and_or(word >> 8, kMask, k128);
+    a[3] = and_or(word >> 12, kMask, k128);
   }
 };
 
@@ -112,33 +107,6 @@ struct Dequantizer<Int8, Half> {
     for (int b = 0; b < 2; ++b) {
       a[b] = words[b] & 0x00FF00FFu;
       a[2 + b] = words[b] >> 8 & 0x00FF00FFu;
-    }
-  }
-};
-
-// Fragments that leave T's range to a scale that they are multiplied by: the same, but for subnormals.
-template <class Code, class T>
-struct RoomyDequantizer : Dequantizer<Code, T> {};
-
-// float16 stores 10 bits of mantissa: 0x6400 | q is 1024 + q.
-struct BiasedHalves {
-  static constexpr float kStep = 1.0f, kOffset = 1024.0f;
-  static constexpr int kTokenExponent = 0;
-  static constexpr uint32_t kBias = 0x64006400u;
-};
-template <>
-struct RoomyDequantizer<Int4, Half> : BiasedHalves {
-  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    biased_nibbles<kBias>(words[0], a);
-  }
-};
-template <>
-struct RoomyDequantizer<Int8, Half> : BiasedHalves {
-  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      a[b] = and_or(words[b], 0x00FF00FFu, kBias);
-      a[2 + b] = and_or(words[b] >> 8, 0x00FF00FFu, kBias);
     }
   }
 };

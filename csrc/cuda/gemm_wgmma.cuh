@@ -10,12 +10,12 @@
 // and scale have few bits between them) or, exactly, the float32 sums of a group when it closes; Tile says which.
 #pragma once
 
-#include "dequant.cuh"
 #include "epilogue.cuh"
 #include "gemm_mma.cuh"  // Problem
 #include "part_scales.cuh"
 #include "ptx_hopper.cuh"
 #include "routing.cuh"
+#include "unpack.cuh"
 
 namespace jmm {
 
@@ -40,20 +40,11 @@ struct WgmmaTile {
   static_assert(kStages >= kWarpgroupsK, "warpgroups that share K read different stages");
 };
 
-template <bool kFirst, class First, class Second>
-struct Chosen {
-  using Type = First;
-};
-template <class First, class Second>
-struct Chosen<false, First, Second> {
-  using Type = Second;
-};
-
 template <class Problem, class Tile, class Routing, class Epilogue>
 class WgmmaGroupedGemm {
   using T = typename Problem::T;
   using Code = typename Problem::Code;
-  using Dequant = typename Chosen<Tile::kScalesWeights, RoomyDequantizer<Code, T>, Dequantizer<Code, T>>::Type;
+  using Dequant = Unpacker<Code, T>;
   using Scales = ColumnScales<typename Problem::Scale>;
   using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
 
@@ -213,18 +204,14 @@ class WgmmaGroupedGemm {
   static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
 
   __device__ __forceinline__ void copy(const Shared& shared, int thread) const {
-    const int lane = thread % 32, warp = thread / 32;
+    const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for the whole warp
+    const bool elected = elect_lane();
     const uint64_t policy = evict_first_policy();
     const int listed = routing.listed();
     const int blocks = routing.num_blocks(listed);
     const int tiles = blocks * kColumnTiles;
     const int piece = thread % kPieces, first_row = thread / kPieces;
-    // Where this thread's first pieces go in the stage that is filled next. (Carried along rather than computed from
-    // the stage: a sum of a register and a uniform register as the target of cp.async with a cache policy has come
-    // out of NVRTC 13 as an illegal instruction.)
-    uint32_t token_target =
-        shared.tokens(0) + piece / 8 * kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
-    uint32_t weight_target = shared.weights(0) + thread * 16;
+    const uint32_t first_target = piece / 8 * kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
     Cursor<Tile::kStages> stage;
     Cursor<kNotes> note;
 
@@ -248,7 +235,7 @@ class WgmmaGroupedGemm {
     bool waited = Routing::kNeedsPreviousKernel;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int expert = next_expert;
+      const int expert = __shfl_sync(~0u, next_expert, 0);  // known to be uniform
       int slots[kRowsOfThread];
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) slots[i] = next_slots[i];
@@ -256,14 +243,19 @@ class WgmmaGroupedGemm {
       if (expert < 0) continue;
       const int column_tile = column_tile_of(tile, blocks);
 
-      const WeightSource weights(*this, expert, column_tile, warp, lane);
-      const GroupSource<kUnit * Scales::kBytes> group_scales(scales, expert, column_tile, thread);
-      const GroupSource<kStoredZeroBytes> group_zeros(zeros, expert, column_tile, thread);
+      const Runs<kUnitBytes, Problem::kK / kTileK, kSteps> weight_runs(packed, expert, column_tile, warp);
+      const Runs<kUnit * Scales::kBytes, kGroups, kScaleRows> scale_runs(scales, expert, column_tile, warp);
+      const Runs<kStoredZeroBytes, kGroups, kScaleRows> zero_runs(zeros, expert, column_tile, warp);
+      const auto copy_weights = [&](int s, int chunk) {
+        if (!elected) return;
+        const int group = chunk * Tile::kChunkK / Problem::kGroup;
+        weight_runs.copy(shared.weights(s), chunk * kSteps, shared.full(s), policy);
+        scale_runs.copy(shared.weights(s) + kScalesAt, group, shared.full(s), policy);
+        if constexpr (Zeros::kStored) zero_runs.copy(shared.weights(s) + kZerosAt, group, shared.full(s), policy);
+      };
       if (!waited) {
 #pragma unroll 1
-        for (; prefetched < kPrefetched; ++prefetched) {
-          weights.copy(weight_target + prefetched * kWeightBytes, prefetched, policy);
-        }
+        for (; prefetched < kPrefetched; ++prefetched) copy_weights(prefetched, prefetched);
         wait_for_previous_kernel();
         waited = true;
       }
@@ -284,38 +276,35 @@ class WgmmaGroupedGemm {
       if (lane == 0) notes.rows[warp] = last;
       if (thread == 0) notes.expert = expert, notes.column_tile = column_tile;
       barrier<kCopierBarrier>(128);
-      uint32_t offsets[kCopiedRows];  // of the rows of x that this thread copies, in elements
+      uint32_t offsets[kCopiedRows];  // of the rows of x that this thread copies, in pieces
       uint32_t real = 0;
 #pragma unroll
       for (int i = 0; i < kCopiedRows; ++i) {
         const int row = first_row + i * kRowStep;
         const int slot = row < Tile::kTokens ? notes.slots[row] : -1;
-        offsets[i] = static_cast<uint32_t>(max(slot, 0) / Problem::kSlotsPerRow) * Problem::kRowStride + piece * 8;
+        offsets[i] = static_cast<uint32_t>(max(slot, 0) / Problem::kSlotsPerRow) * (Problem::kRowStride / 8) + piece;
         if (slot >= 0) real |= 1u << i;
       }
       mbarrier_arrive(shared.note_full(note.at));
       note.advance();
 
+      const uint4* source = reinterpret_cast<const uint4*>(x);
 #pragma unroll 1
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
+      for (int chunk = 0; chunk < kChunks; ++chunk, source += kPieces) {
         mbarrier_wait(shared.empty(stage.at), stage.parity ^ 1);
         if (prefetched > 0) {
           --prefetched;
         } else {
-          weights.copy(weight_target, chunk, policy);
+          copy_weights(stage.at, chunk);
         }
-        group_scales.copy(weight_target + kScalesAt, chunk);
-        if constexpr (Zeros::kStored) group_zeros.copy(weight_target + kZerosAt, chunk);
         // A row that does not exist is not copied: it meets the weights in a column of its own, never stored.
-        const uint16_t* source = x + chunk * Tile::kChunkK;
+        const uint32_t target = shared.tokens(stage.at) + first_target;
 #pragma unroll
         for (int i = 0; i < kCopiedRows; ++i) {
-          if (real >> i & 1) copy16(token_target + i * kRowStep * 128, source + offsets[i]);
+          if (real >> i & 1) copy16(target + i * kRowStep * 128, source + offsets[i]);
         }
         mbarrier_arrive_after_copies(shared.full(stage.at));
         stage.advance();
-        token_target += kTokenBytes, weight_target += kWeightBytes;
-        if (stage.at == 0) token_target -= Tile::kStages * kTokenBytes, weight_target -= Tile::kStages * kWeightBytes;
       }
     }
     mbarrier_wait(shared.note_empty(note.at), note.parity ^ 1);
@@ -331,72 +320,33 @@ class WgmmaGroupedGemm {
     return unit / kHalfUnits * (kColumns / kUnit) + column_tile * kHalfUnits + unit % kHalfUnits;
   }
 
-  // Where a copying thread's pieces of a tile's weights come from. The four warps copy half-kilobytes in turn; where
-  // the pieces of a warp lie repeats after kPeriod turns, kPeriodSteps steps further on.
-  struct WeightSource {
-    static constexpr int kParcels = kStepBytes / 512;
-    static constexpr int kShared = kParcels % 4 == 0 ? 4 : kParcels % 2 == 0 ? 2 : 1;  // factor of 4 and kParcels
-    static constexpr int kPeriod = kParcels / kShared, kPeriodSteps = 4 / kShared;
-    static_assert(kSteps % kPeriodSteps == 0, "the four warps copy alike");
-
-    const uint32_t* rows;
-    uint32_t offsets[kPeriod];
-
-    __device__ __forceinline__ WeightSource(const WgmmaGroupedGemm& gemm, int expert, int column_tile, int warp,
-                                            int lane)
-        : rows(gemm.packed + int64_t(expert) * (Problem::kK / kTileK) * kRowWords) {
-#pragma unroll
-      for (int r = 0; r < kPeriod; ++r) {
-        const int parcel = r * 4 + warp, within = parcel % kParcels * 512;
-        offsets[r] = parcel / kParcels * kRowWords + lane * 4 + within % kUnitBytes / 4 +
-                     packed_unit(column_tile, within / kUnitBytes) * (kUnitBytes / 4);
-      }
-    }
-
-    // `target`: of the thread's first piece.
-    __device__ __forceinline__ void copy(uint32_t target, int chunk, uint64_t policy) const {
-      copy_turn<0>(target, rows + chunk * kSteps * kRowWords, policy);
-    }
-
-    template <int kTurn>
-    __device__ __forceinline__ void copy_turn(uint32_t target, const uint32_t* source, uint64_t policy) const {
-      if constexpr (kTurn < kSteps * kParcels / 4) {
-        constexpr int kRepeat = kTurn / kPeriod;
-        copy16_streamed_at<kTurn * 2048, kRepeat * kPeriodSteps * kRowWords * 4>(
-            target, source + offsets[kTurn % kPeriod], policy);
-        copy_turn<kTurn + 1>(target, source, policy);
-      }
-    }
-  };
-
-  // Where a copying thread's pieces of the scales, or of the zero points, of a tile come from: rows of one group, with
-  // kUnitBytes for each unit.
-  template <int kUnitBytes>
-  struct GroupSource {
+  // What a stage has of one operand: kRows rows of kUnitBytes for each unit, of an expert's kRowsOfExpert. The units of
+  // a half follow each other in memory as in the stage: a run. The four warps copy the runs of a chunk in turn.
+  template <int kUnitBytes, int kRowsOfExpert, int kRows>
+  struct Runs {
     static constexpr int kRowBytes = Problem::kN / kUnit * kUnitBytes;
-    static constexpr int kUnitPieces = kUnitBytes / 16;
-    static constexpr int kPieces = kScaleRows * kTileUnits * kUnitPieces;
-    static constexpr int kCopies = (kPieces + 127) / 128;
+    static constexpr int kRuns = kRows * kHalves, kRunBytes = kHalfUnits * kUnitBytes;
+    static_assert(kRunBytes % 16 == 0, "whole pieces");
 
-    const unsigned char* rows;
-    uint32_t offsets[kCopies];
-    const int thread;
+    const int warp;
+    const unsigned char* const source;  // of the warp's first run, in an expert's first rows
 
-    __device__ __forceinline__ GroupSource(const unsigned char* source, int expert, int column_tile, int t)
-        : rows(source + int64_t(expert) * kGroups * kRowBytes), thread(t) {
+    __device__ __forceinline__ Runs(const void* operand, int expert, int column_tile, int w)
+        : warp(w),
+          source(static_cast<const unsigned char*>(operand) +
+                 (int64_t(expert) * kRowsOfExpert + w / kHalves) * kRowBytes +
+                 packed_unit(column_tile, w % kHalves * kHalfUnits) * kUnitBytes) {}
+
+    // One lane's: copies the warp's runs of the rows from `row` on, and has the barrier wait for them.
+    __device__ __forceinline__ void copy(uint32_t target, int row, uint32_t barrier, uint64_t policy) const {
+      const int runs = (kRuns + 3 - warp) / 4;
+      if (kRuns >= 4 || runs > 0) mbarrier_expect(barrier, runs * kRunBytes);
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const int piece = thread + 128 * i, row = piece / (kTileUnits * kUnitPieces);
-        const int unit = packed_unit(column_tile, piece / kUnitPieces % kTileUnits);
-        offsets[i] = row * kRowBytes + unit * kUnitBytes + piece % kUnitPieces * 16;
-      }
-    }
-
-    __device__ __forceinline__ void copy(uint32_t target, int chunk) const {
-      const unsigned char* source = rows + chunk * Tile::kChunkK / Problem::kGroup * kRowBytes;
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        if (thread + 128 * i < kPieces) copy16(target + 2048 * i, source + offsets[i]);
+      for (int i = 0; i < (kRuns + 3) / 4; ++i) {
+        if (kRuns % 4 == 0 || i < runs) {
+          copy_run<kRunBytes>(target + (warp + 4 * i) * kRunBytes,
+                              source + int64_t(row) * kRowBytes + i * (4 / kHalves) * kRowBytes, barrier, policy);
+        }
       }
     }
   };
@@ -447,21 +397,15 @@ class WgmmaGroupedGemm {
     }
   }
 
-  // What fragments hold once they are weights without a scale: kStep * (value - zero). Where T's exponent is so wide
-  // that fragments of floats are far too small, they are brought to 1 * value.
-  static constexpr bool kNormalizes = Dequant::kTokenExponent != 0;
-  static constexpr float kNormalizer = power_of_two(Dequant::kTokenExponent) / Dequant::kStep;
-  static constexpr float kStep = kNormalizes ? 1.0f : Dequant::kStep;
-  static constexpr bool kOffset = Zeros::kStored || Dequant::kOffset + Dequant::kStep * Zeros::kBaked != 0.0f;
-  static_assert(!(kNormalizes && kOffset) && !(kFloatZeros && kStep != 1.0f), "floats have no zero point");
   // What is left to multiply the sums by, beside the global scales, when the scales are in.
-  static constexpr float kLeft = 1.0f / (Tile::kScalesWeights ? kStep : kStep * Scales::kUnit);
+  static constexpr float kLeft = 1.0f / (Tile::kScalesWeights ? Dequant::kStep : Dequant::kStep * Scales::kUnit);
   // Scales that T does not hold exactly come in two parts, so that they are not rounded before the weight is.
   static constexpr bool kSplitsScales = Tile::kScalesWeights && !kHoldsScale<T, typename Problem::Scale>;
 
   // Steps whose products are issued together: as many as there are registers for the weights, twice.
   static constexpr int kSumRegisters = Tile::kSubTiles * Tile::kTokens / 2 * (kTwoSums ? 2 : 1);
-  static constexpr int kScalingRegisters = 2 * Tile::kSubTiles * (kSplitsScales + kFloatZeros);  // beyond the usual
+  static constexpr int kScalingRegisters =  // beyond the usual
+      2 * Tile::kSubTiles * (kSplitsScales + kFloatZeros + (Zeros::kStored && Dequant::bias(0) != Dequant::bias(2)));
   static constexpr int kRoom =
       (kMultiplierRegisters - 40 - kSumRegisters - kScalingRegisters) / (2 * Tile::kSubTiles * 4);
   static constexpr int kMost = kSteps / 2 < kStepsPerScale ? kSteps / 2 : kStepsPerScale;
@@ -479,7 +423,8 @@ class WgmmaGroupedGemm {
 
   // From fragments of codes to weights (but for the scale, where the sums get it), in pairs of T.
   struct Scaling {
-    uint32_t offsets[Tile::kSubTiles][2];  // what a fragment of the zero point, rounded to an integer, holds
+    // What pairs of either half of K have too much, negative: for the zero point, rounded to an integer.
+    uint32_t offsets[Tile::kSubTiles][4];
     uint32_t scales[Tile::kSubTiles][2];
     uint32_t rests[Tile::kSubTiles][2];  // of the scales
     uint32_t zeros[Tile::kSubTiles][2];  // the zero point's fraction, as a weight
@@ -498,35 +443,47 @@ class WgmmaGroupedGemm {
             const int j = h * kParts + p;
             const float zero = group_zeros[2 * (lane.word() + p) + b];
             const float whole = kFloatZeros ? rintf(zero) : zero;
-            offsets[j][b] = paired(Dequant::kOffset + Dequant::kStep * whole);
+            if constexpr (Zeros::kStored) {
+              offsets[j][b] = paired(-Dequant::bias(0) - Dequant::kStep * whole);
+              offsets[j][2 + b] = paired(-Dequant::bias(2) - Dequant::kStep * whole);
+            }
             if constexpr (Tile::kScalesWeights) {
               const float scale = group_scales.get(p, b) * (1.0f / Scales::kUnit);
               scales[j][b] = paired(scale);
               if constexpr (kSplitsScales) rests[j][b] = paired(scale - to_float<T>(from_float<T>(scale)));
-              if constexpr (kFloatZeros) zeros[j][b] = paired((whole - zero) * scale);
+              if constexpr (kFloatZeros) zeros[j][b] = paired((whole - zero) * scale * Dequant::kStep);
             }
           }
         }
       }
     }
 
-    __device__ __forceinline__ void apply(uint32_t (&a)[4], int j) const {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kOffset) a[i] = subtract_pairs<T>(a[i], offsets[j][i % 2]);
-        if constexpr (kNormalizes) a[i] = multiply_pairs<T>(a[i], paired(kNormalizer));
-        if constexpr (!Tile::kScalesWeights) continue;
-        const uint32_t scale = scales[j][i % 2], code = a[i];
-        if constexpr (kSplitsScales && kFloatZeros) {
-          a[i] = multiply_add_pairs<T>(code, scale, multiply_add_pairs<T>(code, rests[j][i % 2], zeros[j][i % 2]));
-        } else if constexpr (kSplitsScales) {
-          a[i] = multiply_add_pairs<T>(code, scale, multiply_pairs<T>(code, rests[j][i % 2]));
-        } else if constexpr (kFloatZeros) {
-          a[i] = multiply_add_pairs<T>(code, scale, zeros[j][i % 2]);
-        } else {
-          a[i] = multiply_pairs<T>(code, scale);
-        }
+    template <int i>
+    __device__ __forceinline__ uint32_t weight(uint32_t code, int j) const {
+      constexpr int kExponent = Dequant::exponent(i);
+      if constexpr (Zeros::kStored) {
+        code = multiply_add_pairs<T>(code, paired_power<T>(kExponent), offsets[j][i]);
+      } else if constexpr (Dequant::kHasZero) {
+        constexpr uint32_t kOffset = paired_negative<T>(Dequant::bias(i) + Dequant::kStep * Zeros::kBaked);
+        code = multiply_add_pairs<T>(code, paired_power<T>(kExponent), kOffset);
+      } else if constexpr (kExponent != 0) {
+        code = multiply_pairs<T>(code, paired_power<T>(kExponent));
       }
+      if constexpr (!Tile::kScalesWeights) return code;
+      const uint32_t scale = scales[j][i % 2];
+      if constexpr (kSplitsScales && kFloatZeros) {
+        return multiply_add_pairs<T>(code, scale, multiply_add_pairs<T>(code, rests[j][i % 2], zeros[j][i % 2]));
+      } else if constexpr (kSplitsScales) {
+        return multiply_add_pairs<T>(code, scale, multiply_pairs<T>(code, rests[j][i % 2]));
+      } else if constexpr (kFloatZeros) {
+        return multiply_add_pairs<T>(code, scale, zeros[j][i % 2]);
+      } else {
+        return multiply_pairs<T>(code, scale);
+      }
+    }
+
+    __device__ __forceinline__ void apply(uint32_t (&a)[4], int j) const {
+      a[0] = weight<0>(a[0], j), a[1] = weight<1>(a[1], j), a[2] = weight<2>(a[2], j), a[3] = weight<3>(a[3], j);
     }
   };
 
@@ -584,7 +541,8 @@ class WgmmaGroupedGemm {
 #pragma unroll 1
     for (int chunk = Tile::kWarpgroupsK > 1 ? lane.share : 0; chunk < kChunks; chunk += Tile::kWarpgroupsK) {
       const Cursor<Tile::kStages> here = stage;
-      const uint32_t weights = shared.weights(here.at), tokens = shared.tokens(here.at);
+      const uint32_t weights = shared.weights(here.at);
+      const WgmmaRows tokens(shared.tokens(here.at));
       stage.template advance<Tile::kWarpgroupsK>();
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
@@ -593,7 +551,7 @@ class WgmmaGroupedGemm {
 #pragma unroll
         for (int s = 0; s < kBatch; ++s) {
           const int step = batch * kBatch + s;
-          const uint64_t b = wgmma_rows(tokens + step / 4 * kSlabBytes + step % 4 * 32);
+          const uint64_t b = tokens.at(step / 4 * kSlabBytes + step % 4 * 32);
           const bool begins = kTwoSums && kGroupsEndInChunks ? step % kStepsPerGroup == 0 : step == 0 && fresh;
 #pragma unroll
           for (int j = 0; j < Tile::kSubTiles; ++j) {

@@ -36,12 +36,26 @@ __device__ __forceinline__ void barrier_arrive(int threads) {
   asm volatile("bar.arrive %0, %1;" ::"n"(kId), "r"(threads) : "memory");
 }
 
-// Copies 16 bytes to shared memory, at byte offsets that the instruction holds; read once, they leave L2 first.
-template <int kShared, int kGlobal>
-__device__ __forceinline__ void copy16_streamed_at(uint32_t shared, const void* global, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %3], [%1 + %4], 16, %2;" ::"r"(shared), "l"(global),
-               "l"(policy), "n"(kShared), "n"(kGlobal)
-               : "memory");
+// The barrier's phase completes after so many bytes more, of copies that name it. One arrival is still to come.
+__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// True for one lane of a warp, and the compiler knows that it is one.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
+  return elected != 0;
+}
+
+// One thread's copy of kBytes, a multiple of 16, to shared memory.
+template <int kBytes>
+__device__ __forceinline__ void copy_run(uint32_t shared, const void* global, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared),
+      "l"(global), "n"(kBytes), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
 // Makes shared memory that this thread has seen written by ordinary stores and copies visible to wgmma.
@@ -88,17 +102,6 @@ constexpr bool kIsBFloat<BFloat> = true;
 
 // Arithmetic on pairs of T, rounded to nearest even.
 template <class T>
-__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
-  uint32_t d;
-  if constexpr (kIsBFloat<T>) {
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  } else {
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  }
-  return d;
-}
-
-template <class T>
 __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   uint32_t d;
   if constexpr (kIsBFloat<T>) {
@@ -138,11 +141,18 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // B as wgmma wants it described: rows of 128 bytes (64 values of K), 16-byte pieces of row r swizzled by r % 8, groups
-// of 8 rows (1024 bytes) after each other. The next 16 of K are 32 bytes further on.
-__device__ __forceinline__ uint64_t wgmma_rows(uint32_t shared) {
-  constexpr uint32_t kSwizzle128 = 1u << 30, kGroupStride = 1024 / 16, kUnused = 1u << 16;
-  return uint64_t(kSwizzle128 | kGroupStride) << 32 | (shared / 16 | kUnused);
-}
+// of 8 rows (1024 bytes) after each other. Addresses count in sixteens; `offset` bytes of constant cost one addition.
+struct WgmmaRows {
+  uint32_t low;
+
+  __device__ __forceinline__ explicit WgmmaRows(uint32_t shared) : low(shared / 16 | kUnused) {}
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const {
+    return uint64_t(kSwizzle128 | kGroupStride) << 32 | (low + offset / 16);
+  }
+
+ private:
+  static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupStride = 1024 / 16, kUnused = 1u << 16;
+};
 
 // d (64 x kN, float32) = a (64 x 16, registers) * b (16 x kN) + (accumulate ? d : 0). Each warp has 16 rows of a and d,
 // in the fragments of mma_16x8x16.
