@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
+from jax_marlin_moe.cuda.replay import replays_to_time
 from jax_marlin_moe.random_layers import layers_to_rotate, random_routings
 
 try:
@@ -271,17 +272,22 @@ def _microseconds(blocks: Sequence[Sequence[Callable[[], None]]], samples: int, 
         for block in blocks:
             for launch in block:
                 launch()
-    times = []
-    for sample in range(samples + 3):
-        time.sleep(pause_seconds)
+
+    def replay(times: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        for _ in range(times):
+            graph.replay()
         end.record()
         end.synchronize()
-        if sample >= 3:
-            times.append(begin.elapsed_time(end) * 1e3 / len(blocks))
-    return sorted(times)
+        return begin.elapsed_time(end) * 1e3 / times
+
+    replays = replays_to_time(min(replay(1) for _ in range(3)))
+    samples_us = []
+    for _ in range(samples):
+        time.sleep(pause_seconds)
+        samples_us.append(replay(replays) / len(blocks))
+    return sorted(samples_us)
 
 
 def _make_blocks(shape: ModelShape, layers: Sequence, configs: Sequence[str], x, ids, weights, out) -> list[list]:

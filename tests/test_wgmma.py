@@ -33,33 +33,23 @@ def two(gate_up, down):
     return WgmmaTile(*gate_up), WgmmaTile(*down)
 
 
-MANY_ROWS = two((144, 2, 2, 1, 128, 3, 1, 1, True), (144, 2, 2, 1, 64, 3, 1, 1, True))
-FEW_ROWS = two((16, 2, 1, 1, 64, 4, 2, 1, True), (16, 4, 1, 2, 64, 4, 1, 1, True))
-SCALED_SUMS = two((32, 4, 2, 1, 64, 3, 1, 1, False), (32, 2, 1, 2, 128, 3, 1, 1, False))
+MANY_ROWS = two((144, 2, 2, 1, 128, 3, 1, True), (144, 2, 2, 1, 64, 3, 1, True))
+FEW_ROWS = two((16, 2, 1, 1, 64, 4, 2, True), (16, 4, 1, 2, 64, 4, 1, True))
+SCALED_SUMS = two((32, 4, 2, 1, 64, 3, 1, False), (32, 2, 1, 2, 128, 3, 1, False))
 
 
 SCHEMES = {
-    "shared K": Scheme(
-        two((16, 2, 2, 2, 128, 6, 1, 1, False), (16, 4, 1, 3, 128, 6, 1, 1, False)), "bfloat16", "int4", 128
-    ),
-    "two blocks": Scheme(
-        two((8, 2, 2, 1, 128, 4, 2, 1, False), (8, 2, 1, 1, 64, 4, 2, 1, False)), "float16", "int4_zp", 64
-    ),
+    "shared K": Scheme(two((16, 2, 2, 2, 128, 6, 1, False), (16, 4, 1, 3, 128, 6, 1, False)), "bfloat16", "int4", 128),
+    "two blocks": Scheme(two((8, 2, 2, 1, 128, 4, 2, False), (8, 2, 1, 1, 64, 4, 2, False)), "float16", "int4_zp", 64),
     "scaled weights": Scheme(
-        two((144, 2, 2, 1, 128, 3, 1, 2, True), (144, 2, 2, 1, 64, 4, 1, 4, True)), "bfloat16", "int4", 128
+        two((144, 2, 2, 1, 128, 3, 1, True), (144, 2, 2, 1, 64, 4, 1, True)), "bfloat16", "int4", 128
     ),
     "groups of 16": Scheme(
-        two((48, 2, 2, 1, 64, 5, 1, 1, True), (48, 4, 1, 1, 64, 5, 1, 1, True)), "bfloat16", "int4_zp", 16
+        two((48, 2, 2, 1, 64, 5, 1, True), (48, 4, 1, 1, 64, 5, 1, True)), "bfloat16", "int4_zp", 16
     ),
-    "groups of 32": Scheme(
-        two((32, 2, 2, 1, 64, 5, 1, 1, False), (32, 2, 1, 2, 128, 5, 1, 1, False)), "float16", "int4", 32
-    ),
-    "one group": Scheme(
-        two((16, 2, 2, 2, 64, 6, 1, 1, False), (16, 2, 1, 3, 64, 6, 1, 1, False)), "bfloat16", "int4", None
-    ),
-    "8 bits": Scheme(
-        two((32, 2, 2, 1, 64, 6, 1, 1, False), (32, 2, 2, 1, 64, 5, 1, 1, False)), "bfloat16", "int8", 128
-    ),
+    "groups of 32": Scheme(two((32, 2, 2, 1, 64, 5, 1, False), (32, 2, 1, 2, 128, 5, 1, False)), "float16", "int4", 32),
+    "one group": Scheme(two((16, 2, 2, 2, 64, 6, 1, False), (16, 2, 1, 3, 64, 6, 1, False)), "bfloat16", "int4", None),
+    "8 bits": Scheme(two((32, 2, 2, 1, 64, 6, 1, False), (32, 2, 2, 1, 64, 5, 1, False)), "bfloat16", "int8", 128),
     "fp8, sums": Scheme(SCALED_SUMS, "bfloat16", "fp8", 128, "float32"),
     "fp8, float16": Scheme(SCALED_SUMS, "float16", "fp8", None, "float32"),
     "fp8, weights": Scheme(MANY_ROWS, "bfloat16", "fp8", 128, "float32"),
@@ -76,10 +66,10 @@ SCHEMES = {
     "float16 weights": Scheme(MANY_ROWS, "float16", "int4_zp", 128),
     "float16 weights, 8 bits": Scheme(MANY_ROWS, "float16", "int8_fzp", 64),
     "one group, many rows": Scheme(
-        two((144, 2, 2, 1, 128, 3, 1, 1, False), (144, 2, 2, 1, 64, 3, 1, 1, False)), "bfloat16", "fp8", None, "float32"
+        two((144, 2, 2, 1, 128, 3, 1, False), (144, 2, 2, 1, 64, 3, 1, False)), "bfloat16", "fp8", None, "float32"
     ),
     "three warpgroups": Scheme(
-        two((32, 2, 2, 1, 64, 4, 1, 1, False), (32, 1, 3, 1, 64, 4, 1, 1, False)), "bfloat16", "int4", 128
+        two((32, 2, 2, 1, 64, 4, 1, False), (32, 1, 3, 1, 64, 4, 1, False)), "bfloat16", "int4", 128
     ),
     "float32 scales, sums": Scheme(SCALED_SUMS, "float16", "int8_zp", 64, "float32"),
 }
@@ -135,7 +125,7 @@ def test_products_are_not_serialised(name):
 
 
 def test_a_tile_fits_what_its_kernel_takes():
-    tile = WgmmaTile(144, 2, 2, 1, 128, 4, 1, 1, True)
+    tile = WgmmaTile(144, 2, 2, 1, 128, 4, 1, True)
     assert tile.fits(shape_of(2048, 1536, gated=True), 90)
     assert not tile.fits(shape_of(2048, 1536, gated=True), 80)
     assert not tile.fits(shape_of(2048, 1536, dtype="float16"), 90)  # small weights would be lost
@@ -143,11 +133,11 @@ def test_a_tile_fits_what_its_kernel_takes():
     assert tile.fits(shape_of(2048, 1536, dtype="float16", code="e2m1", scale="e4m3", group_size=16), 90)  # exact
     assert not tile.fits(shape_of(2048, 1536, dtype="float16", code="e2m1", scale="e8m0", group_size=32), 90)
     assert tile.fits(shape_of(2048, 1536, zeros="float"), 90)
-    assert not WgmmaTile(32, 2, 2, 1, 128, 4, 1, 1, False).fits(shape_of(2048, 1536, zeros="float"), 90)
+    assert not WgmmaTile(32, 2, 2, 1, 128, 4, 1, False).fits(shape_of(2048, 1536, zeros="float"), 90)
     assert not tile.fits(shape_of(2112, 1536), 90)  # half a chunk
     assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
-    assert not WgmmaTile(144, 4, 2, 1, 128, 3, 1, 1, True).fits(shape_of(2048, 1536), 90)  # registers
-    assert not WgmmaTile(24, 2, 1, 3, 128, 6, 1, 1, False).fits(shape_of(256, 1536), 90)  # a warpgroup without a chunk
+    assert not WgmmaTile(144, 4, 2, 1, 128, 3, 1, True).fits(shape_of(2048, 1536), 90)  # registers
+    assert not WgmmaTile(24, 2, 1, 3, 128, 6, 1, False).fits(shape_of(256, 1536), 90)  # a warpgroup without a chunk
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -187,7 +177,7 @@ def test_blocks_expected_under_uniform_routing():
 def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):
     path = tmp_path / "tuned-sm_90a.json"
     key = tuned.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
-    mixed = BlockScheme(False, WgmmaTile(16, 2, 2, 1, 64, 4, 1, 1, False), Tile(16, 1, 2, 1, 64, 2, 2))
+    mixed = BlockScheme(False, WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), Tile(16, 1, 2, 1, 64, 2, 2))
     tuned.record(key, 16, "sm_90a", mixed, path)
     monkeypatch.setattr(tuned, "user_path", lambda architecture: path)
     assert tuned.lookup(key, 16, "sm_90a") == mixed

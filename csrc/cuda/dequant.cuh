@@ -2,11 +2,11 @@
 //
 // Marlin's order makes the eight codes of a sub-tile (16 columns of the weight matrix, the rows of A, by 16 of K) that
 // a lane holds exactly the eight values that it owns in the fragment: columns g and g + 8 (g = lane / 4), k in
-// {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4), in pairs 16 bits apart. A fragment holds kStep * value + kOffset, exact in
-// its type; the group's end takes the offset, the zero point and the scale out of the float32 sums:
-//   sum_k (value - zero) * x = (sum_k a * x - (kOffset + kStep * zero) * sum_k x) / kStep.
+// {2t, 2t+1, 2t+8, 2t+9} (t = lane % 4), in pairs 16 bits apart. A fragment holds kStep * value, exact in its type; the
+// group's end takes the zero point and the scale out of the float32 sums:
+//   sum_k (value - zero) * x = (sum_k a * x - kStep * zero * sum_k x) / kStep.
 // Where bfloat16's exponent is too wide for a cheap conversion, the fragment is far too small by a power of two, and
-// the tokens are multiplied by 2^kTokenExponent on their way into the MMA, which shares the way back.
+// the tokens are multiplied by 2^token_exponent(half of K) on their way into the MMA, which shares the way back.
 #pragma once
 
 #include "ptx.cuh"
@@ -36,72 +36,57 @@ __device__ constexpr float power_of_two(int exponent) {
   return power;
 }
 
-// For codes that are floats. Rows of bfloat16 are safe up to 2^47, and sums down to 2^-126 keep every bit of products
-// of 2^-80.
+// The bits of 2^exponent, twice.
 template <class T>
-constexpr int kFloatTokenExponent = 0;
-template <>
-constexpr int kFloatTokenExponent<BFloat> = 80;
+__device__ constexpr uint32_t paired_power(int exponent) {
+  return ((exponent + T::kExponentBias) << T::kMantissaBits) * 0x10001u;
+}
 
-// bfloat16 stores 7 bits of mantissa: 0x4300 | q is 128 + q.
+// Rows of bfloat16 are safe up to 2^47, and sums down to 2^-126 keep every bit of products of 2^-73.
+template <class T>
+constexpr int kFarTokenExponent = 0;
+template <>
+constexpr int kFarTokenExponent<BFloat> = 80;
+
+// Integers up to 255 at the low end of bfloat16 are its subnormals and the first of its normal numbers, on one line:
+// q * 2^-133. The upper nibble of a byte stays where it is, as 16 q: its half of K has tokens 16 times less.
 template <>
 struct Dequantizer<Int4, BFloat> {
-  static constexpr float kStep = 1.0f, kOffset = 128.0f;
-  static constexpr int kTokenExponent = 0;
+  static constexpr float kStep = power_of_two(kFarTokenExponent<BFloat> - 133);
 
-  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    constexpr uint32_t kMask = 0x000F000Fu, k128 = 0x43004300u;
-    const uint32_t word = words[0];  // one shift serves two codes, 16 bits apart
-    a[0] = and_or(word, kMask, k128);
-    a[2] = and_or(word >> 4, kMask, k128);
-    a[1] = and_or(word >> 8, kMask, k128);
-    a[3] = and_or(word >> 12, kMask, k128);
-  }
-};
-
-// The bits of a code are the subnormal float16 q * 2^-24: nothing to add, nothing to cancel.
-template <>
-struct Dequantizer<Int4, Half> {
-  static constexpr float kStep = power_of_two(-24), kOffset = 0.0f;
-  static constexpr int kTokenExponent = 0;
-
-  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    constexpr uint32_t kMask = 0x000F000Fu;
-    const uint32_t word = words[0];
-    a[0] = word & kMask;
-    a[2] = word >> 4 & kMask;
-    a[1] = word >> 8 & kMask;
-    a[3] = word >> 12 & kMask;
-  }
-};
-
-// 128 + (the low 7 bits), less 128 where the top bit is set and 256 where it is not: q - 128.
-template <>
-struct Dequantizer<Int8, BFloat> {
-  static constexpr float kStep = 1.0f, kOffset = -128.0f;
-  static constexpr int kTokenExponent = 0;
-
+  __device__ static constexpr int token_exponent(int half) { return kFarTokenExponent<BFloat> - 4 * half; }
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      a[b] = pair(words[b]);
-      a[2 + b] = pair(words[b] >> 8);
+      const uint32_t bytes = words[0] >> 8 * b;
+      a[b] = bytes & 0x000F000Fu;
+      a[2 + b] = bytes & 0x00F000F0u;
     }
-  }
-
- private:
-  __device__ __forceinline__ static uint32_t pair(uint32_t bytes) {
-    const uint32_t low = and_or(bytes, 0x007F007Fu, 0x43004300u);   // 128 + low 7 bits
-    const uint32_t top = and_xor(bytes, 0x00800080u, 0xC380C380u);  // -128 or -256
-    return multiply_add_bfloats(low, BFloat::kOnes, top);
   }
 };
 
+// The same in float16, q * 2^-24, but that its exponent has no room for tokens 16 times less.
 template <>
-struct Dequantizer<Int8, Half> {
-  static constexpr float kStep = power_of_two(-24), kOffset = 0.0f;
-  static constexpr int kTokenExponent = 0;
+struct Dequantizer<Int4, Half> {
+  static constexpr float kStep = power_of_two(-24);
 
+  __device__ static constexpr int token_exponent(int) { return 0; }
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+    constexpr uint32_t kSixteenth = paired_power<Half>(-4), kMinusZero = 0x80008000u;
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint32_t bytes = words[0] >> 8 * b;
+      a[b] = bytes & 0x000F000Fu;
+      a[2 + b] = multiply_add_pairs<Half>(bytes & 0x00F000F0u, kSixteenth, kMinusZero);
+    }
+  }
+};
+
+template <class T>
+struct Dequantizer<Int8, T> {
+  static constexpr float kStep = power_of_two(1 - T::kExponentBias - T::kMantissaBits + kFarTokenExponent<T>);
+
+  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -116,9 +101,9 @@ struct Dequantizer<Int8, Half> {
 // that the masks keep busy: there is one right shift a word.
 template <class T>
 struct Dequantizer<E2M1, T> {
-  static constexpr int kTokenExponent = kFloatTokenExponent<T>;
-  static constexpr float kStep = power_of_two(1 - T::kExponentBias + kTokenExponent), kOffset = 0.0f;
+  static constexpr float kStep = power_of_two(1 - T::kExponentBias + kFarTokenExponent<T>);
 
+  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     const uint32_t word = words[0], top = word >> (13 - kMantissa);  // the topmost magnitude in its place
     a[0] = pair(word << 12, word << (kMantissa - 1));
@@ -139,9 +124,9 @@ struct Dequantizer<E2M1, T> {
 // The same for 4 bits of exponent (bias 7) and 3 of mantissa: the value times 2^(7 - bias of T).
 template <class T>
 struct Dequantizer<E4M3, T> {
-  static constexpr int kTokenExponent = kFloatTokenExponent<T>;
-  static constexpr float kStep = power_of_two(7 - T::kExponentBias + kTokenExponent), kOffset = 0.0f;
+  static constexpr float kStep = power_of_two(7 - T::kExponentBias + kFarTokenExponent<T>);
 
+  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     constexpr int kLeft = T::kMantissaBits - 3;  // from the low byte of a half to its place in T
     constexpr uint32_t kMagnitude = 0x00010001u * (0x7Fu << kLeft);

@@ -71,8 +71,8 @@ class GroupedGemm {
   static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
   static constexpr bool kGroupsInChunk = Problem::kGroup <= Tile::kChunkK;  // every chunk is whole groups
-  // Whether fragments have an offset or codes a zero point that the sums of x must take out.
-  static constexpr bool kTokenSums = Zeros::kStored || Dequant::kOffset + Dequant::kStep * Zeros::kBaked != 0.0f;
+  // Whether codes have a zero point that the sums of x must take out.
+  static constexpr bool kTokenSums = Zeros::kStored || Zeros::kBaked != 0.0f;
   // A gated tile holds as many gate units as up units; its columns are those of the product. Gate and up of a column
   // belong to one warp where a warp has two units, to the lower and the upper half of the warps where it has one.
   static constexpr int kHalves = Epilogue::kGated ? 2 : 1;
@@ -459,7 +459,9 @@ class GroupedGemm {
 
     template <int kActive>
     __device__ __forceinline__ void multiply(uint32_t stage, uint32_t tokens, bool closes_group, bool shortened) {
-      const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
+      constexpr int kExponents[2] = {Dequant::token_exponent(0), Dequant::token_exponent(1)};  // of the halves of K
+      constexpr uint32_t kOnes[2] = {paired_power<T>(-kExponents[0]), paired_power<T>(-kExponents[1])};
+      const uint32_t ones[4] = {kOnes[0], kOnes[0], kOnes[1], kOnes[1]};  // that make up for them
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step == kLastSteps && shortened) {
@@ -473,10 +475,10 @@ class GroupedGemm {
 #pragma unroll
         for (int t = 0; t < kActive; ++t) {
           load_matrices_x2(b[t], tokens + token_offsets[step] + t * 8 * Tile::kChunkK * 2);
-          if constexpr (Dequant::kTokenExponent != 0) {
-            constexpr uint32_t kPower = 0x00010001u * ((127u + Dequant::kTokenExponent) << 7), kMinusZero = 0x80008000u;
-            b[t][0] = multiply_add_bfloats(b[t][0], kPower, kMinusZero);
-            b[t][1] = multiply_add_bfloats(b[t][1], kPower, kMinusZero);
+          if constexpr (kExponents[0] != 0) {
+            constexpr uint32_t kMinusZero = 0x80008000u;
+            b[t][0] = multiply_add_pairs<T>(b[t][0], paired_power<T>(kExponents[0]), kMinusZero);
+            b[t][1] = multiply_add_pairs<T>(b[t][1], paired_power<T>(kExponents[1]), kMinusZero);
           }
           if constexpr (kTokenSums) multiply_into(token_sums[t], ones, b[t], opens_group);
         }
@@ -519,7 +521,7 @@ class GroupedGemm {
       }
     }
 
-    // sums += (group_sums - (offset + zero) * token_sums) * scale.
+    // sums += (group_sums - zero * token_sums) * scale.
     template <int kActive>
     __device__ __forceinline__ void close_group(uint32_t stage, int scale_row) {
       const int column = lane / 4;  // this lane's columns are column + 8 j, j = 0..7
@@ -535,13 +537,13 @@ class GroupedGemm {
 #pragma unroll
           for (int b = 0; b < 2; ++b) {  // columns g and g + 8 of the sub-tile
             const float scale = scales[2 * w + b];
-            const float offset = Dequant::kOffset + Dequant::kStep * zeros[2 * w + b];
+            const float zero = Dequant::kStep * zeros[2 * w + b];
 #pragma unroll
             for (int t = 0; t < kActive; ++t) {
 #pragma unroll
               for (int i = 0; i < 2; ++i) {  // tokens 2t and 2t + 1
                 float codes = group_sums[u][w][t][2 * b + i];
-                if constexpr (kTokenSums) codes -= offset * token_sums[t][i];
+                if constexpr (kTokenSums) codes -= zero * token_sums[t][i];
                 sums[u][w][t][2 * b + i] += codes * scale;
               }
             }

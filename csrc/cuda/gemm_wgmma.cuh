@@ -22,7 +22,7 @@ namespace jmm {
 // How the work is cut. A block of threads makes kTokens x (kWarpgroupsN * kSubTiles * 64 packed columns);
 // kWarpgroupsK warpgroups take the chunks of K in turn.
 template <int kTokens_, int kSubTiles_, int kWarpgroupsN_, int kWarpgroupsK_, int kChunkK_, int kStages_,
-          int kBlocksPerSm_, int kRaster_, bool kScalesWeights_>
+          int kBlocksPerSm_, bool kScalesWeights_>
 struct WgmmaTile {
   static constexpr int kTokens = kTokens_;            // rows of a block of tokens
   static constexpr int kSubTiles = kSubTiles_;        // 64-row products of a warpgroup: 1, 2 or 4
@@ -31,7 +31,6 @@ struct WgmmaTile {
   static constexpr int kChunkK = kChunkK_;            // rows of K in one stage of the ring
   static constexpr int kStages = kStages_;            // stages of the ring
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // resident blocks
-  static constexpr int kRaster = kRaster_;            // blocks of tokens that share a run of column tiles
   static constexpr bool kScalesWeights = kScalesWeights_;
   static constexpr int kWarpgroups = kWarpgroupsN * kWarpgroupsK;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);  // one more copies
@@ -183,17 +182,6 @@ class WgmmaGroupedGemm {
     }
   };
 
-  // Tiles in an order that keeps kRaster blocks of tokens and a run of columns together: what runs at the same time
-  // reads the same rows and the same weights.
-  __device__ __forceinline__ static int block_of(int tile, int blocks) {
-    const int first = tile / (Tile::kRaster * kColumnTiles) * Tile::kRaster;
-    return first + tile % (Tile::kRaster * kColumnTiles) % min(Tile::kRaster, blocks - first);
-  }
-  __device__ __forceinline__ static int column_tile_of(int tile, int blocks) {
-    const int first = tile / (Tile::kRaster * kColumnTiles) * Tile::kRaster;
-    return tile % (Tile::kRaster * kColumnTiles) / min(Tile::kRaster, blocks - first);
-  }
-
   // ---- The warpgroup that copies.
 
   static constexpr int kRowsOfThread = (Tile::kTokens + 127) / 128;  // of a note
@@ -220,7 +208,7 @@ class WgmmaGroupedGemm {
     const auto fetch = [&](int tile) {
       next_expert = -1;
       if (tile >= tiles) return;
-      const int block = block_of(tile, blocks);
+      const int block = tile / kColumnTiles;
       next_expert = routing.expert(block);
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
@@ -241,7 +229,7 @@ class WgmmaGroupedGemm {
       for (int i = 0; i < kRowsOfThread; ++i) slots[i] = next_slots[i];
       fetch(tile + gridDim.x);
       if (expert < 0) continue;
-      const int column_tile = column_tile_of(tile, blocks);
+      const int column_tile = tile % kColumnTiles;
 
       const Runs<kUnitBytes, Problem::kK / kTileK, kSteps> weight_runs(packed, expert, column_tile, warp);
       const Runs<kUnit * Scales::kBytes, kGroups, kScaleRows> scale_runs(scales, expert, column_tile, warp);

@@ -19,11 +19,9 @@ namespace jmm {
 
 struct Half {  // IEEE binary16
   static constexpr int kMantissaBits = 10, kExponentBias = 15;
-  static constexpr uint32_t kOnes = 0x3C003C00u;
 };
 struct BFloat {  // bfloat16
   static constexpr int kMantissaBits = 7, kExponentBias = 127;
-  static constexpr uint32_t kOnes = 0x3F803F80u;
 };
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
@@ -193,15 +191,19 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
-// (a & b) ^ c in one instruction.
-__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+// a * b + c of both halves, rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+__device__ __forceinline__ uint32_t multiply_add_pairs<Half>(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
-// a * b + c of both bfloat16 halves, rounded once. sm_75 has no bfloat16, and no call gets there.
-__device__ __forceinline__ uint32_t multiply_add_bfloats(uint32_t a, uint32_t b, uint32_t c) {
+template <>  // sm_75 has no bfloat16, and no call gets there
+__device__ __forceinline__ uint32_t multiply_add_pairs<BFloat>(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d = 0;
 #if __CUDA_ARCH__ >= 800
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

@@ -52,8 +52,8 @@ __device__ __forceinline__ bool elect_lane() {
 template <int kBytes>
 __device__ __forceinline__ void copy_run(uint32_t shared, const void* global, uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared),
       "l"(global), "n"(kBytes), "r"(barrier), "l"(policy)
       : "memory");
 }
@@ -100,7 +100,7 @@ constexpr bool kIsBFloat = false;
 template <>
 constexpr bool kIsBFloat<BFloat> = true;
 
-// Arithmetic on pairs of T, rounded to nearest even.
+// a * b of both halves, rounded to nearest even.
 template <class T>
 __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   uint32_t d;
@@ -109,15 +109,6 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   } else {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   }
-  return d;
-}
-
-// a * b + c, rounded once.
-template <class T>
-__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
-  if constexpr (kIsBFloat<T>) return multiply_add_bfloats(a, b, c);
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 

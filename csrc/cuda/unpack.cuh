@@ -15,19 +15,18 @@ namespace jmm {
 template <class Code, class T>
 struct Unpacker : Dequantizer<Code, T> {
   using Raw = Dequantizer<Code, T>;
-  static constexpr bool kHasZero = false, kComesToScale = Raw::kTokenExponent != 0;
+  static constexpr bool kHasZero = false, kComesToScale = Raw::token_exponent(0) != 0;
   static constexpr float kStep = kComesToScale ? 1.0f : Raw::kStep;
 
   __device__ static constexpr int exponent(int) {
     int e = 0;
-    while (kComesToScale && power_of_two(Raw::kTokenExponent - e) > Raw::kStep) ++e;
+    while (kComesToScale && power_of_two(Raw::token_exponent(0) - e) > Raw::kStep) ++e;
     return e;
   }
   __device__ static constexpr float bias(int) { return 0.0f; }
 };
 
-// Integers up to 255 at the low end of bfloat16 are its subnormals and the first of its normal numbers, on one line:
-// q * 2^-133. So the upper nibble of a byte stays in its place, as 16 q; the lower one becomes 128 + q.
+// The upper nibble of a byte stays where it is, as 16 q * 2^-133 (see Dequantizer); the lower one becomes 128 + q.
 template <>
 struct Unpacker<Int4, BFloat> {
   static constexpr bool kHasZero = true;
@@ -47,20 +46,12 @@ struct Unpacker<Int4, BFloat> {
 };
 
 template <>
-struct Unpacker<Int8, BFloat> {
+struct Unpacker<Int8, BFloat> : Dequantizer<Int8, BFloat> {  // q * 2^-133
   static constexpr bool kHasZero = true;
   static constexpr float kStep = power_of_two(127 - 133);
 
   __device__ static constexpr int exponent(int) { return 127; }
   __device__ static constexpr float bias(int) { return 0.0f; }
-
-  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      a[b] = words[b] & 0x00FF00FFu;
-      a[2 + b] = words[b] >> 8 & 0x00FF00FFu;
-    }
-  }
 };
 
 // float16 stores 10 bits of mantissa: 0x6400 | bits is 1024 + bits, be they q or, in the upper nibble, 16 q. (As
@@ -109,12 +100,6 @@ __device__ constexpr uint32_t paired_negative(float value) {
   for (; value < 1.0f; --exponent) value *= 2.0f;
   const uint32_t mantissa = static_cast<uint32_t>((value - 1.0f) * power_of_two(T::kMantissaBits));
   return (0x8000u | (exponent + T::kExponentBias) << T::kMantissaBits | mantissa) * 0x10001u;
-}
-
-// The bits of 2^exponent, twice.
-template <class T>
-__device__ constexpr uint32_t paired_power(int exponent) {
-  return ((exponent + T::kExponentBias) << T::kMantissaBits) * 0x10001u;
 }
 
 }  // namespace jmm

@@ -7,6 +7,7 @@ all repetitions, as they are for calls in a row under XLA: memory of their own w
 
 import contextlib
 import ctypes
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -72,6 +73,15 @@ def block_operands(
         for i in range(len(topk_ids))
         for gate_up, down in [layers[i % len(layers)]]
     ]
+
+
+def replays_to_time(microseconds: float) -> int:
+    """How many replays of a graph that takes so long make a sample.
+
+    The card takes some 40 microseconds to start on a graph after a rest; of the two milliseconds that a sample lasts at
+    least, that is 2 %.
+    """
+    return max(1, math.ceil(2000 / microseconds))
 
 
 class ReplayedPlan:
@@ -142,10 +152,10 @@ class ReplayedPlan:
         _checked(driver.cuLaunchKernelEx(config, self._functions[index], parameters, 0))
 
     @contextlib.contextmanager
-    def captured(self, kernels: Sequence[int] | None = None) -> Iterator[Callable[[], float]]:
-        """A graph of all repetitions, as a function that replays it once.
+    def captured(self, kernels: Sequence[int] | None = None) -> Iterator[Callable[..., float]]:
+        """A graph of all repetitions, as a function that replays it so many times in a row.
 
-        The function waits for the replay and returns the microseconds of one repetition, averaged over all.
+        The function waits for the replays and returns the microseconds of one repetition, averaged over all.
 
         Args:
             kernels: which kernels to launch; None for the whole call. Those that read another's results must have
@@ -162,12 +172,13 @@ class ReplayedPlan:
         executable = _checked(driver.cuGraphInstantiate(graph, 0))
         begin, end = (_checked(driver.cuEventCreate(0)) for _ in range(2))
 
-        def replay() -> float:
+        def replay(times: int = 1) -> float:
             _checked(driver.cuEventRecord(begin, self._stream))
-            _checked(driver.cuGraphLaunch(executable, self._stream))
+            for _ in range(times):
+                _checked(driver.cuGraphLaunch(executable, self._stream))
             _checked(driver.cuEventRecord(end, self._stream))
             _checked(driver.cuEventSynchronize(end))
-            return _checked(driver.cuEventElapsedTime(begin, end)) * 1e3 / len(self._pointers)
+            return _checked(driver.cuEventElapsedTime(begin, end)) * 1e3 / (times * len(self._pointers))
 
         try:
             yield replay
@@ -180,17 +191,19 @@ class ReplayedPlan:
     def microseconds(
         self, kernels: Sequence[int] | None = None, samples: int = 15, pause_seconds: float = 0.0
     ) -> list[float]:
-        """Microseconds of one repetition in each of `samples` replays after three to warm up; sorted.
+        """Microseconds of one repetition in each of `samples` samples, after three to warm up; sorted.
 
-        Replays in a row may drive the card into its power limit, where it lowers its clock; a pause before each keeps
-        it out of there.
+        Short replays are repeated in a row (`replays_to_time`). Replays in a row may drive the card into its power
+        limit, where it lowers its clock; a pause before each sample keeps it out of there.
         """
         times = []
         with self.captured(kernels) as replay:
-            for _ in range(samples + 3):
+            warm = min(replay() for _ in range(3))
+            replays = replays_to_time(warm * len(self._pointers))
+            for _ in range(samples):
                 time.sleep(pause_seconds)
-                times.append(replay())
-        return sorted(times[3:])
+                times.append(replay(replays))
+        return sorted(times)
 
 
 def replayed_block(

@@ -144,7 +144,6 @@ class WgmmaTile:
         chunk_k: rows of K in one stage of the ring.
         stages: stages of the ring.
         blocks_per_sm: resident blocks of threads.
-        raster: blocks of tokens that share a run of column tiles.
         scales_weights: whether the 16-bit weights are scaled, rather than the sums of each group.
     """
 
@@ -155,7 +154,6 @@ class WgmmaTile:
     chunk_k: int
     stages: int
     blocks_per_sm: int
-    raster: int
     scales_weights: bool
 
     kernel = "WgmmaGroupedGemm"
@@ -313,13 +311,13 @@ def _wgmma_candidates(shape: GemmShape, tokens: int, capability: int) -> list[Wg
     for sub_tiles, (warpgroups_n, warpgroups_k), chunk_k, blocks_per_sm, scales_weights in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
     ):
-        if scales_weights and tokens < 48 and not exact:  # scaling the sums is cheaper, and exact
+        if scales_weights and tokens < 48 and not exact and _sums_can_be_scaled(shape):  # cheaper, and exact
             continue
         if scales_weights and shape.group_size >= shape.k and _sums_can_be_scaled(shape):  # once, at the end
             continue
         for stages in range(8, 2, -1):  # as many as there is room for
             tile = WgmmaTile(
-                tokens, sub_tiles, warpgroups_n, warpgroups_k, chunk_k, stages, blocks_per_sm, 1, scales_weights
+                tokens, sub_tiles, warpgroups_n, warpgroups_k, chunk_k, stages, blocks_per_sm, scales_weights
             )
             if tile.fits(shape, capability):
                 found.append(tile)
@@ -356,7 +354,7 @@ _MULTIPROCESSORS = 132
 _CYCLES_PER_MICROSECOND = 1900
 _BYTES_PER_CYCLE = 4.65e6 / _MULTIPROCESSORS / _CYCLES_PER_MICROSECOND  # a multiprocessor's part of the memory
 _CHUNK_INSTRUCTIONS = 50  # of a warp, beside its words
-_WORD_INSTRUCTIONS = {"int4": 7, "int8": 14, "e2m1": 15, "e4m3": 14}  # dequantisation of 8 weights
+_WORD_INSTRUCTIONS = {"int4": 5, "int8": 6, "e2m1": 15, "e4m3": 14}  # dequantisation of 8 weights
 _MMA_INSTRUCTIONS = 1.8  # an MMA, as often as it keeps the warp
 _CYCLES_PER_INSTRUCTION = 2.5  # of a warp alone
 _CHUNK_LATENCY = 144

@@ -103,6 +103,6 @@ def _decode(entry: dict) -> BlockScheme:
 
 
 def _decode_tile(fields: list) -> Tile | WgmmaTile:
-    """The kinds of tile have different numbers of fields; a `Tile` may leave out that it has no cluster."""
-    kind = WgmmaTile if len(fields) == len(dataclasses.fields(WgmmaTile)) else Tile
+    """A `WgmmaTile` ends with a truth value; a `Tile` may leave out that it has no cluster."""
+    kind = WgmmaTile if isinstance(fields[-1], bool) else Tile
     return kind(*fields)
