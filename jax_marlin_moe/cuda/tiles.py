@@ -311,7 +311,7 @@ def _wgmma_candidates(shape: GemmShape, tokens: int, capability: int) -> list[Wg
     for sub_tiles, (warpgroups_n, warpgroups_k), chunk_k, blocks_per_sm, scales_weights in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
     ):
-        if scales_weights and tokens < 48 and not exact and _sums_can_be_scaled(shape):  # cheaper, and exact
+        if scales_weights and tokens < 48 and not exact:  # scaling the sums is cheaper, and exact
             continue
         if scales_weights and shape.group_size >= shape.k and _sums_can_be_scaled(shape):  # once, at the end
             continue
