@@ -18,7 +18,6 @@ import argparse
 import importlib.metadata
 import json
 import statistics
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
-from jax_marlin_moe.cuda.replay import replays_to_time
+from jax_marlin_moe.cuda.replay import timed_samples
 from jax_marlin_moe.random_layers import layers_to_rotate, random_routings
 
 try:
@@ -280,14 +279,9 @@ def _microseconds(blocks: Sequence[Sequence[Callable[[], None]]], samples: int, 
             graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) * 1e3 / times
+        return begin.elapsed_time(end) * 1e3 / (times * len(blocks))
 
-    replays = replays_to_time(min(replay(1) for _ in range(3)))
-    samples_us = []
-    for _ in range(samples):
-        time.sleep(pause_seconds)
-        samples_us.append(replay(replays) / len(blocks))
-    return sorted(samples_us)
+    return timed_samples(replay, len(blocks), samples=samples, pause_seconds=pause_seconds)
 
 
 def _make_blocks(shape: ModelShape, layers: Sequence, configs: Sequence[str], x, ids, weights, out) -> list[list]:

@@ -421,8 +421,8 @@ def from_fp8(
         _refuse("weight_scale", bad_block_scales(np.asarray(weight_scale), exponent=True))
     elif not jnp.issubdtype(weight_scale.dtype, jnp.floating):
         raise TypeError(f"weight_scale has dtype {weight_scale.dtype}; it must be floating point, or uint8 for e8m0")
-    elif bad_float_scales(np.asarray(weight_scale)):
-        raise ValueError(f"weight_scale holds {bad_float_scales(np.asarray(weight_scale))}")
+    elif fault := bad_float_scales(np.asarray(weight_scale)):
+        raise ValueError(f"weight_scale holds {fault}")
     shape = tuple(weight_scale.shape)
     if shape[:1] != (experts,) or shape[1:] not in fp8_scale_shapes(k, n):
         raise ValueError(

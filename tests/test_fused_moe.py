@@ -367,6 +367,13 @@ def test_what_memory_held_before_stays_out(tokens):
             assert_block_close(run(), expected)
 
 
+def assert_tiles_agree(case, tiles, *, direct=False):
+    """Two tiles on the card against the oracle."""
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(case, "cuda")
+        assert_block_close(call.run(cuda_scheme=BlockScheme(direct, *tiles)), call.expected())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "tiles",
@@ -379,10 +386,7 @@ def test_what_memory_held_before_stays_out(tokens):
 )
 def test_tiles_of_odd_width(tiles):
     """Warps side by side: 2880 columns, gpt-oss's, are 45 units of 64."""
-    case = Case("", hidden=960, inner=384, group_size=64, down_group_size=64)
-    with jax.default_device(jax.devices("cuda")[0]):
-        call = make_call(case, "cuda")
-        assert_block_close(call.run(cuda_scheme=BlockScheme(False, *tiles)), call.expected())
+    assert_tiles_agree(Case("", hidden=960, inner=384, group_size=64, down_group_size=64), tiles)
 
 
 @pytest.mark.gpu
@@ -399,10 +403,7 @@ def test_tiles_of_odd_width(tiles):
 def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
     """The last chunk of K may be shorter, as the last group may."""
     case = Case("", hidden=960, inner=448, group_size=group, down_group_size=group)
-    case = dataclasses.replace(case, weight_format=weight_format, down_format=weight_format)
-    with jax.default_device(jax.devices("cuda")[0]):
-        call = make_call(case, "cuda")
-        assert_block_close(call.run(cuda_scheme=BlockScheme(False, *tiles)), call.expected())
+    assert_tiles_agree(dataclasses.replace(case, weight_format=weight_format, down_format=weight_format), tiles)
 
 
 @pytest.mark.gpu
@@ -423,9 +424,7 @@ def test_clusters_that_share_k(tiles, weight_format, direct):
     group = 16 if weight_format == "nvfp4" else 64
     case = Case("", hidden=768, inner=768, weight_format=weight_format, down_format=weight_format, experts=9)
     case = dataclasses.replace(case, group_size=group, down_group_size=group, routing="holes")
-    with jax.default_device(jax.devices("cuda")[0]):
-        call = make_call(case, "cuda")
-        assert_block_close(call.run(cuda_scheme=BlockScheme(direct, *tiles)), call.expected())
+    assert_tiles_agree(case, tiles, direct=direct)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from jax_marlin_moe.random_layers import random_layers, random_routings
 
 pytest.importorskip("cuda.bindings")
 
-from jax_marlin_moe.cuda.replay import block_operands, replayed_block
+from jax_marlin_moe.cuda.replay import block_operands, replayed_block, timed_samples
 
 SHAPE = ModelShape("small", 8, 2, 256, 128, group_size=64)
 PADDED = ModelShape("padded", 8, 2, 200, 120, group_size=64)
@@ -47,6 +47,18 @@ def test_operands_are_those_of_the_custom_call(case):
         assert 1 < position < len(ours)
         assert np.array_equal(ours[-2], ids[i])
         assert np.array_equal(ours[-3], weights[i])
+
+
+def test_a_sample_lasts_two_milliseconds():
+    asked = []
+
+    def replay(times):
+        asked.append(times)
+        return 100.0 - len(asked)  # microseconds of one repetition
+
+    times = timed_samples(replay, 4, samples=5, pause_seconds=0.0)
+    assert times == [92.0, 93.0, 94.0, 95.0, 96.0]
+    assert asked == [1, 1, 1, *[6] * 5]  # 4 repetitions of 97 at best: six times 388
 
 
 @pytest.mark.gpu

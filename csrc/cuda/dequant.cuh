@@ -72,12 +72,12 @@ struct Dequantizer<Int4, Half> {
 
   __device__ static constexpr int token_exponent(int) { return 0; }
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    constexpr uint32_t kSixteenth = paired_power<Half>(-4), kMinusZero = 0x80008000u;
+    constexpr uint32_t kSixteenth = paired_power<Half>(-4);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       const uint32_t bytes = words[0] >> 8 * b;
       a[b] = bytes & 0x000F000Fu;
-      a[2 + b] = multiply_add_pairs<Half>(bytes & 0x00F000F0u, kSixteenth, kMinusZero);
+      a[2 + b] = multiply_pairs<Half>(bytes & 0x00F000F0u, kSixteenth);
     }
   }
 };
@@ -101,7 +101,8 @@ struct Dequantizer<Int8, T> {
 // that the masks keep busy: there is one right shift a word.
 template <class T>
 struct Dequantizer<E2M1, T> {
-  static constexpr float kStep = power_of_two(1 - T::kExponentBias + kFarTokenExponent<T>);
+  static constexpr int kExponent = 1 - T::kExponentBias;  // of a fragment's unit
+  static constexpr float kStep = power_of_two(kExponent + kFarTokenExponent<T>);
 
   __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
@@ -124,7 +125,8 @@ struct Dequantizer<E2M1, T> {
 // The same for 4 bits of exponent (bias 7) and 3 of mantissa: the value times 2^(7 - bias of T).
 template <class T>
 struct Dequantizer<E4M3, T> {
-  static constexpr float kStep = power_of_two(7 - T::kExponentBias + kFarTokenExponent<T>);
+  static constexpr int kExponent = 7 - T::kExponentBias;
+  static constexpr float kStep = power_of_two(kExponent + kFarTokenExponent<T>);
 
   __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {

@@ -476,9 +476,8 @@ class GroupedGemm {
         for (int t = 0; t < kActive; ++t) {
           load_matrices_x2(b[t], tokens + token_offsets[step] + t * 8 * Tile::kChunkK * 2);
           if constexpr (kExponents[0] != 0) {
-            constexpr uint32_t kMinusZero = 0x80008000u;
-            b[t][0] = multiply_add_pairs<T>(b[t][0], paired_power<T>(kExponents[0]), kMinusZero);
-            b[t][1] = multiply_add_pairs<T>(b[t][1], paired_power<T>(kExponents[1]), kMinusZero);
+            b[t][0] = multiply_pairs<T>(b[t][0], paired_power<T>(kExponents[0]));
+            b[t][1] = multiply_pairs<T>(b[t][1], paired_power<T>(kExponents[1]));
           }
           if constexpr (kTokenSums) multiply_into(token_sums[t], ones, b[t], opens_group);
         }

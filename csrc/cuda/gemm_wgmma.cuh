@@ -51,7 +51,6 @@ class WgmmaGroupedGemm {
   static constexpr int kFragmentWords = Code::kBits / 4;  // of a lane, for one sub-tile
   static constexpr int kUnitBytes = kTileK * kUnit * Code::kBits / 8;
   static constexpr int kLaneBytes = kUnitBytes / 32;
-  static constexpr int kRowWords = Problem::kN * kTileK * Code::kBits / 32;  // of 16 rows of K in the packed matrix
   static constexpr bool kFloatZeros = !Zeros::kWhole;
   static_assert(Tile::kScalesWeights || (!kFloatZeros && !Problem::kGlobalScales),
                 "a fraction of a zero point goes into weights that have their scale; sums are scaled group by group");
@@ -113,7 +112,7 @@ class WgmmaGroupedGemm {
   static constexpr int kSharedBytes = kBarriersAt + 8 * 2 * (Tile::kStages + kNotes);
 
   const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
-  const uint32_t* __restrict__ packed;       // [experts, K / 16, kRowWords]
+  const uint32_t* __restrict__ packed;       // [experts, K / 16, N * kBits / 2]
   const unsigned char* __restrict__ scales;  // [experts, groups, N] of Scale, in Marlin order
   const unsigned char* __restrict__ zeros;   // [experts, groups, N] as Zeros has them, in Marlin order
   const float* __restrict__ global_scales;   // [experts, N / 64] if kGlobalScales

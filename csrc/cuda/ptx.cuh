@@ -211,6 +211,13 @@ __device__ __forceinline__ uint32_t multiply_add_pairs<BFloat>(uint32_t a, uint3
   return d;
 }
 
+// a * b of both halves. (bfloat16 has a product of its own on sm_90 alone; less zero, the sum is the product.)
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  constexpr uint32_t kMinusZeros = 0x80008000u;
+  return multiply_add_pairs<T>(a, b, kMinusZeros);
+}
+
 template <class T>
 __device__ __forceinline__ float to_float(uint16_t bits);
 

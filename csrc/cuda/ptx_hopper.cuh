@@ -95,23 +95,6 @@ __device__ __forceinline__ void load_shared_words(uint32_t (&w)[kWords], uint32_
   }
 }
 
-template <class T>
-constexpr bool kIsBFloat = false;
-template <>
-constexpr bool kIsBFloat<BFloat> = true;
-
-// a * b of both halves, rounded to nearest even.
-template <class T>
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  uint32_t d;
-  if constexpr (kIsBFloat<T>) {
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  } else {
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  }
-  return d;
-}
-
 // Matrix products of a warpgroup. They are asynchronous: registers that they read or write, and shared memory that
 // they read, stay untouched until wgmma_wait says so.
 

@@ -18,11 +18,7 @@ struct Unpacker : Dequantizer<Code, T> {
   static constexpr bool kHasZero = false, kComesToScale = Raw::token_exponent(0) != 0;
   static constexpr float kStep = kComesToScale ? 1.0f : Raw::kStep;
 
-  __device__ static constexpr int exponent(int) {
-    int e = 0;
-    while (kComesToScale && power_of_two(Raw::token_exponent(0) - e) > Raw::kStep) ++e;
-    return e;
-  }
+  __device__ static constexpr int exponent(int) { return kComesToScale ? -Raw::kExponent : 0; }
   __device__ static constexpr float bias(int) { return 0.0f; }
 };
 

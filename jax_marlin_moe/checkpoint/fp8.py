@@ -69,10 +69,10 @@ class Fp8Storage(Storage):
             raise files.fault(name, f"has shape {shape}; it must be {fp8_scale_shapes_in_words(k, n)}")
         scale = files.read(name, shape, (*FLOATS, "F8_E8M0", "U8"))
         if scale.dtype != np.uint8:
-            if bad_float_scales(scale):
-                raise files.fault(name, f"holds {bad_float_scales(scale)}")
-        elif bad_block_scales(scale, exponent=True):
-            raise files.fault(name, f"holds {bad_block_scales(scale, exponent=True)}; every scale must be a number")
+            if fault := bad_float_scales(scale):
+                raise files.fault(name, f"holds {fault}")
+        elif fault := bad_block_scales(scale, exponent=True):
+            raise files.fault(name, f"holds {fault}; every scale must be a number")
         return weight, scale
 
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:

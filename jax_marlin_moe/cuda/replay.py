@@ -75,13 +75,28 @@ def block_operands(
     ]
 
 
-def replays_to_time(microseconds: float) -> int:
-    """How many replays of a graph that takes so long make a sample.
+def timed_samples(
+    replay: Callable[[int], float], repetitions: int, *, samples: int, pause_seconds: float
+) -> list[float]:
+    """Microseconds of one repetition in each of `samples` samples, after three to warm up; sorted.
 
-    The card takes some 40 microseconds to start on a graph after a rest; of the two milliseconds that a sample lasts at
-    least, that is 2 %.
+    The card takes some 40 microseconds to start on a graph after a rest, so a sample is as many replays in a row as
+    last two milliseconds: 2 % of them. Replays in a row may drive the card into its power limit, where it lowers its
+    clock; a pause before each sample keeps it out of there.
+
+    Args:
+        replay: replays a graph so many times and gives the microseconds of one repetition.
+        repetitions: in the graph.
+        samples: how many.
+        pause_seconds: before each.
     """
-    return max(1, math.ceil(2000 / microseconds))
+    warm = min(replay(1) for _ in range(3))
+    replays = max(1, math.ceil(2000 / (warm * repetitions)))
+    times = []
+    for _ in range(samples):
+        time.sleep(pause_seconds)
+        times.append(replay(replays))
+    return sorted(times)
 
 
 class ReplayedPlan:
@@ -191,19 +206,9 @@ class ReplayedPlan:
     def microseconds(
         self, kernels: Sequence[int] | None = None, samples: int = 15, pause_seconds: float = 0.0
     ) -> list[float]:
-        """Microseconds of one repetition in each of `samples` samples, after three to warm up; sorted.
-
-        Short replays are repeated in a row (`replays_to_time`). Replays in a row may drive the card into its power
-        limit, where it lowers its clock; a pause before each sample keeps it out of there.
-        """
-        times = []
+        """`timed_samples` of the whole call, or of some of its kernels as `captured` takes them."""
         with self.captured(kernels) as replay:
-            warm = min(replay() for _ in range(3))
-            replays = replays_to_time(warm * len(self._pointers))
-            for _ in range(samples):
-                time.sleep(pause_seconds)
-                times.append(replay(replays))
-        return sorted(times)
+            return timed_samples(replay, len(self._pointers), samples=samples, pause_seconds=pause_seconds)
 
 
 def replayed_block(

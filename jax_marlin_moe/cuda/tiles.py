@@ -348,8 +348,9 @@ def choose_tile(
 
 
 # The cost model's constants, fitted to 1100 timed kernels on an H200 (Qwen3-30B and Mixtral, 1 to 64 tokens): 17 %
-# root mean square error, and tiles chosen with it were 7 % slower than the best timed ones on average. Cycles at
-# 1.9 GHz. Measured tables (tuning.py) come before it.
+# root mean square error, and tiles chosen with it were 7 % slower than the best timed ones on average. (Integer codes
+# took more instructions then; the other constants are as they were.) Cycles at 1.9 GHz. Measured tables (tuned.py) come
+# before it.
 _MULTIPROCESSORS = 132
 _CYCLES_PER_MICROSECOND = 1900
 _BYTES_PER_CYCLE = 4.65e6 / _MULTIPROCESSORS / _CYCLES_PER_MICROSECOND  # a multiprocessor's part of the memory
@@ -397,7 +398,8 @@ def predicted_microseconds(
     return _LAUNCH_MICROSECONDS + rounds * (chunks * chunk + ends) / _CYCLES_PER_MICROSECOND
 
 
-# The same for wgmma: within 5 % of Mixtral at 64 tokens and Qwen3-30B at 4096 on an H200.
+# The same for wgmma: within 10 % of Mixtral at 64 and 256 tokens and Qwen3-30B at 4096 on an H200, 14 to 19 % too fast
+# for Qwen3-30B at 1024.
 _WGMMA_RATE = 0.75  # of 2048 multiply-adds a cycle
 _WGMMA_ISSUE_RATE = 0.55
 _WGMMA_CHUNK_INSTRUCTIONS = 120  # of a scheduler: barriers, descriptors, copies
