@@ -122,6 +122,24 @@ struct Dequantizer<E2M1, T> {
   }
 };
 
+// In bfloat16 one multiplication brings sign and magnitude to their places at once: copies of the four bits 6 apart do
+// not touch, and a mask takes what is left over.
+template <>
+struct Dequantizer<E2M1, BFloat> {
+  static constexpr float kStep = power_of_two(1 - BFloat::kExponentBias + kFarTokenExponent<BFloat>);
+
+  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<BFloat>; }
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+    constexpr uint32_t kPlaces = 0x81C081C0u, kLower = 1u << 12 | 1u << 6, kUpper = kLower >> 4;
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint32_t bytes = words[0] >> 8 * b;
+      a[b] = (bytes & 0x000F000Fu) * kLower & kPlaces;
+      a[2 + b] = (bytes & 0x00F000F0u) * kUpper & kPlaces;
+    }
+  }
+};
+
 // The same for 4 bits of exponent (bias 7) and 3 of mantissa: the value times 2^(7 - bias of T).
 template <class T>
 struct Dequantizer<E4M3, T> {
