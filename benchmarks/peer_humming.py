@@ -233,8 +233,14 @@ def _prepare_matrix(shape: ModelShape, layer: int, matrix: int, dtype) -> tuple[
         pad_k_to_multiple=_PAD_K,
         torch_dtype=dtype,
     )
-    whole = not (config.pad_shape_n or config.pad_shape_k)
-    tensors = transform_humming_tensors(config, _random_tensors(shape, layer, matrix, dtype), already_padded=whole)
+    tensors = _random_tensors(shape, layer, matrix, dtype)
+    # Zeros up to the padded sizes. (The library's own padding counts the groups of K downwards, and takes no matrix
+    # whose last group is a part.)
+    widths = {"weight": config.shape_k // 8, "weight_scale": config.shape_k // shape.group_size}
+    for name, tensor in tensors.items():
+        padding = (0, widths[name] - tensor.shape[2], 0, config.shape_n - tensor.shape[1])
+        tensors[name] = torch.nn.functional.pad(tensor, padding)
+    tensors = transform_humming_tensors(config, tensors, already_padded=True)
     return config, {name: tensors[name] for name in ("weight", "weight_scale")}
 
 
