@@ -126,7 +126,8 @@ struct Dequantizer<E2M1, T> {
 // not touch, and a mask takes what is left over.
 template <>
 struct Dequantizer<E2M1, BFloat> {
-  static constexpr float kStep = power_of_two(1 - BFloat::kExponentBias + kFarTokenExponent<BFloat>);
+  static constexpr int kExponent = 1 - BFloat::kExponentBias;
+  static constexpr float kStep = power_of_two(kExponent + kFarTokenExponent<BFloat>);
 
   __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<BFloat>; }
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
