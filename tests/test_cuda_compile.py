@@ -14,8 +14,9 @@ from oracle import assert_block_close, expert_block, random_experts, random_rout
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
+from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, PREFILL_TOKENS
-from jax_marlin_moe.cuda import cache, compiler
+from jax_marlin_moe.cuda import cache, compiler, plan
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
@@ -191,6 +192,23 @@ def test_every_group_size_of_every_format_compiles(lower, name):
             return jmm.moe_gemm(x, weights, jmm.moe_align_block_size(ids, block_size=16, num_experts=4), top_k=2)
 
         assert CALL in lower("sm_90a", product, array((9, 448), jnp.bfloat16), weights, array((9, 2)))
+
+
+@pytest.mark.parametrize(("tokens", "aligns"), [(1, False), (16, False), (17, True)])
+def test_few_slots_need_no_alignment_kernel(tokens, aligns):
+    x, gate_up, down, *_ = abstract_block(tokens, 8, 512, 256, 64, jnp.bfloat16, group_size=128)
+    planned = plan.plan_fused_moe(
+        x,
+        gate_up,
+        down,
+        tokens=tokens,
+        top_k=8,
+        routed_experts=64,
+        mapped=False,
+        activation=get_activation("silu"),
+        architecture="sm_90a",
+    )
+    assert ("AlignBlockSize" in planned.source) == aligns
 
 
 @needs_nvrtc

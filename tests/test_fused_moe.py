@@ -12,7 +12,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.argument_shapes import MODELS
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile
+from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,13 @@ CASES = [
     Case("seven experts", experts=7, top_k=3),
     Case("empty experts", routing="few", experts=9),
     Case("one expert takes all", routing="one", tokens=70),
+    Case("one expert takes all of few", routing="one", tokens=64),
     Case("the same expert again", routing="duplicates", top_k=3),
     Case("ids that name nobody", routing="holes", top_k=4),
     Case("remote experts", experts=4, expert_map=(-1, 2, 0, -1, 3, -1, 1, -1), top_k=4),
     Case("remote experts and holes", experts=3, expert_map=(1, -1, 2, -1, 0), routing="holes", top_k=3, bias=True),
     Case("a map past the last expert", experts=3, expert_map=(0, 3, 2, 100, 1), top_k=3),
+    Case("many tokens, remote experts and holes", 80, 3, 3, expert_map=(1, -1, 2, -1, 0), routing="holes"),
     Case("bias", bias=True),
     Case("minimum tile", hidden=64, inner=64),
     Case("an inner extent of 192", inner=192, hidden=320),
@@ -404,6 +406,28 @@ def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
     """The last chunk of K may be shorter, as the last group may."""
     case = Case("", hidden=960, inner=448, group_size=group, down_group_size=group)
     assert_tiles_agree(dataclasses.replace(case, weight_format=weight_format, down_format=weight_format), tiles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tile",
+    [Tile(8, 2, 1, 1, 64, 2, 2), Tile(24, 2, 2, 1, 64, 2, 1), WgmmaTile(16, 2, 2, 1, 64, 4, 1, False)],
+    ids=["8 rows", "24 rows", "wgmma"],
+)
+@pytest.mark.parametrize("few", [1, 15, 16, 17, 43, 64])
+@pytest.mark.parametrize("routing", ["distinct", "few", "one", "duplicates", "holes"])
+def test_grouped_slots_give_the_bits_of_aligned_ones(routing, few, tile):
+    """Up to 128 slots are grouped by the products themselves, 160 by an alignment kernel."""
+    if isinstance(tile, WgmmaTile) and compiler.target_architecture() != "sm_90a":
+        pytest.skip("wgmma is Hopper's")
+    case = Case("", tokens=80, hidden=256, routing=routing, expert_map=(1, -1, 2, 5, 0, 4, 3))
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(case, "cuda")
+        scheme = BlockScheme(False, tile, tile)
+        aligned = np.asarray(call.run(cuda_scheme=scheme))
+        first = dataclasses.replace(call, x=call.x[:few], router=call.router[:few], ids=call.ids[:few])
+        grouped = np.asarray(first.run(cuda_scheme=scheme))
+    np.testing.assert_array_equal(grouped.view(np.uint16), aligned[:few].view(np.uint16))
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@
 // among equal ids of its own warp.
 #pragma once
 
-#include "ptx.cuh"
+#include "scan.cuh"
 
 namespace jmm {
 
@@ -146,11 +146,7 @@ struct AlignBlockSize {
   // Over the threads of the block; every thread takes part.
   __device__ static int inclusive_sum(Shared& shared, int value) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int below = __shfl_up_sync(~0u, value, distance);
-      if (lane >= distance) value += below;
-    }
+    value = inclusive_sum_of_warp(value);
     __syncthreads();  // sums of an earlier call have been read
     if (lane == 31) shared.warp_sums[warp] = value;
     __syncthreads();

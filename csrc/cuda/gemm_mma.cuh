@@ -104,9 +104,12 @@ class GroupedGemm {
 
   static constexpr int kTokensAt = Tile::kWarps * Tile::kStages * kWeightStage;
   static constexpr int kPartialsAt = kTokensAt + Tile::kWarpsK * Tile::kStages * kTokenStage;
+  static constexpr int kBlocksAt = kPartialsAt + (kExchanges ? Tile::kWarpsK * kFragments * 512 : 0);
+  static_assert(Routing::kScratchBytes <= kBlocksAt, "the rings lend their memory before they are filled");
+  using Blocks = typename Routing::template Blocks<Tile::kThreads>;
 
  public:
-  static constexpr int kSharedBytes = kPartialsAt + (kExchanges ? Tile::kWarpsK * kFragments * 512 : 0);
+  static constexpr int kSharedBytes = kBlocksAt + Routing::kSharedBytes;
 
   const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
   const uint32_t* __restrict__ packed;       // [experts, K / 16, kRowWords]
@@ -124,12 +127,12 @@ class GroupedGemm {
 
     if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
-    const int listed = routing.listed();
-    const int tiles = routing.num_blocks(listed) * kColumnTiles;
+    const Blocks blocks(routing, shared_bytes + kBlocksAt, shared_bytes);
+    const int tiles = blocks.count() * kColumnTiles;
 
     const int share = block_of_cluster() * Tile::kWarpsK + warp_k;  // of K
     const int chunks = chunks_of(share);
-    Loader loader(*this, warp_n, share, lane, tiles, listed);
+    Loader loader(*this, blocks, warp_n, share, lane, tiles);
     // Weights do not depend on the kernel before; tokens may.
     constexpr int kAhead = Tile::kStages - 1;
 #pragma unroll
@@ -150,7 +153,7 @@ class GroupedGemm {
     int stage = 0;
     for (int tile = first_tile(); tile < tiles; tile += tile_stride()) {
       multiplier.begin_tile();
-      const Rows rows(*this, tile, warp_n, lane, listed);  // fetched now, wanted when the tile is done
+      const Rows rows(*this, blocks, tile, warp_n, lane);  // fetched now, wanted when the tile is done
       int rows_left = Problem::kGroup - first_row(share) % Problem::kGroup;  // of K, in the current group
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -254,9 +257,9 @@ class GroupedGemm {
     int token_tiles;                    // groups of 8 rows that are not all padding
     float global_scales[Tile::kUnits];  // of this warp's units
 
-    __device__ __forceinline__ Rows(const GroupedGemm& gemm, int tile, int warp_n, int lane, int listed) {
+    __device__ __forceinline__ Rows(const GroupedGemm& gemm, const Blocks& blocks, int tile, int warp_n, int lane) {
       const int block = tile / kColumnTiles;
-      expert = gemm.routing.expert(block);
+      expert = blocks.expert(block);
 #pragma unroll
       for (int u = 0; u < Tile::kUnits; ++u) {
         global_scales[u] = 1.0f;
@@ -265,7 +268,7 @@ class GroupedGemm {
           global_scales[u] = gemm.global_scales[max(expert, 0) * (Problem::kN / kUnit) + unit];
         }
       }
-      slot = lane < Tile::kTokens ? gemm.routing.slot(block, lane, listed) : -1;
+      slot = lane < Tile::kTokens ? blocks.slot(block, lane) : -1;
       factor = slot >= 0 ? gemm.epilogue.factor(slot) : 0.0f;
       token_tiles = 1;
       if constexpr (kTokenTiles > 1) token_tiles = (39 - __clz(__ballot_sync(~0u, slot >= 0) | 1)) / 8;
@@ -275,7 +278,8 @@ class GroupedGemm {
   // Walks the (tile, chunk) sequence of one warp ahead of the multiplication and fills the ring.
   struct Loader {
     const GroupedGemm& gemm;
-    const int warp_n, share, lane, tiles, listed;
+    const Blocks& blocks;
+    const int warp_n, share, lane, tiles;
     const uint64_t policy = evict_first_policy();
     int tile, chunk = 0;
     int expert, row;                     // of the tile being loaded; lane r holds row r of x
@@ -287,8 +291,8 @@ class GroupedGemm {
     int rows_left;                       // of K, in the current group
     int group;                           // of the chunk
 
-    __device__ __forceinline__ Loader(const GroupedGemm& g, int wn, int s, int l, int t, int n)
-        : gemm(g), warp_n(wn), share(s), lane(l), tiles(t), listed(n), tile(first_tile()) {
+    __device__ __forceinline__ Loader(const GroupedGemm& g, const Blocks& b, int wn, int s, int l, int t)
+        : gemm(g), blocks(b), warp_n(wn), share(s), lane(l), tiles(t), tile(first_tile()) {
       fetch(tile, expert, row);
       fetch(tile + tile_stride(), next_expert, next_row);
       begin_tile();
@@ -298,9 +302,9 @@ class GroupedGemm {
       e = r = -1;
       if (t >= tiles) return;
       const int block = t / kColumnTiles;
-      e = gemm.routing.expert(block);
+      e = blocks.expert(block);
       if (lane < Tile::kTokens) {
-        const int slot = gemm.routing.slot(block, lane, listed);
+        const int slot = blocks.slot(block, lane);
         r = slot < 0 ? -1 : slot / Problem::kSlotsPerRow;
       }
       if (!__any_sync(~0u, r >= 0)) e = -1;  // nothing but padding

@@ -106,10 +106,13 @@ class WgmmaGroupedGemm {
   static constexpr int kPartialsAt = kNotesAt + kNotes * int(sizeof(Note));
   static constexpr int kBarriersAt =
       kPartialsAt + (Tile::kWarpgroupsK - 1) * Tile::kWarpgroupsN * kThreadSums * 128 * 4;
+  static constexpr int kBlocksAt = (kBarriersAt + 8 * 2 * (Tile::kStages + kNotes) + 15) / 16 * 16;
   static_assert(kWeightBytes % 16 == 0 && sizeof(Note) % 8 == 0, "stages and barriers stay aligned");
+  static_assert(Routing::kScratchBytes <= kNotesAt, "the ring lends its memory before it is filled");
+  using Blocks = typename Routing::template Blocks<Tile::kThreads>;
 
  public:
-  static constexpr int kSharedBytes = kBarriersAt + 8 * 2 * (Tile::kStages + kNotes);
+  static constexpr int kSharedBytes = kBlocksAt + Routing::kSharedBytes;
 
   const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
   const uint32_t* __restrict__ packed;       // [experts, K / 16, N * kBits / 2]
@@ -134,9 +137,14 @@ class WgmmaGroupedGemm {
     __syncthreads();
     if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
+    const Blocks blocks(routing, shared_bytes + kBlocksAt, shared_bytes);
+    if constexpr (Routing::kScratchBytes > 0) {  // the ring gets its memory back
+      fence_for_wgmma();
+      __syncthreads();
+    }
     if (threadIdx.x >= 128 * Tile::kWarpgroups) {
       if constexpr (kMovesRegisters) give_registers<kCopierRegisters>();
-      copy(shared, threadIdx.x - 128 * Tile::kWarpgroups);
+      copy(shared, blocks, threadIdx.x - 128 * Tile::kWarpgroups);
     } else {
       if constexpr (kMovesRegisters) take_registers<kMultiplierRegisters>();
       if constexpr (!Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
@@ -190,13 +198,11 @@ class WgmmaGroupedGemm {
   static_assert(kCopiedRows <= 32, "one bit each");
   static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
 
-  __device__ __forceinline__ void copy(const Shared& shared, int thread) const {
+  __device__ __forceinline__ void copy(const Shared& shared, const Blocks& blocks, int thread) const {
     const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for the whole warp
     const bool elected = elect_lane();
     const uint64_t policy = evict_first_policy();
-    const int listed = routing.listed();
-    const int blocks = routing.num_blocks(listed);
-    const int tiles = blocks * kColumnTiles;
+    const int tiles = blocks.count() * kColumnTiles;
     const int piece = thread % kPieces, first_row = thread / kPieces;
     const uint32_t first_target = piece / 8 * kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
     Cursor<Tile::kStages> stage;
@@ -208,11 +214,11 @@ class WgmmaGroupedGemm {
       next_expert = -1;
       if (tile >= tiles) return;
       const int block = tile / kColumnTiles;
-      next_expert = routing.expert(block);
+      next_expert = blocks.expert(block);
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         const int row = thread + 128 * i;
-        next_slots[i] = row < Tile::kTokens ? routing.slot(block, row, listed) : -1;
+        next_slots[i] = row < Tile::kTokens ? blocks.slot(block, row) : -1;
       }
     };
     fetch(blockIdx.x);

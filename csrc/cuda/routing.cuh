@@ -1,7 +1,11 @@
-// Which rows a block of tokens has: read off the aligned slot list, or, for few slots, straight off topk_ids.
+// Which rows a block of tokens has: read off the aligned slot list, straight off topk_ids where there is one token, or
+// grouped by every block of threads for itself where slots are few.
+//
+// A routing has a type `Blocks`, made once by all threads of a block of threads: how many blocks of tokens there are,
+// the expert of each (-1 where it has nothing to do) and the slot of each row (-1 where it is padding).
 #pragma once
 
-#include "ptx.cuh"
+#include "scan.cuh"
 
 namespace jmm {
 
@@ -16,43 +20,173 @@ struct SortedRouting {
   const int32_t* __restrict__ num_tokens_post_padded;  // [1]
 
   static constexpr bool kNeedsPreviousKernel = kFromPreviousKernel;
-  static constexpr int kMaxBlocks = (kListLength + kBlock - 1) / kBlock;
+  static constexpr int kSharedBytes = 0, kScratchBytes = 0;
 
-  // Entries of the list that count; read once.
-  __device__ int listed() const { return min(kListLength, max(0, *num_tokens_post_padded)); }
-  __device__ static int num_blocks(int listed) { return (listed + kBlock - 1) / kBlock; }
-  // -1 where the block has nothing to do.
-  __device__ int expert(int block) const {
-    int e = expert_ids[block * kBlock / kListBlock];
-    return e >= 0 && e < kExperts ? e : -1;
-  }
-  // -1 where the row is padding.
-  __device__ int slot(int block, int row, int listed) const {
-    int position = block * kBlock + row;
-    if (position >= listed) return -1;
-    int s = sorted_token_ids[position];
-    return s >= 0 && s < kSlots ? s : -1;
-  }
+  template <int kThreads>
+  struct Blocks {
+    const SortedRouting& routing;
+    const int listed;  // entries of the list that count
+
+    __device__ __forceinline__ Blocks(const SortedRouting& r, unsigned char*, unsigned char*)
+        : routing(r), listed(min(kListLength, max(0, *r.num_tokens_post_padded))) {}
+    __device__ __forceinline__ int count() const { return (listed + kBlock - 1) / kBlock; }
+    __device__ __forceinline__ int expert(int block) const {
+      const int e = routing.expert_ids[block * kBlock / kListBlock];
+      return e >= 0 && e < kExperts ? e : -1;
+    }
+    __device__ __forceinline__ int slot(int block, int row) const {
+      const int position = block * kBlock + row;
+      if (position >= listed) return -1;
+      const int s = routing.sorted_token_ids[position];
+      return s >= 0 && s < kSlots ? s : -1;
+    }
+  };
 };
 
-// Every slot is a block of one row: no alignment kernel, at the price of reading an expert once per slot.
+// The expert of a slot among this matrix's, -1 where the slot vanishes.
+template <int kExperts, int kRoutedExperts, bool kMapped>
+__device__ __forceinline__ int expert_of_slot(const int32_t* topk_ids, const int32_t* expert_map, int slot) {
+  int e = topk_ids[slot];
+  if (e < 0 || e >= kRoutedExperts) return -1;
+  if constexpr (kMapped) e = expert_map[e];
+  return e >= 0 && e < kExperts ? e : -1;
+}
+
+// Every slot is a block of one row: of one token's experts, no two are the same.
 template <int kSlots, int kExperts, int kRoutedExperts, bool kMapped>
 struct DirectRouting {
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
 
   static constexpr bool kNeedsPreviousKernel = false;
-  static constexpr int kMaxBlocks = kSlots;
+  static constexpr int kSharedBytes = 0, kScratchBytes = 0;
 
-  __device__ int listed() const { return kSlots; }
-  __device__ static int num_blocks(int listed) { return listed; }
-  __device__ int expert(int block) const {
-    int e = topk_ids[block];
-    if (e < 0 || e >= kRoutedExperts) return -1;
-    if constexpr (kMapped) e = expert_map[e];
-    return e >= 0 && e < kExperts ? e : -1;
-  }
-  __device__ int slot(int block, int row, int) const { return row == 0 ? block : -1; }
+  template <int kThreads>
+  struct Blocks {
+    const DirectRouting& routing;
+
+    __device__ __forceinline__ Blocks(const DirectRouting& r, unsigned char*, unsigned char*) : routing(r) {}
+    __device__ __forceinline__ int count() const { return kSlots; }
+    __device__ __forceinline__ int expert(int block) const {
+      return expert_of_slot<kExperts, kRoutedExperts, kMapped>(routing.topk_ids, routing.expert_map, block);
+    }
+    __device__ __forceinline__ int slot(int block, int row) const { return row == 0 ? block : -1; }
+  };
+};
+
+// Slots grouped by expert with no kernel before: every block of threads makes the same table. Experts are in the order
+// of their first slots, the slots of an expert in their own, so that an expert's blocks follow each other.
+template <int kSlots, int kExperts, int kRoutedExperts, int kBlock, bool kMapped>
+struct GroupedRouting {
+  const int32_t* __restrict__ topk_ids;    // [kSlots]
+  const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
+
+  static constexpr int kWords = (kSlots + 31) / 32;  // of a set of slots
+  static constexpr int kNoSlot = 255;
+  static_assert(kSlots <= 128, "a slot is a byte, a set of slots a few words");
+  static constexpr int kMaxBlocks = kSlots < kExperts + kSlots / kBlock ? kSlots : kExperts + kSlots / kBlock;
+
+  struct Table {
+    unsigned char slots[(kMaxBlocks * kBlock + 15) / 16 * 16];  // kNoSlot where the row is padding
+    uint16_t experts[(kMaxBlocks + 7) / 8 * 8];
+    unsigned char first_blocks[32 * kWords];  // at an expert's first slot: its first block, less those of words before
+    uint32_t blocks_of_word[4];               // that the experts whose first slots are in a word have
+  };
+
+  static constexpr bool kNeedsPreviousKernel = false;
+  static constexpr int kSharedBytes = sizeof(Table);
+  static constexpr int kScratchBytes = kExperts * kWords * 4;  // the set of each expert's slots
+
+  template <int kThreads>
+  struct Blocks {
+    const Table& table;
+    int blocks = 0;
+
+    __device__ __forceinline__ Blocks(const GroupedRouting& routing, unsigned char* shared, unsigned char* scratch)
+        : table(*reinterpret_cast<Table*>(shared)) {
+      constexpr int kSlotsOfThread = (32 * kWords + kThreads - 1) / kThreads;
+      Table& made = *reinterpret_cast<Table*>(shared);
+      uint32_t (*members)[kWords] = reinterpret_cast<uint32_t (*)[kWords]>(scratch);
+
+      int experts[kSlotsOfThread], ranks[kSlotsOfThread];
+#pragma unroll
+      for (int i = 0; i < kSlotsOfThread; ++i) {
+        const int slot = i * kThreads + threadIdx.x;
+        experts[i] = -1;
+        if (slot < kSlots) {
+          experts[i] = expert_of_slot<kExperts, kRoutedExperts, kMapped>(routing.topk_ids, routing.expert_map, slot);
+        }
+      }
+      fill(scratch, kScratchBytes, 0);
+      fill(made.slots, sizeof(made.slots), kNoSlot * 0x01010101u);
+      __syncthreads();
+
+#pragma unroll
+      for (int i = 0; i < kSlotsOfThread; ++i) {
+        const int slot = i * kThreads + threadIdx.x;
+        if (experts[i] >= 0) atomicOr(&members[experts[i]][slot / 32], 1u << slot % 32);
+      }
+      __syncthreads();
+
+#pragma unroll
+      for (int i = 0; i < kSlotsOfThread; ++i) {
+        const int slot = i * kThreads + threadIdx.x;
+        ranks[i] = 0;
+        int expert_blocks = 0;  // at the expert's first slot
+        if (experts[i] >= 0) {
+          const uint32_t (&set)[kWords] = members[experts[i]];
+          ranks[i] = count_below(set, slot);
+          if (ranks[i] == 0) expert_blocks = (count_below(set, kSlots) + kBlock - 1) / kBlock;
+        }
+        const int end = inclusive_sum_of_warp(expert_blocks);
+        if (expert_blocks > 0) made.first_blocks[slot] = end - expert_blocks;
+        if (slot % 32 == 31 && slot < 32 * kWords) made.blocks_of_word[slot / 32] = end;
+      }
+      __syncthreads();
+
+#pragma unroll
+      for (int i = 0; i < kSlotsOfThread; ++i) {
+        if (experts[i] < 0) continue;
+        const int first = lowest(members[experts[i]]);
+        int block = made.first_blocks[first] + ranks[i] / kBlock;
+#pragma unroll
+        for (int w = 0; w < kWords - 1; ++w) block += first / 32 > w ? made.blocks_of_word[w] : 0;
+        made.slots[block * kBlock + ranks[i] % kBlock] = i * kThreads + threadIdx.x;
+        if (ranks[i] % kBlock == 0) made.experts[block] = experts[i];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) blocks += table.blocks_of_word[w];
+    }
+
+    __device__ __forceinline__ int count() const { return blocks; }
+    __device__ __forceinline__ int expert(int block) const { return table.experts[block]; }
+    __device__ __forceinline__ int slot(int block, int row) const {
+      const int s = table.slots[block * kBlock + row];
+      return s == kNoSlot ? -1 : s;
+    }
+
+   private:
+    __device__ __forceinline__ static void fill(void* words, int bytes, uint32_t value) {
+      for (int i = threadIdx.x; i < bytes / 4; i += kThreads) static_cast<uint32_t*>(words)[i] = value;
+    }
+    // How many of a set are less than `slot`.
+    __device__ __forceinline__ static int count_below(const uint32_t (&set)[kWords], int slot) {
+      int count = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const int bits = slot - 32 * w;
+        count += bits >= 32 ? __popc(set[w]) : bits > 0 ? __popc(set[w] & ((1u << bits) - 1)) : 0;
+      }
+      return count;
+    }
+    __device__ __forceinline__ static int lowest(const uint32_t (&set)[kWords]) {
+      int slot = 0;
+#pragma unroll
+      for (int w = kWords - 1; w >= 0; --w) slot = set[w] != 0 ? 32 * w + __ffs(set[w]) - 1 : slot;
+      return slot;
+    }
+  };
 };
 
 }  // namespace jmm

@@ -40,6 +40,9 @@ _CPP_ACTIVATIONS = {"silu": "Silu", "gelu_tanh": "GeluTanh", "relu2": "Relu2", "
 _INT, _INTS = "const int32_t*", "int32_t*"
 _WORDS, _HALVES, _BYTES = "const uint32_t*", "const uint16_t*", "const unsigned char*"
 
+# Up to so many slots, every block of threads groups them for itself; it costs less than an alignment kernel does.
+_MOST_GROUPED_SLOTS = 128
+
 # The fields of `WEIGHT_OPERANDS` by their place.
 _PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, _BIAS = range(WEIGHT_OPERANDS)
 
@@ -64,6 +67,25 @@ class Plan:
     def source(self) -> str:
         """The translation unit."""
         return render(self.kernels, self.includes, self.preamble)
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How a product knows the rows of its blocks of tokens: a type of csrc/cuda/routing.cuh.
+
+    Attributes:
+        cpp: the C++ type.
+        buffers: of its int32 members; None for an absent one.
+        max_blocks: blocks of tokens, at most.
+        shared_bytes: shared memory of its own in every block of threads.
+        scratch_bytes: of the product's shared memory, what it needs first.
+    """
+
+    cpp: str
+    buffers: tuple[int | None, ...]
+    max_blocks: int
+    shared_bytes: int = 0
+    scratch_bytes: int = 0
 
 
 class _Parameters:
@@ -159,12 +181,11 @@ def gemm_kernel(
     row_stride: int,
     x: int,
     first_operand: int,
-    routing: Callable[[_Parameters], tuple[str, str]],
+    routing: Routing,
     epilogue: Callable[[_Parameters], tuple[str, str]],
-    max_blocks: int,
     overlaps_predecessor: bool,
 ) -> Kernel:
-    """A grouped GEMM; `routing` and `epilogue` give their C++ type and members.
+    """A grouped GEMM; `epilogue` gives its C++ type and members.
 
     `x` is the buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
     """
@@ -176,7 +197,7 @@ def gemm_kernel(
         p.add(first_operand + _ZEROS if row.zeros else None, _BYTES),
         p.add(first_operand + _GLOBAL_SCALES if row.has_global_scales else None, "const float*"),
     ]
-    routing_type, routing_members = routing(p)
+    routing_members = ", ".join(p.add(buffer, _INT) for buffer in routing.buffers)
     epilogue_type, epilogue_members = epilogue(p)
     problem = (
         _CPP_TYPES[dtype.name],
@@ -193,13 +214,13 @@ def gemm_kernel(
     )
     return Kernel(
         body=(
-            f"{tile.kernel}<jmm::Problem<{', '.join(map(str, problem))}>, {tile.cpp}, {routing_type}, {epilogue_type}>"
+            f"{tile.kernel}<jmm::Problem<{', '.join(map(str, problem))}>, {tile.cpp}, {routing.cpp}, {epilogue_type}>"
         ),
         members=f"{', '.join(pointers)}, {{{routing_members}}}, {{{epilogue_members}}}",
         parameters=tuple(p.items),
         threads=tile.threads,
-        shared_bytes=tile.shared_bytes(shape),
-        max_blocks=max(1, max_blocks * tile.column_tiles(shape)) * tile.cluster,
+        shared_bytes=tile.shared_bytes(shape) + routing.shared_bytes,
+        max_blocks=max(1, routing.max_blocks * tile.column_tiles(shape)) * tile.cluster,
         blocks_per_sm=tile.blocks_per_sm,
         cluster=tile.cluster,
         overlaps_predecessor=overlaps_predecessor,
@@ -214,28 +235,39 @@ def _sorted_routing(
     list_length: int,
     buffers: tuple[int, int, int],
     from_previous: bool,
-) -> Callable[[_Parameters], tuple[str, str]]:
-    def routing(p: _Parameters) -> tuple[str, str]:
-        template = (num_slots, num_experts, block, list_block, list_length, _boolean(from_previous))
-        return (
-            f"jmm::SortedRouting<{', '.join(map(str, template))}>",
-            ", ".join(p.add(buffer, _INT) for buffer in buffers),
-        )
-
-    return routing
+) -> Routing:
+    template = (num_slots, num_experts, block, list_block, list_length, _boolean(from_previous))
+    return Routing(f"jmm::SortedRouting<{', '.join(map(str, template))}>", buffers, -(-list_length // block))
 
 
 def _direct_routing(
     num_slots: int, num_experts: int, routed_experts: int, topk_ids: int, expert_map: int | None
-) -> Callable[[_Parameters], tuple[str, str]]:
-    def routing(p: _Parameters) -> tuple[str, str]:
-        template = (num_slots, num_experts, routed_experts, _boolean(expert_map is not None))
-        return (
-            f"jmm::DirectRouting<{', '.join(map(str, template))}>",
-            f"{p.add(topk_ids, _INT)}, {p.add(expert_map, _INT)}",
-        )
+) -> Routing:
+    template = (num_slots, num_experts, routed_experts, _boolean(expert_map is not None))
+    return Routing(f"jmm::DirectRouting<{', '.join(map(str, template))}>", (topk_ids, expert_map), num_slots)
 
-    return routing
+
+def _grouped_routing(
+    num_slots: int, num_experts: int, routed_experts: int, block: int, topk_ids: int, expert_map: int | None
+) -> Routing:
+    template = (num_slots, num_experts, routed_experts, block, _boolean(expert_map is not None))
+    blocks, words = min(num_slots, num_experts + num_slots // block), -(-num_slots // 32)
+    return Routing(
+        f"jmm::GroupedRouting<{', '.join(map(str, template))}>",
+        (topk_ids, expert_map),
+        blocks,
+        shared_bytes=-(-blocks * block // 16) * 16 + -(-blocks // 8) * 16 + 32 * words + 16,
+        scratch_bytes=num_experts * words * 4,
+    )
+
+
+def _hosts(tile: Tile | WgmmaTile, shape: GemmShape, routing: Routing, capability: int) -> bool:
+    """Whether a multiprocessor has the shared memory for the routing in as many blocks as the tile wants."""
+    per_sm, per_block = shared_memory(capability)
+    size = tile.shared_bytes(shape)
+    kept = size + routing.shared_bytes
+    fits = kept <= per_block and (kept + 1024) * tile.blocks_per_sm <= per_sm
+    return fits and routing.scratch_bytes <= size
 
 
 def plan_align(num_slots: int, num_experts: int, block_size: int, mapped: bool, architecture: str) -> Plan:
@@ -307,7 +339,6 @@ def plan_moe_gemm(
             num_slots, weights.num_experts, block, block_size, list_length, listed, from_previous=False
         ),
         epilogue=epilogue,
-        max_blocks=max_blocks,
         overlaps_predecessor=capability >= 90,
     )
     return Plan((clear, gemm), ())
@@ -385,9 +416,13 @@ def plan_fused_moe(
     kernels: list[Kernel] = []
     scratch = [intermediate, partials]
     h, sums = y + 1, y + 2
+    grouped = _grouped_routing(num_slots, num_experts, routed_experts, block, topk_ids, expert_map)
     if direct:
-        max_blocks = num_slots
         routing = second_routing = _direct_routing(num_slots, num_experts, routed_experts, topk_ids, expert_map)
+    elif num_slots <= _MOST_GROUPED_SLOTS and all(
+        _hosts(tile, shape, grouped, capability) for tile, shape in ((scheme.gate_up, first), (scheme.down, second))
+    ):
+        routing = second_routing = grouped
     else:
         list_length = reference.padded_size(num_slots, routed_experts, block)
         max_blocks = -(-list_length // block)
@@ -432,8 +467,7 @@ def plan_fused_moe(
             first_operand=first_matrix,
             routing=routing,
             epilogue=activate,
-            max_blocks=max_blocks,
-            overlaps_predecessor=overlap and not direct,
+            overlaps_predecessor=overlap and bool(kernels),
         )
     )
     kernels.append(
@@ -448,7 +482,6 @@ def plan_fused_moe(
             first_operand=second_matrix,
             routing=second_routing,
             epilogue=weigh,
-            max_blocks=max_blocks,
             overlaps_predecessor=overlap,
         )
     )

@@ -181,7 +181,8 @@ class WgmmaTile:
         notes = 2
         partials = (self.warpgroups_k - 1) * self.warpgroups_n * self.sub_tiles * self.tokens // 2 * 128 * 4
         ring = self.stages * self.stage_bytes(shape)
-        return ring + notes * (6 * 4 + self.tokens * 8) + partials + 8 * 2 * (self.stages + notes)
+        size = ring + notes * (6 * 4 + self.tokens * 8) + partials + 8 * 2 * (self.stages + notes)
+        return -(-size // 16) * 16
 
     def column_tiles(self, shape: GemmShape) -> int:
         """Tiles along the columns of the product."""
@@ -237,8 +238,8 @@ class BlockScheme:
     """How a whole expert block is cut.
 
     Attributes:
-        direct: each slot is a block of its own, read straight off topk_ids, and there is no alignment kernel.
-        gate_up: tile of the first product; `tokens` is the block size of the alignment.
+        direct: each slot is a block of its own, read straight off topk_ids; otherwise slots are grouped by expert.
+        gate_up: tile of the first product; `tokens` is the most slots of a block.
         down: tile of the second; the same `tokens`.
     """
 
