@@ -1,6 +1,7 @@
 """Measures schemes for a block on the card at hand and stores the fastest beside the kernel cache."""
 
 import dataclasses
+import itertools
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
     BlockScheme,
     GemmShape,
+    Tile,
+    WgmmaTile,
     block_sizes,
     candidates,
     expected_blocks,
@@ -28,6 +31,9 @@ from jax_marlin_moe.cuda.tiles import (
 )
 from jax_marlin_moe.random_layers import random_routings
 from jax_marlin_moe.weights import MarlinWeights
+
+# Tiles of either product that are tried together with as many of the other.
+_PAIRED_TILES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +92,10 @@ def autotune(
             return False
         return True
 
+    def compiled(schemes: Sequence[BlockScheme]) -> list[BlockScheme]:
+        with ThreadPoolExecutor() as pool:
+            return [scheme for scheme, good in zip(schemes, pool.map(compiles, schemes), strict=True) if good]
+
     def measure(scheme: BlockScheme, samples: int = 5) -> Measurement:
         planned = plan(scheme)
         replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])
@@ -105,16 +115,24 @@ def autotune(
             ranked.append(tiles[:candidates_per_product])
         count = max(map(len, ranked))
         schemes = [BlockScheme(direct, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]
-        with ThreadPoolExecutor() as pool:
-            usable = [scheme for scheme, good in zip(schemes, pool.map(compiles, schemes), strict=True) if good]
-        measured = [measure(scheme) for scheme in usable]
-        best_first = min(measured, key=lambda m: m.gate_up_us).scheme.gate_up
-        best_second = min(measured, key=lambda m: m.down_us).scheme.down
-        finalists.append(measure(BlockScheme(direct, best_first, best_second), samples=9))
+        measured = [measure(scheme) for scheme in compiled(schemes)]
+        # A product that ends unevenly leaves room for the next one to begin: what is fastest alone need not be in a
+        # block, so the fastest few of either product meet in pairs.
+        pairs = [
+            BlockScheme(direct, *tiles)
+            for tiles in itertools.product(_fastest_tiles(measured, "gate_up"), _fastest_tiles(measured, "down"))
+        ]
+        finalists += [measure(scheme, samples=9) for scheme in compiled(pairs)]
         finalists.append(measure(min(measured, key=lambda m: m.block_us).scheme, samples=9))
     winner = min(finalists, key=lambda m: m.block_us)
     tuned.record(block_key(gate_up, down, top_k), tokens, architecture, winner.scheme, table)
     return winner
+
+
+def _fastest_tiles(measured: Sequence[Measurement], product: str) -> list[Tile | WgmmaTile]:
+    """The tiles of "gate_up" or "down" that took the least time alone, best first."""
+    ranked = sorted(measured, key=lambda m: getattr(m, f"{product}_us"))
+    return list(dict.fromkeys(getattr(m.scheme, product) for m in ranked))[:_PAIRED_TILES]
 
 
 def _block_sizes(tokens: int, slots: int, experts: int, shape: GemmShape, capability: int) -> list[tuple[bool, int]]:
