@@ -59,7 +59,8 @@ def autotune(
 ) -> Measurement:
     """Finds the fastest scheme for a block of `tokens` tokens under uniform routing, and remembers it.
 
-    Later calls of `fused_moe` with these shapes use it when they are lowered.
+    What the tables have already is among the candidates. Later calls of `fused_moe` with these shapes use the winner
+    when they are lowered.
 
     Args:
         layers: (gate_up, down) pairs; several, so that together they exceed the L2 cache.
@@ -104,6 +105,8 @@ def autotune(
         replayed.close()
         return Measurement(scheme, *times)
 
+    key = block_key(gate_up, down, top_k)
+    known = tuned.lookup(key, tokens, architecture)
     finalists = []
     shapes = gemm_shape(gate_up, act.gated, x.dtype), gemm_shape(down, False, x.dtype)
     for direct, block in _block_sizes(tokens, slots, experts, shapes[0], capability):
@@ -115,6 +118,8 @@ def autotune(
             ranked.append(tiles[:candidates_per_product])
         count = max(map(len, ranked))
         schemes = [BlockScheme(direct, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]
+        if known is not None and (known.direct, known.gate_up.tokens) == (direct, block):
+            schemes.append(known)
         measured = [measure(scheme) for scheme in compiled(schemes)]
         # A product that ends unevenly leaves room for the next one to begin: what is fastest alone need not be in a
         # block, so the fastest few of either product meet in pairs.
@@ -125,7 +130,7 @@ def autotune(
         finalists += [measure(scheme, samples=9) for scheme in compiled(pairs)]
         finalists.append(measure(min(measured, key=lambda m: m.block_us).scheme, samples=9))
     winner = min(finalists, key=lambda m: m.block_us)
-    tuned.record(block_key(gate_up, down, top_k), tokens, architecture, winner.scheme, table)
+    tuned.record(key, tokens, architecture, winner.scheme, table)
     return winner
 
 
