@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +38,7 @@ def two(gate_up, down):
 
 MANY_ROWS = two((144, 2, 2, 1, 128, 3, 1, True), (144, 2, 2, 1, 64, 3, 1, True))
 FEW_ROWS = two((16, 2, 1, 1, 64, 4, 2, True), (16, 4, 1, 2, 64, 4, 1, True))
-SCALED_SUMS = two((32, 4, 2, 1, 64, 3, 1, False), (32, 2, 1, 2, 128, 3, 1, False))
+SCALED_SUMS = two((32, 4, 2, 1, 64, 3, 1, False), (32, 2, 1, 2, 128, 4, 1, False))
 
 
 SCHEMES = {
@@ -47,7 +50,7 @@ SCHEMES = {
     "groups of 16": Scheme(
         two((48, 2, 2, 1, 64, 5, 1, True), (48, 4, 1, 1, 64, 5, 1, True)), "bfloat16", "int4_zp", 16
     ),
-    "groups of 32": Scheme(two((32, 2, 2, 1, 64, 5, 1, False), (32, 2, 1, 2, 128, 5, 1, False)), "float16", "int4", 32),
+    "groups of 32": Scheme(two((32, 2, 2, 1, 64, 5, 1, False), (32, 2, 1, 2, 128, 6, 1, False)), "float16", "int4", 32),
     "one group": Scheme(two((16, 2, 2, 2, 64, 6, 1, False), (16, 2, 1, 3, 64, 6, 1, False)), "bfloat16", "int4", None),
     "8 bits": Scheme(two((32, 2, 2, 1, 64, 6, 1, False), (32, 2, 2, 1, 64, 5, 1, False)), "bfloat16", "int8", 128),
     "fp8, sums": Scheme(SCALED_SUMS, "bfloat16", "fp8", 128, "float32"),
@@ -138,6 +141,8 @@ def test_a_tile_fits_what_its_kernel_takes():
     assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
     assert not WgmmaTile(144, 4, 2, 1, 128, 3, 1, True).fits(shape_of(2048, 1536), 90)  # registers
     assert not WgmmaTile(24, 2, 1, 3, 128, 6, 1, False).fits(shape_of(256, 1536), 90)  # a warpgroup without a chunk
+    assert WgmmaTile(8, 4, 1, 3, 128, 6, 1, False).fits(shape_of(2048, 1536), 90)
+    assert not WgmmaTile(8, 4, 1, 3, 128, 8, 1, False).fits(shape_of(2048, 1536), 90)  # a stage of two warpgroups
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -172,6 +177,25 @@ def test_blocks_expected_under_uniform_routing():
     for tokens in (8, 48, 128, 144):
         mean = np.mean(np.sum(-(-rows // tokens), axis=1))
         assert tiles.expected_blocks(4096, 32, 32, tokens) == pytest.approx(mean, rel=0.03)
+
+
+def test_measured_schemes_fit():
+    """A table's scheme that does not is passed over without a word."""
+    path = pathlib.Path(tuned.__file__).parent / "tuned" / "sm_90a.json"
+    scales = {("e2m1", 16): "e4m3", ("e2m1", 32): "e8m0", ("e4m3", 32): "e8m0", ("e4m3", 128): "float32"}
+    for name, entries in json.loads(path.read_text()).items():
+        fields = re.fullmatch(r"E(\d+) k(\d+) H(\d+) I(\d+) g(\d+) (\w+)/(\w+)", name)
+        experts, top_k, hidden, inner, group = map(int, fields.groups()[:5])
+        codes = fields.groups()[5:]
+        for tokens in map(int, entries):
+            scheme = tuned.lookup(tuned.BlockKey(experts, top_k, hidden, inner, group, codes), tokens, "sm_90a")
+            for tile, k, n, gated, code in (
+                (scheme.gate_up, hidden, 2 * inner, True, codes[0]),
+                (scheme.down, inner, hidden, False, codes[1]),
+            ):
+                facts = {"code": code, "bits": 4 if code in ("int4", "e2m1") else 8, "group_size": group}
+                facts["scale"] = scales.get((code, group), "bfloat16")
+                assert tile.fits(shape_of(k, n, gated=gated, **facts), 90), (name, tokens, tile)
 
 
 def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):

@@ -36,7 +36,9 @@ struct WgmmaTile {
   static constexpr int kThreads = 128 * (kWarpgroups + 1);  // one more copies
   static_assert(kTokens % 8 == 0 && kTokens <= 256, "columns of a wgmma");
   static_assert(kChunkK % 64 == 0, "rows of 128 bytes in shared memory");
-  static_assert(kStages >= kWarpgroupsK, "warpgroups that share K read different stages");
+  // A wait names a phase by its parity, which is enough for who has seen the phase before it complete: the chunks of a
+  // stage belong to one warpgroup. (Between tiles all of them meet.)
+  static_assert(kStages % kWarpgroupsK == 0, "warpgroups that share K read different stages");
 };
 
 template <class Problem, class Tile, class Routing, class Epilogue>

@@ -142,7 +142,7 @@ class WgmmaTile:
         warpgroups_n: that multiply, side by side along the columns.
         warpgroups_k: that share K; one warpgroup more copies.
         chunk_k: rows of K in one stage of the ring.
-        stages: stages of the ring.
+        stages: stages of the ring, a multiple of warpgroups_k.
         blocks_per_sm: resident blocks of threads.
         scales_weights: whether the 16-bit weights are scaled, rather than the sums of each group.
     """
@@ -200,7 +200,7 @@ class WgmmaTile:
             return False
         per_sm, per_block = shared_memory(capability)
         chunks = shape.k // self.chunk_k
-        whole = shape.k % self.chunk_k == 0 and chunks >= self.warpgroups_k <= self.stages
+        whole = shape.k % self.chunk_k == 0 and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
         whole = whole and shape.n % (_UNIT * self.warpgroups_n * self.sub_tiles) == 0
         grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
         paired = not shape.gated or self.sub_tiles % 2 == 0
