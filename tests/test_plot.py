@@ -40,12 +40,12 @@ def test_lines_and_panels(plot):
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_files(plot, tmp_path, suffix):
     out = tmp_path / f"plot.{suffix}"
-    plot.main([str(RESULTS / "decode.json"), str(RESULTS / "decode_zipf.json"), "--out", str(out)])
+    plot.main([str(RESULTS / "decode_with_peers.json"), str(RESULTS / "decode_zipf.json"), "--out", str(out)])
     assert out.stat().st_size > 10_000
     if suffix == "svg":
         text = out.read_text()
         assert "zipf" in text  # routings that differ are told apart
-        plot.main([str(RESULTS / "decode.json"), str(RESULTS / "decode_zipf.json"), "--out", str(out)])
+        plot.main([str(RESULTS / "decode_with_peers.json"), str(RESULTS / "decode_zipf.json"), "--out", str(out)])
         assert out.read_text() == text
 
 
