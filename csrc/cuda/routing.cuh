@@ -1,5 +1,5 @@
-// Which rows a block of tokens has: read off the aligned slot list, straight off topk_ids where there is one token, or
-// grouped by every block of threads for itself where slots are few.
+// Which rows a block of tokens has: read off the aligned slot list, straight off topk_ids where hardly two slots share
+// an expert, or grouped by every block of threads for itself where slots are few.
 //
 // A routing has a type `Blocks`, made once by all threads of a block of threads: how many blocks of tokens there are,
 // the expert of each (-1 where it has nothing to do) and the slot of each row (-1 where it is padding).
@@ -52,7 +52,7 @@ __device__ __forceinline__ int expert_of_slot(const int32_t* topk_ids, const int
   return e >= 0 && e < kExperts ? e : -1;
 }
 
-// Every slot is a block of one row: of one token's experts, no two are the same.
+// Every slot is a block of one row: nothing to group, at the price of reading an expert once per slot.
 template <int kSlots, int kExperts, int kRoutedExperts, bool kMapped>
 struct DirectRouting {
   const int32_t* __restrict__ topk_ids;    // [kSlots]

@@ -106,9 +106,11 @@ def autotune(
         return Measurement(scheme, *times)
 
     key = block_key(gate_up, down, top_k)
-    known = tuned.lookup(key, tokens, architecture)
-    finalists = []
     shapes = gemm_shape(gate_up, act.gated, x.dtype), gemm_shape(down, False, x.dtype)
+    known = tuned.lookup(key, tokens, architecture)
+    if known is not None and not known.fits(*shapes, capability):
+        known = None
+    finalists = []
     for direct, block in _block_sizes(tokens, slots, experts, shapes[0], capability):
         blocks = slots if direct else max(hit, expected_blocks(slots, experts, experts, block))
         ranked = []

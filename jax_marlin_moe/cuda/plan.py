@@ -407,7 +407,7 @@ def plan_fused_moe(
 
     if scheme is None:
         scheme = tuned.lookup(block_key(gate_up, down, top_k), tokens, architecture)
-    if scheme is None or not (scheme.gate_up.fits(first, capability) and scheme.down.fits(second, capability)):
+    if scheme is None or not scheme.fits(first, second, capability):
         scheme = _predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
     direct, block = scheme.direct, scheme.gate_up.tokens
     intermediate = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)

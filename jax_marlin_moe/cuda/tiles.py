@@ -247,6 +247,10 @@ class BlockScheme:
     gate_up: Tile | WgmmaTile
     down: Tile | WgmmaTile
 
+    def fits(self, first: GemmShape, second: GemmShape, capability: int) -> bool:
+        """Whether both tiles fit the products."""
+        return self.gate_up.fits(first, capability) and self.down.fits(second, capability)
+
 
 def shared_memory(capability: int) -> tuple[int, int]:
     """Bytes of shared memory (of a multiprocessor, of a block)."""
