@@ -17,6 +17,7 @@ from jax_marlin_moe import native
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, PREFILL_TOKENS
 from jax_marlin_moe.cuda import cache, compiler, plan
+from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
@@ -209,6 +210,25 @@ def test_few_slots_need_no_alignment_kernel(tokens, aligns):
         architecture="sm_90a",
     )
     assert ("AlignBlockSize" in planned.source) == aligns
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        BlockScheme(False, Tile(8, 2, 1, 1, 64, 2, 2), Tile(16, 2, 1, 1, 64, 2, 2)),
+        BlockScheme(False, Tile(8, 2, 3, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)),
+        BlockScheme(False, WgmmaTile(8, 2, 1, 2, 64, 3, 1, False), WgmmaTile(8, 2, 1, 2, 64, 4, 1, False)),
+    ],
+    ids=["blocks of 8 and of 16 rows", "half a tile of columns", "a stage of two warpgroups"],
+)
+def test_a_scheme_that_does_not_fit_is_refused(lower, scheme):
+    arguments = abstract_block(16, 2, 512, 512, 4, jnp.bfloat16, group_size=128)
+
+    def block(*arrays):
+        return jmm.fused_moe(*arrays, implementation="cuda", cuda_scheme=scheme)
+
+    with pytest.raises(ValueError, match=r"cuda_scheme is BlockScheme.* does not fit"):
+        lower("sm_90a", block, *arguments)
 
 
 @needs_nvrtc

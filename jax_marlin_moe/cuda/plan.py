@@ -407,8 +407,13 @@ def plan_fused_moe(
 
     if scheme is None:
         scheme = tuned.lookup(block_key(gate_up, down, top_k), tokens, architecture)
-    if scheme is None or not scheme.fits(first, second, capability):
-        scheme = _predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
+        if scheme is None or not scheme.fits(first, second, capability):
+            scheme = _predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
+    elif not scheme.fits(first, second, capability):
+        raise ValueError(
+            f"cuda_scheme is {scheme}, which does not fit {first} and {second} on compute capability {capability}; "
+            "pass None, or what autotune finds"
+        )
     direct, block = scheme.direct, scheme.gate_up.tokens
     intermediate = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
     partials = jax.ShapeDtypeStruct((num_slots, down.padded_n), jnp.float32)

@@ -248,8 +248,9 @@ class BlockScheme:
     down: Tile | WgmmaTile
 
     def fits(self, first: GemmShape, second: GemmShape, capability: int) -> bool:
-        """Whether both tiles fit the products."""
-        return self.gate_up.fits(first, capability) and self.down.fits(second, capability)
+        """Whether both tiles fit the products, and each other."""
+        alike = self.gate_up.tokens == self.down.tokens
+        return alike and self.gate_up.fits(first, capability) and self.down.fits(second, capability)
 
 
 def shared_memory(capability: int) -> tuple[int, int]:
