@@ -189,13 +189,19 @@ def test_measured_schemes_fit():
         codes = fields.groups()[5:]
         for tokens in map(int, entries):
             scheme = tuned.lookup(tuned.BlockKey(experts, top_k, hidden, inner, group, codes), tokens, "sm_90a")
-            for tile, k, n, gated, code in (
-                (scheme.gate_up, hidden, 2 * inner, True, codes[0]),
-                (scheme.down, inner, hidden, False, codes[1]),
-            ):
-                facts = {"code": code, "bits": 4 if code in ("int4", "e2m1") else 8, "group_size": group}
-                facts["scale"] = scales.get((code, group), "bfloat16")
-                assert tile.fits(shape_of(k, n, gated=gated, **facts), 90), (name, tokens, tile)
+            first, second = (
+                shape_of(
+                    k,
+                    n,
+                    gated=gated,
+                    code=code,
+                    bits=4 if code in ("int4", "e2m1") else 8,
+                    group_size=group,
+                    scale=scales.get((code, group), "bfloat16"),
+                )
+                for code, k, n, gated in ((codes[0], hidden, 2 * inner, True), (codes[1], inner, hidden, False))
+            )
+            assert scheme.fits(first, second, 90), (name, tokens, scheme)
 
 
 def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):

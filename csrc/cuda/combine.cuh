@@ -1,7 +1,7 @@
 // The last step of a block: sums each token's slots in ascending order and rounds once.
 #pragma once
 
-#include "ptx.cuh"
+#include "routing.cuh"
 
 namespace jmm {
 
@@ -24,7 +24,11 @@ struct Combine {
     // The ids were there before this call: they are fetched while the kernel before still runs.
     uint32_t there[(kTopK + 31) / 32] = {};
 #pragma unroll
-    for (int j = 0; j < kTopK; ++j) there[j / 32] |= uint32_t(computed(topk_ids[token * kTopK + j])) << (j % 32);
+    for (int j = 0; j < kTopK; ++j) {
+      const int slot = token * kTopK + j;
+      const int expert = expert_of_slot<kExperts, kRoutedExperts, kMapped>(topk_ids, expert_map, slot);
+      there[j / 32] |= uint32_t(expert >= 0) << (j % 32);
+    }
     allow_next_kernel();
     wait_for_previous_kernel();
     if (i >= kTokens * kVectors) return;
@@ -37,13 +41,6 @@ struct Combine {
     }
     out[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
                    from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
-  }
-
- private:
-  __device__ __forceinline__ bool computed(int expert) const {
-    if (expert < 0 || expert >= kRoutedExperts) return false;
-    if constexpr (kMapped) expert = expert_map[expert];
-    return expert >= 0 && expert < kExperts;
   }
 };
 

@@ -48,6 +48,19 @@ constexpr int kFarTokenExponent = 0;
 template <>
 constexpr int kFarTokenExponent<BFloat> = 80;
 
+// Fragments that hold the value times 2^kExponent, with the same tokens for both halves of K.
+template <class T, int kExponent_>
+struct EvenFragments {
+  static constexpr int kExponent = kExponent_;
+  static constexpr float kStep = power_of_two(kExponent + kFarTokenExponent<T>);
+
+  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
+};
+
+// Of the least subnormal of T, which the lowest bit stands for.
+template <class T>
+constexpr int kLeastExponent = 1 - T::kExponentBias - T::kMantissaBits;
+
 // Integers up to 255 at the low end of bfloat16 are its subnormals and the first of its normal numbers, on one line:
 // q * 2^-133. The upper nibble of a byte stays where it is, as 16 q: its half of K has tokens 16 times less.
 template <>
@@ -67,10 +80,7 @@ struct Dequantizer<Int4, BFloat> {
 
 // The same in float16, q * 2^-24, but that its exponent has no room for tokens 16 times less.
 template <>
-struct Dequantizer<Int4, Half> {
-  static constexpr float kStep = power_of_two(-24);
-
-  __device__ static constexpr int token_exponent(int) { return 0; }
+struct Dequantizer<Int4, Half> : EvenFragments<Half, kLeastExponent<Half>> {
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     constexpr uint32_t kSixteenth = paired_power<Half>(-4);
 #pragma unroll
@@ -83,10 +93,7 @@ struct Dequantizer<Int4, Half> {
 };
 
 template <class T>
-struct Dequantizer<Int8, T> {
-  static constexpr float kStep = power_of_two(1 - T::kExponentBias - T::kMantissaBits + kFarTokenExponent<T>);
-
-  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
+struct Dequantizer<Int8, T> : EvenFragments<T, kLeastExponent<T>> {
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -99,37 +106,26 @@ struct Dequantizer<Int8, T> {
 // A code of sign, 2 bits of exponent (bias 1) and 1 of mantissa, at the low end of the exponent of T: the value times
 // 2^(1 - bias of T), subnormal codes as subnormals. Left shifts go to the multipliers' pipe, right shifts to the one
 // that the masks keep busy: there is one right shift a word.
-template <class T>
-struct Dequantizer<E2M1, T> {
-  static constexpr int kExponent = 1 - T::kExponentBias;  // of a fragment's unit
-  static constexpr float kStep = power_of_two(kExponent + kFarTokenExponent<T>);
-
-  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
+template <>
+struct Dequantizer<E2M1, Half> : EvenFragments<Half, 1 - Half::kExponentBias> {
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    const uint32_t word = words[0], top = word >> (13 - kMantissa);  // the topmost magnitude in its place
-    a[0] = pair(word << 12, word << (kMantissa - 1));
-    a[2] = pair(word << 8, word << (kMantissa - 5));
+    const uint32_t word = words[0], top = word >> 3;  // the topmost magnitude in its place
+    a[0] = pair(word << 12, word << 9);
+    a[2] = pair(word << 8, word << 5);
     a[1] = pair(word << 4, top << 4);
     a[3] = pair(word, top);
   }
 
  private:
-  static constexpr int kMantissa = T::kMantissaBits;
-
   __device__ __forceinline__ static uint32_t pair(uint32_t signs, uint32_t magnitudes) {
-    constexpr uint32_t kMagnitude = 0x00010001u * (7u << (kMantissa - 1));
-    return and_or(signs, 0x80008000u, magnitudes & kMagnitude);
+    return and_or(signs, 0x80008000u, magnitudes & 0x0E000E00u);
   }
 };
 
 // In bfloat16 one multiplication brings sign and magnitude to their places at once: copies of the four bits 6 apart do
 // not touch, and a mask takes what is left over.
 template <>
-struct Dequantizer<E2M1, BFloat> {
-  static constexpr int kExponent = 1 - BFloat::kExponentBias;
-  static constexpr float kStep = power_of_two(kExponent + kFarTokenExponent<BFloat>);
-
-  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<BFloat>; }
+struct Dequantizer<E2M1, BFloat> : EvenFragments<BFloat, 1 - BFloat::kExponentBias> {
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     constexpr uint32_t kPlaces = 0x81C081C0u, kLower = 1u << 12 | 1u << 6, kUpper = kLower >> 4;
 #pragma unroll
@@ -143,11 +139,7 @@ struct Dequantizer<E2M1, BFloat> {
 
 // The same for 4 bits of exponent (bias 7) and 3 of mantissa: the value times 2^(7 - bias of T).
 template <class T>
-struct Dequantizer<E4M3, T> {
-  static constexpr int kExponent = 7 - T::kExponentBias;
-  static constexpr float kStep = power_of_two(kExponent + kFarTokenExponent<T>);
-
-  __device__ static constexpr int token_exponent(int) { return kFarTokenExponent<T>; }
+struct Dequantizer<E4M3, T> : EvenFragments<T, 7 - T::kExponentBias> {
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
     constexpr int kLeft = T::kMantissaBits - 3;  // from the low byte of a half to its place in T
     constexpr uint32_t kMagnitude = 0x00010001u * (0x7Fu << kLeft);

@@ -25,6 +25,7 @@ from jax_marlin_moe.cuda.tiles import (
     block_sizes,
     choose_tile,
     expected_blocks,
+    fits_shared_memory,
     predicted_microseconds,
     shared_memory,
 )
@@ -263,11 +264,9 @@ def _grouped_routing(
 
 def _hosts(tile: Tile | WgmmaTile, shape: GemmShape, routing: Routing, capability: int) -> bool:
     """Whether a multiprocessor has the shared memory for the routing in as many blocks as the tile wants."""
-    per_sm, per_block = shared_memory(capability)
     size = tile.shared_bytes(shape)
-    kept = size + routing.shared_bytes
-    fits = kept <= per_block and (kept + 1024) * tile.blocks_per_sm <= per_sm
-    return fits and routing.scratch_bytes <= size
+    resident = fits_shared_memory(size + routing.shared_bytes, tile.blocks_per_sm, capability)
+    return resident and routing.scratch_bytes <= size
 
 
 def plan_align(num_slots: int, num_experts: int, block_size: int, mapped: bool, architecture: str) -> Plan:
@@ -300,11 +299,13 @@ def plan_moe_gemm(
     num_slots = x.shape[0] * top_k
     shape = gemm_shape(weights, False, x.dtype)
     block = {8: 8, 16: 16, 32: 32, 48: 24, 64: 32}[block_size]
-    max_blocks = -(-list_length // block)
-    tile = choose_tile(shape, block, min(num_slots, max_blocks), capability)
-    size = num_slots * weights.padded_n * x.dtype.itemsize
     first_matrix, router = 1, 1 + WEIGHT_OPERANDS
     listed, y = (router + 1, router + 2, router + 3), router + 4
+    routing = _sorted_routing(
+        num_slots, weights.num_experts, block, block_size, list_length, listed, from_previous=False
+    )
+    tile = choose_tile(shape, block, min(num_slots, routing.max_blocks), capability)
+    size = num_slots * weights.padded_n * x.dtype.itemsize
     clear = Kernel(
         body=f"Clear<{size}>",
         members="p0",
@@ -335,9 +336,7 @@ def plan_moe_gemm(
         row_stride=shape.k,
         x=0,
         first_operand=first_matrix,
-        routing=_sorted_routing(
-            num_slots, weights.num_experts, block, block_size, list_length, listed, from_previous=False
-        ),
+        routing=routing,
         epilogue=epilogue,
         overlaps_predecessor=capability >= 90,
     )
@@ -430,11 +429,12 @@ def plan_fused_moe(
         routing = second_routing = grouped
     else:
         list_length = reference.padded_size(num_slots, routed_experts, block)
-        max_blocks = -(-list_length // block)
         listed = (y + 3, y + 4, y + 5)
+        routing = _sorted_routing(num_slots, num_experts, block, block, list_length, listed, from_previous=True)
+        second_routing = _sorted_routing(num_slots, num_experts, block, block, list_length, listed, from_previous=False)
         scratch += [
             jax.ShapeDtypeStruct((list_length,), jnp.int32),
-            jax.ShapeDtypeStruct((max_blocks,), jnp.int32),
+            jax.ShapeDtypeStruct((routing.max_blocks,), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
         ]
         kernels.append(
@@ -442,8 +442,6 @@ def plan_fused_moe(
                 num_slots, routed_experts, block, capability, topk_ids=topk_ids, expert_map=expert_map, outputs=listed
             )
         )
-        routing = _sorted_routing(num_slots, num_experts, block, block, list_length, listed, from_previous=True)
-        second_routing = _sorted_routing(num_slots, num_experts, block, block, list_length, listed, from_previous=False)
 
     def activate(p: _Parameters) -> tuple[str, str]:
         has_bias = gate_up.bias is not None

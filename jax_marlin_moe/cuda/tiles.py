@@ -122,14 +122,13 @@ class Tile:
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
-        per_sm, per_block = shared_memory(capability)
         if self.cluster > 1 and capability != 90:
             return False
         whole = shape.k >= self.shares_k * self.chunk_k and shape.n % (_UNIT * self.warps_n * self.units) == 0
         grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
         paired = not shape.gated or (self.warps_n * self.units) % 2 == 0
-        size = self.shared_bytes(shape)
-        return whole and grouped and paired and size <= per_block and (size + 1024) * self.blocks_per_sm <= per_sm
+        resident = fits_shared_memory(self.shared_bytes(shape), self.blocks_per_sm, capability)
+        return whole and grouped and paired and resident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,13 +197,11 @@ class WgmmaTile:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
         if capability != 90 or not (_weights_can_be_scaled if self.scales_weights else _sums_can_be_scaled)(shape):
             return False
-        per_sm, per_block = shared_memory(capability)
         chunks = shape.k // self.chunk_k
         whole = shape.k % self.chunk_k == 0 and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
         whole = whole and shape.n % (_UNIT * self.warpgroups_n * self.sub_tiles) == 0
         grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
         paired = not shape.gated or self.sub_tiles % 2 == 0
-        size = self.shared_bytes(shape)
         # A block enters with an equal share of the registers for each thread; the copying warpgroup keeps few.
         warpgroups = self.warpgroups_n * self.warpgroups_k
         entry = 65536 // (self.blocks_per_sm * self.threads) // 8 * 8
@@ -213,8 +210,7 @@ class WgmmaTile:
             whole
             and grouped
             and paired
-            and size <= per_block
-            and (size + 1024) * self.blocks_per_sm <= per_sm
+            and fits_shared_memory(self.shared_bytes(shape), self.blocks_per_sm, capability)
             and self.registers(shape) <= min(240, spared)
         )
 
@@ -258,6 +254,12 @@ def shared_memory(capability: int) -> tuple[int, int]:
     known = max((c for c in _SHARED_BYTES if c <= capability), default=75)
     per_sm, per_block = _SHARED_BYTES[known]
     return per_sm * 1024, per_block * 1024
+
+
+def fits_shared_memory(size: int, blocks: int, capability: int) -> bool:
+    """Whether a multiprocessor holds so many blocks of so many bytes; the system takes 1024 more for each."""
+    per_sm, per_block = shared_memory(capability)
+    return size <= per_block and (size + 1024) * blocks <= per_sm
 
 
 def choose_token_tile(num_slots: int, num_experts: int) -> int:
