@@ -233,3 +233,25 @@ def test_a_block_on_the_card(monkeypatch, name, tokens):
     # Where weights get their scale, each is rounded once; what e2m1 and block scales make has no bit to lose.
     rounded = SCHEMES[name].tiles[0].scales_weights and SCHEMES[name].weight_format != "nvfp4"
     assert_block_close(actual, expert_block(*arrays, weights_dtype=x.dtype if rounded else np.float64))
+
+
+@pytest.mark.gpu
+def test_many_runs_give_the_same_bits():
+    """Three warpgroups take the chunks of a long K in turn; copies arrive in any order."""
+    if compiler.target_architecture() != "sm_90a":
+        pytest.skip("wgmma is Hopper's")
+    experts, hidden, inner, tokens, top_k = 32, 7168, 2048, 16, 8
+    tile = WgmmaTile(8, 4, 1, 3, 128, 6, 1, False)
+    with jax.default_device(jax.devices("cuda")[0]):
+        keys = jax.random.split(jax.random.key(0), 3)
+        gate_up, down = (
+            jmm.quantize(jax.random.normal(key, (experts, k, n), jnp.bfloat16) / k**0.5, "int4", group_size=128)
+            for key, k, n in ((keys[0], hidden, 2 * inner), (keys[1], inner, hidden))
+        )
+        x = jax.random.normal(keys[2], (tokens, hidden), jnp.bfloat16)
+        router, ids = random_routing(np.random.default_rng(0), tokens, top_k, experts)
+        run = jax.jit(lambda *a: jmm.fused_moe(*a, cuda_scheme=BlockScheme(False, tile, tile)))
+        first = run(x, gate_up, down, router, ids)
+        differing = sum(jnp.any(run(x, gate_up, down, router, ids) != first) for _ in range(2000))
+    assert not jnp.any(jnp.isnan(first))
+    assert differing == 0

@@ -136,14 +136,11 @@ class WgmmaGroupedGemm {
         mbarrier_init(shared.note_empty(n), 4 * Tile::kWarpgroups);
       }
     }
-    __syncthreads();
     if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
     const Blocks blocks(routing, shared_bytes + kBlocksAt, shared_bytes);
-    if constexpr (Routing::kScratchBytes > 0) {  // the ring gets its memory back
-      fence_for_wgmma();
-      __syncthreads();
-    }
+    fence_for_wgmma();  // bulk copies see the barriers, and the ring that was lent
+    __syncthreads();
     if (threadIdx.x >= 128 * Tile::kWarpgroups) {
       if constexpr (kMovesRegisters) give_registers<kCopierRegisters>();
       copy(shared, blocks, threadIdx.x - 128 * Tile::kWarpgroups);
