@@ -195,10 +195,10 @@ def test_every_group_size_of_every_format_compiles(lower, name):
         assert CALL in lower("sm_90a", product, array((9, 448), jnp.bfloat16), weights, array((9, 2)))
 
 
-@pytest.mark.parametrize(("tokens", "aligns"), [(1, False), (16, False), (17, True)])
-def test_few_slots_need_no_alignment_kernel(tokens, aligns):
+def planned_block(tokens, scheme=None):
+    """64 experts, top 8: `plan_fused_moe` for sm_90a."""
     x, gate_up, down, *_ = abstract_block(tokens, 8, 512, 256, 64, jnp.bfloat16, group_size=128)
-    planned = plan.plan_fused_moe(
+    return plan.plan_fused_moe(
         x,
         gate_up,
         down,
@@ -208,16 +208,39 @@ def test_few_slots_need_no_alignment_kernel(tokens, aligns):
         mapped=False,
         activation=get_activation("silu"),
         architecture="sm_90a",
+        scheme=scheme,
     )
-    assert ("AlignBlockSize" in planned.source) == aligns
+
+
+@pytest.mark.parametrize(
+    ("routing", "tokens", "found", "kernels"),
+    [
+        ("direct", 2, "DirectRouting", 3),
+        ("grouped", 16, "GroupedRouting", 3),
+        ("grouped", 17, "SortedRouting", 4),  # more slots than a block of threads groups
+        ("aligned", 1, "SortedRouting", 4),
+    ],
+)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_scheme_says_who_finds_the_slots_and_what_overlaps(routing, tokens, found, kernels, overlaps):
+    tile = Tile(8, 2, 2, 1, 64, 2, 2)
+    planned = planned_block(tokens, BlockScheme(routing, tile, tile, overlaps=overlaps))
+    assert found in planned.source
+    assert len(planned.kernels) == kernels
+    assert [kernel.overlaps_predecessor for kernel in planned.kernels[-2:]] == [overlaps, True]
+
+
+@pytest.mark.parametrize(("tokens", "aligns"), [(1, False), (8, False), (17, True)])
+def test_few_slots_need_no_alignment_kernel(tokens, aligns):
+    assert ("AlignBlockSize" in planned_block(tokens).source) == aligns
 
 
 @pytest.mark.parametrize(
     "scheme",
     [
-        BlockScheme(False, Tile(8, 2, 1, 1, 64, 2, 2), Tile(16, 2, 1, 1, 64, 2, 2)),
-        BlockScheme(False, Tile(8, 2, 3, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)),
-        BlockScheme(False, WgmmaTile(8, 2, 1, 2, 64, 3, 1, False), WgmmaTile(8, 2, 1, 2, 64, 4, 1, False)),
+        BlockScheme("aligned", Tile(8, 2, 1, 1, 64, 2, 2), Tile(16, 2, 1, 1, 64, 2, 2)),
+        BlockScheme("aligned", Tile(8, 2, 3, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)),
+        BlockScheme("aligned", WgmmaTile(8, 2, 1, 2, 64, 3, 1, False), WgmmaTile(8, 2, 1, 2, 64, 4, 1, False)),
     ],
     ids=["blocks of 8 and of 16 rows", "half a tile of columns", "a stage of two warpgroups"],
 )

@@ -1,6 +1,7 @@
 """`fused_moe` on every platform against float64 numpy, and the properties that hold whatever the numbers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -369,11 +370,40 @@ def test_what_memory_held_before_stays_out(tokens):
             assert_block_close(run(), expected)
 
 
-def assert_tiles_agree(case, tiles, *, direct=False):
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 40, 300])
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_call_waits_for_what_was_just_written(tokens, loops):
+    """Rows, router weights and ids come from the kernels right before it, under command buffers too."""
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(Case("", tokens=tokens, hidden=1024, top_k=4, experts=8), "cuda")
+        gate_up, down = (jax.tree.map(jnp.asarray, w.packed()) for w in (call.gate_up, call.down))
+
+        def step(n, rows):  # nothing in here rounds but the block
+            router, ids = jnp.roll(call.router, n, axis=0), (jnp.asarray(call.ids) + n) % 8
+            y = jmm.fused_moe(rows, gate_up, down, router, ids, implementation="cuda")
+            return jnp.clip(jnp.roll(-y, 1, axis=1), -2, 2)
+
+        def chain(rows):
+            return (
+                jax.lax.fori_loop(0, 30, step, rows)
+                if loops
+                else functools.reduce(lambda r, n: step(n, r), range(30), rows)
+            )
+
+        apart = jnp.asarray(call.x)
+        for n in range(30):
+            apart = jax.block_until_ready(jax.jit(step)(n, apart))
+        together = [jax.jit(chain)(call.x) for _ in range(5)]
+    for rows in together:
+        np.testing.assert_array_equal(np.asarray(rows).view(np.uint16), np.asarray(apart).view(np.uint16))
+
+
+def assert_tiles_agree(case, tiles, *, routing="grouped"):
     """Two tiles on the card against the oracle."""
     with jax.default_device(jax.devices("cuda")[0]):
         call = make_call(case, "cuda")
-        assert_block_close(call.run(cuda_scheme=BlockScheme(direct, *tiles)), call.expected())
+        assert_block_close(call.run(cuda_scheme=BlockScheme(routing, *tiles)), call.expected())
 
 
 @pytest.mark.gpu
@@ -414,24 +444,23 @@ def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
     [Tile(8, 2, 1, 1, 64, 2, 2), Tile(24, 2, 2, 1, 64, 2, 1), WgmmaTile(16, 2, 2, 1, 64, 4, 1, False)],
     ids=["8 rows", "24 rows", "wgmma"],
 )
-@pytest.mark.parametrize("few", [1, 15, 16, 17, 43, 64])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 43, 64])
 @pytest.mark.parametrize("routing", ["distinct", "few", "one", "duplicates", "holes"])
-def test_grouped_slots_give_the_bits_of_aligned_ones(routing, few, tile):
-    """Up to 128 slots are grouped by the products themselves, 160 by an alignment kernel."""
+def test_grouped_slots_give_the_bits_of_aligned_ones(routing, tokens, tile):
+    """The products group the slots themselves, or a kernel before them does; they overlap or do not."""
     if isinstance(tile, WgmmaTile) and compiler.target_architecture() != "sm_90a":
         pytest.skip("wgmma is Hopper's")
-    case = Case("", tokens=80, hidden=256, routing=routing, expert_map=(1, -1, 2, 5, 0, 4, 3))
+    case = Case("", tokens=tokens, hidden=256, routing=routing, expert_map=(1, -1, 2, 5, 0, 4, 3))
     with jax.default_device(jax.devices("cuda")[0]):
         call = make_call(case, "cuda")
-        scheme = BlockScheme(False, tile, tile)
-        aligned = np.asarray(call.run(cuda_scheme=scheme))
-        first = dataclasses.replace(call, x=call.x[:few], router=call.router[:few], ids=call.ids[:few])
-        grouped = np.asarray(first.run(cuda_scheme=scheme))
-    np.testing.assert_array_equal(grouped.view(np.uint16), aligned[:few].view(np.uint16))
+        aligned = np.asarray(call.run(cuda_scheme=BlockScheme("aligned", tile, tile)))
+        grouped = np.asarray(call.run(cuda_scheme=BlockScheme("grouped", tile, tile, overlaps=False)))
+    assert_block_close(grouped, call.expected())
+    np.testing.assert_array_equal(grouped.view(np.uint16), aligned.view(np.uint16))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("routing", ["grouped", "direct"])
 @pytest.mark.parametrize("weight_format", ["int4_zp", "nvfp4"])
 @pytest.mark.parametrize(
     "tiles",
@@ -442,13 +471,13 @@ def test_grouped_slots_give_the_bits_of_aligned_ones(routing, few, tile):
     ],
     ids=["2 and 2", "4 and 2", "4 and 4"],
 )
-def test_clusters_that_share_k(tiles, weight_format, direct):
+def test_clusters_that_share_k(tiles, weight_format, routing):
     if compiler.target_architecture() != "sm_90a":
         pytest.skip("clusters are measured on Hopper alone")
     group = 16 if weight_format == "nvfp4" else 64
     case = Case("", hidden=768, inner=768, weight_format=weight_format, down_format=weight_format, experts=9)
     case = dataclasses.replace(case, group_size=group, down_group_size=group, routing="holes")
-    assert_tiles_agree(case, tiles, direct=direct)
+    assert_tiles_agree(case, tiles, routing=routing)
 
 
 @pytest.mark.gpu

@@ -80,7 +80,7 @@ HIDDEN, INNER, EXPERTS, TOP_K = 768, 512, 5, 2
 
 
 def scheme_of(name):
-    return BlockScheme(False, *SCHEMES[name].tiles)
+    return BlockScheme("grouped", *SCHEMES[name].tiles)
 
 
 def experts_of(name, rng):
@@ -207,7 +207,8 @@ def test_measured_schemes_fit():
 def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):
     path = tmp_path / "tuned-sm_90a.json"
     key = tuned.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
-    mixed = BlockScheme(False, WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), Tile(16, 1, 2, 1, 64, 2, 2))
+    tiles = WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), Tile(16, 1, 2, 1, 64, 2, 2)
+    mixed = BlockScheme("aligned", *tiles, overlaps=False)
     tuned.record(key, 16, "sm_90a", mixed, path)
     monkeypatch.setattr(tuned, "user_path", lambda architecture: path)
     assert tuned.lookup(key, 16, "sm_90a") == mixed
@@ -250,7 +251,7 @@ def test_many_runs_give_the_same_bits():
         )
         x = jax.random.normal(keys[2], (tokens, hidden), jnp.bfloat16)
         router, ids = random_routing(np.random.default_rng(0), tokens, top_k, experts)
-        run = jax.jit(lambda *a: jmm.fused_moe(*a, cuda_scheme=BlockScheme(False, tile, tile)))
+        run = jax.jit(lambda *a: jmm.fused_moe(*a, cuda_scheme=BlockScheme("grouped", tile, tile)))
         first = run(x, gate_up, down, router, ids)
         differing = sum(jnp.any(run(x, gate_up, down, router, ids) != first) for _ in range(2000))
     assert not jnp.any(jnp.isnan(first))

@@ -16,12 +16,13 @@ from jax.typing import DTypeLike
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
-from jax_marlin_moe.cuda.plan import Plan, block_key, gemm_shape
+from jax_marlin_moe.cuda.plan import MOST_GROUPED_SLOTS, Plan, block_key, gemm_shape
 from jax_marlin_moe.cuda.replay import ReplayedPlan, block_operands, plan_block
 from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
     BlockScheme,
     GemmShape,
+    SlotRouting,
     Tile,
     WgmmaTile,
     block_sizes,
@@ -111,27 +112,35 @@ def autotune(
     if known is not None and not known.fits(*shapes, capability):
         known = None
     finalists = []
-    for direct, block in _block_sizes(tokens, slots, experts, shapes[0], capability):
-        blocks = slots if direct else max(hit, expected_blocks(slots, experts, experts, block))
+    for routing, block in _block_sizes(tokens, slots, experts, shapes[0], capability):
+        blocks = slots if routing == "direct" else max(hit, expected_blocks(slots, experts, experts, block))
         ranked = []
         for shape in shapes:
             tiles = candidates(shape, block, capability)
             tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks, rows=slots / blocks))
             ranked.append(tiles[:candidates_per_product])
         count = max(map(len, ranked))
-        schemes = [BlockScheme(direct, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]
-        if known is not None and (known.direct, known.gate_up.tokens) == (direct, block):
+        schemes = [BlockScheme(routing, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]
+        if known is not None and (known.routing == "direct", known.gate_up.tokens) == (routing == "direct", block):
             schemes.append(known)
         measured = [measure(scheme) for scheme in compiled(schemes)]
-        # A product that ends unevenly leaves room for the next one to begin: what is fastest alone need not be in a
-        # block, so the fastest few of either product meet in pairs.
+        # What is fastest alone need not be in a block: how a product ends decides how the next one begins. So the
+        # fastest few of either product meet in pairs, and those with and without an overlap.
         pairs = [
-            BlockScheme(direct, *tiles)
+            BlockScheme(routing, *tiles)
             for tiles in itertools.product(_fastest_tiles(measured, "gate_up"), _fastest_tiles(measured, "down"))
         ]
-        finalists += [measure(scheme, samples=9) for scheme in compiled(pairs)]
-        finalists.append(measure(min(measured, key=lambda m: m.block_us).scheme, samples=9))
+        pairs = [*compiled(pairs), min(measured, key=lambda m: m.block_us).scheme]
+        finalists += [
+            measure(dataclasses.replace(scheme, overlaps=overlaps), samples=9)
+            for scheme in dict.fromkeys(pairs)
+            for overlaps in (True, False)
+        ]
     winner = min(finalists, key=lambda m: m.block_us)
+    if winner.scheme.routing == "grouped":
+        aligned = dataclasses.replace(winner.scheme, routing="aligned")
+        compiled([aligned])
+        winner = min(winner, measure(aligned, samples=9), key=lambda m: m.block_us)
     tuned.record(key, tokens, architecture, winner.scheme, table)
     return winner
 
@@ -142,9 +151,12 @@ def _fastest_tiles(measured: Sequence[Measurement], product: str) -> list[Tile |
     return list(dict.fromkeys(getattr(m.scheme, product) for m in ranked))[:_PAIRED_TILES]
 
 
-def _block_sizes(tokens: int, slots: int, experts: int, shape: GemmShape, capability: int) -> list[tuple[bool, int]]:
-    """(direct, rows of a block) worth measuring."""
+def _block_sizes(
+    tokens: int, slots: int, experts: int, shape: GemmShape, capability: int
+) -> list[tuple[SlotRouting, int]]:
+    """(routing, rows of a block) worth measuring."""
     if tokens == 1:
-        return [(True, TOKEN_TILES[0])]
-    sizes = [(False, size) for size in block_sizes(slots, experts, shape, capability)]
-    return [*sizes, (True, TOKEN_TILES[0])] if slots <= 32 else sizes
+        return [("direct", TOKEN_TILES[0])]
+    routing: SlotRouting = "grouped" if slots <= MOST_GROUPED_SLOTS else "aligned"
+    sizes = [(routing, size) for size in block_sizes(slots, experts, shape, capability)]
+    return [*sizes, ("direct", TOKEN_TILES[0])] if slots <= 32 else sizes

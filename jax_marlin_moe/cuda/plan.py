@@ -41,8 +41,7 @@ _CPP_ACTIVATIONS = {"silu": "Silu", "gelu_tanh": "GeluTanh", "relu2": "Relu2", "
 _INT, _INTS = "const int32_t*", "int32_t*"
 _WORDS, _HALVES, _BYTES = "const uint32_t*", "const uint16_t*", "const unsigned char*"
 
-# Up to so many slots, every block of threads groups them for itself; it costs less than an alignment kernel does.
-_MOST_GROUPED_SLOTS = 128
+MOST_GROUPED_SLOTS = 128  # of csrc/cuda/routing.cuh
 
 # The fields of `WEIGHT_OPERANDS` by their place.
 _PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, _BIAS = range(WEIGHT_OPERANDS)
@@ -360,7 +359,7 @@ def _predicted_scheme(
 ) -> BlockScheme:
     """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
     if num_slots == top_k or num_slots * num_slots <= 8 * routed_experts:
-        return BlockScheme(True, *(choose_tile(shape, 8, num_slots, capability) for shape in (first, second)))
+        return BlockScheme("direct", *(choose_tile(shape, 8, num_slots, capability) for shape in (first, second)))
     best, least = None, math.inf
     for tokens in block_sizes(num_slots, routed_experts, first, capability):
         blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
@@ -374,7 +373,9 @@ def _predicted_scheme(
             for shape, tile in zip((first, second), tiles, strict=True)
         )
         if microseconds < least:
-            best, least = BlockScheme(False, *tiles), microseconds
+            # A thread that has one slot to group does so in less than an alignment kernel takes.
+            groups = num_slots <= min(tile.threads for tile in tiles)
+            best, least = BlockScheme("grouped" if groups else "aligned", *tiles), microseconds
     if best is None:
         raise ValueError(f"no kernel tile serves {first} and {second} on compute capability {capability}")
     return best
@@ -413,7 +414,7 @@ def plan_fused_moe(
             f"cuda_scheme is {scheme}, which does not fit {first} and {second} on compute capability {capability}; "
             "pass None, or what autotune finds"
         )
-    direct, block = scheme.direct, scheme.gate_up.tokens
+    block = scheme.gate_up.tokens
     intermediate = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
     partials = jax.ShapeDtypeStruct((num_slots, down.padded_n), jnp.float32)
 
@@ -421,10 +422,13 @@ def plan_fused_moe(
     scratch = [intermediate, partials]
     h, sums = y + 1, y + 2
     grouped = _grouped_routing(num_slots, num_experts, routed_experts, block, topk_ids, expert_map)
-    if direct:
+    if scheme.routing == "direct":
         routing = second_routing = _direct_routing(num_slots, num_experts, routed_experts, topk_ids, expert_map)
-    elif num_slots <= _MOST_GROUPED_SLOTS and all(
-        _hosts(tile, shape, grouped, capability) for tile, shape in ((scheme.gate_up, first), (scheme.down, second))
+    elif (
+        scheme.routing == "grouped"
+        and num_slots <= MOST_GROUPED_SLOTS
+        and _hosts(scheme.gate_up, first, grouped, capability)
+        and _hosts(scheme.down, second, grouped, capability)
     ):
         routing = second_routing = grouped
     else:
@@ -485,7 +489,7 @@ def plan_fused_moe(
             first_operand=second_matrix,
             routing=second_routing,
             epilogue=weigh,
-            overlaps_predecessor=overlap,
+            overlaps_predecessor=overlap and scheme.overlaps,
         )
     )
     p = _Parameters()

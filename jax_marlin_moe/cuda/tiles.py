@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Literal
 
 # Shared memory of a multiprocessor and the most that one block may have, in bytes, by compute capability
 # (CUDA C++ programming guide, technical specifications). 1 KB of each block is the system's.
@@ -17,6 +18,8 @@ _TILE_K = 16
 TOKEN_TILES = (8, 16, 24, 32)
 _MOST_UNEVEN = 1.15  # the longest share of K over the mean one, of tiles worth considering
 WGMMA_TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128, 144)
+
+SlotRouting = Literal["direct", "grouped", "aligned"]  # of BlockScheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,14 +237,20 @@ class BlockScheme:
     """How a whole expert block is cut.
 
     Attributes:
-        direct: each slot is a block of its own, read straight off topk_ids; otherwise slots are grouped by expert.
+        routing: who finds the slots of a block of tokens. "direct": each slot is a block of its own, read straight off
+            topk_ids. "grouped": every block of threads groups the slots by expert for itself, where slots are few and
+            the tiles leave room for them; "aligned" otherwise. "aligned": a kernel before the products.
         gate_up: tile of the first product; `tokens` is the most slots of a block.
         down: tile of the second; the same `tokens`.
+        overlaps: whether the second product's blocks of threads come in while the first one's leave, and fetch weights
+            meanwhile. They come to the multiprocessors that are free first: more of them than their share where there
+            is room, fewer where what the first ones leave is in pieces.
     """
 
-    direct: bool
+    routing: SlotRouting
     gate_up: Tile | WgmmaTile
     down: Tile | WgmmaTile
+    overlaps: bool = dataclasses.field(default=True, kw_only=True)
 
     def fits(self, first: GemmShape, second: GemmShape, capability: int) -> bool:
         """Whether both tiles fit the products, and each other."""

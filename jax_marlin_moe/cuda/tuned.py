@@ -61,9 +61,10 @@ def record(
     table = {name: dict(entries) for name, entries in _load(path).items()}
     entries = table.setdefault(str(key), {})
     entries[str(tokens)] = {
-        "direct": scheme.direct,
+        "routing": scheme.routing,
         "gate_up": list(dataclasses.astuple(scheme.gate_up)),
         "down": list(dataclasses.astuple(scheme.down)),
+        "overlaps": scheme.overlaps,
     }
     table[str(key)] = dict(sorted(entries.items(), key=lambda item: int(item[0])))
     lines = [
@@ -99,7 +100,8 @@ def _parse(path: pathlib.Path, modified: int) -> dict:
 
 
 def _decode(entry: dict) -> BlockScheme:
-    return BlockScheme(entry["direct"], _decode_tile(entry["gate_up"]), _decode_tile(entry["down"]))
+    tiles = _decode_tile(entry["gate_up"]), _decode_tile(entry["down"])
+    return BlockScheme(entry["routing"], *tiles, overlaps=entry["overlaps"])
 
 
 def _decode_tile(fields: list) -> Tile | WgmmaTile:
