@@ -216,6 +216,16 @@ def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):
     assert tuned.lookup(key, 32, "sm_90a") is None
 
 
+def test_schemes_of_an_older_version_are_passed_over(tmp_path, monkeypatch):
+    path = tmp_path / "tuned-sm_90a.json"
+    key = tuned.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
+    path.write_text(json.dumps({str(key): {"16": {"direct": False, "gate_up": [8, 2, 1], "down": [8, 2, 1]}}}))
+    monkeypatch.setattr(tuned, "user_path", lambda architecture: path)
+    assert tuned.lookup(key, 16, "sm_90a") is None
+    tuned.record(key, 8, "sm_90a", BlockScheme("direct", Tile(8, 2, 1, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)), path)
+    assert list(json.loads(path.read_text())[str(key)]) == ["8"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [3, 64, 500])
 @pytest.mark.parametrize("name", SCHEMES)
