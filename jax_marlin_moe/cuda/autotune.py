@@ -1,5 +1,6 @@
 """Measures schemes for a block on the card at hand and stores the fastest beside the kernel cache."""
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -35,6 +36,8 @@ from jax_marlin_moe.weights import MarlinWeights
 
 # Tiles of either product that are tried together with as many of the other.
 _PAIRED_TILES = 3
+# Of rest before each sample that decides: replays in a row drive the card into its power limit sooner or later.
+_PAUSE_SECONDS = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,9 @@ def autotune(
         candidates_per_product: tiles measured for each product and block size, best predicted first.
         repetitions: routings in one replay.
         table: where to store the winner instead of the user's table.
+
+    Raises:
+        ValueError: no tile serves the products.
     """
     architecture = target_architecture()
     capability = compute_capability(architecture)
@@ -98,20 +104,23 @@ def autotune(
         with ThreadPoolExecutor() as pool:
             return [scheme for scheme, good in zip(schemes, pool.map(compiles, schemes), strict=True) if good]
 
-    def measure(scheme: BlockScheme, samples: int = 5) -> Measurement:
-        planned = plan(scheme)
-        replayed = ReplayedPlan(planned, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])
-        first = len(planned.kernels) - 3  # [align,] gate_up, down, combine
-        times = [statistics.median(replayed.microseconds(k, samples)) for k in (None, [first], [first + 1])]
-        replayed.close()
+    def replayed(scheme: BlockScheme) -> ReplayedPlan:
+        return ReplayedPlan(plan(scheme), operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])
+
+    def measure(scheme: BlockScheme) -> Measurement:
+        with contextlib.closing(replayed(scheme)) as kernels:
+            first = len(kernels.plan.kernels) - 3  # [align,] gate_up, down, combine
+            times = [statistics.median(kernels.microseconds(k, samples=5)) for k in (None, [first], [first + 1])]
         return Measurement(scheme, *times)
+
+    def rested_block_us(scheme: BlockScheme) -> float:
+        with contextlib.closing(replayed(scheme)) as kernels:
+            return statistics.median(kernels.microseconds(samples=9, pause_seconds=_PAUSE_SECONDS))
 
     key = block_key(gate_up, down, top_k)
     shapes = gemm_shape(gate_up, act.gated, x.dtype), gemm_shape(down, False, x.dtype)
     known = tuned.lookup(key, tokens, architecture)
-    if known is not None and not known.fits(*shapes, capability):
-        known = None
-    finalists = []
+    finalists = [known] if known is not None and known.fits(*shapes, capability) else []
     for routing, block in _block_sizes(tokens, slots, experts, shapes[0], capability):
         blocks = slots if routing == "direct" else max(hit, expected_blocks(slots, experts, experts, block))
         ranked = []
@@ -119,30 +128,33 @@ def autotune(
             tiles = candidates(shape, block, capability)
             tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks, rows=slots / blocks))
             ranked.append(tiles[:candidates_per_product])
+        if not all(ranked):  # no tile of this size serves one of the products
+            continue
         count = max(map(len, ranked))
         schemes = [BlockScheme(routing, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)]
-        if known is not None and (known.routing == "direct", known.gate_up.tokens) == (routing == "direct", block):
-            schemes.append(known)
         measured = [measure(scheme) for scheme in compiled(schemes)]
+        if not measured:
+            continue
         # What is fastest alone need not be in a block: how a product ends decides how the next one begins. So the
-        # fastest few of either product meet in pairs, and those with and without an overlap.
+        # fastest few of either product meet in pairs, with and without an overlap.
         pairs = [
             BlockScheme(routing, *tiles)
             for tiles in itertools.product(_fastest_tiles(measured, "gate_up"), _fastest_tiles(measured, "down"))
         ]
-        pairs = [*compiled(pairs), min(measured, key=lambda m: m.block_us).scheme]
-        finalists += [
-            measure(dataclasses.replace(scheme, overlaps=overlaps), samples=9)
-            for scheme in dict.fromkeys(pairs)
-            for overlaps in (True, False)
-        ]
-    winner = min(finalists, key=lambda m: m.block_us)
-    if winner.scheme.routing == "grouped":
-        aligned = dataclasses.replace(winner.scheme, routing="aligned")
-        compiled([aligned])
-        winner = min(winner, measure(aligned, samples=9), key=lambda m: m.block_us)
-    tuned.record(key, tokens, architecture, winner.scheme, table)
-    return winner
+        finalists += [*compiled(pairs), min(measured, key=lambda m: m.block_us).scheme]
+    if not finalists:
+        raise ValueError(f"no kernel tile serves {shapes[0]} and {shapes[1]} with {tokens} tokens on {architecture}")
+    block_us = {}
+    for finalist, overlaps in itertools.product(dict.fromkeys(finalists), (True, False)):
+        scheme = dataclasses.replace(finalist, overlaps=overlaps)
+        block_us[scheme] = rested_block_us(scheme)
+    winner = min(block_us, key=lambda scheme: block_us[scheme])
+    if winner.routing == "grouped":
+        aligned = dataclasses.replace(winner, routing="aligned")
+        block_us[aligned] = rested_block_us(aligned)
+        winner = min(winner, aligned, key=lambda scheme: block_us[scheme])
+    tuned.record(key, tokens, architecture, winner, table)
+    return dataclasses.replace(measure(winner), block_us=block_us[winner])
 
 
 def _fastest_tiles(measured: Sequence[Measurement], product: str) -> list[Tile | WgmmaTile]:
