@@ -30,6 +30,8 @@ class Scheme:
     weight_format: str
     group_size: int | None
     scale_dtype: str | None = None
+    hidden: int = 768
+    inner: int = 512
 
 
 def two(gate_up, down):
@@ -76,7 +78,19 @@ SCHEMES = {
     ),
     "float32 scales, sums": Scheme(SCALED_SUMS, "float16", "int8_zp", 64, "float32"),
 }
-HIDDEN, INNER, EXPERTS, TOP_K = 768, 512, 5, 2
+# K of seven and a half chunks, and of three and a half: the last one repeats rows of the one before.
+SCHEMES |= {
+    f"half a chunk, {weight_format}": Scheme(tiles, dtype, weight_format, group_size, scale_dtype, 960, 448)
+    for tiles, dtype, weight_format, group_size, scale_dtype in (
+        (two((16, 2, 1, 2, 128, 6, 1, False), (16, 1, 3, 2, 128, 4, 1, False)), "bfloat16", "int4", 128, None),
+        (two((8, 2, 1, 3, 128, 6, 1, False), (8, 1, 1, 3, 128, 6, 1, False)), "bfloat16", "int8_zp", None, None),
+        (two((32, 2, 1, 1, 128, 4, 2, False), (32, 1, 1, 2, 128, 4, 1, False)), "float16", "mxfp4", 32, None),
+        (two((144, 2, 1, 1, 128, 3, 1, True), (144, 1, 3, 1, 128, 3, 1, True)), "bfloat16", "int4_fzp", 64, None),
+        (two((144, 2, 1, 1, 128, 3, 1, True), (144, 1, 3, 1, 128, 3, 1, True)), "bfloat16", "nvfp4", 16, None),
+        (two((48, 2, 1, 1, 128, 4, 1, True), (48, 1, 3, 1, 128, 4, 1, True)), "bfloat16", "fp8", 128, "float32"),
+    )
+}
+EXPERTS, TOP_K = 5, 2
 
 
 def scheme_of(name):
@@ -88,8 +102,8 @@ def experts_of(name, rng):
     options = {"weight_format": case.weight_format, "group_size": case.group_size, "bias": True}
     options["scale_dtype"] = jnp.dtype(case.scale_dtype or case.dtype)
     return (
-        random_experts(rng, EXPERTS, HIDDEN, 2 * INNER, **options),
-        random_experts(rng, EXPERTS, INNER, HIDDEN, **options),
+        random_experts(rng, EXPERTS, case.hidden, 2 * case.inner, **options),
+        random_experts(rng, EXPERTS, case.inner, case.hidden, **options),
     )
 
 
@@ -106,7 +120,7 @@ def test_products_are_not_serialised(name):
 
     gate_up, down = (experts.packed() for experts in experts_of(name, np.random.default_rng(0)))
     planned = plan.plan_fused_moe(
-        jnp.zeros((9, HIDDEN), SCHEMES[name].dtype),
+        jnp.zeros((9, SCHEMES[name].hidden), SCHEMES[name].dtype),
         gate_up,
         down,
         tokens=9,
@@ -137,7 +151,10 @@ def test_a_tile_fits_what_its_kernel_takes():
     assert not tile.fits(shape_of(2048, 1536, dtype="float16", code="e2m1", scale="e8m0", group_size=32), 90)
     assert tile.fits(shape_of(2048, 1536, zeros="float"), 90)
     assert not WgmmaTile(32, 2, 2, 1, 128, 4, 1, False).fits(shape_of(2048, 1536, zeros="float"), 90)
-    assert not tile.fits(shape_of(2112, 1536), 90)  # half a chunk
+    assert tile.fits(shape_of(2112, 1536), 90)  # half a chunk
+    assert tile.fits(shape_of(2112, 1536, group_size=64), 90)
+    assert not tile.fits(shape_of(2080, 1536, group_size=64), 90)  # and half a group
+    assert not tile.fits(shape_of(64, 1536, group_size=64), 90)  # nothing to repeat
     assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
     assert not WgmmaTile(144, 4, 2, 1, 128, 3, 1, True).fits(shape_of(2048, 1536), 90)  # registers
     assert not WgmmaTile(24, 2, 1, 3, 128, 6, 1, False).fits(shape_of(256, 1536), 90)  # a warpgroup without a chunk
@@ -234,7 +251,7 @@ def test_a_block_on_the_card(monkeypatch, name, tokens):
         pytest.skip("wgmma is Hopper's")
     rng = np.random.default_rng(1)
     gate_up, down = experts_of(name, rng)
-    x = random_rows(rng, tokens, HIDDEN, jnp.dtype(SCHEMES[name].dtype))
+    x = random_rows(rng, tokens, SCHEMES[name].hidden, jnp.dtype(SCHEMES[name].dtype))
     router, ids = random_routing(rng, tokens, TOP_K, EXPERTS)
     monkeypatch.setattr(tuned, "lookup", lambda *_: scheme_of(name))
     with jax.default_device(jax.devices("cuda")[0]):

@@ -68,16 +68,19 @@ class WgmmaGroupedGemm {
   static_assert(Tile::kSubTiles % kHalves == 0, "gate and up come in pairs");
   static_assert(kColumns % (kUnit * kHalfUnits) == 0, "column tiles are whole");
 
-  static constexpr int kChunks = Problem::kK / Tile::kChunkK;
+  // The last chunk ends where K does: the rows that it has had from the chunk before meet zeros in place of tokens.
+  static constexpr int kChunks = (Problem::kK + Tile::kChunkK - 1) / Tile::kChunkK;
+  static constexpr int kRepeated = kChunks * Tile::kChunkK - Problem::kK;  // rows
   static constexpr int kSteps = Tile::kChunkK / kTileK;
   static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
   // The sums of a group and those of the tile, unless there is one group or weights have their scale.
   static constexpr bool kTwoSums = !Tile::kScalesWeights && kGroups > 1;
   static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
-  static_assert(Problem::kK % Tile::kChunkK == 0, "K is whole chunks");
+  static_assert(Problem::kK >= Tile::kChunkK && Problem::kK % kTileK == 0, "K is chunks, of whole steps");
   static_assert(kChunks >= Tile::kWarpgroupsK, "every warpgroup has a chunk");
-  static_assert(Problem::kGroup % Tile::kChunkK == 0 || Tile::kChunkK % Problem::kGroup == 0,
+  static_assert(kGroups == 1 || Problem::kGroup % Tile::kChunkK == 0 ||
+                    (Tile::kChunkK % Problem::kGroup == 0 && Problem::kK % Problem::kGroup == 0),
                 "a chunk is part of one group, or whole groups");
 
   // A stage: tokens, one slab of 128-byte rows per 64 of K; weights, units side by side, step after step; scales; zero
@@ -240,8 +243,12 @@ class WgmmaGroupedGemm {
       const Runs<kStoredZeroBytes, kGroups, kScaleRows> zero_runs(zeros, expert, column_tile, warp);
       const auto copy_weights = [&](int s, int chunk) {
         if (!elected) return;
-        const int group = chunk * Tile::kChunkK / Problem::kGroup;
-        weight_runs.copy(shared.weights(s), chunk * kSteps, shared.full(s), policy);
+        int step = chunk * kSteps, group = chunk * Tile::kChunkK / Problem::kGroup;
+        if constexpr (kRepeated > 0) {
+          step = min(step, Problem::kK / kTileK - kSteps);
+          group = min(group, kGroups - kScaleRows);
+        }
+        weight_runs.copy(shared.weights(s), step, shared.full(s), policy);
         scale_runs.copy(shared.weights(s) + kScalesAt, group, shared.full(s), policy);
         if constexpr (Zeros::kStored) zero_runs.copy(shared.weights(s) + kZerosAt, group, shared.full(s), policy);
       };
@@ -291,9 +298,16 @@ class WgmmaGroupedGemm {
         }
         // A row that does not exist is not copied: it meets the weights in a column of its own, never stored.
         const uint32_t target = shared.tokens(stage.at) + first_target;
+        const bool repeats = kRepeated > 0 && chunk == kChunks - 1;
+        const uint4* first = repeats ? source - kRepeated / 8 : source;
 #pragma unroll
         for (int i = 0; i < kCopiedRows; ++i) {
-          if (real >> i & 1) copy16(target + i * kRowStep * 128, source + offsets[i]);
+          if (!(real >> i & 1)) continue;
+          if (kRepeated == 0) {
+            copy16(target + i * kRowStep * 128, first + offsets[i]);
+          } else {
+            copy16_or_zeros(target + i * kRowStep * 128, first + offsets[i], !repeats || piece >= kRepeated / 8);
+          }
         }
         mbarrier_arrive_after_copies(shared.full(stage.at));
         stage.advance();

@@ -200,10 +200,11 @@ class WgmmaTile:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
         if capability != 90 or not (_weights_can_be_scaled if self.scales_weights else _sums_can_be_scaled)(shape):
             return False
-        chunks = shape.k // self.chunk_k
-        whole = shape.k % self.chunk_k == 0 and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
+        chunks = -(-shape.k // self.chunk_k)  # the last one may repeat rows of the one before
+        whole = shape.k >= self.chunk_k and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
         whole = whole and shape.n % (_UNIT * self.warpgroups_n * self.sub_tiles) == 0
-        grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
+        part_of_group = shape.group_size % self.chunk_k == 0 or shape.group_size >= shape.k
+        whole_groups = self.chunk_k % shape.group_size == 0 and shape.k % shape.group_size == 0
         paired = not shape.gated or self.sub_tiles % 2 == 0
         # A block enters with an equal share of the registers for each thread; the copying warpgroup keeps few.
         warpgroups = self.warpgroups_n * self.warpgroups_k
@@ -211,7 +212,7 @@ class WgmmaTile:
         spared = (entry * (warpgroups + 1) - (56 if self.tokens <= 32 else 80)) // warpgroups // 8 * 8
         return (
             whole
-            and grouped
+            and (part_of_group or whole_groups)
             and paired
             and fits_shared_memory(self.shared_bytes(shape), self.blocks_per_sm, capability)
             and self.registers(shape) <= min(240, spared)
@@ -451,5 +452,5 @@ def _predicted_wgmma_microseconds(
     chunk = busy * (longest + 0.15 * (tensor + issue + memory - longest))
     ends = _WGMMA_TILE_CYCLES + _WGMMA_STORE_CYCLES * tile.sub_tiles * multiplied / 2
     rounds = math.ceil(tiles / (_MULTIPROCESSORS * tile.blocks_per_sm))
-    cycles = rounds * (shape.k / tile.chunk_k * chunk + ends)
+    cycles = rounds * (math.ceil(shape.k / tile.chunk_k) * chunk + ends)
     return _LAUNCH_MICROSECONDS + cycles / _CYCLES_PER_MICROSECOND
