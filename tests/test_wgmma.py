@@ -85,7 +85,6 @@ SCHEMES |= {
         (two((16, 2, 1, 2, 128, 6, 1, False), (16, 1, 3, 2, 128, 4, 1, False)), "bfloat16", "int4", 128, None),
         (two((8, 2, 1, 3, 128, 6, 1, False), (8, 1, 1, 3, 128, 6, 1, False)), "bfloat16", "int8_zp", None, None),
         (two((32, 2, 1, 1, 128, 4, 2, False), (32, 1, 1, 2, 128, 4, 1, False)), "float16", "mxfp4", 32, None),
-        (two((144, 2, 1, 1, 128, 3, 1, True), (144, 1, 3, 1, 128, 3, 1, True)), "bfloat16", "int4_fzp", 64, None),
         (two((144, 2, 1, 1, 128, 3, 1, True), (144, 1, 3, 1, 128, 3, 1, True)), "bfloat16", "nvfp4", 16, None),
         (two((48, 2, 1, 1, 128, 4, 1, True), (48, 1, 3, 1, 128, 4, 1, True)), "bfloat16", "fp8", 128, "float32"),
     )
