@@ -187,6 +187,16 @@ def test_the_cost_model_leaves_blocks_of_eight_rows_to_mma(code):
         assert isinstance(scheme.down, Tile)
 
 
+def test_the_cost_model_overlaps_the_products_of_short_blocks():
+    first, second = shape_of(2048, 1536, gated=True), shape_of(768, 2048)
+    for slots, overlaps in ((8, True), (128, True), (65536, False)):
+        scheme = plan._predicted_scheme(first, second, slots, 8, 8, 90)
+        assert scheme.overlaps == overlaps
+    small = Tile(8, 1, 1, 1, 32, 2, 12)
+    assert not plan._overlaps(second, small, 100.0, 90)  # more of them than planned find room
+    assert plan._overlaps(second, dataclasses.replace(small, blocks_per_sm=8), 100.0, 90)
+
+
 def test_blocks_expected_under_uniform_routing():
     rng = np.random.default_rng(0)
     rows = rng.multinomial(4096, np.full(32, 1 / 32), size=200)
