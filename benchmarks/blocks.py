@@ -140,7 +140,8 @@ def print_row(row: dict) -> None:
     print(
         f"{row['model']:16s} {row['format']:8s} M={row['M']:<5d} {row['routing']:8s} block {row['block_us']:8.1f} us "
         f"({row['block_p10_us']:.1f} - {row['block_p90_us']:.1f}), limit {row['limit_us']:.1f} "
-        f"({row['limit_us'] / row['block_us']:.0%}), {', '.join(columns)}, error {row['rel_l2']:.1e}, "
+        f"({row['limit_us'] / row['block_us']:.0%}), {row['tb_s']:.2f} TB/s, {row['tflop_s']:.1f} TFLOP/s, "
+        f"{', '.join(columns)}, error {row['rel_l2']:.1e}, "
         f"{row['sm_mhz']:.0f} MHz, {row['implementation']}",
         flush=True,
     )
