@@ -25,7 +25,7 @@ from benchmarks.card import MultiprocessorClock
 from benchmarks.ceilings import measure_bf16_rate, measure_read_bandwidth
 from benchmarks.chain import chain_microseconds
 from benchmarks.peers import PEERS
-from benchmarks.record import current_commit, recorded_command
+from benchmarks.record import recorded_run
 from benchmarks.roofline import block_limit
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
 from jax_marlin_moe.cuda.replay import replayed_block
@@ -173,11 +173,7 @@ def main() -> None:
     ceilings = measure_read_bandwidth(), measure_bf16_rate()
     clock = MultiprocessorClock()
     print(f"{device.device_kind}: read {ceilings[0]:.2f} TB/s, bf16 {ceilings[1]:.0f} TFLOP/s", flush=True)
-    document = {
-        "card": device.device_kind,
-        "commit": args.commit or current_commit(),
-        "command": recorded_command("benchmarks.blocks"),
-        "versions": {"jax": jax.__version__, "jax_marlin_moe": jmm.__version__, "numpy": np.__version__},
+    document = recorded_run("benchmarks.blocks", args.commit, numpy=np.__version__) | {
         "read_tb_s": ceilings[0],
         "bf16_tflop_s": ceilings[1],
         "rows": [],

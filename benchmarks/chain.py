@@ -15,6 +15,16 @@ _CALLS = 10
 _BLOCKS_PER_NORM = 3
 
 
+def seconds_of_calls(call: Callable[[], jax.Array], calls: int, pause_seconds: float) -> float:
+    """Of one of several calls in a row, waited for once, after a rest."""
+    time.sleep(pause_seconds)
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
 def chain_microseconds(
     block: Callable[..., jax.Array],
     x: jax.Array,
@@ -43,16 +53,12 @@ def chain_microseconds(
     arguments = layers, list(weights), list(jnp.asarray(ids))
     x = x + 0
 
-    def run(calls: int) -> float:
+    def call() -> jax.Array:
         nonlocal x
-        time.sleep(pause_seconds)
-        start = time.perf_counter()
-        for _ in range(calls):
-            x = chain(x, *arguments)
-        jax.block_until_ready(x)
-        return (time.perf_counter() - start) / calls
+        x = chain(x, *arguments)
+        return x
 
-    run(5)
+    seconds_of_calls(call, 5, pause_seconds)
     if not jnp.isfinite(x.astype(jnp.float32)).all():
         raise FloatingPointError("the chain's rows are not finite")
-    return sorted(run(_CALLS) / len(ids) * 1e6 for _ in range(samples))
+    return sorted(seconds_of_calls(call, _CALLS, pause_seconds) / len(ids) * 1e6 for _ in range(samples))

@@ -14,7 +14,9 @@ and once without, each in a process of its own. All times in microseconds:
 """
 
 import argparse
+import bisect
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -27,8 +29,9 @@ import jax
 import jax.numpy as jnp
 
 import jax_marlin_moe as jmm
-from benchmarks.blocks import make_case
-from benchmarks.record import current_commit, recorded_command
+from benchmarks.blocks import Case, make_case
+from benchmarks.chain import seconds_of_calls
+from benchmarks.record import recorded_run
 from jax_marlin_moe.argument_shapes import MODELS
 from jax_marlin_moe.cuda.replay import replayed_block
 from jax_marlin_moe.formats import get_format
@@ -40,7 +43,7 @@ _NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
 
 def stack(x, layers, weights, ids):
-    """Blocks in a row; their rows are kept small, as a sum with what comes in would."""
+    """Blocks in a row. A block is about quadratic in its rows, which must not overflow: they are clipped."""
     for i in range(len(ids)):
         x = jnp.clip(jmm.fused_moe(x, *layers[i % len(layers)], weights[i], ids[i]), -1, 1)
     return x
@@ -67,12 +70,42 @@ def first_kernel_microseconds(call, calls: int) -> float | None:
                     card.append(event.start_ns)
     # A call shows as nested events; those that have no kernel after them before the next one begins are the outer ones.
     host.sort()
-    delays = [
-        min(kernel for kernel in card if kernel > start) - start
-        for start, following in zip(host, [*host[1:], float("inf")], strict=True)
-        if any(start < kernel < following for kernel in card)
-    ]
+    card.sort()
+    delays = []
+    for start, following in zip(host, [*host[1:], math.inf], strict=True):
+        kernel = bisect.bisect_right(card, start)
+        if kernel < len(card) and card[kernel] < following:
+            delays.append(card[kernel] - start)
     return statistics.median(delays) / 1e3 if delays else None
+
+
+def measure_stack(case: Case, layers: int) -> dict:
+    """The times of a stack of so many blocks."""
+    arguments = case.layers[:layers], list(case.weights[:layers]), list(jnp.asarray(case.ids[:layers]))
+    jitted = jax.jit(stack, donate_argnums=0)
+    x = case.x + 0
+
+    def call() -> jax.Array:
+        nonlocal x
+        x = jitted(x, *arguments)
+        return x
+
+    for _ in range(5):
+        call()
+    waited, dispatched = [], []
+    for _ in range(_CALLS):
+        start = time.perf_counter()
+        call()
+        dispatched.append(time.perf_counter() - start)
+        x.block_until_ready()
+        waited.append(time.perf_counter() - start)
+    stacked = [seconds_of_calls(call, _CALLS, pause_seconds=0.02) / layers for _ in range(10)]
+    return {
+        "dispatch_us": statistics.median(dispatched) * 1e6,
+        "first_kernel_us": first_kernel_microseconds(call, 20),
+        "waited_us": statistics.median(waited) * 1e6,
+        "stack_us": statistics.median(stacked) * 1e6,
+    }
 
 
 def measure(name: str, tokens: list[int], commands: bool) -> list[dict]:
@@ -86,46 +119,9 @@ def measure(name: str, tokens: list[int], commands: bool) -> list[dict]:
         block_us = statistics.median(kernels.microseconds(pause_seconds=0.02))
         kernels.close()
         for layers in _LAYERS:
-            arguments = case.layers[:layers], list(case.weights[:layers]), list(jnp.asarray(case.ids[:layers]))
-            call = jax.jit(stack, donate_argnums=0)
-            x = case.x + 0
-            for _ in range(5):
-                x = call(x, *arguments)
-            waited, dispatched, stacked = [], [], []
-            for _ in range(_CALLS):
-                start = time.perf_counter()
-                x = call(x, *arguments)
-                dispatched.append(time.perf_counter() - start)
-                x.block_until_ready()
-                waited.append(time.perf_counter() - start)
-            for _ in range(10):
-                time.sleep(0.02)
-                start = time.perf_counter()
-                for _ in range(_CALLS):
-                    x = call(x, *arguments)
-                x.block_until_ready()
-                stacked.append((time.perf_counter() - start) / (_CALLS * layers))
-
-            def again(call=call, arguments=arguments):
-                nonlocal x
-                x = call(x, *arguments)
-                return x
-
-            stack_us = statistics.median(stacked) * 1e6
-            rows.append(
-                {
-                    "model": name,
-                    "M": count,
-                    "layers": layers,
-                    "command_buffers": commands,
-                    "block_us": block_us,
-                    "dispatch_us": statistics.median(dispatched) * 1e6,
-                    "first_kernel_us": first_kernel_microseconds(again, 20),
-                    "waited_us": statistics.median(waited) * 1e6,
-                    "stack_us": stack_us,
-                    "overhead_us": stack_us - block_us,
-                }
-            )
+            row = {"model": name, "M": count, "layers": layers, "command_buffers": commands, "block_us": block_us}
+            row |= measure_stack(case, layers)
+            rows.append(row | {"overhead_us": row["stack_us"] - block_us})
     return rows
 
 
@@ -146,13 +142,7 @@ def main() -> None:
                 for row in pool.submit(measure, name, args.tokens, commands).result():
                     rows.append(row)
                     print(", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    document = {
-        "card": jax.devices()[0].device_kind,
-        "commit": args.commit or current_commit(),
-        "command": recorded_command("benchmarks.host"),
-        "versions": {"jax": jax.__version__, "jax_marlin_moe": jmm.__version__},
-        "rows": rows,
-    }
+    document = recorded_run("benchmarks.host", args.commit) | {"rows": rows}
     args.out.write_text(json.dumps(document, indent=1) + "\n")
 
 

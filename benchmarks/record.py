@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import jax
+
+import jax_marlin_moe as jmm
+
 
 def recorded_command(module: str) -> str:
     """The command line, less the output's folder and the commit, which are no part of what was measured."""
@@ -12,6 +16,16 @@ def recorded_command(module: str) -> str:
             words.append(word.rsplit("/", 1)[-1])
         skip = word == "--commit"
     return " ".join(["python -m", module, *words])
+
+
+def recorded_run(module: str, commit: str | None, **versions: str) -> dict:
+    """What a file of results begins with: the card, the commit (git's by default), the command and the versions."""
+    return {
+        "card": jax.devices()[0].device_kind,
+        "commit": commit or current_commit(),
+        "command": recorded_command(module),
+        "versions": {"jax": jax.__version__, "jax_marlin_moe": jmm.__version__, **versions},
+    }
 
 
 def current_commit() -> str:

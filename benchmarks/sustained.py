@@ -14,13 +14,11 @@ import statistics
 import time
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
-import jax_marlin_moe as jmm
 from benchmarks.blocks import make_case
 from benchmarks.card import MultiprocessorClock, logged_card
-from benchmarks.record import current_commit, recorded_command
+from benchmarks.record import recorded_run
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
 from jax_marlin_moe.cuda.replay import replayed_block
 from jax_marlin_moe.formats import get_format
@@ -104,13 +102,7 @@ def main() -> None:
             for row in measure(MODELS[args.model].grouped(get_format(args.format)), tokens, layers, args):
                 rows.append(row)
                 print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    document = {
-        "card": jax.devices()[0].device_kind,
-        "commit": args.commit or current_commit(),
-        "command": recorded_command("benchmarks.sustained"),
-        "versions": {"jax": jax.__version__, "jax_marlin_moe": jmm.__version__},
-        "rows": rows,
-    }
+    document = recorded_run("benchmarks.sustained", args.commit) | {"rows": rows}
     args.out.write_text(json.dumps(document, indent=1) + "\n")
 
 

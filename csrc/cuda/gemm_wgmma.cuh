@@ -303,7 +303,7 @@ class WgmmaGroupedGemm {
 #pragma unroll
         for (int i = 0; i < kCopiedRows; ++i) {
           if (!(real >> i & 1)) continue;
-          if (kRepeated == 0) {
+          if constexpr (kRepeated == 0) {
             copy16(target + i * kRowStep * 128, first + offsets[i]);
           } else {
             copy16_or_zeros(target + i * kRowStep * 128, first + offsets[i], !repeats || piece >= kRepeated / 8);

@@ -148,11 +148,11 @@ def autotune(
     for finalist, overlaps in itertools.product(dict.fromkeys(finalists), (True, False)):
         scheme = dataclasses.replace(finalist, overlaps=overlaps)
         block_us[scheme] = rested_block_us(scheme)
-    winner = min(block_us, key=lambda scheme: block_us[scheme])
-    if winner.routing == "grouped":
-        aligned = dataclasses.replace(winner, routing="aligned")
+    best = min(block_us, key=block_us.__getitem__)
+    if best.routing == "grouped":
+        aligned = dataclasses.replace(best, routing="aligned")
         block_us[aligned] = rested_block_us(aligned)
-        winner = min(winner, aligned, key=lambda scheme: block_us[scheme])
+    winner = min(block_us, key=block_us.__getitem__)
     tuned.record(key, tokens, architecture, winner, table)
     return dataclasses.replace(measure(winner), block_us=block_us[winner])
 

@@ -4,8 +4,8 @@ Pointers are the kernels' only run-time parameters: every extent is a compile-ti
 spelled here.
 """
 
+import contextlib
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -18,6 +18,7 @@ from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.program import Kernel, render
 from jax_marlin_moe.cuda.tiles import (
+    TOKEN_TILES,
     BlockScheme,
     GemmShape,
     Tile,
@@ -373,32 +374,31 @@ def _predicted_scheme(
     first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
 ) -> BlockScheme:
     """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
-    if num_slots == top_k or num_slots * num_slots <= 8 * routed_experts:
-        tiles = [choose_tile(shape, 8, num_slots, capability) for shape in (first, second)]
-        microseconds = sum(
-            predicted_microseconds(shape, tile, num_slots) for shape, tile in zip((first, second), tiles, strict=True)
-        )
-        return BlockScheme("direct", *tiles, overlaps=_overlaps(second, tiles[1], microseconds, capability))
-    best, least = None, math.inf
-    for tokens in block_sizes(num_slots, routed_experts, first, capability):
-        blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
-        rows = num_slots * first.num_experts / routed_experts / blocks
-        try:
-            tiles = [choose_tile(shape, tokens, blocks, capability, rows) for shape in (first, second)]
-        except ValueError:  # of one of the shapes
-            continue
+
+    def fastest(tokens: int, blocks: float, rows: float | None, direct: bool) -> tuple[float, BlockScheme]:
+        tiles = [choose_tile(shape, tokens, blocks, capability, rows) for shape in (first, second)]
         microseconds = sum(
             predicted_microseconds(shape, tile, blocks, rows)
             for shape, tile in zip((first, second), tiles, strict=True)
         )
-        if microseconds < least:
-            # A thread that has one slot to group does so in less than an alignment kernel takes.
-            groups = num_slots <= min(tile.threads for tile in tiles)
-            overlaps = _overlaps(second, tiles[1], microseconds, capability)
-            best, least = BlockScheme("grouped" if groups else "aligned", *tiles, overlaps=overlaps), microseconds
-    if best is None:
+        # A thread that has one slot to group does so in less than an alignment kernel takes.
+        groups = num_slots <= min(tile.threads for tile in tiles)
+        overlaps = _overlaps(second, tiles[1], microseconds, capability)
+        return microseconds, BlockScheme(
+            "direct" if direct else "grouped" if groups else "aligned", *tiles, overlaps=overlaps
+        )
+
+    if num_slots == top_k or num_slots * num_slots <= 8 * routed_experts:
+        return fastest(TOKEN_TILES[0], num_slots, rows=None, direct=True)[1]
+    found = []
+    for tokens in block_sizes(num_slots, routed_experts, first, capability):
+        blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
+        rows = num_slots * first.num_experts / routed_experts / blocks
+        with contextlib.suppress(ValueError):  # no tile of this size serves one of the shapes
+            found.append(fastest(tokens, blocks, rows, direct=False))
+    if not found:
         raise ValueError(f"no kernel tile serves {first} and {second} on compute capability {capability}")
-    return best
+    return min(found, key=lambda predicted: predicted[0])[1]
 
 
 def plan_fused_moe(
