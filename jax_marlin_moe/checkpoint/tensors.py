@@ -1,5 +1,6 @@
 """Tensors of a checkpoint folder by name: safetensors files, memory-mapped, checked before they are read."""
 
+import collections
 import json
 import math
 import mmap
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.pt", "*.pth", "*.bin", "*.pkl")
+_JSON_LIMIT = 100_000_000  # bytes; the limit of safetensors for a header
 
 # What each safetensors dtype is read as. The two 8-bit floats are read as their bit patterns.
 _DTYPES: dict[str, Any] = {
@@ -36,13 +38,37 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError, naming the file, if it holds anything else."""
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds anything else, is no regular file, has more than 100 MB, nests too deep, or has a key twice
+            in one object. Messages name the file.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file; it must be a JSON file")
+    with path.open("rb") as file:
+        content = file.read(_JSON_LIMIT + 1)
+    if len(content) > _JSON_LIMIT:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; a JSON file of a checkpoint must have at most {_JSON_LIMIT}"
+        )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: its lists or objects nest too deep") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; it must hold an object")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {twice!r} more than once")
     return value
 
 
