@@ -15,7 +15,7 @@ from jax_marlin_moe.formats import WeightFormat
 from jax_marlin_moe.layout import TILE_K, TILE_N
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MarlinWeights:
     """E quantised matrices of shape (K, N), K the input dimension.
 
@@ -50,6 +50,10 @@ class MarlinWeights:
     global_scales: Float[Array, "E N//64"] | None = None
     row_padding: int = 0
     column_padding: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        """One line: what the codes mean, the dtype and shape of each array, and their bytes."""
+        return summary(self, format=repr(getattr(self.format, "name", self.format)))
 
     @property
     def num_experts(self) -> int:
@@ -155,6 +159,34 @@ jax.tree_util.register_dataclass(
     data_fields=["packed", "scales", "zeros", "bias", "input_order", "global_scales"],
     meta_fields=["format", "layout", "row_padding", "column_padding"],
 )
+
+
+def summary(parts: Any, **spelled: str) -> str:
+    """One line for a dataclass of arrays: its fields, arrays by dtype and shape, and the bytes of all arrays.
+
+    Fields that have their default value are skipped. Leaves may be anything that a pytree can hold: tracers, shapes,
+    specs of a sharding. What is no array is shown by its own `repr`.
+
+    Args:
+        parts: the dataclass.
+        **spelled: fields by name that come first, with text in place of their `repr`.
+    """
+    texts = [f"{name}={text}" for name, text in spelled.items()]
+    for field in dataclasses.fields(parts):
+        value = getattr(parts, field.name)
+        if field.name in spelled or value is None or (not hasattr(value, "shape") and value == field.default):
+            continue
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            text = f"{value.dtype}[{','.join(map(str, value.shape))}]"
+        else:
+            text = repr(value)
+        texts.append(f"{field.name}={text}")
+    leaves = jax.tree.leaves(parts)
+    # A size may be symbolic, and no number of bytes then.
+    if leaves and all(isinstance(getattr(leaf, "size", None), int) and hasattr(leaf, "dtype") for leaf in leaves):
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        texts.append(f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size} bytes")
+    return f"{type(parts).__name__}({', '.join(texts)})"
 
 
 def drop_column_padding(y: Shaped[Array, "... padded_n"], weights: MarlinWeights) -> Shaped[Array, "... n"]:

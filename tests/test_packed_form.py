@@ -1,5 +1,6 @@
 """The packed form on disk: what comes back, what is refused, and how much memory loading takes."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -77,6 +78,32 @@ def test_every_field_comes_back(tmp_path):
     packed.write_manifest(tmp_path, {7: packed.write_layer(tmp_path, 7, layer)}, "test")
     assert_same(load_moe_layer(tmp_path, 7), layer)
     assert load_moe_layer(tmp_path, 7).activation == layer.activation
+
+
+def test_a_layer_is_shown_in_one_line(tmp_path):
+    layer = full_layer()
+    text = repr(layer)
+    assert "\n" not in text
+    assert len(text) < 2000
+    for part in (
+        "MoELayer(gate_up=MarlinWeights(format='int4_zp', packed=int32[4,3,256], scales=float16[4,1,128], ",
+        "router=float16[40,4], routing=Routing(top_k=2, scoring='sigmoid'",
+        "name='swiglu'",
+        "shared=SharedExpert(gate_up=MarlinWeights(format='int4_zp'",
+        "gate=float16[40,1]",
+        f"{sum(leaf.nbytes for leaf in jax.tree.leaves(layer))} bytes)",
+    ):
+        assert part in text
+    assert repr(layer.down).endswith(f"row_padding=8, column_padding=(24,), {layer.down.nbytes} bytes)")
+    large = jax.ShapeDtypeStruct((128, 128, 4096), jnp.int32)
+    assert repr(dataclasses.replace(layer.gate_up, packed=large)).endswith("268.4 MB)")
+    # What stands in the place of arrays under transformations is shown as well.
+    assert "packed=P('x',)" in repr(jax.tree.map(lambda _: jax.sharding.PartitionSpec("x"), layer.gate_up))
+    assert repr(jax.eval_shape(lambda parts: parts, layer)) == text
+    (tokens,) = jax.export.symbolic_shape("t")
+    assert "packed=int32[t,4]" in repr(
+        dataclasses.replace(layer.down, packed=jax.ShapeDtypeStruct((tokens, 4), "int32"))
+    )
 
 
 def test_the_file_is_plain_safetensors(tmp_path):

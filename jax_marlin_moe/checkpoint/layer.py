@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.ops.fused_moe import fused_moe
 from jax_marlin_moe.routing import Routing, route
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.weights import MarlinWeights, summary
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SharedExpert:
     """An expert that every token visits. A pytree.
 
@@ -27,8 +27,12 @@ class SharedExpert:
     down: MarlinWeights | Float[Array, "I H"]
     gate: Float[Array, "H 1"] | None = None
 
+    def __repr__(self) -> str:
+        """One line: dtypes, shapes and bytes."""
+        return summary(self)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class MoELayer:
     """The experts of one layer and how tokens are routed to them. A pytree: arrays are leaves, the rest is static.
 
@@ -59,6 +63,10 @@ class MoELayer:
     token_experts: Int32[Array, "vocabulary top_k"] | None = None
     shared: SharedExpert | None = None
     norm_epsilon: float = 1e-6
+
+    def __repr__(self) -> str:
+        """One line: dtypes, shapes and bytes, and how tokens are routed."""
+        return summary(self)
 
     @property
     def top_k(self) -> int:
