@@ -92,9 +92,9 @@ class Family:
     def layer_pattern(self) -> re.Pattern[str]:
         """Matches names of expert tensors: the layer's own prefix, then its number."""
         stems = "|".join(re.escape(stem) for stem in _STEMS)
-        inner = [re.escape(self.name(self.experts, "")) + r"\.\d+\."]
+        inner = [re.escape(self.name(self.experts, "")) + r"\.[0-9]+\."]
         inner += [re.escape(self.name(module, "")) for row in self.stacked for module in (row.gate_up, row.down)]
-        return re.compile(rf"^((?:{stems})(?:layers|block)\.(\d+)\.)(?:{'|'.join(inner)})")
+        return re.compile(rf"^((?:{stems})(?:layers|block)\.([0-9]+)\.)(?:{'|'.join(inner)})")
 
 
 def _activation(config: Config) -> str | Activation:

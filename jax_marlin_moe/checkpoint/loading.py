@@ -35,6 +35,12 @@ _SHARED_COUNTS = (
     "shared_intermediate_size",
 )
 
+# What may follow the module of experts that lie in one tensor.
+_STACKED_SUFFIXES = ("", ".weight", "_blocks", "_weight.blocks", "_weight")
+
+_DIGITS = 9  # of the number of a layer or an expert
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
 _PROGRESS_AFTER = 2.0  # seconds before a progress bar appears
 
 
@@ -108,6 +114,7 @@ class Checkpoint:
         scale_dtype: DTypeLike | None = None,
     ) -> None:
         self.folder = pathlib.Path(path)
+        _check_folder(path)
         self.manifest = packed.read_manifest(self.folder)
         if self.manifest is not None:
             if quantize is not None:
@@ -236,10 +243,9 @@ class _LayerReader:
         parts = [name for name in (family.gate, family.up) if name is not None]
         for row in family.stacked:
             module, down = self.name(row.gate_up), self.name(row.down)
-            if not any(
-                module + suffix in self.files for suffix in ("", ".weight", "_blocks", "_weight.blocks", "_weight")
-            ):
+            if not any(module + suffix in self.files for suffix in _STACKED_SUFFIXES):
                 continue
+            self._check_stack(module, experts)
             transposed = self._transposed(row, experts, len(parts) * size, hidden, size)
             first = [
                 [
@@ -345,12 +351,19 @@ class _LayerReader:
         suffix = plain_suffix(files, down)
         if suffix is not None:
             size = files.info(down.name(suffix)).shape[-1]
-            dense = [read_plain(files, part, suffix, hidden, size).T for part in gate_up]
-            last = read_plain(files, down, suffix, size, hidden).T
+            dense = [self._dense(part, suffix, hidden, size) for part in gate_up]
+            last = self._dense(down, suffix, size, hidden)
             return SharedExpert(jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True), gate)
         size = self._shared_size(routed_size)
         packed_gate_up, packed_down = self._matrices([gate_up], [[down]], hidden, size, None, biased=False)
         return SharedExpert(packed_gate_up, packed_down, gate)
+
+    def _dense(self, linear: Linear, suffix: str, k: int, n: int) -> np.ndarray:
+        """A linear that stays dense, [k, n]; raises ValueError where it holds infinities or NaN."""
+        value = read_plain(self.files, linear, suffix, k, n)
+        if not np.isfinite(value.astype(np.float32, copy=False)).all():
+            raise self.files.fault(linear.name(suffix), "holds infinities or NaN")
+        return value.T
 
     def _shared_size(self, routed_size: int) -> int:
         for key in self.family.shared_size:
@@ -359,13 +372,25 @@ class _LayerReader:
         return routed_size * int(self.config.get("n_shared_experts") or self.config.get("num_shared_experts") or 1)
 
     def _check_experts(self, experts: int) -> None:
-        pattern = re.compile(re.escape(self.name(self.family.experts)) + r"\.(\d+)\.")
-        found = {int(match.group(1)) for match in filter(None, map(pattern.match, self.files.names))}
-        if found != set(range(experts)):
+        """The experts that have tensors must be those that the config counts: before anything of that size is built."""
+        pattern = re.compile(re.escape(self.name(self.family.experts)) + r"\.([0-9]+)\.")
+        found: dict[int, str] = {}
+        for name in sorted(self.files.names):
+            match = pattern.match(name)
+            if match is not None:
+                _claim(found, self.files, name, match.group(1), match.group())
+        if len(found) != experts or (found and max(found) != experts - 1):
             raise ValueError(
                 f"{self.files.folder}: layer {self.layer} has tensors of {len(found)} experts; "
                 f"config.json says {experts}"
             )
+
+    def _check_stack(self, module: str, experts: int) -> None:
+        """Likewise where one tensor holds them all: its first dimension."""
+        name = next(module + suffix for suffix in _STACKED_SUFFIXES if module + suffix in self.files)
+        shape = self.files.info(name).shape
+        if not shape or shape[0] != experts:
+            raise self.files.fault(name, f"has shape {shape}; its first dimension must be the {experts} experts")
 
     def _refuse_fused_quantised_names(self) -> None:
         for part in ("gate_up_proj", "down_proj"):
@@ -393,11 +418,36 @@ class _LayerReader:
 
 
 def _layer_prefixes(files: TensorFolder, family: Family) -> dict[int, str]:
+    """What the names of each layer's tensors begin with; raises ValueError where two could be one layer."""
     pattern = family.layer_pattern()
     found: dict[int, str] = {}
-    for match in filter(None, map(pattern.match, files.names)):
-        found[int(match.group(2))] = match.group(1)
+    for name in sorted(files.names):
+        match = pattern.match(name)
+        if match is not None:
+            _claim(found, files, name, match.group(2), match.group(1))
     return found
+
+
+def _claim(found: dict[int, str], files: TensorFolder, name: str, number: str, prefix: str) -> None:
+    """Enters the prefix of a layer or an expert under its number; raises ValueError where another prefix has it."""
+    if len(number) > _DIGITS:
+        raise files.fault(name, f"has a number of {len(number)} digits in its name; at most {_DIGITS} are allowed")
+    other = found.setdefault(int(number), prefix)
+    if other != prefix:
+        raise ValueError(
+            f"{files.folder} has tensors {other}* and {prefix}*, both of number {int(number)}; there must be one of "
+            "them: remove the copy that does not count"
+        )
+
+
+def _check_folder(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError, with advice, where a path is no folder but looks like the id of a repository."""
+    text = os.fspath(path)
+    if not os.path.exists(text) and isinstance(text, str) and _HUB_ID.fullmatch(text):
+        raise FileNotFoundError(
+            f"{text} is no folder here; it looks like the id of a Hugging Face repository, which must be downloaded "
+            f"first: `hf download {text} --local-dir {text.split('/')[1]}`, then pass that folder"
+        )
 
 
 class _Progress:

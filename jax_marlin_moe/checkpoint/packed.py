@@ -95,9 +95,14 @@ def read_manifest(folder: pathlib.Path) -> Manifest | None:
     layers = values.get("layers")
     if not isinstance(layers, dict):
         raise ValueError(f"{path} has no layers")
+    numbers: dict[int, str] = {}
     for number, entry in layers.items():
-        if not number.isdecimal():
+        if not (number.isascii() and number.isdecimal() and len(number) <= 9):
             raise ValueError(f"{path}: layers has the key {number!r}; it must be the number of a layer")
+        if numbers.setdefault(int(number), number) != number:
+            raise ValueError(
+                f"{path}: layers has the keys {numbers[int(number)]!r} and {number!r}; each layer must be there once"
+            )
         if not isinstance(entry, dict) or not {"file", "sha256", "layer"} <= entry.keys():
             raise ValueError(f"{path}: an entry of layers lacks file, sha256 or layer")
         check_file_name(path, entry["file"])

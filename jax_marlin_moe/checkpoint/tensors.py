@@ -246,7 +246,7 @@ def _indexed_files(index: pathlib.Path) -> dict[str, pathlib.Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names")
-    for name in set(names.values()):
+    for name in dict.fromkeys(names.values()):
         check_file_name(index, name)
     return {tensor: index.parent / name for tensor, name in names.items()}
 
