@@ -34,7 +34,7 @@ _CONFIG = {
 
 
 def write_checkpoint(folder: pathlib.Path, layers: int) -> None:
-    """One file a layer and an index, as published models have them."""
+    """One file per layer and an index, as published models have them."""
     rng = np.random.default_rng(0)
     weight_map = {}
     for layer in range(layers):

@@ -96,7 +96,7 @@ def float32_block(x, layer, weights, ids) -> np.ndarray:
     out = np.zeros(x.shape, np.float32)
     for expert in np.unique(ids):
         token, slot = np.nonzero(ids == expert)
-        # All rows, not only the expert's, so that one program serves every expert.
+        # All rows, not only the expert's, so that one program works for every expert.
         rows = np.asarray(slots(x, *(dense(matrices, expert) for matrices in layer)))
         np.add.at(out, token, rows[token] * weights[token, slot][:, None])
     return out
@@ -121,7 +121,7 @@ def tokamax_block(
         dtype: bfloat16 or float16, of the rows and the scales.
         samples: times ten calls of the chain, at most ten.
         pause_seconds: before each ten calls, so that the card stays out of its power limit.
-        implementation: which of the library's implementations serves the products.
+        implementation: which of the library's implementations computes the products.
 
     Returns:
         `implementation`; `block_us` with its `block_p10_us` and `block_p90_us`, the same as `jit_us`; `rel_l2`. The

@@ -188,7 +188,7 @@ def test_an_overflow_is_infinite_not_wrapped(platform):
 
 
 def test_rows_that_are_already_slots(platform):
-    """With top_k = 1 the alignment of more choices serves rows that have one slot each."""
+    """With top_k = 1, the alignment of more choices also fits rows that have one slot each."""
     call = make_call(Case("", top_k=3), platform)
     y = jmm.moe_gemm(call.x.repeat(3, axis=0), call.weights, call.alignment, top_k=1, implementation=platform)
     assert_product_close(y, call.expected)
@@ -196,7 +196,7 @@ def test_rows_that_are_already_slots(platform):
 
 @pytest.mark.parametrize("reordered", [False, True])
 def test_lists_that_cannot_be_trusted(platform, reordered):
-    """Slots and experts out of range, and entries past the count, are left out; none is read or written."""
+    """Slots and experts out of range, and entries past the count, are skipped; none is read or written."""
     call = make_call(Case("", tokens=8, top_k=1, reordered=reordered), platform)
     garbage = jmm.BlockAlignment(
         sorted_token_ids=jnp.asarray(
