@@ -73,9 +73,9 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
     kernels = replayed_block(case.x, case.layers, case.weights, case.ids)
     times = kernels.microseconds(samples=args.samples, pause_seconds=args.pause)
     sm_mhz = clock.mhz()
-    first = len(kernels.plan.kernels) - 3  # [align,] gate_up, down, combine
     gemm1_us, gemm2_us = (
-        statistics.median(kernels.microseconds([k], pause_seconds=args.pause)) for k in (first, first + 1)
+        statistics.median(kernels.microseconds([kernels.plan.position(stage)], pause_seconds=args.pause))
+        for stage in ("gate_up", "down")
     )
     kernels.close()
     block_us = statistics.median(times)

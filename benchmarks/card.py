@@ -41,7 +41,15 @@ class MultiprocessorClock:
     """Measures the clock by a thread that counts cycles for a while."""
 
     def __init__(self) -> None:
-        kernel = Kernel(body="Spin", members="p0", parameters=((1, "int*"),), threads=1, shared_bytes=0, max_blocks=1)
+        kernel = Kernel(
+            name="jmm_spin",
+            body="Spin",
+            members="p0",
+            parameters=((1, "int*"),),
+            threads=1,
+            shared_bytes=0,
+            max_blocks=1,
+        )
         plan = Plan((kernel,), (), (), _SPIN % _SPIN_CYCLES)
         self._spin = ReplayedPlan(plan, [[jnp.zeros((1,))]] * 4, [jax.ShapeDtypeStruct((1,), jnp.int32)])
 

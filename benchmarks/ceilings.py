@@ -54,6 +54,7 @@ def measure_read_bandwidth() -> float:
     """TB/s of a read-only stream over 2 GiB, by CUDA graph replay."""
     data = jnp.arange(_READ_BYTES // 4, dtype=jnp.int32)
     kernel = Kernel(
+        name="jmm_reader",
         body="Reader",
         members="p0, p1",
         parameters=((0, "const int4*"), (1, "int*")),

@@ -19,10 +19,18 @@ except ImportError as error:  # a source tree that was never built
 ALIGN_CPU = "jax_marlin_moe.moe_align_block_size.cpu.v1"
 MOE_GEMM_CPU = "jax_marlin_moe.moe_gemm.cpu.v1"
 FUSED_MOE_CPU = "jax_marlin_moe.fused_moe.cpu.v1"
-PROGRAM_CUDA = "jax_marlin_moe.program.cuda.v1"
+PROGRAM_CUDA = "jax_marlin_moe.program.cuda.v2"
 
 # What `jax.export` must be told: pass `[jax.export.DisabledSafetyCheck.custom_call(t) for t in CUSTOM_CALL_TARGETS]`.
 CUSTOM_CALL_TARGETS = (ALIGN_CPU, MOE_GEMM_CPU, FUSED_MOE_CPU, PROGRAM_CUDA)
+
+# By what the module calls them.
+_TARGETS = {
+    ("moe_align_block_size", "cpu"): ALIGN_CPU,
+    ("moe_gemm", "cpu"): MOE_GEMM_CPU,
+    ("fused_moe", "cpu"): FUSED_MOE_CPU,
+    ("program", "cuda"): PROGRAM_CUDA,
+}
 
 
 @functools.cache
@@ -49,7 +57,7 @@ def _register() -> None:
     if unavailable_reason() is not None:
         return
     for (op, platform), handlers in _native.handlers().items():
-        target = f"jax_marlin_moe.{op}.{platform}.v1"
+        target = _TARGETS[op, platform]
         # XLA spells its platforms so; an unknown spelling is dropped without a word.
         jax.ffi.register_ffi_target(target, handlers, platform={"cpu": "cpu", "cuda": "CUDA"}[platform])
 
@@ -57,6 +65,6 @@ def _register() -> None:
 _register()
 
 
-def fingerprint(cubin: bytes, contract: bytes) -> int:
-    """The 64-bit digest under which the CUDA handler finds a loaded program."""
-    return _native.fingerprint(cubin, contract)
+def fingerprint(image: bytes, contract: bytes, kernels: str) -> int:
+    """The 64-bit digest of a CUDA program's image, its contract and the names of its kernels."""
+    return _native.fingerprint(image, contract + kernels.encode())

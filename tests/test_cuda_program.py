@@ -12,6 +12,7 @@ from jax_marlin_moe.cuda import compiler, program
 from jax_marlin_moe.cuda.plan import plan_align
 
 KERNEL = program.Kernel(
+    name="jmm_body_m3",
     body="Body<3>",
     members="p0, p1",
     parameters=((0, "const int32_t*"), (2, "float*")),
@@ -34,7 +35,7 @@ def test_the_contract_is_the_documented_record():
     )
     assert fields.dtype == np.int64
     assert fields.tolist() == [
-        *(2, 3, 2),  # version, buffers, kernels
+        *(3, 3, 2),  # version, buffers, kernels
         *(4, 2, 5, 6),  # int32 [5, 6]
         *(10, 0),  # float16 []
         *(11, 1, 0),  # float32 [0]
@@ -48,26 +49,29 @@ def test_grids_are_whole_clusters():
     assert KERNEL.blocks(3) == 6
     pairs = dataclasses.replace(KERNEL, max_blocks=1000, cluster=4)
     assert pairs.blocks(57) == 112
-    assert "__cluster_dims__(4, 1, 1) k0(" in program.render([pairs], [], "")
+    assert "__cluster_dims__(4, 1, 1) jmm_body_m3(" in program.render([pairs], [], "")
 
 
 def test_the_source_has_an_entry_point_for_each_kernel():
-    shared = dataclasses.replace(KERNEL, shared_bytes=1024)
+    shared = dataclasses.replace(KERNEL, name="jmm_other", shared_bytes=1024)
     source = program.render([KERNEL, shared], ["a.cuh", "b.cuh"], "struct Extra {};")
     assert source.startswith('#include "a.cuh"\n#include "b.cuh"\nstruct Extra {};\n')
-    assert "k0(const int32_t* p0, float* p1)" in source
-    assert "__launch_bounds__(64, 2) k1(" in source
+    assert "jmm_body_m3(const int32_t* p0, float* p1)" in source
+    assert "__launch_bounds__(64, 2) jmm_other(" in source
     assert "static_assert(B1::kSharedBytes == 1024" in source
     assert "B0{p0, p1}.run();" in source
     assert "B1{p0, p1}.run(shared_bytes);" in source
 
 
-@pytest.mark.parametrize(("cubin", "contract"), [(b"", b""), (b"a", b"bc"), (bytes(range(256)), b"\0" * 16)])
-def test_the_fingerprint_is_fnv_1a_over_both(cubin, contract):
+@pytest.mark.parametrize(
+    ("image", "contract", "kernels"),
+    [(b"", b"", ""), (b"a", b"bc", "jmm_d"), (bytes(range(256)), b"\0" * 16, "jmm_align_m8 jmm_combine_m1")],
+)
+def test_the_fingerprint_is_fnv_1a_over_all_three(image, contract, kernels):
     value = 0xCBF29CE484222325
-    for byte in cubin + contract:
+    for byte in image + contract + kernels.encode():
         value = (value ^ byte) * 0x100000001B3 % 2**64
-    assert native.fingerprint(cubin, contract) % 2**64 == value
+    assert native.fingerprint(image, contract, kernels) % 2**64 == value
 
 
 # The handler, on a device.
@@ -86,8 +90,10 @@ def alignment_program(architecture=None):
     return operands, np.frombuffer(cubin, np.uint8), program._contract([*operands, *RESULTS], plan.kernels)
 
 
-def fingerprint(cubin, contract):
-    return np.int64(native.fingerprint(cubin.tobytes(), contract.tobytes()))
+def attributes_of(cubin, contract, kernels="jmm_align_m8"):
+    """Those of a call, with the fingerprint of what is passed."""
+    fingerprint = np.int64(native.fingerprint(cubin.tobytes(), contract.tobytes(), kernels))
+    return {"cubin": cubin, "contract": contract, "kernels": kernels, "fingerprint": fingerprint}
 
 
 def execute(operands, results=RESULTS, **attributes):
@@ -99,20 +105,22 @@ def execute(operands, results=RESULTS, **attributes):
 @pytest.mark.gpu
 def test_a_program_that_agrees_runs():
     operands, cubin, contract = alignment_program()
-    outputs = execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+    outputs = execute(operands, **attributes_of(cubin, contract))
     assert outputs[1].tolist() == [1, 2, 3, 4, -1, -1]
     assert outputs[2].tolist() == [32]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("corrupted", ["cubin", "contract", "fingerprint"])
+@pytest.mark.parametrize("corrupted", ["cubin", "contract", "kernels", "fingerprint"])
 def test_a_corrupted_program_is_refused(corrupted):
+    """Also where the undamaged one, whose fingerprint it bears, is loaded."""
     operands, cubin, contract = alignment_program()
-    # Loaded programs are found by their fingerprint alone, so this one must not have been loaded before.
-    cubin = np.append(cubin, np.frombuffer(corrupted.encode(), np.uint8))
-    attributes = {"cubin": cubin, "contract": contract, "fingerprint": fingerprint(cubin, contract)}
+    attributes = attributes_of(cubin, contract)
+    execute(operands, **attributes)
     if corrupted == "fingerprint":
         attributes[corrupted] = attributes[corrupted] ^ np.int64(1)
+    elif corrupted == "kernels":
+        attributes[corrupted] = "jmm_align_m9"
     else:
         attributes[corrupted] = attributes[corrupted].copy()
         attributes[corrupted][-1] ^= 1
@@ -156,17 +164,42 @@ def test_a_malformed_contract_is_refused(case):
     with pytest.raises(
         jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*contract is malformed or of another version"
     ):
-        execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+        execute(operands, **attributes_of(cubin, contract))
 
 
 @pytest.mark.gpu
-def test_more_threads_than_the_kernel_has_are_refused():
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (0, 1024, "was compiled for 256 threads, the contract asks for 1024"),
+        (0, 128, "was compiled for 256 threads, the contract asks for 128"),
+        (1, 1 << 20, "asks for 1048576 bytes of shared memory, a block of this device has at most"),
+        (4, 2, "has fewer blocks on this device than a cluster, 2"),
+    ],
+)
+def test_a_launch_for_which_the_kernel_was_not_compiled_is_refused(field, value, message):
     operands, cubin, contract = alignment_program()
-    threads = len(contract) - 4 - 7  # four parameters; seven fields stand before them
-    assert contract[threads] == plan_align(IDS.size, 5, 8, False, compiler.target_architecture()).kernels[0].threads
-    contract = at(threads, 1024)(contract)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*k0"):
-        execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+    first = len(contract) - 4 - 7  # four parameters; seven fields stand before them
+    assert contract[first] == 256
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*kernel jmm_align_m8 {message}"):
+        execute(operands, **attributes_of(cubin, at(first + field, value)(contract)))
+
+
+@pytest.mark.gpu
+def test_parameters_are_counted():
+    operands, cubin, contract = alignment_program()
+    fewer = contract[:-1].copy()
+    fewer[-4] = 3  # of three that are left
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*has 4 parameters, the contract lists 3"):
+        execute(operands, **attributes_of(cubin, fewer))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["", "jmm_align_m8 ", "jmm_align_m8 jmm_align_m8", "jmm-align"])
+def test_kernels_must_be_one_symbol_each(kernels):
+    operands, cubin, contract = alignment_program()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*it must be 1 symbols"):
+        execute(operands, **attributes_of(cubin, contract, kernels))
 
 
 @pytest.mark.gpu
@@ -174,7 +207,7 @@ def test_what_is_no_machine_code_is_refused():
     operands, _, contract = alignment_program()
     garbage = np.arange(4096, dtype=np.int64).astype(np.uint8)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*cannot be loaded on this device"):
-        execute(operands, cubin=garbage, contract=contract, fingerprint=fingerprint(garbage, contract))
+        execute(operands, **attributes_of(garbage, contract))
 
 
 @pytest.mark.gpu
@@ -182,7 +215,7 @@ def test_machine_code_of_another_architecture_is_refused():
     other = "sm_75" if compiler.target_architecture() != "sm_75" else "sm_90a"
     operands, cubin, contract = alignment_program(other)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*compiled for another architecture"):
-        execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+        execute(operands, **attributes_of(cubin, contract))
 
 
 @pytest.mark.gpu
@@ -199,7 +232,7 @@ def test_machine_code_of_another_architecture_is_refused():
 def test_operands_that_disagree_are_refused(operands, message):
     _, cubin, contract = alignment_program()
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*{message}"):
-        execute(operands, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+        execute(operands, **attributes_of(cubin, contract))
 
 
 @pytest.mark.gpu
@@ -207,14 +240,14 @@ def test_results_that_disagree_are_refused():
     operands, cubin, contract = alignment_program()
     results = [jax.ShapeDtypeStruct((LIST_LENGTH - 8,), jnp.int32), *RESULTS[1:]]
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*buffer 2"):
-        execute(operands, results, cubin=cubin, contract=contract, fingerprint=fingerprint(cubin, contract))
+        execute(operands, results, **attributes_of(cubin, contract))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("missing", ["cubin", "contract", "fingerprint"])
+@pytest.mark.parametrize("missing", ["cubin", "contract", "kernels", "fingerprint"])
 def test_attributes_that_are_missing_are_an_error(missing):
     operands, cubin, contract = alignment_program()
-    attributes = {"cubin": cubin, "contract": contract, "fingerprint": fingerprint(cubin, contract)}
+    attributes = attributes_of(cubin, contract)
     del attributes[missing]
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"{missing}|attributes"):
         execute(operands, **attributes)
@@ -224,7 +257,7 @@ def test_attributes_that_are_missing_are_an_error(missing):
 def test_one_program_serves_many_calls():
     """In a command buffer too: a chain of calls, which XLA captures and replays."""
     operands, cubin, contract = alignment_program()
-    attributes = {"cubin": cubin, "contract": contract, "fingerprint": fingerprint(cubin, contract)}
+    attributes = attributes_of(cubin, contract)
     call = jax.ffi.ffi_call(native.PROGRAM_CUDA, RESULTS, vmap_method=None)
 
     @jax.jit

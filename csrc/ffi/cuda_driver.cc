@@ -17,8 +17,11 @@ Opened Open() {
     opened.reason = "libcuda.so.1 cannot be opened: install the NVIDIA driver";
     return opened;
   }
-  auto bind = [&](auto& function, const char* symbol) {
+  auto find = [&](auto& function, const char* symbol) {
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, symbol));
+  };
+  auto bind = [&](auto& function, const char* symbol) {
+    find(function, symbol);
     if (function == nullptr) opened.reason = std::string("the NVIDIA driver lacks ") + symbol + ": update it";
   };
   Driver& d = opened.driver;
@@ -26,9 +29,11 @@ Opened Open() {
   bind(d.CtxGetDevice, "cuCtxGetDevice");
   bind(d.DeviceGetAttribute, "cuDeviceGetAttribute");
   bind(d.ModuleLoadData, "cuModuleLoadData");
+  bind(d.ModuleUnload, "cuModuleUnload");
   bind(d.ModuleGetFunction, "cuModuleGetFunction");
   bind(d.FuncSetAttribute, "cuFuncSetAttribute");
   bind(d.FuncGetAttribute, "cuFuncGetAttribute");
+  find(d.FuncGetParamInfo, "cuFuncGetParamInfo");
   bind(d.LaunchKernelEx, "cuLaunchKernelEx");
   bind(d.GetErrorString, "cuGetErrorString");
   return opened;

@@ -15,10 +15,13 @@ using Module = struct ModuleHandle*;
 using Function = struct FunctionHandle*;
 using Stream = struct StreamHandle*;
 
+inline constexpr Result kOutOfMemory = 2;
 inline constexpr int kDeviceMultiprocessorCount = 16;
+inline constexpr int kDeviceMaxSharedBytesPerBlock = 97;  // with a kernel's limit raised
 inline constexpr int kFunctionMaxDynamicSharedBytes = 8;
 inline constexpr int kFunctionPreferredSharedCarveout = 9;  // percent of a multiprocessor's largest
-inline constexpr int kFunctionMaxThreadsPerBlock = 0;
+inline constexpr int kFunctionMaxThreadsPerBlock = 0;       // of a kernel with launch bounds: those
+inline constexpr int kFunctionRequiredClusterWidth = 11;    // 0 where it was compiled for none
 inline constexpr int kLaunchProgrammaticStreamSerialization = 6;
 
 struct LaunchAttribute {
@@ -46,9 +49,11 @@ struct Driver {
   Result (*CtxGetDevice)(int*);
   Result (*DeviceGetAttribute)(int*, int, int);
   Result (*ModuleLoadData)(Module*, const void*);
+  Result (*ModuleUnload)(Module);
   Result (*ModuleGetFunction)(Function*, Module, const char*);
   Result (*FuncSetAttribute)(Function, int, int);
   Result (*FuncGetAttribute)(int*, int, Function);
+  Result (*FuncGetParamInfo)(Function, size_t, size_t*, size_t*);  // null before CUDA 12.4
   Result (*LaunchKernelEx)(const LaunchConfig*, Function, void**, void**);
   Result (*GetErrorString)(Result, const char**);
 };

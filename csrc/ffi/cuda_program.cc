@@ -1,13 +1,10 @@
 #include "ffi/cuda_program.h"
 
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <shared_mutex>
 #include <utility>
 
+#include "ffi/cuda_image.h"
 #include "ffi/fingerprint.h"
-#include "ffi/handlers.h"
 
 namespace jax_marlin_moe::cuda {
 namespace {
@@ -35,6 +32,8 @@ class Reader {
 
 constexpr int64_t kMaxExtent = int64_t{1} << 48;
 constexpr int64_t kMaxBuffers = 64, kMaxKernels = 16, kMaxRank = 8;
+// Pointers that kernels of drivers too old to count parameters may take: 4 KB of them.
+constexpr size_t kMaxUncountedParameters = 512;
 
 ffi::AnyBuffer BufferAt(size_t index, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
   return index < args.size() ? *args.get<ffi::AnyBuffer>(index) : **rets.get<ffi::AnyBuffer>(index - args.size());
@@ -46,20 +45,62 @@ std::string Describe(int64_t dtype, const int64_t* extents, size_t rank) {
   return text + "]";
 }
 
+ffi::Error Invalid(const std::string& text) { return ffi::Error::InvalidArgument("jax_marlin_moe: " + text); }
+
+// What the driver refused: memory may be there another time, the rest is the program's fault.
+ffi::Error Refused(const Driver& driver, Result result, const std::string& text) {
+  const std::string message = "jax_marlin_moe: " + text + ": " + Describe(driver, result);
+  return result == kOutOfMemory ? ffi::Error(ffi::ErrorCode::kResourceExhausted, message)
+                                : ffi::Error::InvalidArgument(message);
+}
+
+// Symbols separated by single spaces.
+std::vector<std::string> Split(std::string_view names) {
+  std::vector<std::string> found;
+  for (size_t begin = 0; begin <= names.size();) {
+    const size_t end = std::min(names.find(' ', begin), names.size());
+    found.emplace_back(names.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return found;
+}
+
+bool IsSymbol(const std::string& name) {
+  return !name.empty() && name.size() <= 128 && std::all_of(name.begin(), name.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+  });
+}
+
+// How many parameters the kernel takes, all of them pointers; -1 where the driver cannot tell (before CUDA 12.4) and
+// -2 where one is something else.
+int CountPointers(const Driver& driver, Function function) {
+  if (driver.FuncGetParamInfo == nullptr) return -1;
+  size_t offset = 0, size = 0;
+  int count = 0;
+  for (; driver.FuncGetParamInfo(function, static_cast<size_t>(count), &offset, &size) == 0; ++count) {
+    if (size != sizeof(void*) || offset != count * sizeof(void*)) return -2;
+  }
+  return count;
+}
+
 }  // namespace
 
-ffi::ErrorOr<std::unique_ptr<Program>> Program::Load(const Driver& driver, ffi::Span<const uint8_t> cubin,
-                                                     ffi::Span<const int64_t> contract, int64_t fingerprint) {
+bool ProgramAttributes::MatchFingerprint() const {
   Fingerprint actual;
-  actual.Add(cubin.begin(), cubin.size());
+  actual.Add(image.begin(), image.size());
   actual.Add(contract.begin(), contract.size() * sizeof(int64_t));
-  if (static_cast<int64_t>(actual.value()) != fingerprint) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "jax_marlin_moe: the program's machine code and contract do not match their fingerprint; lower it again"));
-  }
+  actual.Add(kernels.data(), kernels.size());
+  return static_cast<int64_t>(actual.value()) == fingerprint;
+}
 
-  auto program = std::make_unique<Program>();
-  Reader reader(contract);
+ffi::Error Program::Read(const Driver& driver, const ProgramAttributes& attributes) {
+  int device = 0, multiprocessors = 0, most_shared_bytes = 0;
+  Result result = driver.CtxGetDevice(&device);
+  if (result == 0) result = driver.DeviceGetAttribute(&multiprocessors, kDeviceMultiprocessorCount, device);
+  if (result == 0) result = driver.DeviceGetAttribute(&most_shared_bytes, kDeviceMaxSharedBytesPerBlock, device);
+  if (result != 0) return ffi::Error::Internal("jax_marlin_moe: " + Describe(driver, result));
+
+  Reader reader(attributes.contract);
   reader.Next(kContractVersion, kContractVersion);
   const int64_t num_buffers = reader.Next(1, kMaxBuffers);
   const int64_t num_kernels = reader.Next(1, kMaxKernels);
@@ -67,12 +108,8 @@ ffi::ErrorOr<std::unique_ptr<Program>> Program::Load(const Driver& driver, ffi::
     BufferShape shape{reader.Next(0, 255), {}};
     const int64_t rank = reader.Next(0, kMaxRank);
     for (int64_t i = 0; i < rank; ++i) shape.extents.push_back(reader.Next(0, kMaxExtent));
-    program->buffers_.push_back(std::move(shape));
+    buffers_.push_back(std::move(shape));
   }
-  int device = 0, multiprocessors = 0;
-  Result result = driver.CtxGetDevice(&device);
-  if (result == 0) result = driver.DeviceGetAttribute(&multiprocessors, kDeviceMultiprocessorCount, device);
-  if (result != 0) return ffi::Unexpected(ffi::Error::Internal("jax_marlin_moe: " + Describe(driver, result)));
   for (int64_t k = 0; k < num_kernels; ++k) {
     Kernel kernel{};
     kernel.threads = static_cast<unsigned>(reader.Next(1, 1024));
@@ -82,56 +119,94 @@ ffi::ErrorOr<std::unique_ptr<Program>> Program::Load(const Driver& driver, ffi::
     const int64_t cluster = reader.Next(1, 8);
     const int64_t blocks =
         blocks_per_multiprocessor ? std::min(most_blocks, blocks_per_multiprocessor * multiprocessors) : most_blocks;
+    kernel.cluster = static_cast<unsigned>(cluster);
     kernel.blocks = static_cast<unsigned>(blocks - blocks % cluster);
     kernel.overlaps_predecessor = reader.Next(0, 1) == 1;
     const int64_t parameters = reader.Next(1, kMaxBuffers);
     for (int64_t p = 0; p < parameters; ++p) {
       kernel.parameters.push_back(static_cast<int>(reader.Next(0, num_buffers - 1)));
     }
-    program->kernels_.push_back(std::move(kernel));
+    kernels_.push_back(std::move(kernel));
   }
   if (!reader.complete()) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "jax_marlin_moe: the program's contract is malformed or of another version; lower it again"));
+    return Invalid("the program's contract is malformed or of another version; lower it again");
   }
 
-  Module module = nullptr;
-  result = driver.ModuleLoadData(&module, cubin.begin());
-  if (result != 0) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "jax_marlin_moe: the kernels cannot be loaded on this device (compiled for another architecture?): " +
-        Describe(driver, result)));
+  const std::vector<std::string> names = Split(attributes.kernels);
+  if (names.size() != kernels_.size() || !std::all_of(names.begin(), names.end(), IsSymbol)) {
+    return Invalid("kernels is '" + std::string(attributes.kernels.substr(0, 256)) + "'; it must be " +
+                   std::to_string(kernels_.size()) + " symbols separated by spaces; lower the program again");
   }
-  for (size_t k = 0; k < program->kernels_.size(); ++k) {
-    Kernel& kernel = program->kernels_[k];
-    const std::string name = "k" + std::to_string(k);
-    int most_threads = 0;
-    result = driver.ModuleGetFunction(&kernel.function, module, name.c_str());
-    if (result == 0) {
-      result = driver.FuncSetAttribute(kernel.function, kFunctionMaxDynamicSharedBytes,
-                                       static_cast<int>(kernel.shared_bytes));
+  for (size_t k = 0; k < kernels_.size(); ++k) {
+    Kernel& kernel = kernels_[k];
+    kernel.name = names[k];
+    if (kernel.blocks == 0) {
+      return Invalid("kernel " + kernel.name + " has fewer blocks on this device than a cluster, " +
+                     std::to_string(kernel.cluster));
     }
-    // Left to itself the driver may give shared memory too little for the blocks that the plan wants resident, and a
-    // change of the split between two kernels keeps them from overlapping: all kernels ask for the most.
-    if (result == 0) result = driver.FuncSetAttribute(kernel.function, kFunctionPreferredSharedCarveout, 100);
-    if (result == 0) result = driver.FuncGetAttribute(&most_threads, kFunctionMaxThreadsPerBlock, kernel.function);
-    if (result != 0) {
-      return ffi::Unexpected(
-          ffi::Error::InvalidArgument("jax_marlin_moe: kernel " + name + ": " + Describe(driver, result)));
+    if (kernel.shared_bytes > static_cast<unsigned>(most_shared_bytes)) {
+      return Invalid("kernel " + kernel.name + " asks for " + std::to_string(kernel.shared_bytes) +
+                     " bytes of shared memory, a block of this device has at most " +
+                     std::to_string(most_shared_bytes));
     }
-    if (static_cast<unsigned>(most_threads) < kernel.threads) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument("jax_marlin_moe: kernel " + name + " takes at most " +
-                                                         std::to_string(most_threads) + " threads, the contract asks " +
-                                                         std::to_string(kernel.threads)));
-    }
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Program::Bind(const Driver& driver, Kernel& kernel) const {
+  const std::string name = "kernel " + kernel.name;
+  int threads = 0, cluster = 0;
+  Result result = driver.ModuleGetFunction(&kernel.function, module_.get(), kernel.name.c_str());
+  if (result == 0) result = driver.FuncGetAttribute(&threads, kFunctionMaxThreadsPerBlock, kernel.function);
+  if (result != 0) return Refused(driver, result, name);
+  // Barriers count the threads that the kernel was compiled for: fewer would wait for ever, or leave rows unwritten.
+  if (static_cast<unsigned>(threads) != kernel.threads) {
+    return Invalid(name + " was compiled for " + std::to_string(threads) + " threads, the contract asks for " +
+                   std::to_string(kernel.threads));
+  }
+  // Drivers that have no clusters refuse the question.
+  if (driver.FuncGetAttribute(&cluster, kFunctionRequiredClusterWidth, kernel.function) != 0) cluster = 0;
+  if (static_cast<unsigned>(std::max(cluster, 1)) != kernel.cluster) {
+    return Invalid(name + " was compiled for clusters of " + std::to_string(std::max(cluster, 1)) +
+                   " blocks, the contract asks for " + std::to_string(kernel.cluster));
+  }
+  const int pointers = CountPointers(driver, kernel.function);
+  if (pointers == -2) return Invalid(name + " has a parameter that is not a pointer");
+  if (pointers >= 0 && static_cast<size_t>(pointers) != kernel.parameters.size()) {
+    return Invalid(name + " has " + std::to_string(pointers) + " parameters, the contract lists " +
+                   std::to_string(kernel.parameters.size()));
+  }
+  result =
+      driver.FuncSetAttribute(kernel.function, kFunctionMaxDynamicSharedBytes, static_cast<int>(kernel.shared_bytes));
+  // Left to itself the driver may give shared memory too little for the blocks that the plan wants resident, and a
+  // change of the split between two kernels keeps them from overlapping: all kernels ask for the most.
+  if (result == 0) result = driver.FuncSetAttribute(kernel.function, kFunctionPreferredSharedCarveout, 100);
+  return result == 0 ? ffi::Error::Success() : Refused(driver, result, name);
+}
+
+ffi::ErrorOr<std::unique_ptr<Program>> Program::Load(const Driver& driver, const ProgramAttributes& attributes) {
+  auto program = std::make_unique<Program>(driver);
+  if (ffi::Error error = program->Read(driver, attributes); error.failure()) return ffi::Unexpected(error);
+  const std::string fault = ImageFault(attributes.image.begin(), attributes.image.size());
+  if (!fault.empty()) {
+    return ffi::Unexpected(Invalid("the kernels cannot be loaded on this device, the image is damaged: " + fault +
+                                   "; lower the program again"));
+  }
+  const Result result = program->module_.Load(attributes.image.begin());
+  if (result != 0) {
+    return ffi::Unexpected(
+        Refused(driver, result, "the kernels cannot be loaded on this device (compiled for another architecture?)"));
+  }
+  for (Kernel& kernel : program->kernels_) {
+    if (ffi::Error error = program->Bind(driver, kernel); error.failure()) return ffi::Unexpected(error);
   }
   return program;
 }
 
 ffi::Error Program::Check(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) const {
   if (args.size() + rets.size() != buffers_.size()) {
-    return ffi::Error::InvalidArgument("jax_marlin_moe: the call has " + std::to_string(args.size() + rets.size()) +
-                                       " buffers, its kernels were compiled for " + std::to_string(buffers_.size()));
+    return Invalid("the call has " + std::to_string(args.size() + rets.size()) +
+                   " buffers, its kernels were compiled for " + std::to_string(buffers_.size()));
   }
   for (size_t i = 0; i < buffers_.size(); ++i) {
     const ffi::AnyBuffer buffer = BufferAt(i, args, rets);
@@ -141,11 +216,10 @@ ffi::Error Program::Check(const ffi::RemainingArgs& args, const ffi::RemainingRe
                        dims.size() == expected.extents.size() &&
                        std::equal(dims.begin(), dims.end(), expected.extents.begin());
     if (!equal) {
-      return ffi::Error::InvalidArgument(
-          "jax_marlin_moe: buffer " + std::to_string(i) + " is " +
-          Describe(static_cast<int64_t>(buffer.element_type()), dims.begin(), dims.size()) +
-          ", its kernels were compiled for " +
-          Describe(expected.dtype, expected.extents.data(), expected.extents.size()));
+      return Invalid("buffer " + std::to_string(i) + " is " +
+                     Describe(static_cast<int64_t>(buffer.element_type()), dims.begin(), dims.size()) +
+                     ", its kernels were compiled for " +
+                     Describe(expected.dtype, expected.extents.data(), expected.extents.size()));
     }
   }
   return ffi::Error::Success();
@@ -155,9 +229,13 @@ ffi::Error Program::Launch(const Driver& driver, Stream stream, const ffi::Remai
                            const ffi::RemainingRets& rets) const {
   void* pointers[kMaxBuffers];
   for (size_t i = 0; i < buffers_.size(); ++i) pointers[i] = BufferAt(i, args, rets).untyped_data();
+  // A driver that cannot count a kernel's parameters may read more of them than the contract lists: they are null.
+  static void* absent = nullptr;
+  void* parameters[kMaxUncountedParameters];
+  const size_t uncounted = driver.FuncGetParamInfo == nullptr ? kMaxUncountedParameters : 0;
   for (const Kernel& kernel : kernels_) {
-    void* parameters[kMaxBuffers];
     for (size_t p = 0; p < kernel.parameters.size(); ++p) parameters[p] = &pointers[kernel.parameters[p]];
+    for (size_t p = kernel.parameters.size(); p < uncounted; ++p) parameters[p] = &absent;
     LaunchAttribute overlap{};
     overlap.id = kLaunchProgrammaticStreamSerialization;
     overlap.value.programmatic_stream_serialization_allowed = 1;
@@ -171,93 +249,11 @@ ffi::Error Program::Launch(const Driver& driver, Stream stream, const ffi::Remai
     config.attributes = &overlap;
     config.num_attributes = kernel.overlaps_predecessor ? 1 : 0;
     const Result result = driver.LaunchKernelEx(&config, kernel.function, parameters, nullptr);
-    if (result != 0) return ffi::Error::Internal("jax_marlin_moe: launch failed: " + Describe(driver, result));
+    if (result != 0) {
+      return ffi::Error::Internal("jax_marlin_moe: launch of " + kernel.name + " failed: " + Describe(driver, result));
+    }
   }
   return ffi::Error::Success();
 }
 
-namespace {
-
-// Loaded programs of the process, by context and fingerprint. Programs are never unloaded: executables that use them
-// may live as long as the process.
-class Registry {
- public:
-  ffi::ErrorOr<const Program*> FindOrLoad(const Driver& driver, ffi::Span<const uint8_t> cubin,
-                                          ffi::Span<const int64_t> contract, int64_t fingerprint) {
-    Context context = nullptr;
-    const Result result = driver.CtxGetCurrent(&context);
-    if (result != 0 || context == nullptr) {
-      return ffi::Unexpected(ffi::Error::Internal("jax_marlin_moe: no current CUDA context"));
-    }
-    const std::pair<Context, int64_t> key{context, fingerprint};
-    {
-      std::shared_lock<std::shared_mutex> lock(mutex_);
-      auto found = programs_.find(key);
-      if (found != programs_.end()) return found->second.get();
-    }
-    std::unique_lock<std::shared_mutex> lock(mutex_);
-    auto found = programs_.find(key);
-    if (found != programs_.end()) return found->second.get();
-    auto loaded = Program::Load(driver, cubin, contract, fingerprint);
-    if (!loaded.has_value()) return ffi::Unexpected(loaded.error());
-    return programs_.emplace(key, std::move(loaded.value())).first->second.get();
-  }
-
- private:
-  std::shared_mutex mutex_;
-  std::map<std::pair<Context, int64_t>, std::unique_ptr<Program>> programs_;
-};
-
-ffi::ErrorOr<const Program*> Find(ffi::Span<const uint8_t> cubin, ffi::Span<const int64_t> contract,
-                                  int64_t fingerprint, const Driver** driver) {
-  std::string reason;
-  *driver = GetDriver(&reason);
-  if (*driver == nullptr) return ffi::Unexpected(ffi::Error::Internal("jax_marlin_moe: " + reason));
-  static Registry registry;
-  return registry.FindOrLoad(**driver, cubin, contract, fingerprint);
-}
-
-// XLA calls this before every execution and every capture, so a program that is loaded costs one look-up.
-ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary attributes) {
-  auto cubin = attributes.get<ffi::Span<const uint8_t>>("cubin");
-  auto contract = attributes.get<ffi::Span<const int64_t>>("contract");
-  auto fingerprint = attributes.get<int64_t>("fingerprint");
-  if (!cubin.has_value() || !contract.has_value() || !fingerprint.has_value()) {
-    return ffi::Error::InvalidArgument("jax_marlin_moe: the call lacks cubin, contract or fingerprint");
-  }
-  const Driver* driver = nullptr;
-  auto program = Find(cubin.value(), contract.value(), fingerprint.value(), &driver);
-  return program.has_value() ? ffi::Error::Success() : program.error();
-}
-
-ffi::Error Execute(Stream stream, ffi::Span<const uint8_t> cubin, ffi::Span<const int64_t> contract,
-                   int64_t fingerprint, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  const Driver* driver = nullptr;
-  auto program = Find(cubin, contract, fingerprint, &driver);
-  if (!program.has_value()) return program.error();
-  ffi::Error error = program.value()->Check(args, rets);
-  return error.failure() ? error : program.value()->Launch(*driver, stream, args, rets);
-}
-
-}  // namespace
 }  // namespace jax_marlin_moe::cuda
-
-namespace jax_marlin_moe {
-
-namespace ffi = xla::ffi;
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    CudaInitialize, cuda::Initialize,
-    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaExecute, cuda::Execute,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                                  .Attr<ffi::Span<const uint8_t>>("cubin")
-                                  .Attr<ffi::Span<const int64_t>>("contract")
-                                  .Attr<int64_t>("fingerprint")
-                                  .RemainingArgs()
-                                  .RemainingRets(),
-                              {ffi::Traits::kCmdBufferCompatible});
-
-}  // namespace jax_marlin_moe

@@ -1,20 +1,23 @@
-// A compiled program: machine code for exactly one set of operand shapes, and the chain of kernels to launch.
+// A compiled program: an image for exactly one set of operand shapes, and the chain of kernels to launch.
 //
 // Every CUDA op is such a program, so one pair of handlers serves them all; what differs is decided when the call is
-// lowered. `contract` is the flat int64 record below; `fingerprint` ties it to the cubin.
+// lowered. The image is machine code, or PTX that the driver compiles: loading a program is running code. What is
+// checked here catches damage and mistakes, not an author who means harm.
+//
+// `kernels` holds the symbols in launch order, separated by spaces; `contract` is the flat int64 record below;
+// `fingerprint` ties both to the image.
 //
 //   version, number of buffers (operands, then results), number of kernels,
 //   per buffer: dtype code, rank, extents ...
 //   per kernel: threads, dynamic shared bytes, most blocks, blocks per multiprocessor (0: no bound), blocks of a
 //               cluster, 1 if it may start before its predecessor ends, number of parameters, buffer index of each ...
-//
-// Kernels are named k0, k1, ... in launch order.
 #ifndef JAX_MARLIN_MOE_FFI_CUDA_PROGRAM_H_
 #define JAX_MARLIN_MOE_FFI_CUDA_PROGRAM_H_
 
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "ffi/cuda_driver.h"
@@ -24,7 +27,18 @@ namespace jax_marlin_moe::cuda {
 
 namespace ffi = xla::ffi;
 
-inline constexpr int64_t kContractVersion = 2;
+inline constexpr int64_t kContractVersion = 3;
+
+// The attributes of a call; they point into memory of the executable.
+struct ProgramAttributes {
+  ffi::Span<const uint8_t> image;
+  ffi::Span<const int64_t> contract;
+  std::string_view kernels;
+  int64_t fingerprint;
+
+  // Whether the fingerprint is that of the bytes; reads all of them.
+  bool MatchFingerprint() const;
+};
 
 struct BufferShape {
   int64_t dtype;
@@ -32,18 +46,37 @@ struct BufferShape {
 };
 
 struct Kernel {
-  unsigned threads, shared_bytes, blocks;  // blocks: already bounded by the device
+  std::string name;
+  unsigned threads, shared_bytes, cluster, blocks;  // blocks: already bounded by the device
   bool overlaps_predecessor;
   std::vector<int> parameters;  // buffer indices
   Function function;
 };
 
+// A loaded module; unloads it.
+class LoadedModule {
+ public:
+  explicit LoadedModule(const Driver& driver) : driver_(driver) {}
+  LoadedModule(const LoadedModule&) = delete;
+  LoadedModule& operator=(const LoadedModule&) = delete;
+  ~LoadedModule() {
+    if (module_ != nullptr) driver_.ModuleUnload(module_);
+  }
+
+  Result Load(const void* image) { return driver_.ModuleLoadData(&module_, image); }
+  Module get() const { return module_; }
+
+ private:
+  const Driver& driver_;
+  Module module_ = nullptr;
+};
+
 class Program {
  public:
-  // Checks the contract against its fingerprint, loads the module into the current context, raises the kernels'
-  // shared-memory limits. Called outside of stream capture.
-  static ffi::ErrorOr<std::unique_ptr<Program>> Load(const Driver& driver, ffi::Span<const uint8_t> cubin,
-                                                     ffi::Span<const int64_t> contract, int64_t fingerprint);
+  // Reads the contract, loads the module into the current context, compares each kernel with what the contract says
+  // of it and raises its shared-memory limit. Called outside of stream capture. InvalidArgument is the program's fault
+  // and will be so again; other errors may pass.
+  static ffi::ErrorOr<std::unique_ptr<Program>> Load(const Driver& driver, const ProgramAttributes& attributes);
 
   // InvalidArgument where the buffers are not those that the kernels were compiled for.
   ffi::Error Check(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) const;
@@ -51,7 +84,13 @@ class Program {
   ffi::Error Launch(const Driver& driver, Stream stream, const ffi::RemainingArgs& args,
                     const ffi::RemainingRets& rets) const;
 
+  explicit Program(const Driver& driver) : module_(driver) {}
+
  private:
+  ffi::Error Read(const Driver& driver, const ProgramAttributes& attributes);
+  ffi::Error Bind(const Driver& driver, Kernel& kernel) const;
+
+  LoadedModule module_;
   std::vector<BufferShape> buffers_;
   std::vector<Kernel> kernels_;
 };

@@ -1,5 +1,5 @@
-// A 64-bit FNV-1a digest: the name under which loaded kernels are found again, and the tie between a cubin and the
-// shapes it was compiled for. It guards against corruption, not against an adversary.
+// A 64-bit FNV-1a digest: the name under which loaded kernels are found again, and the tie between an image, the shapes
+// it was compiled for and the kernels to launch. It guards against corruption, not against an adversary.
 #ifndef JAX_MARLIN_MOE_FFI_FINGERPRINT_H_
 #define JAX_MARLIN_MOE_FFI_FINGERPRINT_H_
 

@@ -109,8 +109,8 @@ def autotune(
 
     def measure(scheme: BlockScheme) -> Measurement:
         with contextlib.closing(replayed(scheme)) as kernels:
-            first = len(kernels.plan.kernels) - 3  # [align,] gate_up, down, combine
-            times = [statistics.median(kernels.microseconds(k, samples=5)) for k in (None, [first], [first + 1])]
+            products = [[kernels.plan.position(stage)] for stage in ("gate_up", "down")]
+            times = [statistics.median(kernels.microseconds(k, samples=5)) for k in (None, *products)]
         return Measurement(scheme, *times)
 
     def rested_block_us(scheme: BlockScheme) -> float:

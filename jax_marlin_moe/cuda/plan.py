@@ -72,6 +72,17 @@ class Plan:
         """The translation unit."""
         return render(self.kernels, self.includes, self.preamble)
 
+    def position(self, stage: str) -> int:
+        """The place among `kernels` of a stage: "align", "gate_up", "down", "combine", "clear" or "moe_gemm".
+
+        Raises:
+            ValueError: if the plan has no such stage.
+        """
+        for position, kernel in enumerate(self.kernels):
+            if kernel.name.startswith(f"jmm_{stage}_"):
+                return position
+        raise ValueError(f"stage is {stage!r}; the kernels are {', '.join(kernel.name for kernel in self.kernels)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -166,6 +177,7 @@ def align_kernel(
     members = ", ".join([ids, mapped, *(p.add(buffer, _INTS) for buffer in outputs)])
     template = (num_slots, num_experts, block_size, list_length, warps, _boolean(expert_map is not None))
     return Kernel(
+        name=f"jmm_align_m{block_size}",
         body=f"AlignBlockSize<{', '.join(map(str, template))}>",
         members=members,
         parameters=tuple(p.items),
@@ -176,6 +188,7 @@ def align_kernel(
 
 
 def gemm_kernel(
+    stage: str,
     shape: GemmShape,
     tile: Tile | WgmmaTile,
     weights: MarlinWeights,
@@ -191,7 +204,8 @@ def gemm_kernel(
 ) -> Kernel:
     """A grouped GEMM; `epilogue` gives its C++ type and members.
 
-    `x` is the buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
+    `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the buffer
+    of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
     """
     p, row = _Parameters(), weights.format
     pointers = [
@@ -217,6 +231,7 @@ def gemm_kernel(
         slots_per_row,
     )
     return Kernel(
+        name=f"jmm_{stage}_{row.name}_m{tile.tokens}",
         body=(
             f"{tile.kernel}<jmm::Problem<{', '.join(map(str, problem))}>, {tile.cpp}, {routing.cpp}, {epilogue_type}>"
         ),
@@ -310,6 +325,7 @@ def plan_moe_gemm(
     tile = choose_tile(shape, block, min(num_slots, routing.max_blocks), capability)
     size = num_slots * weights.padded_n * x.dtype.itemsize
     clear = Kernel(
+        name=f"jmm_clear_m{num_slots}",
         body=f"Clear<{size}>",
         members="p0",
         parameters=((y, "int4*"),),
@@ -331,6 +347,7 @@ def plan_moe_gemm(
     # The list comes from before this call, so only the store waits for the clearing kernel; the wait sits before the
     # tokens are read, which is early enough.
     gemm = gemm_kernel(
+        "moe_gemm",
         shape,
         tile,
         weights,
@@ -484,6 +501,7 @@ def plan_fused_moe(
 
     kernels.append(
         gemm_kernel(
+            "gate_up",
             first,
             scheme.gate_up,
             gate_up,
@@ -499,6 +517,7 @@ def plan_fused_moe(
     )
     kernels.append(
         gemm_kernel(
+            "down",
             second,
             scheme.down,
             down,
@@ -517,6 +536,7 @@ def plan_fused_moe(
     members = [p.add(sums, "const float4*"), p.add(topk_ids, _INT), p.add(expert_map, _INT), p.add(y, "uint2*")]
     kernels.append(
         Kernel(
+            name=f"jmm_combine_m{tokens}",
             body=f"Combine<{', '.join(map(str, template))}>",
             members=", ".join(members),
             parameters=tuple(p.items),

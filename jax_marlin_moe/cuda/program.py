@@ -10,7 +10,7 @@ import numpy as np
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
 
-_CONTRACT_VERSION = 2
+_CONTRACT_VERSION = 3
 
 # XLA's codes of the types that the programs take (xla.PrimitiveType).
 _DTYPE_CODES = {"int32": 4, "float16": 10, "float32": 11, "bfloat16": 16, "uint8": 6}
@@ -21,6 +21,7 @@ class Kernel:
     """One launch.
 
     Attributes:
+        name: the entry point's symbol, which profilers show: stage, format and rows, as in `jmm_gate_up_int4_m16`.
         body: the C++ type whose `run` is the kernel, spelled with its compile-time shapes.
         members: the C++ expression that fills it, over the parameters `p0`, `p1`, ...
         parameters: index among the call's buffers (operands, then results) and pointer type of each parameter.
@@ -32,6 +33,7 @@ class Kernel:
         cluster: blocks of a cluster; grids are whole clusters.
     """
 
+    name: str
     body: str
     members: str
     parameters: tuple[tuple[int, str], ...]
@@ -50,7 +52,7 @@ class Kernel:
 
 
 def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) -> str:
-    """The translation unit: one entry point per kernel, named k0, k1, ..."""
+    """The translation unit: one entry point per kernel, under its name."""
     lines = [f'#include "{name}"' for name in includes] + [preamble]
     for index, kernel in enumerate(kernels):
         arguments = ", ".join(f"{pointer} p{i}" for i, (_, pointer) in enumerate(kernel.parameters))
@@ -64,7 +66,7 @@ def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) ->
             bounds += f" __cluster_dims__({kernel.cluster}, 1, 1)"
         call = "run(shared_bytes)" if kernel.shared_bytes else "run()"
         lines.append(
-            f'{shared}extern "C" __global__ void {bounds} k{index}({arguments}) {{\n'
+            f'{shared}extern "C" __global__ void {bounds} {kernel.name}({arguments}) {{\n'
             "  extern __shared__ __align__(1024) unsigned char shared_bytes[];\n"
             f"  B{index}{{{kernel.members}}}.{call};\n}}"
         )
@@ -85,11 +87,13 @@ def call_program(
     """
     cubin = compiler.compile_cubin(source, architecture)
     contract = _contract([*operands, *results], kernels)
+    names = " ".join(kernel.name for kernel in kernels)
     outputs = jax.ffi.ffi_call(native.PROGRAM_CUDA, list(results), vmap_method=None)(
         *operands,
         cubin=np.frombuffer(cubin, np.uint8),
         contract=contract,
-        fingerprint=np.int64(native.fingerprint(cubin, contract.tobytes())),
+        kernels=names,
+        fingerprint=np.int64(native.fingerprint(cubin, contract.tobytes(), names)),
     )
     return list(outputs)
 

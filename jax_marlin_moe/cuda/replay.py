@@ -121,8 +121,8 @@ class ReplayedPlan:
         cubin = compile_cubin(plan.source, target_architecture())
         self._module = _checked(driver.cuModuleLoadData(cubin))
         self._functions = []
-        for index, kernel in enumerate(plan.kernels):
-            function = _checked(driver.cuModuleGetFunction(self._module, f"k{index}".encode()))
+        for kernel in plan.kernels:
+            function = _checked(driver.cuModuleGetFunction(self._module, kernel.name.encode()))
             _checked(driver.cuFuncSetAttribute(function, _SHARED_LIMIT, kernel.shared_bytes))
             _checked(driver.cuFuncSetAttribute(function, _CARVEOUT, 100))  # as csrc/ffi/cuda_program.cc does
             self._functions.append(function)
