@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
+from jax_marlin_moe.operand_types import alike
 from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 
 
@@ -32,9 +33,9 @@ def dequantize(weights: MarlinWeights) -> Float32[Array, "*E padded_k padded_n"]
 
 
 def padded_size(num_slots: int, num_experts: int, block_size: int) -> int:
-    """P: the static length of `sorted_token_ids`, enough for any routing."""
-    padded = num_slots + num_experts * (block_size - 1)
-    return min(num_slots * block_size, padded) if num_slots < num_experts else padded
+    """P: the static length of `sorted_token_ids`, enough for any routing; either number of slots may be symbolic."""
+    # Without padding, every slot of a few may have a block to itself.
+    return jax.core.min_dim(num_slots * block_size, num_slots + num_experts * (block_size - 1))
 
 
 def num_blocks(num_slots: int, num_experts: int, block_size: int) -> int:
@@ -59,10 +60,10 @@ def moe_align_block_size(
     expert = jnp.where(kept, slots, num_experts)  # dropped slots sort last
 
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
-    counts = jnp.bincount(expert, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+    counts = jnp.zeros((num_experts + 1,), jnp.int32).at[expert].add(1)[:num_experts]
     padded_counts = -(-counts // block_size) * block_size
-    padded_ends = jnp.cumsum(padded_counts)
-    starts = jnp.cumsum(counts) - counts
+    padded_ends = jnp.cumsum(padded_counts, dtype=jnp.int32)
+    starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
     ordered = expert[order]
     safe = jnp.clip(ordered, 0, num_experts - 1)
     position = (padded_ends - padded_counts)[safe] + jnp.arange(numel, dtype=jnp.int32) - starts[safe]
@@ -86,14 +87,19 @@ def expert_products(
     """`rows[s] @ W[expert[s]] + bias[expert[s]]` in float32; zero rows where the expert is not in [0, E)."""
     num_slots = rows.shape[0]
     if num_slots == 0:
-        return jnp.zeros((0, weights.padded_n), jnp.float32)
+        return alike((jnp.zeros((0, weights.padded_n), jnp.float32), rows, weights, expert))[0]
     sorted_ids, block_experts, _ = moe_align_block_size(
         expert[:, None], None, block_size=block_size, num_experts=weights.num_experts
     )
     blocks = block_experts.shape[0]
-    padding = blocks * block_size - sorted_ids.shape[0]
-    block_slots = jnp.pad(sorted_ids, (0, padding), constant_values=num_slots).reshape(blocks, block_size)
+    unlisted = jnp.full((blocks * block_size,), num_slots, jnp.int32)
+    block_slots = unlisted.at[: sorted_ids.shape[0]].set(sorted_ids).reshape(blocks, block_size)
     padded_rows = jnp.concatenate([rows.astype(jnp.float32), jnp.zeros((1, rows.shape[1]), jnp.float32)])
+    out, nothing = (jnp.zeros((n, weights.padded_n), jnp.float32) for n in (num_slots, block_size))
+    # Both branches of a conditional, and what a loop carries, must vary over the same manual axes.
+    padded_rows, weights, block_slots, block_experts, out, nothing = alike(
+        (padded_rows, weights, block_slots, block_experts, out, nothing)
+    )
 
     def add_block(out, block):
         slots, e = block
@@ -104,13 +110,34 @@ def expert_products(
             if one.input_order is not None:
                 x = x[:, one.input_order]
             y = jnp.matmul(x, dequantize(one), precision=jax.lax.Precision.HIGHEST)
-            return y if one.bias is None else y + one.bias.astype(jnp.float32)
+            return y if one.bias is None else y + one.bias.astype(jnp.float32)[None]
 
-        y = jax.lax.cond(e >= 0, product, lambda: jnp.zeros((block_size, weights.padded_n), jnp.float32))
+        y = jax.lax.cond(e >= 0, product, lambda: nothing)
         return out.at[slots].set(y, mode="drop"), None
 
-    out = jnp.zeros((num_slots, weights.padded_n), jnp.float32)
     return jax.lax.scan(add_block, out, (block_slots, block_experts))[0]
+
+
+def listed_experts(
+    sorted_token_ids: Int32[Array, "P"],
+    expert_ids: Int32[Array, "blocks"],
+    num_tokens_post_padded: Int32[Array, "1"],
+    *,
+    num_slots: int,
+    num_experts: int,
+    block_size: int,
+) -> Int32[Array, "slots"]:
+    """The expert of the block that lists a slot, -1 where none does.
+
+    Blocks with an expert outside [0, num_experts) list nothing; the first of several listings counts.
+    """
+    size = sorted_token_ids.shape[0]
+    position = jnp.arange(size, dtype=jnp.int32)
+    expert = expert_ids[position // block_size]
+    lists = (position < num_tokens_post_padded[0]) & (expert >= 0) & (expert < num_experts) & (sorted_token_ids >= 0)
+    slot = jnp.where(lists, sorted_token_ids, num_slots)
+    first = jnp.full((num_slots,), size, jnp.int32).at[slot].min(position, mode="drop")
+    return expert.at[first].get(mode="fill", fill_value=-1)
 
 
 def moe_gemm(
@@ -124,18 +151,21 @@ def moe_gemm(
     top_k: int,
     block_size: int,
 ) -> Float[Array, "slots N"]:
-    """Row `s` is `(x[s // top_k] @ W[e] + bias[e]) * topk_weights[s]`, e the expert of the block that lists s.
+    """Row `s` is `(x[s // top_k] @ W[e] + bias[e]) * topk_weights[s]`, e of `listed_experts`; zero where there is none.
 
-    Slots that no block lists, and those of blocks with an expert outside [0, E), give zero rows.
+    A weight of NaN in such a slot is of no account.
     """
-    num_slots = x.shape[0] * top_k
-    position = jnp.arange(sorted_token_ids.shape[0], dtype=jnp.int32)
-    listed = (sorted_token_ids >= 0) & (position < num_tokens_post_padded[0])
-    slot = jnp.where(listed, sorted_token_ids, num_slots)
-    expert = jnp.full((num_slots,), -1, jnp.int32).at[slot].set(expert_ids[position // block_size], mode="drop")
+    expert = listed_experts(
+        sorted_token_ids,
+        expert_ids,
+        num_tokens_post_padded,
+        num_slots=x.shape[0] * top_k,
+        num_experts=weights.num_experts,
+        block_size=block_size,
+    )
     y = expert_products(jnp.repeat(pad_rows(x, weights), top_k, axis=0), weights, expert)
     if topk_weights is not None:
-        y = y * topk_weights[:, None]
+        y = y * jnp.where(expert >= 0, topk_weights, 0)[:, None]
     return drop_column_padding(y, weights).astype(x.dtype)
 
 
@@ -151,7 +181,8 @@ def fused_moe(
 ) -> Float[Array, "tokens H"]:
     """The expert block of FORMATS section 7; the activation's result is rounded to the type of x.
 
-    x has a row for each token, or a row for each slot.
+    x has a row for each token, or a row for each slot. A slot without an expert contributes nothing, whatever its
+    weight.
     """
     tokens, top_k = topk_ids.shape
     expert = topk_ids.reshape(-1)
@@ -168,5 +199,6 @@ def fused_moe(
     # The halves of gate_up are padded to whole tiles of columns, the rows of down only to tiles of rows.
     a = a[:, : down.padded_k].astype(x.dtype)
     y = expert_products(a, down, expert).reshape(tokens, top_k, down.padded_n)
-    y = jnp.sum(y * topk_weights[:, :, None], axis=1)
+    has_expert = (expert >= 0) & (expert < gate_up.num_experts)
+    y = jnp.sum(y * jnp.where(has_expert.reshape(tokens, top_k), topk_weights, 0)[:, :, None], axis=1)
     return drop_column_padding(y, down).astype(x.dtype)

@@ -189,6 +189,11 @@ def summary(parts: Any, **spelled: str) -> str:
     return f"{type(parts).__name__}({', '.join(texts)})"
 
 
+def as_packed(weights: MarlinWeights) -> MarlinWeights:
+    """The matrix that the kernels see: padding included, rows in packed order."""
+    return dataclasses.replace(weights, input_order=None, row_padding=0, column_padding=())
+
+
 def drop_column_padding(y: Shaped[Array, "... padded_n"], weights: MarlinWeights) -> Shaped[Array, "... n"]:
     """The logical columns of a product with the packed matrix."""
     if not weights.column_padding:

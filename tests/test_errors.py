@@ -13,7 +13,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.ops.arguments import check_weights
-from jax_marlin_moe.ops.operands import format_attributes, weight_operands
+from jax_marlin_moe.ops.operands import cpu_weight_operands, format_attributes
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 5, 2, 4, 128, 64
 
@@ -392,7 +392,7 @@ def gemm_operands():
     weights = with_every_operand(HIDDEN, 64)
     operands = [
         arguments["x"],
-        *weight_operands(weights),
+        *cpu_weight_operands(weights),
         jnp.zeros(TOKENS * TOP_K),
         alignment.sorted_token_ids,
         alignment.expert_ids,
@@ -408,8 +408,8 @@ def block_operands():
     gate_up, down = with_every_operand(HIDDEN, 2 * INNER), with_every_operand(INNER, HIDDEN)
     operands = [
         arguments["x"],
-        *weight_operands(gate_up),
-        *weight_operands(down),
+        *cpu_weight_operands(gate_up),
+        *cpu_weight_operands(down),
         arguments["topk_weights"],
         arguments["topk_ids"],
         jnp.zeros(EXPERTS, jnp.int32),
@@ -553,10 +553,10 @@ def test_handlers_refuse_leaves_of_another_format(weight_format):
     attributes = format_attributes("", own)
     for name, facts in FACTS.items():
         weights = experts(HIDDEN, 64, weight_format=name, group_size=facts.group_sizes[-1])
-        leaves = {leaf: constant(value) for leaf, value in zip(MATRIX, weight_operands(weights), strict=True)}
+        leaves = {leaf: constant(value) for leaf, value in zip(MATRIX, cpu_weight_operands(weights), strict=True)}
         same_shapes = [
             a.shape == b.shape and a.dtype == b.dtype
-            for a, b in zip(weight_operands(own), weight_operands(weights), strict=True)
+            for a, b in zip(cpu_weight_operands(own), cpu_weight_operands(weights), strict=True)
         ]
         if all(same_shapes[:3]):
             run_handler("product", leaves, attributes)

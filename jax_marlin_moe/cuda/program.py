@@ -1,6 +1,7 @@
 """A compiled program as a custom call: cubin, contract and fingerprint, as csrc/ffi/cuda_program.h reads them."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -74,7 +75,7 @@ def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) ->
 
 
 def call_program(
-    operands: Sequence[jax.Array],
+    operands: Sequence[jax.Array | None],
     results: Sequence[jax.ShapeDtypeStruct],
     kernels: Sequence[Kernel],
     source: str,
@@ -83,13 +84,13 @@ def call_program(
     """Compiles the kernels and calls them, one after the other, in one custom call.
 
     `results` are the outputs and after them the scratch buffers: kernels never allocate. `source` is what `render`
-    made of the kernels.
+    made of the kernels. An operand that is None has a number among the buffers, but is no buffer of the call.
     """
     cubin = compiler.compile_cubin(source, architecture)
     contract = _contract([*operands, *results], kernels)
     names = " ".join(kernel.name for kernel in kernels)
     outputs = jax.ffi.ffi_call(native.PROGRAM_CUDA, list(results), vmap_method=None)(
-        *operands,
+        *(operand for operand in operands if operand is not None),
         cubin=np.frombuffer(cubin, np.uint8),
         contract=contract,
         kernels=names,
@@ -98,12 +99,16 @@ def call_program(
     return list(outputs)
 
 
-def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct], kernels: Sequence[Kernel]) -> np.ndarray:
-    fields = [_CONTRACT_VERSION, len(buffers), len(kernels)]
-    for buffer in buffers:
+def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None], kernels: Sequence[Kernel]) -> np.ndarray:
+    present = [buffer for buffer in buffers if buffer is not None]
+    positions = list(itertools.accumulate((buffer is not None for buffer in buffers), initial=0))
+    fields = [_CONTRACT_VERSION, len(present), len(kernels)]
+    for buffer in present:
         fields += [_DTYPE_CODES[jnp.dtype(buffer.dtype).name], len(buffer.shape), *buffer.shape]
     for kernel in kernels:
         fields += [kernel.threads, kernel.shared_bytes, kernel.max_blocks, kernel.blocks_per_sm]
         fields += [kernel.cluster, int(kernel.overlaps_predecessor), len(kernel.parameters)]
-        fields += [index for index, _ in kernel.parameters]
+        for index, _ in kernel.parameters:
+            assert buffers[index] is not None, "a kernel takes an operand that is absent"
+            fields.append(positions[index])
     return np.asarray(fields, np.int64)

@@ -64,12 +64,11 @@ def block_operands(
     layers: Sequence[tuple[MarlinWeights, MarlinWeights]],
     topk_weights: Sequence[jax.Array] | jax.Array,
     topk_ids: np.ndarray,
-) -> list[list[jax.Array]]:
+) -> list[list[jax.Array | None]]:
     """Operands of `plan_fused_moe` without an expert map, one list per routing; each takes the next layer."""
-    absent = jnp.zeros((0,), jnp.int32)
     x = pad_rows(x, layers[0][0])
     return [
-        [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jnp.asarray(topk_ids[i]), absent]
+        [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jnp.asarray(topk_ids[i]), None]
         for i in range(len(topk_ids))
         for gate_up, down in [layers[i % len(layers)]]
     ]
@@ -104,12 +103,12 @@ class ReplayedPlan:
 
     Args:
         plan: of `jax_marlin_moe.cuda.plan`.
-        operands: one list of arrays per repetition, in the plan's order.
+        operands: one list of arrays per repetition, in the plan's order, None where absent.
         results: shapes of the results, allocated here with the scratch.
     """
 
     def __init__(
-        self, plan: Plan, operands: Sequence[Sequence[jax.Array]], results: Sequence[jax.ShapeDtypeStruct]
+        self, plan: Plan, operands: Sequence[Sequence[jax.Array | None]], results: Sequence[jax.ShapeDtypeStruct]
     ) -> None:
         _checked(driver.cuInit(0))
         device = _checked(driver.cuDeviceGet(0))
@@ -140,7 +139,7 @@ class ReplayedPlan:
             for inputs in operands
         ]
         jax.block_until_ready(self._buffers)
-        self._pointers = [[b.unsafe_buffer_pointer() if b.size else 0 for b in buffers] for buffers in self._buffers]
+        self._pointers = [[0 if b is None else b.unsafe_buffer_pointer() for b in buffers] for buffers in self._buffers]
 
     def close(self) -> None:
         """Unloads the module."""

@@ -11,10 +11,11 @@ from jax_marlin_moe import native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_align
 from jax_marlin_moe.cuda.program import call_program
+from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.ops import arguments
-from jax_marlin_moe.ops.implementation import check_implementation, serves
-from jax_marlin_moe.ops.operands import or_absent, or_none
-from jax_marlin_moe.ops.primitive import define_primitive, map_batch
+from jax_marlin_moe.ops.implementation import check_implementation
+from jax_marlin_moe.ops.operands import or_empty
+from jax_marlin_moe.ops.primitive import define_op, map_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,64 +78,56 @@ def moe_align_block_size(
     if expert_map is not None:
         arguments.check_shape("expert_map", expert_map, (num_experts,), "(num_experts,)")
     check_implementation(implementation)
-    expert_map = None if expert_map is None else jnp.asarray(expert_map)  # numpy cannot be indexed by tracers
-    if implementation == "xla":
-        outputs = reference.moe_align_block_size(topk_ids, expert_map, block_size=block_size, num_experts=num_experts)
-    else:
-        outputs = align_p.bind(
-            topk_ids,
-            or_absent(expert_map, jnp.int32),
-            block_size=block_size,
-            num_experts=num_experts,
-            implementation=implementation,
-        )
-    return BlockAlignment(*outputs, block_size, num_experts)
+    params = {"block_size": block_size, "num_experts": num_experts}
+    sorted_ids, expert_ids, count = _align(topk_ids, expert_map, **params, implementation=implementation)
+    return BlockAlignment(sorted_ids, expert_ids, count, **params)
 
 
-def _shape_rule(topk_ids, expert_map, *, block_size, num_experts, implementation):
+@partial(jax.jit, static_argnames=("block_size", "num_experts", "implementation"), inline=True)
+def _align(topk_ids, expert_map, **params):
+    return align_op(topk_ids, expert_map, **params)
+
+
+def _result_shapes(topk_ids, block_size, num_experts):
     size = reference.padded_size(topk_ids.size, num_experts, block_size)
-    return [
-        topk_ids.update(shape=shape, dtype=jnp.dtype(jnp.int32)) for shape in ((size,), (-(-size // block_size),), (1,))
-    ]
+    return (size,), (-(-size // block_size),), (1,)
 
 
-def _reference(topk_ids, expert_map, *, block_size, num_experts, implementation):
-    return reference.moe_align_block_size(topk_ids, or_none(expert_map), block_size=block_size, num_experts=num_experts)
+def _shape_rule(topk_ids, expert_map, *, block_size, num_experts):
+    shapes = _result_shapes(topk_ids, block_size, num_experts)
+    return [replicated_type(topk_ids, shape, jnp.int32) for shape in shapes]
 
 
 def _results(topk_ids, block_size, num_experts):
-    size = reference.padded_size(topk_ids.size, num_experts, block_size)
-    return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((size,), (-(-size // block_size),), (1,))]
+    shapes = _result_shapes(topk_ids, block_size, num_experts)
+    return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
 
 
-def _cpu(topk_ids, expert_map, *, block_size, num_experts, implementation):
-    params = {"block_size": block_size, "num_experts": num_experts}
-    if not serves("cpu", implementation):
-        return _reference(topk_ids, expert_map, **params, implementation=None)
-    return jax.ffi.ffi_call(native.ALIGN_CPU, _results(topk_ids, block_size, num_experts))(
-        topk_ids, expert_map, **params
+def _cpu(topk_ids, expert_map, *, block_size, num_experts):
+    results = _results(topk_ids, block_size, num_experts)
+    return jax.ffi.ffi_call(native.ALIGN_CPU, results)(
+        topk_ids, or_empty(expert_map, jnp.int32), block_size=block_size, num_experts=num_experts
     )
 
 
-def _cuda(topk_ids, expert_map, *, block_size, num_experts, implementation):
-    params = {"block_size": block_size, "num_experts": num_experts}
-    if topk_ids.size == 0 or not serves("cuda", implementation):
-        return _reference(topk_ids, expert_map, **params, implementation=None)
+def _cuda(topk_ids, expert_map, *, block_size, num_experts):
+    if topk_ids.size == 0:
+        return reference.moe_align_block_size(topk_ids, expert_map, block_size=block_size, num_experts=num_experts)
     architecture = target_architecture()
-    plan = plan_align(topk_ids.size, num_experts, block_size, expert_map.shape != (0,), architecture)
+    plan = plan_align(topk_ids.size, num_experts, block_size, expert_map is not None, architecture)
     results = _results(topk_ids, block_size, num_experts)
     return call_program([topk_ids, expert_map], results, plan.kernels, plan.source, architecture)
 
 
-def _batching_rule(operands, dims, **params):
+def _batching_rule(op, leaves, dims, **params):
     """One alignment per batch element: the blocks of different elements must not mix."""
-    return map_batch(partial(align_p.bind, **params), operands, dims)
+    return map_batch(op, leaves, dims, **params)
 
 
-align_p = define_primitive(
+align_op = define_op(
     "moe_align_block_size",
     shape_rule=_shape_rule,
-    reference=_reference,
+    reference=reference.moe_align_block_size,
     cpu=_cpu,
     cuda=_cuda,
     batching_rule=_batching_rule,

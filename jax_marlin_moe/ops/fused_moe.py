@@ -14,19 +14,13 @@ from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.tiles import BlockScheme
 from jax_marlin_moe.layout import TILE_N
+from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.ops import arguments
-from jax_marlin_moe.ops.implementation import check_implementation, serves
+from jax_marlin_moe.ops.implementation import check_implementation
 from jax_marlin_moe.ops.moe_gemm import gather_input_order
-from jax_marlin_moe.ops.operands import (
-    WEIGHT_OPERANDS,
-    format_attributes,
-    or_absent,
-    or_none,
-    weight_operands,
-    weights_from_operands,
-)
-from jax_marlin_moe.ops.primitive import define_primitive, map_batch
-from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
+from jax_marlin_moe.ops.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
+from jax_marlin_moe.ops.primitive import define_op, map_batch
+from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 
 def fused_moe(
@@ -98,64 +92,53 @@ def fused_moe(
             "jax_marlin_moe.fold_input_order(gate_up, down)"
         )
     check_implementation(implementation)
-    # numpy arrays cannot be indexed by tracers
-    gate_up, down, expert_map = jax.tree.map(jnp.asarray, (gate_up, down, expert_map))
+    return _block(
+        x,
+        gate_up,
+        down,
+        topk_weights,
+        topk_ids,
+        expert_map,
+        activation=act,
+        implementation=implementation,
+        cuda_scheme=cuda_scheme,
+    )
+
+
+@partial(jax.jit, static_argnames=("activation", "implementation", "cuda_scheme"), inline=True)
+def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, **params):
+    rows = x
     if gate_up.input_order is not None:
         expert = topk_ids.reshape(-1)
         if expert_map is not None:
-            expert = expert_map[jnp.clip(expert, 0, routed_experts - 1)]
-        x = gather_input_order(jnp.repeat(x, top_k, axis=0), gate_up, expert)
-    operands = (
-        pad_rows(x, gate_up),
-        *weight_operands(gate_up),
-        *weight_operands(down),
-        topk_weights,
-        topk_ids,
-        or_absent(expert_map, jnp.int32),
+            expert = expert_map[jnp.clip(expert, 0, expert_map.shape[0] - 1)]
+        rows = gather_input_order(jnp.repeat(x, topk_ids.shape[1], axis=0), gate_up, expert)
+    (y,) = fused_moe_op(
+        pad_rows(rows, gate_up), as_packed(gate_up), as_packed(down), topk_weights, topk_ids, expert_map, **params
     )
-    params = {"gate_up_format": gate_up.format, "down_format": down.format, "activation": act}
-    if implementation == "xla":
-        (y,) = _reference(*operands, **params, implementation=None, cuda_scheme=None)
-    else:
-        (y,) = fused_moe_p.bind(*operands, **params, implementation=implementation, cuda_scheme=cuda_scheme)
-    return drop_column_padding(y, down)
+    return shard_rows_like(drop_column_padding(y, down), x)
 
 
 # x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
 
 
-def _shape_rule(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
-    topk_ids, down_scales = operands[2 * WEIGHT_OPERANDS + 1], operands[WEIGHT_OPERANDS + 1]
-    return [x.update(shape=(topk_ids.shape[0], down_scales.shape[-1]), dtype=x.dtype)]
+def _shape_rule(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, cuda_scheme):
+    return [replicated_type(x, (topk_ids.shape[0], down.padded_n), x.dtype)]
 
 
-def _matrices(operands, gate_up_format, down_format):
-    gate_up = weights_from_operands(operands[:WEIGHT_OPERANDS], gate_up_format)
-    down = weights_from_operands(operands[WEIGHT_OPERANDS : 2 * WEIGHT_OPERANDS], down_format)
-    return gate_up, down, operands[2 * WEIGHT_OPERANDS :]
+def _reference(*operands, activation, cuda_scheme):
+    return [reference.fused_moe(*operands, activation=activation)]
 
 
-def _reference(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
-    gate_up, down, (topk_weights, topk_ids, expert_map) = _matrices(operands, gate_up_format, down_format)
-    return [reference.fused_moe(x, gate_up, down, topk_weights, topk_ids, or_none(expert_map), activation=activation)]
-
-
-def _cpu(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
-    gate_up, down, (_, topk_ids, _) = _matrices(operands, gate_up_format, down_format)
-    if not serves("cpu", implementation):
-        return _reference(
-            x,
-            *operands,
-            gate_up_format=gate_up_format,
-            down_format=down_format,
-            activation=activation,
-            implementation=None,
-            cuda_scheme=None,
-        )
-    result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.n), x.dtype)
+def _cpu(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, cuda_scheme):
+    result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.padded_n), x.dtype)
     return jax.ffi.ffi_call(native.FUSED_MOE_CPU, [result])(
         x,
-        *operands,
+        *cpu_weight_operands(gate_up),
+        *cpu_weight_operands(down),
+        topk_weights,
+        topk_ids,
+        or_empty(expert_map, jnp.int32),
         activation=activation.name,
         activation_parameters=np.asarray(activation.parameters, np.float32),
         **format_attributes("gate_up_", gate_up),
@@ -163,54 +146,45 @@ def _cpu(x, *operands, gate_up_format, down_format, activation, implementation, 
     )
 
 
-def _cuda(x, *operands, gate_up_format, down_format, activation, implementation, cuda_scheme):
-    gate_up, down, (_, topk_ids, expert_map) = _matrices(operands, gate_up_format, down_format)
+def _cuda(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, cuda_scheme):
+    operands = [x, *weight_operands(gate_up), *weight_operands(down), topk_weights, topk_ids, expert_map]
     tokens, top_k = topk_ids.shape
-    if tokens == 0 or not serves("cuda", implementation):
-        return _reference(
-            x,
-            *operands,
-            gate_up_format=gate_up_format,
-            down_format=down_format,
-            activation=activation,
-            implementation=None,
-            cuda_scheme=None,
-        )
+    result = jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)
+    if tokens == 0:
+        return [jnp.zeros(result.shape, result.dtype)]
     architecture = target_architecture()
-    mapped = or_none(expert_map) is not None
     plan = plan_fused_moe(
         x,
         gate_up,
         down,
         tokens=tokens,
         top_k=top_k,
-        routed_experts=expert_map.shape[0] if mapped else gate_up.num_experts,
-        mapped=mapped,
+        routed_experts=gate_up.num_experts if expert_map is None else expert_map.shape[0],
+        mapped=expert_map is not None,
         activation=activation,
         architecture=architecture,
         scheme=cuda_scheme,
     )
-    result = jax.ShapeDtypeStruct((tokens, down.n), x.dtype)
-    return call_program([x, *operands], [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
+    return call_program(operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
-def _batching_rule(operands, dims, **params):
+def _batching_rule(op, leaves, dims, *, structure, **params):
     """Batched tokens become one call over all of them; batched weights or maps one call each."""
-    bind = partial(fused_moe_p.bind, **params)
-    router = 1 + 2 * WEIGHT_OPERANDS
-    if any(dim is not None for dim in (*dims[1:router], dims[-1])):
-        return map_batch(bind, operands, dims)
-    batch = next(o.shape[d] for o, d in zip(operands, dims, strict=True) if d is not None)
+    _, gate_up_dims, down_dims, _, _, map_dim = jax.tree.unflatten(structure, dims)
+    if jax.tree.leaves((gate_up_dims, down_dims, map_dim)):
+        return map_batch(op, leaves, dims, structure=structure, **params)
+    batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
 
-    def flat(index: int) -> jax.Array:
-        operand, dim = operands[index], dims[index]
+    def flat(operand: jax.Array, dim: int | None) -> jax.Array:
         operand = jnp.broadcast_to(operand, (batch, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
-        return operand.reshape(-1, operand.shape[-1])
+        return operand.reshape(batch * operand.shape[1], operand.shape[2])
 
-    (y,) = bind(flat(0), *operands[1:router], flat(router), flat(router + 1), operands[-1])
-    return [y.reshape(batch, -1, y.shape[-1])], [0]
+    x, gate_up, down, *router, expert_map = jax.tree.unflatten(structure, leaves)
+    x_dim, _, _, *router_dims, _ = jax.tree.unflatten(structure, dims)
+    (y,) = op(flat(x, x_dim), gate_up, down, *map(flat, router, router_dims), expert_map, **params)
+    return [y.reshape(batch, y.shape[0] // batch, y.shape[1])], [0]
 
 
-fused_moe_p = define_primitive(
+fused_moe_op = define_op(
     "fused_moe", shape_rule=_shape_rule, reference=_reference, cpu=_cpu, cuda=_cuda, batching_rule=_batching_rule
 )

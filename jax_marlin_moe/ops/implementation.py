@@ -6,6 +6,8 @@ the reference where neither can serve. A named implementation that cannot serve 
 
 import warnings
 
+import jax
+
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
 
@@ -24,7 +26,14 @@ def check_implementation(implementation: str | None) -> None:
 
 
 def serves(platform: str, implementation: str | None) -> bool:
-    """Whether the custom call of `platform` serves a call lowered for it; False means the reference."""
+    """Whether the custom call of `platform` serves a call lowered for it; False means the reference.
+
+    A program that is lowered for another platform than this process computes on is an artifact: a warning would be
+    read by others than those who run it, so there the reference must have been asked for.
+
+    Raises:
+        ValueError: the named implementation cannot serve, or an artifact would carry the reference.
+    """
     if implementation not in (None, platform):
         raise ValueError(
             f"implementation is {implementation!r}, but the program is lowered for {platform}: pass None, 'xla' or "
@@ -35,5 +44,19 @@ def serves(platform: str, implementation: str | None) -> bool:
         return True
     if implementation is not None:
         raise ValueError(f"implementation is {implementation!r}, which cannot serve here: {reason}")
+    if jax.default_backend() != {"cuda": "gpu"}.get(platform, platform):
+        raise ValueError(
+            f"implementation is None, and a program lowered for {platform} on a {jax.default_backend()} backend would "
+            f"carry the slow reference: {reason}. Pass implementation='xla' if that is what it must carry"
+        )
     warnings.warn(f"jax_marlin_moe falls back to the slow reference on {platform}: {reason}", stacklevel=2)
     return False
+
+
+def refuse_named(implementation: str | None) -> None:
+    """Raises ValueError for a named implementation where the platform has no kernels."""
+    if implementation is not None:
+        raise ValueError(
+            f"implementation is {implementation!r}, but the program is lowered for a platform that has no kernels: "
+            f"pass None or 'xla', or place the operands on a {implementation} device"
+        )

@@ -1,6 +1,5 @@
 """`moe_gemm`: one grouped product over packed experts, with the classic contract of aligned slots."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -11,19 +10,13 @@ from jax_marlin_moe import native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_moe_gemm
 from jax_marlin_moe.cuda.program import call_program
+from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.ops import arguments
 from jax_marlin_moe.ops.align import BlockAlignment
-from jax_marlin_moe.ops.implementation import check_implementation, serves
-from jax_marlin_moe.ops.operands import (
-    WEIGHT_OPERANDS,
-    format_attributes,
-    or_absent,
-    or_none,
-    weight_operands,
-    weights_from_operands,
-)
-from jax_marlin_moe.ops.primitive import define_primitive, map_batch
-from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
+from jax_marlin_moe.ops.implementation import check_implementation
+from jax_marlin_moe.ops.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
+from jax_marlin_moe.ops.primitive import define_op, map_batch
+from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 
 def moe_gemm(
@@ -77,49 +70,46 @@ def moe_gemm(
                 f"topk_weights has shape {tuple(topk_weights.shape)}; it must hold tokens * top_k = {slots} values"
             )
     check_implementation(implementation)
-    weights = jax.tree.map(jnp.asarray, weights)  # numpy leaves cannot be indexed by tracers
-    if weights.input_order is not None:
-        x, weights, top_k = _reordered_rows(x, weights, alignment, top_k)
-    x = pad_rows(x, weights)
-    router = topk_weights.reshape(-1) if mul_topk_weights and topk_weights is not None else None
-    if implementation == "xla":
-        y = reference.moe_gemm(
-            x,
-            weights_from_operands(weight_operands(weights), weights.format),
-            router,
-            alignment.sorted_token_ids,
-            alignment.expert_ids,
-            alignment.num_tokens_post_padded,
-            top_k=top_k,
-            block_size=alignment.block_size,
-        )
-        return drop_column_padding(y, weights)
-    (y,) = moe_gemm_p.bind(
+    return _product(
         x,
-        *weight_operands(weights),
-        or_absent(router, jnp.float32),
+        weights,
+        topk_weights if mul_topk_weights else None,
+        alignment,
+        top_k=top_k,
+        implementation=implementation,
+    )
+
+
+@partial(jax.jit, static_argnames=("top_k", "implementation"), inline=True)
+def _product(x, weights, topk_weights, alignment, *, top_k, implementation):
+    rows, slots_per_row = x, top_k
+    if weights.input_order is not None:
+        rows, slots_per_row = _reordered_rows(x, weights, alignment, top_k), 1
+    (y,) = moe_gemm_op(
+        pad_rows(rows, weights),
+        as_packed(weights),
+        None if topk_weights is None else topk_weights.reshape(-1),
         alignment.sorted_token_ids,
         alignment.expert_ids,
         alignment.num_tokens_post_padded,
-        weight_format=weights.format,
-        top_k=top_k,
+        top_k=slots_per_row,
         block_size=alignment.block_size,
         implementation=implementation,
     )
-    return drop_column_padding(y, weights)
+    return shard_rows_like(drop_column_padding(y, weights), x)
 
 
 def _reordered_rows(x, weights, alignment, top_k):
     """One row per slot, columns in the packed order of the slot's expert."""
-    slots = x.shape[0] * top_k
-    position = jnp.arange(alignment.sorted_token_ids.shape[0])
-    listed = (alignment.sorted_token_ids >= 0) & (position < alignment.num_tokens_post_padded[0])
-    expert = (
-        jnp.zeros((slots,), jnp.int32)
-        .at[jnp.where(listed, alignment.sorted_token_ids, slots)]
-        .set(alignment.expert_ids[position // alignment.block_size], mode="drop")
+    expert = reference.listed_experts(
+        alignment.sorted_token_ids,
+        alignment.expert_ids,
+        alignment.num_tokens_post_padded,
+        num_slots=x.shape[0] * top_k,
+        num_experts=weights.num_experts,
+        block_size=alignment.block_size,
     )
-    return gather_input_order(jnp.repeat(x, top_k, axis=0), weights, expert), _without_order(weights), 1
+    return gather_input_order(jnp.repeat(x, top_k, axis=0), weights, expert)
 
 
 def gather_input_order(rows: jax.Array, weights: MarlinWeights, expert: jax.Array) -> jax.Array:
@@ -129,62 +119,33 @@ def gather_input_order(rows: jax.Array, weights: MarlinWeights, expert: jax.Arra
     return jnp.take_along_axis(rows, order, axis=1)
 
 
-def _without_order(weights: MarlinWeights) -> MarlinWeights:
-    return dataclasses.replace(weights, input_order=None)
+def _shape_rule(x, weights, *_, top_k, block_size):
+    return [replicated_type(x, (x.shape[0] * top_k, weights.padded_n), x.dtype)]
 
 
-def _shape_rule(
-    x,
-    packed,
-    scales,
-    zeros,
-    global_scales,
-    bias,
-    topk_weights,
-    sorted_ids,
-    expert_ids,
-    count,
-    *,
-    weight_format,
-    top_k,
-    block_size,
-    implementation,
-):
-    columns = scales.shape[-1]
-    return [x.update(shape=(x.shape[0] * top_k, columns), dtype=x.dtype)]
+def _reference(*operands, **params):
+    return [reference.moe_gemm(*operands, **params)]
 
 
-def _reference(x, *operands, weight_format, top_k, block_size, implementation):
-    weights = weights_from_operands(operands[:WEIGHT_OPERANDS], weight_format)
-    topk_weights, *alignment = operands[WEIGHT_OPERANDS:]
-    return [reference.moe_gemm(x, weights, or_none(topk_weights), *alignment, top_k=top_k, block_size=block_size)]
-
-
-def _cpu(x, *operands, weight_format, top_k, block_size, implementation):
-    if not serves("cpu", implementation):
-        return _reference(
-            x, *operands, weight_format=weight_format, top_k=top_k, block_size=block_size, implementation=None
-        )
-    weights = weights_from_operands(operands[:WEIGHT_OPERANDS], weight_format)
-    result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.n), x.dtype)
-    weighted = or_none(operands[WEIGHT_OPERANDS]) is not None
+def _cpu(x, weights, topk_weights, *alignment, top_k, block_size):
+    result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.padded_n), x.dtype)
     return jax.ffi.ffi_call(native.MOE_GEMM_CPU, [result])(
         x,
-        *operands,
+        *cpu_weight_operands(weights),
+        or_empty(topk_weights, jnp.float32),
+        *alignment,
         top_k=top_k,
         block_size=block_size,
-        mul_topk_weights=weighted,
+        mul_topk_weights=topk_weights is not None,
         **format_attributes("", weights),
     )
 
 
-def _cuda(x, *operands, weight_format, top_k, block_size, implementation):
-    weights = weights_from_operands(operands[:WEIGHT_OPERANDS], weight_format)
-    topk_weights, sorted_ids, *_ = operands[WEIGHT_OPERANDS:]
-    if x.shape[0] == 0 or not serves("cuda", implementation):
-        return _reference(
-            x, *operands, weight_format=weight_format, top_k=top_k, block_size=block_size, implementation=None
-        )
+def _cuda(x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, block_size):
+    operands = [x, *weight_operands(weights), topk_weights, sorted_ids, expert_ids, count]
+    result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.padded_n), x.dtype)
+    if x.shape[0] == 0:
+        return [jnp.zeros(result.shape, result.dtype)]
     architecture = target_architecture()
     plan = plan_moe_gemm(
         x,
@@ -192,46 +153,48 @@ def _cuda(x, *operands, weight_format, top_k, block_size, implementation):
         top_k=top_k,
         block_size=block_size,
         list_length=sorted_ids.shape[0],
-        weighted=or_none(topk_weights) is not None,
+        weighted=topk_weights is not None,
         architecture=architecture,
     )
-    result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.n), x.dtype)
-    return call_program([x, *operands], [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
+    return call_program(operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
-def _batching_rule(operands, dims, *, top_k, block_size, **params):
+def _batching_rule(op, leaves, dims, *, structure, top_k, block_size, **params):
     """Batched tokens become one call over all of them; batched weights one call each."""
-    bind = partial(moe_gemm_p.bind, top_k=top_k, block_size=block_size, **params)
-    if any(dim is not None for dim in dims[1 : 1 + WEIGHT_OPERANDS]):
-        return map_batch(bind, operands, dims)
-    batch = next(o.shape[d] for o, d in zip(operands, dims, strict=True) if d is not None)
+    params |= {"top_k": top_k, "block_size": block_size}
+    x, weights, router, *alignment = jax.tree.unflatten(structure, leaves)
+    x_dim, weights_dims, router_dim, *alignment_dims = jax.tree.unflatten(structure, dims)
+    if jax.tree.leaves(weights_dims):
+        return map_batch(op, leaves, dims, structure=structure, **params)
+    batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
 
-    def batched(index: int) -> jax.Array:
-        operand, dim = operands[index], dims[index]
+    def batched(operand: jax.Array, dim: int | None) -> jax.Array:
         if dim is None:
             return jnp.broadcast_to(operand, (batch, *operand.shape))
         return jnp.moveaxis(operand, dim, 0)
 
-    x, (router, sorted_ids, expert_ids, count) = batched(0), map(batched, range(1 + WEIGHT_OPERANDS, len(operands)))
+    x = batched(x, x_dim)
+    sorted_ids, expert_ids, count = map(batched, alignment, alignment_dims)
     tokens, slots = x.shape[1], x.shape[1] * top_k
     # Element b's slots follow those of b - 1. Its blocks past the end lose their expert, so one count covers all.
     size, blocks = sorted_ids.shape[1], expert_ids.shape[1]
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * slots
-    listed = (sorted_ids >= 0) & (sorted_ids < slots) & (jnp.arange(size) < count)
+    listed = (sorted_ids >= 0) & (sorted_ids < slots) & (jnp.arange(size)[None] < count)
     sorted_ids = jnp.where(listed, sorted_ids + first, batch * slots)
     sorted_ids = jnp.pad(sorted_ids, ((0, 0), (0, blocks * block_size - size)), constant_values=batch * slots)
-    expert_ids = jnp.where(jnp.arange(blocks) * block_size < count, expert_ids, -1)
-    outputs = bind(
+    expert_ids = jnp.where(jnp.arange(blocks)[None] * block_size < count, expert_ids, -1)
+    (y,) = op(
         x.reshape(batch * tokens, x.shape[2]),
-        *operands[1 : 1 + WEIGHT_OPERANDS],
-        router.reshape(-1) if router.shape[1] else router[0],
+        weights,
+        None if router is None else batched(router, router_dim).reshape(-1),
         sorted_ids.reshape(-1),
         expert_ids.reshape(-1),
         jnp.full((1,), batch * blocks * block_size, jnp.int32),
+        **params,
     )
-    return [y.reshape(batch, slots, -1) for y in outputs], [0]
+    return [y.reshape(batch, slots, -1)], [0]
 
 
-moe_gemm_p = define_primitive(
+moe_gemm_op = define_op(
     "moe_gemm", shape_rule=_shape_rule, reference=_reference, cpu=_cpu, cuda=_cuda, batching_rule=_batching_rule
 )

@@ -1,7 +1,4 @@
-"""The operands and attributes of one matrix in the custom calls.
-
-An optional array that is absent travels as a zero-size vector.
-"""
+"""The operands and attributes of one matrix in the custom calls."""
 
 from typing import Any
 
@@ -10,38 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_marlin_moe.formats import WeightFormat
 from jax_marlin_moe.weights import MarlinWeights
 
 WEIGHT_OPERANDS = 5  # packed, scales, zeros, global_scales, bias
 
 
-def or_absent(array: jax.Array | None, dtype: DTypeLike) -> jax.Array:
-    """`array`, or its stand-in when it is None."""
+def weight_operands(weights: MarlinWeights) -> tuple[jax.Array | None, ...]:
+    """The arrays of one matrix in the order of the custom calls, None where absent; x has its row order and padding."""
+    return (weights.packed, weights.scales, weights.zeros, weights.global_scales, weights.bias)
+
+
+def or_empty(array: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+    """`array`, or the vector of no elements by which the CPU handlers know that it is absent."""
     return jnp.zeros((0,), dtype) if array is None else array
 
 
-def or_none(array: jax.Array) -> jax.Array | None:
-    """The inverse of `or_absent`."""
-    return None if array.shape == (0,) else array
-
-
-def weight_operands(weights: MarlinWeights) -> tuple[jax.Array, ...]:
-    """The operands of one matrix; its row order and padding have been applied to x before."""
+def cpu_weight_operands(weights: MarlinWeights) -> tuple[jax.Array, ...]:
+    """`weight_operands` for a CPU handler, whose operands are all there."""
+    packed, scales, zeros, global_scales, bias = weight_operands(weights)
+    assert packed is not None
+    assert scales is not None
     return (
-        weights.packed,
-        weights.scales,
-        or_absent(weights.zeros, jnp.int32),
-        or_absent(weights.global_scales, jnp.float32),
-        or_absent(weights.bias, jnp.float32),
-    )
-
-
-def weights_from_operands(operands: tuple[jax.Array, ...], weight_format: WeightFormat) -> MarlinWeights:
-    """The inverse of `weight_operands`: the padded matrix, in packed row order."""
-    packed, scales, zeros, global_scales, bias = operands
-    return MarlinWeights(
-        packed, scales, or_none(zeros), or_none(bias), None, weight_format, global_scales=or_none(global_scales)
+        packed,
+        scales,
+        or_empty(zeros, jnp.int32),
+        or_empty(global_scales, jnp.float32),
+        or_empty(bias, jnp.float32),
     )
 
 
