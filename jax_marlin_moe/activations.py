@@ -12,25 +12,80 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def _silu(gate: Array, up: Array) -> Array:
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def _gelu_tanh(gate: Array, up: Array) -> Array:
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+def _relu2(gate: Array, _: None) -> Array:
+    return jnp.square(jnp.maximum(gate, 0))
+
+
+def _swiglu(gate: Array, up: Array, limit: float, alpha: float, beta: float) -> Array:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + beta)
+
+
+def _check_swiglu(limit: float, alpha: float, beta: float) -> None:
+    if not limit > 0:
+        raise ValueError(f"limit is {limit}; it must be positive")
+    if not (math.isfinite(alpha) and math.isfinite(beta)):
+        raise ValueError(f"alpha and beta are {alpha} and {beta}; they must be finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Function:
+    """What a name stands for: (gate, up, *parameters) to the input of the second product, and who checks them."""
+
+    apply: Callable[..., Array]
+    gated: bool = True
+    parameters: int = 0
+    check: Callable[..., None] = lambda: None
+
+
+_FUNCTIONS = {
+    "silu": _Function(_silu),
+    "gelu_tanh": _Function(_gelu_tanh),
+    "relu2": _Function(_relu2, gated=False),
+    "swiglu": _Function(_swiglu, parameters=3, check=_check_swiglu),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An activation with its parameters.
+    """An activation with its parameters; its name says what it computes.
 
     Attributes:
         name: its name in the registry, in the custom calls and in the kernels.
-        gated: whether the first product has two halves [gate | up], which `apply` combines.
         parameters: in the order in which the kernels take them.
-        apply: (gate, up) to the input of the second product; up is None where not gated.
+
+    Raises:
+        ValueError: there is no such name, or it takes no such parameters.
     """
 
     name: str
-    gated: bool
     parameters: tuple[float, ...] = ()
-    apply: Callable[..., Float[Array, "... I"]] = dataclasses.field(compare=False, kw_only=True, repr=False)
 
-    def __reduce__(self) -> tuple[Callable[..., "Activation"], tuple]:
-        """Pickled by name and parameters: functions of arrays are not."""
-        return make_activation, (self.name, self.parameters)
+    def __post_init__(self) -> None:
+        if self.name not in _FUNCTIONS:
+            raise ValueError(f"name is {self.name!r}; it must be one of {', '.join(sorted(_FUNCTIONS))}")
+        if len(self.parameters) != _FUNCTIONS[self.name].parameters:
+            raise ValueError(
+                f"parameters is {self.parameters}; {self.name!r} takes {_FUNCTIONS[self.name].parameters} of them"
+            )
+        _FUNCTIONS[self.name].check(*self.parameters)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the first product has two halves [gate | up], which `apply` combines."""
+        return _FUNCTIONS[self.name].gated
+
+    def apply(self, gate: Float[Array, "... I"], up: Float[Array, "... I"] | None) -> Float[Array, "... I"]:
+        """The input of the second product; up is None where not gated."""
+        return _FUNCTIONS[self.name].apply(gate, up, *self.parameters)
 
 
 def swiglu(limit: float = math.inf, alpha: float = 1.0, beta: float = 0.0) -> Activation:
@@ -41,33 +96,28 @@ def swiglu(limit: float = math.inf, alpha: float = 1.0, beta: float = 0.0) -> Ac
     Raises:
         ValueError: limit is not positive, or alpha or beta is not finite.
     """
-    limit, alpha, beta = float(limit), float(alpha), float(beta)
-    if not limit > 0:
-        raise ValueError(f"limit is {limit}; it must be positive")
-    if not (math.isfinite(alpha) and math.isfinite(beta)):
-        raise ValueError(f"alpha and beta are {alpha} and {beta}; they must be finite")
-
-    def apply(gate: Array, up: Array) -> Array:
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-        return gate * jax.nn.sigmoid(alpha * gate) * (up + beta)
-
-    return Activation("swiglu", True, (limit, alpha, beta), apply=apply)
+    return Activation("swiglu", (float(limit), float(alpha), float(beta)))
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    row.name: row
-    for row in (
-        Activation("silu", True, apply=lambda gate, up: gate * jax.nn.sigmoid(gate) * up),
-        Activation("gelu_tanh", True, apply=lambda gate, up: jax.nn.gelu(gate, approximate=True) * up),
-        Activation("relu2", False, apply=lambda gate, _: jnp.square(jnp.maximum(gate, 0))),
-    )
+    name: Activation(name) for name, function in _FUNCTIONS.items() if not function.parameters
 }
 
 
 def get_activation(activation: str | Activation) -> Activation:
-    """The registry row of a name, or the activation itself; raises ValueError with the known names otherwise."""
-    if isinstance(activation, Activation):
+    """The registry row of a name, or the activation itself.
+
+    Raises:
+        TypeError: it is neither a name nor exactly an `Activation`: a class of its own may compute anything.
+        ValueError: there is no such name.
+    """
+    if type(activation) is Activation:
         return activation
+    if not isinstance(activation, str):
+        raise TypeError(
+            f"activation is a {type(activation).__name__}; it must be a name, or made by "
+            "jax_marlin_moe.swiglu(limit, alpha, beta): the kernels know no others"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation is {activation!r}; it must be one of {', '.join(sorted(ACTIVATIONS))}, or "

@@ -107,8 +107,7 @@ def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:
     layer = load_moe_layer(CHECKPOINT, layer=0)
     for tokens in (1, 16):
         x = jax.random.normal(jax.random.key(tokens), (tokens, layer.gate_up.k), dtype)
-        logits = jnp.matmul(x.astype(jnp.float32), layer.router.astype(jnp.float32))
-        weights, chosen = jmm.route(logits, top_k=layer.top_k, renormalize=layer.renormalize, scoring=layer.scoring)
+        weights, chosen = layer.route(x)
         name = f"AWQ checkpoint, E={layer.gate_up.num_experts} H={layer.gate_up.k}"
         yield _Case(name, x, layer.gate_up, layer.down, weights[None], np.asarray(chosen)[None])
     if small:

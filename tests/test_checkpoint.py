@@ -47,7 +47,8 @@ def copy(tmp_path):
 
 def test_fields():
     layer = load_moe_layer(str(DATA / "ck_awq"), layer=1)
-    assert (layer.top_k, layer.renormalize, layer.scoring, layer.activation) == (2, True, "softmax", "silu")
+    assert layer.routing == jmm.Routing(top_k=2)
+    assert layer.activation == "silu"
     assert (layer.gate_up.num_experts, layer.gate_up.k, layer.gate_up.n) == (EXPERTS, HIDDEN, 2 * INTERMEDIATE)
     assert (layer.down.k, layer.down.n, layer.down.group_size) == (INTERMEDIATE, HIDDEN, GROUP)
     assert layer.gate_up.format.name == "int4_zp"
@@ -86,7 +87,7 @@ def test_layer_is_a_pytree():
     layer = load_moe_layer(DATA / "ck_awq", 0)
     doubled = jax.jit(lambda value: jax.tree.map(lambda leaf: leaf + leaf, value))(layer)
     assert isinstance(doubled, MoELayer)
-    assert doubled.top_k == layer.top_k
+    assert doubled.routing == layer.routing
     np.testing.assert_array_equal(doubled.router, layer.router * 2)
 
 
@@ -140,12 +141,12 @@ def test_mixtral_names(copy):
         tensors[name] = value
     save_file(tensors, folder / "model.safetensors")
     loaded = load_moe_layer(folder, 0)
-    assert loaded.renormalize
+    assert loaded.routing.renormalize
     assert_same(loaded, load_moe_layer(DATA / "ck_awq", 0))
 
 
 def test_router_rule_follows_the_config(copy):
-    assert not load_moe_layer(copy(config={"norm_topk_prob": False}), 0).renormalize
+    assert not load_moe_layer(copy(config={"norm_topk_prob": False}), 0).routing.renormalize
 
 
 def test_published_name_of_the_number_of_experts(copy):

@@ -11,6 +11,7 @@ from oracle import FACTS, random_experts
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
+from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.ops.arguments import check_weights
 from jax_marlin_moe.ops.operands import cpu_weight_operands, format_attributes
@@ -568,3 +569,32 @@ def test_handlers_refuse_leaves_of_another_format(weight_format):
 def test_handlers_refuse_router_weights_that_are_missing():
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*mul_topk_weights needs topk_weights"):
         run_handler("product", {"topk_weights": lambda leaf: leaf[:0]})
+
+
+class Louder(Activation):
+    def apply(self, gate, up):
+        return 2 * super().apply(gate, up)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_an_activation_of_a_class_of_its_own_is_refused(implementation):
+    with pytest.raises(TypeError, match=r"activation is a Louder; it must be a name, or made by .*swiglu"):
+        jmm.fused_moe(**block_arguments() | {"activation": Louder("silu"), "implementation": implementation})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mine",), "name is 'mine'; it must be one of gelu_tanh, relu2, silu, swiglu"),
+        (("silu", (1.0,)), r"parameters is \(1.0,\); 'silu' takes 0 of them"),
+        (("swiglu", (0.0, 1.0, 0.0)), "limit is 0.0; it must be positive"),
+    ],
+)
+def test_activations_that_the_kernels_do_not_know_cannot_be_made(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Activation(*arguments)
+
+
+def test_an_activation_computes_what_its_name_says():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'apply'"):
+        Activation("silu", apply=lambda gate, up: gate)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.checkpoint import MoELayer, SharedExpert
 from jax_marlin_moe.flax.linen import MarlinMoE as LinenMoE
 from jax_marlin_moe.flax.nnx import MarlinMoE, QuantizedParam
 
@@ -167,3 +168,51 @@ def test_the_package_does_not_import_flax():
     code = "import sys, jax_marlin_moe, jax_marlin_moe.flax, jax_marlin_moe.checkpoint; print('flax' in sys.modules)"
     result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def loaded(parts, **changes):
+    gate_up, down, router = parts
+    return MoELayer(gate_up, down, router, changes.pop("routing", jmm.Routing(TOP_K)), **changes)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_a_loaded_softmax_layer_keeps_its_numbers(parts, x, renormalize):
+    layer = loaded(parts, routing=jmm.Routing(TOP_K, renormalize=renormalize))
+    module, variables = LinenMoE.from_layer(layer)
+    assert_close(MarlinMoE.from_layer(layer)(x), layer(x))
+    assert_close(module.apply(variables, x), layer(x))
+
+
+def test_a_loaded_layer_keeps_an_activation_with_parameters(parts, x):
+    layer = loaded(parts, activation=jmm.swiglu(0.5, 1.702, 1.0))
+    module, variables = LinenMoE.from_layer(layer)
+    assert_close(MarlinMoE.from_layer(layer)(x), layer(x))
+    assert_close(module.apply(variables, x), layer(x))
+
+
+VECTOR = jnp.ones(EXPERTS)
+BEYOND_MARLIN_MOE = {
+    "router_bias": {"router_bias": VECTOR},
+    "correction_bias": {"correction_bias": VECTOR},
+    "expert_scale": {"expert_scale": VECTOR},
+    "router_input_scale": {"router_input_scale": jnp.ones(HIDDEN)},
+    "token_experts": {"token_experts": jnp.zeros((7, TOP_K), jnp.int32)},
+    "shared": {"shared": SharedExpert(jnp.ones((HIDDEN, 128)), jnp.ones((64, HIDDEN)))},
+    "routing.scoring is 'sigmoid'": {"routing": jmm.Routing(TOP_K, scoring="sigmoid")},
+    "routing.softmax_after_topk": {"routing": jmm.Routing(TOP_K, scoring="identity", softmax_after_topk=True)},
+    "routing.num_groups is 2": {"routing": jmm.Routing(TOP_K, num_groups=2)},
+    "routing.scale is 2.5": {"routing": jmm.Routing(TOP_K, scale=2.5)},
+    "routing.apply_on_input": {"routing": jmm.Routing(TOP_K, apply_on_input=True)},
+}
+
+
+@pytest.mark.parametrize("build", [MarlinMoE.from_layer, LinenMoE.from_layer], ids=["nnx", "linen"])
+@pytest.mark.parametrize("name", BEYOND_MARLIN_MOE)
+def test_layers_with_more_than_a_softmax_router_are_refused_by_name(parts, build, name):
+    with pytest.raises(ValueError, match=f"layer has what MarlinMoE cannot hold: .*{name}"):
+        build(loaded(parts, **BEYOND_MARLIN_MOE[name]))
+
+
+def test_only_a_loaded_layer_is_taken(parts):
+    with pytest.raises(TypeError, match="layer is a tuple; it must be a"):
+        MarlinMoE.from_layer(parts)

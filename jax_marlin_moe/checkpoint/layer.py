@@ -68,21 +68,6 @@ class MoELayer:
         """One line: dtypes, shapes and bytes, and how tokens are routed."""
         return summary(self)
 
-    @property
-    def top_k(self) -> int:
-        """Experts per token."""
-        return self.routing.top_k
-
-    @property
-    def renormalize(self) -> bool:
-        """Whether the chosen router weights are divided by their sum."""
-        return self.routing.renormalize
-
-    @property
-    def scoring(self) -> str:
-        """The scores of the router."""
-        return self.routing.scoring
-
     def route(
         self, x: Float[Array, "tokens H"], token_ids: Int32[Array, "tokens"] | None = None
     ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:

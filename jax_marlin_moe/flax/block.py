@@ -1,17 +1,19 @@
 """What the layers of both Flax APIs share: routed experts as a function, and random experts. No Flax in here."""
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.checkpoint.layer import MoELayer
 from jax_marlin_moe.ops.arguments import check_shape, check_top_k, check_weights
 from jax_marlin_moe.ops.fused_moe import fused_moe
 from jax_marlin_moe.quantize import quantize
-from jax_marlin_moe.routing import route
+from jax_marlin_moe.routing import Routing, route
 from jax_marlin_moe.weights import MarlinWeights
 
 
@@ -23,7 +25,7 @@ def apply_block(
     *,
     top_k: int,
     renormalize: bool,
-    activation: str,
+    activation: str | Activation,
     implementation: str | None,
 ) -> Float[Array, "*batch H"]:
     """Routes every row of x and runs its experts; leading dimensions are flattened and restored.
@@ -46,7 +48,7 @@ def apply_block(
 
 
 def check_block(
-    gate_up: MarlinWeights, down: MarlinWeights, router: Float[Array, "H E"], top_k: int, activation: str
+    gate_up: MarlinWeights, down: MarlinWeights, router: Float[Array, "H E"], top_k: int, activation: str | Activation
 ) -> None:
     """Raises TypeError or ValueError, naming the argument, unless the parts make up one block."""
     check_weights("gate_up", gate_up)
@@ -63,13 +65,49 @@ def check_block(
     check_top_k(top_k, gate_up.num_experts)
 
 
+def layer_parts(layer: MoELayer) -> dict[str, Any]:
+    """The arguments of `MarlinMoE` that make up a loaded layer.
+
+    Raises:
+        TypeError: `layer` is no `MoELayer`.
+        ValueError: the layer has something that `MarlinMoE` has no place for; all of it is named.
+    """
+    if not isinstance(layer, MoELayer):
+        raise TypeError(f"layer is a {type(layer).__name__}; it must be a jax_marlin_moe.checkpoint.MoELayer")
+    held = {"gate_up", "down", "router", "routing", "activation", "norm_epsilon"}  # the last is of another's norm
+    excess = [
+        f"{field.name} is not None"
+        for field in dataclasses.fields(layer)
+        if field.name not in held and getattr(layer, field.name) is not None
+    ]
+    plain = Routing(layer.routing.top_k, renormalize=layer.routing.renormalize)
+    excess += [
+        f"routing.{field.name} is {getattr(layer.routing, field.name)!r}, not {getattr(plain, field.name)!r}"
+        for field in dataclasses.fields(plain)
+        if getattr(layer.routing, field.name) != getattr(plain, field.name)
+    ]
+    if excess:
+        raise ValueError(
+            f"layer has what MarlinMoE cannot hold: {'; '.join(excess)}. It must be a softmax router and its experts "
+            "alone: call the MoELayer itself, which is a pytree"
+        )
+    return {
+        "gate_up": layer.gate_up,
+        "down": layer.down,
+        "router": layer.router,
+        "top_k": layer.routing.top_k,
+        "renormalize": layer.routing.renormalize,
+        "activation": layer.activation,
+    }
+
+
 def random_experts(
     key: Array,
     num_experts: int,
     hidden: int,
     intermediate: int,
     *,
-    activation: str,
+    activation: str | Activation,
     weight_format: str,
     group_size: int | Literal["customary"] | None,
     dtype: DTypeLike,

@@ -7,18 +7,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_marlin_moe.flax.block import apply_block, check_block, random_experts
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.checkpoint.layer import MoELayer
+from jax_marlin_moe.flax.block import apply_block, check_block, layer_parts, random_experts
 from jax_marlin_moe.weights import MarlinWeights
 
 QUANTIZED_COLLECTION = "quantized"
 
 
 class MarlinMoE(nn.Module):
-    """A router and the quantised experts behind it.
+    """A softmax router and the quantised experts behind it.
 
     The router's kernel is the parameter `params/router`; the experts are `quantized/gate_up` and `quantized/down`,
     each a `MarlinWeights`, in a collection that optimisers over `params` do not see. For inference: the block of
-    experts has no differentiation rule, so `jax.grad` through the layer raises.
+    experts has no differentiation rule, so `jax.grad` through the layer raises. Many models route in other ways or have
+    more beside the experts: build the layer of a checkpoint with `from_layer`, which refuses what there is no place for
+    here.
 
     Attributes:
         num_experts: E.
@@ -31,7 +35,7 @@ class MarlinMoE(nn.Module):
         dtype: of the scales, where they are floats.
         router_dtype: of the router's kernel, any float.
         renormalize: whether the chosen router weights are divided by their sum.
-        activation: a name of `jax_marlin_moe.activations`.
+        activation: as for `jax_marlin_moe.fused_moe`.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
     """
 
@@ -44,7 +48,7 @@ class MarlinMoE(nn.Module):
     dtype: Any = jnp.bfloat16
     router_dtype: Any = jnp.float32
     renormalize: bool = True
-    activation: str = "silu"
+    activation: str | Activation = "silu"
     implementation: str | None = None
 
     @classmethod
@@ -56,7 +60,7 @@ class MarlinMoE(nn.Module):
         *,
         top_k: int,
         renormalize: bool = True,
-        activation: str = "silu",
+        activation: str | Activation = "silu",
         implementation: str | None = None,
     ) -> tuple["MarlinMoE", dict[str, dict[str, Any]]]:
         """A module and its variables from packed experts.
@@ -93,6 +97,26 @@ class MarlinMoE(nn.Module):
         )
         experts = {"gate_up": gate_up, "down": down}
         return module, {"params": {"router": router}, QUANTIZED_COLLECTION: experts}
+
+    @classmethod
+    def from_layer(
+        cls, layer: MoELayer, *, implementation: str | None = None
+    ) -> tuple["MarlinMoE", dict[str, dict[str, Any]]]:
+        """A loaded layer that is a softmax router and its experts alone, as in Mixtral, Qwen3 and OLMoE.
+
+        Args:
+            layer: of `jax_marlin_moe.checkpoint`.
+            implementation: as the attribute.
+
+        Returns:
+            As `from_weights`.
+
+        Raises:
+            TypeError: `layer` is no `MoELayer`.
+            ValueError: the layer has a bias, groups of experts, a scale, other scores, a shared expert or anything
+                else that this class has no place for.
+        """
+        return cls.from_weights(**layer_parts(layer), implementation=implementation)
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:

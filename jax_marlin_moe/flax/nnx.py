@@ -8,7 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jax_marlin_moe.flax.block import apply_block, check_block, random_experts
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.checkpoint.layer import MoELayer
+from jax_marlin_moe.flax.block import apply_block, check_block, layer_parts, random_experts
 from jax_marlin_moe.weights import MarlinWeights
 
 
@@ -21,10 +23,11 @@ class QuantizedParam(nnx.Variable[MarlinWeights]):
 
 
 class MarlinMoE(nnx.Module):
-    """A router and the quantised experts behind it.
+    """A softmax router and the quantised experts behind it.
 
     `router` is an `nnx.Param`, `gate_up` and `down` are `QuantizedParam`. For inference: the block of experts has no
-    differentiation rule, so `nnx.grad` through the layer raises.
+    differentiation rule, so `nnx.grad` through the layer raises. Many models route in other ways or have more beside
+    the experts: build the layer of a checkpoint with `from_layer`, which refuses what there is no place for here.
 
     Args:
         gate_up: E experts (H, 2 I), columns [gate | up].
@@ -32,7 +35,7 @@ class MarlinMoE(nnx.Module):
         router: float kernel, input dimension first.
         top_k: experts per token.
         renormalize: whether the chosen router weights are divided by their sum.
-        activation: a name of `jax_marlin_moe.activations`.
+        activation: as for `jax_marlin_moe.fused_moe`.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
     Raises:
@@ -48,7 +51,7 @@ class MarlinMoE(nnx.Module):
         *,
         top_k: int,
         renormalize: bool = True,
-        activation: str = "silu",
+        activation: str | Activation = "silu",
         implementation: str | None = None,
     ) -> None:
         check_block(gate_up, down, router, top_k, activation)
@@ -59,6 +62,21 @@ class MarlinMoE(nnx.Module):
         self.renormalize = renormalize
         self.activation = activation
         self.implementation = implementation
+
+    @classmethod
+    def from_layer(cls, layer: MoELayer, *, implementation: str | None = None) -> "MarlinMoE":
+        """A loaded layer that is a softmax router and its experts alone, as in Mixtral, Qwen3 and OLMoE.
+
+        Args:
+            layer: of `jax_marlin_moe.checkpoint`.
+            implementation: as in the constructor.
+
+        Raises:
+            TypeError: `layer` is no `MoELayer`.
+            ValueError: the layer has a bias, groups of experts, a scale, other scores, a shared expert or anything
+                else that this class has no place for.
+        """
+        return cls(**layer_parts(layer), implementation=implementation)
 
     @classmethod
     def random(
@@ -73,7 +91,7 @@ class MarlinMoE(nnx.Module):
         group_size: int | Literal["customary"] | None = "customary",
         dtype: DTypeLike = jnp.bfloat16,
         router_dtype: DTypeLike = jnp.float32,
-        activation: str = "silu",
+        activation: str | Activation = "silu",
         **options: Any,
     ) -> "MarlinMoE":
         """A layer with random weights of variance 1 / fan-in, quantised.
