@@ -4,6 +4,7 @@ import argparse
 import time
 
 from jax_marlin_moe.checkpoint import convert
+from jax_marlin_moe.console import INTERRUPTED, complain, progress
 from jax_marlin_moe.formats import FORMATS
 
 
@@ -18,16 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Converts; returns 1, with the reason, where the checkpoint is refused."""
+    """Converts; returns 1, with the reason, where the checkpoint is refused or a file cannot be written."""
     size = {None: "customary", -1: None}.get(options.group_size, options.group_size)
     start = time.perf_counter()
 
     def report(layer: int, written: int) -> None:
-        print(f"layer {layer:4d}  {written / 1e6:9.1f} MB  {time.perf_counter() - start:6.1f} s", flush=True)
+        progress(f"layer {layer:4d}  {written / 1e6:9.1f} MB  {time.perf_counter() - start:6.1f} s")
 
     try:
         convert(options.source, options.destination, quantize=options.quantize, group_size=size, report=report)
     except (OSError, TypeError, ValueError) as error:
-        print(f"cannot convert: {error}")
+        complain(f"cannot convert: {error}")
         return 1
+    except KeyboardInterrupt:
+        complain("interrupted; finished layers are kept, and the same command goes on behind them")
+        return INTERRUPTED
     return 0

@@ -1,9 +1,12 @@
 """Prints what a checkpoint holds: its layers of experts, their formats and sizes."""
 
 import argparse
+import pathlib
+from collections.abc import Iterator
 
 from jax_marlin_moe.checkpoint import packed
 from jax_marlin_moe.checkpoint.loading import Checkpoint
+from jax_marlin_moe.console import complain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,33 +17,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints; returns 1, with the reason, where the folder is no checkpoint."""
     try:
+        if not options.path or not pathlib.Path(options.path).exists():
+            raise FileNotFoundError(f"path is {options.path!r}, which does not exist; pass the folder of a checkpoint")
         checkpoint = Checkpoint(options.path)
-        if checkpoint.manifest is not None:
-            _print_packed(checkpoint.manifest)
-        else:
-            _print_source(checkpoint)
+        lines = _packed(checkpoint.manifest) if checkpoint.manifest is not None else _source(checkpoint)
+        while (line := next(lines, None)) is not None:
+            print(escaped(line))
+    except BrokenPipeError:  # of the output, not of the checkpoint
+        raise
     except (OSError, ValueError) as error:
-        print(f"cannot inspect: {error}")
+        complain(f"cannot inspect: {error}")
         return 1
     return 0
 
 
-def _print_packed(manifest: packed.Manifest) -> None:
-    print(f"{manifest.folder}: packed form, version {packed.VERSION}, {len(manifest.layers)} layers")
+def escaped(text: str) -> str:
+    """A line with escapes in place of what is not printable: names in a file must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _packed(manifest: packed.Manifest) -> Iterator[str]:
+    yield f"{manifest.folder}: packed form, version {manifest.version}, {len(manifest.layers)} layers"
     for number in manifest.layers:
-        entry = manifest.entries[number]
-        found = packed.describe(manifest.folder / entry["file"])
-        facts = entry["layer"]
-        matrices = ", ".join(f"{path} {about['format']}" for path, about in facts["matrices"].items())
-        size = sum(size for _, _, size in found.values())
-        routing = facts["routing"]
-        print(f"layer {number:4d}  {size / 1e6:9.1f} MB  {matrices}; {routing['scoring']} top {routing['top_k']}")
+        facts, size = manifest.describe(number)
+        matrices = ", ".join(f"{path} {about['format'].name}" for path, about in facts.matrices.items())
+        routing = facts.routing
+        yield f"layer {number:4d}  {size / 1e6:9.1f} MB  {matrices}; {routing.scoring} top {routing.top_k}"
 
 
-def _print_source(checkpoint: Checkpoint) -> None:
+def _source(checkpoint: Checkpoint) -> Iterator[str]:
     quantization = checkpoint.quantization
     method = quantization.method or "none"
-    print(
+    yield (
         f"{checkpoint.folder}: {checkpoint.config.get('model_type')}, quant_method {method} "
         f"({quantization.source.name})"
     )
@@ -51,10 +59,10 @@ def _print_source(checkpoint: Checkpoint) -> None:
         kinds: dict[tuple[str, str], int] = {}
         for name in files.names:
             if name.startswith(block):
-                # Numbers of experts are left out, so that equal tensors count together.
+                # Without the numbers of experts, so that equal tensors count together.
                 short = ".".join("*" if part.isdigit() else part for part in name.removeprefix(prefix).split("."))
                 kind = (short, f"{files.info(name).dtype} {list(files.info(name).shape)}")
                 kinds[kind] = kinds.get(kind, 0) + 1
-        print(f"layer {number}")
+        yield f"layer {number}"
         for (name, described), count in sorted(kinds.items()):
-            print(f"  {count:5d} x {name}  {described}")
+            yield f"  {count:5d} x {name}  {described}"

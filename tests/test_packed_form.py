@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -73,9 +75,13 @@ def full_layer() -> MoELayer:
     )
 
 
+def write(folder, number, layer):
+    packed.write_manifest(folder / packed.MANIFEST, {number: packed.write_layer(folder, number, layer)}, "test", {})
+
+
 def test_every_field_comes_back(tmp_path):
     layer = full_layer()
-    packed.write_manifest(tmp_path, {7: packed.write_layer(tmp_path, 7, layer)}, "test")
+    write(tmp_path, 7, layer)
     assert_same(load_moe_layer(tmp_path, 7), layer)
     assert load_moe_layer(tmp_path, 7).activation == layer.activation
 
@@ -115,7 +121,8 @@ def test_the_file_is_plain_safetensors(tmp_path):
     raw = (tmp_path / entry["file"]).read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
-    assert header["__metadata__"] == {"format": "jax_marlin_moe", "version": "1"}
+    assert header["__metadata__"].keys() == {"format", "version", "layer"}
+    assert json.loads(header["__metadata__"]["layer"])["number"] == 0
     starts = [8 + size + e["data_offsets"][0] for n, e in header.items() if n[0] != "_" and not n.endswith(".gap")]
     assert all(start % 64 == 0 for start in starts)
 
@@ -133,6 +140,21 @@ def edit(folder, change):
     path.write_text(json.dumps(values))
 
 
+def edit_facts(folder, change, *, sign=True):
+    """Changes what the file of layer 0 says of itself, and, to sign that, its digest in the manifest."""
+    path = folder / packed.file_of(0)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    about = json.loads(header["__metadata__"]["layer"])
+    change(about)
+    header["__metadata__"]["layer"] = json.dumps(about)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    if sign:
+        edit(folder, lambda v: v["layers"]["0"].update(sha256=packed.sha256(path)))
+
+
 def test_a_wrong_checksum_is_refused(folder):
     path = folder / "layer-00001.safetensors"
     data = bytearray(path.read_bytes())
@@ -147,44 +169,174 @@ def test_a_wrong_checksum_is_refused(folder):
 
 
 MANIFESTS = [
-    (lambda v: v.update(version=2), "version is 2; this package reads up to 1: update it"),
-    (lambda v: v.update(version="1"), "version is '1'; it must be a positive integer"),
-    (lambda v: v.pop("version"), "version is None"),
-    (lambda v: v.pop("layers"), "has no layers"),
-    (lambda v: v["layers"]["0"].pop("sha256"), "lacks file, sha256 or layer"),
+    (lambda v: v.update(version=3), "version is 3; this package reads up to 2: update it"),
+    (lambda v: v.update(version="1"), "version is '1'; it must be an integer of at least 1"),
+    (lambda v: v.update(version=True), "version is True"),
+    (lambda v: v.update(version=1), r"layers\.0\.layer is missing"),
+    (lambda v: v.pop("version"), "version is missing"),
+    (lambda v: v.pop("layers"), "layers is missing; it must be an object"),
+    (lambda v: v["layers"]["0"].pop("sha256"), r"layers\.0\.sha256 is missing"),
+    (lambda v: v["layers"]["0"].update(sha256="0"), r"layers\.0\.sha256 is '0'; it must be 64 hexadecimal digits"),
     (lambda v: v["layers"]["0"].update(file="../layer-00000.safetensors"), "must be a plain file name"),
     (lambda v: v["layers"]["0"].update(file="/etc/passwd"), "must be a plain file name"),
     (lambda v: v["layers"]["0"].update(file=3), "must be a plain file name"),
-    (lambda v: v.update(version=True), "version is True"),
+    (lambda v: v["layers"]["0"].pop("file"), "must be a plain file name"),
+    (
+        lambda v: v["layers"].update({"0": v["layers"]["1"]}),
+        r"file is 'layer-00001\.safetensors'; it must be layer-00000",
+    ),
+    (lambda v: v["layers"].update({"0": 8}), r"layers\.0 is 8; it must be an object"),
     (lambda v: v["layers"].update(first=v["layers"]["0"]), "layers has the key 'first'; it must be the number"),
-    (lambda v: v["layers"]["0"].update(layer="x"), "layer 0 lacks matrices or routing"),
-    (lambda v: v["layers"]["0"]["layer"].update(matrices=[]), "layer 0 lacks matrices or routing"),
-    (lambda v: v["layers"]["0"]["layer"].pop("routing"), "layer 0 lacks matrices or routing"),
-    (lambda v: v["layers"]["0"]["layer"]["matrices"].update(down=8), "a matrix of layer 0 lacks its format"),
-    (lambda v: v["layers"]["0"]["layer"].update(matrices={}), "says nothing of down.packed"),
-    (lambda v: v["layers"]["0"]["layer"]["matrices"].pop("gate_up"), "says nothing of gate_up.packed"),
-    (
-        lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(row_padding=16),
-        "does not fit together: gate_up has N = 256 columns and down K = 112",
-    ),
-    (lambda v: v["layers"]["0"]["layer"]["routing"].update(top_k=99), "does not fit together: top_k is 99"),
-    (lambda v: v["layers"]["0"]["layer"]["routing"].update(scoring="?"), "does not fit together: scoring is"),
-    (lambda v: v["layers"]["0"]["layer"]["routing"].update(surprise=1), "does not describe the file"),
-    (lambda v: v["layers"]["0"]["layer"].update(activation={"name": "?", "parameters": []}), "activation is '\\?'"),
-    (lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int3"), "format is 'int3'"),
-    (
-        lambda v: v["layers"]["0"]["layer"]["matrices"]["down"].update(format="int8"),
-        r"down\.scales|down is packed|down has",
-    ),
+    (lambda v: v["layers"].update({"00": v["layers"]["0"]}), "layers has the keys '0' and '00'; each layer"),
+    (lambda v: v["layers"].update({"02": v["layers"]["0"]}), "layers has the key '02'; it must be the number"),
+    (lambda v: v["layers"].update({"1" * 5000: v["layers"]["0"]}), "layers has the key '111.*must be the number"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), MANIFESTS)
-def test_wrong_manifests_are_refused(folder, change, message):
+def test_wrong_manifests_are_refused(folder, capsys, change, message):
     edit(folder, change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"jax_marlin_moe\.json.*{message}"):
         load_moe_layer(folder, 0)
-    assert main(["inspect", str(folder)]) in (0, 1)  # says what is wrong, where it sees it
+    assert main(["inspect", str(folder)]) == 1
+    assert "cannot inspect: " in capsys.readouterr().err
+
+
+def routing(**values):
+    return lambda facts: facts["routing"].update(values)
+
+
+def down(**values):
+    return lambda facts: facts["matrices"]["down"].update(values)
+
+
+WRONG_FACTS = [
+    (routing(renormalize={"a": {}}), r"routing\.renormalize is \{'a': \{\}\}; it must be true or false"),
+    (routing(renormalize="false"), r"routing\.renormalize is 'false'; it must be true or false"),
+    (routing(softmax_after_topk=float("-inf")), r"routing\.softmax_after_topk is -inf; it must be true or false"),
+    (routing(apply_on_input=0), r"routing\.apply_on_input is 0; it must be true or false"),
+    (routing(top_k=True), r"routing\.top_k is True; it must be an integer"),
+    (routing(top_k=2.0), r"routing\.top_k is 2\.0; it must be an integer"),
+    (routing(num_groups=0), r"routing\.num_groups is 0; it must be an integer of at least 1"),
+    (routing(scale="4"), r"routing\.scale is '4'; it must be a finite number"),
+    (routing(scale=float("nan")), r"routing\.scale is nan; it must be a finite number"),
+    (routing(scale=10**400), r"routing\.scale is 1.*; it must be a finite number"),
+    (routing(scale=1e39), r"routing\.scale is 1e\+39; it must be a finite number from"),
+    (routing(scoring=["softmax"]), r"routing\.scoring is \['softmax'\]; it must be a string"),
+    (routing(surprise=1), r"routing\.surprise is 1; it must be left out"),
+    (lambda f: f["routing"].pop("renormalize"), r"routing\.renormalize is missing"),
+    (lambda f: f.pop("routing"), "routing is missing; it must be an object"),
+    (lambda f: f.update(norm_epsilon=True), "norm_epsilon is True; it must be a finite number"),
+    (lambda f: f.update(norm_epsilon=-1), "norm_epsilon is -1; it must be a finite number from 0"),
+    (lambda f: f.update(surprise=1), "surprise is 1; it must be left out"),
+    (lambda f: f.update(activation="silu"), "activation is 'silu'; it must be an object"),
+    (lambda f: f.update(activation={"name": "?", "parameters": []}), r"activation\.name is '\?'; it must be one of"),
+    (lambda f: f["activation"].update(parameters=["1"]), r"activation\.parameters is \['1'\]; it must be 0 numbers"),
+    (lambda f: f.update(activation={"name": "swiglu", "parameters": ["7"]}), "it must be 3 numbers as strings"),
+    (lambda f: f.update(activation={"name": "swiglu", "parameters": ["x", "1", "0"]}), "it must be 3 numbers"),
+    (lambda f: f.update(activation={"name": "swiglu", "parameters": ["nan", "1", "0"]}), "limit is nan"),
+    (lambda f: f.update(matrices=[]), r"matrices is \[\]; it must be an object"),
+    (lambda f: f["matrices"].update(down=8), r"matrices\.down is 8; it must be an object"),
+    (lambda f: f["matrices"].update(up={}), r"matrices\.up is \{\}; it must be left out"),
+    (down(format="int3"), r"matrices\.down\.format is 'int3'; it must be one of"),
+    (down(format=["int4"]), r"matrices\.down\.format is \['int4'\]; it must be one of"),
+    (down(layout="a8"), r"matrices\.down\.layout is 'a8'; it must be 'a16'"),
+    (down(row_padding="16"), r"matrices\.down\.row_padding is '16'; it must be an integer"),
+    (down(column_padding=[True]), r"matrices\.down\.column_padding is \[True\]; it must be a list"),
+    (down(column_padding=4), r"matrices\.down\.column_padding is 4; it must be a list"),
+    (down(surprise=1), r"matrices\.down\.surprise is 1; it must be left out"),
+]
+MISFITS = [
+    (lambda f: f.update(matrices={}), r"nothing is said of down\.packed"),
+    (lambda f: f["matrices"].pop("gate_up"), r"nothing is said of gate_up\.packed"),
+    (lambda f: f["matrices"].update({"shared.down": f["matrices"]["down"]}), r"there is no shared\.gate_up"),
+    (down(row_padding=16), "group_size|does not fit together: gate_up has N = 256 columns and down K = 112"),
+    (routing(top_k=99), "does not fit together: top_k is 99"),
+    (routing(scoring="?"), "does not fit together: scoring is"),
+    (down(format="int8"), r"down\.scales|down is packed|down has"),
+]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_wrong_facts_are_refused(folder, capsys, version):
+    """Also where the digest is right: of version 1 it does not cover the facts."""
+    cases = [*((*case, True) for case in WRONG_FACTS), *((*case, False) for case in MISFITS)]
+    if version == 2:
+        cases += [
+            (down(group_size=0), r"matrices\.down\.group_size is 0; it must be an integer", True),
+            (lambda f: f["matrices"]["down"].pop("group_size"), r"down\.group_size is missing", True),
+            (down(group_size=64), "group_size|groups", False),
+        ]
+    else:
+        as_version_1(folder)
+    for number, (change, message, seen_by_inspect) in enumerate(cases):
+        case = shutil.copytree(folder, folder.parent / str(number))
+        if version == 1:
+            edit(case, lambda v, change=change: change(v["layers"]["0"]["layer"]))
+        else:
+            edit_facts(case, lambda about, change=change: change(about["facts"]))
+        file = packed.MANIFEST if version == 1 and seen_by_inspect else packed.file_of(0)
+        with pytest.raises(ValueError, match=rf"(?s){case / file}.*(?:{message})"):
+            load_moe_layer(case, 0)
+        assert main(["inspect", str(case)]) == int(seen_by_inspect)
+        assert ("cannot inspect: " in capsys.readouterr().err) == seen_by_inspect
+        shutil.rmtree(case)
+
+
+def as_version_1(folder):
+    """Layer 0 as version 1 had it: facts in the manifest, without group sizes, and none in the file."""
+    facts = {}
+    edit_facts(folder, lambda about: facts.update(about.pop("facts")))
+    for about in facts["matrices"].values():
+        del about["group_size"]
+    edit(folder, lambda v: v.update(version=1, layers={"0": v["layers"]["0"] | {"layer": facts}}))
+
+
+@pytest.mark.parametrize(
+    "change", [routing(renormalize=False), routing(scale=2.75), lambda f: f.update(norm_epsilon=1.0)]
+)
+def test_the_digest_covers_the_facts(folder, change):
+    """Facts that are as good as others, but not those that were written."""
+    edit_facts(folder, lambda about: change(about["facts"]), sign=False)
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors has SHA-256 .* the file is damaged"):
+        load_moe_layer(folder, 0)
+
+
+def test_a_file_of_another_layer_is_refused(folder):
+    (folder / packed.file_of(1)).replace(folder / packed.file_of(0))
+    edit(folder, lambda v: v["layers"]["0"].update(sha256=v["layers"]["1"]["sha256"]))
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors is of layer 1; .* names it for layer 0"):
+        load_moe_layer(folder, 0)
+
+
+@pytest.mark.parametrize("about", ["", "{", "[" * 100000, "[]", "{}"])
+def test_files_without_facts_are_refused(folder, about):
+    path = folder / packed.file_of(0)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["__metadata__"]["layer"] = about
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    edit(folder, lambda v: v["layers"]["0"].update(sha256=packed.sha256(path)))
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors: metadata"):
+        load_moe_layer(folder, 0)
+
+
+def test_version_1_loads():
+    """A folder that was written when the form had no digest of its facts."""
+    assert_same(load_moe_layer(DATA / "packed_version_1", 7), full_layer())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_pipes_are_not_opened(folder, capsys):
+    path = folder / packed.file_of(0)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors is no regular file"):
+        load_moe_layer(folder, 0)
+    assert main(["inspect", str(folder)]) == 1
+    assert "is no regular file" in capsys.readouterr().err
 
 
 def test_what_is_missing(folder):
@@ -195,11 +347,9 @@ def test_what_is_missing(folder):
         load_moe_layer(folder, 2)
 
 
-def test_converting_twice_or_over_something_is_refused(folder, tmp_path):
+def test_what_is_packed_is_not_packed_again(folder, tmp_path):
     with pytest.raises(ValueError, match="is packed already"):
         convert(folder, tmp_path / "again")
-    with pytest.raises(FileExistsError, match="is not empty"):
-        convert(DATA / "ck_awq", folder)
     with pytest.raises(ValueError, match="is packed already; quantize='int4' is for plain weights"):
         load_moe_layer(folder, 0, quantize="int4")
 
@@ -211,16 +361,16 @@ def test_commands(tmp_path, capsys):
     assert load_moe_layer(target, 0).gate_up.group_size == 64
     assert main(["inspect", target]) == 0
     output = capsys.readouterr().out
-    assert "packed form, version 1, 2 layers" in output
+    assert "packed form, version 2, 2 layers" in output
     assert "gate_up int8, down int8; softmax top 2" in output
     assert main(["inspect", str(DATA / "ck_modelopt")]) == 0
     output = capsys.readouterr().out
     assert "qwen3_moe, quant_method modelopt (config.json)" in output
     assert "4 x mlp.experts.*.gate_proj.weight_scale  F8_E4M3 [128, 8]" in output
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "cannot inspect" in capsys.readouterr().out
+    assert "cannot inspect" in capsys.readouterr().err
     assert main(["convert", str(DATA / "ck_q3"), str(tmp_path / "other")]) == 1
-    assert "pass quantize=" in capsys.readouterr().out
+    assert "pass quantize=" in capsys.readouterr().err
 
 
 def test_orbax_round_trip(tmp_path):

@@ -1,14 +1,20 @@
-"""`convert`: a checkpoint into the packed form, layer by layer."""
+"""`convert`: a checkpoint into the packed form, layer by layer, over as many runs as it takes."""
 
+import contextlib
+import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+import jax_marlin_moe
 from jax_marlin_moe.checkpoint import packed
 from jax_marlin_moe.checkpoint.loading import Checkpoint
+from jax_marlin_moe.checkpoint.tensors import read_json
+from jax_marlin_moe.checkpoint.whole_files import PART, locked_folder, named_errors, sync_folder
 
 
 def convert(
@@ -22,32 +28,159 @@ def convert(
 ) -> None:
     """Writes all mixture-of-experts layers of a checkpoint in the packed form.
 
-    One layer is in memory at a time. The manifest is written last: a folder that lacks it is not finished.
-    `load_moe_layer(destination, layer)` maps a layer back without repacking.
+    One layer is in memory at a time. `load_moe_layer(destination, layer)` maps a layer back without repacking.
+
+    A run that ends early (killed, interrupted, disk full) leaves the layers that it has finished and a record of them;
+    `load_moe_layer` says that such a folder is not finished, and another run with the same source and options checks
+    the digests of these layers and goes on behind them. A run whose source is refused leaves nothing.
 
     Args:
         source: a folder that `load_moe_layer` takes.
-        destination: a folder to make; must be empty or new.
+        destination: a folder to make; must be empty or new, or hold what an earlier run has left.
         quantize: as in `load_moe_layer`, with the next two.
         group_size: see there.
         scale_dtype: see there.
-        report: called with the number and the bytes of each layer when it is written.
+        report: called with the number and the bytes of each layer when it is in place, in this run or an earlier one.
 
     Raises:
-        FileExistsError: the destination holds something.
+        BlockingIOError: another process converts into the destination.
+        FileExistsError: the destination holds something else, such as a conversion with another source or options.
+        OSError: a file cannot be written; names it.
         ValueError: the source has no such layers, is packed already, or `load_moe_layer` refuses one.
     """
+    for name, value in (("source", source), ("destination", destination)):
+        if not os.fspath(value):
+            raise ValueError(f"{name} is {value!r}; it must be a folder")
     folder = pathlib.Path(destination)
     checkpoint = Checkpoint(source, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype)
     if checkpoint.manifest is not None:
         raise ValueError(f"{source} is packed already")
     if not checkpoint.layers:
         raise ValueError(f"{source} has no layers with experts")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; pass a new folder")
+    conversion = {
+        "package": jax_marlin_moe.__version__,
+        "quantize": quantize,
+        "group_size": group_size,
+        "scale_dtype": None if scale_dtype is None else jnp.dtype(scale_dtype).name,
+        "source_files": _state_of_files(checkpoint.folder),
+    }
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    entries: dict[int, Any] = {}
-    for number in checkpoint.layers:
-        entries[number] = packed.write_layer(folder, number, checkpoint.load(number))
-        report(number, (folder / entries[number]["file"]).stat().st_size)
-    packed.write_manifest(folder, entries, pathlib.Path(source).name)
+    with _locked(folder):
+        try:
+            _Run(folder, checkpoint, conversion, report).convert()
+        except BaseException:
+            for path in made:
+                with contextlib.suppress(OSError):  # something is left in it
+                    path.rmdir()
+            raise
+
+
+class _Run:
+    """One run into a folder that is locked.
+
+    Raises:
+        FileExistsError: the folder holds something else than the beginning of this conversion.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        checkpoint: Checkpoint,
+        conversion: Mapping[str, Any],
+        report: Callable[[int, int], None],
+    ) -> None:
+        self.folder, self.checkpoint, self.conversion, self.report = folder, checkpoint, conversion, report
+        self.record = folder / packed.UNFINISHED
+        self.files = {number: folder / packed.file_of(number) for number in checkpoint.layers}
+        self.entries = self._earlier_entries()
+
+    def convert(self) -> None:
+        """Converts what is missing; the folder is finished when the record gets the manifest's name."""
+        try:
+            self._write_record()
+            for number, path in self.files.items():
+                if not (number in self.entries and _holds(path, self.entries[number]["sha256"])):
+                    self.entries.pop(number, None)
+                    with self._nothing_left_where_refused():
+                        layer = self.checkpoint.load(number)
+                    self.entries[number] = packed.write_layer(self.folder, number, layer)
+                    self._write_record()
+                self.report(number, path.stat().st_size)
+            with named_errors(self.record):
+                os.replace(self.record, self.folder / packed.MANIFEST)
+            sync_folder(self.folder)
+        except BaseException:
+            self._clear()
+            raise
+
+    def _write_record(self) -> None:
+        packed.write_manifest(self.record, self.entries, self.checkpoint.folder.resolve().name, self.conversion)
+
+    @contextlib.contextmanager
+    def _nothing_left_where_refused(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError):  # the same source will never be converted with these options
+            self.entries.clear()
+            raise
+
+    def _clear(self) -> None:
+        """Removes what a next run could not use: all but the layers that the record names, and itself."""
+        if (self.folder / packed.MANIFEST).exists():
+            return
+        with contextlib.suppress(OSError, ValueError):
+            recorded = packed.read_entries(self.record).layers if self.entries and self.record.exists() else []
+            for number, path in self.files.items():
+                if number not in recorded:
+                    path.unlink(missing_ok=True)
+            if not recorded:
+                self.record.unlink(missing_ok=True)
+
+    def _earlier_entries(self) -> dict[int, Any]:
+        """Layers that an earlier run has finished, from its record."""
+        parts = {path.with_name(path.name + PART) for path in (self.record, *self.files.values())}
+        if not self.record.is_file():
+            if (self.folder / packed.MANIFEST).exists():
+                raise FileExistsError(f"{self.folder} holds a finished conversion; pass a new folder")
+            if any(path not in parts for path in self.folder.iterdir()):
+                raise FileExistsError(f"{self.folder} is not empty; pass a new folder")
+            entries: dict[int, Any] = {}
+        else:
+            found = read_json(self.record).get("conversion")
+            for key, value in self.conversion.items():
+                other = found.get(key) if isinstance(found, dict) else None
+                if other != value:
+                    raise FileExistsError(
+                        f"{self.folder} holds an unfinished conversion whose {key} is {other!r}, not {value!r}; delete "
+                        "the folder, or pass a new one"
+                    )
+            entries = {number: dict(entry.values) for number, entry in packed.read_entries(self.record).entries.items()}
+        for path in parts:
+            path.unlink(missing_ok=True)
+        return entries
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(folder))
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is converting into {folder}; wait for it") from None
+        yield
+
+
+def _holds(path: pathlib.Path, digest: str) -> bool:
+    """Whether a file is there with this digest."""
+    return path.is_file() and packed.sha256(path) == digest
+
+
+def _state_of_files(folder: pathlib.Path) -> str:
+    """A digest of names, sizes and times of change of a checkpoint's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            status = path.stat()
+            digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()

@@ -167,7 +167,7 @@ def check_layer(source: object, layer: MoELayer) -> None:
     try:
         x = jax.ShapeDtypeStruct((1, layer.router.shape[0]), jnp.bfloat16)
         y = jax.eval_shape(lambda parts, *rows: parts(*rows, implementation="xla"), layer, x, ids)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: the layer does not fit together: {error}") from None
     if y.shape != x.shape:
         raise ValueError(f"{source}: the layer does not fit together: it makes {y.shape} of rows {x.shape}")

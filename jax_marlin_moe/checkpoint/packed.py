@@ -1,15 +1,19 @@
-"""The packed form on disk: one safetensors file a layer and a manifest, mapped back without repacking.
+"""The packed form on disk: one safetensors file per layer and a manifest, mapped back without repacking.
 
-`jax_marlin_moe.json` has the version of the form, and per layer a file, its SHA-256, and all that is not an array:
-format, padding, routing, activation. A file holds the leaves of the layer by their paths (`gate_up.packed`), dtypes as
-they are in memory, each at a multiple of 64 bytes.
+`jax_marlin_moe.json` has the version of the form and, per layer, a file and its SHA-256. A file holds the leaves of the
+layer by their paths (`gate_up.packed`), dtypes as they are in memory, each at a multiple of 64 bytes; and in its
+metadata, as JSON, the layer's number and its facts: formats, group sizes, padding, routing, activation. So the digest
+covers what the arrays mean as well as the arrays.
+
+Version 1 has the facts in the manifest, where no digest covers them, and no group size, which followed from the shapes.
+Such folders load, every fact checked for its type and range; to have their facts covered, convert the source again.
 """
 
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,28 +22,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_marlin_moe.activations import Activation, get_activation, make_activation
-from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert, check_layer
+from jax_marlin_moe.checkpoint.facts import Facts, layer_from, leaves_and_facts, read_facts
+from jax_marlin_moe.checkpoint.keys import Keys
+from jax_marlin_moe.checkpoint.layer import MoELayer, check_layer
 from jax_marlin_moe.checkpoint.tensors import SafetensorsFile, check_file_name, read_json
-from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.ops.arguments import check_weights
-from jax_marlin_moe.routing import Routing
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.checkpoint.whole_files import PART, whole_file
 
 MANIFEST = "jax_marlin_moe.json"
-VERSION = 1
+UNFINISHED = "jax_marlin_moe.unfinished.json"
+VERSION = 2
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint8": "U8"}
 _ALIGNMENT = 64  # bytes; what XLA wants of host memory
 _CHUNK = 1 << 24  # bytes hashed or copied at a time
+_GAP = ".gap"
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The manifest of a packed folder: `entries` by layer."""
+    """The manifest of a packed folder: its `version`, and `entries` by layer."""
 
     folder: pathlib.Path
-    entries: Mapping[int, Mapping[str, Any]]
+    version: int
+    entries: Mapping[int, Keys]
 
     @property
     def layers(self) -> list[int]:
@@ -51,74 +56,107 @@ class Manifest:
 
         Raises:
             FileNotFoundError: its file is missing.
-            ValueError: the file has another checksum, or does not hold what the manifest says.
+            ValueError: the file has another checksum, or does not hold what its facts say.
         """
-        entry = self.entries[layer]
-        path = self.folder / entry["file"]
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; {MANIFEST} names it")
-        found = _sha256(path)
-        if found != entry["sha256"]:
-            raise ValueError(f"{path} has SHA-256 {found}; {MANIFEST} says {entry['sha256']}: the file is damaged")
+        path = self._path(layer)
+        found, wanted = sha256(path), self.entries[layer].text("sha256")
+        if found != wanted:
+            raise ValueError(f"{path} has SHA-256 {found}; {MANIFEST} says {wanted}: the file is damaged")
         file = SafetensorsFile(path)
+        facts = self._facts(layer, file)
         leaves = {}
         for name in (name for name in file.infos if not name.endswith(_GAP)):
             leaves[name] = _copy(file, name)
             file.drop_pages()
         try:
-            loaded = _layer_from(leaves, entry["layer"])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: {MANIFEST} does not describe the file: {error!r}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {MANIFEST} does not describe the file: {error}") from None
+            loaded = layer_from(leaves, facts)
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the facts of the layer do not describe the file: {error}") from None
         check_layer(path, loaded)
         return loaded
+
+    def describe(self, layer: int) -> tuple[Facts, int]:
+        """The facts of a layer and the bytes of its leaves, from the header of its file; errors as for `load`."""
+        file = SafetensorsFile(self._path(layer))
+        size = sum(file.read(name).nbytes for name in file.infos if not name.endswith(_GAP))
+        return self._facts(layer, file), size
+
+    def _path(self, layer: int) -> pathlib.Path:
+        path = self.folder / self.entries[layer].text("file")
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing; {MANIFEST} names it")
+        if not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError(f"{path} is no regular file; {MANIFEST} names it")
+        return path
+
+    def _facts(self, layer: int, file: SafetensorsFile) -> Facts:
+        if self.version == 1:
+            return read_facts(self.entries[layer].object("layer"), states_group_size=False)
+        try:
+            values = json.loads(file.metadata.get("layer", ""))
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{file.path}: metadata.layer is no valid JSON: {error}") from None
+        keys = Keys({"layer": values}, file.path, "metadata.").object("layer")
+        number = keys.integer("number")
+        if number != layer:
+            raise ValueError(f"{file.path} is of layer {number}; {MANIFEST} names it for layer {layer}")
+        return read_facts(keys.object("facts"), states_group_size=True)
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest | None:
     """The manifest of a folder, None where it has none.
 
     Raises:
-        ValueError: it is malformed, of a newer version, or names a file outside the folder.
+        ValueError: it is malformed, of a newer version, or names a file outside the folder; or `convert` has not
+            finished the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
+        if (folder / UNFINISHED).exists() or (folder / f"{UNFINISHED}{PART}").exists():
+            raise ValueError(
+                f"{folder}: this conversion was not finished; run convert again with the same source and options, and "
+                "it goes on where it stopped"
+            )
         return None
-    values = read_json(path)
-    version = values.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{path}: version is {version!r}; it must be a positive integer")
+    return read_entries(path)
+
+
+def read_entries(path: pathlib.Path) -> Manifest:
+    """A manifest, finished or not; errors as for `read_manifest`."""
+    keys = Keys(read_json(path), path)
+    version = keys.integer("version", low=1)
     if version > VERSION:
         raise ValueError(
             f"{path}: version is {version}; this package reads up to {VERSION}: update it, or convert the source again"
         )
-    layers = values.get("layers")
-    if not isinstance(layers, dict):
-        raise ValueError(f"{path} has no layers")
-    numbers: dict[int, str] = {}
-    for number, entry in layers.items():
-        if not (number.isascii() and number.isdecimal() and len(number) <= 9):
-            raise ValueError(f"{path}: layers has the key {number!r}; it must be the number of a layer")
-        if numbers.setdefault(int(number), number) != number:
-            raise ValueError(
-                f"{path}: layers has the keys {numbers[int(number)]!r} and {number!r}; each layer must be there once"
-            )
-        if not isinstance(entry, dict) or not {"file", "sha256", "layer"} <= entry.keys():
-            raise ValueError(f"{path}: an entry of layers lacks file, sha256 or layer")
-        check_file_name(path, entry["file"])
-        facts = entry["layer"]
-        if not isinstance(facts, dict) or not all(isinstance(facts.get(key), dict) for key in ("matrices", "routing")):
-            raise ValueError(f"{path}: layer {number} lacks matrices or routing; each must be an object")
-        if not all(isinstance(about, dict) and "format" in about for about in facts["matrices"].values()):
-            raise ValueError(f"{path}: a matrix of layer {number} lacks its format")
-    return Manifest(folder, {int(number): entry for number, entry in layers.items()})
+    layers = keys.object("layers")
+    entries = {}
+    for number in layers.values:
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", number):
+            other = number.lstrip("0") or "0"
+            if other != number and other in layers:
+                raise ValueError(f"{path}: layers has the keys {other!r} and {number!r}; each layer must be there once")
+            raise ValueError(f"{path}: layers has the key {number!r:.100}; it must be the number of a layer")
+        entry = layers.object(number)
+        check_file_name(path, entry.values.get("file"))
+        if entry.text("file") != file_of(int(number)):
+            raise entry.fault("file", file_of(int(number)))
+        if not re.fullmatch("[0-9a-f]{64}", entry.text("sha256")):
+            raise entry.fault("sha256", "64 hexadecimal digits")
+        entries[int(number)] = entry
+    return Manifest(path.parent, version, entries)
+
+
+def file_of(layer: int) -> str:
+    """The name of a layer's file."""
+    return f"layer-{layer:05d}.safetensors"
 
 
 def write_layer(folder: pathlib.Path, number: int, layer: MoELayer) -> dict[str, Any]:
     """Writes the file of a layer; returns its entry of the manifest."""
-    leaves, facts = _leaves_of(layer)
-    name = f"layer-{number:05d}.safetensors"
-    header: dict[str, Any] = {"__metadata__": {"format": "jax_marlin_moe", "version": str(VERSION)}}
+    leaves, facts = leaves_and_facts(layer)
+    about = json.dumps({"number": number, "facts": facts}, allow_nan=False)
+    header: dict[str, Any] = {"__metadata__": {"format": "jax_marlin_moe", "version": str(VERSION), "layer": about}}
     offset, padding = 0, {}
     for leaf, array in leaves.items():
         size = array.size * array.dtype.itemsize
@@ -137,7 +175,7 @@ def write_layer(folder: pathlib.Path, number: int, layer: MoELayer) -> dict[str,
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     digest = hashlib.sha256()
-    with (folder / name).open("wb") as file:
+    with whole_file(folder / file_of(number)) as file:
 
         def write(data: Any) -> None:
             file.write(data)
@@ -149,107 +187,37 @@ def write_layer(folder: pathlib.Path, number: int, layer: MoELayer) -> dict[str,
             for start in range(0, flat.size, _CHUNK):
                 write(flat[start : start + _CHUNK].data)
             write(b"\0" * padding[leaf])
-    return {"file": name, "sha256": digest.hexdigest(), "layer": facts}
+    return {"file": file_of(number), "sha256": digest.hexdigest()}
 
 
-def write_manifest(folder: pathlib.Path, entries: Mapping[int, Any], source: str) -> None:
-    """Writes the manifest; without it the folder is no packed checkpoint, so it comes last."""
+def write_manifest(
+    path: pathlib.Path, entries: Mapping[int, Mapping[str, Any]], source: str, conversion: Mapping[str, Any]
+) -> None:
+    """Writes a manifest, finished or not.
+
+    Args:
+        path: `MANIFEST` or `UNFINISHED` in the folder. A folder without the first is no packed checkpoint.
+        entries: by layer, as `write_layer` returns them.
+        source: name of the checkpoint.
+        conversion: what else determines the content of the layers.
+    """
     values = {
         "version": VERSION,
         "source": source,
+        "conversion": conversion,
         "layers": {str(number): entry for number, entry in sorted(entries.items())},
     }
-    temporary = folder / f"{MANIFEST}.part"
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    with whole_file(path) as file:
+        file.write((json.dumps(values, indent=1) + "\n").encode())
 
 
-_GAP = ".gap"
-_WEIGHT_LEAVES = ("packed", "scales", "zeros", "bias", "input_order", "global_scales")
-_LAYER_LEAVES = (
-    "router", "router_bias", "correction_bias", "expert_scale", "router_input_scale", "token_experts",
-)  # fmt: skip
-
-
-def _leaves_of(layer: MoELayer) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """Arrays by path, and everything else."""
-    leaves: dict[str, jax.Array] = {}
-    facts: dict[str, Any] = {
-        "routing": dataclasses.asdict(layer.routing),
-        "activation": _activation_facts(layer.activation),
-        "norm_epsilon": layer.norm_epsilon,
-        "matrices": {},
-    }
-
-    def add(path: str, value: Any) -> None:
-        if isinstance(value, MarlinWeights):
-            for name in _WEIGHT_LEAVES:
-                if getattr(value, name) is not None:
-                    leaves[f"{path}.{name}"] = getattr(value, name)
-            facts["matrices"][path] = {
-                "format": value.format.name,
-                "layout": value.layout,
-                "row_padding": value.row_padding,
-                "column_padding": list(value.column_padding),
-            }
-        elif value is not None:
-            leaves[path] = value
-
-    add("gate_up", layer.gate_up)
-    add("down", layer.down)
-    for name in _LAYER_LEAVES:
-        add(name, getattr(layer, name))
-    if layer.shared is not None:
-        for name in ("gate_up", "down", "gate"):
-            add(f"shared.{name}", getattr(layer.shared, name))
-    return leaves, facts
-
-
-def _layer_from(leaves: Mapping[str, jax.Array], facts: Mapping[str, Any]) -> MoELayer:
-    """The inverse of `_leaves_of`."""
-    known = {f"{path}.{name}" for path in facts["matrices"] for name in _WEIGHT_LEAVES}
-    known |= {*_LAYER_LEAVES, "shared.gate_up", "shared.down", "shared.gate"}
-    unknown = sorted(leaves.keys() - known)
-    if unknown:
-        raise ValueError(f"it says nothing of {unknown[0]}; the layer would be loaded without it")
-
-    def matrix(path: str) -> Any:
-        if path not in facts["matrices"]:
-            return leaves.get(path)
-        about = facts["matrices"][path]
-        weights = MarlinWeights(
-            **{name: leaves.get(f"{path}.{name}") for name in _WEIGHT_LEAVES},  # type: ignore[arg-type]
-            format=get_format(about["format"]),
-            layout=about["layout"],
-            row_padding=about["row_padding"],
-            column_padding=tuple(about["column_padding"]),
-        )
-        check_weights(path, weights)
-        return weights
-
-    shared = None
-    if matrix("shared.down") is not None:
-        shared = SharedExpert(matrix("shared.gate_up"), matrix("shared.down"), leaves.get("shared.gate"))
-    return MoELayer(
-        gate_up=matrix("gate_up"),
-        down=matrix("down"),
-        routing=Routing(**facts["routing"]),
-        activation=_activation_from(facts["activation"]),
-        shared=shared,
-        norm_epsilon=facts["norm_epsilon"],
-        **{name: leaves[name] if name == "router" else leaves.get(name) for name in _LAYER_LEAVES},  # type: ignore[arg-type]
-    )
-
-
-def _activation_facts(activation: str | Activation) -> dict[str, Any]:
-    act = get_activation(activation)
-    # JSON has no infinity.
-    return {"name": act.name, "parameters": [str(value) for value in act.parameters]}
-
-
-def _activation_from(facts: Mapping[str, Any]) -> str | Activation:
-    activation = make_activation(facts["name"], [float(value) for value in facts["parameters"]])
-    return activation if activation.parameters else activation.name
+def sha256(path: pathlib.Path) -> str:
+    """The digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _copy(file: SafetensorsFile, name: str) -> jax.Array:
@@ -267,21 +235,3 @@ def _copy(file: SafetensorsFile, name: str) -> jax.Array:
 @partial(jax.jit, donate_argnums=0)
 def _put(leaf: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(leaf, part, index, 0)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def describe(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Leaves of a layer's file: dtype, shape and bytes."""
-    found = {}
-    for name, info in SafetensorsFile(file).infos.items():
-        if not name.endswith(_GAP):
-            width = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}[info.dtype]
-            found[name] = (info.dtype, info.shape, width * math.prod(info.shape))
-    return found

@@ -1,0 +1,203 @@
+"""The facts of a layer: all that is not an array, as JSON; and a layer from its facts and its arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_marlin_moe.activations import ACTIVATIONS, Activation, get_activation, make_activation
+from jax_marlin_moe.checkpoint.keys import Keys
+from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
+from jax_marlin_moe.formats import FORMATS, get_format
+from jax_marlin_moe.ops.arguments import check_weights
+from jax_marlin_moe.routing import Routing
+from jax_marlin_moe.weights import MarlinWeights
+
+_MATRICES = ("gate_up", "down", "shared.gate_up", "shared.down")
+_WEIGHT_LEAVES = ("packed", "scales", "zeros", "bias", "input_order", "global_scales")
+_LAYER_LEAVES = (
+    "router", "router_bias", "correction_bias", "expert_scale", "router_input_scale", "token_experts",
+)  # fmt: skip
+_LARGEST = float(np.finfo(np.float32).max)
+_READERS: dict[Any, Any] = {
+    bool: Keys.boolean,
+    int: lambda keys, name, *default: keys.integer(name, *default, low=1),
+    float: lambda keys, name, *default: keys.number(name, *default, low=-_LARGEST, high=_LARGEST),
+    str: Keys.text,
+}
+# What a routing rule has said since version 1. A later field may be missing: it then has its default.
+_FIRST_ROUTING = (
+    "top_k", "scoring", "renormalize", "softmax_after_topk", "num_groups", "top_groups", "group_score", "scale",
+    "apply_on_input",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a layer is beside its arrays.
+
+    Attributes:
+        routing: the rule.
+        activation: as in `MoELayer`.
+        norm_epsilon: likewise.
+        matrices: of each packed matrix, by its path, the static fields of `MarlinWeights`; `group_size` is None where
+            the facts do not state it.
+    """
+
+    routing: Routing
+    activation: str | Activation
+    norm_epsilon: float
+    matrices: Mapping[str, Mapping[str, Any]]
+
+
+def leaves_and_facts(layer: MoELayer) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Arrays by path, and everything else as JSON."""
+    leaves: dict[str, jax.Array] = {}
+    activation = get_activation(layer.activation)
+    facts: dict[str, Any] = {
+        "routing": dataclasses.asdict(layer.routing),
+        # JSON has no infinity.
+        "activation": {"name": activation.name, "parameters": [str(value) for value in activation.parameters]},
+        "norm_epsilon": layer.norm_epsilon,
+        "matrices": {},
+    }
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, MarlinWeights):
+            for name in _WEIGHT_LEAVES:
+                if getattr(value, name) is not None:
+                    leaves[f"{path}.{name}"] = getattr(value, name)
+            facts["matrices"][path] = {
+                "format": value.format.name,
+                "layout": value.layout,
+                "group_size": value.group_size,
+                "row_padding": value.row_padding,
+                "column_padding": list(value.column_padding),
+            }
+        elif value is not None:
+            leaves[path] = value
+
+    add("gate_up", layer.gate_up)
+    add("down", layer.down)
+    for name in _LAYER_LEAVES:
+        add(name, getattr(layer, name))
+    if layer.shared is not None:
+        for name in ("gate_up", "down", "gate"):
+            add(f"shared.{name}", getattr(layer.shared, name))
+    return leaves, facts
+
+
+def read_facts(keys: Keys, *, states_group_size: bool) -> Facts:
+    """Facts from JSON.
+
+    Args:
+        keys: what `leaves_and_facts` made.
+        states_group_size: whether matrices must state it.
+
+    Raises:
+        ValueError: a fact is missing, not known, or is not what it must be; names file, key and value.
+    """
+    _refuse_unknown(keys, ("routing", "activation", "norm_epsilon", "matrices"))
+    routing = keys.object("routing")
+    fields = dataclasses.fields(Routing)
+    _refuse_unknown(routing, [field.name for field in fields])
+    rule = {
+        field.name: _READERS[field.type](
+            routing, field.name, *([] if field.name in _FIRST_ROUTING else [field.default])
+        )
+        for field in fields
+    }
+    matrices = keys.object("matrices")
+    _refuse_unknown(matrices, _MATRICES)
+    return Facts(
+        routing=Routing(**rule),
+        activation=_activation(keys.object("activation")),
+        norm_epsilon=keys.number("norm_epsilon", low=0, high=_LARGEST),
+        matrices={path: _matrix(matrices.object(path), states_group_size) for path in matrices.values},
+    )
+
+
+def layer_from(leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:
+    """The inverse of `leaves_and_facts`.
+
+    Raises:
+        TypeError: an array has a dtype that the facts do not allow.
+        ValueError: arrays and facts do not fit each other.
+    """
+    known = {f"{path}.{name}" for path in facts.matrices for name in _WEIGHT_LEAVES}
+    known |= {*_LAYER_LEAVES, "shared.gate_up", "shared.down", "shared.gate"}
+    unknown = sorted(leaves.keys() - known)
+    if unknown:
+        raise ValueError(f"nothing is said of {unknown[0]}; the layer would be loaded without it")
+
+    def matrix(path: str) -> Any:
+        if path not in facts.matrices:
+            return leaves.get(path)
+        if f"{path}.packed" not in leaves or f"{path}.scales" not in leaves:
+            raise ValueError(f"there is no {path}.packed with its {path}.scales")
+        arrays: dict[str, Any] = {name: leaves.get(f"{path}.{name}") for name in _WEIGHT_LEAVES}
+        about = dict(facts.matrices[path])
+        stated = about.pop("group_size")
+        weights = MarlinWeights(**arrays, **about)
+        check_weights(path, weights)
+        if stated not in (None, weights.group_size):
+            raise ValueError(f"{path} has groups of {weights.group_size} rows; group_size is {stated}")
+        return weights
+
+    def needed(path: str) -> Any:
+        value = matrix(path)
+        if value is None:
+            raise ValueError(f"there is no {path}")
+        return value
+
+    shared = None
+    if any(path.startswith("shared.") for path in (*leaves, *facts.matrices)):
+        shared = SharedExpert(needed("shared.gate_up"), needed("shared.down"), leaves.get("shared.gate"))
+    return MoELayer(
+        gate_up=needed("gate_up"),
+        down=needed("down"),
+        routing=facts.routing,
+        activation=facts.activation,
+        shared=shared,
+        norm_epsilon=facts.norm_epsilon,
+        **{name: needed(name) if name == "router" else leaves.get(name) for name in _LAYER_LEAVES},  # type: ignore[arg-type]
+    )
+
+
+def _refuse_unknown(keys: Keys, known: Any) -> None:
+    for key in keys.values:
+        if key not in known:
+            raise keys.fault(key, "left out: this package does not know it")
+
+
+def _matrix(keys: Keys, states_group_size: bool) -> dict[str, Any]:
+    _refuse_unknown(keys, ("format", "layout", "group_size", "row_padding", "column_padding"))
+    padding = keys.values.get("column_padding")
+    if not isinstance(padding, list) or not all(
+        isinstance(columns, int) and not isinstance(columns, bool) and columns >= 0 for columns in padding
+    ):
+        raise ValueError(f"{keys.source}: {keys.path}column_padding is {padding!r}; it must be a list of columns")
+    return {
+        "format": get_format(keys.choice("format", sorted(FORMATS))),
+        "layout": keys.choice("layout", ["a16"]),
+        "group_size": keys.integer("group_size", low=1) if states_group_size else None,
+        "row_padding": keys.integer("row_padding", low=0),
+        "column_padding": tuple(padding),
+    }
+
+
+def _activation(keys: Keys) -> str | Activation:
+    _refuse_unknown(keys, ("name", "parameters"))
+    name = keys.choice("name", [*sorted(ACTIVATIONS), "swiglu"])
+    texts = keys.texts("parameters")
+    wanted = 3 if name == "swiglu" else 0
+    try:
+        values = [float(text) for text in texts]
+        if len(values) != wanted:
+            raise ValueError(f"{name} has {wanted} parameters")
+        activation = make_activation(name, values)
+    except ValueError as error:
+        raise keys.fault("parameters", f"{wanted} numbers as strings, as {name} takes them", f" ({error})") from None
+    return activation if activation.parameters else activation.name

@@ -1,0 +1,55 @@
+"""What commands say and where: results on stdout, complaints on stderr, and a quiet end where nobody reads on."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signals that end a program of C in the same place
+
+
+def complain(text: str) -> None:
+    """Prints why a command fails, or what it warns of."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress(text: str) -> None:
+    """Prints a line on the way to a result that does not depend on it: where it cannot be written, it is lost."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _discard_output()
+
+
+def status_of(command: Callable[[], int]) -> int:
+    """Runs a command; its exit status, once all that it has printed is written.
+
+    Ctrl-C ends in one line, output that nobody reads any more without a word, and output that cannot be written with
+    the reason.
+    """
+    try:
+        try:
+            return command()
+        finally:
+            if sys.stdout is not None:  # as it is where the descriptor was closed before Python began
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        _discard_output()
+        complain(f"cannot write the output: {error.strerror}")
+        return 1
+
+
+def _discard_output() -> None:
+    """Sends what is still in the buffer nowhere: Python would try to write it again at its end, and complain."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
