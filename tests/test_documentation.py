@@ -20,7 +20,10 @@ from jax_marlin_moe.formats import FLOAT_SCALES, FORMATS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")],
+    [
+        *ROOT.glob("*.md"),
+        *(path for folder in ("docs", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.md")),
+    ],
     key=lambda path: path.relative_to(ROOT).as_posix(),
 )
 SOURCES = sorted(
@@ -30,7 +33,9 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob(suffix)
 )
 BITS = pytest.mark.parametrize("bits", [4, 8])
-README, FORMATS_PAGE, CHECKPOINTS_PAGE = ROOT / "README.md", ROOT / "docs/formats.md", ROOT / "docs/checkpoints.md"
+README, FORMATS_PAGE, CHECKPOINTS_PAGE, KERNELS_PAGE = (
+    ROOT / name for name in ("README.md", "docs/formats.md", "docs/checkpoints.md", "docs/kernels.md")
+)
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # docs/formats.md, "Marlin layout" and "Padding"
@@ -160,6 +165,21 @@ def test_the_drawing_of_a_word_shows_the_marlin_layout():
             word, shift = formulas().marlin_position(k, int(column), 64, 4)
             assert (word, shift) == (4 * t, 4 * nibble), f"nibble {nibble} of the drawing"
         assert formulas().PAIR_ORDER[4][int(i)] == nibble
+
+
+def test_the_drawing_of_a_fragment_shows_the_marlin_layout():
+    drawing = next(block for block in code_blocks(KERNELS_PAGE, "") if "A0 = a0, a1" in block)
+    word = re.search(r"\|(d1\|[^ ]+)\|", drawing).group(1).split("|")[::-1]  # from the lowest nibble
+    for nibble, (letter, pair) in enumerate(word):
+        for t in range(4):
+            k, column = 2 * t + int(pair) + 8 * (letter in "cd"), 8 * (letter in "bd")
+            assert formulas().marlin_position(k, column, 64, 4) == (4 * t, 4 * nibble)
+    masks = re.findall(r"word( >> 8)? +& 0x([0-9A-F]{8}) --> A\d = (\w)0, \w1", drawing)
+    assert len(masks) == 4
+    for shifted, mask, letter in masks:
+        taken = int(mask, 16) << (8 if shifted else 0)
+        nibbles = [nibble for nibble in range(8) if taken >> 4 * nibble & 15]
+        assert [word[nibble] for nibble in nibbles] == [f"{letter}0", f"{letter}1"]
 
 
 def test_the_page_sizes_and_lists_aligned_slots_as_the_reference_does():
