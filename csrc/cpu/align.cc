@@ -1,4 +1,4 @@
-// Block alignment by counting sort: two passes over the slots, one over the experts.
+// Block alignment by sorting the slots that an expert computes.
 #include "cpu/align.h"
 
 #include <algorithm>
@@ -30,34 +30,40 @@ void AlignBlocks(const Routing& routing, int64_t block_size, const Alignment& ou
   std::fill(out.sorted_token_ids, out.sorted_token_ids + out.length, static_cast<int32_t>(routing.slots));
   std::fill(out.expert_ids, out.expert_ids + blocks, -1);
 
-  std::vector<int64_t> next(static_cast<size_t>(routing.num_experts), 0);  // counts, then where to write
-  for (int64_t i = 0; i < routing.slots; ++i) {
-    const int64_t expert = GlobalExpert(routing, i);
-    if (expert >= 0) ++next[static_cast<size_t>(expert)];
+  // Expert above slot in one number: their order is the alignment's.
+  Scratch<int64_t> chosen;
+  chosen.reserve(static_cast<size_t>(routing.slots));
+  for (int64_t slot = 0; slot < routing.slots; ++slot) {
+    const int64_t expert = GlobalExpert(routing, slot);
+    if (expert >= 0) chosen.push_back(expert << 32 | slot);
   }
+  std::sort(chosen.begin(), chosen.end());
+
   int64_t position = 0;
-  for (int64_t expert = 0; expert < routing.num_experts; ++expert) {
-    const int64_t count = next[static_cast<size_t>(expert)];
-    next[static_cast<size_t>(expert)] = position;
-    const int64_t end = position + CeilDiv(count, block_size) * block_size;
+  for (auto next = chosen.begin(); next != chosen.end();) {
+    const int64_t expert = *next >> 32;
+    const int64_t first = position;
+    for (; next != chosen.end() && *next >> 32 == expert; ++next) {
+      out.sorted_token_ids[position++] = static_cast<int32_t>(*next & 0xFFFFFFFF);
+    }
+    position = first + CeilDiv(position - first, block_size) * block_size;
     const int64_t local = routing.expert_map != nullptr ? routing.expert_map[expert] : expert;
-    std::fill(out.expert_ids + position / block_size, out.expert_ids + end / block_size, static_cast<int32_t>(local));
-    position = end;
+    std::fill(out.expert_ids + first / block_size, out.expert_ids + position / block_size, static_cast<int32_t>(local));
   }
   *out.num_tokens_post_padded = static_cast<int32_t>(position);
-  for (int64_t i = 0; i < routing.slots; ++i) {
-    const int64_t expert = GlobalExpert(routing, i);
-    if (expert >= 0) out.sorted_token_ids[next[static_cast<size_t>(expert)]++] = static_cast<int32_t>(i);
-  }
 }
 
 RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32_t* expert_ids, int64_t block_size,
                     int64_t slots, int64_t num_local_experts, int max_rows) {
   RowGroups result;
+  result.scheduled = Scratch<uint8_t>(static_cast<size_t>(slots), uint8_t{0});
   for (int64_t position = 0; position < length; ++position) {
     const int32_t slot = sorted_token_ids[position];
     const int32_t expert = expert_ids[position / block_size];
     if (slot < 0 || slot >= slots || expert < 0 || expert >= num_local_experts) continue;
+    uint8_t& scheduled = result.scheduled[static_cast<size_t>(slot)];
+    if (scheduled) continue;
+    scheduled = 1;
     const bool joins =
         !result.groups.empty() && result.groups.back().expert == expert && result.groups.back().count < max_rows;
     if (!joins) result.groups.push_back({expert, static_cast<int64_t>(result.slots.size()), 0});

@@ -3,7 +3,8 @@
 #define JAX_MARLIN_MOE_CPU_ALIGN_H_
 
 #include <cstdint>
-#include <vector>
+
+#include "cpu/scratch.h"
 
 namespace jax_marlin_moe::cpu {
 
@@ -27,7 +28,8 @@ struct Alignment {
   int32_t* num_tokens_post_padded;  // [1]
 };
 
-// Fills an alignment: slots by ascending global expert, ascending inside one, padded with `slots`.
+// Fills an alignment: slots by ascending global expert, ascending inside one, padded with `slots`. Time and memory grow
+// with the slots, not with num_experts, which is an attribute that no buffer backs.
 void AlignBlocks(const Routing& routing, int64_t block_size, const Alignment& out);
 
 // Rows of one expert that are computed together: entries first ... first + count - 1 of `slots`.
@@ -38,12 +40,13 @@ struct RowGroup {
 };
 
 struct RowGroups {
-  std::vector<int32_t> slots;  // every scheduled slot that is in range
-  std::vector<RowGroup> groups;
+  Scratch<int32_t> slots;      // every scheduled slot, once
+  Scratch<uint8_t> scheduled;  // [slots of the call] whether it is among them
+  Scratch<RowGroup> groups;
 };
 
 // The scheduled rows of an alignment in groups of at most `max_rows`. Slots, experts and the padded count are
-// taken as untrusted: whatever is out of range is left out.
+// taken as untrusted: whatever is out of range is skipped, and so is every listing of a slot but the first in range.
 RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32_t* expert_ids, int64_t block_size,
                     int64_t slots, int64_t num_local_experts, int max_rows);
 

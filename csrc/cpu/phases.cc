@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
 #include <thread>
 #include <utility>
 
@@ -58,15 +59,17 @@ struct Team {
 
 }  // namespace
 
-int64_t TeamSize(const xla::ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
-
-void RunPhases(xla::ffi::ThreadPool& pool, std::vector<Phase> phases) {
+void RunPhases(Workers& workers, std::vector<Phase> phases) {
   int64_t widest = 0;
   for (const Phase& phase : phases) widest = std::max(widest, phase.items);
   if (widest == 0) return;
   auto team = std::make_shared<Team>(std::move(phases));
-  const int64_t others = std::min(TeamSize(pool), widest) - 1;
-  for (int64_t i = 0; i < others; ++i) pool.Schedule([team] { team->Work(); });
+  const int64_t others = std::min(workers.count(), widest) - 1;
+  try {
+    for (int64_t i = 0; i < others; ++i) workers.Schedule([team] { team->Work(); });
+  } catch (const std::bad_alloc&) {
+    // Those scheduled so far already work, so the call goes on with them: leaving now would pull its memory from them.
+  }
   team->Work();
 }
 

@@ -15,18 +15,23 @@ ffi::Error AlignImpl(ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map, ffi::Re
   Contract contract("moe_align_block_size");
   contract.Require(block_size >= 1, "block_size is " + std::to_string(block_size));
   contract.Require(num_experts >= 1, "num_experts is " + std::to_string(num_experts));
-  contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {Extent(topk_ids, 0), Extent(topk_ids, 1)});
+  const int64_t tokens = contract.Extent(topk_ids, "topk_ids", 0);
+  const int64_t top_k = contract.Extent(topk_ids, "topk_ids", 1);
+  const int64_t slots = contract.Product("the number of slots", {tokens, top_k});
+  contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {tokens, top_k});
   contract.HasShapeOrIsAbsent(expert_map, "expert_map", ffi::DataType::S32, {num_experts});
   if (!contract.ok()) return contract.ToError();
 
   cpu::Routing routing;
   routing.topk_ids = static_cast<const int32_t*>(topk_ids.untyped_data());
-  routing.slots = static_cast<int64_t>(topk_ids.element_count());
+  routing.slots = slots;
   routing.num_experts = num_experts;
   routing.expert_map =
       Contract::IsAbsent(expert_map) ? nullptr : static_cast<const int32_t*>(expert_map.untyped_data());
   const int64_t length = cpu::AlignedLength(routing.slots, num_experts, block_size);
-  contract.Require(length >= 0, "the aligned length does not fit in int32");
+  contract.Require(length >= 0, std::to_string(routing.slots) + " slots in blocks of " + std::to_string(block_size) +
+                                    " for " + std::to_string(num_experts) +
+                                    " experts have an aligned length that does not fit in int32");
   if (!contract.ok()) return contract.ToError();
   contract.HasShape(*sorted_token_ids, "sorted_token_ids", ffi::DataType::S32, {length});
   contract.HasShape(*expert_ids, "expert_ids", ffi::DataType::S32, {cpu::CeilDiv(length, block_size)});
@@ -38,8 +43,7 @@ ffi::Error AlignImpl(ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map, ffi::Re
   alignment.length = length;
   alignment.expert_ids = static_cast<int32_t*>(expert_ids->untyped_data());
   alignment.num_tokens_post_padded = static_cast<int32_t*>(num_tokens_post_padded->untyped_data());
-  cpu::AlignBlocks(routing, block_size, alignment);
-  return ffi::Error::Success();
+  return contract.Run([&] { cpu::AlignBlocks(routing, block_size, alignment); });
 }
 
 }  // namespace

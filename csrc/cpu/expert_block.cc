@@ -1,0 +1,156 @@
+// The phases of an expert block: gate and up with the activation, down, and the sum over each token's experts.
+#include "cpu/expert_block.h"
+
+#include <algorithm>
+
+#include "cpu/element.h"
+#include "cpu/scratch.h"
+
+namespace jax_marlin_moe::cpu {
+namespace {
+
+constexpr int kGateChunks = 4;    // most chunks of gate columns of a work item, and of up columns
+constexpr int kDownChunks = 8;    // most column chunks of a work item of the down matrix
+constexpr int kSumColumns = 512;  // most columns of a work item of the final sum
+
+// Most values of a pass that wait for its next phase; tokens beyond go in another pass. Experts are read again in each.
+constexpr int64_t kMaxActivated = int64_t{1} << 26;  // 16-bit inputs of the down matrix
+constexpr int64_t kMaxProducts = int64_t{1} << 24;   // float32 results of the down matrix, which are summed
+
+// Rows in expert order, without padding.
+RowGroups GroupByExpert(const ExpertBlock& block) {
+  const int64_t slots = block.routing.slots;
+  Scratch<int32_t> sorted(static_cast<size_t>(slots));
+  Scratch<int32_t> experts(static_cast<size_t>(slots));
+  int32_t count = 0;
+  AlignBlocks(block.routing, 1, {sorted.data(), slots, experts.data(), &count});
+  return GroupRows(sorted.data(), count, experts.data(), 1, slots, block.down->experts, kPanelRows);
+}
+
+// Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` [rows, inner]. One
+// panel has both halves of the columns, each with the whole chunks around it: up need not begin at a chunk.
+void GateUpItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup& group, int64_t begin, int64_t end,
+                uint16_t* out) {
+  static_assert(2 * (kGateChunks + 1) <= kPanelChunks);
+  const uint16_t* inputs[kPanelRows];
+  for (int r = 0; r < group.count; ++r) {
+    inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.gate_up->k();
+  }
+  alignas(64) float product[kPanelRows * 2 * (kGateChunks + 1) * kChunk];
+  Panel panel;
+  panel.x = inputs;
+  panel.x_type = block.type;
+  panel.rows = group.count;
+  panel.chunks = 0;
+  panel.out = product;
+  const float* halves[2] = {};  // column `begin` of gate and of up in the first row
+  for (int half = 0; half < block.halves(); ++half) {
+    const int64_t first = half * block.half() + begin;
+    const int64_t last = half * block.half() + end - 1;
+    halves[half] = product + panel.chunks * kChunk + first % kChunk;
+    for (int64_t chunk = first / kChunk; chunk <= last / kChunk; ++chunk) {
+      panel.chunk[panel.chunks++] = chunk;
+    }
+  }
+  MultiplyExpert(*block.gate_up, group.expert, panel);
+  const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
+  for (int r = 0; r < group.count; ++r) {
+    float activated[kGateChunks * kChunk];
+    const float* up = block.activation->gated ? halves[1] + r * width : nullptr;
+    block.activation->apply(halves[0] + r * width, up, end - begin, block.activation_parameters, activated);
+    RoundRow(activated, end - begin, block.type, out + (group.first + r) * block.inner() + begin);
+  }
+}
+
+// A range of columns of the down matrix for one group's rows, times the router weights, into row `slot` of
+// out.
+void DownItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup& group, const uint16_t* activated,
+              int64_t first_chunk, int64_t end_chunk, float* out) {
+  const uint16_t* inputs[kPanelRows];
+  for (int r = 0; r < group.count; ++r) inputs[r] = activated + (group.first + r) * block.inner();
+  alignas(64) float product[kPanelRows * kDownChunks * kChunk];
+  Panel panel;
+  panel.x = inputs;
+  panel.x_type = block.type;
+  panel.rows = group.count;
+  panel.chunks = static_cast<int>(end_chunk - first_chunk);
+  for (int i = 0; i < panel.chunks; ++i) panel.chunk[i] = first_chunk + i;
+  panel.out = product;
+  MultiplyExpert(*block.down, group.expert, panel);
+  const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
+  for (int r = 0; r < group.count; ++r) {
+    const int64_t slot = rows.slots[static_cast<size_t>(group.first + r)];
+    const float weight = block.topk_weights[slot];
+    float* row = out + slot * block.down->n() + first_chunk * kChunk;
+    for (int64_t c = 0; c < width; ++c) row[c] = product[r * width + c] * weight;
+  }
+}
+
+// Columns [begin, end) of one token: its slots in ascending order, then the one rounding.
+void SumItem(const ExpertBlock& block, const RowGroups& rows, const float* products, int64_t token, int64_t begin,
+             int64_t end) {
+  float sum[kSumColumns] = {};
+  for (int64_t slot = token * block.top_k; slot < (token + 1) * block.top_k; ++slot) {
+    if (!rows.scheduled[static_cast<size_t>(slot)]) continue;
+    const float* row = products + slot * block.down->n() + begin;
+    for (int64_t c = 0; c < end - begin; ++c) sum[c] += row[c];
+  }
+  RoundRow(sum, end - begin, block.type, block.y + token * block.down->n() + begin);
+}
+
+// The block of as many tokens as may wait at once.
+void RunPass(Workers& workers, const ExpertBlock& block) {
+  const int64_t columns = block.down->n();
+  const int64_t inner = block.inner();
+  const RowGroups rows = GroupByExpert(block);
+  const int64_t groups = static_cast<int64_t>(rows.groups.size());
+  Scratch<uint16_t> activated(rows.slots.size() * static_cast<size_t>(inner));
+  Scratch<float> products(static_cast<size_t>(block.routing.slots) * static_cast<size_t>(columns));
+
+  // Small enough items keep every thread busy to the end of a phase; larger ones expand x less often.
+  auto item_chunks = [&](int64_t chunks, int64_t most) {
+    return std::clamp<int64_t>(groups * chunks / (8 * workers.count()), 1, most);
+  };
+  const int64_t gate_width = item_chunks(CeilDiv(inner, kChunk), kGateChunks) * kChunk;
+  const int64_t gate_splits = CeilDiv(inner, gate_width);
+  const int64_t down_all = columns / kChunk;
+  const int64_t down_chunks = item_chunks(down_all, kDownChunks);
+  const int64_t down_splits = CeilDiv(down_all, down_chunks);
+  const int64_t sum_splits = CeilDiv(columns, kSumColumns);
+
+  auto gate_up = [&](int64_t item) {
+    const int64_t begin = item % gate_splits * gate_width;
+    GateUpItem(block, rows, rows.groups[static_cast<size_t>(item / gate_splits)], begin,
+               std::min(begin + gate_width, inner), activated.data());
+  };
+  auto down = [&](int64_t item) {
+    const int64_t first = item % down_splits * down_chunks;
+    DownItem(block, rows, rows.groups[static_cast<size_t>(item / down_splits)], activated.data(), first,
+             std::min(first + down_chunks, down_all), products.data());
+  };
+  auto sum = [&](int64_t item) {
+    const int64_t begin = item % sum_splits * kSumColumns;
+    SumItem(block, rows, products.data(), item / sum_splits, begin, std::min<int64_t>(begin + kSumColumns, columns));
+  };
+  RunPhases(workers,
+            {{groups * gate_splits, gate_up}, {groups * down_splits, down}, {block.tokens() * sum_splits, sum}});
+}
+
+}  // namespace
+
+void RunExpertBlock(Workers& workers, const ExpertBlock& block) {
+  const int64_t tokens = block.tokens();
+  const int64_t pass_tokens = std::max<int64_t>(
+      1, std::min(kMaxActivated / (block.top_k * block.inner()), kMaxProducts / (block.top_k * block.down->n())));
+  for (int64_t first = 0; first < tokens; first += pass_tokens) {
+    ExpertBlock pass = block;
+    pass.x += first * block.top_k / block.slots_per_row * block.gate_up->k();
+    pass.topk_weights += first * block.top_k;
+    pass.routing.topk_ids += first * block.top_k;
+    pass.routing.slots = std::min(pass_tokens, tokens - first) * block.top_k;
+    pass.y += first * block.down->n();
+    RunPass(workers, pass);
+  }
+}
+
+}  // namespace jax_marlin_moe::cpu

@@ -1,0 +1,62 @@
+// A grouped product in one phase: an item is a group of rows of one expert times some column chunks.
+#include "cpu/grouped_gemm.h"
+
+#include <algorithm>
+
+#include "cpu/align.h"
+#include "cpu/element.h"
+
+namespace jax_marlin_moe::cpu {
+namespace {
+
+constexpr int kItemChunks = 8;  // most column chunks of a work item
+
+// `chunks` column chunks from `first_chunk` on of one group's rows.
+void Item(const GroupedGemm& gemm, const RowGroup& group, const int32_t* slots, int64_t first_chunk, int chunks) {
+  const int64_t k = gemm.stack->k(), n = gemm.stack->n();
+  const uint16_t* inputs[kPanelRows];
+  for (int r = 0; r < group.count; ++r) inputs[r] = gemm.x + slots[r] / gemm.top_k * k;
+  alignas(64) float product[kPanelRows * kItemChunks * kChunk];
+  Panel panel;
+  panel.x = inputs;
+  panel.x_type = gemm.type;
+  panel.rows = group.count;
+  panel.chunks = chunks;
+  for (int i = 0; i < chunks; ++i) panel.chunk[i] = first_chunk + i;
+  panel.out = product;
+  MultiplyExpert(*gemm.stack, group.expert, panel);
+  const int64_t width = static_cast<int64_t>(chunks) * kChunk;
+  for (int r = 0; r < group.count; ++r) {
+    float* row = product + r * width;
+    if (gemm.topk_weights != nullptr) {
+      const float weight = gemm.topk_weights[slots[r]];
+      for (int64_t c = 0; c < width; ++c) row[c] *= weight;
+    }
+    RoundRow(row, width, gemm.type, gemm.y + slots[r] * n + first_chunk * kChunk);
+  }
+}
+
+}  // namespace
+
+void RunGroupedGemm(Workers& workers, const GroupedGemm& gemm) {
+  const int64_t n = gemm.stack->n();
+  const RowGroups rows = GroupRows(gemm.sorted_token_ids, gemm.length, gemm.expert_ids, gemm.block_size, gemm.slots,
+                                   gemm.stack->experts, kPanelRows);
+  for (int64_t slot = 0; slot < gemm.slots; ++slot) {
+    if (!rows.scheduled[static_cast<size_t>(slot)]) std::fill_n(gemm.y + slot * n, n, uint16_t{0});
+  }
+
+  const int64_t all_chunks = n / kChunk;
+  const int64_t groups = static_cast<int64_t>(rows.groups.size());
+  const int64_t item_chunks = std::clamp<int64_t>(groups * all_chunks / (8 * workers.count()), 1, kItemChunks);
+  const int64_t splits = CeilDiv(all_chunks, item_chunks);
+  auto run = [&](int64_t item) {
+    const RowGroup& group = rows.groups[static_cast<size_t>(item / splits)];
+    const int64_t first_chunk = item % splits * item_chunks;
+    const int chunks = static_cast<int>(std::min(item_chunks, all_chunks - first_chunk));
+    Item(gemm, group, rows.slots.data() + group.first, first_chunk, chunks);
+  };
+  RunPhases(workers, {{groups * splits, run}});
+}
+
+}  // namespace jax_marlin_moe::cpu
