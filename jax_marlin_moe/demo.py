@@ -136,7 +136,7 @@ def _random_experts(key: Array, shape: ModelShape, k: int, n: int, dtype: jnp.dt
         return jax.lax.bitcast_convert_type(words, jnp.int32), (factor / 4.6 / k**0.5).astype(dtype)
 
     packed, scales = jax.jit(lambda keys: jax.lax.map(one_expert, keys))(jax.random.split(key, shape.num_experts))
-    return jmm.MarlinWeights(packed, scales, None, None, None, row)
+    return jmm.MarlinWeights(packed, scales, None, None, None, row, shape.group_size)
 
 
 def _float32_block(case: _Case) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 from jax_marlin_moe import layout
 from jax_marlin_moe.formats import E4M3_SCALES, E8M0_SCALES, FLOAT_SCALES, WeightFormat, decode_e8m0, get_format
 from jax_marlin_moe.ops.arguments import check_array, check_rank
-from jax_marlin_moe.quantize import assemble, check_group_size, check_stack, pack_expert
+from jax_marlin_moe.quantize import assemble, check_group_size, check_stack, pack_expert, resolve_group_size
 from jax_marlin_moe.weights import MarlinWeights
 
 FP8_BLOCK = 128  # rows of K under one scale of a block-quantised FP8 weight
@@ -164,18 +164,6 @@ def row_order(index: np.ndarray, group_size: int) -> np.ndarray | None:
     return order
 
 
-def group_size_of(k: int, groups: int, row: WeightFormat) -> int:
-    """Rows under one scale, from the number of groups; raises ValueError where the format has no such groups."""
-    if groups == 1:
-        return k
-    fitting = [size for size in row.group_sizes if groups > 0 and -(-k // size) == groups]
-    if not fitting:
-        size = k / groups if groups else k
-        check_group_size("group_size", int(size) if size == int(size) else -1, k, row)
-        raise ValueError(f"scales has {groups} groups over K = {k}; format {row.name} takes sizes {row.group_sizes}")
-    return fitting[0]
-
-
 # Importers of stacks.
 
 
@@ -185,6 +173,7 @@ def from_awq(
     scales: Float[Array, "experts groups N"],
     *,
     bits: int = 4,
+    group_size: int | None = None,
 ) -> MarlinWeights:
     """Packs AutoAWQ tensors (version "gemm"), experts stacked in front; `(q - z) * s`, exact.
 
@@ -195,10 +184,11 @@ def from_awq(
         qzeros: zero points, packed likewise; None where all are 8 (128 for 8 bit).
         scales: float16, bfloat16 or float32, kept as they are.
         bits: 4 or 8.
+        group_size: rows of K that share a scale; may be None where there is one group or groups divide K.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, or bits is neither 4 nor 8.
+        ValueError: shapes disagree, bits is neither 4 nor 8, or the group size is not determined.
     """
     row = _integer_row(bits, zeros=qzeros is not None)
     check_array("qweight", qweight, ndim=3, dtype=jnp.int32)
@@ -209,8 +199,8 @@ def from_awq(
     if qzeros is not None:
         check_array("qzeros", qzeros, ndim=3, dtype=jnp.int32)
         check_stack("qzeros", qzeros.shape, (experts, groups, n // row.codes_per_word))
-    group_size_of(k, groups, row)
-    return _pack_stack(decode_awq, (qweight, qzeros, scales), row, k, n, options={"bits": bits})
+    size = resolve_group_size(group_size, k, groups, row)
+    return _pack_stack(decode_awq, (qweight, qzeros, scales), row, k, n, size, options={"bits": bits})
 
 
 def from_gptq(
@@ -220,6 +210,7 @@ def from_gptq(
     *,
     g_idx: Int32[Array, "experts K"] | None = None,
     bits: int = 4,
+    group_size: int | None = None,
     checkpoint_format: str = "gptq",
 ) -> MarlinWeights:
     """Packs GPTQ tensors, experts stacked in front; `(q - z) * s[g_idx]`, exact.
@@ -237,11 +228,12 @@ def from_gptq(
         scales: float16, bfloat16 or float32, kept as they are.
         g_idx: group of each row, concrete values; None means `k // group_size`. Each group must have as many rows.
         bits: 4 or 8.
+        group_size: rows of K that share a scale; may be None where there is one group or groups divide K.
         checkpoint_format: "gptq" (v1: qzeros hold z - 1) or "gptq_v2" (they hold z).
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, groups are unequal, or a v1 zero point is 2^bits.
+        ValueError: shapes disagree, groups are unequal or not determined, or a v1 zero point is 2^bits.
     """
     row = _integer_row(bits, zeros=True)
     check_array("qweight", qweight, ndim=3, dtype=jnp.int32)
@@ -251,7 +243,7 @@ def from_gptq(
     groups = scales.shape[1]
     check_stack("scales", scales.shape, (experts, groups, n))
     check_stack("qzeros", qzeros.shape, (experts, groups, n // row.codes_per_word))
-    group_size = group_size_of(k, groups, row)
+    size = resolve_group_size(group_size, k, groups, row)
     if checkpoint_format not in ("gptq", "gptq_v2"):
         raise ValueError(f"checkpoint_format is {checkpoint_format!r}; it must be 'gptq' or 'gptq_v2'")
     less_one = checkpoint_format == "gptq"
@@ -264,10 +256,10 @@ def from_gptq(
     if g_idx is not None:
         check_array("g_idx", g_idx, ndim=2, dtype=jnp.int32)
         check_stack("g_idx", g_idx.shape, (experts, k))
-        order = row_order(np.asarray(g_idx), group_size)
+        order = row_order(np.asarray(g_idx), size)
     tensors = (qweight, None if baked else qzeros, scales, order)
     options = {"bits": bits, "stored_less_one": less_one}
-    return _pack_stack(decode_gptq, tensors, row, k, n, order, options=options)
+    return _pack_stack(decode_gptq, tensors, row, k, n, size, order, options=options)
 
 
 def check_gptq_zeros(qzeros: np.ndarray, bits: int, less_one: bool) -> None:
@@ -295,6 +287,7 @@ def from_compressed_tensors(
     *,
     k: int,
     bits: int = 4,
+    group_size: int | None = None,
     weight_zero_point: Int32[Array, "experts N/pf groups"] | None = None,
     weight_g_idx: Int32[Array, "experts K"] | None = None,
 ) -> MarlinWeights:
@@ -307,12 +300,13 @@ def from_compressed_tensors(
         weight_scale: float16, bfloat16 or float32, kept as they are; one group is channel-wise.
         k: input features, the second number of `weight_shape`.
         bits: 4 or 8.
+        group_size: rows of K that share a scale; may be None where there is one group or groups divide K.
         weight_zero_point: zero points of asymmetric weights, packed along N.
         weight_g_idx: group of each row, concrete values. Each group must have as many rows.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, or groups are unequal.
+        ValueError: shapes disagree, or groups are unequal or not determined.
     """
     row = _integer_row(bits, zeros=weight_zero_point is not None)
     check_array("weight_packed", weight_packed, ndim=3, dtype=jnp.int32)
@@ -321,7 +315,7 @@ def from_compressed_tensors(
     check_stack("weight_packed", (experts, n, words), (experts, n, -(-k // row.codes_per_word)))
     groups = weight_scale.shape[2]
     check_stack("weight_scale", weight_scale.shape, (experts, n, groups))
-    group_size = group_size_of(k, groups, row)
+    size = resolve_group_size(group_size, k, groups, row)
     if weight_zero_point is not None:
         check_array("weight_zero_point", weight_zero_point, ndim=3, dtype=jnp.int32)
         check_stack("weight_zero_point", weight_zero_point.shape, (experts, -(-n // row.codes_per_word), groups))
@@ -329,9 +323,9 @@ def from_compressed_tensors(
     if weight_g_idx is not None:
         check_array("weight_g_idx", weight_g_idx, ndim=2, dtype=jnp.int32)
         check_stack("weight_g_idx", weight_g_idx.shape, (experts, k))
-        order = row_order(np.asarray(weight_g_idx), group_size)
+        order = row_order(np.asarray(weight_g_idx), size)
     tensors = (weight_packed, weight_scale, weight_zero_point, order)
-    return _pack_stack(decode_compressed_tensors, tensors, row, k, n, order, options={"bits": bits, "k": k})
+    return _pack_stack(decode_compressed_tensors, tensors, row, k, n, size, order, options={"bits": bits, "k": k})
 
 
 def from_nvfp4(
@@ -366,7 +360,7 @@ def from_nvfp4(
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise ValueError("global_scale holds values that are not positive and finite; every expert needs one")
     factors = np.float32(1) / factors if divides else factors
-    return _pack_stack(decode_fp4, (weight, weight_scale, factors), row, k, n)
+    return _pack_stack(decode_fp4, (weight, weight_scale, factors), row, k, n, 16)
 
 
 def from_mxfp4(
@@ -392,7 +386,7 @@ def from_mxfp4(
     weight_scale = _bits("weight_scale", weight_scale, "float8_e8m0fnu")
     check_stack("weight_scale", weight_scale.shape, (weight.shape[0], n, -(-k // 32)))
     _refuse("weight_scale", bad_block_scales(np.asarray(weight_scale), exponent=True))
-    return _pack_stack(decode_fp4, (weight, weight_scale), get_format("mxfp4"), k, n, bias=bias)
+    return _pack_stack(decode_fp4, (weight, weight_scale), get_format("mxfp4"), k, n, 32, bias=bias)
 
 
 def from_fp8(
@@ -428,7 +422,9 @@ def from_fp8(
         raise ValueError(
             f"weight_scale has shape {shape}; it must be {experts} times {fp8_scale_shapes_in_words(k, n)}"
         )
-    return _pack_stack(decode_fp8, (weight, weight_scale), get_format("fp8"), k, n, bias=bias)
+    grouped = len(shape) == 3 and shape[2] > 1
+    size = FP8_BLOCK if grouped else k
+    return _pack_stack(decode_fp8, (weight, weight_scale), get_format("fp8"), k, n, size, bias=bias)
 
 
 def from_hqq(
@@ -473,7 +469,7 @@ def from_hqq(
                 f"{name} has dtype {value.dtype}; it must be {' or '.join(row.scale_dtypes)}, both the same"
             )
         check_stack(name, (value.shape[0], value[0].size), (experts, n * groups))
-    return _pack_stack(decode_hqq, (w_q, scale, zero), row, k, n, options={"bits": bits, "k": k, "n": n})
+    return _pack_stack(decode_hqq, (w_q, scale, zero), row, k, n, size, options={"bits": bits, "k": k, "n": n})
 
 
 def from_qarray(array: Any, *, bias: Array | None = None) -> MarlinWeights:
@@ -524,9 +520,9 @@ def from_qarray(array: Any, *, bias: Array | None = None) -> MarlinWeights:
     scales = jnp.broadcast_to(scale, shape)
     if jnp.dtype(scales.dtype).name not in row.scale_dtypes:
         raise TypeError(f"scale has dtype {scales.dtype}; it must be {' or '.join(row.scale_dtypes)}")
-    group_size_of(k, groups, row)
+    size = resolve_group_size(None, k, groups, row)
     factors = jnp.ones(experts, jnp.float32) if row.has_global_scales else None
-    return _pack_stack(LogicalLinear, (codes, scales, zeros, factors), row, k, n, bias=bias)
+    return _pack_stack(LogicalLinear, (codes, scales, zeros, factors), row, k, n, size, bias=bias)
 
 
 # The formats of float values, by the rows of K in a tile; None for all other sizes.
@@ -554,13 +550,14 @@ def _pack_stack(
     row: WeightFormat,
     k: int,
     n: int,
+    group_size: int,
     order: np.ndarray | None = None,
     bias: Array | None = None,
     options: Mapping[str, int] = MappingProxyType({}),
 ) -> MarlinWeights:
     """Decodes, with the keyword arguments `options`, and packs a stack."""
     parts = _decode_and_pack(tensors, decode, tuple(options.items()), row)
-    weights = assemble(parts, k, n, row, bias)
+    weights = assemble(parts, k, n, row, group_size, bias)
     return weights if order is None else dataclasses.replace(weights, input_order=jnp.asarray(order))
 
 

@@ -80,7 +80,8 @@ def quantize(
         dtype = jnp.dtype(dense.dtype)
     if dtype.name not in row.scale_dtypes:
         raise TypeError(f"scale_dtype is {dtype}; format {row.name} takes {' or '.join(row.scale_dtypes)}")
-    return assemble(_quantize_and_pack(dense, row, group_size or k, dtype), k, n, row, bias)
+    size = group_size or k
+    return assemble(_quantize_and_pack(dense, row, size, dtype), k, n, row, size, bias)
 
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
@@ -163,7 +164,7 @@ def pack_expert(codes, scales, zeros, global_scale, row: WeightFormat):
     return layout.pack(codes, bits=row.bits), scales, zeros, global_scale
 
 
-def assemble(parts, k: int, n: int, row: WeightFormat, bias: Array | None) -> MarlinWeights:
+def assemble(parts, k: int, n: int, row: WeightFormat, group_size: int, bias: Array | None) -> MarlinWeights:
     """`MarlinWeights` from the stacked leaves of `pack_expert`."""
     packed, scales, zeros, global_scales = parts
     rows, columns = -k % layout.TILE_K, -n % layout.TILE_N
@@ -177,6 +178,7 @@ def assemble(parts, k: int, n: int, row: WeightFormat, bias: Array | None) -> Ma
         bias,
         None,
         row,
+        min(group_size, k),
         global_scales=global_scales,
         row_padding=rows,
         column_padding=(columns,) if columns else (),
@@ -190,6 +192,7 @@ def pack_logical(
     scales: Shaped[Array, "experts groups N"],
     weight_format: str,
     *,
+    group_size: int | None = None,
     zeros: Shaped[Array, "experts groups N"] | None = None,
     global_scales: Float32[Array, "experts"] | Float32[Array, "experts N/64"] | None = None,
     bias: Float[Array, "experts N"] | None = None,
@@ -200,20 +203,23 @@ def pack_logical(
         codes: one byte a code, of any K and N.
         scales: in a dtype that the format allows; bit patterns (e4m3, e8m0) as uint8.
         weight_format: a name of `jax_marlin_moe.FORMATS`.
+        group_size: rows of K that share a scale. May be None where the shapes leave no choice: with one group, groups
+            that divide K, and formats of one group size.
         zeros: zero points, uint8 or, for float ones, in the dtype of the scales.
         global_scales: float32, one an expert or one for each 64 columns (rounded up).
         bias: added after scaling, kept in float32.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, or the format has no such group size.
+        ValueError: shapes disagree, the format has no such group size, or the shapes do not determine it.
     """
     row = get_format(weight_format)
     check_array("codes", codes, ndim=3, dtype=jnp.uint8)
     check_rank("scales", scales, 3)
     experts, k, n = codes.shape
     check_stack("scales", scales.shape, (experts, scales.shape[1], n))
-    return assemble(_pack((codes, scales, zeros, global_scales), row), k, n, row, bias)
+    size = resolve_group_size(group_size, k, scales.shape[1], row)
+    return assemble(_pack((codes, scales, zeros, global_scales), row), k, n, row, size, bias)
 
 
 def _to_e4m3(values: Array) -> Array:
@@ -322,3 +328,29 @@ def check_group_size(name: str, group_size: int | None, k: int, row: WeightForma
     if not allowed:
         one_group = "None (one group) or " if row.per_channel else ""
         raise ValueError(f"{name} is {group_size}; format {row.name} takes {one_group}one of {row.group_sizes}")
+
+
+def resolve_group_size(group_size: int | None, k: int, groups: int, row: WeightFormat) -> int:
+    """Rows under one scale of a stack with `groups` groups, K for one; None where they divide K or the format has one.
+
+    Raises:
+        ValueError: the format has no such groups, `groups` is another number, or nothing determines the size.
+    """
+    if group_size is None and groups == 1:
+        group_size = k
+    if group_size is None and len(row.group_sizes) == 1:
+        group_size = row.group_sizes[0]
+    if group_size is None:
+        if groups < 1 or k % groups:
+            raise ValueError(
+                f"group_size is None, and {groups} groups over K = {k} do not determine it; pass the rows of K that "
+                "share a scale"
+            )
+        group_size = k // groups
+    if not (groups == 1 and group_size >= k and (row.per_channel or k <= max(row.group_sizes))):
+        check_group_size("group_size", group_size, k, row)
+    if groups != -(-k // group_size):
+        raise ValueError(
+            f"scales has {groups} groups over K = {k}; group_size {group_size} makes {-(-k // group_size)}"
+        )
+    return group_size

@@ -33,6 +33,7 @@ class MarlinWeights:
         input_order: where groups were sorted at load (act-order): row k of the matrix multiplies
             `x[:, input_order[e, k]]`. None means the identity.
         format: the row of the format registry.
+        group_size: rows that share a scale; K where one scale covers all of them.
         layout: "a16", the packing for 16-bit activations; weights packed for another mode are refused.
         global_scales: float32 factors of each 64 columns, for formats that have them.
         row_padding: zero rows at the end of K.
@@ -46,6 +47,7 @@ class MarlinWeights:
     bias: Float[Array, "E N"] | None
     input_order: Int32[Array, "E K"] | None
     format: WeightFormat
+    group_size: int
     layout: str = "a16"
     global_scales: Float[Array, "E N//64"] | None = None
     row_padding: int = 0
@@ -84,15 +86,6 @@ class MarlinWeights:
     def num_groups(self) -> int:
         """Groups of K that share scales."""
         return self.scales.shape[-2]
-
-    @property
-    def group_size(self) -> int:
-        """Rows that share a scale; K when channel-wise."""
-        if self.num_groups == 1:
-            return self.k
-        # Sizes are powers of two apart, so no two of them give the same number of groups unless that is one.
-        fitting = [g for g in self.format.group_sizes if -(-self.padded_k // g) == self.num_groups]
-        return fitting[0] if fitting else self.padded_k // self.num_groups
 
     @property
     def rows_per_scale(self) -> int:
@@ -150,6 +143,7 @@ class MarlinWeights:
             scales=self.scales[..., groups, :],
             zeros=None if self.zeros is None else self.zeros[..., groups, :],
             bias=None,
+            group_size=min(self.group_size, stop - start),
             row_padding=self.row_padding if last else 0,
         )
 
@@ -157,7 +151,7 @@ class MarlinWeights:
 jax.tree_util.register_dataclass(
     MarlinWeights,
     data_fields=["packed", "scales", "zeros", "bias", "input_order", "global_scales"],
-    meta_fields=["format", "layout", "row_padding", "column_padding"],
+    meta_fields=["format", "group_size", "layout", "row_padding", "column_padding"],
 )
 
 
@@ -191,7 +185,9 @@ def summary(parts: Any, **spelled: str) -> str:
 
 def as_packed(weights: MarlinWeights) -> MarlinWeights:
     """The matrix that the kernels see: padding included, rows in packed order."""
-    return dataclasses.replace(weights, input_order=None, row_padding=0, column_padding=())
+    return dataclasses.replace(
+        weights, input_order=None, group_size=weights.rows_per_scale, row_padding=0, column_padding=()
+    )
 
 
 def drop_column_padding(y: Shaped[Array, "... padded_n"], weights: MarlinWeights) -> Shaped[Array, "... n"]:
@@ -220,7 +216,11 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
     first, *rest = parts
     for number, part in enumerate(rest, start=1):
         _check_alike(
-            "parts", number, part, first, ("format", "layout", "num_experts", "k", "num_groups", "row_padding")
+            "parts",
+            number,
+            part,
+            first,
+            ("format", "layout", "num_experts", "k", "num_groups", "group_size", "row_padding"),
         )
         if first.input_order is not None and not _equal_arrays(first.input_order, part.input_order):
             raise ValueError(
@@ -251,7 +251,9 @@ def stack_experts(experts: Sequence[MarlinWeights]) -> MarlinWeights:
     """
     first, *rest = experts
     for number, part in enumerate(rest, start=1):
-        _check_alike("experts", number, part, first, ("format", "layout", "k", "n", "num_groups", "column_padding"))
+        _check_alike(
+            "experts", number, part, first, ("format", "layout", "k", "n", "num_groups", "group_size", "column_padding")
+        )
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *experts)
 
 

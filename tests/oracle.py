@@ -183,6 +183,7 @@ class Experts:
             bias=None if self.bias is None else jnp.asarray(np.pad(self.bias, ((0, 0), (0, columns)))),
             input_order=None if self.input_order is None else jnp.asarray(self.input_order),
             format=jmm.FORMATS[self.weight_format],
+            group_size=min(self.group_size, self.k),
             global_scales=None if self.global_scales is None else jnp.asarray(self.global_scales),
             row_padding=rows,
             column_padding=(columns,) if columns else (),

@@ -50,6 +50,7 @@ def abstract_experts(num_experts, k, n, *, group_size=None, zeros=False, bias=Fa
         bias=array((num_experts, n), jnp.float32) if bias else None,
         input_order=None,
         format=jmm.FORMATS["int4_zp" if zeros else "int4"],
+        group_size=group_size or k,
     )
 
 

@@ -76,7 +76,9 @@ def test_compressed_tensors(rng, bits, k):
     zeros = rng.integers(0, 2**bits, (E, N, groups))
     scales = rng.uniform(0.01, 0.02, zeros.shape).astype(BF16)
     words = files.join(codes, bits, 2)[..., : -(-k * bits // 32)]
-    weights = jmm.from_compressed_tensors(words, scales, k=k, bits=bits, weight_zero_point=files.join(zeros, bits, 1))
+    weights = jmm.from_compressed_tensors(
+        words, scales, k=k, bits=bits, group_size=group, weight_zero_point=files.join(zeros, bits, 1)
+    )
     rows = np.arange(k) // group
     dense = (codes[..., :k] - zeros[..., rows]) * scales.astype(float)[..., rows]
     same(weights, dense.swapaxes(1, 2))

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from oracle import random_experts
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.__main__ import main
 from jax_marlin_moe.checkpoint import MoELayer, SharedExpert, convert, load_moe_layer, load_moe_layers, packed
+from jax_marlin_moe.checkpoint.facts import layer_from, leaves_and_facts, read_facts
+from jax_marlin_moe.checkpoint.keys import Keys
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -337,6 +340,26 @@ def test_pipes_are_not_opened(folder, capsys):
         load_moe_layer(folder, 0)
     assert main(["inspect", str(folder)]) == 1
     assert "is no regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("k", "size", "name", "fits"),
+    [(128, 64, "int4", True), (96, 64, "int4", False), (96, 128, "int4", True), (40, 32, "mxfp4", True)],
+)
+def test_without_a_group_size_facts_are_enough_where_the_shapes_determine_it(k, size, name, fits):
+    """Files of version 1: groups that divide K, one group, and formats of one group size; others are refused."""
+    rng = np.random.default_rng(3)
+    gate_up = random_experts(rng, 2, k, 128, weight_format=name, group_size=size).packed()
+    down = random_experts(rng, 2, 64, k, weight_format="int4", group_size=32).packed()
+    layer = MoELayer(gate_up, down, jnp.zeros((k, 2)), jmm.Routing(1, "softmax"))
+    leaves, values = leaves_and_facts(layer)
+    assert values["matrices"]["gate_up"].pop("group_size") == gate_up.group_size
+    facts = read_facts(Keys(values, "manifest"), states_group_size=False)
+    if fits:
+        assert_same(layer_from(leaves, facts), layer)
+    else:
+        with pytest.raises(ValueError, match="gate_up states no group_size: group_size is 48; format int4 takes"):
+            layer_from(leaves, facts)
 
 
 def test_what_is_missing(folder):

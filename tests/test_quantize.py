@@ -177,6 +177,7 @@ def test_packing_is_bit_exact(weight_format, k, n):
         experts.codes,
         experts.scales,
         weight_format,
+        group_size=size,
         zeros=experts.zeros,
         global_scales=experts.global_scales,
         bias=experts.bias,

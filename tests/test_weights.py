@@ -12,6 +12,7 @@ from oracle import FACTS, random_experts
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.ops.arguments import check_weights
 
 GROUPS = pytest.mark.parametrize("group_size", [32, None])
 EVERY_FORMAT = pytest.mark.parametrize("weight_format", FACTS)
@@ -289,6 +290,33 @@ def test_format_is_part_of_the_structure():
     symmetric, asymmetric = experts_with_everything(weight_format="int4").packed(), experts_with_everything().packed()
     assert jax.tree.structure(symmetric) != jax.tree.structure(asymmetric)
     assert jax.tree.structure(symmetric) != jax.tree.structure(dataclasses.replace(symmetric, layout="a8"))
+
+
+def test_the_group_size_is_a_fact_and_no_guess():
+    """Two groups of K = 96 are 64 and 32 rows, or 80 and 16: the shapes are the same."""
+    experts = random_experts(np.random.default_rng(0), 2, 96, 64, group_size=64)
+    weights = experts.packed()
+    other = dataclasses.replace(weights, group_size=80)
+    assert weights.scales.shape == other.scales.shape
+    assert jax.tree.structure(weights) != jax.tree.structure(other)
+    np.testing.assert_allclose(jmm.dequantize(weights), experts.dense(), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"weights\.group_size is 80, .*; the group size must be one of"):
+        check_weights("weights", other)
+    with pytest.raises(ValueError, match=r"has 2 groups over K = 96; weights\.group_size is 32, which makes 3"):
+        check_weights("weights", dataclasses.replace(weights, group_size=32))
+    with pytest.raises(TypeError, match=r"weights\.group_size is 64\.0; it must be an integer"):
+        check_weights("weights", dataclasses.replace(weights, group_size=64.0))
+    with pytest.raises(ValueError, match=r"group_size is None, and 2 groups over K = 95 do not determine it"):
+        jmm.pack_logical(experts.codes[:, :95], experts.scales, "int4")
+    with pytest.raises(ValueError, match="group_size is 48; format int4 takes"):
+        jmm.pack_logical(experts.codes, experts.scales, "int4")
+    with pytest.raises(ValueError, match="scales has 2 groups over K = 96; group_size 32 makes 3"):
+        jmm.pack_logical(experts.codes, experts.scales, "int4", group_size=32)
+    assert_same_weights(jmm.pack_logical(experts.codes, experts.scales, "int4", group_size=64), weights)
+    narrow = dataclasses.replace(weights, group_size=128, scales=weights.scales[:, :1])
+    with pytest.raises(ValueError, match=r"parts\[1\]\.group_size is 96; it must equal parts\[0\]\.group_size = 128"):
+        jmm.concatenate_columns([narrow, dataclasses.replace(narrow, group_size=96)])
+    assert (weights.rows(0, 64).group_size, weights.rows(64, 96).group_size) == (64, 32)
 
 
 def test_leaves_are_named_in_paths():

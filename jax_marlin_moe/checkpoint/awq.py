@@ -53,6 +53,10 @@ class AwqStorage(Storage):
         size = rule.get("group_size", config.get("group_size", config.get("q_group_size")))
         return cls(group_size_from(source, "AWQ group_size", size), symmetric=not config.get("zero_point", True))
 
+    def rows_per_group(self, k: int) -> int:
+        """As the config says."""
+        return self.group_size or k
+
     def of_matrix(self, files: TensorFolder, linears: Sequence[Linear], k: int, n: int) -> Storage:
         """Zero points need no storage where all of the matrix are 8."""
         baked = True

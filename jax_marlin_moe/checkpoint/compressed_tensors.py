@@ -101,6 +101,10 @@ class PackQuantizedStorage(Storage):
             k,
         )
 
+    def rows_per_group(self, k: int) -> int:
+        """As the config says."""
+        return self.group_size or k
+
     def row_order(self, files: TensorFolder, linear: Linear, k: int) -> np.ndarray | None:
         """From `weight_g_idx`, where the file has it; -1 in all of it means none."""
         name = linear.name(".weight_g_idx")

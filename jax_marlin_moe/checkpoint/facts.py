@@ -11,7 +11,9 @@ from jax_marlin_moe.activations import ACTIVATIONS, Activation, get_activation, 
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
 from jax_marlin_moe.formats import FORMATS, get_format
+from jax_marlin_moe.layout import TILE_K
 from jax_marlin_moe.ops.arguments import check_weights
+from jax_marlin_moe.quantize import resolve_group_size
 from jax_marlin_moe.routing import Routing
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -139,11 +141,10 @@ def layer_from(leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:
             raise ValueError(f"there is no {path}.packed with its {path}.scales")
         arrays: dict[str, Any] = {name: leaves.get(f"{path}.{name}") for name in _WEIGHT_LEAVES}
         about = dict(facts.matrices[path])
-        stated = about.pop("group_size")
+        if about["group_size"] is None:
+            about["group_size"] = _group_size(path, about, arrays["packed"], arrays["scales"])
         weights = MarlinWeights(**arrays, **about)
         check_weights(path, weights)
-        if stated not in (None, weights.group_size):
-            raise ValueError(f"{path} has groups of {weights.group_size} rows; group_size is {stated}")
         return weights
 
     def needed(path: str) -> Any:
@@ -186,6 +187,17 @@ def _matrix(keys: Keys, states_group_size: bool) -> dict[str, Any]:
         "row_padding": keys.integer("row_padding", low=0),
         "column_padding": tuple(padding),
     }
+
+
+def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: jax.Array) -> int:
+    """Of a matrix whose facts do not state it: what the shapes determine, and they mostly do."""
+    if packed.ndim != 3 or scales.ndim != 3:
+        raise ValueError(f"{path}.packed and {path}.scales must have 3 dimensions")
+    k = packed.shape[1] * TILE_K - about["row_padding"]
+    try:
+        return resolve_group_size(None, k, scales.shape[1], about["format"])
+    except ValueError as error:
+        raise ValueError(f"{path} states no group_size: {error}; convert the source again") from None
 
 
 def _activation(keys: Keys) -> str | Activation:

@@ -41,6 +41,10 @@ class Nvfp4Storage(Storage):
             return cls(".weight", ".weight_scale_2", divides=False)
         return None
 
+    def rows_per_group(self, k: int) -> int:
+        """Fixed by the format."""
+        return 16
+
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Bytes, block scales as bits, and the factor of the linear."""
         weight = linear.read(files, self.weight, (n, -(-k // 2)), ("U8",))
@@ -91,6 +95,10 @@ class Mxfp4Storage(Storage):
             if found[0] in ("U8", "I8") and found[1] in ("U8", "F8_E8M0"):
                 return cls(weight, scale)
         return None
+
+    def rows_per_group(self, k: int) -> int:
+        """Fixed by the format."""
+        return 32
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Bytes and scales as bits."""

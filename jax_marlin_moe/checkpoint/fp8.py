@@ -58,6 +58,12 @@ class Fp8Storage(Storage):
             name, f"has no scales; one of {', '.join(linear.name(suffix) for suffix in _SCALES)} must exist"
         )
 
+    def rows_per_group(self, k: int) -> int:
+        """Fixed by the format, where the scales follow K."""
+        if self.weight_format == "mxfp8":
+            return 32
+        return FP8_BLOCK if self.groups > 1 else k
+
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Codes and scales; e8m0 scales as bits."""
         weight = linear.read(files, ".weight", (n, k), ("F8_E4M3",))

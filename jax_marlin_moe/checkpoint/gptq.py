@@ -78,6 +78,10 @@ class GptqStorage(Storage):
             desc_act=bool(merged.get("desc_act", False)),
         )
 
+    def rows_per_group(self, k: int) -> int:
+        """As the config says."""
+        return self.group_size or k
+
     def of_matrix(self, files: TensorFolder, linears: Sequence[Linear], k: int, n: int) -> Storage:
         """Zero points need no storage where all of the matrix are the middle code."""
         baked = True

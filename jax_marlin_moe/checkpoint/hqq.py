@@ -71,6 +71,10 @@ class HqqStorage(Storage):
             raise files.fault(linear.name(".shape"), f"says {stated}; it must be {[n, k]}")
         return cls(int(bits), size, k, n)
 
+    def rows_per_group(self, k: int) -> int:
+        """As the file says."""
+        return self.group_size or k
+
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Codes, scales and zero points."""
         groups = number_of_groups(k, self.group_size)

@@ -124,6 +124,7 @@ def load_matrix(
         bias=None if biases is None else _pad_bias(biases, column_padding),
         input_order=_stack_orders(matrix.orders, k),
         format=row,
+        group_size=min(storage.rows_per_group(k), k),
         global_scales=global_scales,
         row_padding=row_padding,
         column_padding=(column_padding,) * parts if column_padding else (),

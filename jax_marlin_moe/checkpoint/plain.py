@@ -66,6 +66,10 @@ class PlainStorage(Storage):
             raise TypeError(f"scale_dtype is {dtype}; format {row.name} takes {' or '.join(row.scale_dtypes)}")
         return cls(suffix, linear.transposed, row.name, size or k, dtype)
 
+    def rows_per_group(self, k: int) -> int:
+        """As the target says."""
+        return self.group_size
+
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """The weight."""
         weight = read_plain(files, linear, self.weight, k, n)

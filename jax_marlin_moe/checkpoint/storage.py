@@ -33,6 +33,10 @@ class Storage(abc.ABC):
             ValueError: it is of this scheme, in a variant that is not supported.
         """
 
+    @abc.abstractmethod
+    def rows_per_group(self, k: int) -> int:
+        """Rows of K that share a scale; k where one scale covers all of them."""
+
     def of_matrix(self, files: TensorFolder, linears: Sequence[Linear], k: int, n: int) -> "Storage":
         """The storage that all linears of a matrix share; may look at their small tensors."""
         return self

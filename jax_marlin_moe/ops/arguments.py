@@ -82,10 +82,20 @@ def _check_scales(name: str, weights: MarlinWeights) -> None:
     check_rank(f"{name}.scales", weights.scales, 3)
     groups = weights.num_groups
     check_shape(f"{name}.scales", weights.scales, (experts, groups, n), "(E, groups, N)")
-    sizes = [g for g in fmt.group_sizes if -(-k // g) == groups]
-    if not sizes and not (groups == 1 and fmt.per_channel):
-        allowed = f"one of {fmt.group_sizes}" + (" or K" if fmt.per_channel else "")
-        raise ValueError(f"{name}.scales has {groups} groups over K = {k}; the group size must be {allowed}")
+    size = weights.group_size
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"{name}.group_size is {size!r}; it must be an integer")
+    one_group = groups == 1 and (fmt.per_channel or k <= max(fmt.group_sizes))
+    allowed = f"one of {fmt.group_sizes}" + (" or K" if fmt.per_channel else "")
+    if not (size in fmt.group_sizes or (one_group and size >= weights.k)):
+        raise ValueError(
+            f"{name}.group_size is {size}, with {groups} groups over K = {k}; the group size must be {allowed}"
+        )
+    if groups != -(-weights.k // size):
+        raise ValueError(
+            f"{name}.scales has {groups} groups over K = {k}; {name}.group_size is {size}, which makes "
+            f"{-(-weights.k // size)}; it must be {allowed}"
+        )
     for leaf, wanted in (("zeros", fmt.zeros is not None), ("global_scales", fmt.has_global_scales)):
         value = getattr(weights, leaf)
         if wanted != (value is not None):
