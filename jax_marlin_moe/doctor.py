@@ -82,7 +82,7 @@ def _architecture() -> str:
 def _cache() -> str:
     folder = cache.directory()
     if folder is None:
-        return f"off ({cache.ENVIRONMENT_VARIABLE} is empty)"
+        return f"off; set {cache.ENVIRONMENT_VARIABLE} to a folder"
     kernels = len(list(folder.glob("*.cubin")))
     if _writable(folder):
         return f"{folder}: {kernels} kernels, writable"

@@ -209,7 +209,9 @@ def test_measured_schemes_fit():
     """A table's scheme that does not is passed over without a word."""
     path = pathlib.Path(tuned.__file__).parent / "tuned" / "sm_90a.json"
     scales = {("e2m1", 16): "e4m3", ("e2m1", 32): "e8m0", ("e4m3", 32): "e8m0", ("e4m3", 128): "float32"}
-    for name, entries in json.loads(path.read_text()).items():
+    table = json.loads(path.read_text())
+    assert table.pop("version") == 2
+    for name, entries in table.items():
         fields = re.fullmatch(r"E(\d+) k(\d+) H(\d+) I(\d+) g(\d+) (\w+)/(\w+)", name)
         experts, top_k, hidden, inner, group = map(int, fields.groups()[:5])
         codes = fields.groups()[5:]
@@ -249,7 +251,7 @@ def test_schemes_of_an_older_version_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "user_path", lambda architecture: path)
     assert tuned.lookup(key, 16, "sm_90a") is None
     tuned.record(key, 8, "sm_90a", BlockScheme("direct", Tile(8, 2, 1, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)), path)
-    assert list(json.loads(path.read_text())[str(key)]) == ["8"]
+    assert list(json.loads(path.read_text())[str(key)]) == ["8", "16"]
 
 
 @pytest.mark.gpu

@@ -111,7 +111,7 @@ def compile_cubin(source: str, architecture: str) -> bytes:
     reason = unavailable_reason()
     if reason:
         raise ImportError(f"jax_marlin_moe cannot compile its CUDA kernels: {reason}")
-    options = f"{architecture} c++17 {version()}"
+    options = f"entry {cache.ENTRY_FORMAT} {architecture} c++17 {version()}"
     key = hashlib.sha256(_headers_digest() + options.encode() + b"\0" + source.encode()).hexdigest()
     cubin = cache.load(key)
     if cubin is None:

@@ -204,8 +204,8 @@ def gemm_kernel(
 ) -> Kernel:
     """A grouped GEMM; `epilogue` gives its C++ type and members.
 
-    `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the buffer
-    of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
+    `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
+    buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
     """
     p, row = _Parameters(), weights.format
     pointers = [

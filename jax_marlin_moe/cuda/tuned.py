@@ -3,6 +3,14 @@
 A table maps a block (its shapes and formats) and a number of tokens to the scheme that was fastest on a card of that
 architecture. Blocks that are in neither table, or only with token counts further off than a factor of the root of
 two, are left to the cost model of tiles.py.
+
+    {"version": 2,
+     "E8 k2 H4096 I14336 g128 int4/int4": {
+      "16": {"routing": "grouped", "gate_up": ["mma", 16, ...], "down": ["wgmma", 16, ...], "overlaps": true}}}
+
+A tile is its kind and the fields of `Tile` or `WgmmaTile`. Version 1 has neither kinds nor a number of its own: a tile
+that ends with a truth value is a `WgmmaTile` there. Rows are checked one by one: what is not understood is skipped,
+with one warning for each table, and `record` keeps it.
 """
 
 import contextlib
@@ -12,10 +20,19 @@ import json
 import math
 import os
 import pathlib
-import tempfile
+import re
+import typing
+import warnings
 
 from jax_marlin_moe.cuda import cache
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.cuda.tiles import BlockScheme, SlotRouting, Tile, WgmmaTile
+
+_VERSION = 2
+_VERSION_KEY = "version"
+_MOST_BYTES = 16 << 20  # of a table; the shipped one has some 20 KB
+_MOST_FIELD = 1 << 20  # of a tile's numbers
+_KINDS: dict[str, type[Tile] | type[WgmmaTile]] = {"mma": Tile, "wgmma": WgmmaTile}
+_ROW = {"routing", "gate_up", "down", "overlaps"}
 
 _SHIPPED = pathlib.Path(__file__).parent / "tuned"
 
@@ -44,41 +61,42 @@ def lookup(key: BlockKey, tokens: int, architecture: str) -> BlockScheme | None:
     Within a factor of the root of two: further off, an expert's rows fill other blocks.
     """
     for path in (user_path(architecture), _SHIPPED / f"{architecture}.json"):
-        entries = _load(path).get(str(key), {}) if path is not None else {}
-        distance = {measured: abs(math.log2(int(measured) / tokens)) for measured in entries}
+        schemes = _schemes(path).get(str(key), {}) if path is not None else {}
+        distance = {measured: abs(math.log2(measured / tokens)) for measured in schemes}
         if distance and min(distance.values()) <= 0.5:
-            return _decode(entries[min(distance, key=lambda measured: distance[measured])])
+            return schemes[min(distance, key=lambda measured: distance[measured])]
     return None
 
 
 def record(
     key: BlockKey, tokens: int, architecture: str, scheme: BlockScheme, path: pathlib.Path | None = None
 ) -> None:
-    """Stores a scheme in the user's table, or in `path`; a directory that cannot be written is no error."""
+    """Stores a scheme in the user's table, or in `path`; a directory that cannot be written is no error.
+
+    Rows and fields that this version does not understand stay as they are, but for the row that is stored. A file that
+    is no table at all is moved aside, and a table of a newer version is left alone, with a warning.
+    """
     path = path or user_path(architecture)
     if path is None:
         return
-    table = {name: dict(entries) for name, entries in _load(path).items()}
-    entries = table.setdefault(str(key), {})
-    entries[str(tokens)] = {
-        "routing": scheme.routing,
-        "gate_up": list(dataclasses.astuple(scheme.gate_up)),
-        "down": list(dataclasses.astuple(scheme.down)),
-        "overlaps": scheme.overlaps,
-    }
-    table[str(key)] = dict(sorted(entries.items(), key=lambda item: int(item[0])))
-    lines = [
-        f" {json.dumps(name)}: {{\n"
-        + ",\n".join(f"  {json.dumps(count)}: {json.dumps(entry)}" for count, entry in rows.items())
-        + "\n }"
-        for name, rows in sorted(table.items())
-    ]
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
-        os.replace(temporary, path)
+        try:
+            table = _read(path)
+        except FileNotFoundError:
+            table = {}
+        except _NewerVersionError as error:
+            warnings.warn(f"{path}: {error}; nothing is stored", UserWarning, stacklevel=2)
+            return
+        except ValueError as error:
+            aside = path.with_name(path.name + ".unreadable")
+            os.replace(path, aside)
+            warnings.warn(f"{path}: {error}; it is now {aside}", UserWarning, stacklevel=2)
+            table = {}
+        rows = table.get(str(key))
+        rows = {**(rows if isinstance(rows, dict) else {}), str(tokens): _encode(scheme)}
+        # Numbers of tokens in their order, before what is none.
+        table[str(key)] = dict(sorted(rows.items(), key=lambda row: (_tokens(row[0]) or math.inf, row[0])))
+        cache.write_file(path, _text(table).encode())
 
 
 def user_path(architecture: str) -> pathlib.Path | None:
@@ -87,26 +105,137 @@ def user_path(architecture: str) -> pathlib.Path | None:
     return None if root is None else root / f"tuned-{architecture}.json"
 
 
-def _load(path: pathlib.Path) -> dict:
+class _NewerVersionError(ValueError):
+    """A table of a version that may mean something else by the same words."""
+
+
+def _read(path: pathlib.Path) -> dict:
+    """The table as it is written; ValueError for what is no table, OSError for what cannot be read."""
     try:
-        return _parse(path, path.stat().st_mtime_ns)
-    except (OSError, ValueError):
+        table = json.loads(cache.read_regular_file(path, _MOST_BYTES))
+    except RecursionError:
+        raise ValueError("is nested too deeply to be read") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error})") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"holds {type(table).__name__}; it must hold an object of blocks")
+    version = table.get(_VERSION_KEY, 1)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"version is {version!r}; it must be a positive integer")
+    if version > _VERSION:
+        raise _NewerVersionError(f"version is {version}; it must be at most {_VERSION}: update jax_marlin_moe")
+    return table
+
+
+def _schemes(path: pathlib.Path) -> dict[str, dict[int, BlockScheme]]:
+    try:
+        status = path.stat()
+    except OSError:
         return {}
+    return _parse(path, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=8)
-def _parse(path: pathlib.Path, modified: int) -> dict:
-    blocks = json.loads(path.read_text())
-    # What 0.1.0 stored has no routing: passed over, as an overlap was not measured either.
-    return {name: {count: row for count, row in rows.items() if "routing" in row} for name, rows in blocks.items()}
+def _parse(path: pathlib.Path, modified: int, size: int) -> dict[str, dict[int, BlockScheme]]:
+    """What is understood of a table; warns of the rest, once for each state of the file."""
+    schemes: dict[str, dict[int, BlockScheme]] = {}
+    faults: list[str] = []
+    try:
+        table = _read(path)
+    except OSError:
+        return {}
+    except ValueError as error:
+        table = {}
+        faults.append(f"the table {error}")
+    for name, rows in table.items():
+        if name == _VERSION_KEY:
+            continue
+        if not isinstance(rows, dict):
+            faults.append(f"{name!r} holds {type(rows).__name__}; it must hold an object of rows")
+            continue
+        for count, row in rows.items():
+            # What 0.1.0 stored has no routing: passed over, as an overlap was not measured either.
+            if isinstance(row, dict) and "direct" in row and "routing" not in row:
+                continue
+            try:
+                tokens = _tokens(count)
+                if tokens is None:
+                    raise ValueError(f"{count[:20]!r} is no number of tokens")
+                schemes.setdefault(name, {})[tokens] = _decode(row)
+            except ValueError as error:
+                faults.append(f"{name!r}, row {count[:20]!r}: {error}")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        warnings.warn(
+            f"{path}: skipped what is not understood: {faults[0]}{more}; delete it or tune again",
+            UserWarning,
+            stacklevel=4,
+        )
+    return schemes
 
 
-def _decode(entry: dict) -> BlockScheme:
-    tiles = _decode_tile(entry["gate_up"]), _decode_tile(entry["down"])
-    return BlockScheme(entry["routing"], *tiles, overlaps=entry["overlaps"])
+def _tokens(count: str) -> int | None:
+    return int(count) if re.fullmatch("[1-9][0-9]{0,9}", count) else None
 
 
-def _decode_tile(fields: list) -> Tile | WgmmaTile:
-    """A `WgmmaTile` ends with a truth value; a `Tile` may leave out that it has no cluster."""
-    kind = WgmmaTile if isinstance(fields[-1], bool) else Tile
-    return kind(*fields)
+def _encode(scheme: BlockScheme) -> dict:
+    return {
+        "routing": scheme.routing,
+        "gate_up": _encode_tile(scheme.gate_up),
+        "down": _encode_tile(scheme.down),
+        "overlaps": scheme.overlaps,
+    }
+
+
+def _encode_tile(tile: Tile | WgmmaTile) -> list:
+    (kind,) = (name for name, known in _KINDS.items() if isinstance(tile, known))
+    return [kind, *dataclasses.astuple(tile)]
+
+
+def _text(table: dict) -> str:
+    """JSON with a line for each row."""
+    lines = [f" {json.dumps(_VERSION_KEY)}: {_VERSION}"]
+    for name, rows in sorted(item for item in table.items() if item[0] != _VERSION_KEY):
+        if isinstance(rows, dict) and rows:
+            entries = ",\n".join(f"  {json.dumps(count)}: {json.dumps(row)}" for count, row in rows.items())
+            lines.append(f" {json.dumps(name)}: {{\n{entries}\n }}")
+        else:
+            lines.append(f" {json.dumps(name)}: {json.dumps(rows)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _decode(row: object) -> BlockScheme:
+    """ValueError where a row has other fields than these, or values of other types."""
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {type(row).__name__}; it must be an object")
+    if row.keys() != _ROW:
+        raise ValueError(f"it has {', '.join(sorted(row)) or 'nothing'}; it must have {', '.join(sorted(_ROW))}")
+    routings = typing.get_args(SlotRouting)
+    if row["routing"] not in routings:
+        raise ValueError(f"routing is {row['routing']!r}; it must be one of {', '.join(routings)}")
+    if not isinstance(row["overlaps"], bool):
+        raise ValueError(f"overlaps is {row['overlaps']!r}; it must be true or false")
+    tiles = (_decode_tile(product, row[product]) for product in ("gate_up", "down"))
+    return BlockScheme(row["routing"], *tiles, overlaps=row["overlaps"])
+
+
+def _decode_tile(product: str, fields: object) -> Tile | WgmmaTile:
+    """Of either version; a `Tile` of version 1 may lack the cluster, which is 1."""
+    if not isinstance(fields, list) or not fields:
+        raise ValueError(f"{product} is {str(fields)[:80]!r}; it must be a list, a kind and numbers")
+    named = isinstance(fields[0], str)
+    name = fields[0] if named else "wgmma" if isinstance(fields[-1], bool) else "mma"
+    if name not in _KINDS:
+        raise ValueError(f"{product} is a tile of kind {name[:20]!r}; it must be one of {', '.join(_KINDS)}")
+    kind, values = _KINDS[name], fields[1:] if named else fields
+    declared = dataclasses.fields(kind)
+    required = len(declared) - (kind is Tile and not named)
+    if not required <= len(values) <= len(declared):
+        raise ValueError(f"{product} has {len(values)} fields behind its kind; {name} has {len(declared)}")
+    for field, value in zip(declared, values, strict=False):
+        if field.type in (bool, "bool"):
+            if not isinstance(value, bool):
+                raise ValueError(f"{product} has {field.name} {str(value)[:20]!r}; it must be true or false")
+        elif type(value) is not int or not 1 <= value <= _MOST_FIELD:
+            raise ValueError(f"{product} has {field.name} {str(value)[:20]!r}; it must be in [1, {_MOST_FIELD}]")
+    return kind(*values)
