@@ -40,6 +40,12 @@ README, FORMATS_PAGE, CHECKPOINTS_PAGE, KERNELS_PAGE = (
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # docs/formats.md, "Marlin layout" and "Padding"
 _CITATION = re.compile(r'(docs/[\w-]+\.md|CONTRIBUTING\.md|README\.md|NOTES\.md), ("[^"]+"(?:(?:,| and) "[^"]+")*)')
+# Of the list in CONTRIBUTING.md, what is never right; and American spellings.
+_UNWANTED = re.compile(
+    r"\b(mended|blocks? of (?:threads|tokens)|left out|had better|is no whole number"
+    r"|(?<!-)(?:quanti|normali|initiali|organi|speciali)z\w+|behaviors?|neighbors?|artifacts?)\b",
+    re.IGNORECASE,
+)
 _PATH = re.compile(r"(?<![\w./-])((?:\.\.\.|jax_marlin_moe|csrc|tests|benchmarks|docs|\.ci)/[\w./-]*[\w/])")
 
 
@@ -293,6 +299,14 @@ def test_citations_name_a_heading(path):
         assert title in titles(cited), f"{name_of(path)} cites {document}, {title!r}"
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_documents_keep_to_the_list_of_words(path):
+    prose = re.sub(r"`[^`]+`", "", _FENCE.sub("", path.read_text(encoding="utf-8")))
+    if path.name == "CONTRIBUTING.md":  # its table says what not to write
+        prose = re.sub(r"^\|.*$", "", prose, flags=re.MULTILINE)
+    assert not [match.group() for match in _UNWANTED.finditer(flowing(prose))]
+
+
 def test_the_checks_of_documents_see_mistakes(tmp_path):
     cited = "docs/" + "formats.md"  # apart, or this file would cite it
     page = tmp_path / "page.md"
@@ -307,3 +321,6 @@ def test_the_checks_of_documents_see_mistakes(tmp_path):
     comment.write_text(f'// Nibbles as {cited},\n// "Marlin\n// layout" has them.\n')
     assert list(citations(comment)) == [(cited, "Marlin layout")]
     assert _PATH.findall("`csrc/cpu/gemm.h`, see .../cuda/plan.py.") == ["csrc/cpu/gemm.h", ".../cuda/plan.py"]
+    assert _UNWANTED.search("Mended")
+    assert _UNWANTED.search("a quantized linear")
+    assert not _UNWANTED.search("a quantised linear, pack-quantized")
