@@ -48,10 +48,7 @@ def _packed(manifest: packed.Manifest) -> Iterator[str]:
 def _source(checkpoint: Checkpoint) -> Iterator[str]:
     quantization = checkpoint.quantization
     method = quantization.method or "none"
-    yield (
-        f"{checkpoint.folder}: {checkpoint.config.get('model_type')}, quant_method {method} "
-        f"({quantization.source.name})"
-    )
+    yield (f"{checkpoint.folder}: {checkpoint.model_type}, quant_method {method} ({quantization.source.name})")
     files = checkpoint.files
     for number in checkpoint.layers:
         prefix = checkpoint.prefix(number)

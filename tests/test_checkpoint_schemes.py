@@ -529,7 +529,14 @@ FAMILIES = [
         {"gate.e_score_correction_bias": (E,)},
         {"shared": "shared_experts", "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5},
     ),
-    ("kimi_k25", "language_model.model.layers.0.mlp", None, "gate.weight", {"gate.e_score_correction_bias": (E,)}, {}),
+    (
+        "kimi_k25",
+        "language_model.model.layers.0.mlp",
+        None,
+        "gate.weight",
+        {"gate.e_score_correction_bias": (E,)},
+        {"n_group": 1, "topk_group": 1},
+    ),
     (
         "deepseek_v4",
         "layers.0.ffn",
@@ -593,7 +600,7 @@ def test_families(save, rng, model_type, block, names, router_name, further, con
 def test_promised_shared_experts_must_be_there(save, rng):
     tensors, _ = expert_tensors(rng, compressed(4, 32, True, np.float16))
     tensors |= router(rng) | {"model.layers.0.mlp.gate.e_score_correction_bias": np.zeros(E, np.float32)}
-    config = {"model_type": "deepseek_v3", "n_shared_experts": 1, "quantization_config": ct_config()}
+    config = {"model_type": "deepseek_v3", "n_group": 1, "n_shared_experts": 1, "quantization_config": ct_config()}
     with pytest.raises(ValueError, match=r"has no tensors .*shared_experts.* says n_shared_experts = 1"):
         load_moe_layer(save(config, tensors), 0)
 
@@ -607,7 +614,8 @@ def test_minimax_m3_names_its_shared_expert_otherwise(save, rng):
     tensors |= router(rng, f"{block}.gate.weight") | {f"{block}.e_score_correction_bias": np.zeros(E, np.float32)}
     layer = load_moe_layer(save({"model_type": "minimax_m3", "quantization_config": ct_config()}, tensors), 0)
     gate, up, down = (part.astype(np.float64).T for part in shared.values())
-    run_and_compare(layer, rng, *dense, silu, extra=lambda x: silu(x @ gate, x @ up) @ down)
+    assert (layer.routing.scale, layer.activation.parameters) == (2.0, (7.0, 1.702, 1.0))
+    run_and_compare(layer, rng, *dense, clamped, extra=lambda x: clamped(x @ gate, x @ up) @ down)
 
 
 def test_quantised_shared_experts_stay_packed(save, rng):
@@ -617,7 +625,12 @@ def test_quantised_shared_experts_stay_packed(save, rng):
         found, value = fp8_block(".weight_scale_inv")(rng, *((H, I) if name == "down_proj" else (I, H)))
         shared |= {f"model.layers.0.mlp.shared_experts.{name}{suffix}": tensor for suffix, tensor in found.items()}
         one.append(value)
-    config = {"model_type": "deepseek_v3", "n_shared_experts": 1, "quantization_config": {"quant_method": "fp8"}}
+    config = {
+        "model_type": "deepseek_v3",
+        "n_group": 1,
+        "n_shared_experts": 1,
+        "quantization_config": {"quant_method": "fp8"},
+    }
     tensors |= {"model.layers.0.mlp.gate.e_score_correction_bias": np.zeros(E, np.float32)}
     layer = load_moe_layer(save(config, tensors | shared | router(rng)), 0)
     assert layer.shared.gate_up.num_experts == 1
@@ -702,7 +715,7 @@ def test_layers_are_those_with_experts(save, rng):
     beyond = {name.replace("layers.3", "layers.5"): value for name, value in tensors.items()}
     mtp = {f"mtp.{name.removeprefix('model.')}": value for name, value in tensors.items()}
     dense = {"model.layers.0.mlp.gate_proj.weight": weight(rng, I, H)}
-    config = {"model_type": "deepseek_v3", "num_hidden_layers": 5, "quantization_config": ct_config()}
+    config = {"model_type": "deepseek_v3", "n_group": 1, "num_hidden_layers": 5, "quantization_config": ct_config()}
     path = save(config, tensors | beyond | mtp | dense | router(rng, "model.layers.3.mlp.gate.weight"))
     assert [number for number, _ in load_moe_layers(path)] == [3]
     with pytest.raises(ValueError, match="layer 0 has no experts; layers with experts: 3 to 3"):

@@ -2,19 +2,26 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from jax_marlin_moe.activations import Activation, get_activation, swiglu
-from jax_marlin_moe.routing import Routing
-
-Config = Mapping[str, Any]
+from jax_marlin_moe.checkpoint import routing_rules as rules
+from jax_marlin_moe.checkpoint.keys import REQUIRED, Keys
+from jax_marlin_moe.checkpoint.routing_rules import ActivationRule, Defaults, RoutingRule
 
 # What may stand before `layers.{layer}.`: text models, multimodal ones of both generations, Nemotron, DeepSeek-V4.
 _STEMS = ("model.", "model.language_model.", "language_model.model.", "backbone.", "")
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "experts_per_token")
+# Model types of whole models, whose `text_config` has the language model's keys; for some its own type counts.
+_WHOLE = ("qwen3_vl_moe", "qwen3_5_moe", "qwen3_6_moe", "minimax_m3", "minimax_m3_vl", "llama4", "gemma4")
+_WHOLE_OF_ANY_TEXT = ("kimi_vl", "kimi_k25", "kimi_k3")
+
+# Sizes, which some configs have beside `text_config`. Tensors contradict wrong ones.
+SIZES = ("hidden_size", "moe_intermediate_size", "intermediate_size", "num_hidden_layers")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+TOP_K = (
+    "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "experts_per_token",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +46,13 @@ class Family:
     """Names of one family. Names are inside the layer, `layers.{layer}.`.
 
     Attributes:
-        model_types: `model_type` in config.json.
+        model_types: `model_type` in config.json, each with what missing keys mean.
         block: the module whose tensors are all known; the layer has nothing else in it.
         experts: the module of numbered experts.
         gate: the expert linear (H, I) that goes through the activation; None where experts have no gate.
         up: the expert linear (H, I) that multiplies it, or that goes through the activation itself.
         down: the expert linear (I, H).
-        routing: the rule, from the config.
+        routing: the rule that is made from the config.
         router: the router's tensor [E, H].
         router_bias: its bias [E].
         correction_bias: added to scores for the choice alone, [E].
@@ -56,17 +63,19 @@ class Family:
         input_scale: factors of the normalised input of the router, [H].
         stacked: tensors that hold all experts, where files may have them.
         biased: whether experts have biases.
-        activation: the activation, from the config.
+        activation: likewise.
         shared_size: keys of the shared expert's intermediate size.
+        fixed: keys with the only values that the family's block can have.
+        ignored: keys that transformers' block of the family does not look at, whatever they say.
         others: tensors of the block that are no part of its experts or its router.
 
     Tensors that a row names are there in every layer of its models; only a layer that routes by a hash table has no
     correction bias.
     """
 
-    model_types: tuple[str, ...]
+    model_types: Mapping[str, Defaults]
     block: str
-    routing: Callable[[Config, int], Routing]
+    routing: RoutingRule
     experts: str = "{block}.experts"
     gate: str | None = "gate_proj"
     up: str = "up_proj"
@@ -81,9 +90,11 @@ class Family:
     input_scale: str | None = None
     stacked: tuple[Stacked, ...] = ()
     biased: bool = False
-    activation: Callable[[Config], "str | Activation"] = dataclasses.field(default=lambda config: _activation(config))
+    activation: ActivationRule = rules.HIDDEN_ACT
     shared_size: tuple[str, ...] = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
     others: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     def name(self, template: str, layer: str) -> str:
         """A name inside a layer, spelt out."""
@@ -97,231 +108,224 @@ class Family:
         return re.compile(rf"^((?:{stems})(?:layers|block)\.([0-9]+)\.)(?:{'|'.join(inner)})")
 
 
-def _activation(config: Config) -> str | Activation:
-    """`hidden_act` under its several keys, clamped where the config has a limit."""
-    name = next((config[k] for k in ("hidden_act", "hidden_activation", "mlp_hidden_act") if config.get(k)), "silu")
-    limit = config.get("swiglu_limit")
-    if name in ("swigluoai", "swiglu_oai"):
-        return swiglu(7.0 if limit is None else limit, float(config.get("swiglu_alpha", 1.702)), 1.0)
-    if name in ("silu", "swish") and limit:
-        return swiglu(limit)
-    name = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}.get(name, name)
-    get_activation(name)
-    return name
-
-
-def _gpt_oss_activation(config: Config) -> Activation:
-    return swiglu(float(config.get("swiglu_limit") or 7.0), 1.702, 1.0)
-
-
-def _softmax(renormalize: bool | None) -> Callable[[Config, int], Routing]:
-    """Softmax over all experts; `renormalize` None means the config's `norm_topk_prob`, false where it is missing."""
-
-    def rule(config: Config, top_k: int) -> Routing:
-        chosen = bool(config.get("norm_topk_prob", False)) if renormalize is None else renormalize
-        return Routing(top_k, renormalize=chosen)
-
-    return rule
-
-
-def _qwen_with_shared_expert(config: Config, top_k: int) -> Routing:
-    """Qwen3.5 renormalises and says nothing; Qwen2 does where its config says so."""
-    default = config.get("model_type") != "qwen2_moe"
-    return Routing(top_k, renormalize=bool(config.get("norm_topk_prob", default)))
-
-
-def _deepseek(scoring: str, group_score: str) -> Callable[[Config, int], Routing]:
-    """DeepSeek's rule with the config's scoring, groups and scale."""
-
-    def rule(config: Config, top_k: int) -> Routing:
-        method = config.get("topk_method") or ""
-        grouped = method != "greedy" and (config.get("n_group") or 1) > 1
-        found = {"sqrt_softplus": "sqrtsoftplus"}.get(config.get("scoring_func") or scoring, config.get("scoring_func"))
-        return Routing(
-            top_k,
-            scoring=found or scoring,
-            renormalize=bool(config.get("norm_topk_prob", scoring != "softmax")),
-            num_groups=config["n_group"] if grouped else 1,
-            top_groups=config.get("topk_group") or 1 if grouped else 1,
-            group_score=group_score,
-            scale=float(config.get("routed_scaling_factor") or 1.0),
-        )
-
-    return rule
-
-
-def _gpt_oss(config: Config, top_k: int) -> Routing:
-    return Routing(top_k, scoring="identity", renormalize=False, softmax_after_topk=True)
-
-
-def _llama4(config: Config, top_k: int) -> Routing:
-    return Routing(top_k, scoring="sigmoid", renormalize=False, apply_on_input=True)
-
-
 _DEEPSEEK_SHARED = ("{block}.shared_experts", "{block}.shared_expert")
+
+_RENORMALIZED = Defaults(renormalize=True)
+_DEEPSEEK_V3 = Defaults(renormalize=True, groups=8, top_groups=4, scale=2.5)
+# No class of transformers says what a missing key means.
+_UNKNOWN = Defaults(scale=REQUIRED)
+_SIGMOID_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "scoring_func": ("sigmoid", "noaux_tc"),  # dots1's files have the latter
+    "topk_method": ("noaux_tc",),
+}
+_MINIMAX: Mapping[str, tuple[Any, ...]] = {
+    "scoring_func": ("sigmoid",), "use_routing_bias": (True,), "n_group": (1,), "topk_group": (1,),
+}  # fmt: skip
 
 FAMILIES = (
     Family(
-        model_types=("qwen3_moe", "olmoe"),
+        model_types={"qwen3_moe": Defaults(renormalize=False), "olmoe": Defaults(renormalize=False)},
         block="mlp",
-        routing=_softmax(None),
+        routing=rules.softmax(),
         stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj"),),
     ),
     Family(
         # Named twice, as Qwen3.5 is: the whole model, and its text part.
-        model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        model_types=dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), Defaults()),
         block="mlp",
-        routing=_softmax(None),
+        routing=rules.softmax(True),
         stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj", transposed=True),),
+        ignored=("norm_topk_prob",),
     ),
     Family(
-        model_types=("qwen2_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_6_moe", "qwen3_6_moe_text"),
+        model_types={"qwen2_moe": Defaults(renormalize=False), "qwen3_next": _RENORMALIZED},
         block="mlp",
-        routing=_qwen_with_shared_expert,
+        routing=rules.softmax(),
         shared=("{block}.shared_expert",),
         shared_gate="{block}.shared_expert_gate.weight",
         stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj"),),
     ),
     Family(
-        model_types=("mixtral",),
+        model_types=dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_6_moe", "qwen3_6_moe_text"), Defaults()),
+        block="mlp",
+        routing=rules.softmax(True),
+        shared=("{block}.shared_expert",),
+        shared_gate="{block}.shared_expert_gate.weight",
+        stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj"),),
+        ignored=("norm_topk_prob",),
+    ),
+    Family(
+        # minimax is MiniMax-Text-01.
+        model_types=dict.fromkeys(("mixtral", "minimax"), Defaults()),
         block="block_sparse_moe",
-        routing=_softmax(True),
+        routing=rules.softmax(True),
         gate="w1",
         up="w3",
         down="w2",
+        ignored=("norm_topk_prob",),
     ),
     Family(
-        model_types=("minimax_m2", "minimax_m3", "minimax_m3_vl", "minimax"),
+        model_types={"minimax_m2": Defaults()},
         block="block_sparse_moe",
-        routing=_deepseek("sigmoid", "top2"),
+        routing=rules.sigmoid(scaled=False),
         gate="w1",
         up="w3",
         down="w2",
         correction_bias="{block}.e_score_correction_bias",
         shared=_DEEPSEEK_SHARED,
         shared_size=("shared_intermediate_size",),
+        fixed={**_MINIMAX, "routed_scaling_factor": (1.0,)},
+        ignored=("norm_topk_prob",),
     ),
     Family(
-        model_types=("deepseek_v2", "kimi_vl"),
-        block="mlp",
-        routing=_deepseek("softmax", "max"),
+        model_types=dict.fromkeys(("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"), Defaults(scale=2.0)),
+        block="block_sparse_moe",
+        routing=rules.sigmoid(scaled=True),
+        gate="w1",
+        up="w3",
+        down="w2",
+        correction_bias="{block}.e_score_correction_bias",
         shared=_DEEPSEEK_SHARED,
+        activation=rules.swiglu_oai(("silu", "swigluoai", "swiglu_oai")),
+        shared_size=("shared_intermediate_size",),
+        fixed=_MINIMAX,
+        ignored=("norm_topk_prob",),
     ),
     Family(
-        model_types=(
-            "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_k3", "glm4_moe", "glm4_moe_lite",
-            "glm_moe_dsa", "glm5_moe", "mimo_v2_flash", "dots1",
-        ),
+        model_types={"deepseek_v2": Defaults(shared=2)},
         block="mlp",
-        routing=_deepseek("sigmoid", "top2"),
+        routing=rules.DEEPSEEK_V2,
+        shared=_DEEPSEEK_SHARED,
+        fixed={"scoring_func": ("softmax",)},
+        ignored=("norm_topk_prob",),
+    ),
+    Family(
+        model_types={
+            **dict.fromkeys(("deepseek_v3", "deepseek_v32", "kimi_vl", "kimi_k2", "kimi_k25"), _DEEPSEEK_V3),
+            "glm4_moe": _RENORMALIZED,
+            "glm4_moe_lite": Defaults(renormalize=True, scale=1.8),
+            "glm_moe_dsa": Defaults(renormalize=True, scale=2.5),
+            "mimo_v2_flash": _RENORMALIZED,
+            "dots1": Defaults(renormalize=False),
+            "kimi_k3": _UNKNOWN,
+            "glm5_moe": _UNKNOWN,
+        },
+        block="mlp",
+        routing=rules.GROUPED_SIGMOID,
         correction_bias="{block}.gate.e_score_correction_bias",
         shared=_DEEPSEEK_SHARED,
+        activation=rules.clamped_silu(None),
+        fixed=_SIGMOID_ONLY,
     ),
     Family(
-        model_types=("deepseek_v4",),
+        model_types={"deepseek_v4": Defaults(scale=1.5)},
         block="ffn",
-        routing=_deepseek("sqrtsoftplus", "top2"),
+        routing=rules.DEEPSEEK_V4,
         gate="w1",
         up="w3",
         down="w2",
         correction_bias="{block}.gate.bias",
         hash_table="{block}.gate.tid2eid",
         shared=_DEEPSEEK_SHARED,
+        activation=rules.clamped_silu(10.0),
+        fixed={"topk_method": ("noaux_tc",), "n_group": (1,), "topk_group": (1,)},
+        ignored=("norm_topk_prob",),
     ),
     Family(
-        model_types=("gpt_oss",),
+        model_types={"gpt_oss": Defaults()},
         block="mlp",
-        routing=_gpt_oss,
+        routing=rules.GPT_OSS,
         router="{block}.router.weight",
         router_bias="{block}.router.bias",
         stacked=(
             Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj", interleaved=True, transposed=True),
         ),
         biased=True,
-        activation=_gpt_oss_activation,
+        activation=rules.swiglu_oai(("silu",)),
+        ignored=("norm_topk_prob",),
     ),
     Family(
         # The files that OpenAI published: get_family gives them this type.
-        model_types=("gpt_oss_original",),
+        model_types={"gpt_oss_original": Defaults()},
         block="mlp",
-        routing=_gpt_oss,
+        routing=rules.GPT_OSS,
         router_bias="{block}.gate.bias",
         stacked=(Stacked("{block}.mlp1", "{block}.mlp2", interleaved=True),),
         biased=True,
-        activation=_gpt_oss_activation,
+        activation=rules.swiglu_oai(("silu",)),
         others=("{block}.norm.scale",),
     ),
     Family(
-        model_types=("llama4", "llama4_text"),
+        model_types=dict.fromkeys(("llama4", "llama4_text"), Defaults()),
         block="feed_forward",
-        routing=_llama4,
+        routing=rules.LLAMA4,
         router="{block}.router.weight",
         shared=("{block}.shared_expert",),
         stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj", transposed=True),),
     ),
     Family(
-        model_types=("nemotron_h",),
+        model_types={"nemotron_h": _RENORMALIZED},
         block="mixer",
-        routing=_deepseek("sigmoid", "top2"),
+        routing=rules.GROUPED_SIGMOID,
         gate=None,
         correction_bias="{block}.gate.e_score_correction_bias",
         shared=_DEEPSEEK_SHARED,
         shared_size=("moe_shared_expert_intermediate_size",),
-        activation=lambda config: _activation({"mlp_hidden_act": config.get("mlp_hidden_act", "relu2")}),
+        activation=rules.RELU2,
+        fixed=_SIGMOID_ONLY,
+        ignored=("n_groups",),  # of its state-space layers
     ),
     Family(
         # Its dense branch stands beside the block and is left to the model.
-        model_types=("gemma4", "gemma4_text"),
+        model_types=dict.fromkeys(("gemma4", "gemma4_text"), Defaults()),
         block="experts",
         experts="{block}",
-        routing=_softmax(True),
+        routing=rules.softmax(True),
         router="router.proj.weight",
         expert_scale="router.per_expert_scale",
         input_scale="router.scale",
         stacked=(Stacked("{block}.gate_up_proj", "{block}.down_proj"),),
-        activation=lambda config: _activation({"hidden_act": config.get("hidden_activation", "gelu_pytorch_tanh")}),
+        activation=rules.named("hidden_activation", "gelu_pytorch_tanh"),
+        fixed={"hidden_act": ("gelu_pytorch_tanh",)},
     ),
-)  # fmt: skip
+)
 
 
-def get_family(config: Config, source: object) -> tuple[Family, Config]:
-    """The row for a config, and the config with its text part in front.
+def get_family(config: Mapping[str, Any], source: object) -> tuple[Family, str, Keys]:
+    """The row for a config, the model type that says what its missing keys mean, and the keys of its text part.
 
     Raises:
-        ValueError: no row has its `model_type`, naming `source` and the known ones.
+        ValueError: no row has its `model_type`, naming `source` and the known ones; or `text_config` is no object, or
+            stands where the model type has none.
     """
-    text = config.get("text_config")
-    merged = {**config, **text} if isinstance(text, dict) else config
-    # The files that OpenAI published for gpt-oss name no type.
-    unnamed = "gpt_oss_original" if "model_type" not in config and "experts_per_token" in config else None
-    for model_type in (merged.get("model_type"), config.get("model_type"), unnamed):
-        for row in FAMILIES:
-            if model_type in row.model_types:
-                return row, merged
+    whole = Keys(config, source)
+    text = whole.object("text_config", None, null=True)
+    outer = whole.text("model_type", None, null=True)
+    if outer == "minimax" and "MiniMaxM2ForCausalLM" in whole.texts("architectures", [], null=True):
+        outer = "minimax_m2"  # MiniMax-M2's first files
+    if outer is None and "model_type" not in config and "experts_per_token" in config:
+        outer = "gpt_oss_original"  # the files that OpenAI published for gpt-oss name no type
+    if text is None:
+        row = _row(outer)
+        if row is None or outer is None:
+            raise _unknown(whole)
+        return row, outer, whole
+    inner = text.text("model_type", None, null=True)
+    if outer not in (*_WHOLE, *_WHOLE_OF_ANY_TEXT) and _row(outer) is not None:
+        raise whole.fault("text_config", f"missing: {outer} has no text part")
+    found = outer if outer in _WHOLE or inner is None else inner
+    row = _row(found)
+    if row is None or found is None:
+        raise _unknown(whole if inner is None else text)
+    beside = {key: config[key] for key in (*SIZES, *NUM_EXPERTS, *TOP_K) if key in config}
+    return row, found, Keys({**beside, **text.values}, source, text.path)
+
+
+def _row(model_type: str | None) -> Family | None:
+    return next((row for row in FAMILIES if model_type in row.model_types), None)
+
+
+def _unknown(keys: Keys) -> ValueError:
+    found = repr(keys.values.get("model_type"))
     known = ", ".join(name for row in FAMILIES for name in row.model_types)
-    raise ValueError(f"{source}: model_type is {config.get('model_type')!r}; the loader knows {known}")
-
-
-def num_experts(config: Config, source: object) -> int:
-    """E."""
-    return positive(config, _EXPERTS, source)
-
-
-def top_k(config: Config, source: object) -> int:
-    """Experts per token."""
-    return positive(config, _TOP_K, source)
-
-
-def intermediate(config: Config, source: object) -> int:
-    """I of the routed experts."""
-    return positive(config, ("moe_intermediate_size", "intermediate_size"), source)
-
-
-def positive(config: Config, keys: tuple[str, ...], source: object) -> int:
-    """The first of `keys` that the config has; raises ValueError unless it is a positive integer."""
-    for key in keys:
-        if config.get(key) is not None:
-            if not isinstance(config[key], int) or config[key] < 1:
-                raise ValueError(f"{source}: {key} is {config[key]!r}; it must be a positive integer")
-            return config[key]
-    raise ValueError(f"{source}: {' or '.join(keys)} is missing")
+    return ValueError(f"{keys.source}: {keys.path}model_type is {found}; the loader knows {known}")

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 Default = TypeVar("Default")
 
-_REQUIRED: Any = object()
+# The default of a key that must be there.
+REQUIRED: Any = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Keys:
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
-    def boolean(self, key: str, default: Default = _REQUIRED, *, null: bool = False) -> bool | Default:
+    def boolean(self, key: str, default: Default = REQUIRED, *, null: bool = False) -> bool | Default:
         """`true` or `false` of JSON, nothing that Python takes for one."""
         must = "true or false"
         if self._missing(key, default, null, must):
@@ -46,7 +47,7 @@ class Keys:
     def integer(
         self,
         key: str,
-        default: Default = _REQUIRED,
+        default: Default = REQUIRED,
         *,
         low: int | None = None,
         high: int | None = None,
@@ -64,7 +65,7 @@ class Keys:
     def number(
         self,
         key: str,
-        default: Default = _REQUIRED,
+        default: Default = REQUIRED,
         *,
         low: float | None = None,
         high: float | None = None,
@@ -84,7 +85,7 @@ class Keys:
             raise self.fault(key, must)
         return found
 
-    def text(self, key: str, default: Default = _REQUIRED, *, null: bool = False) -> str | Default:
+    def text(self, key: str, default: Default = REQUIRED, *, null: bool = False) -> str | Default:
         """A string that is not empty."""
         must = "a string that is not empty"
         if self._missing(key, default, null, must):
@@ -94,7 +95,7 @@ class Keys:
         return self.values[key]
 
     def choice(
-        self, key: str, options: Collection[str], default: Default = _REQUIRED, *, null: bool = False
+        self, key: str, options: Collection[str], default: Default = REQUIRED, *, null: bool = False
     ) -> str | Default:
         """One of some strings."""
         must = ("one of " if len(options) > 1 else "") + ", ".join(map(repr, options))
@@ -104,7 +105,7 @@ class Keys:
             raise self.fault(key, must)
         return self.values[key]
 
-    def object(self, key: str, default: Default = _REQUIRED, *, null: bool = False) -> "Keys | Default":
+    def object(self, key: str, default: Default = REQUIRED, *, null: bool = False) -> "Keys | Default":
         """An object, with readers of its own."""
         must = "an object"
         if self._missing(key, default, null, must):
@@ -113,7 +114,7 @@ class Keys:
             raise self.fault(key, must)
         return Keys(self.values[key], self.source, f"{self.path}{key}.")
 
-    def texts(self, key: str, default: Default = _REQUIRED, *, null: bool = False) -> list[str] | Default:
+    def texts(self, key: str, default: Default = REQUIRED, *, null: bool = False) -> list[str] | Default:
         """A list of strings, which may be empty."""
         must = "a list of strings"
         if self._missing(key, default, null, must):
@@ -124,19 +125,20 @@ class Keys:
         return list(value)
 
     def fault(self, key: str, must: str, advice: str = "") -> ValueError:
-        """The error of a key whose value is not allowed.
+        """The error of a key whose value is not allowed, or whose absence is not.
 
         Args:
             key: of `values`.
             must: what the value must be.
             advice: more of the sentence, such as "; convert it first".
         """
-        return ValueError(f"{self.source}: {self.path}{key} is {short(self.values[key])}; it must be {must}{advice}")
+        found = short(self.values[key]) if key in self.values else "missing"
+        return ValueError(f"{self.source}: {self.path}{key} is {found}; it must be {must}{advice}")
 
     def _missing(self, key: str, default: object, null: bool, must: str) -> bool:
         if key in self.values and not (null and self.values[key] is None):
             return False
-        if default is _REQUIRED:
+        if default is REQUIRED:
             state = "null" if key in self.values else "missing"
             raise ValueError(f"{self.source}: {self.path}{key} is {state}; it must be {must}")
         return True

@@ -15,25 +15,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.checkpoint import families, packed
-from jax_marlin_moe.checkpoint.families import Config, Family, Stacked, get_family
+from jax_marlin_moe.checkpoint import packed
+from jax_marlin_moe.checkpoint.families import Family, Stacked, get_family
 from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert, check_layer
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix
+from jax_marlin_moe.checkpoint.model_facts import ModelFacts, read_facts
 from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.quantization_config import Quantization, find_quantization
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
 from jax_marlin_moe.weights import MarlinWeights
-
-# Where a config says that layers have shared experts.
-_SHARED_COUNTS = (
-    "n_shared_experts",
-    "num_shared_experts",
-    "shared_expert_intermediate_size",
-    "moe_shared_expert_intermediate_size",
-    "shared_intermediate_size",
-)
 
 # What may follow the module of experts that lie in one tensor.
 _STACKED_SUFFIXES = ("", ".weight", "_blocks", "_weight.blocks", "_weight")
@@ -125,14 +116,14 @@ class Checkpoint:
         if not self.source.is_file():
             raise FileNotFoundError(f"{self.folder} holds no config.json; pass the folder of a checkpoint")
         whole = read_json(self.source)
-        self.family, self.config = get_family(whole, self.source)
+        self.family, self.model_type, self._keys = get_family(whole, self.source)
         self.quantization = find_quantization(self.folder, whole)
         scale_name = None if scale_dtype is None else jnp.dtype(scale_dtype).name
         self._target = None if quantize is None else Target(quantize, group_size, scale_name)
         self.files = TensorFolder(self.folder)
         self._prefixes = _layer_prefixes(self.files, self.family)
-        last = self.config.get("num_hidden_layers")
-        self.layers = sorted(n for n in self._prefixes if not isinstance(last, int) or n < last)
+        last = self._keys.integer("num_hidden_layers", None, low=1, null=True)
+        self.layers = sorted(n for n in self._prefixes if last is None or n < last)
 
     def load(self, layer: int) -> MoELayer:
         """Loads one layer; arguments and errors as for `load_moe_layer`."""
@@ -142,6 +133,11 @@ class Checkpoint:
         if self.manifest is not None:
             return self.manifest.load(layer)
         return _LayerReader(self, layer).load()
+
+    @functools.cached_property
+    def facts(self) -> ModelFacts:
+        """What the config says of all layers; raises ValueError where it says what the loader does not know."""
+        return read_facts(self.family, self.model_type, self._keys)
 
     def target(self, layer: int) -> Target | None:
         """What plain experts of a layer become; None where it is quantised and others, which are plain, are meant."""
@@ -178,8 +174,8 @@ class _LayerReader:
         return self.checkpoint.family
 
     @property
-    def config(self) -> Config:
-        return self.checkpoint.config
+    def facts(self) -> ModelFacts:
+        return self.checkpoint.facts
 
     @property
     def quantization(self) -> Quantization:
@@ -189,27 +185,8 @@ class _LayerReader:
         return self.family.name(template, self.checkpoint.prefix(self.layer))
 
     def load(self) -> MoELayer:
-        family, source = self.family, self.checkpoint.source
-        hidden = families.positive(self.config, ("hidden_size",), source)
-        size = families.intermediate(self.config, source)
-        experts = families.num_experts(self.config, source)
-        top_k = families.top_k(self.config, source)
-        if top_k > experts:
-            raise ValueError(f"{source}: num_experts_per_tok is {top_k}, more than the {experts} experts")
-        try:
-            activation = family.activation(self.config)
-        except ValueError as error:
-            raise ValueError(f"{source}: hidden_act: {error}") from None
-        if self.config.get("moe_latent_size"):
-            raise ValueError(
-                f"{source}: moe_latent_size is {self.config['moe_latent_size']}; experts behind a latent projection "
-                "cannot be loaded"
-            )
-        gated = get_activation(activation).gated
-        if gated != (family.gate is not None):
-            raise ValueError(
-                f"{source}: activation {activation!r} does not fit experts {'with' if family.gate else 'without'} gate"
-            )
+        family, facts = self.family, self.facts
+        hidden, size, experts = facts.hidden, facts.size, facts.experts
         self._refuse_fused_quantised_names()
         first, second = self._linears(experts, hidden, size)
         gate_up, down = self._matrices(
@@ -217,24 +194,24 @@ class _LayerReader:
         )
         router = self._vector(family.router, (experts, hidden))
         assert router is not None, "every family has a router"
-        token_experts = self._token_experts(top_k, experts)
+        token_experts = self._token_experts(facts.routing.top_k, experts)
         layer = MoELayer(
             gate_up=gate_up,
             down=down,
             router=router.T,
-            routing=family.routing(self.config, top_k),
-            activation=activation,
+            routing=facts.routing,
+            activation=facts.activation,
             router_bias=self._vector(family.router_bias, (experts,)),
             correction_bias=None if token_experts is not None else self._vector(family.correction_bias, (experts,)),
             expert_scale=self._vector(family.expert_scale, (experts,)),
             router_input_scale=self._vector(family.input_scale, (hidden,)),
             token_experts=token_experts,
-            shared=self._shared(hidden, size),
-            norm_epsilon=float(self.config.get("rms_norm_eps") or 1e-6),
+            shared=self._shared(hidden),
+            norm_epsilon=facts.norm_epsilon,
         )
         self._refuse_unknown()
         self.files.drop_pages()
-        check_layer(source, layer)
+        check_layer(self.checkpoint.source, layer)
         return layer
 
     def _linears(self, experts: int, hidden: int, size: int) -> tuple[list[list[Linear]], list[list[Linear]]]:
@@ -322,19 +299,25 @@ class _LayerReader:
             raise self.files.fault(name, f"holds {table.min()} to {table.max()}; experts lie in [0, {experts})")
         return jnp.asarray(table.astype(np.int32))
 
-    def _shared(self, hidden: int, routed_size: int) -> SharedExpert | None:
+    def _shared(self, hidden: int) -> SharedExpert | None:
         family, files = self.family, self.files
         module = next(
             (m for m in map(self.name, family.shared) if any(name.startswith(f"{m}.") for name in files.names)), None
         )
         if module is None:
-            promised = next((key for key in _SHARED_COUNTS if family.shared and self.config.get(key)), None)
-            if promised is not None:
+            if self.facts.promised is not None:
+                key, value = self.facts.promised
                 raise ValueError(
                     f"{files.folder} has no tensors {self.name(family.shared[0])}.* of a shared expert; "
-                    f"{self.checkpoint.source} says {promised} = {self.config[promised]}"
+                    f"{self.checkpoint.source} says {key} = {value}"
                 )
             return None
+        if self.facts.denied is not None:
+            key, value = self.facts.denied
+            raise ValueError(
+                f"{files.folder} has tensors {module}.* of a shared expert; "
+                f"{self.checkpoint.source} says {key} = {value}"
+            )
         # MiniMax-M3 names the linears of its shared expert in the other way.
         names = next(
             (
@@ -350,11 +333,14 @@ class _LayerReader:
         gate = None if gate is None else gate.T
         suffix = plain_suffix(files, down)
         if suffix is not None:
-            size = files.info(down.name(suffix)).shape[-1]
+            shape = files.info(down.name(suffix)).shape
+            if self.facts.shared_size is None and len(shape) != 2:
+                raise files.fault(down.name(suffix), f"has shape {shape}; it must have two dimensions")
+            size = shape[1] if self.facts.shared_size is None else self.facts.shared_size
             dense = [self._dense(part, suffix, hidden, size) for part in gate_up]
             last = self._dense(down, suffix, size, hidden)
             return SharedExpert(jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True), gate)
-        size = self._shared_size(routed_size)
+        size = self.facts.shared_size or self.facts.usual_shared_size
         packed_gate_up, packed_down = self._matrices([gate_up], [[down]], hidden, size, None, biased=False)
         return SharedExpert(packed_gate_up, packed_down, gate)
 
@@ -364,12 +350,6 @@ class _LayerReader:
         if not np.isfinite(value.astype(np.float32, copy=False)).all():
             raise self.files.fault(linear.name(suffix), "holds infinities or NaN")
         return value.T
-
-    def _shared_size(self, routed_size: int) -> int:
-        for key in self.family.shared_size:
-            if isinstance(self.config.get(key), int) and self.config[key] > 0:
-                return self.config[key]
-        return routed_size * int(self.config.get("n_shared_experts") or self.config.get("num_shared_experts") or 1)
 
     def _check_experts(self, experts: int) -> None:
         """The experts that have tensors must be those that the config counts: before anything of that size is built."""

@@ -1,0 +1,164 @@
+"""What config.json says of a model's layers of experts, every key of it read with its type or known not to matter."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.checkpoint.families import NUM_EXPERTS, SIZES, TOP_K, Family
+from jax_marlin_moe.checkpoint.keys import Keys, short
+from jax_marlin_moe.routing import Routing
+
+_SHARED_NUMBERS = ("n_shared_experts", "num_shared_experts")
+_SHARED_SIZES = (
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+
+# Words in the names of keys that say how tokens are routed, what experts compute, or how results are combined.
+_BEHAVIOUR = re.compile(
+    r"(?:^|_)(?:rout|top_?k|n_groups?(?:_|$)|num_groups?|expert|moe|renorm|gat(?:e|ing)|scor|sigmoid|softmax"
+    r"|swiglu|glu|act(?:_|$|ivation)|scal|limit|clamp|clip|(?:soft)?cap(?:_|$|acity|ping)|jitter|latent)"
+)
+
+# Keys with such words that change nothing in a block: patterns, each with the reason.
+HARMLESS = {
+    r"(attn|attention|rope|rotary|index|indexer|mamba|swa|linear_attn|sparse_attention|query_pre_attn)_.*"
+    r"|clip_qkv|floor_scale|time_step_limit": "attention, positions and state-space layers, not the block",
+    r"final_logit_softcapping|logits?_scal(e|ing)|embedding_scale|scale_embeddings?": "embeddings and logits",
+    r"router_(aux|z)_loss_coef|(router|input)_jitter_noise|output_router_logits|moe_aux_loss_coeff?": "training alone",
+    r"moe_layer_freq|moe_layers|interleave_moe_layer_step|enable_moe_block": "tensors show which layers have experts",
+    r"expert_dtype": "tensors show how experts are stored",
+    r"(moe_)?ep_size|moe_shared_expert_overlap|experts_implementation": "how work is spread and overlapped",
+    r"top_k|output_scores": "sampling of tokens",
+    r"(num_)?mtp_.*": "multi-token prediction, which is not loaded",
+}
+
+# What is said of keys that are refused for what they mean.
+_REFUSED = {"moe_latent_size": "experts behind a latent projection cannot be loaded"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """Facts of all layers of experts.
+
+    Attributes:
+        hidden: H.
+        size: I of the routed experts.
+        experts: E.
+        routing: the model's rule.
+        activation: of the experts.
+        norm_epsilon: of the norm in front of a router.
+        promised: the key that says there are shared experts, and its value; None where no key does.
+        denied: the key that says there are none, and its value; None where no key does.
+        shared_size: I of the shared experts together, None where the config does not say.
+        usual_shared_size: what it is where the config does not say.
+    """
+
+    hidden: int
+    size: int
+    experts: int
+    routing: Routing
+    activation: str | Activation
+    norm_epsilon: float
+    promised: tuple[str, int] | None
+    denied: tuple[str, int] | None
+    shared_size: int | None
+    usual_shared_size: int
+
+
+def read_facts(family: Family, model_type: str, keys: Keys) -> ModelFacts:
+    """The facts of a config.
+
+    Args:
+        family: from `get_family`.
+        model_type: likewise.
+        keys: likewise.
+
+    Raises:
+        ValueError: a key has a value that it cannot have, or a key about routing or activation is not known.
+    """
+    defaults = family.model_types[model_type]
+    _refuse_unknown(family, model_type, keys)
+    experts = _agreed(keys, NUM_EXPERTS)
+    top_k = _agreed(keys, TOP_K)
+    if top_k > experts:
+        key = next(key for key in TOP_K if keys.values.get(key) is not None)
+        raise ValueError(f"{keys.source}: {keys.path}{key} is {top_k}, more than the {experts} experts")
+    size = _first(keys, ("moe_intermediate_size", "intermediate_size"))
+    numbers, sizes = (
+        {key: keys.integer(key, low=0) for key in names if keys.values.get(key) is not None} if family.shared else {}
+        for names in (_SHARED_NUMBERS, _SHARED_SIZES)
+    )
+    stated = list({**numbers, **sizes}.items())
+    return ModelFacts(
+        hidden=_first(keys, ("hidden_size",)),
+        size=size,
+        experts=experts,
+        routing=family.routing.read(keys, experts, top_k, defaults),
+        activation=family.activation.read(keys),
+        norm_epsilon=keys.number("rms_norm_eps", 1e-6, low=0),
+        promised=next((item for item in stated if item[1]), None),
+        denied=next((item for item in stated if not item[1]), None),
+        shared_size=_shared_size(family, numbers, sizes, size),
+        usual_shared_size=size * defaults.shared,
+    )
+
+
+def _shared_size(family: Family, numbers: Mapping[str, int], sizes: Mapping[str, int], routed: int) -> int | None:
+    for key in family.shared_size:
+        if sizes.get(key):
+            return sizes[key]
+    return next((routed * number for number in numbers.values() if number), None)
+
+
+def _agreed(keys: Keys, names: tuple[str, ...]) -> int:
+    """The value of keys that mean the same; raises ValueError where two differ, naming both."""
+    found = {key: _positive(keys, key) for key in names if keys.values.get(key) is not None}
+    if not found:
+        raise ValueError(f"{keys.source}: {keys.path}{' or '.join(names)} is missing; it must be a positive integer")
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"{key} = {value}" for key, value in found.items())
+        raise ValueError(f"{keys.source}: {keys.path or 'it'} says {both}; they mean the same and must be equal")
+    return next(iter(found.values()))
+
+
+def _first(keys: Keys, names: tuple[str, ...]) -> int:
+    """The first of `names` that is there."""
+    for key in names:
+        if keys.values.get(key) is not None:
+            return _positive(keys, key)
+    raise ValueError(f"{keys.source}: {keys.path}{' or '.join(names)} is missing; it must be a positive integer")
+
+
+def _positive(keys: Keys, key: str) -> int:
+    value = keys.values[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise keys.fault(key, "a positive integer")
+    return value
+
+
+def _refuse_unknown(family: Family, model_type: str, keys: Keys) -> None:
+    """Every key about routing and activation is read, fixed to what the block does, or known not to matter."""
+    shared = (*_SHARED_NUMBERS, *_SHARED_SIZES)
+    known = {*SIZES, *NUM_EXPERTS, *TOP_K, *family.routing.keys, *family.activation.keys, *family.ignored}
+    for key, value in keys.values.items():
+        if key in family.fixed:
+            if value is not None and not any(_same(value, one) for one in family.fixed[key]):
+                allowed = " or ".join(map(repr, family.fixed[key]))
+                raise keys.fault(key, allowed, f": the block of {model_type} has no other")
+        elif key in shared:
+            if not family.shared and value not in (None, 0):
+                raise keys.fault(key, f"0: {model_type} has no shared experts")
+        elif value is not None and key not in known and _BEHAVIOUR.search(key.lower()) and not _harmless(key):
+            what = _REFUSED.get(key, f"what this key means for the experts of {model_type} is not known")
+            raise ValueError(f"{keys.source}: {keys.path}{key} is {short(value)}; {what}")
+
+
+def _same(value: object, allowed: object) -> bool:
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _harmless(key: str) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in HARMLESS)
