@@ -77,7 +77,7 @@ def test_two_spellings_of_a_layer_in_a_manifest_are_an_error_that_names_both(tmp
         load_moe_layer(tmp_path / "packed", 0)
 
 
-@pytest.mark.parametrize("number", ["9" * 5000, "\u0663", "-1", "1.0", ""])
+@pytest.mark.parametrize("number", ["9" * 5000, "\u0663", "-1", "1.0"])
 def test_a_key_of_a_manifest_must_be_a_layer(tmp_path, number):
     convert(DATA / W8, tmp_path / "packed")
     path = tmp_path / "packed" / MANIFEST
