@@ -399,10 +399,24 @@ def test_the_device_names_the_architecture(monkeypatch, capability, architecture
     assert compiler.compute_capability(architecture) == int(capability.replace(".", ""))
 
 
-def test_the_environment_names_the_architecture(monkeypatch):
+@pytest.mark.parametrize(
+    ("named", "architecture"),
+    [
+        ("sm_80", "sm_80"),
+        ("sm_90", "sm_90a"),
+        ("sm_120a", "sm_120a"),
+        ("compute_75", "compute_75"),
+        ("compute_89", "compute_89"),
+        ("compute_90", "compute_90a"),
+        ("compute_100f", "compute_100f"),
+    ],
+)
+def test_the_environment_names_the_architecture(monkeypatch, named, architecture):
     monkeypatch.setattr(jax, "local_devices", device_of("9.0"))
-    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_80")
-    assert compiler.target_architecture() == "sm_80"
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, named)
+    assert compiler.target_architecture() == architecture
+    assert str(compiler.compute_capability(architecture)) in named
+    assert compiler.is_virtual(architecture) == named.startswith("compute")
 
 
 def test_no_device_and_no_architecture_is_an_error(monkeypatch, lower):
@@ -415,15 +429,66 @@ def test_no_device_and_no_architecture_is_an_error(monkeypatch, lower):
         lower("", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
 
 
-def test_a_name_that_is_no_architecture_is_an_error(monkeypatch, lower):
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        *(
+            (name, "it must look like sm_90a, or compute_80 for PTX")
+            for name in ("90a", "sm_90b", "sm_9", "compute", "compute_", "lto_90", "sm_90 ", "SM_80", "sm_9.0")
+        ),
+        *((name, "it must be one of sm_75, sm_80, .*, sm_121, or compute_ in") for name in ("sm_42", "compute_70")),
+    ],
+)
+def test_a_name_that_is_no_architecture_is_an_error(monkeypatch, lower, named, message):
     monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
-    with pytest.raises(ValueError, match="JAX_MARLIN_MOE_CUDA_ARCH is 'compute_90'; it must look like sm_90a"):
-        lower("compute_90", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
+    with pytest.raises(ValueError, match=f"JAX_MARLIN_MOE_CUDA_ARCH is '{named}'; {message}"):
+        lower(named, jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("source", "architecture"), [("this is no C++", "sm_90a"), ('#include "absent.cuh"', "sm_90a"), ("", "sm_42")]
+    ("architecture", "target"), [("compute_75", "sm_75"), ("compute_89", "sm_89"), ("compute_90a", "sm_90a")]
+)
+def test_a_virtual_architecture_gives_ptx(monkeypatch, architecture, target):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
+    source = plan.plan_align(12, 5, 8, False, architecture).source
+    ptx = compiler.compile_cubin.__wrapped__(source, architecture)
+    text = ptx.decode()
+    assert text.count("\0") == 1
+    assert text.endswith("\0")  # the driver reads up to there
+    assert f".target {target}\n" in text
+    assert ".entry " in text
+
+
+@needs_nvrtc
+def test_a_block_for_a_virtual_architecture_has_its_tiles(lower):
+    """As for the card's own architecture: the same kernels, in a custom call of ours."""
+    arguments = abstract_block(33, 2, 256, 128, 8, jnp.float16, scale_dtype=jnp.float16)
+    assert lower("compute_86", jmm.fused_moe, *arguments).count(CALL) == 1
+    x, gate_up, down, *_ = arguments
+    options = {"tokens": 33, "top_k": 2, "routed_experts": 8, "mapped": False, "activation": get_activation("silu")}
+    sources = [
+        plan.plan_fused_moe(x, gate_up, down, **options, architecture=name).source for name in ("sm_86", "compute_86")
+    ]
+    assert sources[0] == sources[1]
+
+
+@needs_nvrtc
+def test_turing_has_no_bfloat16_as_ptx_either(lower):
+    with pytest.raises(ValueError, match="x has dtype bfloat16, which compute capability 75 lacks; pass float16"):
+        lower("compute_75", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.bfloat16))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        ("this is no C++", "sm_90a"),
+        ('#include "absent.cuh"', "sm_90a"),
+        ("", "sm_42"),
+        ("this is no C++", "compute_80"),
+        ("", "compute_42"),
+    ],
 )
 def test_what_the_compiler_refuses_is_a_compilation_error(source, architecture, monkeypatch, capsys):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
@@ -493,12 +558,13 @@ def test_everything_that_shapes_a_cubin_is_in_its_key(monkeypatch, tmp_path, com
     compile_anew()
     compile_anew(source="b")
     compile_anew(architecture="sm_80")
+    compile_anew(architecture="compute_80")
     monkeypatch.setattr(compiler, "version", lambda: (13, 1))
     compile_anew()
     monkeypatch.setattr(compiler, "_headers_digest", lambda: b"edited")
     compile_anew()
-    assert len(compilations) == 5
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(compilations) == 6
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_the_cache_can_be_switched_off(monkeypatch, tmp_path, compilations):

@@ -448,7 +448,7 @@ def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
 @pytest.mark.parametrize("routing", ["distinct", "few", "one", "duplicates", "holes"])
 def test_grouped_slots_give_the_bits_of_aligned_ones(routing, tokens, tile):
     """The products group the slots themselves, or a kernel before them does; they overlap or do not."""
-    if isinstance(tile, WgmmaTile) and compiler.target_architecture() != "sm_90a":
+    if isinstance(tile, WgmmaTile) and compiler.compute_capability(compiler.target_architecture()) != 90:
         pytest.skip("wgmma is Hopper's")
     case = Case("", tokens=tokens, hidden=256, routing=routing, expert_map=(1, -1, 2, 5, 0, 4, 3))
     with jax.default_device(jax.devices("cuda")[0]):
@@ -472,7 +472,7 @@ def test_grouped_slots_give_the_bits_of_aligned_ones(routing, tokens, tile):
     ids=["2 and 2", "4 and 2", "4 and 4"],
 )
 def test_clusters_that_share_k(tiles, weight_format, routing):
-    if compiler.target_architecture() != "sm_90a":
+    if compiler.compute_capability(compiler.target_architecture()) != 90:
         pytest.skip("clusters are measured on Hopper alone")
     group = 16 if weight_format == "nvfp4" else 64
     case = Case("", hidden=768, inner=768, weight_format=weight_format, down_format=weight_format, experts=9)

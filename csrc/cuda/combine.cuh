@@ -1,15 +1,18 @@
 // The last step of a block: sums each token's slots in ascending order and rounds once.
 #pragma once
 
+#include "offsets.cuh"
 #include "routing.cuh"
 
 namespace jmm {
 
 template <class T, int kTokens, int kTopK, int kColumns, int kExperts, int kRoutedExperts, bool kMapped>
 struct Combine {
-  static constexpr int kThreads = 128;  // small: they move in beside the blocks of the kernel before
-  static constexpr int kVector = 4;     // columns of a thread: one 16-byte load a slot
-  static constexpr int kBlocks = (kTokens * (kColumns / kVector) + kThreads - 1) / kThreads;
+  static constexpr int kThreads = 128;                 // small: they move in beside the blocks of the kernel before
+  static constexpr int kVector = 4;                    // columns of a thread: one 16-byte load a slot
+  static constexpr int kVectors = kColumns / kVector;  // of a row
+  static constexpr int64_t kAllVectors = int64_t(kTokens) * kVectors;
+  using VectorIndex = Index<kAllVectors + kThreads>;
   static_assert(kColumns % kVector == 0, "rows are whole vectors");
 
   const float4* __restrict__ partials;     // [kTokens * kTopK, kColumns]; rows of dropped slots hold nothing
@@ -18,9 +21,8 @@ struct Combine {
   uint2* __restrict__ out;                 // [kTokens, kColumns] of T
 
   __device__ void run() const {
-    constexpr int kVectors = kColumns / kVector;
-    const int i = blockIdx.x * kThreads + threadIdx.x;
-    const int token = min(i / kVectors, kTokens - 1), vector = i % kVectors;
+    const VectorIndex i = Offset<kAllVectors + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
+    const int token = min(i / kVectors, VectorIndex(kTokens - 1)), vector = i % kVectors;
     // The ids were there before this call: they are fetched while the kernel before still runs.
     uint32_t there[(kTopK + 31) / 32] = {};
 #pragma unroll
@@ -31,7 +33,7 @@ struct Combine {
     }
     allow_next_kernel();
     wait_for_previous_kernel();
-    if (i >= kTokens * kVectors) return;
+    if (i >= kAllVectors) return;
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < kTopK; ++j) {
@@ -44,20 +46,46 @@ struct Combine {
   }
 };
 
-// Rows that no block lists are zero: the output is cleared before the product writes into it.
-template <int64_t kBytes>
+// Rows that no block lists are zero: the output is cleared before the product writes into it. No row of the list is
+// known yet to be its slot's first.
+template <int64_t kBytes, int kSlots>
 struct Clear {
   static constexpr int kThreads = 256;
-  static constexpr int kBlocks = (kBytes / 16 + kThreads - 1) / kThreads;
+  static constexpr int64_t kPieces = kBytes / 16;
+  using PieceIndex = Index<kPieces + kThreads>;
   static_assert(kBytes % 16 == 0, "cleared in 16-byte stores");
+  static_assert(kPieces >= kSlots, "a thread has one slot at most");
 
   int4* __restrict__ out;
+  int32_t* __restrict__ first_rows;  // [kSlots]
 
   __device__ void run() const {
-    const int i = blockIdx.x * kThreads + threadIdx.x;
+    const PieceIndex i = Offset<kPieces + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
     wait_for_previous_kernel();
     allow_next_kernel();
-    if (i < kBytes / 16) out[i] = int4{0, 0, 0, 0};
+    if (i < kPieces) out[i] = int4{0, 0, 0, 0};
+    if (i < kSlots) first_rows[i] = kNoRow;
+  }
+};
+
+// Where the list has each slot first, in a block with an expert. A list that was made by hand may have a slot again:
+// the first one counts.
+template <int kSlots, int kExperts, int kListBlock, int kListLength>
+struct FindFirstRows {
+  static constexpr int kThreads = 256;
+
+  const int32_t* __restrict__ sorted_token_ids;        // [kListLength]
+  const int32_t* __restrict__ expert_ids;              // [ceil(kListLength / kListBlock)]
+  const int32_t* __restrict__ num_tokens_post_padded;  // [1]
+  int32_t* __restrict__ first_rows;                    // [kSlots], of kNoRow
+
+  __device__ void run() const {
+    const int row = blockIdx.x * kThreads + threadIdx.x;
+    const bool listed = row < min(kListLength, *num_tokens_post_padded);
+    const int slot = listed ? sorted_token_ids[row] : -1, expert = listed ? expert_ids[row / kListBlock] : -1;
+    allow_next_kernel();
+    wait_for_previous_kernel();
+    if (slot >= 0 && slot < kSlots && expert >= 0 && expert < kExperts) atomicMin(&first_rows[slot], row);
   }
 };
 

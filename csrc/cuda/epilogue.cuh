@@ -1,7 +1,8 @@
 // What becomes of finished float32 sums: bias, activation or router weight, one rounding, the store.
 //
 // An epilogue is called for one slot and one column at a time; sums of neighbouring lanes are neighbouring columns.
-// `factor(slot)` is what the slot's row is multiplied by, fetched before the product begins.
+// `factor(slot)` is what the slot's row is multiplied by, fetched before the product begins. The expert's type is one
+// that its offset into the biases fits.
 #pragma once
 
 #include "ptx.cuh"
@@ -55,7 +56,8 @@ struct Activated {
 
   __device__ __forceinline__ float factor(int) const { return 1.0f; }
 
-  __device__ __forceinline__ void store(int expert, int slot, float, int column, float gate, float up) const {
+  template <class Expert>
+  __device__ __forceinline__ void store(Expert expert, int slot, float, int column, float gate, float up) const {
     if constexpr (kBias) {
       const float* row = bias + expert * ((kGated ? 2 : 1) * kColumns) + column;
       gate += row[0];
@@ -79,7 +81,8 @@ struct SlotRows {
     return 1.0f;
   }
 
-  __device__ __forceinline__ void store(int expert, int slot, float factor, int column, float sum, float) const {
+  template <class Expert>
+  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kBias) sum += bias[expert * kColumns + column];
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = from_float<T>(sum);
@@ -97,7 +100,8 @@ struct SlotPartials {
 
   __device__ __forceinline__ float factor(int slot) const { return topk_weights[slot]; }
 
-  __device__ __forceinline__ void store(int expert, int slot, float factor, int column, float sum, float) const {
+  template <class Expert>
+  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kBias) sum += bias[expert * kColumns + column];
     out[int64_t(slot) * kColumns + column] = sum * factor;
   }

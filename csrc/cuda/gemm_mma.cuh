@@ -9,6 +9,7 @@
 
 #include "dequant.cuh"
 #include "epilogue.cuh"
+#include "offsets.cuh"
 #include "ptx.cuh"
 #include "routing.cuh"
 
@@ -45,6 +46,7 @@ struct Problem {
   static constexpr int kGroup = kGroup_;              // rows of K that share a scale; the last group may be shorter
   static constexpr int kRowStride = kRowStride_;      // elements from a row of x to the next
   static constexpr int kSlotsPerRow = kSlotsPerRow_;  // slot s reads row s / kSlotsPerRow of x
+  using ExpertIndex = Index<int64_t(kExperts) * kN>;  // of a column among those of all experts
 };
 
 template <class Problem, class Tile, class Routing, class Epilogue>
@@ -107,8 +109,11 @@ class GroupedGemm {
   static constexpr int kBlocksAt = kPartialsAt + (kExchanges ? Tile::kWarpsK * kFragments * 512 : 0);
   static_assert(Routing::kScratchBytes <= kBlocksAt, "the rings lend their memory before they are filled");
   using Blocks = typename Routing::template Blocks<Tile::kThreads>;
+  using ExpertIndex = typename Problem::ExpertIndex;
 
  public:
+  // Of the elements of x.
+  using RowOffset = Offset<((Routing::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * Problem::kRowStride>;
   static constexpr int kSharedBytes = kBlocksAt + Routing::kSharedBytes;
 
   const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
@@ -265,10 +270,11 @@ class GroupedGemm {
         global_scales[u] = 1.0f;
         if constexpr (Problem::kGlobalScales) {
           const int unit = first_unit(tile, warp_n) + u * kUnitStride;
-          global_scales[u] = gemm.global_scales[max(expert, 0) * (Problem::kN / kUnit) + unit];
+          global_scales[u] = gemm.global_scales[ExpertIndex(max(expert, 0)) * (Problem::kN / kUnit) + unit];
         }
       }
       slot = lane < Tile::kTokens ? blocks.slot(block, lane) : -1;
+      if constexpr (Routing::kMayRepeat) slot = blocks.first_listed(slot, block, lane);
       factor = slot >= 0 ? gemm.epilogue.factor(slot) : 0.0f;
       token_tiles = 1;
       if constexpr (kTokenTiles > 1) token_tiles = (39 - __clz(__ballot_sync(~0u, slot >= 0) | 1)) / 8;
@@ -282,14 +288,14 @@ class GroupedGemm {
     const int warp_n, share, lane, tiles;
     const uint64_t policy = evict_first_policy();
     int tile, chunk = 0;
-    int expert, row;                     // of the tile being loaded; lane r holds row r of x
-    int next_expert, next_row;           // of the tile after it, fetched ahead
-    const uint32_t* weights;             // this lane's 16 bytes of the first step of the chunk
-    const uint16_t* tokens;              // the chunk's first column of x, this lane's piece
-    uint32_t token_rows[kPiecesOfLane];  // element offsets of the rows of this lane's pieces
-    uint32_t token_copies;               // bit i: piece i exists
-    int rows_left;                       // of K, in the current group
-    int group;                           // of the chunk
+    int expert, row;                      // of the tile being loaded; lane r holds row r of x
+    int next_expert, next_row;            // of the tile after it, fetched ahead
+    const uint32_t* weights;              // this lane's 16 bytes of the first step of the chunk
+    const uint16_t* tokens;               // the chunk's first column of x, this lane's piece
+    RowOffset token_rows[kPiecesOfLane];  // element offsets of the rows of this lane's pieces
+    uint32_t token_copies;                // bit i: piece i exists
+    int rows_left;                        // of K, in the current group
+    int group;                            // of the chunk
 
     __device__ __forceinline__ Loader(const GroupedGemm& g, const Blocks& b, int wn, int s, int l, int t)
         : gemm(g), blocks(b), warp_n(wn), share(s), lane(l), tiles(t), tile(first_tile()) {
@@ -321,7 +327,7 @@ class GroupedGemm {
       for (int i = 0; i < kPiecesOfLane; ++i) {
         const int r = (i * kCopyLanes + copy_lane()) / kPieces;
         const int source_row = __shfl_sync(~0u, row, r % 32);
-        token_rows[i] = static_cast<uint32_t>(max(source_row, 0)) * Problem::kRowStride;
+        token_rows[i] = static_cast<RowOffset>(max(source_row, 0)) * Problem::kRowStride;
         if (r < Tile::kTokens && source_row >= 0 && expert >= 0) token_copies |= 1u << i;
       }
       rows_left = Problem::kGroup - k % Problem::kGroup;
@@ -625,15 +631,16 @@ class GroupedGemm {
                                         float4 first, float4 second) const {
     const int column = (tile % kColumnTiles * (kOutputUnits * kSubTiles) + sub_tile) * 16 + lane / 4;
     const int row = token_tile * 8 + lane % 4 * 2;
+    const ExpertIndex expert = rows.expert;
     const int even = __shfl_sync(~0u, rows.slot, row), odd = __shfl_sync(~0u, rows.slot, row + 1);
     const float even_factor = __shfl_sync(~0u, rows.factor, row), odd_factor = __shfl_sync(~0u, rows.factor, row + 1);
     if (even >= 0) {
-      epilogue.store(rows.expert, even, even_factor, column, first.x, second.x);
-      epilogue.store(rows.expert, even, even_factor, column + 8, first.z, second.z);
+      epilogue.store(expert, even, even_factor, column, first.x, second.x);
+      epilogue.store(expert, even, even_factor, column + 8, first.z, second.z);
     }
     if (odd >= 0) {
-      epilogue.store(rows.expert, odd, odd_factor, column, first.y, second.y);
-      epilogue.store(rows.expert, odd, odd_factor, column + 8, first.w, second.w);
+      epilogue.store(expert, odd, odd_factor, column, first.y, second.y);
+      epilogue.store(expert, odd, odd_factor, column + 8, first.w, second.w);
     }
   }
 

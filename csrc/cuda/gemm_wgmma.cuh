@@ -115,8 +115,11 @@ class WgmmaGroupedGemm {
   static_assert(kWeightBytes % 16 == 0 && sizeof(Note) % 8 == 0, "stages and barriers stay aligned");
   static_assert(Routing::kScratchBytes <= kNotesAt, "the ring lends its memory before it is filled");
   using Blocks = typename Routing::template Blocks<Tile::kThreads>;
+  using ExpertIndex = typename Problem::ExpertIndex;
 
  public:
+  // Of the 16-byte pieces of x.
+  using RowOffset = Offset<((Routing::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * (Problem::kRowStride / 8)>;
   static constexpr int kSharedBytes = kBlocksAt + Routing::kSharedBytes;
 
   const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
@@ -265,6 +268,7 @@ class WgmmaGroupedGemm {
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         const int row = thread + 128 * i;
+        if constexpr (Routing::kMayRepeat) slots[i] = blocks.first_listed(slots[i], tile / kColumnTiles, row);
         const uint32_t real = __ballot_sync(~0u, slots[i] >= 0);
         if (real) last = 128 * i + 32 * warp + 32 - __clz(real);
         if (row < Tile::kTokens) {
@@ -275,13 +279,13 @@ class WgmmaGroupedGemm {
       if (lane == 0) notes.rows[warp] = last;
       if (thread == 0) notes.expert = expert, notes.column_tile = column_tile;
       barrier<kCopierBarrier>(128);
-      uint32_t offsets[kCopiedRows];  // of the rows of x that this thread copies, in pieces
+      RowOffset offsets[kCopiedRows];  // of the rows of x that this thread copies, in pieces
       uint32_t real = 0;
 #pragma unroll
       for (int i = 0; i < kCopiedRows; ++i) {
         const int row = first_row + i * kRowStep;
         const int slot = row < Tile::kTokens ? notes.slots[row] : -1;
-        offsets[i] = static_cast<uint32_t>(max(slot, 0) / Problem::kSlotsPerRow) * (Problem::kRowStride / 8) + piece;
+        offsets[i] = static_cast<RowOffset>(max(slot, 0) / Problem::kSlotsPerRow) * (Problem::kRowStride / 8) + piece;
         if (slot >= 0) real |= 1u << i;
       }
       mbarrier_arrive(shared.note_full(note.at));
@@ -678,7 +682,7 @@ class WgmmaGroupedGemm {
   template <int kN>
   __device__ __forceinline__ void store(const Note& note, const Lane& lane,
                                         const float (&sums)[Tile::kSubTiles][kN / 2]) const {
-    const int expert = note.expert;
+    const ExpertIndex expert = note.expert;
     float factors[kHalves];  // of this lane's sums
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {

@@ -9,15 +9,23 @@
 
 namespace jmm {
 
+constexpr int kNoRow = 0x7FFFFFFF;  // of a list
+
 // The classic contract: sorted_token_ids in runs of kListBlock entries of one expert, taken kBlock at a time. Values
 // are not trusted. kFromPreviousKernel: the list is written by the kernel before this one, not by an earlier one.
-template <int kSlots, int kExperts, int kBlock, int kListBlock, int kListLength, bool kFromPreviousKernel>
+// kMayRepeat: a slot may be listed more than once, and only its first row counts; the kernel before says which one it
+// is.
+template <int kSlots_, int kExperts, int kBlock, int kListBlock, int kListLength, bool kFromPreviousKernel,
+          bool kMayRepeat_>
 struct SortedRouting {
+  static constexpr int kSlots = kSlots_;
+  static constexpr bool kMayRepeat = kMayRepeat_;
   static_assert(kListBlock % kBlock == 0, "a block has one expert");
 
   const int32_t* __restrict__ sorted_token_ids;        // [kListLength]
   const int32_t* __restrict__ expert_ids;              // [ceil(kListLength / kListBlock)]
   const int32_t* __restrict__ num_tokens_post_padded;  // [1]
+  const int32_t* __restrict__ first_rows;              // [kSlots] if kMayRepeat: where the list has each slot first
 
   static constexpr bool kNeedsPreviousKernel = kFromPreviousKernel;
   static constexpr int kSharedBytes = 0, kScratchBytes = 0;
@@ -40,6 +48,10 @@ struct SortedRouting {
       const int s = routing.sorted_token_ids[position];
       return s >= 0 && s < kSlots ? s : -1;
     }
+    // -1 where an earlier row of the list has the slot too. Reads what the kernel before wrote.
+    __device__ __forceinline__ int first_listed(int slot, int block, int row) const {
+      return slot >= 0 && routing.first_rows[slot] == block * kBlock + row ? slot : -1;
+    }
   };
 };
 
@@ -53,8 +65,11 @@ __device__ __forceinline__ int expert_of_slot(const int32_t* topk_ids, const int
 }
 
 // Every slot is a block of one row: nothing to group, at the price of reading an expert once per slot.
-template <int kSlots, int kExperts, int kRoutedExperts, bool kMapped>
+template <int kSlots_, int kExperts, int kRoutedExperts, bool kMapped>
 struct DirectRouting {
+  static constexpr int kSlots = kSlots_;
+  static constexpr bool kMayRepeat = false;
+
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
 
@@ -76,14 +91,18 @@ struct DirectRouting {
 
 // Slots grouped by expert with no kernel before: every block of threads makes the same table. Experts are in the order
 // of their first slots, the slots of an expert in their own, so that an expert's blocks follow each other.
-template <int kSlots, int kExperts, int kRoutedExperts, int kBlock, bool kMapped>
+template <int kSlots_, int kExperts, int kRoutedExperts, int kBlock, bool kMapped>
 struct GroupedRouting {
+  static constexpr int kSlots = kSlots_;
+  static constexpr bool kMayRepeat = false;
+
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
 
   static constexpr int kWords = (kSlots + 31) / 32;  // of a set of slots
   static constexpr int kNoSlot = 255;
   static_assert(kSlots <= 128, "a slot is a byte, a set of slots a few words");
+  static_assert(kExperts <= 1 << 16, "an expert is 16 bits");
   static constexpr int kMaxBlocks = kSlots < kExperts + kSlots / kBlock ? kSlots : kExperts + kSlots / kBlock;
 
   struct Table {

@@ -1,24 +1,33 @@
-"""CUDA C++ to a cubin, with NVRTC through `cuda-core`; needs neither a GPU nor a CUDA toolkit.
+"""CUDA C++ to machine code or PTX, with NVRTC; needs neither a GPU nor a CUDA toolkit.
 
-Kernels include only the headers of this package, so a cubin is a function of the source, the options and the
-compiler's version, and is cached under their digest.
+Kernels include only the headers of this package, so what the compiler makes is a function of the source, the options
+and its version, and is cached under their digest.
+
+An architecture is a card's ("sm_80": machine code for it) or a virtual one ("compute_80": PTX with that architecture's
+instructions, tiles and shared memory, which the driver compiles for the card when the program is loaded, one of that
+compute capability or a later one).
 """
 
 import functools
 import hashlib
 import os
 import pathlib
+import re
 import sys
 import threading
+from collections.abc import Callable
 
 import jax
 
 from jax_marlin_moe.cuda import cache
+from jax_marlin_moe.cuda.tiles import CAPABILITIES
 
 ARCHITECTURE_VARIABLE = "JAX_MARLIN_MOE_CUDA_ARCH"
 
 # Compute capability to the target that uses all of it.
 _TARGETS = {"9.0": "sm_90a", "10.0": "sm_100a", "10.3": "sm_103a", "12.0": "sm_120a", "12.1": "sm_121a"}
+
+_ARCHITECTURE = re.compile(r"(?:sm|compute)_([0-9]{2,3})[af]?")
 
 _IMPORT_LOCK = threading.Lock()
 
@@ -53,15 +62,20 @@ def version() -> tuple[int, int]:
 def target_architecture() -> str:
     """The architecture to compile for, such as "sm_90a".
 
-    `JAX_MARLIN_MOE_CUDA_ARCH` decides where it is set (ahead-of-time lowering on a machine with no card); otherwise
-    the first local CUDA device does.
+    `JAX_MARLIN_MOE_CUDA_ARCH` decides where it is set (ahead-of-time lowering on a machine with no card, or one PTX
+    for cards of several generations); otherwise the first local CUDA device does.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is neither, or the variable names no architecture that the kernels have.
     """
     named = os.environ.get(ARCHITECTURE_VARIABLE)
     if named:
-        return "sm_90a" if named == "sm_90" else named  # the kernels of compute capability 9.0 use wgmma
+        if compute_capability(named) not in CAPABILITIES:
+            known = ", ".join(f"sm_{capability}" for capability in CAPABILITIES)
+            raise ValueError(
+                f"{ARCHITECTURE_VARIABLE} is {named!r}; it must be one of {known}, or compute_ in place of sm_ for PTX"
+            )
+        return f"{named}a" if named in ("sm_90", "compute_90") else named  # those kernels use wgmma, of 9.0 alone
     try:
         device = jax.local_devices(backend="cuda")[0]
     except RuntimeError:
@@ -74,11 +88,18 @@ def target_architecture() -> str:
 
 
 def compute_capability(architecture: str) -> int:
-    """90 for "sm_90a"."""
-    digits = architecture.removeprefix("sm_").rstrip("af")
-    if not architecture.startswith("sm_") or not digits.isdigit():
-        raise ValueError(f"{ARCHITECTURE_VARIABLE} is {architecture!r}; it must look like sm_90a")
-    return int(digits)
+    """90 for "sm_90a" and "compute_90a"."""
+    found = _ARCHITECTURE.fullmatch(architecture)
+    if found is None:
+        raise ValueError(
+            f"{ARCHITECTURE_VARIABLE} is {architecture!r}; it must look like sm_90a, or compute_80 for PTX"
+        )
+    return int(found[1])
+
+
+def is_virtual(architecture: str) -> bool:
+    """Whether what is compiled for the architecture is PTX, which the driver compiles for the card at hand."""
+    return architecture.startswith("compute_")
 
 
 @functools.cache
@@ -102,7 +123,7 @@ def compile_cubin(source: str, architecture: str) -> bytes:
 
     Args:
         source: CUDA C++ that includes headers of `source_directory()`.
-        architecture: such as "sm_90a".
+        architecture: such as "sm_90a"; for one such as "compute_80" the result is PTX that ends with a NUL.
 
     Raises:
         ImportError: if NVRTC is missing; the message names the extra to install.
@@ -121,6 +142,8 @@ def compile_cubin(source: str, architecture: str) -> bytes:
 
 
 def _compile(source: str, architecture: str) -> bytes:
+    if is_virtual(architecture):
+        return _compile_ptx(source, architecture)
     with _IMPORT_LOCK:  # cuda-core's first import is not safe in several threads at once
         from cuda.core import Program, ProgramOptions
 
@@ -130,3 +153,33 @@ def _compile(source: str, architecture: str) -> bytes:
     except Exception as error:  # cuda-core raises its own types, which differ between versions
         print(source, file=sys.stderr)
         raise CompilationError(f"NVRTC {version()} refused a kernel for {architecture}: {error}") from error
+
+
+def _compile_ptx(source: str, architecture: str) -> bytes:
+    """By NVRTC's own functions: cuda-core asks the driver whether it reads such PTX, and here there may be none."""
+    from cuda.bindings import nvrtc
+
+    def checked(result: tuple) -> object:
+        status, *values = result
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"{status.name}")
+        return values[0] if values else None
+
+    def filled(size: object, read: Callable[[object, bytes], tuple]) -> bytes:
+        buffer = bytes(size)  # type: ignore[call-overload]
+        checked(read(program, buffer))
+        return buffer
+
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={source_directory()}"]
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = filled(checked(nvrtc.nvrtcGetProgramLogSize(program)), nvrtc.nvrtcGetProgramLog)
+            print(source, file=sys.stderr)
+            raise CompilationError(
+                f"NVRTC {version()} refused a kernel for {architecture}: {status.name}: {log.decode(errors='replace')}"
+            )
+        return filled(checked(nvrtc.nvrtcGetPTXSize(program)), nvrtc.nvrtcGetPTX)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)

@@ -43,6 +43,13 @@ _INT, _INTS = "const int32_t*", "int32_t*"
 _WORDS, _HALVES, _BYTES = "const uint32_t*", "const uint16_t*", "const unsigned char*"
 
 MOST_GROUPED_SLOTS = 128  # of csrc/cuda/routing.cuh
+
+# Kernels count slots, experts, entries of the list and work tiles in int32, and look a little past the last one: a
+# stride of the grid, twice, or a part of the list for each warp. Offsets into arrays are as wide as the arrays need.
+MOST_COUNTED = 2**31 - 2**16
+# Offsets inside a few rows of one expert's weights are int32: 16 rows of K of 8 bits, eight times.
+MOST_COLUMNS = 2**22
+_MOST_CTAS = 2**31 - 1  # of a grid
 # Over 143 pairs of tiles, timed with and without an overlap (benchmarks/NOTES.md), what `_overlaps` chooses loses 0.2 %
 # to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
 _LONGEST_OVERLAPPED_MICROSECONDS = 250
@@ -73,7 +80,10 @@ class Plan:
         return render(self.kernels, self.includes, self.preamble)
 
     def position(self, stage: str) -> int:
-        """The place among `kernels` of a stage: "align", "gate_up", "down", "combine", "clear" or "moe_gemm".
+        """The place among `kernels` of a stage.
+
+        Args:
+            stage: "align", "gate_up", "down", "combine"; "clear", "first_rows", "moe_gemm".
 
         Raises:
             ValueError: if the plan has no such stage.
@@ -127,11 +137,37 @@ def _boolean(value: object) -> str:
 
 
 def check_rows(x: jax.Array, capability: int) -> None:
-    """Raises ValueError where the architecture cannot multiply the type, or offsets into x exceed 32 bits."""
+    """Raises ValueError where the architecture cannot multiply the type."""
     if capability < 80 and x.dtype == jnp.bfloat16:
         raise ValueError(f"x has dtype bfloat16, which compute capability {capability} lacks; pass float16")
-    if x.size >= 2**32:
-        raise ValueError(f"x has {x.size} elements; the CUDA kernels take fewer than 2**32: split the tokens")
+
+
+def check_counts(num_slots: int, num_experts: int, list_length: int) -> None:
+    """Raises ValueError where slots, experts or the entries of the aligned list are more than int32 counts."""
+    if num_experts > MOST_COUNTED:
+        raise ValueError(f"num_experts is {num_experts}; the CUDA kernels take at most {MOST_COUNTED}")
+    if max(num_slots, list_length) > MOST_COUNTED:
+        raise ValueError(
+            f"topk_ids has {num_slots} ids, {list_length} with the padding of their blocks; the CUDA kernels take at "
+            f"most {MOST_COUNTED}: split the tokens"
+        )
+
+
+def check_matrix(name: str, weights: MarlinWeights) -> None:
+    """Raises ValueError where one expert's matrix is larger than the kernels' offsets inside of it reach."""
+    for axis, extent in (("K", weights.padded_k), ("N", weights.padded_n)):
+        if extent > MOST_COLUMNS:
+            raise ValueError(
+                f"{name} is packed with {axis} = {extent}; the CUDA kernels take at most {MOST_COLUMNS}: split the "
+                "matrix"
+            )
+
+
+def _grid(blocks: int, what: str) -> int:
+    """`blocks`, or ValueError where a grid has no room for them."""
+    if blocks > _MOST_CTAS:
+        raise ValueError(f"{what} takes {blocks} CTAs; a grid has at most {_MOST_CTAS}: split the tokens")
+    return blocks
 
 
 def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmShape:
@@ -161,8 +197,13 @@ def align_kernel(
     expert_map: int | None,
     outputs: tuple[int, int, int],
 ) -> Kernel:
-    """One block of threads that groups the slots by expert."""
+    """One block of threads that groups the slots by expert.
+
+    Raises:
+        ValueError: there are more slots or experts than the kernel counts.
+    """
     list_length = reference.padded_size(num_slots, num_experts, block_size)
+    check_counts(num_slots, num_experts, list_length)
 
     def size(warps: int) -> int:
         return 4 * (warps * num_experts + warps + num_experts)
@@ -171,6 +212,12 @@ def align_kernel(
     warps = max(8, min(32, -(-num_slots // 32)))
     while warps > 1 and size(warps) > shared_memory(capability)[1]:
         warps -= 1
+    if size(warps) > shared_memory(capability)[1]:
+        most = (shared_memory(capability)[1] // 4 - 1) // 2
+        raise ValueError(
+            f"num_experts is {num_experts}; the alignment kernel counts the slots of at most {most} in the shared "
+            f"memory of compute capability {capability}: shard the experts, or pass implementation='xla'"
+        )
     p = _Parameters()
     ids = p.add(topk_ids, _INT)
     mapped = p.add(expert_map, _INT)
@@ -207,6 +254,12 @@ def gemm_kernel(
     `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
     buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
     """
+    work_tiles = routing.max_blocks * tile.column_tiles(shape)
+    if work_tiles > MOST_COUNTED:
+        raise ValueError(
+            f"{routing.max_blocks} blocks of tokens by {tile.column_tiles(shape)} of columns are {work_tiles} work "
+            f"tiles; the CUDA kernels take at most {MOST_COUNTED}: split the tokens"
+        )
     p, row = _Parameters(), weights.format
     pointers = [
         p.add(x, _HALVES),
@@ -239,7 +292,7 @@ def gemm_kernel(
         parameters=tuple(p.items),
         threads=tile.threads,
         shared_bytes=tile.shared_bytes(shape) + routing.shared_bytes,
-        max_blocks=max(1, routing.max_blocks * tile.column_tiles(shape)) * tile.cluster,
+        max_blocks=_grid(max(1, work_tiles) * tile.cluster, "the product"),
         blocks_per_sm=tile.blocks_per_sm,
         cluster=tile.cluster,
         overlaps_predecessor=overlaps_predecessor,
@@ -254,9 +307,14 @@ def _sorted_routing(
     list_length: int,
     buffers: tuple[int, int, int],
     from_previous: bool,
+    first_rows: int | None = None,
 ) -> Routing:
-    template = (num_slots, num_experts, block, list_block, list_length, _boolean(from_previous))
-    return Routing(f"jmm::SortedRouting<{', '.join(map(str, template))}>", buffers, -(-list_length // block))
+    """`first_rows` is the buffer of `FindFirstRows`, where the list may have a slot more than once."""
+    flags = _boolean(from_previous), _boolean(first_rows is not None)
+    template = (num_slots, num_experts, block, list_block, list_length, *flags)
+    return Routing(
+        f"jmm::SortedRouting<{', '.join(map(str, template))}>", (*buffers, first_rows), -(-list_length // block)
+    )
 
 
 def _direct_routing(
@@ -311,27 +369,47 @@ def plan_moe_gemm(
     weighted: bool,
     architecture: str,
 ) -> Plan:
-    """Buffers: x, the matrix (5), topk_weights, sorted ids, expert ids, count; y."""
+    """Buffers: x, the matrix (5), topk_weights, sorted ids, expert ids, count; y; scratch."""
     capability = compute_capability(architecture)
     check_rows(x, capability)
+    check_matrix("weights", weights)
     num_slots = x.shape[0] * top_k
+    check_counts(num_slots, weights.num_experts, list_length)
     shape = gemm_shape(weights, False, x.dtype)
     block = {8: 8, 16: 16, 32: 32, 48: 24, 64: 32}[block_size]
     first_matrix, router = 1, 1 + WEIGHT_OPERANDS
     listed, y = (router + 1, router + 2, router + 3), router + 4
+    first_rows = y + 1
     routing = _sorted_routing(
-        num_slots, weights.num_experts, block, block_size, list_length, listed, from_previous=False
+        num_slots,
+        weights.num_experts,
+        block,
+        block_size,
+        list_length,
+        listed,
+        from_previous=False,
+        first_rows=first_rows,
     )
     tile = choose_tile(shape, block, min(num_slots, routing.max_blocks), capability)
     size = num_slots * weights.padded_n * x.dtype.itemsize
     clear = Kernel(
         name=f"jmm_clear_m{num_slots}",
-        body=f"Clear<{size}>",
-        members="p0",
-        parameters=((y, "int4*"),),
+        body=f"Clear<{size}, {num_slots}>",
+        members="p0, p1",
+        parameters=((y, "int4*"), (first_rows, _INTS)),
         threads=256,
         shared_bytes=0,
-        max_blocks=-(-size // 16 // 256),
+        max_blocks=_grid(-(-size // 16 // 256), "clearing the result"),
+    )
+    find = Kernel(
+        name=f"jmm_first_rows_m{num_slots}",
+        body=f"FindFirstRows<{num_slots}, {weights.num_experts}, {block_size}, {list_length}>",
+        members="p0, p1, p2, p3",
+        parameters=(*((buffer, _INT) for buffer in listed), (first_rows, _INTS)),
+        threads=256,
+        shared_bytes=0,
+        max_blocks=max(1, -(-list_length // 256)),
+        overlaps_predecessor=capability >= 90,
     )
 
     def epilogue(p: _Parameters) -> tuple[str, str]:
@@ -344,8 +422,8 @@ def plan_moe_gemm(
         ]
         return f"jmm::SlotRows<{', '.join(map(str, template))}>", ", ".join(members)
 
-    # The list comes from before this call, so only the store waits for the clearing kernel; the wait sits before the
-    # tokens are read, which is early enough.
+    # The list comes from before this call, so only the store, and which of the rows are stored, wait for the kernels
+    # before; the wait sits before the tokens are read, which is early enough.
     gemm = gemm_kernel(
         "moe_gemm",
         shape,
@@ -360,7 +438,7 @@ def plan_moe_gemm(
         epilogue=epilogue,
         overlaps_predecessor=capability >= 90,
     )
-    return Plan((clear, gemm), ())
+    return Plan((clear, find, gemm), (jax.ShapeDtypeStruct((num_slots,), jnp.int32),))
 
 
 def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tuned.BlockKey:
@@ -434,7 +512,10 @@ def plan_fused_moe(
     """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map; y; scratch."""
     capability = compute_capability(architecture)
     check_rows(x, capability)
+    check_matrix("gate_up", gate_up)
+    check_matrix("down", down)
     num_slots, num_experts = tokens * top_k, gate_up.num_experts
+    check_counts(num_slots, max(num_experts, routed_experts), num_slots)
     first_matrix, second_matrix = 1, 1 + WEIGHT_OPERANDS
     topk_weights = second_matrix + WEIGHT_OPERANDS
     topk_ids, expert_map, y = topk_weights + 1, topk_weights + 2 if mapped else None, topk_weights + 3
@@ -542,7 +623,7 @@ def plan_fused_moe(
             parameters=tuple(p.items),
             threads=128,
             shared_bytes=0,
-            max_blocks=-(-tokens * (down.padded_n // 4) // 128),
+            max_blocks=_grid(-(-tokens * (down.padded_n // 4) // 128), "the sum over a token's experts"),
             overlaps_predecessor=overlap,
         )
     )

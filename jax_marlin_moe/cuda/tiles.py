@@ -11,6 +11,8 @@ from typing import Literal
 _SHARED_BYTES = {75: (64, 64), 80: (164, 163), 86: (100, 99), 87: (164, 163), 89: (100, 99), 90: (228, 227)}
 _SHARED_BYTES |= {100: (228, 227), 103: (228, 227), 110: (228, 227), 120: (100, 99), 121: (100, 99)}
 
+CAPABILITIES = tuple(sorted(_SHARED_BYTES))  # compute capabilities, times ten, that the kernels are made for
+
 _SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "e4m3": 8, "e8m0": 8}
 
 _UNIT = 64  # columns
