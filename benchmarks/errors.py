@@ -4,7 +4,7 @@
 
 Shapes of one Qwen3-30B expert (K = 2048, N = 1536; H = 2048, I = 768) with 8 experts, top 2. The native path of the
 machine and the reference run on a decode's worth of tokens, CUDA also on a prefill's, for which it has other kernels.
-All are held to the acceptance of FORMATS section 6: of a product, relative L2 at most 1e-3 (float16) or 5e-3
+All are held to the acceptance of docs/formats.md, "Numerics": of a product, relative L2 at most 1e-3 (float16) or 5e-3
 (bfloat16) and cosine at least 0.999; of a block, every value within 0.05 + 2 %, and cosine at least 0.9999. The exit
 status says whether all of them kept it.
 """

@@ -1,4 +1,6 @@
-"""The activations between the two products of an expert (FORMATS section 7): functions of float32 arrays.
+"""The activations between the two products of an expert (docs/formats.md, "The expert block").
+
+They are functions of float32 arrays.
 
 A plain one is a row of the registry and goes by its name; one with parameters is made by a function of that name.
 """

@@ -1,6 +1,6 @@
 """The weight formats: one row each, and the facts that the rest of the package reads from the row.
 
-Nothing else switches on a format's name. Numerics are those of the project's format contract: a weight is
+Nothing else switches on a format's name. Numerics are those of docs/formats.md, "Numerics": a weight is
 `(value(code) - zero) * scale`, times the global scale where the format has one, in float32.
 """
 

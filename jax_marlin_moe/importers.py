@@ -1,8 +1,8 @@
 """Tensors of other tools' quantised linears, as they lie on disk, into `MarlinWeights`: bit for bit.
 
-One `decode_*` function a packing turns the tensors of one linear into logical codes and scales (CHECKPOINTS sections 2
-to 11); the checkpoint loader calls it linear by linear. One `from_*` function a packing checks a stack of experts,
-decodes and packs it.
+One `decode_*` function per packing turns the tensors of one linear into logical codes and scales (docs/checkpoints.md,
+"Schemes"); the checkpoint loader calls it linear by linear. One `from_*` function per packing checks a stack of
+experts, decodes and packs it.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Closed-form packings: Marlin, AWQ and GPTQ words to and from logical codes.
 
 Every function is jittable, takes any leading batch dimensions (experts) and is exact. Codes are uint8 arrays of
-the logical matrix (K, N); words are int32 bit patterns. The index formulas are FORMATS sections 1, 2 and 4.
+the logical matrix (K, N); words are int32 bit patterns. The index formulas are those of docs/formats.md, "Marlin
+layout", "Scales, zero points and bias" and "Source packings".
 """
 
 from functools import partial
@@ -35,7 +36,7 @@ def _split_words(words: Array, order: tuple[int, ...], bits: int) -> Array:
 
 @partial(jax.jit, static_argnames="bits")
 def pack(codes: UInt8[Array, "*batch K N"], bits: int = 4) -> Int32[Array, "*batch K/16 N*16*bits/32"]:
-    """Marlin packing for 16-bit activations: tiles of 16 (k) x 64 (n), FORMATS section 2.
+    """Marlin packing for 16-bit activations: tiles of 16 (k) x 64 (n), docs/formats.md, "Marlin layout".
 
     Raises:
         ValueError: if K is not a multiple of 16 or N of 64.
@@ -65,7 +66,10 @@ def unpack(packed: Int32[Array, "*batch K/16 words"], bits: int = 4) -> UInt8[Ar
 
 
 def permute_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array, "*batch N"]:
-    """Logical to Marlin grouped order: column c of each 64 goes to `8 * (c % 8) + c // 8`, FORMATS section 4."""
+    """Logical to Marlin grouped order: column c of each 64 goes to `8 * (c % 8) + c // 8`.
+
+    See docs/formats.md, "Scales, zero points and bias".
+    """
     *batch, n = scales.shape
     return scales.reshape(*batch, n // 64, 8, 8).swapaxes(-1, -2).reshape(*batch, n)
 
@@ -78,7 +82,10 @@ _CHANNEL_POSITION = np.asarray([8 * ((c % 8) // 2) + 2 * (c // 8) + c % 2 for c 
 
 
 def permute_channel_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array, "*batch N"]:
-    """Logical to the order in which Marlin engines keep channel-wise scales and bias, FORMATS section 4."""
+    """Logical to the order in which Marlin engines keep channel-wise scales and bias.
+
+    See docs/formats.md, "Scales, zero points and bias".
+    """
     *batch, n = scales.shape
     chunks = scales.reshape(*batch, n // 32, 32)
     return chunks[..., np.argsort(_CHANNEL_POSITION)].reshape(*batch, n)
@@ -92,7 +99,7 @@ def unpermute_channel_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array,
 
 @partial(jax.jit, static_argnames="bits")
 def pack_zeros(zeros: UInt8[Array, "*batch N"], bits: int = 4) -> Int32[Array, "*batch N*bits/32"]:
-    """Integer zero points in Marlin order, FORMATS section 4."""
+    """Integer zero points in Marlin order: docs/formats.md, "Scales, zero points and bias"."""
     *batch, n = zeros.shape
     # column = (chunk, t, col) -> word (chunk, col[, t // 4]), code t
     fields = zeros.reshape(*batch, n // 64, 8, 8).swapaxes(-1, -2)
@@ -108,7 +115,7 @@ def unpack_zeros(words: Int32[Array, "*batch words"], bits: int = 4) -> UInt8[Ar
     return codes.reshape(*batch, n // 64, 8, 8).swapaxes(-1, -2).reshape(*batch, n)
 
 
-# Bit position of column n % pf inside an AWQ word, FORMATS section 1.
+# Bit position of column n % pf inside an AWQ word: docs/formats.md, "Source packings".
 _AWQ_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}
 
 

@@ -1,7 +1,7 @@
 """The specification: what every op computes, in plain jnp with float32 inside.
 
 It is also the lowering on platforms that have no kernel of ours, and what every test compares with. It imports no
-fast path. Sources: FORMATS sections 5 (alignment), 6 (numerics) and 7 (the expert block).
+fast path. It is the executable form of docs/formats.md, "Block alignment", "Numerics" and "The expert block".
 """
 
 import jax
@@ -179,7 +179,7 @@ def fused_moe(
     *,
     activation: Activation,
 ) -> Float[Array, "tokens H"]:
-    """The expert block of FORMATS section 7; the activation's result is rounded to the type of x.
+    """The expert block of docs/formats.md, "The expert block"; the activation's result is rounded to the type of x.
 
     x has a row for each token, or a row for each slot. A slot without an expert contributes nothing, whatever its
     weight.

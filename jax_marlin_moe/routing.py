@@ -150,7 +150,9 @@ def route(
 
 
 def workspace_size(*, num_slots: int, num_experts: int, n: int, block_size: int, multiprocessors: int) -> int:
-    """Workspace of the classic Marlin MoE GEMM in int32 words, for code that allocates it (FORMATS section 5).
+    """Workspace of the classic Marlin MoE GEMM in int32 words, for code that allocates it.
+
+    From docs/formats.md, "Block alignment":
 
     `locks = roundup4(min(N / 64 * ceil(P / B), 4 * SMs))` plus
     `c_tmp = min(N * P, SMs * 4 * B * 256) * (2 if B == 8 else 1)`. This package's own kernels need none.

@@ -1,4 +1,6 @@
-"""What the ops compute, in float64 numpy, from codes that no packing has touched: FORMATS sections 2, 4, 6 and 7.
+"""What the ops compute, in float64 numpy, from codes that no packing has touched.
+
+It states docs/formats.md, "Marlin layout", "Scales, zero points and bias", "Numerics" and "The expert block" anew.
 
 Nothing here calls the package but to name the result: formats, packing and arithmetic are stated a second time.
 """
@@ -83,7 +85,7 @@ def _fold(fields: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """[E, K, N] to [E, K / 16, words], FORMATS section 2."""
+    """[E, K, N] to [E, K / 16, words]: docs/formats.md, "Marlin layout"."""
     experts, rows, columns = codes.shape
     k, n = np.arange(rows)[:, None], np.arange(columns)[None]
     r, c = k % 16, n % 64
@@ -99,7 +101,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def order_scales(scales: np.ndarray) -> np.ndarray:
-    """Grouped order, FORMATS section 4."""
+    """Grouped order: docs/formats.md, "Scales, zero points and bias"."""
     n = np.arange(scales.shape[-1])
     ordered = np.empty_like(scales)
     ordered[..., n // 64 * 64 + 8 * (n % 8) + n % 64 // 8] = scales
@@ -107,7 +109,7 @@ def order_scales(scales: np.ndarray) -> np.ndarray:
 
 
 def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
-    """[E, G, N] integer zero points to words, FORMATS section 4."""
+    """[E, G, N] integer zero points to words: docs/formats.md, "Scales, zero points and bias"."""
     n = np.arange(zeros.shape[-1])
     chunk, col, t = n // 64, n % 8, n % 64 // 8
     word = chunk * 8 + col if bits == 4 else chunk * 16 + 2 * col + t // 4
@@ -312,7 +314,7 @@ def grouped_product(x, experts: Experts, ids, *, expert_map=None, router_weights
 
 
 def activate(h, activation="silu", parameters=()) -> np.ndarray:
-    """FORMATS section 7, of [gate | up] columns or of all of them."""
+    """docs/formats.md, "The expert block", of [gate | up] columns or of all of them."""
     if activation == "relu2":
         return np.maximum(h, 0) ** 2
     gate, up = np.split(h, 2, axis=1)
@@ -346,7 +348,7 @@ def expert_block(
     return y.reshape(tokens, top_k, down.n).sum(1)
 
 
-_RELATIVE_ERROR = {"float16": 1e-3, "bfloat16": 5e-3}  # FORMATS section 6, of a product
+_RELATIVE_ERROR = {"float16": 1e-3, "bfloat16": 5e-3}  # docs/formats.md, "Numerics", of a product
 
 
 def _cosine(a, b) -> float:
@@ -355,7 +357,7 @@ def _cosine(a, b) -> float:
 
 
 def assert_product_close(actual, expected) -> None:
-    """FORMATS section 6 for a product, for every row by itself: one wrong row does not drown in the others."""
+    """docs/formats.md, "Numerics" for a product, per row: one wrong row does not drown in the others."""
     limit = _RELATIVE_ERROR[jnp.dtype(actual.dtype).name]
     actual = np.asarray(actual).astype(np.float64)
     assert actual.shape == expected.shape
@@ -367,13 +369,13 @@ def assert_product_close(actual, expected) -> None:
 
 
 def assert_block_close(actual, expected) -> None:
-    """FORMATS section 6 for an expert block, and the bound of a product on each row beside it."""
+    """docs/formats.md, "Numerics" for an expert block, and the bound of a product on each row beside it."""
     assert_product_close(actual, expected)
     assert_block_accepted(actual, expected)
 
 
 def assert_block_accepted(actual, expected) -> None:
-    """FORMATS section 6 for an expert block, and the bound of a product on all rows together."""
+    """docs/formats.md, "Numerics" for an expert block, and the bound of a product on all rows together."""
     limit = _RELATIVE_ERROR[jnp.dtype(actual.dtype).name]
     actual = np.asarray(actual).astype(np.float64)
     assert np.linalg.norm(actual - expected) <= limit * np.linalg.norm(expected)

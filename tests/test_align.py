@@ -1,4 +1,4 @@
-"""`moe_align_block_size` against FORMATS section 5, written here one slot at a time."""
+"""`moe_align_block_size` against docs/formats.md, "Block alignment", written here one slot at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def implementation(request):
 
 def test_the_worked_example(implementation):
     ids = np.asarray([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]], np.int32)
-    # FORMATS gives it with blocks of 4; blocks of 8 pad the same lists once more.
+    # docs/formats.md, "Block alignment" has it with blocks of 4; blocks of 8 pad the same lists once more.
     assert align_slowly(ids, 4, 5)[0][:16] == [3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12]
     alignment = jmm.moe_align_block_size(ids, block_size=8, num_experts=5, implementation=implementation)
     padding = [12] * 5

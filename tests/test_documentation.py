@@ -40,6 +40,7 @@ README, FORMATS_PAGE, CHECKPOINTS_PAGE, KERNELS_PAGE = (
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # docs/formats.md, "Marlin layout" and "Padding"
 _CITATION = re.compile(r'(docs/[\w-]+\.md|CONTRIBUTING\.md|README\.md|NOTES\.md), ("[^"]+"(?:(?:,| and) "[^"]+")*)')
+_FORMER_NAMES = re.compile(r"\b(FORMATS|CHECKPOINTS|KERNELS|FFI|DESIGN|HOUSE)(\.md|,? sections?| gives)\b")
 # Of the list in CONTRIBUTING.md, what is never right; and American spellings.
 _UNWANTED = re.compile(
     r"\b(mended|blocks? of (?:threads|tokens)|left out|had better|is no whole number"
@@ -299,6 +300,15 @@ def test_citations_name_a_heading(path):
         assert title in titles(cited), f"{name_of(path)} cites {document}, {title!r}"
 
 
+def test_no_file_cites_a_document_that_is_not_here():
+    found = [
+        f"{name_of(path)}: {match.group()}"
+        for path in (*SOURCES, *DOCUMENTS)
+        for match in _FORMER_NAMES.finditer(flowing(path.read_text(encoding="utf-8")))
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_documents_keep_to_the_list_of_words(path):
     prose = re.sub(r"`[^`]+`", "", _FENCE.sub("", path.read_text(encoding="utf-8")))
@@ -321,6 +331,8 @@ def test_the_checks_of_documents_see_mistakes(tmp_path):
     comment.write_text(f'// Nibbles as {cited},\n// "Marlin\n// layout" has them.\n')
     assert list(citations(comment)) == [(cited, "Marlin layout")]
     assert _PATH.findall("`csrc/cpu/gemm.h`, see .../cuda/plan.py.") == ["csrc/cpu/gemm.h", ".../cuda/plan.py"]
+    assert _FORMER_NAMES.search("FORMATS" + " sections 2 and 4")
+    assert not _FORMER_NAMES.search("a row of jax_marlin_moe.FORMATS; sections of a page")
     assert _UNWANTED.search("Mended")
     assert _UNWANTED.search("a quantized linear")
     assert not _UNWANTED.search("a quantised linear, pack-quantized")

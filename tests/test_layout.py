@@ -1,4 +1,4 @@
-"""Packings against FORMATS sections 1, 2 and 4, written here one element at a time."""
+"""Packings against the formulas of docs/formats.md, written here one element at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def as_words(unsigned):
 
 
 def marlin(codes, bits):
-    """FORMATS section 2."""
+    """docs/formats.md, "Marlin layout"."""
     k_size, n_size = codes.shape
     words = np.zeros(k_size * n_size * bits // 32, np.uint32)
     for k in range(k_size):
@@ -42,7 +42,7 @@ def marlin(codes, bits):
 
 
 def along_last(codes, bits, order):
-    """Section 1: code `n % pf` of a word at bit `bits * order[n % pf]`."""
+    """docs/formats.md, "Source packings": code `n % pf` of a word at bit `bits * order[n % pf]`."""
     pf = 32 // bits
     words = np.zeros((codes.shape[0], codes.shape[1] // pf), np.uint32)
     for k, n in np.ndindex(codes.shape):
@@ -51,7 +51,7 @@ def along_last(codes, bits, order):
 
 
 def marlin_zeros(zeros, bits):
-    """Section 4: integer zero points of one group."""
+    """docs/formats.md, "Scales, zero points and bias": integer zero points of one group."""
     words = np.zeros(len(zeros) * bits // 32, np.uint32)
     for n, zero in enumerate(zeros):
         chunk, c = divmod(n, 64)

@@ -1,4 +1,4 @@
-"""`route` against numpy, and the workspace sizes of FORMATS section 5."""
+"""`route` against numpy, and the workspace sizes of docs/formats.md, "Block alignment"."""
 
 import jax
 import jax.numpy as jnp

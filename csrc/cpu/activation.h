@@ -1,4 +1,4 @@
-// The activations of an expert block by name, FORMATS section 7.
+// The activations of an expert block by name: docs/formats.md, "The expert block".
 #ifndef JAX_MARLIN_MOE_CPU_ACTIVATION_H_
 #define JAX_MARLIN_MOE_CPU_ACTIVATION_H_
 

@@ -1,4 +1,5 @@
-// Block alignment of routed slots, FORMATS section 5, and the row groups that the kernels take from it.
+// Block alignment of routed slots (docs/formats.md, "Block alignment"), and the row groups that the kernels take from
+// it.
 #ifndef JAX_MARLIN_MOE_CPU_ALIGN_H_
 #define JAX_MARLIN_MOE_CPU_ALIGN_H_
 

@@ -1,4 +1,5 @@
-// A whole expert block, FORMATS section 7: gate and up, activation, down, and the sum over each token's experts.
+// A whole expert block (docs/formats.md, "The expert block"): gate and up, activation, down, and the sum over each
+// token's experts.
 #ifndef JAX_MARLIN_MOE_CPU_EXPERT_BLOCK_H_
 #define JAX_MARLIN_MOE_CPU_EXPERT_BLOCK_H_
 

@@ -255,7 +255,7 @@ struct ColumnZeros<IntegerZeros, Code, Scale> {
       words[0] = both.x, words[1] = both.y;
     }
   }
-  // FORMATS section 4: nibbles in the order 0, 4, 1, 5, ..., bytes in the order 0, 2, 1, 3.
+  // docs/formats.md, "Scales, zero points and bias": nibbles in the order 0, 4, 1, 5, ..., bytes in 0, 2, 1, 3.
   __device__ __forceinline__ float operator[](int j) const {
     if constexpr (Code::kBits == 4) return static_cast<float>(words[0] >> (4 * (j / 2 + 4 * (j % 2))) & 0xFu);
     return static_cast<float>(words[j / 4] >> (8 * (j % 4 / 2 + 2 * (j % 2))) & 0xFFu);

@@ -1,4 +1,7 @@
-"""`moe_align_block_size`: routed slots grouped by expert into blocks of equal size (FORMATS section 5)."""
+"""`moe_align_block_size`: routed slots grouped by expert into blocks of equal size.
+
+The contract is docs/formats.md, "Block alignment".
+"""
 
 import dataclasses
 from functools import partial

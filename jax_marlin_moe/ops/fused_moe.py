@@ -1,4 +1,7 @@
-"""`fused_moe`: the whole expert block, align to weighted sum, as one custom call (FORMATS section 7)."""
+"""`fused_moe`: the whole expert block, align to weighted sum, as one custom call.
+
+The contract is docs/formats.md, "The expert block".
+"""
 
 from functools import partial
 
