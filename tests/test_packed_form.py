@@ -15,10 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from oracle import random_experts
+from saved_layers import full_layer
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.__main__ import main
-from jax_marlin_moe.checkpoint import MoELayer, SharedExpert, convert, load_moe_layer, load_moe_layers, packed
+from jax_marlin_moe.checkpoint import MoELayer, convert, load_moe_layer, load_moe_layers, packed
 from jax_marlin_moe.checkpoint.facts import layer_from, leaves_and_facts, read_facts
 from jax_marlin_moe.checkpoint.keys import Keys
 
@@ -46,36 +47,6 @@ def test_what_was_converted_comes_back(name, tmp_path):
 def test_plain_weights_are_quantised_once(tmp_path):
     convert(DATA / "ck_q3", tmp_path / "packed", quantize="nvfp4")
     assert_same(load_moe_layer(tmp_path / "packed", 1), load_moe_layer(DATA / "ck_q3", 1, quantize="nvfp4"))
-
-
-def full_layer() -> MoELayer:
-    """Every field set."""
-    rng = np.random.default_rng(0)
-
-    def dense(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float16)
-
-    def pair(experts):
-        halves = [jmm.quantize(dense(experts, 40, 24), "int4_zp", group_size=None) for _ in range(2)]
-        bias = rng.normal(size=(experts, 40)).astype(np.float32)
-        down = jmm.quantize(dense(experts, 24, 40), "int8_fzp", group_size=None, bias=bias)
-        return jmm.concatenate_columns(halves), down
-
-    gate_up, down = pair(4)
-    return MoELayer(
-        gate_up=gate_up,
-        down=down,
-        router=dense(40, 4),
-        routing=jmm.Routing(2, "sigmoid", num_groups=2, top_groups=1, scale=2.5, apply_on_input=True),
-        activation=jmm.swiglu(float("inf"), 1.702, 1.0),
-        router_bias=dense(4),
-        correction_bias=dense(4),
-        expert_scale=dense(4),
-        router_input_scale=dense(40),
-        token_experts=jnp.zeros((9, 2), jnp.int32),
-        shared=SharedExpert(*pair(1), dense(40, 1)),
-        norm_epsilon=1e-5,
-    )
 
 
 def write(folder, number, layer):
@@ -394,19 +365,6 @@ def test_commands(tmp_path, capsys):
     assert "cannot inspect" in capsys.readouterr().err
     assert main(["convert", str(DATA / "ck_q3"), str(tmp_path / "other")]) == 1
     assert "pass quantize=" in capsys.readouterr().err
-
-
-def test_orbax_round_trip(tmp_path):
-    checkpoint = pytest.importorskip("orbax.checkpoint")
-    layer = full_layer()
-    with checkpoint.StandardCheckpointer() as saver:
-        saver.save(tmp_path / "orbax", layer.gate_up)
-        saver.wait_until_finished()
-        restored = saver.restore(tmp_path / "orbax", jax.tree.map(jnp.zeros_like, layer.gate_up))
-    assert restored.format == layer.gate_up.format
-    assert restored.column_padding == layer.gate_up.column_padding
-    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(layer.gate_up), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 _MEASURE = """

@@ -57,27 +57,14 @@ class Facts:
 def leaves_and_facts(layer: MoELayer) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """Arrays by path, and everything else as JSON."""
     leaves: dict[str, jax.Array] = {}
-    activation = get_activation(layer.activation)
-    facts: dict[str, Any] = {
-        "routing": dataclasses.asdict(layer.routing),
-        # JSON has no infinity.
-        "activation": {"name": activation.name, "parameters": [str(value) for value in activation.parameters]},
-        "norm_epsilon": layer.norm_epsilon,
-        "matrices": {},
-    }
+    facts: dict[str, Any] = facts_of_rule(layer) | {"matrices": {}}
 
     def add(path: str, value: Any) -> None:
         if isinstance(value, MarlinWeights):
             for name in _WEIGHT_LEAVES:
                 if getattr(value, name) is not None:
                     leaves[f"{path}.{name}"] = getattr(value, name)
-            facts["matrices"][path] = {
-                "format": value.format.name,
-                "layout": value.layout,
-                "group_size": value.group_size,
-                "row_padding": value.row_padding,
-                "column_padding": list(value.column_padding),
-            }
+            facts["matrices"][path] = facts_of_weights(value)
         elif value is not None:
             leaves[path] = value
 
@@ -89,6 +76,28 @@ def leaves_and_facts(layer: MoELayer) -> tuple[dict[str, jax.Array], dict[str, A
         for name in ("gate_up", "down", "gate"):
             add(f"shared.{name}", getattr(layer.shared, name))
     return leaves, facts
+
+
+def facts_of_rule(layer: MoELayer) -> dict[str, Any]:
+    """The facts of a layer without those of its matrices."""
+    activation = get_activation(layer.activation)
+    return {
+        "routing": dataclasses.asdict(layer.routing),
+        # JSON has no infinity.
+        "activation": {"name": activation.name, "parameters": [str(value) for value in activation.parameters]},
+        "norm_epsilon": layer.norm_epsilon,
+    }
+
+
+def facts_of_weights(weights: MarlinWeights) -> dict[str, Any]:
+    """The facts of packed weights."""
+    return {
+        "format": weights.format.name,
+        "layout": weights.layout,
+        "group_size": weights.group_size,
+        "row_padding": weights.row_padding,
+        "column_padding": list(weights.column_padding),
+    }
 
 
 def read_facts(keys: Keys, *, states_group_size: bool) -> Facts:

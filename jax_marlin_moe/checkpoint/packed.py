@@ -107,9 +107,15 @@ def read_manifest(folder: pathlib.Path) -> Manifest | None:
     """The manifest of a folder, None where it has none.
 
     Raises:
-        ValueError: it is malformed, of a newer version, or names a file outside the folder; or `convert` has not
-            finished the folder.
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: it is a file.
+        ValueError: the manifest is malformed, of a newer version, or names a file outside the folder; or `convert` has
+            not finished the folder.
     """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; pass the folder of a checkpoint")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder; pass the folder of a checkpoint")
     path = folder / MANIFEST
     if not path.is_file():
         if (folder / UNFINISHED).exists() or (folder / f"{UNFINISHED}{PART}").exists():

@@ -1,1 +1,1 @@
-"""Flax layers: `jax_marlin_moe.flax.nnx` and `jax_marlin_moe.flax.linen`. Flax is imported by those two alone."""
+"""For Flax: layers in `jax_marlin_moe.flax.nnx` and `.linen`, states in `.serialization`; they alone import Flax."""

@@ -10,7 +10,10 @@ from jaxtyping import Array, Float
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.checkpoint.layer import MoELayer
 from jax_marlin_moe.flax.block import apply_block, check_block, layer_parts, random_experts
+from jax_marlin_moe.flax.serialization import register_states
 from jax_marlin_moe.weights import MarlinWeights
+
+register_states()
 
 QUANTIZED_COLLECTION = "quantized"
 

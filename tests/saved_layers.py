@@ -1,0 +1,37 @@
+"""A layer with every field set, for tests of what saves and restores it."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.checkpoint import MoELayer, SharedExpert
+
+
+def full_layer() -> MoELayer:
+    """Every field set."""
+    rng = np.random.default_rng(0)
+
+    def dense(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float16)
+
+    def pair(experts):
+        halves = [jmm.quantize(dense(experts, 40, 24), "int4_zp", group_size=None) for _ in range(2)]
+        bias = rng.normal(size=(experts, 40)).astype(np.float32)
+        down = jmm.quantize(dense(experts, 24, 40), "int8_fzp", group_size=None, bias=bias)
+        return jmm.concatenate_columns(halves), down
+
+    gate_up, down = pair(4)
+    return MoELayer(
+        gate_up=gate_up,
+        down=down,
+        router=dense(40, 4),
+        routing=jmm.Routing(2, "sigmoid", num_groups=2, top_groups=1, scale=2.5, apply_on_input=True),
+        activation=jmm.swiglu(float("inf"), 1.702, 1.0),
+        router_bias=dense(4),
+        correction_bias=dense(4),
+        expert_scale=dense(4),
+        router_input_scale=dense(40),
+        token_experts=jnp.zeros((9, 2), jnp.int32),
+        shared=SharedExpert(*pair(1), dense(40, 1)),
+        norm_epsilon=1e-5,
+    )
