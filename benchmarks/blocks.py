@@ -54,11 +54,11 @@ def make_case(shape: ModelShape, layers: list, tokens: int, repeats: int, routin
     return Case(shape, tokens, dtype, layers, ids, weights / weights.sum(-1, keepdims=True), x)
 
 
-def relative_error(case: Case, **options) -> float:
-    """Relative L2 error of one block against the reference."""
+def relative_error(case: Case) -> float:
+    """Relative L2 error of one block of the CUDA kernels against the reference."""
     gate_up, down = case.layers[0]
     arguments = (case.x, gate_up, down, case.weights[0], jnp.asarray(case.ids[0]))
-    ours = jax.jit(lambda *a: jmm.fused_moe(*a, **options))(*arguments)
+    ours = jax.jit(lambda *a: jmm.fused_moe(*a, implementation="cuda"))(*arguments)
     expected = jax.jit(lambda *a: jmm.fused_moe(*a, implementation="xla"))(*arguments)
     ours, expected = (np.asarray(a, np.float64) for a in (ours, expected))
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
@@ -80,7 +80,7 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
     kernels.close()
     block_us = statistics.median(times)
     chain = chain_microseconds(
-        lambda x, layer, weights, ids: jmm.fused_moe(x, *layer, weights, ids),
+        lambda x, layer, weights, ids: jmm.fused_moe(x, *layer, weights, ids, implementation="cuda"),
         case.x,
         case.layers,
         case.weights,

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_marlin_moe.console import complain
+from jax_marlin_moe.cuda.compiler import CompilationError
 from jax_marlin_moe.random_layers import random_layers, random_routings
-from jax_marlin_moe.shape_options import add_shape_options, shapes_to_measure
+from jax_marlin_moe.shape_options import add_shape_options, positive, shapes_to_measure
 
 _ROUTINGS = 24  # blocks of a replay
 # The card lowers its clock when replays in a row drive it into its power limit.
@@ -18,7 +20,7 @@ _PAUSE_SECONDS = 0.02
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     add_shape_options(parser, tokens=[1, 4, 16, 64])
-    parser.add_argument("--samples", type=int, default=30, help="replays that are timed")
+    parser.add_argument("--samples", type=positive, default=30, help="replays that are timed")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,14 +37,18 @@ def run(options: argparse.Namespace) -> int:
         try:
             layers = random_layers(shape, options.format, dtype)
         except ValueError as error:
-            print(f"cannot measure {shape.name}: {error}")
+            complain(f"cannot measure {shape.name}: {error}")
             return 2
         expert_bytes = sum(weights.nbytes for weights in layers[0]) / shape.num_experts
         for tokens in options.tokens:
             ids = random_routings(shape.num_experts, shape.top_k, tokens, _ROUTINGS)
             x = jax.random.normal(jax.random.key(0), (tokens, shape.hidden), dtype)
             weights = jnp.full((tokens, shape.top_k), 1 / shape.top_k, jnp.float32)
-            kernels = replayed_block(x, layers, [weights] * _ROUTINGS, ids)
+            try:
+                kernels = replayed_block(x, layers, [weights] * _ROUTINGS, ids)
+            except (CompilationError, RuntimeError, ValueError) as error:
+                complain(f"cannot measure {shape.name} with {tokens} tokens: {error}")
+                return 1
             times = kernels.microseconds(samples=options.samples, pause_seconds=_PAUSE_SECONDS)
             kernels.close()
             hit = float(np.mean([len(np.unique(chosen)) for chosen in ids]))

@@ -21,6 +21,11 @@ def progress(text: str) -> None:
         _discard_output()
 
 
+def escaped(text: str) -> str:
+    """A line with escapes in place of what is not printable: names in a file must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def status_of(command: Callable[[], int]) -> int:
     """Runs a command; its exit status, once all that it has printed is written.
 

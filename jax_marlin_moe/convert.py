@@ -4,7 +4,7 @@ import argparse
 import time
 
 from jax_marlin_moe.checkpoint import convert
-from jax_marlin_moe.console import INTERRUPTED, complain, progress
+from jax_marlin_moe.console import INTERRUPTED, complain, escaped, progress
 from jax_marlin_moe.formats import FORMATS
 
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         convert(options.source, options.destination, quantize=options.quantize, group_size=size, report=report)
     except (OSError, TypeError, ValueError) as error:
-        complain(f"cannot convert: {error}")
+        complain(escaped(f"cannot convert: {error}"))
         return 1
     except KeyboardInterrupt:
         complain("interrupted; finished layers are kept, and the same command goes on behind them")

@@ -17,9 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe import native
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
 from jax_marlin_moe.checkpoint import load_moe_layer
+from jax_marlin_moe.console import complain
 from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.devices import no_device_reason
 from jax_marlin_moe.formats import get_format
 
 CHECKPOINT = pathlib.Path(__file__).parent / "demo_checkpoint"
@@ -56,14 +59,22 @@ class _Case:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table; returns 1 if any result is wrong."""
+    """Prints the table; returns 1 if any result is wrong, or the platform's kernels cannot be used."""
+    no_device = no_device_reason()
+    if no_device:
+        complain(f"cannot run: {no_device}")
+        return 1
     dtype = jnp.dtype(options.dtype)
     device = jax.devices()[0]
-    names = _implementations(device.platform)
+    native_name = {"gpu": "cuda", "cpu": "cpu"}.get(device.platform)
+    reason = _unusable(native_name)
+    names = ["xla"] if native_name is None or reason else [native_name, "xla"]
     print(f"jax_marlin_moe {jmm.__version__}, JAX {jax.__version__}, {device.device_kind} ({device.platform})")
     bandwidth = None if options.small else _read_bandwidth(device.platform)
     if bandwidth is not None:
         print(f"reads {bandwidth / 1e9:.1f} GB/s (sum over a large array, measured now)")
+    if native_name is None:
+        print(f"no kernels for platform {device.platform}: the reference runs alone")
     print()
     print(f"{'layer':30s} {'tokens':>6s}  {'runs on':8s} {'error':>8s} {'time':>11s} {'of limit':>8s}")
 
@@ -86,21 +97,17 @@ def run(options: argparse.Namespace) -> int:
     print("runs on: xla is the reference in plain JAX; the first of each group is what a call uses by itself")
     print("error: relative L2 against float32 on the dequantised weights; of limit: hit experts' bytes / time / read")
     if wrong:
-        print(f"WRONG: an error exceeds {_ERROR_LIMIT[options.dtype]}")
-    return int(wrong)
-
-
-def _implementations(platform: str) -> list[str]:
-    """The native implementation of the platform, where it can serve, and the reference."""
-    native = {"gpu": "cuda", "cpu": "cpu"}.get(platform)
-    if native is None:
-        print(f"no kernels for platform {platform}: the reference runs alone")
-        return ["xla"]
-    reason = jmm.native.unavailable_reason() or (compiler.unavailable_reason() if native == "cuda" else None)
+        complain(f"WRONG: an error exceeds {_ERROR_LIMIT[options.dtype]}")
     if reason:
-        print(f"{native} cannot serve: {reason}")
-        return ["xla"]
-    return [native, "xla"]
+        complain(f"only the reference ran: {native_name} cannot be used: {reason}")
+    return int(wrong or reason is not None)
+
+
+def _unusable(name: str | None) -> str | None:
+    """Why an implementation cannot be used here, or None."""
+    if name is None:
+        return None
+    return native.unavailable_reason() or (compiler.unavailable_reason() if name == "cuda" else None)
 
 
 def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:

@@ -12,7 +12,9 @@ import jaxlib
 
 import jax_marlin_moe
 from jax_marlin_moe import native
+from jax_marlin_moe.console import complain
 from jax_marlin_moe.cuda import cache, compiler
+from jax_marlin_moe.devices import no_device_reason
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,20 +25,30 @@ def run(options: argparse.Namespace) -> int:
     """Prints the findings; returns 1 if not even JAX has a device to run on."""
     for name, finding in _findings():
         print(f"{name:15s} {finding}")
-    try:
-        jax.devices()
-    except RuntimeError:
-        print("nothing works: JAX finds no device; reinstall jax, and see what JAX_PLATFORMS says")
+    reason = no_device_reason()
+    if reason:
+        complain(f"nothing works: {reason}; reinstall jax, and see what JAX_PLATFORMS says")
         return 1
     return 0
 
 
 def _findings() -> Iterator[tuple[str, str]]:
-    yield "jax_marlin_moe", jax_marlin_moe.__version__
+    yield "jax_marlin_moe", f"{jax_marlin_moe.__version__} in {pathlib.Path(jax_marlin_moe.__file__).parent}"
+    installed = native.shadowed_installation()
+    if installed is not None:
+        yield (
+            "",
+            (
+                f"SHADOWS the package that is installed in {installed.parent}, which is not what runs here; run from "
+                "another folder, or with `python -P`"
+            ),
+        )
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "jax, jaxlib", f"{jax.__version__}, {jaxlib.__version__}"
     yield from _devices()
     yield "native module", _native()
+    if named := os.environ.get(native.CPU_ISA_VARIABLE):
+        yield "CPU kernels", native.cpu_isa_complaint() or f"{named} (from {native.CPU_ISA_VARIABLE})"
     yield "NVRTC", _nvrtc()
     yield "architecture", _architecture()
     yield "kernel cache", _cache()
@@ -46,12 +58,11 @@ def _findings() -> Iterator[tuple[str, str]]:
 
 
 def _devices() -> Iterator[tuple[str, str]]:
-    try:
-        devices = jax.local_devices()
-    except RuntimeError as error:
-        yield "device", f"none: {str(error).splitlines()[0]}"
+    reason = no_device_reason()
+    if reason:
+        yield "device", f"none: {reason}"
         return
-    for device in devices:
+    for device in jax.local_devices():
         capability = getattr(device, "compute_capability", None)
         suffix = f", compute capability {capability}" if capability else ""
         yield f"device {device.id}", f"{device.device_kind} ({device.platform}){suffix}"
@@ -71,8 +82,11 @@ def _nvrtc() -> str:
 
 
 def _architecture() -> str:
+    if not os.environ.get(compiler.ARCHITECTURE_VARIABLE) and (reason := no_device_reason("cuda")):
+        return f"none: {reason}, and {compiler.ARCHITECTURE_VARIABLE} is not set"
     try:
         target = compiler.target_architecture()
+        compiler.compute_capability(target)
     except ValueError as error:
         return f"none: {error}"
     origin = compiler.ARCHITECTURE_VARIABLE if os.environ.get(compiler.ARCHITECTURE_VARIABLE) else "first CUDA device"
@@ -104,9 +118,7 @@ def _verdict(name: str) -> str:
     reason = native.unavailable_reason() or (compiler.unavailable_reason() if name == "cuda" else None)
     if reason:
         return f"no: {reason}"
-    try:
-        jax.devices(name)
-    except RuntimeError:
+    if no_device_reason(name):
         hint = "; with an NVIDIA card, install jax_marlin_moe[cuda13] (or [cuda12])" if name == "cuda" else ""
         return f"no device, but programs can be lowered for it{hint}"
     return "yes"

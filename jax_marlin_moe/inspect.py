@@ -1,12 +1,11 @@
 """Prints what a checkpoint holds: its layers of experts, their formats and sizes."""
 
 import argparse
-import pathlib
 from collections.abc import Iterator
 
 from jax_marlin_moe.checkpoint import packed
 from jax_marlin_moe.checkpoint.loading import Checkpoint
-from jax_marlin_moe.console import complain
+from jax_marlin_moe.console import complain, escaped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints; returns 1, with the reason, where the folder is no checkpoint."""
     try:
-        if not options.path or not pathlib.Path(options.path).exists():
-            raise FileNotFoundError(f"path is {options.path!r}, which does not exist; pass the folder of a checkpoint")
+        if not options.path:
+            raise ValueError("path is ''; it must be a folder")
         checkpoint = Checkpoint(options.path)
         lines = _packed(checkpoint.manifest) if checkpoint.manifest is not None else _source(checkpoint)
         while (line := next(lines, None)) is not None:
@@ -26,14 +25,9 @@ def run(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # of the output, not of the checkpoint
         raise
     except (OSError, ValueError) as error:
-        complain(f"cannot inspect: {error}")
+        complain(escaped(f"cannot inspect: {error}"))
         return 1
     return 0
-
-
-def escaped(text: str) -> str:
-    """A line with escapes in place of what is not printable: names in a file must not steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _packed(manifest: packed.Manifest) -> Iterator[str]:

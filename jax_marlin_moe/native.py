@@ -4,8 +4,12 @@ Importing never initialises a backend. A module that cannot serve is no import e
 """
 
 import functools
+import importlib.metadata
+import os
 import pathlib
 import re
+import warnings
+from platform import machine
 
 import jax
 
@@ -33,6 +37,59 @@ _TARGETS = {
 }
 
 
+# The instruction sets of csrc/cpu/gemm_dispatch.cc, of which this variable chooses one, as /proc/cpuinfo names them.
+CPU_ISA_VARIABLE = "JAX_MARLIN_MOE_CPU_ISA"
+CPU_ISAS = {
+    "portable": frozenset[str](),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+    "avx512": frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}),
+    "avx512bf16": frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}),
+}
+
+
+def cpu_isa_complaint() -> str | None:
+    """Why the instruction set that the environment names is not used, or None."""
+    named = os.environ.get(CPU_ISA_VARIABLE)
+    if not named:
+        return None
+    if named not in CPU_ISAS:
+        return (
+            f"{CPU_ISA_VARIABLE} is {named!r}; it must be one of {', '.join(CPU_ISAS)}: the best that this CPU has is "
+            "used instead"
+        )
+    missing = CPU_ISAS[named] - _cpu_flags()
+    if missing:
+        return (
+            f"{CPU_ISA_VARIABLE} is {named!r}, and this CPU lacks {', '.join(sorted(missing))}: the best that it has "
+            "is used instead"
+        )
+    return None
+
+
+def _cpu_flags() -> frozenset[str]:
+    """What the CPU can do, as Linux tells it; where nobody tells, all that could be asked for."""
+    if machine().lower() not in ("x86_64", "amd64"):
+        return frozenset()
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset().union(*CPU_ISAS.values())
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset().union(*CPU_ISAS.values())
+
+
+@functools.cache
+def shadowed_installation() -> pathlib.Path | None:
+    """The installed package, where this module is of a source tree that stands before it on the path; else None."""
+    try:
+        installed = importlib.metadata.distribution("jax_marlin_moe").locate_file("jax_marlin_moe/native.py")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = pathlib.Path(str(installed))
+    # An editable installation has no such file: it leads here.
+    return path.parent if path.is_file() and not path.samefile(__file__) else None
+
+
 @functools.cache
 def runtime_ffi_version() -> tuple[int, int]:
     """The FFI API version of the installed jaxlib, from the header it ships."""
@@ -45,6 +102,11 @@ def runtime_ffi_version() -> tuple[int, int]:
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why no custom call can be used, or None when all is well."""
+    if _native is None and (installed := shadowed_installation()) is not None:
+        return (
+            f"the source tree {pathlib.Path(__file__).parents[1]}, which has no native module, shadows the package "
+            f"that is installed in {installed.parent}; run from another folder, or with `python -P`"
+        )
     if _native is None:
         return f"the native module is not built ({_import_error}); install the package with pip"
     built, runtime = tuple(_native.ffi_api_version()), runtime_ffi_version()
@@ -63,6 +125,8 @@ def _register() -> None:
 
 
 _register()
+if cpu_isa_complaint() is not None:
+    warnings.warn(str(cpu_isa_complaint()), stacklevel=2)
 
 
 def fingerprint(image: bytes, contract: bytes, kernels: str) -> int:

@@ -11,8 +11,13 @@ import jax.numpy as jnp
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, ModelShape
+from jax_marlin_moe.checkpoint.whole_files import named_errors
+from jax_marlin_moe.console import complain, progress
 from jax_marlin_moe.cuda import cache, compiler
 from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
+from jax_marlin_moe.shape_options import positive
+
+_PROBE_BYTES = 1 << 20  # more than the kernels of a call have
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", required=True, help="architectures, such as sm_80 sm_90a")
     parser.add_argument("--models", nargs="+", default=sorted(MODELS), choices=sorted(MODELS), metavar="MODEL",
                         help=f"from {', '.join(sorted(MODELS))} (default: all)")  # fmt: skip
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(DECODE_TOKENS), help="rows of x")
+    parser.add_argument("--tokens", nargs="+", type=positive, default=list(DECODE_TOKENS), help="rows of x")
     parser.add_argument("--format", default="int4", choices=sorted(FORMATS), help="weight format")
-    parser.add_argument("--group-size", type=int, help="rows that share a scale (default: the model's or the format's)")
+    parser.add_argument(
+        "--group-size", type=positive, help="rows that share a scale (default: the model's or the format's)"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="type of x and scales")
 
 
@@ -30,11 +37,13 @@ def run(options: argparse.Namespace) -> int:
     """Lowers every combination; returns 1 if one fails or the cache cannot keep the kernels."""
     reason = native.unavailable_reason() or compiler.unavailable_reason()
     if reason:
-        print(f"cannot compile: {reason}")
+        complain(f"cannot compile: {reason}")
         return 1
     folder = cache.directory()
     if folder is None:
-        print(f"the kernel cache is off: set {cache.ENVIRONMENT_VARIABLE} to a folder")
+        complain(f"cannot keep kernels: the kernel cache is off; set {cache.ENVIRONMENT_VARIABLE} to a folder")
+        return 1
+    if not _can_keep(folder):
         return 1
     dtype, row = jnp.dtype(options.dtype), get_format(options.format)
     before, failures = _count(folder), 0
@@ -49,12 +58,13 @@ def run(options: argparse.Namespace) -> int:
                 except (ValueError, compiler.CompilationError) as error:
                     failures += 1
                     outcome = f"FAILED: {error}"
-                print(f"{architecture:8s} {model:18s} {tokens:6d} tokens  {outcome}", flush=True)
+                progress(f"{architecture:8s} {model:18s} {tokens:6d} tokens  {outcome}")
     kept = _count(folder)
     print(f"{folder}: {kept} programs, {kept - before} of them new")
-    if not kept:
-        print(f"the folder cannot be written; set {cache.ENVIRONMENT_VARIABLE} to one that can")
-    return int(failures > 0 or not kept)
+    if failures:
+        complain(f"{failures} programs were not compiled")
+        return 1
+    return 0 if _can_keep(folder) else 1
 
 
 def lower(
@@ -98,6 +108,19 @@ def _weights(experts: int, k: int, n: int, row: WeightFormat, group_size: int, d
     """Shapes and dtypes of packed experts, without data."""
     dense = jax.ShapeDtypeStruct((experts, k, n), dtype)
     return jax.eval_shape(lambda values: jmm.quantize(values, row.name, group_size=group_size), dense)
+
+
+def _can_keep(folder: pathlib.Path) -> bool:
+    """Whether kernels can be written into a folder: the cache itself drops what cannot, without a word."""
+    probe = folder / f"probe-{os.getpid()}"
+    try:
+        with named_errors(folder):
+            cache.write_file(probe, bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        complain(f"cannot keep kernels: {error}; set {cache.ENVIRONMENT_VARIABLE} to a folder that can be written")
+        return False
+    return True
 
 
 def _count(folder: pathlib.Path) -> int:

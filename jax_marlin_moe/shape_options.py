@@ -6,7 +6,9 @@ import jax
 
 from jax_marlin_moe import native
 from jax_marlin_moe.argument_shapes import MODELS, ModelShape
+from jax_marlin_moe.console import complain
 from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.devices import no_device_reason
 from jax_marlin_moe.formats import FORMATS, get_format
 
 _SIZES = {"experts": "num_experts", "top_k": "top_k", "hidden": "hidden", "intermediate": "intermediate"}
@@ -24,6 +26,13 @@ def add_shape_options(parser: argparse.ArgumentParser, tokens: list[int]) -> Non
     parser.add_argument("--tokens", nargs="+", type=int, default=tokens, help="rows of x")
     parser.add_argument("--format", default="int4", choices=sorted(FORMATS), help="weight format")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="type of x and scales")
+
+
+def positive(text: str) -> int:
+    """The type of an option: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
 
 
 def chosen_shapes(options: argparse.Namespace) -> list[ModelShape]:
@@ -56,22 +65,18 @@ def shapes_to_measure(options: argparse.Namespace, action: str) -> tuple[list[Mo
     try:
         shapes = chosen_shapes(options)
     except ValueError as error:
-        print(f"cannot {action}: {error}")
+        complain(f"cannot {action}: {error}")
         return [], 2
     reason = no_cuda_reason()
     if reason:
-        print(f"cannot {action}: {reason}")
+        complain(f"cannot {action}: {reason}")
         return [], 1
     return shapes, 0
 
 
 def no_cuda_reason() -> str | None:
     """Why nothing can be measured on this machine, or None."""
-    try:
-        jax.devices("cuda")
-    except RuntimeError:
-        return (
-            f"it measures on an NVIDIA GPU, and JAX finds only {jax.default_backend()}; with a card, install "
-            "jax_marlin_moe[cuda13] (or [cuda12])"
-        )
+    if no_device_reason("cuda"):
+        reason = no_device_reason() or f"JAX finds only {jax.default_backend()}"
+        return f"it measures on an NVIDIA GPU, and {reason}; with a card, install jax_marlin_moe[cuda13] (or [cuda12])"
     return native.unavailable_reason() or compiler.unavailable_reason()

@@ -5,16 +5,19 @@ import time
 
 import jax.numpy as jnp
 
+from jax_marlin_moe.console import complain
 from jax_marlin_moe.cuda import cache
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.random_layers import random_layers
-from jax_marlin_moe.shape_options import add_shape_options, shapes_to_measure
+from jax_marlin_moe.shape_options import add_shape_options, positive, shapes_to_measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     add_shape_options(parser, tokens=[1, 16])
-    parser.add_argument("--candidates", type=int, default=24, help="tiles measured for each product and block size")
+    parser.add_argument(
+        "--candidates", type=positive, default=24, help="tiles measured for each product and block size"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -23,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     if status:
         return status
     if cache.directory() is None:
-        print(f"cannot tune: the kernel cache is off; set {cache.ENVIRONMENT_VARIABLE} to a folder")
+        complain(f"cannot tune: the kernel cache is off; set {cache.ENVIRONMENT_VARIABLE} to a folder")
         return 1
     # They import the driver's bindings, which a machine without CUDA need not have.
     from jax_marlin_moe.cuda import tuned
@@ -36,24 +39,28 @@ def run(options: argparse.Namespace) -> int:
         try:
             layers = random_layers(shape, options.format, dtype)
         except ValueError as error:
-            print(f"cannot tune {shape.name}: {error}")
+            complain(f"cannot tune {shape.name}: {error}")
             return 2
         for tokens in options.tokens:
             start = time.perf_counter()
-            best = autotune(
-                layers,
-                tokens=tokens,
-                top_k=shape.top_k,
-                dtype=dtype,
-                candidates_per_product=options.candidates,
-            )
+            try:
+                best = autotune(
+                    layers,
+                    tokens=tokens,
+                    top_k=shape.top_k,
+                    dtype=dtype,
+                    candidates_per_product=options.candidates,
+                )
+            except (RuntimeError, ValueError) as error:
+                complain(f"cannot tune {shape.name} with {tokens} tokens: {error}")
+                return 1
             print(
                 f"{shape.name:18s} {tokens:6d} tokens  block {best.block_us:.1f} us, products {best.gate_up_us:.1f} "
                 f"and {best.down_us:.1f}: {best.scheme}  ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
             if tuned.lookup(block_key(*layers[0], shape.top_k), tokens, architecture) != best.scheme:
-                print(f"{path} cannot be written; set {cache.ENVIRONMENT_VARIABLE} to a folder that can")
+                complain(f"{path} cannot be written; set {cache.ENVIRONMENT_VARIABLE} to a folder that can")
                 return 1
         del layers
     print(f"stored in {path}: calls with these shapes use it from their next lowering on")

@@ -1,13 +1,27 @@
 """The commands: they run, say what they promise, and their exit status tells success from failure."""
 
 import argparse
+import ast
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
 
-from jax_marlin_moe import demo, native, shape_options
+import jax_marlin_moe
+from jax_marlin_moe import bench, demo, native, precompile, shape_options, tune
 from jax_marlin_moe.__main__ import main
+from jax_marlin_moe.checkpoint import packed
 from jax_marlin_moe.cuda import cache, compiler
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHECKPOINT = ROOT / "tests" / "data" / "ck_llmc_W4A16"
 
 
 def test_demo(capsys):
@@ -33,15 +47,25 @@ def test_demo_of_a_real_size(capsys, monkeypatch):
 def test_demo_fails_on_wrong_numbers(capsys, monkeypatch):
     monkeypatch.setitem(demo._ERROR_LIMIT, "bfloat16", 1e-9)
     assert main(["demo", "--small"]) == 1
-    assert "WRONG" in capsys.readouterr().out
+    assert "WRONG" in capsys.readouterr().err
 
 
 def test_demo_without_the_native_module(capsys, monkeypatch):
+    """It shows what the reference does, and fails: that is not what was asked for."""
     monkeypatch.setattr(native, "unavailable_reason", lambda: "it was left out")
-    assert main(["demo", "--small"]) == 0
-    output = capsys.readouterr().out
-    assert "cannot serve: it was left out" in output
-    assert " xla " in output
+    assert main(["demo", "--small"]) == 1
+    captured = capsys.readouterr()
+    assert re.search("only the reference ran: c.* cannot be used: it was left out", captured.err)
+    assert {line.split()[5] for line in captured.out.splitlines() if line.startswith("AWQ")} == {"xla"}
+
+
+def test_demo_without_a_device(capsys, monkeypatch):
+    def no_device(*_):
+        raise AssertionError  # as JAX_PLATFORMS=cuda ends where the plugin is not installed
+
+    monkeypatch.setattr(jax, "devices", no_device)
+    assert main(["demo", "--small"]) == 1
+    assert "cannot run: JAX finds no device" in capsys.readouterr().err
 
 
 def test_doctor(capsys, monkeypatch, tmp_path):
@@ -80,7 +104,80 @@ def test_doctor_fails_without_a_device(capsys, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", no_device)
     monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_80")
     assert main(["doctor"]) == 1
-    assert "nothing works" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "device          none: JAX finds no device: no backend" in captured.out
+    assert "nothing works: JAX finds no device: no backend; reinstall jax" in captured.err
+
+
+def test_doctor_names_unknown_values(capsys, monkeypatch):
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "x")
+    monkeypatch.setenv(native.CPU_ISA_VARIABLE, "sse9")
+    monkeypatch.setattr(native, "shadowed_installation", lambda: pathlib.Path("/somewhere/jax_marlin_moe"))
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    assert "architecture    none: JAX_MARLIN_MOE_CUDA_ARCH is 'x'; it must" in output
+    assert "CPU kernels     JAX_MARLIN_MOE_CPU_ISA is 'sse9'; it must be one of portable, avx2," in output
+    assert f"{jax_marlin_moe.__version__} in {pathlib.Path(jax_marlin_moe.__file__).parent}" in output
+    assert "SHADOWS the package that is installed in /somewhere, which is not what runs here" in output
+    monkeypatch.setenv(native.CPU_ISA_VARIABLE, "portable")
+    assert main(["doctor"]) == 0
+    assert "CPU kernels     portable (from JAX_MARLIN_MOE_CPU_ISA)" in capsys.readouterr().out
+
+
+def test_instruction_sets_are_those_of_the_native_module(monkeypatch):
+    source = (ROOT / "csrc" / "cpu" / "gemm_dispatch.cc").read_text()
+    assert set(re.findall(r'\{"(\w+)", \w+Panel,', source)) == set(native.CPU_ISAS)
+    for name in native.CPU_ISAS:
+        monkeypatch.setenv(native.CPU_ISA_VARIABLE, name)
+        complaint = native.cpu_isa_complaint()
+        assert complaint is None or "and this CPU lacks" in complaint
+    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    assert "'avx512bf16', and this CPU lacks avx512_bf16, avx512bw" in native.cpu_isa_complaint()
+    monkeypatch.setenv(native.CPU_ISA_VARIABLE, "avx2")
+    assert native.cpu_isa_complaint() is None
+
+
+def test_a_source_tree_that_shadows_the_package(tmp_path):
+    """Run from a checkout after a plain installation: nothing is computed by the reference in silence."""
+    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    for folder in (checkout, site):
+        shutil.copytree(
+            ROOT / "jax_marlin_moe", folder / "jax_marlin_moe", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+    information = site / "jax_marlin_moe-0.1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: jax-marlin-moe\nVersion: 0.1.0\n")
+    # Ahead of an editable installation's own loader, which would find the tests' package.
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'scikit' not in type(f).__name__.lower()]; "
+        f"sys.path[:0] = [{str(checkout)!r}, {str(site)!r}]; from jax_marlin_moe.__main__ import main; "
+        "print(main(['demo', '--small'])); main(['doctor'])"
+    )
+    environment = os.environ | {native.CPU_ISA_VARIABLE: "sse9"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "\n1\n" in done.stdout
+    assert (
+        f"the source tree {checkout}, which has no native module, shadows the package that is installed in {site}; run "
+        "from another folder" in done.stderr
+    )
+    assert f"SHADOWS the package that is installed in {site}" in done.stdout
+    assert "UserWarning: JAX_MARLIN_MOE_CPU_ISA is 'sse9'; it must be one of portable" in done.stderr
+
+
+def test_what_measures_an_implementation_names_it():
+    """A call without a name falls back to the reference, whose times and errors then pass for the kernels'."""
+    ops, calls = {"fused_moe", "moe_gemm", "moe_align_block_size", "expert_block"}, 0
+    files = [*(ROOT / "benchmarks").glob("*.py"), *(pathlib.Path(m.__file__) for m in (bench, demo, precompile, tune))]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ops:
+                calls += 1
+                named = {keyword.arg: keyword.value for keyword in node.keywords}
+                assert "implementation" in named, f"{path}:{node.lineno}"
+                assert ast.unparse(named["implementation"]) != "None", f"{path}:{node.lineno}"
+    assert calls >= 8
 
 
 @pytest.fixture
@@ -104,19 +201,48 @@ def test_precompile(capsys, kernels):
 def test_precompile_reports_failures(capsys, kernels):
     arguments = ["--arch", "sm_75", "--models", "qwen3-30b-a3b", "--tokens", "1"]
     assert main(["precompile", *arguments]) == 1
-    assert "FAILED: x has dtype bfloat16" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "FAILED: x has dtype bfloat16" in captured.out
+    assert captured.err == "1 programs were not compiled\n"  # and nothing of a folder that cannot be written
     assert main(["precompile", *arguments, "--dtype", "float16", "--format", "int4_zp", "--group-size", "64"]) == 0
     assert main(["precompile", *arguments, "--group-size", "96"]) == 1
+
+
+@pytest.mark.parametrize("option", [["--tokens", "-1"], ["--tokens", "0"], ["--tokens", "x"], ["--group-size", "0"]])
+def test_precompile_takes_positive_numbers(capsys, option):
+    with pytest.raises(SystemExit) as stopped:
+        main(["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", *option])
+    assert stopped.value.code == 2
+    assert f"argument {option[0]}: '{option[1]}' is no positive integer" in capsys.readouterr().err
+
+
+def test_precompile_fails_where_nothing_can_be_kept(capsys, kernels, monkeypatch):
+    """Also beside an old kernel."""
+    (kernels / "old.cubin").write_bytes(b"")
+    arguments = ["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", "--tokens", "1"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")  # as `write` does, without a name
+
+    monkeypatch.setattr(cache, "write_file", full)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f"cannot keep kernels: [Errno 28] No space left on device: '{kernels}'; set JAX_MARLIN_MOE_CACHE" in error
+    monkeypatch.undo()
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(kernels / "old.cubin" / "below"))
+    assert main(arguments) == 1
+    assert "cannot keep kernels: " in capsys.readouterr().err
+    assert [path.name for path in kernels.iterdir()] == ["old.cubin"]
 
 
 def test_precompile_needs_a_cache_and_a_compiler(capsys, monkeypatch):
     arguments = ["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", "--tokens", "1"]
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
     assert main(arguments) == 1
-    assert "the kernel cache is off" in capsys.readouterr().out
+    assert "the kernel cache is off" in capsys.readouterr().err
     monkeypatch.setattr(compiler, "unavailable_reason", lambda: "NVRTC was not found")
     assert main(arguments) == 1
-    assert "cannot compile: NVRTC was not found" in capsys.readouterr().out
+    assert "cannot compile: NVRTC was not found" in capsys.readouterr().err
 
 
 def test_a_command_is_needed():
@@ -143,7 +269,7 @@ _SIZES = ["--experts", "8", "--top-k", "2", "--hidden", "256", "--intermediate",
 )
 def test_unusable_sizes(capsys, command, arguments, complaint):
     assert main([command, *arguments]) == 2
-    assert complaint in capsys.readouterr().out
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["tune", "bench"])
@@ -159,7 +285,7 @@ def test_unknown_names(capsys, command, arguments):
 @pytest.mark.parametrize("command", ["tune", "bench"])
 def test_measuring_needs_a_card(capsys, command):
     assert main([command, *_SIZES]) == 1
-    assert "it measures on an NVIDIA GPU, and JAX finds only cpu" in capsys.readouterr().out
+    assert "it measures on an NVIDIA GPU, and JAX finds only cpu" in capsys.readouterr().err
 
 
 def test_chosen_shapes():
@@ -191,4 +317,97 @@ def test_bench_and_tune_on_a_card(capsys, kernels):
 def test_tune_without_a_cache(capsys, monkeypatch):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
     assert main(["tune", *_SIZES]) == 1
-    assert "the kernel cache is off" in capsys.readouterr().out
+    assert "the kernel cache is off" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"jax_marlin_moe {jax_marlin_moe.__version__}\n"
+
+
+@contextlib.contextmanager
+def output_to(stream):
+    """Not as a fixture: pytest's capture takes the output back when a test begins."""
+    with stream, contextlib.redirect_stdout(stream):
+        yield
+
+
+def closed_pipe():
+    """A pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+@pytest.mark.parametrize("arguments", [["inspect", str(CHECKPOINT)], ["doctor"], ["--help"], ["--version"]])
+def test_a_closed_pipe_ends_quietly(capfd, arguments):
+    with output_to(closed_pipe()):
+        assert main(arguments) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_a_closed_pipe_does_not_stop_a_conversion(capfd, tmp_path):
+    with output_to(closed_pipe()):
+        assert main(["convert", str(CHECKPOINT), str(tmp_path / "packed")]) == 0
+    assert capfd.readouterr().err == ""
+    assert packed.read_manifest(tmp_path / "packed").layers == [0, 1]
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no full device")
+def test_a_full_output(capfd, tmp_path):
+    with output_to(open("/dev/full", "w")):
+        assert main(["inspect", str(CHECKPOINT)]) == 1
+    assert capfd.readouterr().err == "cannot write the output: No space left on device\n"
+    with output_to(open("/dev/full", "w")):
+        assert main(["convert", str(CHECKPOINT), str(tmp_path / "packed")]) == 0
+    assert capfd.readouterr().err == ""
+    assert packed.read_manifest(tmp_path / "packed").layers == [0, 1]
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jax, "devices", interrupted)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_process_ends_quietly(tmp_path):
+    """The whole way, the interpreter's end included."""
+    command = [sys.executable, "-m", "jax_marlin_moe", "inspect", str(CHECKPOINT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_inspect_of_no_folder(capsys, tmp_path):
+    for path in ("", str(tmp_path / "nowhere")):
+        assert main(["inspect", path]) == 1
+        assert re.search(rf"cannot inspect: .*{path}", capsys.readouterr().err)
+    assert main(["inspect", ""]) == 1
+    assert "path is ''; it must be a folder" in capsys.readouterr().err
+    assert main(["convert", str(CHECKPOINT), ""]) == 1
+    assert "destination is ''; it must be a folder" in capsys.readouterr().err
+    assert main(["convert", "", str(tmp_path / "packed")]) == 1
+    assert "source is ''; it must be a folder" in capsys.readouterr().err
+
+
+def test_inspect_escapes_what_steers_a_terminal(capsys, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    name = next(name for name in header if name.startswith("model.layers.0.mlp.experts.0."))
+    header[f"{name}\x1b]0;owned\x07\u202e"] = header.pop(name)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    assert main(["inspect", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert "\\x1b]0;owned\\x07\\u202e" in output
+    assert "\x1b" not in output
