@@ -27,7 +27,7 @@ from jax_marlin_moe.random_layers import random_layers
 _PERIOD = 4093  # rows of x repeat after so many, a prime: an offset that wraps lands on another row
 _CHECKED_ROWS = 48
 _MMA_ROWS = 32  # of a block, where the mma.sync kernels are forced
-_MMA_CAPABILITY = 80  # whose tiles are all of mma.sync
+_MMA_CAPABILITY = 86  # whose tiles are all of mma.sync, and fit the shared memory of every later one
 _TOLERANCE = 0.02  # of a row's largest value: the types of x and of the rows between the products have 8 bits
 
 

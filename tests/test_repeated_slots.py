@@ -8,6 +8,7 @@ from oracle import assert_product_close, grouped_product, random_experts, random
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import compiler, plan
+from jax_marlin_moe.cuda.tiles import Tile, WgmmaTile, candidates
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
@@ -31,10 +32,23 @@ def repeating_alignment(rng, tokens, block_size):
     return alignment, served
 
 
+def first_tile_of(kind):
+    """In place of `choose_tile`."""
+
+    def choose(shape, tokens, expected_blocks, capability, rows=None):
+        return next(tile for tile in candidates(shape, tokens, capability) if isinstance(tile, kind))
+
+    return choose
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Tile, WgmmaTile])
 @pytest.mark.parametrize("block_size", [8, 16, 32, 48, 64])
 @pytest.mark.parametrize(("tokens", "weighted"), [(3, True), (40, False), (700, True)])
-def test_the_first_row_of_a_slot_counts_on_the_card(tokens, weighted, block_size):
+def test_the_first_row_of_a_slot_counts_on_the_card(monkeypatch, tokens, weighted, block_size, kind):
+    if kind is WgmmaTile and compiler.compute_capability(compiler.target_architecture()) != 90:
+        pytest.skip("wgmma is Hopper's")
+    monkeypatch.setattr(plan, "choose_tile", first_tile_of(kind))
     rng = np.random.default_rng(tokens + block_size)
     experts = random_experts(rng, EXPERTS, 256, 192, group_size=64, bias=True, scale_dtype=jnp.dtype("bfloat16"))
     x = random_rows(rng, tokens, 256, jnp.dtype("bfloat16"))
@@ -79,10 +93,14 @@ def test_a_weight_of_nan_in_a_dropped_slot_is_of_no_account_on_the_card(tokens):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("sm_75", Tile), ("sm_80", Tile), ("sm_90a", Tile), ("sm_90a", WgmmaTile)],
+)
 @pytest.mark.parametrize("tokens", [5, 900])
-def test_a_product_finds_first_rows_and_stores_no_others(architecture, tokens):
-    """The kernels of `moe_gemm` read what the kernel before found; those of a block, whose list is ours, do not."""
+def test_a_product_finds_first_rows_and_stores_no_others(monkeypatch, architecture, kind, tokens):
+    """The kernels of `moe_gemm` read what the kernel before found."""
+    monkeypatch.setattr(plan, "choose_tile", first_tile_of(kind))
     weights = jax.eval_shape(
         lambda dense: jmm.quantize(dense, "int4", group_size=64), jax.ShapeDtypeStruct((EXPERTS, 256, 192), jnp.float16)
     )
@@ -99,6 +117,7 @@ def test_a_product_finds_first_rows_and_stores_no_others(architecture, tokens):
     assert clear.body.startswith("Clear<")
     assert find.body == f"FindFirstRows<{2 * tokens}, {EXPERTS}, 64, {2 * tokens + 500}>"
     assert [scratch.shape for scratch in planned.scratch] == [(2 * tokens,)]
+    assert gemm.body.startswith(f"{kind.kernel}<")
     scratch = clear.parameters[1][0]
     assert find.parameters[-1][0] == scratch
     assert scratch in [buffer for buffer, _ in gemm.parameters]

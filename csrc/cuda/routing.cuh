@@ -25,7 +25,8 @@ struct SortedRouting {
   const int32_t* __restrict__ sorted_token_ids;        // [kListLength]
   const int32_t* __restrict__ expert_ids;              // [ceil(kListLength / kListBlock)]
   const int32_t* __restrict__ num_tokens_post_padded;  // [1]
-  const int32_t* __restrict__ first_rows;              // [kSlots] if kMayRepeat: where the list has each slot first
+  // [kSlots] if kMayRepeat: where the list has each slot first. Not __restrict__: no read may move ahead of the wait.
+  const int32_t* first_rows;
 
   static constexpr bool kNeedsPreviousKernel = kFromPreviousKernel;
   static constexpr int kSharedBytes = 0, kScratchBytes = 0;
