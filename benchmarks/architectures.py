@@ -22,6 +22,7 @@ TESTS = (
     "tests/test_formats.py::test_blocks_of_real_width",
     "tests/test_moe_gemm.py::test_product",
     "tests/test_moe_gemm.py::test_what_memory_held_before_stays_out",
+    "tests/test_repeated_slots.py",
     "tests/test_fused_moe.py::test_block",
     "tests/test_fused_moe.py::test_what_memory_held_before_stays_out",
     "tests/test_fused_moe.py::test_grouped_slots_give_the_bits_of_aligned_ones",
