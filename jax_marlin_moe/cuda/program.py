@@ -1,4 +1,8 @@
-"""A compiled program as a custom call: cubin, contract and fingerprint, as csrc/ffi/cuda_program.h reads them."""
+"""A compiled program as a custom call: image, contract, names and fingerprint, as csrc/ffi/cuda_program.h reads them.
+
+An exported program contains this machine code: loading one is running code, so load only what you trust. The
+fingerprint and the handler's checks find damage, not intent.
+"""
 
 import dataclasses
 import itertools
