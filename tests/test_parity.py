@@ -132,7 +132,6 @@ WHOLE = [
     ("qwen3_5_moe", "qwen3_5_moe_text", {}),
     ("minimax_m3_vl", "minimax_m3_vl_text", EXPERTS_ARE_INTERMEDIATE),
     ("minimax_m3_vl", "minimax_m3_vl_text", {**EXPERTS_ARE_INTERMEDIATE, "swiglu_limit": 0.25, "swiglu_alpha": 1.1}),
-    ("kimi_k25", "deepseek_v3", FEW_GROUPS),
     ("llama4", "llama4_text", EXPERTS_ARE_INTERMEDIATE),
     ("gemma4", "gemma4_text", GEMMA),
 ]
@@ -194,8 +193,8 @@ def build(config):
             break
     generator = torch.Generator().manual_seed(1)
 
-    def normal(shape):
-        return torch.randn(shape, generator=generator)
+    def normal(shape):  # as in files: what bfloat16 holds, so that no weight is rounded on the way to float16
+        return torch.randn(shape, generator=generator).bfloat16().float()
 
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
@@ -204,16 +203,12 @@ def build(config):
             if ".experts." in name and value.ndim == 3:
                 down = "down_proj" in name
                 rows = I if down else H
-                axis = 2 if value.shape[2] == rows and "gpt_oss" not in config.model_type + text_type(config) else 1
-                if "llama4" in text_type(config) or "gpt_oss" in text_type(config):
-                    axis = 1
+                axis = 1 if text_type(config) in ("llama4_text", "gpt_oss") else 2  # where inputs of a product lie
                 codes = torch.randint(-127, 128, value.shape, generator=generator).float()
                 codes.index_fill_(axis, torch.arange(0, rows, 32), 127.0)
                 value.copy_(codes / 1024)
-            elif value.ndim >= 2:
-                value.copy_(normal(value.shape) * value.shape[-1] ** -0.5)
-            elif "norm" not in name:
-                value.copy_(normal(value.shape) * 0.1)
+            elif value.ndim >= 2 or "norm" not in name:
+                value.copy_(normal(value.shape) / 8)
         for name, value in model.named_buffers():
             if name.endswith("tid2eid"):
                 value.copy_(torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(len(value))]))
