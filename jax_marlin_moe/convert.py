@@ -5,7 +5,6 @@ import time
 
 from jax_marlin_moe.checkpoint import convert
 from jax_marlin_moe.console import INTERRUPTED, complain, escaped, progress
-from jax_marlin_moe.devices import no_device_reason
 from jax_marlin_moe.formats import FORMATS
 
 
@@ -21,10 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Converts; returns 1, with the reason, where the checkpoint is refused or a file cannot be written."""
-    reason = no_device_reason()
-    if reason:
-        complain(f"cannot convert: {reason}")
-        return 1
     size = {None: "customary", -1: None}.get(options.group_size, options.group_size)
     start = time.perf_counter()
 

@@ -138,6 +138,11 @@ def bad_block_scales(scale: np.ndarray, *, exponent: bool) -> str | None:
     return "negative values" if (scale > 0x80).any() else None
 
 
+def is_zero_fp4(weight: np.ndarray, scale: np.ndarray) -> bool:
+    """Whether all values of FP4 bytes with e4m3 scales are zero, so that no global scale matters."""
+    return not (weight & 0x77).any() or not (scale & 0x7F).any()
+
+
 def bad_float_scales(scale: np.ndarray) -> str | None:
     """What is wrong with float scales that may not be negative, or None."""
     if not np.isfinite(scale.astype(np.float32, copy=False)).all():
@@ -346,7 +351,8 @@ def from_nvfp4(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: shapes disagree, a block scale is negative or NaN, or a global scale is not positive and finite.
+        ValueError: shapes disagree, a block scale is negative or NaN, or a global scale is not positive and finite
+            (zero is allowed where the weights are zero, or it multiplies).
     """
     row = get_format("nvfp4")
     k, n = _check_fp4(weight)
@@ -356,10 +362,12 @@ def from_nvfp4(
     _refuse("weight_scale", bad_block_scales(np.asarray(weight_scale), exponent=False))
     check_array("global_scale", global_scale, ndim=1, dtype=jnp.float32)
     check_stack("global_scale", global_scale.shape, (experts,))
-    factors = np.asarray(global_scale)
-    if not (np.isfinite(factors) & (factors > 0)).all():
+    given, codes, scales = (np.asarray(array) for array in (global_scale, weight, weight_scale))
+    dead = (given == 0) & [not divides or is_zero_fp4(codes[e], scales[e]) for e in range(experts)]
+    with np.errstate(divide="ignore"):
+        factors = np.where(dead, np.float32(0), np.float32(1) / given if divides else given)
+    if not (dead | (np.isfinite(factors) & np.isfinite(given) & (given > 0))).all():
         raise ValueError("global_scale holds values that are not positive and finite; every expert needs one")
-    factors = np.float32(1) / factors if divides else factors
     return _pack_stack(decode_fp4, (weight, weight_scale, factors), row, k, n, 16)
 
 

@@ -23,7 +23,7 @@ _PAIR_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}
 def _fold_words(codes: Array, order: tuple[int, ...], bits: int) -> Array:
     """ORs the last axis of `codes` into one int32 word, entry i at bit `bits * order[i]`."""
     shifts = jnp.asarray([bits * position for position in order], jnp.uint32)
-    words = jnp.bitwise_or.reduce(codes.astype(jnp.uint32) << shifts, axis=-1)
+    words = jnp.bitwise_or.reduce(codes.astype(jnp.uint32) << jnp.expand_dims(shifts, range(codes.ndim - 1)), axis=-1)
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
@@ -31,7 +31,7 @@ def _split_words(words: Array, order: tuple[int, ...], bits: int) -> Array:
     """The inverse of `_fold_words`: appends an axis of uint8 codes."""
     shifts = jnp.asarray([bits * position for position in order], jnp.uint32)
     unsigned = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    return ((unsigned[..., None] >> shifts) & (2**bits - 1)).astype(jnp.uint8)
+    return ((unsigned[..., None] >> jnp.expand_dims(shifts, range(words.ndim))) & (2**bits - 1)).astype(jnp.uint8)
 
 
 @partial(jax.jit, static_argnames="bits")

@@ -14,7 +14,6 @@ from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, ModelShape
 from jax_marlin_moe.checkpoint.whole_files import named_errors
 from jax_marlin_moe.console import complain, progress
 from jax_marlin_moe.cuda import cache, compiler
-from jax_marlin_moe.devices import no_device_reason
 from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
 from jax_marlin_moe.shape_options import positive
 
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Lowers every combination; returns 1 if one fails or the cache cannot keep the kernels."""
-    reason = no_device_reason() or native.unavailable_reason() or compiler.unavailable_reason()
+    reason = native.unavailable_reason() or compiler.unavailable_reason()
     if reason:
         complain(f"cannot compile: {reason}")
         return 1

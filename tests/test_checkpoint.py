@@ -182,7 +182,7 @@ def test_gptq_asymmetric(copy):
     name, key = "ck_q3_gptq_False", f"{PREFIX}.1.up_proj.qzeros"
     qzeros = load_file(DATA / name / "model.safetensors")[key].copy()
     qzeros[1, 0] = 0x77777776
-    loaded = load_moe_layer(copy(name, tensors={key: qzeros}), 0)
+    loaded = load_moe_layer(copy(name, quantization={"sym": False}, tensors={key: qzeros}), 0)
     symmetric = load_moe_layer(DATA / name, 0)
     assert loaded.gate_up.format.name == "int4_zp"
     assert loaded.down.format.name == "int4"
@@ -246,9 +246,9 @@ WRONG = [
     ("ck_awq", {"config": {"hidden_size": "x"}}, "hidden_size is 'x'; it must be a positive integer"),
     ("ck_awq", {"config": {"num_local_experts": 5}}, r"layer 0 has tensors of 4 experts; config\.json says 5"),
     ("ck_awq", {"quantization": {"quant_method": "eetq"}}, "quant_method is 'eetq'; the loader knows awq, gptq"),
-    ("ck_awq", {"quantization": {"version": "gemv"}}, "AWQ version is 'gemv'"),
-    ("ck_awq", {"quantization": {"bits": 8}}, "AWQ bits is 8; it must be 4"),
-    ("ck_awq", {"quantization": {"group_size": None}}, "AWQ group_size is None"),
+    ("ck_awq", {"quantization": {"version": "gemv"}}, "version is 'gemv'"),
+    ("ck_awq", {"quantization": {"bits": 8}}, "bits is 8; it must be 4"),
+    ("ck_awq", {"quantization": {"group_size": None}}, "group_size is None"),
     ("ck_awq", {"quantization": {"group_size": 32}}, r"qzeros has shape \(2, 16\); it must be \(4, 16\)"),
     ("ck_awq", {"tensors": {f"{PREFIX}.2.up_proj.scales": None}}, f"no tensor {PREFIX}.2.up_proj.scales"),
     (
@@ -266,11 +266,11 @@ WRONG = [
         {"tensors": {f"{PREFIX}.3.up_proj.scales": np.full((2, 128), np.inf, np.float16)}},
         r"experts\.3\.up_proj\.scales holds infinities",
     ),
-    ("ck_q3_gptq_False", {"quantization": {"bits": 3}}, "GPTQ bits is 3"),
-    ("ck_q3_gptq_False", {"quantization": {"pack_dtype": "int64"}}, "GPTQ pack_dtype is 'int64'"),
+    ("ck_q3_gptq_False", {"quantization": {"bits": 3}}, "bits is 3"),
+    ("ck_q3_gptq_False", {"quantization": {"pack_dtype": "int64"}}, "pack_dtype is 'int64'"),
     ("ck_q3_gptq_False", {"quantization": {"checkpoint_format": "marlin"}}, "checkpoint_format is 'marlin'"),
     ("ck_q3_gptq_False", {"quantization": {"is_marlin_format": True}}, "is_marlin_format"),
-    ("ck_q3_gptq_False", {"quantization": {"group_size": None}}, "GPTQ group_size is None"),
+    ("ck_q3_gptq_False", {"quantization": {"group_size": None}}, "group_size is None"),
     (
         "ck_q3_gptq_False",
         {"quantization": {"dynamic": {r".*\.0\.mlp\.experts": {"bits": 8}}}},

@@ -166,49 +166,61 @@ def test_fp8_without_scales(spoil):
 
 
 QUANTIZATION = [
-    ("ck_awq", {"version": "gemv"}, "AWQ version is 'gemv'"),
-    ("ck_awq", {"version": "gemv_fast"}, "AWQ version is 'gemv_fast'"),
+    ("ck_awq", {"version": "gemv"}, "version is 'gemv'"),
+    ("ck_awq", {"version": "gemv_fast"}, "version is 'gemv_fast'"),
     ("ck_awq", {"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; the loader knows awq, gptq"),
     ("ck_awq", {"quant_method": "marlin"}, "quant_method is 'marlin'"),
     ("ck_awq", {"quant_method": "gguf"}, "quant_method is 'gguf'"),
     ("ck_q3_gptq_False", {"checkpoint_format": "gptq_p"}, r"checkpoint_format is 'gptq_p'.*planar"),
     ("ck_q3_gptq_False", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
-    ("ck_q3_gptq_False", {"bits": 5}, "GPTQ bits is 5 for .*; it must be 4 or 8"),
+    ("ck_q3_gptq_False", {"bits": 5}, "bits is 5; it must be 4 or 8 for"),
     ("ck_q3_gptq_False", {"pack_dtype": "int8"}, "pack_dtype is 'int8'"),
     ("ck_q3_gptq_False", {"quant_method": "auto-round", "packing_format": "auto_round:exllama"}, "packing_format is"),
     (MO, {"quant_algo": "W4A8_AWQ"}, "quant_algo is 'W4A8_AWQ'; the loader knows NVFP4"),
     (W4, {"config_groups": {}}, r"no config group has .*down_proj among its targets"),
-    (W4, {"config_groups": {"a": {"targets": ["Linear"]}}}, "config group 'a' has no weights"),
-    (W4, {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 3}}}}, "num_bits 3"),
+    (
+        W4,
+        {"config_groups": {"a": {"targets": ["Linear"]}}},
+        r"config_groups\.a\.weights is missing; it must be an object",
+    ),
+    (
+        W4,
+        {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 3}}}},
+        r"weights\.num_bits is 3; it must be 4 or 8",
+    ),
     (
         W4,
         {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "block"}}}},
-        "strategy of",
+        r"weights\.strategy is 'block'; it must be one of 'group', 'channel'",
     ),
     (
         W4,
         {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 0}}}},
         "group_size is 0",
     ),
-    (W4, {"quant_method": "gptq"}, "is compressed-tensors' packing"),
+    (W4, {"quant_method": "gptq"}, r"config_groups is .*; it must be left out"),
     (
         W4,
         {"format": "marlin-24"},
-        "compressed-tensors format is 'marlin-24'; int32 words can be read as 'pack-quantized'",
+        "format is 'marlin-24'; it must be 'pack-quantized' or",
     ),
-    (W4, {"config_groups": ["a"]}, r"config\.json: config_groups is a JSON list"),
+    (W4, {"config_groups": ["a"]}, r"config\.json: config_groups is \['a'\]; it must be an object"),
     (
         W4,
         {"config_groups": {"a": {"targets": [3], "weights": {"num_bits": 4}}}},
-        r"targets of config group 'a' are \[3\]",
+        r"config_groups\.a\.targets is \[3\]; it must be a list of strings",
     ),
     (
         W4,
         {"config_groups": {"a": {"targets": ["re:("], "weights": {}}}},
-        r"config\.json: '\(' is no regular expression",
+        r"config\.json: the pattern '\(' cannot be matched: it is no regular expression",
     ),
-    ("ck_q3_gptq_False", {"dynamic": ["x"]}, "gptq rules by module are .* they must be an object"),
-    ("ck_q3_gptq_False", {"dynamic": {"+:(": {"bits": 8}}}, r"config\.json: '\(' is no regular expression"),
+    ("ck_q3_gptq_False", {"dynamic": ["x"]}, r"dynamic is \['x'\]; it must be an object"),
+    (
+        "ck_q3_gptq_False",
+        {"dynamic": {"+:(": {"bits": 8}}},
+        r"config\.json: the pattern '\(' cannot be matched: it is no regular expression",
+    ),
 ]
 
 

@@ -462,6 +462,54 @@ def test_plain_layers_beside_quantised_ones(save, rng, stacked):
         load_moe_layer(save(config, tensors, "quantised"), 0, quantize="mxfp8")
 
 
+def test_a_router_of_gptq_is_dequantised(save, rng, monkeypatch):
+    monkeypatch.setitem(globals(), "E", 8)
+    make = gptq(4, 32, None, 1)
+    tensors, experts = expert_tensors(rng, make)
+    found, dense = make(rng, E, H)
+    tensors |= {f"model.layers.0.mlp.gate{suffix}": tensor for suffix, tensor in found.items()}
+    quantization = GPTQ | {"bits": 4, "sym": True}
+    path = save({"model_type": "qwen3_moe", "num_experts": E, "quantization_config": quantization}, tensors)
+    layer = load_moe_layer(path, 0)
+    np.testing.assert_allclose(layer.router, dense, rtol=1e-6)
+    check(layer, *experts)
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "down_proj"])
+def test_plain_linears_beside_quantised_ones(save, rng, part):
+    """In a shared expert all become dense; within a matrix of experts one error says so."""
+    block = "model.layers.0.mlp"
+    make = compressed(4, 32, True, np.float16)
+    tensors, dense = expert_tensors(rng, make)
+    one = []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        found, value = make(rng, *((H, I) if name == "down_proj" else (I, H)))
+        if name == part:
+            found = {".weight": value.T.astype(np.float32)}
+        tensors |= {f"{block}.shared_expert.{name}{suffix}": tensor for suffix, tensor in found.items()}
+        one.append(value)
+    tensors |= router(rng) | {f"{block}.shared_expert_gate.weight": np.zeros((1, H), BF16)}
+    config = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": I, "quantization_config": ct_config()}
+    layer = load_moe_layer(save(config, tensors), 0)
+    run_and_compare(layer, rng, *dense, silu, extra=lambda x: silu(x @ one[0], x @ one[1]) @ one[2] / 2)
+    for suffix in (".weight_packed", ".weight_scale", ".weight_shape"):
+        del tensors[f"{block}.experts.0.up_proj{suffix}"]
+    tensors[f"{block}.experts.0.up_proj.weight"] = weight(rng, I, H)
+    for quantize in (None, "int4"):
+        with pytest.raises(ValueError, match=r"up_proj is plain and .* is quantised; .* quantise both, or neither"):
+            load_moe_layer(save(config, tensors, "mixed"), 0, quantize=quantize)
+
+
+def test_experts_of_gpt_oss_with_names_of_two_meanings_are_refused(save, rng):
+    tensors, _ = expert_tensors(rng, compressed(4, 32, True, np.float16))
+    config = {"model_type": "gpt_oss", "quantization_config": ct_config()}
+    tensors |= router(rng, "model.layers.0.mlp.router.weight")
+    with pytest.raises(
+        ValueError, match=r"the experts of gpt_oss have tensors of their own; llm-compressor up to 0\.11"
+    ):
+        load_moe_layer(save(config, tensors), 0)
+
+
 def test_scales_keep_their_dtype(save, rng):
     for dtype in (np.float32, np.float16, BF16):
         tensors, _ = expert_tensors(rng, compressed(4, 32, True, dtype))

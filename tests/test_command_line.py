@@ -59,20 +59,13 @@ def test_demo_without_the_native_module(capsys, monkeypatch):
     assert {line.split()[5] for line in captured.out.splitlines() if line.startswith("AWQ")} == {"xla"}
 
 
-def test_commands_without_a_device(capsys, monkeypatch, tmp_path):
+def test_demo_without_a_device(capsys, monkeypatch):
     def no_device(*_):
         raise AssertionError  # as JAX_PLATFORMS=cuda ends where the plugin is not installed
 
     monkeypatch.setattr(jax, "devices", no_device)
-    for arguments in (
-        ["demo", "--small"],
-        ["convert", str(CHECKPOINT), str(tmp_path / "packed")],
-        ["precompile", "--arch", "sm_80"],
-        ["bench", *_SIZES],
-        ["tune", *_SIZES],
-    ):
-        assert main(arguments) == 1
-        assert re.search("cannot .*JAX finds no device", capsys.readouterr().err)
+    assert main(["demo", "--small"]) == 1
+    assert "cannot run: JAX finds no device" in capsys.readouterr().err
 
 
 def test_doctor(capsys, monkeypatch, tmp_path):

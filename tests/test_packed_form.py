@@ -302,47 +302,6 @@ def test_version_1_loads():
     assert_same(load_moe_layer(DATA / "packed_version_1", 7), full_layer())
 
 
-NASTY = [
-    None, True, 0, -1, 2.5, float("nan"), float("inf"), 10**400, "", "4", [], {}, {"a": {}}, [["x"]], "\ud800",
-]  # fmt: skip
-
-
-def test_every_value_of_a_manifest_is_typed(tmp_path):
-    """Each entry in turn, with each odd value: refused with the file's name, or a value of the right type."""
-    folder = shutil.copytree(DATA / "packed_version_1", tmp_path / "packed")
-    path, good = folder / packed.MANIFEST, load_moe_layer(folder, 7)
-
-    def entries(value, at=()):
-        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-            yield (*at, key)
-            yield from entries(value[key], (*at, key))
-
-    complaints, taken = [], set()
-    text = path.read_text()
-    for entry in list(entries(json.loads(text))):
-        for value in NASTY:
-            values = json.loads(text)
-            parent = values
-            for key in entry[:-1]:
-                parent = parent[key]
-            parent[entry[-1]] = value
-            path.write_text(json.dumps(values))
-            try:
-                loaded = load_moe_layer(folder, 7)
-            except (OSError, ValueError) as error:
-                complaints.append(str(error))
-            else:
-                if jax.tree.structure(loaded) != jax.tree.structure(good):
-                    taken.add((entry[-1], value))
-    assert len(complaints) > 600
-    assert all(str(folder) in complaint for complaint in complaints)
-    # Another value of the right type, which in version 1 no digest betrays.
-    assert taken == {
-        ("scale", 0), ("scale", -1), ("softmax_after_topk", True), ("norm_epsilon", 0), ("norm_epsilon", 2.5),
-        *((parameter, "4") for parameter in range(3)),
-    }  # fmt: skip
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 def test_pipes_are_not_opened(folder, capsys):
     path = folder / packed.file_of(0)

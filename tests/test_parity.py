@@ -149,10 +149,12 @@ def table(request):
     """Rows of the table that is printed at the end: family, variant, error."""
     rows = []
     yield rows
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print("\n| family | variant | error |\n|---|---|---:|")
-        for row in rows:
-            print("| {} | {} | {:.1e} |".format(*row))
+    write = request.config.pluginmanager.get_plugin("terminalreporter").write_line
+    write("")
+    write("| family | variant | error |")
+    write("|---|---|---:|")
+    for row in rows:
+        write("| {} | {} | {:.1e} |".format(*row))
 
 
 def values_for(kind, special):

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization_config import Quantization
-from jax_marlin_moe.checkpoint.storage import Storage, check_finite, group_size_from, number_of_groups
+from jax_marlin_moe.checkpoint.quantization_config import Quantization, group_size_from
+from jax_marlin_moe.checkpoint.storage import Storage, check_finite, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.importers import LogicalLinear, decode_awq, zeros_are_baked
 
 _CODES_PER_WORD = 8
@@ -37,21 +39,23 @@ class AwqStorage(Storage):
     @classmethod
     def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
         """AutoAWQ's own key names (`w_bit`, `q_group_size`) count as well."""
-        config, source = quantization.config, quantization.source
-        by_auto_round = "auto_awq" in str(config.get("packing_format"))
+        by_auto_round = "auto_awq" in str(quantization.config.get("packing_format"))
         if linear.name(".qweight") not in files or not (quantization.method == "awq" or by_auto_round):
             return None
-        version = str(config.get("version", "gemm")).lower()
-        if version != "gemm" and not by_auto_round:
-            raise ValueError(
-                f"{source}: AWQ version is {version!r}; only 'gemm' files have a layout that can be loaded"
-            )
-        bits = config.get("bits", config.get("w_bit"))
-        if bits != 4:
-            raise ValueError(f"{source}: AWQ bits is {bits!r}; it must be 4")
-        rule = quantization.module_rule(config.get("extra_config"), linear.module)
-        size = rule.get("group_size", config.get("group_size", config.get("q_group_size")))
-        return cls(group_size_from(source, "AWQ group_size", size), symmetric=not config.get("zero_point", True))
+        if not by_auto_round:
+            version = quantization.keys.text("version", "gemm").lower()
+            if version != "gemm":
+                raise quantization.keys.fault("version", "'gemm'", ": no other layout can be loaded")
+        rule = quantization.module_rule(linear.module, "extra_config")
+        keys = Keys({**quantization.config, **rule}, quantization.source)
+        bits = "bits" if "bits" in keys else "w_bit"
+        if keys.integer(bits) != 4:
+            raise keys.fault(bits, f"4 for {linear.module}")
+        keys.choice("data_type", ["int"], None)
+        size = "group_size" if "group_size" in keys else "q_group_size"
+        symmetric = not keys.boolean("zero_point", True)
+        sizes = get_format("int4" if symmetric else "int4_zp").group_sizes
+        return cls(group_size_from(keys, size, k=k, sizes=sizes), symmetric=symmetric)
 
     def rows_per_group(self, k: int) -> int:
         """As the config says."""

@@ -1,46 +1,38 @@
 """compressed-tensors "pack-quantized" checkpoints: 4- and 8-bit codes packed along K, symmetric or not."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
+from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization_config import Quantization
-from jax_marlin_moe.checkpoint.storage import Storage, check_finite, group_size_from, number_of_groups
+from jax_marlin_moe.checkpoint.quantization_config import Quantization, group_size_from
+from jax_marlin_moe.checkpoint.storage import Storage, check_finite, check_shape, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.importers import LogicalLinear, decode_compressed_tensors, row_order
 
 _FORMATS = (None, "pack-quantized", "mixed-precision")  # of a config whose int32 words are pack-quantized
 
 
-def weights_scheme(quantization: Quantization, module: str) -> Mapping[str, Any]:
+def weights_scheme(quantization: Quantization, module: str) -> Keys:
     """The `weights` of the config group that a module belongs to: by name first, then by the class "Linear".
 
     Raises:
         ValueError: no group has it, or the group is malformed.
     """
     by_class = None
-    groups = quantization.config.get("config_groups") or {}
-    if not isinstance(groups, dict):
-        raise ValueError(
-            f"{quantization.source}: config_groups is a JSON {type(groups).__name__}; it must be an object"
-        )
-    for name, group in groups.items():
-        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-            raise ValueError(f"{quantization.source}: config group {name!r} has no weights")
-        targets = group.get("targets") or []
-        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise ValueError(
-                f"{quantization.source}: targets of config group {name!r} are {targets!r}; they must be names"
-            )
-        for target in targets:
+    groups = quantization.keys.object("config_groups", Keys({}, quantization.source), null=True)
+    for name in groups.values:
+        group = groups.object(name)
+        weights = group.object("weights")
+        for target in group.texts("targets", [], null=True):
             pattern = target.removeprefix("re:")
             if quantization.matches(pattern, module) if target.startswith("re:") else target == module:
-                return group["weights"]
+                return weights
             if target == "Linear":
-                by_class = by_class or group["weights"]
+                by_class = by_class or weights
     if by_class is None:
         raise ValueError(f"{quantization.source}: no config group has {module} among its targets")
     return by_class
@@ -61,7 +53,7 @@ class PackQuantizedStorage(Storage):
     group_size: int | None
     symmetric: bool
     k: int
-    ignored: ClassVar[tuple[str, ...]] = (".weight_shape", ".input_scale", ".weight_g_idx")
+    ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
 
     @property
     def weight_format(self) -> str:  # type: ignore[override]
@@ -79,27 +71,21 @@ class PackQuantizedStorage(Storage):
                 f"is compressed-tensors' packing; {quantization.source} has quant_method {quantization.method!r}, so "
                 "nothing says how it was quantised",
             )
-        scheme, source = weights_scheme(quantization, linear.module), quantization.source
-        form = quantization.config.get("format")
-        if form not in _FORMATS:
-            raise ValueError(
-                f"{source}: compressed-tensors format is {form!r}; int32 words can be read as 'pack-quantized' alone"
+        keys = weights_scheme(quantization, linear.module)
+        if quantization.config.get("format") not in _FORMATS:
+            raise quantization.keys.fault(
+                "format", "'pack-quantized' or 'mixed-precision'", ": nothing else is in int32 words"
             )
-        if scheme.get("type", "int") != "int" or scheme.get("num_bits") not in (4, 8):
-            raise ValueError(
-                f"{source}: weights of {linear.module} have type {scheme.get('type')!r} and num_bits "
-                f"{scheme.get('num_bits')!r}; int32 words hold type 'int' with 4 or 8 bits"
-            )
-        strategy = scheme.get("strategy", "group")
-        if strategy not in ("group", "channel"):
-            raise ValueError(f"{source}: strategy of {linear.module} is {strategy!r}; it must be 'group' or 'channel'")
-        size = -1 if strategy == "channel" else scheme.get("group_size")
-        return cls(
-            scheme["num_bits"],
-            group_size_from(source, "compressed-tensors group_size", size),
-            bool(scheme.get("symmetric", True)),
-            k,
-        )
+        keys.choice("type", ["int"], None)
+        bits = keys.integer("num_bits")
+        if bits not in (4, 8):
+            raise keys.fault("num_bits", f"4 or 8 for {linear.module}")
+        if keys.boolean("dynamic", False, null=True):
+            raise keys.fault("dynamic", "false")
+        channel = keys.choice("strategy", ["group", "channel"], "group") == "channel"
+        sizes = get_format(f"int{bits}").group_sizes
+        size = None if channel else group_size_from(keys, "group_size", k=k, sizes=sizes)
+        return cls(bits, size, keys.boolean("symmetric", True), k)
 
     def rows_per_group(self, k: int) -> int:
         """As the config says."""
@@ -124,11 +110,7 @@ class PackQuantizedStorage(Storage):
         packed = linear.read(files, ".weight_packed", (n, -(-k // pf)), ("I32",))
         scale = linear.read(files, ".weight_scale", (n, groups), FLOATS)
         check_finite(files, linear.name(".weight_scale"), scale)
-        shape = linear.name(".weight_shape")
-        if shape in files and linear.expert is None:
-            stated = files.read(shape, (2,), ("I64", "I32")).tolist()
-            if stated != [n, k]:
-                raise files.fault(shape, f"says {stated}; it must be {[n, k]}")
+        check_shape(files, linear, k, n)
         zeros = None
         if not self.symmetric:
             zeros = linear.read(files, ".weight_zero_point", (-(-n // pf), groups), ("I32",))

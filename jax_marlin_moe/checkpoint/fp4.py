@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jax_marlin_moe.checkpoint.compressed_tensors import weights_scheme
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
-from jax_marlin_moe.checkpoint.storage import Storage
+from jax_marlin_moe.checkpoint.storage import Storage, check_shape
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
-from jax_marlin_moe.importers import LogicalLinear, bad_block_scales, decode_fp4
+from jax_marlin_moe.importers import LogicalLinear, bad_block_scales, decode_fp4, is_zero_fp4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Nvfp4Storage(Storage):
     global_scale: str
     divides: bool
     weight_format: str = "nvfp4"
-    ignored: ClassVar[tuple[str, ...]] = (".input_scale", ".input_global_scale", ".weight_shape", ".pre_quant_scale")
+    ignored: ClassVar[tuple[str, ...]] = (".input_scale", ".input_global_scale")
 
     @classmethod
     def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
@@ -36,8 +37,10 @@ class Nvfp4Storage(Storage):
         if files.dtype(linear.name(".weight_scale")) != "F8_E4M3":
             return None
         if files.dtype(linear.name(".weight_packed")) == "U8":
+            _check_stated(quantization, linear.module, 16)
             return cls(".weight_packed", ".weight_global_scale", divides=True)
         if files.dtype(linear.name(".weight")) == "U8":
+            _check_stated(quantization, linear.module, 16)
             return cls(".weight", ".weight_scale_2", divides=False)
         return None
 
@@ -47,6 +50,7 @@ class Nvfp4Storage(Storage):
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Bytes, block scales as bits, and the factor of the linear."""
+        check_shape(files, linear, k, n)
         weight = linear.read(files, self.weight, (n, -(-k // 2)), ("U8",))
         scale = linear.read(files, ".weight_scale", (n, -(-k // 16)), ("F8_E4M3",))
         _check_block_scales(files, linear.name(".weight_scale"), scale, exponent=False)
@@ -56,6 +60,8 @@ class Nvfp4Storage(Storage):
         if shape not in ((), (1,)):
             raise files.fault(name, f"has shape {shape}; it must be () or (1,)")
         value = np.float32(files.read(name, shape, ("F32",)).reshape(()))
+        if value == 0 and (not self.divides or is_zero_fp4(weight, scale)):
+            return weight, scale, np.asarray(np.float32(0))  # an expert that no token ever reached
         with np.errstate(all="ignore"):
             factor = np.float32(1) / value if self.divides else value
         if not (np.isfinite(value) and np.isfinite(factor) and value > 0):
@@ -82,7 +88,7 @@ class Mxfp4Storage(Storage):
     scale: str
     blocked: bool = False
     weight_format: str = "mxfp4"
-    ignored: ClassVar[tuple[str, ...]] = (".input_scale", ".weight_shape")
+    ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
 
     @classmethod
     def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
@@ -93,6 +99,7 @@ class Mxfp4Storage(Storage):
         for weight, scale in ((".weight_packed", ".weight_scale"), (".weight", ".scale"), (".weight", ".weight_scale")):
             found = files.dtype(linear.name(weight)), files.dtype(linear.name(scale))
             if found[0] in ("U8", "I8") and found[1] in ("U8", "F8_E8M0"):
+                _check_stated(quantization, linear.module, 32)
                 return cls(weight, scale)
         return None
 
@@ -102,6 +109,7 @@ class Mxfp4Storage(Storage):
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Bytes and scales as bits."""
+        check_shape(files, linear, k, n)
         shape = (n, -(-k // 32), 16) if self.blocked else (n, -(-k // 2))
         weight = linear.read(files, self.weight, shape, ("U8", "I8")).view(np.uint8).reshape(n, -1)
         scale = linear.read(files, self.scale, (n, -(-k // 32)), ("U8", "F8_E8M0"))
@@ -117,3 +125,14 @@ def _check_block_scales(files: TensorFolder, name: str, scale: np.ndarray, *, ex
     fault = bad_block_scales(scale, exponent=exponent)
     if fault:
         raise files.fault(name, f"holds {fault}; every block scale must be a number that is not negative")
+
+
+def _check_stated(quantization: Quantization, module: str, size: int) -> None:
+    """The group size that the config states for a module must be that of the format."""
+    keys = quantization.keys
+    if quantization.method == "compressed-tensors" and quantization.config.get("config_groups"):
+        keys = weights_scheme(quantization, module)
+    elif str(quantization.config.get("quant_algo")) not in ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP4"):
+        return
+    if keys.integer("group_size", size, null=True) != size:
+        raise keys.fault("group_size", f"{size}, that of the tensors of {module}")

@@ -46,8 +46,8 @@ class Fp8Storage(Storage):
         if files.dtype(name) != "F8_E4M3":
             return None
         block = quantization.config.get("weight_block_size")
-        if block not in (None, [FP8_BLOCK, FP8_BLOCK]):
-            raise ValueError(f"{quantization.source}: weight_block_size is {block}; it must be [128, 128]")
+        if block is not None and repr(block) != repr([FP8_BLOCK, FP8_BLOCK]):  # [128.0, 128] is none, nor is true
+            raise quantization.keys.fault("weight_block_size", "[128, 128]")
         for suffix in _SCALES:
             if linear.name(suffix) in files:
                 found = files.info(linear.name(suffix))

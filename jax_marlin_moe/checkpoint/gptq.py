@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization_config import Quantization
-from jax_marlin_moe.checkpoint.storage import Storage, check_finite, group_size_from, number_of_groups
+from jax_marlin_moe.checkpoint.quantization_config import Quantization, group_size_from
+from jax_marlin_moe.checkpoint.storage import Storage, check_finite, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.importers import (
     LogicalLinear,
     check_gptq_zeros,
@@ -28,15 +30,16 @@ class GptqStorage(Storage):
         group_size: rows of K that share a scale, None for one group.
         less_one: whether zero points are stored less one (v1).
         desc_act: whether groups follow the activations: `g_idx` must then be there.
-        baked: whether all zero points of the matrix are the middle code.
+        symmetric: whether the config promises that all zero points are the middle code.
+        baked: whether they are.
     """
 
     bits: int
     group_size: int | None
     less_one: bool
     desc_act: bool
+    symmetric: bool
     baked: bool = False
-    ignored: ClassVar[tuple[str, ...]] = (".g_idx",)
 
     @property
     def weight_format(self) -> str:  # type: ignore[override]
@@ -46,36 +49,31 @@ class GptqStorage(Storage):
     @classmethod
     def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
         """`dynamic` rules override width and group size module by module."""
-        config, source = quantization.config, quantization.source
-        by_auto_round = quantization.method == "auto-round" and "auto_awq" not in str(config.get("packing_format"))
+        packing = str(quantization.config.get("packing_format", "auto_round:auto_gptq"))
+        by_auto_round = quantization.method == "auto-round" and "auto_awq" not in packing
         if linear.name(".qweight") not in files or not (quantization.method == "gptq" or by_auto_round):
             return None
-        packing = str(config.get("packing_format", "auto_round:auto_gptq"))
         if by_auto_round and packing not in ("auto_round:auto_gptq", "auto_gptq", "auto_round:gptq"):
-            raise ValueError(
-                f"{source}: packing_format is {packing!r}; it must be 'auto_round:auto_gptq' or 'auto_round:auto_awq'"
-            )
-        rule = quantization.module_rule(config.get("dynamic") or config.get("extra_config"), linear.module)
-        merged = {**config, **rule}
-        if merged.get("bits") not in (4, 8):
-            raise ValueError(f"{source}: GPTQ bits is {merged.get('bits')!r} for {linear.module}; it must be 4 or 8")
-        if merged.get("pack_dtype", "int32") != "int32":
-            raise ValueError(f"{source}: GPTQ pack_dtype is {merged['pack_dtype']!r}; it must be 'int32'")
-        if merged.get("is_marlin_format"):
-            raise ValueError(f"{source}: is_marlin_format is true; only unpermuted GPTQ files can be loaded")
-        variant = merged.get("checkpoint_format", merged.get("format", "gptq"))
-        if by_auto_round:
-            variant = "gptq"
+            raise quantization.keys.fault("packing_format", "'auto_round:auto_gptq' or 'auto_round:auto_awq'")
+        rule = quantization.module_rule(linear.module, "dynamic", "extra_config")
+        keys = Keys({**quantization.config, **rule}, quantization.source)
+        if keys.integer("bits") not in (4, 8):
+            raise keys.fault("bits", f"4 or 8 for {linear.module}")
+        keys.choice("data_type", ["int"], None)
+        keys.choice("pack_dtype", ["int32"], None)
+        if keys.boolean("is_marlin_format", False, null=True):
+            raise keys.fault("is_marlin_format", "false", ": only unpermuted GPTQ files can be loaded")
+        name = "checkpoint_format" if "checkpoint_format" in keys else "format"
+        variant = "gptq" if by_auto_round else keys.text(name, "gptq", null=True)
         if variant not in ("gptq", "gptq_v2"):
-            raise ValueError(
-                f"{source}: GPTQ checkpoint_format is {variant!r}; it must be 'gptq' or 'gptq_v2' (planar 'gptq_p' and "
-                "Marlin files have other layouts)"
-            )
+            raise keys.fault(name, "'gptq' or 'gptq_v2'", " (planar 'gptq_p' and Marlin files have other layouts)")
+        bits = keys.integer("bits")
         return cls(
-            bits=merged["bits"],
-            group_size=group_size_from(source, "GPTQ group_size", merged.get("group_size")),
+            bits=bits,
+            group_size=group_size_from(keys, "group_size", k=k, sizes=get_format(f"int{bits}").group_sizes),
             less_one=variant == "gptq",
-            desc_act=bool(merged.get("desc_act", False)),
+            desc_act=keys.boolean("desc_act", False, null=True),
+            symmetric=keys.boolean("sym", False, null=True),
         )
 
     def rows_per_group(self, k: int) -> int:
@@ -91,7 +89,14 @@ class GptqStorage(Storage):
                 check_gptq_zeros(qzeros, self.bits, self.less_one)
             except ValueError as error:
                 raise files.fault(linear.name(".qzeros"), f"cannot be used: {error}") from None
-            baked = baked and zeros_are_baked(qzeros, self.bits, less_one=self.less_one)
+            of_linear = zeros_are_baked(qzeros, self.bits, less_one=self.less_one)
+            if self.symmetric and not of_linear:
+                raise files.fault(
+                    linear.name(".qzeros"),
+                    f"holds zero points other than {2 ** (self.bits - 1)}; sym is true in the config, whose "
+                    "checkpoint_format may be another than that of the file",
+                )
+            baked = baked and of_linear
             files.drop_pages()
         return dataclasses.replace(self, baked=baked)
 

@@ -5,12 +5,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jax_marlin_moe.checkpoint.keys import Keys, short
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
 from jax_marlin_moe.checkpoint.storage import Storage, check_finite, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.importers import LogicalLinear, decode_hqq
 
+_QUANT_CONFIG = ("weight_quant_params", "scale_quant_params", "zero_quant_params", "offload_meta")
+_WEIGHT_PARAMS = ("nbits", "group_size", "axis", "channel_wise", "optimize", "round_zero", "view_as_float")
 _DTYPES = ("I64", "I32", "I16", "I8", "U8", "F32", "BOOL")
 
 
@@ -41,35 +45,49 @@ class HqqStorage(Storage):
         """The scalars beside the weight count before the config."""
         if linear.name(".W_q") not in files:
             return None
-        config = quantization.config.get("quant_config") or {}
-        weights = config.get("weight_quant_params") or {}
+        empty = Keys({}, quantization.source)
+        outer = quantization.keys.object("quant_config", empty, null=True)
+        for name in outer.values:
+            if name in ("scale_quant_params", "zero_quant_params") and outer.values[name]:
+                raise outer.fault(name, "null", ": HQQ scales and zeros must be floats, not quantised themselves")
+            if name not in _QUANT_CONFIG:
+                raise outer.fault(name, "left out", ": the loader does not know this key")
+        params = outer.object("weight_quant_params", empty, null=True)
+        for name in params.values:
+            if name not in _WEIGHT_PARAMS:
+                raise params.fault(name, "left out", ": the loader does not know this key")
 
-        def setting(name: str) -> Any:
+        def setting(name: str, default: Any) -> Any:
+            """The scalar beside the weight, which counts before the config."""
             tensor = linear.name(f".{name}")
             if tensor not in files:
-                return weights.get(name)
-            values = files.read(tensor, files.info(tensor).shape, _DTYPES).reshape(-1).tolist()
-            return values[0] if len(values) == 1 else values
+                reader = params.boolean if isinstance(default, bool) else params.integer
+                return reader(name, default, null=True)
+            value = files.read(tensor, files.info(tensor).shape, _DTYPES)
+            number = float(value.reshape(-1)[0]) if value.size == 1 else np.nan
+            if not np.isfinite(number) or number != int(number) or abs(number) > 2**31:
+                raise files.fault(tensor, f"is {short(value.tolist())}; it must be one integer")
+            return int(number)
 
         where = f"{files.file_of(linear.name('.W_q'))}: {linear.module}"
-        if config.get("scale_quant_params") or config.get("zero_quant_params"):
-            raise ValueError(
-                f"{quantization.source}: HQQ scales or zeros are quantised themselves; they must be floats"
-            )
-        if setting("axis") not in (1, 1.0):
-            raise ValueError(f"{where} has HQQ axis {setting('axis')!r}; only axis 1 has groups along K")
-        bits, size = setting("nbits"), setting("group_size")
+        for name in ("quant_scale", "quant_zero", "view_as_float"):
+            if setting(name, False):
+                raise ValueError(f"{where} has HQQ {name}; only float scales and uint8 codes can be loaded")
+        axis, bits, size = setting("axis", None), setting("nbits", None), setting("group_size", None)
+        if axis != 1:
+            raise ValueError(f"{where} has HQQ axis {axis!r}; only axis 1 has groups along K")
         if bits not in (4, 8):
             raise ValueError(f"{where} has HQQ nbits {bits!r}; it must be 4 or 8")
-        if setting("view_as_float"):
-            raise ValueError(f"{where} has HQQ view_as_float; only uint8 codes can be loaded")
-        if size is not None and (int(size) < 1 or k % int(size)):
-            raise ValueError(f"{where} has HQQ group_size {size}; it must divide K = {k}")
-        size = None if size is None or int(size) == k else int(size)
-        stated = setting("shape")
-        if stated is not None and list(stated) != [n, k]:
-            raise files.fault(linear.name(".shape"), f"says {stated}; it must be {[n, k]}")
-        return cls(int(bits), size, k, n)
+        sizes = get_format(f"int{bits}_fzp").group_sizes
+        if size is not None and size != k and (size not in sizes or k % size):
+            raise ValueError(f"{where} has HQQ group_size {size}; it must be {k}, or one of {sizes} that divides it")
+        size = None if size == k else size
+        shape = linear.name(".shape")
+        if shape in files:
+            stated = files.read(shape, files.info(shape).shape, _DTYPES).tolist()
+            if stated != [n, k]:
+                raise files.fault(shape, f"says {short(stated)}; it must be {[n, k]}")
+        return cls(bits, size, k, n)
 
     def rows_per_group(self, k: int) -> int:
         """As the file says."""

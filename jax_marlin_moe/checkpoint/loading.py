@@ -19,7 +19,7 @@ from jax_marlin_moe.checkpoint import packed
 from jax_marlin_moe.checkpoint.families import Family, Stacked, get_family
 from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert, check_layer
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix
+from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts, read_facts
 from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.quantization_config import Quantization, find_quantization
@@ -141,9 +141,12 @@ class Checkpoint:
 
     def target(self, layer: int) -> Target | None:
         """What plain experts of a layer become; None where it is quantised and others, which are plain, are meant."""
-        if self._target is None or not self._plain_layers or layer in self._plain_layers:
-            return self._target
-        return None
+        if self._target is not None and not self._plain_layers:
+            raise ValueError(
+                f"{self.folder}: layer {layer} is quantised already; quantize={self._target.weight_format!r} is for "
+                "plain weights: leave it out"
+            )
+        return self._target if layer in self._plain_layers else None
 
     @functools.cached_property
     def _plain_layers(self) -> frozenset[int]:
@@ -192,13 +195,13 @@ class _LayerReader:
         gate_up, down = self._matrices(
             first, second, hidden, size, self.checkpoint.target(self.layer), biased=family.biased
         )
-        router = self._vector(family.router, (experts, hidden))
+        router = self._kernel(family.router, experts, hidden)
         assert router is not None, "every family has a router"
         token_experts = self._token_experts(facts.routing.top_k, experts)
         layer = MoELayer(
             gate_up=gate_up,
             down=down,
-            router=router.T,
+            router=router,
             routing=facts.routing,
             activation=facts.activation,
             router_bias=self._vector(family.router_bias, (experts,)),
@@ -240,6 +243,13 @@ class _LayerReader:
                 for e in range(experts)
             ]
             return first, [[Linear(down, e, num_experts=experts, transposed=transposed)] for e in range(experts)]
+        if any(row.interleaved for row in family.stacked) and self.quantization.method == "compressed-tensors":
+            raise ValueError(
+                f"{self.quantization.source}: the experts of {self.checkpoint.model_type} have tensors of their own; "
+                "llm-compressor up to 0.11 calls gate and up gate_proj and up_proj, later versions the halves of "
+                "rows in which both alternate, and nothing says which wrote the file: use a file with stacked experts "
+                "(gate_up_proj_blocks)"
+            )
         self._check_experts(experts)
         prefix = self.name(family.experts)
 
@@ -277,6 +287,21 @@ class _LayerReader:
         finally:
             bar.close()
         return gate_up, dataclasses.replace(down, input_order=None)
+
+    def _kernel(self, template: str | None, n: int, k: int) -> Array | None:
+        """A router or the gate of a shared expert, [k, n]: dequantised where the file has it quantised."""
+        module = None if template is None else self.name(template.removesuffix(".weight"))
+        if (
+            module is not None
+            and any(
+                f"{module}{suffix}" in self.files
+                for suffix in (".qweight", ".weight_packed", ".W_q", ".weight_scale", ".weight_scale_inv", ".scale")
+            )
+            and self.files.dtype(f"{module}.weight") not in FLOATS
+        ):
+            return jnp.asarray(read_dense(self.files, Linear(module), k, n, self.quantization))
+        value = self._vector(template, (n, k))
+        return None if value is None else value.T
 
     def _vector(self, template: str | None, shape: tuple[int, ...]) -> Array | None:
         """A small tensor of the layer, None where the family has none; raises ValueError where files lack it."""
@@ -329,23 +354,26 @@ class _LayerReader:
         )
         gate_up = [Linear(f"{module}.{name}") for name in names[:2] if name is not None]
         down = Linear(f"{module}.{names[2]}")
-        gate = self._vector(family.shared_gate, (1, hidden))
-        gate = None if gate is None else gate.T
-        suffix = plain_suffix(files, down)
-        if suffix is not None:
-            shape = files.info(down.name(suffix)).shape
+        gate = self._kernel(family.shared_gate, 1, hidden)
+        plain = next((part for part in (down, *gate_up) if plain_suffix(files, part) is not None), None)
+        if plain is not None:
+            name = plain.name(plain_suffix(files, plain) or "")
+            shape = files.info(name).shape
             if self.facts.shared_size is None and len(shape) != 2:
-                raise files.fault(down.name(suffix), f"has shape {shape}; it must have two dimensions")
-            size = shape[1] if self.facts.shared_size is None else self.facts.shared_size
-            dense = [self._dense(part, suffix, hidden, size) for part in gate_up]
-            last = self._dense(down, suffix, size, hidden)
+                raise files.fault(name, f"has shape {shape}; it must have two dimensions")
+            size = shape[plain is down] if self.facts.shared_size is None else self.facts.shared_size
+            dense = [self._dense(part, hidden, size) for part in gate_up]
+            last = self._dense(down, size, hidden)
             return SharedExpert(jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True), gate)
         size = self.facts.shared_size or self.facts.usual_shared_size
         packed_gate_up, packed_down = self._matrices([gate_up], [[down]], hidden, size, None, biased=False)
         return SharedExpert(packed_gate_up, packed_down, gate)
 
-    def _dense(self, linear: Linear, suffix: str, k: int, n: int) -> np.ndarray:
-        """A linear that stays dense, [k, n]; raises ValueError where it holds infinities or NaN."""
+    def _dense(self, linear: Linear, k: int, n: int) -> np.ndarray:
+        """A linear that stays dense, [k, n], or becomes so; raises ValueError where it holds infinities or NaN."""
+        suffix = plain_suffix(self.files, linear)
+        if suffix is None:
+            return read_dense(self.files, linear, k, n, self.quantization)
         value = read_plain(self.files, linear, suffix, k, n)
         if not np.isfinite(value.astype(np.float32, copy=False)).all():
             raise self.files.fault(linear.name(suffix), "holds infinities or NaN")

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.plain import Target
+from jax_marlin_moe.checkpoint.plain import Target, plain_suffix
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
 from jax_marlin_moe.checkpoint.schemes import find_storage
-from jax_marlin_moe.checkpoint.storage import Storage
+from jax_marlin_moe.checkpoint.storage import Storage, refuse_scaled_input
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.layout import TILE_K, TILE_N
 from jax_marlin_moe.ops.arguments import check_weights
-from jax_marlin_moe.quantize import pack_expert
+from jax_marlin_moe.quantize import dense_weights, pack_expert
 from jax_marlin_moe.weights import MarlinWeights
 
 Experts = Sequence[Sequence[Linear]]  # per expert the linears (k, n) that stand side by side
@@ -68,7 +68,7 @@ def load_matrix(
     files: TensorFolder,
     matrix: StoredMatrix,
     *,
-    biased: bool,
+    biased: bool | None,
     column_orders: Sequence[np.ndarray | None] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> MarlinWeights:
@@ -77,7 +77,8 @@ def load_matrix(
     Args:
         files: the checkpoint.
         matrix: of `find_matrix`.
-        biased: whether biases belong to the model; zero ones are dropped where they do not, others refused.
+        biased: whether biases belong to the model; zero ones are dropped where they do not, others refused. None
+            leaves them to the caller.
         column_orders: per expert the order of the columns of each of its linears.
         advance: called after each expert.
 
@@ -87,13 +88,14 @@ def load_matrix(
     experts, k, n, storage = matrix.experts, matrix.k, matrix.n, matrix.storage
     row = get_format(storage.weight_format)
     buffers, scale_dtype = None, None
-    biases = _read_biases(files, experts, n, biased=biased)
+    biases = None if biased is None else _read_biases(files, experts, n, biased=biased)
     for e, linears in enumerate(experts):
         order = matrix.orders[e]
         columns = None if column_orders is None else column_orders[e]
         for j, linear in enumerate(linears):
             for suffix in storage.ignored:
                 files.ignore(linear.name(suffix))
+            refuse_scaled_input(files, linear, k)
             tensors = storage.read(files, linear, k, n)
             part = _decode_and_pack(tensors, order, columns, storage=storage)
             if scale_dtype is None:
@@ -133,11 +135,26 @@ def load_matrix(
     return weights
 
 
+def read_dense(files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> np.ndarray:
+    """The weight [K, N] of one quantised linear, float32: of a router, or beside plain linears."""
+    matrix = find_matrix(files, [[linear]], k, n, quantization, None)
+    return np.asarray(dense_weights(load_matrix(files, matrix, biased=None))[0])
+
+
 def _shared_storage(
     files: TensorFolder, experts: Experts, k: int, n: int, quantization: Quantization, target: Target | None
 ) -> Storage:
     """The storage that all linears share; raises ValueError, naming two of them, where they differ."""
     linears = [linear for expert in experts for linear in expert]
+    plain = [plain_suffix(files, linear) is not None for linear in linears]
+    if any(plain) and not all(plain):
+        one, odd = linears[plain.index(True)], linears[plain.index(False)]
+        found = [name for name in files.names if name.startswith((f"{odd.module}.", f"{odd.module}_"))]
+        if found:
+            raise ValueError(
+                f"{files.folder}: {one.module} is plain and {odd.module} is quantised; the linears of a matrix must "
+                "be stored in one way: quantise both, or neither"
+            )
     first = find_storage(files, linears[0], k, n, quantization, target)
     for linear in linears[1:]:
         other = find_storage(files, linear, k, n, quantization, target)
@@ -188,7 +205,8 @@ def _store(buffers: Any, part: Any, expert: Any, position: Any) -> Any:
     """Writes the leaves of one linear in place: the packing of [a | b] is that of a beside that of b."""
 
     def write(buffer: jax.Array, leaf: jax.Array) -> jax.Array:
-        start = (expert, *([0] * (leaf.ndim - 1)), position * leaf.shape[-1])
+        zero = jnp.zeros((), expert.dtype)  # a Python 0 would be int64 under x64
+        start = (expert, *([zero] * (leaf.ndim - 1)), position * jnp.asarray(leaf.shape[-1], expert.dtype))
         return jax.lax.dynamic_update_slice(buffer, leaf[None], start)
 
     return jax.tree.map(write, buffers, part)

@@ -35,7 +35,7 @@ def find_storage(
     """How a linear (k, n) is stored, decided by the tensors that exist.
 
     Raises:
-        ValueError: it is plain and there is no target, or the other way round; or its tensors are of no known scheme.
+        ValueError: it is plain and there is no target, or its tensors are of no known scheme.
     """
     if plain_suffix(files, linear) is not None:
         if target is None:
@@ -43,14 +43,9 @@ def find_storage(
             raise files.fault(
                 name,
                 f"is plain {files.info(name).dtype}; the loader needs quantised experts: pass quantize=, the name of a "
-                "format",
+                "format for what is plain; what is quantised stays as it is",
             )
         return PlainStorage.to(target, files, linear, k)
-    if target is not None and any(name.startswith(linear.module) for name in files.names):
-        raise ValueError(
-            f"{files.folder}: {linear.module} is quantised already; quantize={target.weight_format!r} is for plain "
-            "weights: leave it out"
-        )
     for scheme in SCHEMES:
         storage = scheme.find(files, linear, k, n, quantization)
         if storage is not None:

@@ -1,7 +1,6 @@
 """The interface of a quantisation scheme: how the tensors of one linear are read, checked and decoded."""
 
 import abc
-import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
-from jax_marlin_moe.checkpoint.tensors import TensorFolder
+from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.importers import LogicalLinear
 
 
@@ -18,7 +17,8 @@ class Storage(abc.ABC):
 
     Attributes:
         weight_format: name of the format that decoding gives.
-        ignored: suffixes of tensors that the scheme knows and has no use for.
+        ignored: suffixes of tensors that do not matter to weight-only results: scales of activations, which the tools
+            round and we do not.
     """
 
     weight_format: str
@@ -65,8 +65,30 @@ def number_of_groups(k: int, group_size: int | None) -> int:
     return 1 if group_size in (None, -1) else -(-k // group_size)
 
 
-def group_size_from(source: pathlib.Path, what: str, value: object) -> int | None:
-    """A group size of a config: None for one group; raises ValueError, naming the file, where it is none."""
-    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
-        raise ValueError(f"{source}: {what} is {value!r}; it must be a positive integer, or -1 for one group")
-    return None if value == -1 else value
+def check_shape(files: TensorFolder, linear: Linear, k: int, n: int) -> None:
+    """Raises ValueError where compressed-tensors' `weight_shape` of a linear says something else than (k, n)."""
+    name = linear.name(".weight_shape")
+    if name in files and linear.expert is None:
+        stated = files.read(name, (2,), ("I64", "I32")).tolist()
+        if stated != [n, k]:
+            raise files.fault(name, f"says {stated}; it must be {[n, k]}")
+
+
+def refuse_scaled_input(files: TensorFolder, linear: Linear, k: int) -> None:
+    """Raises ValueError where a `pre_quant_scale` multiplies the input of a linear.
+
+    No leaf of the packed form holds such a factor, and neither codes nor e4m3 scales take it up exactly, in this linear
+    or in the columns of the one before it.
+    """
+    name = linear.name(".pre_quant_scale")
+    if name not in files:
+        return
+    shape = files.info(name).shape
+    if shape not in ((), (1,), (k,)):
+        raise files.fault(name, f"has shape {shape}; it must be ({k},)")
+    if not (files.read(name, shape, FLOATS).astype(np.float32) == 1).all():
+        raise files.fault(
+            name,
+            "multiplies the input of the linear (AWQ) and is not 1 throughout; it must be 1: export the model without "
+            "AWQ, as NVFP4, or fold the scales into the weights before quantising",
+        )
