@@ -8,7 +8,7 @@ weights, ids = jmm.route(logits, top_k=8)
 y = jmm.fused_moe(x, gate_up, down, weights, ids)
 """
 
-from jax_marlin_moe import checkpoint
+from jax_marlin_moe import checkpoint, exported_types, sharding
 from jax_marlin_moe.activations import Activation, swiglu
 from jax_marlin_moe.formats import FORMATS, WeightFormat
 from jax_marlin_moe.importers import (
@@ -34,6 +34,8 @@ from jax_marlin_moe.quantize import (
 )
 from jax_marlin_moe.routing import Routing, route, workspace_size
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns, stack_experts
+
+exported_types.register()
 
 __version__ = "0.1.0"
 
@@ -64,6 +66,7 @@ __all__ = [
     "pack_logical",
     "quantize",
     "route",
+    "sharding",
     "stack_experts",
     "swiglu",
     "workspace_size",

@@ -78,6 +78,11 @@ def quantize(
         dtype = jnp.dtype(jnp.float32 if row.code == E4M3 else jnp.bfloat16)
     else:
         dtype = jnp.dtype(dense.dtype)
+        if dtype.name not in row.scale_dtypes:
+            raise TypeError(
+                f"dense has dtype {dtype}, which the scales of format {row.name} cannot have; it must be "
+                f"{' or '.join(row.scale_dtypes)}: cast it, or pass scale_dtype"
+            )
     if dtype.name not in row.scale_dtypes:
         raise TypeError(f"scale_dtype is {dtype}; format {row.name} takes {' or '.join(row.scale_dtypes)}")
     size = group_size or k

@@ -125,7 +125,7 @@ def route(
 
     scores = _SCORINGS[scoring](logits.astype(jnp.float32))
     if ids is None:
-        choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)
+        choice = scores if correction_bias is None else scores + _along_experts(correction_bias, scores)
         if top_groups < num_groups:
             grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)
             _, best = jax.lax.top_k(_GROUP_SCORES[group_score](grouped), top_groups)
@@ -147,6 +147,11 @@ def route(
     if expert_scale is not None:
         weights = weights * expert_scale.astype(jnp.float32)[ids]
     return weights, ids
+
+
+def _along_experts(vector: Array, scores: Array) -> Array:
+    """`vector` in float32 with as many dimensions as the scores."""
+    return vector.astype(jnp.float32).reshape(*[1] * (scores.ndim - 1), -1)
 
 
 def workspace_size(*, num_slots: int, num_experts: int, n: int, block_size: int, multiprocessors: int) -> int:

@@ -4,7 +4,7 @@ Slices by expert, by column and by row are slices of the leaves: the packing nev
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -97,11 +97,16 @@ class MarlinWeights:
         """Bytes of all leaves."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
-    def expert(self, index: int) -> "MarlinWeights":
-        """The weights of one expert, as a stack of one: a dense quantised linear."""
-        if not 0 <= index < self.num_experts:
+    def expert(self, index: int | Int32[Array, ""]) -> "MarlinWeights":
+        """The weights of one expert, as a stack of one: a dense quantised linear.
+
+        A traced index is clamped to the experts there are, as those of `jax.lax.dynamic_slice` are.
+        """
+        if not isinstance(index, jax.core.Tracer) and not 0 <= index < self.num_experts:
             raise IndexError(f"index is {index}; it must lie in [0, {self.num_experts})")
-        return jax.tree.map(lambda leaf: leaf[index : index + 1], self)
+        return _slice_leaves(
+            self, lambda weights: jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), weights)
+        )
 
     def columns(self, start: int, stop: int) -> "MarlinWeights":
         """Output columns [start, stop), multiples of 64: a tensor-parallel shard, or gate or up of a pair."""
@@ -117,13 +122,16 @@ class MarlinWeights:
         def cut(leaf: Array | None, columns_per_entry: int) -> Array | None:
             return None if leaf is None else leaf[..., start // columns_per_entry : stop // columns_per_entry]
 
-        return dataclasses.replace(
+        return _slice_leaves(
             self,
-            packed=self.packed[..., words * start : words * stop],
-            scales=self.scales[..., start:stop],
-            zeros=cut(self.zeros, per_zero),
-            bias=cut(self.bias, 1),
-            global_scales=cut(self.global_scales, TILE_N),
+            lambda weights: dataclasses.replace(
+                weights,
+                packed=weights.packed[..., words * start : words * stop],
+                scales=weights.scales[..., start:stop],
+                zeros=cut(weights.zeros, per_zero),
+                bias=cut(weights.bias, 1),
+                global_scales=cut(weights.global_scales, TILE_N),
+            ),
         )
 
     def rows(self, start: int, stop: int) -> "MarlinWeights":
@@ -137,14 +145,17 @@ class MarlinWeights:
         last = stop == self.k  # the end of the matrix may be inside a group
         _check_slice("rows", start, stop, self.k, step, "a group that shares its scales", open_end=True)
         groups = slice(None) if self.num_groups == 1 else slice(start // step, -(-stop // step))
-        return dataclasses.replace(
+        return _slice_leaves(
             self,
-            packed=self.packed[..., start // TILE_K : -(-stop // TILE_K), :],
-            scales=self.scales[..., groups, :],
-            zeros=None if self.zeros is None else self.zeros[..., groups, :],
-            bias=None,
-            group_size=min(self.group_size, stop - start),
-            row_padding=self.row_padding if last else 0,
+            lambda weights: dataclasses.replace(
+                weights,
+                packed=weights.packed[..., start // TILE_K : -(-stop // TILE_K), :],
+                scales=weights.scales[..., groups, :],
+                zeros=None if weights.zeros is None else weights.zeros[..., groups, :],
+                bias=None,
+                group_size=min(self.group_size, stop - start),
+                row_padding=self.row_padding if last else 0,
+            ),
         )
 
 
@@ -181,6 +192,12 @@ def summary(parts: Any, **spelled: str) -> str:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         texts.append(f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size} bytes")
     return f"{type(parts).__name__}({', '.join(texts)})"
+
+
+def _slice_leaves(weights: MarlinWeights, cut: Callable[[MarlinWeights], MarlinWeights]) -> MarlinWeights:
+    """`cut` of the weights, whose leaves may be `jax.ShapeDtypeStruct`s."""
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weights))
+    return jax.eval_shape(cut, weights) if abstract else cut(weights)
 
 
 def as_packed(weights: MarlinWeights) -> MarlinWeights:

@@ -84,10 +84,10 @@ class MoELayer:
         if self.router_input_scale is not None:
             mean = jnp.mean(jnp.square(rows), axis=-1, keepdims=True)
             rows = rows * jax.lax.rsqrt(mean + self.norm_epsilon)
-            rows = rows * self.router_input_scale.astype(jnp.float32) * rows.shape[-1] ** -0.5
+            rows = rows * self.router_input_scale.astype(jnp.float32)[None] * rows.shape[-1] ** -0.5
         logits = jnp.matmul(rows, self.router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         if self.router_bias is not None:
-            logits = logits + self.router_bias.astype(jnp.float32)
+            logits = logits + self.router_bias.astype(jnp.float32)[None]
         ids = None
         if self.token_experts is not None:
             if token_ids is None:

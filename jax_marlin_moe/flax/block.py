@@ -35,7 +35,8 @@ def apply_block(
     if x.ndim < 1 or x.shape[-1] != gate_up.k:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be H = {gate_up.k}")
     rows = x.reshape(-1, x.shape[-1])
-    common = jnp.promote_types(x.dtype, router.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # the casts below are explicit
+        common = jnp.promote_types(x.dtype, router.dtype)
     logits = jnp.matmul(
         rows.astype(common),
         router.astype(common),

@@ -1,0 +1,192 @@
+"""A program that checks sharded calls on four virtual CPU devices; prints a JSON object of failures by check.
+
+XLA reads the number of devices when it starts, so `test_sharding.py` runs this in a process of its own.
+"""
+
+import json
+import os
+import traceback
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.sharding import partition_specs, tensor_parallel
+
+EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 8, 128, 512, 2, 12
+MESH = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+EXPLICIT = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+
+
+def block(weight_format="int4", group_size=64, halves=2):
+    keys = jax.random.split(jax.random.key(0), 6)
+    first = jax.random.normal(keys[0], (EXPERTS, HIDDEN, halves * INNER)) * HIDDEN**-0.5
+    second = jax.random.normal(keys[1], (EXPERTS, INNER, HIDDEN)) * INNER**-0.5
+    gate_up = jmm.quantize(
+        first, weight_format, group_size=group_size, bias=jax.random.normal(keys[4], (EXPERTS, first.shape[2]))
+    )
+    down = jmm.quantize(
+        second, weight_format, group_size=group_size, bias=jax.random.normal(keys[5], (EXPERTS, HIDDEN))
+    )
+    x = jax.random.normal(keys[2], (TOKENS, HIDDEN), jnp.bfloat16)
+    return (x, gate_up, down, *jmm.route(jax.random.normal(keys[3], (TOKENS, EXPERTS)), top_k=TOP_K))
+
+
+def local_map():
+    local = jnp.arange(EXPERTS, dtype=jnp.int32) - jax.lax.axis_index("d") * (EXPERTS // 4)
+    return jnp.where((local >= 0) & (local < EXPERTS // 4), local, -1)
+
+
+def summed(share, x):
+    return jax.lax.psum(share.astype(jnp.float32), "d").astype(x.dtype)
+
+
+def assert_close(actual, wanted, tolerance=1e-2):
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    error = np.linalg.norm(actual - wanted) / np.linalg.norm(wanted)
+    assert error <= tolerance, f"relative error {error}"
+
+
+def assert_not_replicated(function, *arguments):
+    """`shard_map` refuses the function, whose results it is told are the same on all devices."""
+    try:
+        jax.eval_shape(function, *arguments)
+        message = "accepted"
+    except ValueError as error:
+        message = str(error)
+    assert "require replication" in message, message
+
+
+def parallel_experts(implementation):
+    arguments = block()
+    x, gate_up, down, *_ = arguments
+    specs = (P(), *(partition_specs(matrix, "experts", "d") for matrix in (gate_up, down)), P(), P())
+
+    def share(x, gate_up, down, w, ids):
+        return jmm.fused_moe(x, gate_up, down, w, ids, expert_map=local_map(), implementation=implementation)
+
+    def whole(*arguments):
+        return summed(share(*arguments), x)
+
+    y = jax.jit(jax.shard_map(whole, mesh=MESH, in_specs=specs, out_specs=P()))(*arguments)
+    assert_close(y, jmm.fused_moe(*arguments))
+    assert_not_replicated(jax.shard_map(share, mesh=MESH, in_specs=specs, out_specs=P()), *arguments)
+
+
+def varying_ids(implementation):
+    """Tokens over devices; the product and the alignment vary with the ids, whatever x does."""
+    x, gate_up, _, _, ids = block()
+
+    def product(x, ids):
+        alignment = jmm.moe_align_block_size(
+            ids, block_size=8, num_experts=EXPERTS, expert_map=local_map(), implementation=implementation
+        )
+        return jmm.moe_gemm(x, gate_up, alignment, top_k=TOP_K, implementation=implementation), alignment
+
+    wrapped = jax.shard_map(product, mesh=MESH, in_specs=(P(), P()), out_specs=(P(), P("d")))
+    assert_not_replicated(wrapped, x, ids)
+    wrapped = jax.shard_map(product, mesh=MESH, in_specs=(P(), P()), out_specs=(P(), P()))
+    assert_not_replicated(wrapped, x, ids)
+
+    def tokens(x, gate_up, ids):
+        alignment = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS, implementation=implementation)
+        return jmm.moe_gemm(x, gate_up, alignment, top_k=TOP_K, implementation=implementation)
+
+    specs = (P("d"), P(), P("d"))
+    y = jax.jit(jax.shard_map(tokens, mesh=MESH, in_specs=specs, out_specs=P("d")))(x, gate_up, ids)
+    assert_close(y, tokens(x, gate_up, ids))
+
+
+def batches(implementation):
+    """`vmap` and `scan` inside a `shard_map` over tokens, an empty batch included."""
+    x, gate_up, down, w, ids = block()
+
+    def one(x, w, ids):
+        return jmm.fused_moe(x, gate_up, down, w, ids, implementation=implementation)
+
+    rows = [array.reshape(4, 3, -1) for array in (x, w, ids)]
+    run = jax.shard_map(jax.vmap(one), mesh=MESH, in_specs=P("d"), out_specs=P("d"))
+    assert_close(jax.jit(run)(*rows).reshape(x.shape), one(x, w, ids))
+
+    def loop(x, w, ids):
+        return jax.lax.scan(lambda h, _: (one(h, w, ids), None), x, length=2)[0]
+
+    run = jax.shard_map(loop, mesh=MESH, in_specs=P("d"), out_specs=P("d"))
+    assert_close(jax.jit(run)(x, w, ids), one(one(x, w, ids), w, ids))
+    run = jax.shard_map(
+        lambda *rows: jax.vmap(one)(*(array[:, None][:0] for array in rows)),
+        mesh=MESH, in_specs=P("d"), out_specs=P("d"),
+    )  # fmt: skip
+    assert jax.eval_shape(run, x, w, ids).shape == (0, 1, HIDDEN)
+
+
+def explicit_tokens(implementation):
+    """Types say where tokens are: the result has x's rows, and lists are replicated."""
+    x, gate_up, down, w, ids = block()
+    xs, ws, js = (jax.device_put(array, NamedSharding(EXPLICIT, P("d"))) for array in (x, w, ids))
+    y = jax.jit(lambda *a: jmm.fused_moe(a[0], gate_up, down, *a[1:], implementation=implementation))(xs, ws, js)
+    assert_close(y, jmm.fused_moe(x, gate_up, down, w, ids))
+    assert y.sharding.spec[0] == "d", y.sharding
+    hidden = jax.device_put(x, NamedSharding(EXPLICIT, P(None, "d")))
+    y = jax.jit(lambda *a: jmm.fused_moe(a[0], gate_up, down, *a[1:], implementation=implementation))(hidden, w, ids)
+    assert_close(y, jmm.fused_moe(x, gate_up, down, w, ids))
+    assert jax.typeof(y).sharding.spec == P(None, None), y.sharding
+    options = {"block_size": 8, "num_experts": EXPERTS, "implementation": implementation}
+    lists, wanted = jmm.moe_align_block_size(js, **options), jmm.moe_align_block_size(ids, **options)
+    for ours, expected in zip(jax.tree.leaves(lists), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def parallel_tensors(weight_format, group_size, activation="silu"):
+    x, gate_up, down, w, ids = block(weight_format, group_size, halves=1 if activation == "relu2" else 2)
+    options = {"activation": activation}
+    wanted = jmm.fused_moe(x, gate_up, down, w, ids, **options)
+    gate_up, down = tensor_parallel(gate_up, down, 4, **options)
+    specs = (P(), partition_specs(gate_up, "columns", "d"), partition_specs(down, "rows", "d"), P(), P())
+
+    def share(x, gate_up, down, w, ids):
+        return summed(jmm.fused_moe(x, gate_up, down, w, ids, **options), x)
+
+    run = jax.jit(jax.shard_map(share, mesh=MESH, in_specs=specs, out_specs=P()))
+    assert_close(run(x, gate_up, down, w, ids), wanted)
+    placed = [
+        jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(MESH, spec)), matrix, spec)
+        for matrix, spec in zip((gate_up, down), specs[1:3], strict=True)
+    ]
+    assert_close(run(x, *placed, w, ids), wanted)
+
+
+CHECKS = {
+    **{
+        f"{check.__name__} {implementation}": (check, implementation)
+        for check in (parallel_experts, varying_ids, batches, explicit_tokens)
+        for implementation in ("cpu", "xla")
+    },
+    "tensors int4": (parallel_tensors, "int4", 64),
+    "tensors int4 in one group": (parallel_tensors, "int4", None),
+    "tensors int4_zp": (parallel_tensors, "int4_zp", 128),
+    "tensors int8_fzp": (parallel_tensors, "int8_fzp", 64),
+    "tensors nvfp4": (parallel_tensors, "nvfp4", 16),
+    "tensors mxfp4": (parallel_tensors, "mxfp4", 32),
+    "tensors relu2": (parallel_tensors, "int4", 128, "relu2"),
+}
+
+
+def main():
+    failures = {}
+    for name, (check, *arguments) in CHECKS.items():
+        try:
+            check(*arguments)
+        except Exception:
+            failures[name] = traceback.format_exc()
+    print(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    main()

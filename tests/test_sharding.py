@@ -1,0 +1,64 @@
+"""Experts over devices: what `four_devices.py` finds in a process with four of them, and what is refused."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import four_devices
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.sharding import partition_specs, tensor_parallel
+
+
+@pytest.fixture(scope="module")
+def failures():
+    program = pathlib.Path(four_devices.__file__)
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=1200)
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("check", four_devices.CHECKS)
+def test_four_devices_agree_with_one(failures, check):
+    assert check not in failures, failures[check]
+
+
+def matrix(k, n, experts=2, **options):
+    return jmm.quantize(jnp.ones((experts, k, n)), "int4", **options)
+
+
+def test_every_leaf_has_a_spec():
+    weights = matrix(128, 64, group_size=64, bias=jnp.ones((2, 64)))
+    assert partition_specs(weights, "experts", "d").packed == P("d")
+    columns, rows = partition_specs(weights, "columns", "d"), partition_specs(weights, "rows", "d")
+    assert (columns.packed, columns.scales, columns.bias) == (P(None, None, "d"), P(None, None, "d"), P(None, "d"))
+    assert (rows.packed, rows.scales, rows.bias, rows.zeros) == (P(None, "d"), P(None, "d"), P(None, "d"), None)
+    assert partition_specs(matrix(128, 64, group_size=None), "rows", "d").scales == P()
+
+
+@pytest.mark.parametrize(
+    ("inner", "group_size", "ranks", "message"),
+    [
+        (192, 64, 2, r"K = 192 rows; 2 ranks need a multiple of 128, .* the nearest are 128 and 256; .* 1 or 3 ranks"),
+        (256, 128, 4, r"multiple of 512, .* whole groups of 128 rows of down: the nearest are 512; .* 1 or 2 ranks"),
+        (64, None, 2, r"multiple of 128, .* the nearest are 128; 64 rows fall into shares for 1 ranks"),
+    ],
+)
+def test_sizes_that_do_not_fall_into_shares_are_refused(inner, group_size, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        tensor_parallel(matrix(64, 2 * inner, group_size=None), matrix(inner, 64, group_size=group_size), ranks)
+
+
+def test_arguments_of_sharding_are_checked():
+    gate_up, down = matrix(64, 128, group_size=None), matrix(64, 64, group_size=None)
+    with pytest.raises(ValueError, match="over is 'tokens'; it must be 'experts', 'columns' or 'rows'"):
+        partition_specs(gate_up, "tokens", "d")
+    with pytest.raises(ValueError, match="ranks is 0; it must be at least 1"):
+        tensor_parallel(gate_up, down, 0)
+    with pytest.raises(ValueError, match=r"gate_up has N = 128 columns and down K = 64 rows; activation 'relu2'"):
+        tensor_parallel(gate_up, down, 1, activation="relu2")
+    with pytest.raises(TypeError, match="down is a int; it must be a MarlinWeights"):
+        tensor_parallel(gate_up, 3, 1)
