@@ -94,6 +94,14 @@ def test_nvfp4(rng, divides):
     same(weights, np.stack([files.fp4(data[e], scale[e], used[e]) for e in range(E)]))
 
 
+@pytest.mark.parametrize("divides", [True, False])
+def test_a_global_scale_of_zero_is_that_of_a_dead_expert(divides):
+    data = np.zeros((1, N, K // 2), np.uint8)
+    scale = np.zeros((1, N, K // 16), np.uint8)
+    weights = jmm.from_nvfp4(data, scale, np.zeros(1, np.float32), divides=divides)
+    same(weights, np.zeros((1, K, N)))
+
+
 def test_mxfp4(rng):
     data = rng.integers(0, 256, (E, N, K // 2), dtype=np.uint8)
     bits = rng.integers(100, 150, (E, N, K // 32), dtype=np.uint8)
@@ -203,7 +211,15 @@ BAD = [
     (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :5], np.ones(1, np.float32)), ValueError, "weight_scale has shape"),
     (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :4] + np.uint8(0x7F), np.ones(1, np.float32)), ValueError, "holds NaN"),
     (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :4] + np.uint8(0x81), np.ones(1, np.float32)), ValueError, "negative"),
-    (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :4], np.zeros(1, np.float32)), ValueError, "global_scale holds"),
+    (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :4], -np.ones(1, np.float32)), ValueError, "global_scale holds"),
+    (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :4], np.full(1, np.nan, np.float32)), ValueError, "global_scale holds"),
+    (
+        lambda: jmm.from_nvfp4(
+            ZEROS + np.uint8(1), ZEROS[..., :4] + np.uint8(1), np.zeros(1, np.float32), divides=True
+        ),
+        ValueError,
+        "global_scale holds",
+    ),
     (lambda: jmm.from_nvfp4(ZEROS, ZEROS[..., :4], np.ones(2, np.float32)), ValueError, "global_scale has shape"),
     (lambda: jmm.from_mxfp4(ZEROS, ZEROS[..., :2] + np.uint8(255)), ValueError, "e8m0 255"),
     (lambda: jmm.from_mxfp4(ZEROS, ZEROS[..., :2].astype(np.float32)), TypeError, "weight_scale has dtype float32"),
