@@ -8,6 +8,7 @@ kernels' names: renaming a template or a file changes nothing here. Constant ban
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import hashlib
 import itertools
@@ -61,15 +62,14 @@ def programs() -> Iterator[tuple[str, str, tuple]]:
         yield f"{model.name} M{tokens}", "sm_90a", (row, "bfloat16", sizes, tokens, "fused_moe")
 
 
-def compile_program(architecture: str, row: str, dtype: str, sizes: tuple, tokens: int, op: str) -> list[str]:
-    """The digests of one program's kernels."""
+def sources_of(architecture: str, row: str, dtype: str, sizes: tuple, tokens: int, op: str) -> list[tuple[str, str]]:
+    """The translation units of one program, each with the architecture that it is for."""
     experts, top_k, hidden, intermediate = sizes
-    cubins = []
-    compile_cubin = compiler.compile_cubin
+    found = []
 
-    def recorded(source: str, architecture: str, *rest: object) -> bytes:
-        cubins.append(compile_cubin(source, architecture, *rest))
-        return cubins[-1]
+    def recorded(source: str, architecture: str) -> bytes:
+        found.append((source, architecture))
+        return b"not compiled"
 
     def weights(k: int, n: int) -> jmm.MarlinWeights:
         dense = jax.ShapeDtypeStruct((experts, k, n), dtype)
@@ -93,7 +93,12 @@ def compile_program(architecture: str, row: str, dtype: str, sizes: tuple, token
     with environment, mock.patch.object(compiler, "compile_cubin", recorded):
         call = jax.jit(block if op == "fused_moe" else product)
         call.trace(*arguments).lower(lowering_platforms=("cuda",))
-    return [digest for cubin in cubins for digest in sorted(kernels_of(cubin).values())]
+    return found
+
+
+def digests(sources: list[tuple[str, str]]) -> list[str]:
+    """What `kernels_of` says of each."""
+    return [digest for unit in sources for digest in sorted(kernels_of(compiler.compile_cubin(*unit)).values())]
 
 
 def main() -> int:
@@ -103,10 +108,12 @@ def main() -> int:
     parser.add_argument("--against", type=pathlib.Path)
     parser.add_argument("--only", default="", help="programs whose name holds this text")
     arguments = parser.parse_args()
-    found = {}
+    sources = {}
     for name, architecture, options in programs():
         if arguments.only in f"{name} {architecture}":
-            found[f"{name} {architecture}"] = compile_program(architecture, *options)
+            sources[f"{name} {architecture}"] = sources_of(architecture, *options)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC runs beside the interpreter
+        found = dict(zip(sources, pool.map(digests, sources.values()), strict=True))
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     if not arguments.against:

@@ -36,6 +36,7 @@ def experts(num_experts, k, n, *, bias=False):
         bias=array((num_experts, n), jnp.float32) if bias else None,
         input_order=None,
         format=jmm.FORMATS["int4"],
+        group_size=k,
     )
 
 
