@@ -216,10 +216,10 @@ def planned_block(tokens, scheme=None):
 @pytest.mark.parametrize(
     ("routing", "tokens", "found", "kernels"),
     [
-        ("direct", 2, "DirectRouting", 3),
-        ("grouped", 16, "GroupedRouting", 3),
-        ("grouped", 17, "SortedRouting", 4),  # more slots than a block of threads groups
-        ("aligned", 1, "SortedRouting", 4),
+        ("direct", 2, "DirectTiles", 3),
+        ("grouped", 16, "GroupedTiles", 3),
+        ("grouped", 17, "AlignedTiles", 4),  # more slots than a block of threads groups
+        ("aligned", 1, "AlignedTiles", 4),
     ],
 )
 @pytest.mark.parametrize("overlaps", [False, True])

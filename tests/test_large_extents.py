@@ -101,7 +101,9 @@ def test_offsets_of_rows_are_as_wide_as_x(monkeypatch, tokens, size):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
     planned = block_plan(tokens, 2**14, 64, MMA, top_k=1)
     first = next(kernel.body for kernel in planned.kernels if kernel.body.startswith("GroupedGemm"))
-    source = f'#include "gemm_mma.cuh"\nstatic_assert(sizeof(jmm::{first}::RowOffset) == {size}, "offsets of x");'
+    source = (
+        f'#include "gemm/mma/kernel.cuh"\nstatic_assert(sizeof(jmm::{first}::RowOffset) == {size}, "offsets of x");'
+    )
     assert compiler.compile_cubin.__wrapped__(source, "sm_90a")
 
 
@@ -126,7 +128,7 @@ def test_biases_and_global_scales_count_the_columns_of_all_experts(monkeypatch, 
     planned = block_plan(1, 64, 2048, num_experts=num_experts, bias=True)
     body = next(kernel.body for kernel in planned.kernels if kernel.body.startswith("GroupedGemm"))
     problem = body[body.index("jmm::Problem<") : body.index(">, jmm::Tile") + 1]
-    source = f'#include "gemm_mma.cuh"\nstatic_assert(sizeof({problem}::ExpertIndex) == {size}, "E x N");'
+    source = f'#include "gemm/mma/kernel.cuh"\nstatic_assert(sizeof({problem}::ExpertIndex) == {size}, "E x N");'
     assert compiler.compile_cubin.__wrapped__(source, "sm_90a")
 
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "offsets.cuh"
-#include "routing.cuh"
+#include "token_tiles.cuh"
 
 namespace jmm {
 

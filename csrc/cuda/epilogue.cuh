@@ -5,7 +5,7 @@
 // that its offset into the biases fits.
 #pragma once
 
-#include "ptx.cuh"
+#include "ptx/ptx.cuh"
 
 namespace jmm {
 

@@ -2,7 +2,7 @@
 // where 32 bits do not reach.
 #pragma once
 
-#include "ptx.cuh"
+#include "ptx/ptx.cuh"
 
 namespace jmm {
 

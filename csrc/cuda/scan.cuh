@@ -1,7 +1,7 @@
 // Sums over the lanes of a warp.
 #pragma once
 
-#include "ptx.cuh"
+#include "ptx/ptx.cuh"
 
 namespace jmm {
 

@@ -112,8 +112,9 @@ def source_directory() -> pathlib.Path:
 @functools.cache
 def _headers_digest() -> bytes:
     digest = hashlib.sha256()
-    for path in sorted(source_directory().glob("*.cuh")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    folder = source_directory()
+    for path in sorted(folder.rglob("*.cuh")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.digest()
 
 

@@ -42,7 +42,7 @@ _CPP_ACTIVATIONS = {"silu": "Silu", "gelu_tanh": "GeluTanh", "relu2": "Relu2", "
 _INT, _INTS = "const int32_t*", "int32_t*"
 _WORDS, _HALVES, _BYTES = "const uint32_t*", "const uint16_t*", "const unsigned char*"
 
-MOST_GROUPED_SLOTS = 128  # of csrc/cuda/routing.cuh
+MOST_GROUPED_SLOTS = 128  # of csrc/cuda/token_tiles.cuh
 
 # Kernels count slots, experts, entries of the list and work tiles in int32, and look a little past the last one: a
 # stride of the grid, twice, or a part of the list for each warp. Offsets into arrays are as wide as the arrays need.
@@ -71,7 +71,7 @@ class Plan:
 
     kernels: tuple[Kernel, ...]
     scratch: tuple[jax.ShapeDtypeStruct, ...]
-    includes: tuple[str, ...] = ("align.cuh", "combine.cuh", "gemm_mma.cuh", "gemm_wgmma.cuh")
+    includes: tuple[str, ...] = ("align.cuh", "combine.cuh", "gemm/mma/kernel.cuh", "gemm/wgmma/kernel.cuh")
     preamble: str = ""
 
     @property
@@ -96,7 +96,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """How a product knows the rows of its blocks of tokens: a type of csrc/cuda/routing.cuh.
+    """How a product knows the rows of its blocks of tokens: a type of csrc/cuda/token_tiles.cuh.
 
     Attributes:
         cpp: the C++ type.
@@ -313,7 +313,7 @@ def _sorted_routing(
     flags = _boolean(from_previous), _boolean(first_rows is not None)
     template = (num_slots, num_experts, block, list_block, list_length, *flags)
     return Routing(
-        f"jmm::SortedRouting<{', '.join(map(str, template))}>", (*buffers, first_rows), -(-list_length // block)
+        f"jmm::AlignedTiles<{', '.join(map(str, template))}>", (*buffers, first_rows), -(-list_length // block)
     )
 
 
@@ -321,7 +321,7 @@ def _direct_routing(
     num_slots: int, num_experts: int, routed_experts: int, topk_ids: int, expert_map: int | None
 ) -> Routing:
     template = (num_slots, num_experts, routed_experts, _boolean(expert_map is not None))
-    return Routing(f"jmm::DirectRouting<{', '.join(map(str, template))}>", (topk_ids, expert_map), num_slots)
+    return Routing(f"jmm::DirectTiles<{', '.join(map(str, template))}>", (topk_ids, expert_map), num_slots)
 
 
 def _grouped_routing(
@@ -330,7 +330,7 @@ def _grouped_routing(
     template = (num_slots, num_experts, routed_experts, block, _boolean(expert_map is not None))
     blocks, words = min(num_slots, num_experts + num_slots // block), -(-num_slots // 32)
     return Routing(
-        f"jmm::GroupedRouting<{', '.join(map(str, template))}>",
+        f"jmm::GroupedTiles<{', '.join(map(str, template))}>",
         (topk_ids, expert_map),
         blocks,
         shared_bytes=-(-blocks * block // 16) * 16 + -(-blocks // 8) * 16 + 32 * words + 16,

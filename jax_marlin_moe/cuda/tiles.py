@@ -66,7 +66,7 @@ class GemmShape:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """`jmm::Tile` of csrc/cuda/gemm_mma.cuh: tokens x (warps_n * units * 64) columns for one cluster of blocks."""
+    """`jmm::Tile` of csrc/cuda/gemm/mma/kernel.cuh: tokens x (warps_n * units * 64) columns per cluster."""
 
     tokens: int
     units: int
@@ -138,7 +138,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class WgmmaTile:
-    """`jmm::WgmmaTile` of csrc/cuda/gemm_wgmma.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
+    """`jmm::WgmmaTile` of csrc/cuda/gemm/wgmma/kernel.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
 
     Attributes:
         tokens: rows of a block of tokens, a column count of the instruction.

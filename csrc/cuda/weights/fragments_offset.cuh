@@ -1,13 +1,13 @@
 // From packed words to fragments of weights without a scale, for kernels that spend an FMA on each pair: it takes the
 // zero point out, and lets a code stay where the word has it.
 //
-// Pair i of a fragment, of column i % 2 and half i / 2 of K (dequant.cuh has the order), holds
+// Pair i of a fragment, of column i % 2 and half i / 2 of K (fragments_raw.cuh has the order), holds
 // (kStep * code + bias(i)) * 2^-exponent(i), and
 //   kStep * (code - zero) = a[i] * 2^exponent(i) - (bias(i) + kStep * zero)
 // is exact in T: codes and zero points have 8 bits at most.
 #pragma once
 
-#include "dequant.cuh"
+#include "weights/fragments_raw.cuh"
 
 namespace jmm {
 

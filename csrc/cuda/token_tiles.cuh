@@ -17,7 +17,7 @@ constexpr int kNoRow = 0x7FFFFFFF;  // of a list
 // is.
 template <int kSlots_, int kExperts, int kBlock, int kListBlock, int kListLength, bool kFromPreviousKernel,
           bool kMayRepeat_>
-struct SortedRouting {
+struct AlignedTiles {
   static constexpr int kSlots = kSlots_;
   static constexpr bool kMayRepeat = kMayRepeat_;
   static_assert(kListBlock % kBlock == 0, "a block has one expert");
@@ -33,10 +33,10 @@ struct SortedRouting {
 
   template <int kThreads>
   struct Blocks {
-    const SortedRouting& routing;
+    const AlignedTiles& routing;
     const int listed;  // entries of the list that count
 
-    __device__ __forceinline__ Blocks(const SortedRouting& r, unsigned char*, unsigned char*)
+    __device__ __forceinline__ Blocks(const AlignedTiles& r, unsigned char*, unsigned char*)
         : routing(r), listed(min(kListLength, max(0, *r.num_tokens_post_padded))) {}
     __device__ __forceinline__ int count() const { return (listed + kBlock - 1) / kBlock; }
     __device__ __forceinline__ int expert(int block) const {
@@ -67,7 +67,7 @@ __device__ __forceinline__ int expert_of_slot(const int32_t* topk_ids, const int
 
 // Every slot is a block of one row: nothing to group, at the price of reading an expert once per slot.
 template <int kSlots_, int kExperts, int kRoutedExperts, bool kMapped>
-struct DirectRouting {
+struct DirectTiles {
   static constexpr int kSlots = kSlots_;
   static constexpr bool kMayRepeat = false;
 
@@ -79,9 +79,9 @@ struct DirectRouting {
 
   template <int kThreads>
   struct Blocks {
-    const DirectRouting& routing;
+    const DirectTiles& routing;
 
-    __device__ __forceinline__ Blocks(const DirectRouting& r, unsigned char*, unsigned char*) : routing(r) {}
+    __device__ __forceinline__ Blocks(const DirectTiles& r, unsigned char*, unsigned char*) : routing(r) {}
     __device__ __forceinline__ int count() const { return kSlots; }
     __device__ __forceinline__ int expert(int block) const {
       return expert_of_slot<kExperts, kRoutedExperts, kMapped>(routing.topk_ids, routing.expert_map, block);
@@ -93,7 +93,7 @@ struct DirectRouting {
 // Slots grouped by expert with no kernel before: every block of threads makes the same table. Experts are in the order
 // of their first slots, the slots of an expert in their own, so that an expert's blocks follow each other.
 template <int kSlots_, int kExperts, int kRoutedExperts, int kBlock, bool kMapped>
-struct GroupedRouting {
+struct GroupedTiles {
   static constexpr int kSlots = kSlots_;
   static constexpr bool kMayRepeat = false;
 
@@ -122,7 +122,7 @@ struct GroupedRouting {
     const Table& table;
     int blocks = 0;
 
-    __device__ __forceinline__ Blocks(const GroupedRouting& routing, unsigned char* shared, unsigned char* scratch)
+    __device__ __forceinline__ Blocks(const GroupedTiles& routing, unsigned char* shared, unsigned char* scratch)
         : table(*reinterpret_cast<Table*>(shared)) {
       constexpr int kSlotsOfThread = (32 * kWords + kThreads - 1) / kThreads;
       Table& made = *reinterpret_cast<Table*>(shared);

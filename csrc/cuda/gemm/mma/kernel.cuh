@@ -7,11 +7,11 @@
 // tiles: the next tile's weights are on their way while this one is reduced and stored.
 #pragma once
 
-#include "dequant.cuh"
 #include "epilogue.cuh"
 #include "offsets.cuh"
-#include "ptx.cuh"
-#include "routing.cuh"
+#include "ptx/ptx.cuh"
+#include "token_tiles.cuh"
+#include "weights/fragments_raw.cuh"
 
 namespace jmm {
 

@@ -11,11 +11,11 @@
 #pragma once
 
 #include "epilogue.cuh"
-#include "gemm_mma.cuh"  // Problem
-#include "part_scales.cuh"
-#include "ptx_hopper.cuh"
-#include "routing.cuh"
-#include "unpack.cuh"
+#include "gemm/mma/kernel.cuh"  // Problem
+#include "ptx/hopper.cuh"
+#include "token_tiles.cuh"
+#include "weights/fragments_offset.cuh"
+#include "weights/scales.cuh"
 
 namespace jmm {
 

@@ -1,7 +1,7 @@
 // The PTX instructions that only sm_90a has, or that only its kernels use, one function each, and nothing else.
 #pragma once
 
-#include "ptx.cuh"
+#include "ptx/ptx.cuh"
 
 namespace jmm {
 

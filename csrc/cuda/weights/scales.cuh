@@ -1,8 +1,8 @@
 // The scales of a few neighbouring columns of one lane, for kernels whose warps have less than 64 columns each.
 #pragma once
 
-#include "dequant.cuh"
-#include "ptx_hopper.cuh"
+#include "ptx/hopper.cuh"
+#include "weights/fragments_raw.cuh"
 
 namespace jmm {
 
