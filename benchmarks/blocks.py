@@ -27,10 +27,10 @@ from benchmarks.chain import chain_microseconds
 from benchmarks.peers import PEERS
 from benchmarks.record import recorded_run
 from benchmarks.roofline import block_limit
-from jax_marlin_moe.argument_shapes import MODELS, ModelShape
-from jax_marlin_moe.cuda.replay import replayed_block
 from jax_marlin_moe.formats import FORMATS, get_format
-from jax_marlin_moe.random_layers import random_layers, random_routings
+from jax_marlin_moe.measure.models import MODELS, ModelShape
+from jax_marlin_moe.measure.random_layers import random_layers, random_routings
+from jax_marlin_moe.measure.replay import replayed_block
 
 
 @dataclasses.dataclass

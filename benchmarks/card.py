@@ -13,7 +13,7 @@ from cuda.bindings import driver
 
 from jax_marlin_moe.cuda.plan import Plan
 from jax_marlin_moe.cuda.program import Kernel
-from jax_marlin_moe.cuda.replay import ReplayedPlan
+from jax_marlin_moe.measure.replay import ReplayedPlan
 
 try:
     import pynvml

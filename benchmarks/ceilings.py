@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jax_marlin_moe.cuda.plan import Plan
 from jax_marlin_moe.cuda.program import Kernel
-from jax_marlin_moe.cuda.replay import ReplayedPlan
+from jax_marlin_moe.measure.replay import ReplayedPlan
 
 _READ_BYTES = 2 << 30
 

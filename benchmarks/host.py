@@ -32,10 +32,10 @@ import jax_marlin_moe as jmm
 from benchmarks.blocks import Case, make_case
 from benchmarks.chain import seconds_of_calls
 from benchmarks.record import recorded_run
-from jax_marlin_moe.argument_shapes import MODELS
-from jax_marlin_moe.cuda.replay import replayed_block
 from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.random_layers import random_layers
+from jax_marlin_moe.measure.models import MODELS
+from jax_marlin_moe.measure.random_layers import random_layers
+from jax_marlin_moe.measure.replay import replayed_block
 
 _LAYERS = (1, 48)
 _CALLS = 40

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.argument_shapes import ModelShape
 from jax_marlin_moe.cuda.plan import gemm_shape
 from jax_marlin_moe.cuda.tiles import BlockScheme, choose_tile
-from jax_marlin_moe.random_layers import random_layers
+from jax_marlin_moe.measure.models import ModelShape
+from jax_marlin_moe.measure.random_layers import random_layers
 
 _PERIOD = 4093  # rows of x repeat after so many, a prime: an offset that wraps lands on another row
 _CHECKED_ROWS = 48

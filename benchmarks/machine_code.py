@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.argument_shapes import MODELS
 from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.measure.models import MODELS
 
 _SMALL = (8, 2, 512, 256)  # experts, top_k, hidden, intermediate: every format has groups for these
 

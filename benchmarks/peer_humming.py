@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from jax_marlin_moe.argument_shapes import MODELS, ModelShape
-from jax_marlin_moe.cuda.replay import timed_samples
-from jax_marlin_moe.random_layers import layers_to_rotate, random_routings
+from jax_marlin_moe.measure.models import MODELS, ModelShape
+from jax_marlin_moe.measure.random_layers import layers_to_rotate, random_routings
+from jax_marlin_moe.measure.replay import timed_samples
 
 try:
     import torch

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.chain import chain_microseconds
-from jax_marlin_moe.argument_shapes import ModelShape
-from jax_marlin_moe.random_layers import layers_to_rotate
+from jax_marlin_moe.measure.models import ModelShape
+from jax_marlin_moe.measure.random_layers import layers_to_rotate
 
 try:
     import qwix
@@ -50,7 +50,7 @@ def _random_layer(shape: ModelShape, layer: int, dtype) -> tuple:
     first, second = jax.random.split(jax.random.key(layer))
     experts, hidden, intermediate, group_size = shape.num_experts, shape.hidden, shape.intermediate, shape.group_size
     gate_up = _random_matrices(first, experts, hidden, 2 * intermediate, group_size, 1.0, dtype)
-    # The activation and the weighted sum shrink the rows: scale them back (jax_marlin_moe/random_layers.py).
+    # The activation and the weighted sum shrink the rows: scale them back (jax_marlin_moe/measure/random_layers.py).
     down_gain = shape.top_k**0.5 / 0.597
     return gate_up, _random_matrices(second, experts, intermediate, hidden, group_size, down_gain, dtype)
 

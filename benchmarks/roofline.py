@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from jax_marlin_moe.argument_shapes import ModelShape
+from jax_marlin_moe.measure.models import ModelShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from benchmarks.blocks import make_case
 from benchmarks.card import MultiprocessorClock, logged_card
 from benchmarks.record import recorded_run
-from jax_marlin_moe.argument_shapes import MODELS, ModelShape
-from jax_marlin_moe.cuda.replay import replayed_block
 from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.random_layers import random_layers
+from jax_marlin_moe.measure.models import MODELS, ModelShape
+from jax_marlin_moe.measure.random_layers import random_layers
+from jax_marlin_moe.measure.replay import replayed_block
 
 _REST_SECONDS, _PAUSE_SECONDS = 2.0, 0.05
 _REPLAYS = 40

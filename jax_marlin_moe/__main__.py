@@ -1,39 +1,8 @@
-"""The command line: `python -m jax_marlin_moe demo | doctor | convert | inspect | bench | tune | precompile`."""
+"""`python -m jax_marlin_moe`: the command line of `jax_marlin_moe.cli.main`."""
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-import jax_marlin_moe
-from jax_marlin_moe import bench, convert, demo, doctor, inspect, precompile, tune
-from jax_marlin_moe.console import status_of
-
-_COMMANDS = {
-    "demo": demo,
-    "doctor": doctor,
-    "convert": convert,
-    "inspect": inspect,
-    "bench": bench,
-    "tune": tune,
-    "precompile": precompile,
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m jax_marlin_moe", description="Quantised expert layers for JAX.")
-    parser.add_argument("--version", action="version", version=f"jax_marlin_moe {jax_marlin_moe.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in _COMMANDS.items():
-        summary = (module.__doc__ or "").splitlines()[0]
-        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
-
-    def command() -> int:
-        options = parser.parse_args(arguments)
-        return _COMMANDS[options.command].run(options)
-
-    return status_of(command)
-
+from jax_marlin_moe.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="python -m jax_marlin_moe"))

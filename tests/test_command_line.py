@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -10,14 +11,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import jax
 import pytest
 
 import jax_marlin_moe
-from jax_marlin_moe import bench, demo, native, precompile, shape_options, tune
-from jax_marlin_moe.__main__ import main
+from jax_marlin_moe import native
 from jax_marlin_moe.checkpoint import packed
+from jax_marlin_moe.cli import bench, demo, precompile, shape_options, tune
+from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.cuda import cache, compiler
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -325,6 +328,20 @@ def test_version(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"jax_marlin_moe {jax_marlin_moe.__version__}\n"
+
+
+def test_both_ways_to_the_commands_name_themselves(capsys, tmp_path):
+    """The console script is the same function; each shows in its usage how it was started."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["jax-marlin-moe"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: jax-marlin-moe ")
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_marlin_moe", "--help"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.startswith("usage: python -m jax_marlin_moe ")
 
 
 @contextlib.contextmanager

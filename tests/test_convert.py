@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from stopped_writes import Steps
 
-from jax_marlin_moe.__main__ import main
 from jax_marlin_moe.checkpoint import Checkpoint, convert, load_moe_layer, packed
 from jax_marlin_moe.checkpoint.whole_files import locked_folder, whole_file
+from jax_marlin_moe.cli.main import main
 
 DATA = pathlib.Path(__file__).parent / "data"
 SOURCE = DATA / "ck_llmc_W4A16"

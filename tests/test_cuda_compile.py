@@ -15,9 +15,9 @@ from oracle import assert_block_close, expert_block, random_experts, random_rout
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, PREFILL_TOKENS
 from jax_marlin_moe.cuda import cache, compiler, plan
 from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.measure.models import DECODE_TOKENS, MODELS, PREFILL_TOKENS
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 

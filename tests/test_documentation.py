@@ -258,7 +258,7 @@ def test_the_table_of_models_lists_every_model_type():
 
 def test_the_first_snippet_of_the_readme_runs():
     snippet = code_blocks(README, "python")[0]
-    demo = pathlib.Path(loading.__file__).parents[1] / "demo_checkpoint"
+    demo = pathlib.Path(loading.__file__).parents[1] / "cli" / "demo_checkpoint"
     replaced, count = re.subn(r'"path/to/[^"]+"', repr(str(demo)), snippet)
     assert count == 1
     names = {}

@@ -11,9 +11,9 @@ from oracle import Experts, assert_block_close, expert_block, random_experts, ra
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
-from jax_marlin_moe.argument_shapes import MODELS
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.measure.models import MODELS
 
 
 @dataclasses.dataclass(frozen=True)

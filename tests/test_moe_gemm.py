@@ -10,7 +10,7 @@ from oracle import assert_product_close, grouped_product, local_experts, random_
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
-from jax_marlin_moe.argument_shapes import MODELS
+from jax_marlin_moe.measure.models import MODELS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ from oracle import random_experts
 from saved_layers import full_layer
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.__main__ import main
 from jax_marlin_moe.checkpoint import MoELayer, convert, load_moe_layer, load_moe_layers, packed
 from jax_marlin_moe.checkpoint.facts import layer_from, leaves_and_facts, read_facts
 from jax_marlin_moe.checkpoint.keys import Keys
+from jax_marlin_moe.cli.main import main
 
 DATA = pathlib.Path(__file__).parent / "data"
 

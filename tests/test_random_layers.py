@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.argument_shapes import MODELS, ModelShape
 from jax_marlin_moe.formats import FORMATS, get_format
-from jax_marlin_moe.random_layers import layers_to_rotate, random_layers, random_routings
+from jax_marlin_moe.measure.models import MODELS, ModelShape
+from jax_marlin_moe.measure.random_layers import layers_to_rotate, random_layers, random_routings
 
 SHAPE = ModelShape("small", 8, 4, 512, 256, group_size=64)
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.argument_shapes import ModelShape
 from jax_marlin_moe.formats import get_format
+from jax_marlin_moe.measure.models import ModelShape
+from jax_marlin_moe.measure.random_layers import random_layers, random_routings
 from jax_marlin_moe.ops.fused_moe import fused_moe_op
-from jax_marlin_moe.random_layers import random_layers, random_routings
 
 pytest.importorskip("cuda.bindings")
 
-from jax_marlin_moe.cuda.replay import block_operands, replayed_block, timed_samples
+from jax_marlin_moe.measure.replay import block_operands, replayed_block, timed_samples
 
 SHAPE = ModelShape("small", 8, 2, 256, 128, group_size=64)
 PADDED = ModelShape("padded", 8, 2, 200, 120, group_size=64)

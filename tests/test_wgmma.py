@@ -14,9 +14,9 @@ from oracle import assert_block_accepted, assert_block_close, expert_block, rand
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.argument_shapes import MODELS
 from jax_marlin_moe.cuda import compiler, plan, tiles, tuned
 from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, WgmmaTile
+from jax_marlin_moe.measure.models import MODELS
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 

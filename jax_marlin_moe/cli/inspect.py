@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from jax_marlin_moe.checkpoint import packed
 from jax_marlin_moe.checkpoint.loading import Checkpoint
-from jax_marlin_moe.console import complain, escaped
+from jax_marlin_moe.cli.console import complain, escaped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,11 +5,11 @@ import argparse
 import jax
 
 from jax_marlin_moe import native
-from jax_marlin_moe.argument_shapes import MODELS, ModelShape
-from jax_marlin_moe.console import complain
+from jax_marlin_moe.cli.console import complain
+from jax_marlin_moe.cli.devices import no_device_reason
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.devices import no_device_reason
 from jax_marlin_moe.formats import FORMATS, get_format
+from jax_marlin_moe.measure.models import MODELS, ModelShape
 
 _SIZES = {"experts": "num_experts", "top_k": "top_k", "hidden": "hidden", "intermediate": "intermediate"}
 

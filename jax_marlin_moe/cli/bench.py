@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_marlin_moe.console import complain
+from jax_marlin_moe.cli.console import complain
+from jax_marlin_moe.cli.shape_options import add_shape_options, positive, shapes_to_measure
 from jax_marlin_moe.cuda.compiler import CompilationError
-from jax_marlin_moe.random_layers import random_layers, random_routings
-from jax_marlin_moe.shape_options import add_shape_options, positive, shapes_to_measure
+from jax_marlin_moe.measure.random_layers import random_layers, random_routings
 
 _ROUTINGS = 24  # blocks of a replay
 # The card lowers its clock when replays in a row drive it into its power limit.
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if status:
         return status
     # It imports the driver's bindings, which a machine without CUDA need not have.
-    from jax_marlin_moe.cuda.replay import replayed_block
+    from jax_marlin_moe.measure.replay import replayed_block
 
     dtype = jnp.dtype(options.dtype)
     print(f"{jax.devices('cuda')[0].device_kind}, {options.format}, {dtype}: us of a block (10 % to 90 % of replays)")

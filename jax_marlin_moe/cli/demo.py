@@ -18,12 +18,12 @@ from jaxtyping import Array, Float
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
-from jax_marlin_moe.argument_shapes import MODELS, ModelShape
 from jax_marlin_moe.checkpoint import load_moe_layer
-from jax_marlin_moe.console import complain
+from jax_marlin_moe.cli.console import complain
+from jax_marlin_moe.cli.devices import no_device_reason
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.devices import no_device_reason
 from jax_marlin_moe.formats import get_format
+from jax_marlin_moe.measure.models import MODELS, ModelShape
 
 CHECKPOINT = pathlib.Path(__file__).parent / "demo_checkpoint"
 

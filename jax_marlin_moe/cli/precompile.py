@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
-from jax_marlin_moe.argument_shapes import DECODE_TOKENS, MODELS, ModelShape
 from jax_marlin_moe.checkpoint.whole_files import named_errors
-from jax_marlin_moe.console import complain, progress
+from jax_marlin_moe.cli.console import complain, progress
+from jax_marlin_moe.cli.shape_options import positive
 from jax_marlin_moe.cuda import cache, compiler
 from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
-from jax_marlin_moe.shape_options import positive
+from jax_marlin_moe.measure.models import DECODE_TOKENS, MODELS, ModelShape
 
 _PROBE_BYTES = 1 << 20  # more than the kernels of a call have
 

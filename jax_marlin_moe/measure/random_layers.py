@@ -9,8 +9,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int, Key
 
-from jax_marlin_moe.argument_shapes import ModelShape
 from jax_marlin_moe.formats import get_format
+from jax_marlin_moe.measure.models import ModelShape
 from jax_marlin_moe.quantize import quantize
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 

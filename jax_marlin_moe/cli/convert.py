@@ -4,7 +4,7 @@ import argparse
 import time
 
 from jax_marlin_moe.checkpoint import convert
-from jax_marlin_moe.console import INTERRUPTED, complain, escaped, progress
+from jax_marlin_moe.cli.console import INTERRUPTED, complain, escaped, progress
 from jax_marlin_moe.formats import FORMATS
 
 

@@ -12,9 +12,9 @@ import jaxlib
 
 import jax_marlin_moe
 from jax_marlin_moe import native
-from jax_marlin_moe.console import complain
+from jax_marlin_moe.cli.console import complain
+from jax_marlin_moe.cli.devices import no_device_reason
 from jax_marlin_moe.cuda import cache, compiler
-from jax_marlin_moe.devices import no_device_reason
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

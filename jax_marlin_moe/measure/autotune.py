@@ -18,7 +18,6 @@ from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import tuned
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
 from jax_marlin_moe.cuda.plan import MOST_GROUPED_SLOTS, Plan, block_key, gemm_shape
-from jax_marlin_moe.cuda.replay import ReplayedPlan, block_operands, plan_block
 from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
     BlockScheme,
@@ -31,7 +30,8 @@ from jax_marlin_moe.cuda.tiles import (
     expected_blocks,
     predicted_microseconds,
 )
-from jax_marlin_moe.random_layers import random_routings
+from jax_marlin_moe.measure.random_layers import random_routings
+from jax_marlin_moe.measure.replay import ReplayedPlan, block_operands, plan_block
 from jax_marlin_moe.weights import MarlinWeights
 
 # Tiles of either product that are tried together with as many of the other.

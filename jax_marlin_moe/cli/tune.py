@@ -5,11 +5,11 @@ import time
 
 import jax.numpy as jnp
 
-from jax_marlin_moe.console import complain
+from jax_marlin_moe.cli.console import complain
+from jax_marlin_moe.cli.shape_options import add_shape_options, positive, shapes_to_measure
 from jax_marlin_moe.cuda import cache
 from jax_marlin_moe.cuda.compiler import target_architecture
-from jax_marlin_moe.random_layers import random_layers
-from jax_marlin_moe.shape_options import add_shape_options, positive, shapes_to_measure
+from jax_marlin_moe.measure.random_layers import random_layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     # They import the driver's bindings, which a machine without CUDA need not have.
     from jax_marlin_moe.cuda import tuned
-    from jax_marlin_moe.cuda.autotune import autotune
     from jax_marlin_moe.cuda.plan import block_key
+    from jax_marlin_moe.measure.autotune import autotune
 
     dtype, architecture = jnp.dtype(options.dtype), target_architecture()
     path = tuned.user_path(architecture)
