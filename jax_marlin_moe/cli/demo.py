@@ -17,13 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe import native
 from jax_marlin_moe.checkpoint import load_moe_layer
 from jax_marlin_moe.cli.console import complain
 from jax_marlin_moe.cli.devices import no_device_reason
-from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import MODELS, ModelShape
+from jax_marlin_moe.ops.implementation import unavailable_reason
 
 CHECKPOINT = pathlib.Path(__file__).parent / "demo_checkpoint"
 
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = jnp.dtype(options.dtype)
     device = jax.devices()[0]
     native_name = {"gpu": "cuda", "cpu": "cpu"}.get(device.platform)
-    reason = _unusable(native_name)
+    reason = None if native_name is None else unavailable_reason(native_name)
     names = ["xla"] if native_name is None or reason else [native_name, "xla"]
     print(f"jax_marlin_moe {jmm.__version__}, JAX {jax.__version__}, {device.device_kind} ({device.platform})")
     bandwidth = None if options.small else _read_bandwidth(device.platform)
@@ -101,13 +100,6 @@ def run(options: argparse.Namespace) -> int:
     if reason:
         complain(f"only the reference ran: {native_name} cannot be used: {reason}")
     return int(wrong or reason is not None)
-
-
-def _unusable(name: str | None) -> str | None:
-    """Why an implementation cannot be used here, or None."""
-    if name is None:
-        return None
-    return native.unavailable_reason() or (compiler.unavailable_reason() if name == "cuda" else None)
 
 
 def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:

@@ -15,6 +15,7 @@ from jax_marlin_moe import native
 from jax_marlin_moe.cli.console import complain
 from jax_marlin_moe.cli.devices import no_device_reason
 from jax_marlin_moe.cuda import cache, compiler
+from jax_marlin_moe.ops.implementation import unavailable_reason
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +116,7 @@ def _writable(folder: pathlib.Path) -> bool:
 
 
 def _verdict(name: str) -> str:
-    reason = native.unavailable_reason() or (compiler.unavailable_reason() if name == "cuda" else None)
+    reason = unavailable_reason(name)
     if reason:
         return f"no: {reason}"
     if no_device_reason(name):

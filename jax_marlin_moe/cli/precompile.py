@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe import native
 from jax_marlin_moe.checkpoint.whole_files import named_errors
 from jax_marlin_moe.cli.console import complain, progress
 from jax_marlin_moe.cli.shape_options import positive
 from jax_marlin_moe.cuda import cache, compiler
 from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
 from jax_marlin_moe.measure.models import DECODE_TOKENS, MODELS, ModelShape
+from jax_marlin_moe.ops.implementation import unavailable_reason
 
 _PROBE_BYTES = 1 << 20  # more than the kernels of a call have
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Lowers every combination; returns 1 if one fails or the cache cannot keep the kernels."""
-    reason = native.unavailable_reason() or compiler.unavailable_reason()
+    reason = unavailable_reason("cuda")
     if reason:
         complain(f"cannot compile: {reason}")
         return 1

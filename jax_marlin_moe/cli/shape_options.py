@@ -4,12 +4,11 @@ import argparse
 
 import jax
 
-from jax_marlin_moe import native
 from jax_marlin_moe.cli.console import complain
 from jax_marlin_moe.cli.devices import no_device_reason
-from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.formats import FORMATS, get_format
 from jax_marlin_moe.measure.models import MODELS, ModelShape
+from jax_marlin_moe.ops.implementation import unavailable_reason
 
 _SIZES = {"experts": "num_experts", "top_k": "top_k", "hidden": "hidden", "intermediate": "intermediate"}
 
@@ -79,4 +78,4 @@ def no_cuda_reason() -> str | None:
     if no_device_reason("cuda"):
         reason = no_device_reason() or f"JAX finds only {jax.default_backend()}"
         return f"it measures on an NVIDIA GPU, and {reason}; with a card, install jax_marlin_moe[cuda13] (or [cuda12])"
-    return native.unavailable_reason() or compiler.unavailable_reason()
+    return unavailable_reason("cuda")

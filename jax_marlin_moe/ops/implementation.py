@@ -14,13 +14,18 @@ from jax_marlin_moe.cuda import compiler
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 
 
+def unavailable_reason(platform: str) -> str | None:
+    """Why the custom calls of "cpu" or "cuda" cannot be made here, or None; whether there is a device is no matter."""
+    return native.unavailable_reason() or (compiler.unavailable_reason() if platform == "cuda" else None)
+
+
 def check_implementation(implementation: str | None) -> None:
     """Raises ValueError for an unknown name, and for one that is not installed."""
     if implementation is None or implementation == "xla":
         return
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}")
-    reason = native.unavailable_reason() or (compiler.unavailable_reason() if implementation == "cuda" else None)
+    reason = unavailable_reason(implementation)
     if reason:
         raise ValueError(f"implementation is {implementation!r}, which cannot serve here: {reason}")
 
@@ -39,7 +44,7 @@ def serves(platform: str, implementation: str | None) -> bool:
             f"implementation is {implementation!r}, but the program is lowered for {platform}: pass None, 'xla' or "
             f"{platform!r}, or place the operands on a {implementation} device"
         )
-    reason = native.unavailable_reason() or (compiler.unavailable_reason() if platform == "cuda" else None)
+    reason = unavailable_reason(platform)
     if reason is None:
         return True
     if implementation is not None:
