@@ -1,6 +1,7 @@
 """Routing: router logits to experts and weights, and the sizes that the aligned slots need."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,37 @@ def route(
     if top_groups * (num_experts // num_groups) < top_k:
         raise ValueError(f"top_k is {top_k}; {top_groups} groups have {top_groups * num_experts // num_groups} experts")
 
+    if ids is not None:
+        check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
+        check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
+    return _route(
+        logits,
+        correction_bias,
+        expert_scale,
+        ids,
+        top_k=top_k,
+        scoring=scoring,
+        renormalize=bool(renormalize),
+        softmax_after_topk=bool(softmax_after_topk),
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_score=group_score,
+        scale=float(scale),
+    )
+
+
+# One program: step by step, each constant would be a transfer to the device.
+@partial(
+    jax.jit,
+    static_argnames=(
+        "top_k", "scoring", "renormalize", "softmax_after_topk", "num_groups", "top_groups", "group_score", "scale"
+    ),
+    inline=True,
+)  # fmt: skip
+def _route(
+    logits, correction_bias, expert_scale, ids, *, top_k, scoring, renormalize, softmax_after_topk, num_groups,
+    top_groups, group_score, scale,
+):  # fmt: skip
     scores = _SCORINGS[scoring](logits.astype(jnp.float32))
     if ids is None:
         choice = scores if correction_bias is None else scores + _along_experts(correction_bias, scores)
@@ -132,9 +164,6 @@ def route(
             kept = jax.nn.one_hot(best, num_groups, dtype=jnp.bool_).any(-2)
             choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
         ids = jax.lax.top_k(choice, top_k)[1].astype(jnp.int32)
-    else:
-        check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
-        check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if softmax_after_topk:
         weights = jax.nn.softmax(weights, axis=-1)

@@ -18,9 +18,18 @@ from jax_marlin_moe.layout import TILE_K, TILE_N
 from jax_marlin_moe.ops.arguments import check_weights
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 
+_PAD_BEFORE = (
+    "append zeros to the intermediate dimension of the dense gate, up (columns) and down (rows) before they are "
+    "packed; they change no result"
+)
+
 
 def partition_specs(
-    weights: MarlinWeights, over: Literal["experts", "columns", "rows"], axis: str | tuple[str, ...]
+    weights: MarlinWeights,
+    over: Literal["experts", "columns", "rows"],
+    axis: str | tuple[str, ...],
+    *,
+    ranks: int | None = None,
 ) -> MarlinWeights:
     """A partition spec in the place of every leaf, for `in_specs` of `jax.shard_map` or for `NamedSharding`.
 
@@ -28,9 +37,12 @@ def partition_specs(
         weights: for "columns" and "rows" what `tensor_parallel` returned.
         over: the dimension that is cut. Scales that all rows share stay whole over "rows".
         axis: of the mesh.
+        ranks: devices along the axis; where it is given, the dimension must fall into as many equal shares, of whole
+            packed tiles and whole groups.
 
     Raises:
-        ValueError: there is no such dimension, or the rows have an order of their own, which cannot be cut.
+        ValueError: there is no such dimension, or the matrix cannot be cut along it: the rows have an order of their
+            own, padding is where the cut would be, or the size has no such shares.
     """
     if over not in ("experts", "columns", "rows"):
         raise ValueError(f"over is {over!r}; it must be 'experts', 'columns' or 'rows'")
@@ -39,6 +51,14 @@ def partition_specs(
             "weights.input_order is not None: its rows read x from anywhere, so they cannot be cut; fold it into the "
             "columns of gate_up first, with jax_marlin_moe.fold_input_order(gate_up, down)"
         )
+    padding = {"experts": 0, "columns": weights.column_padding, "rows": weights.row_padding}[over]
+    if padding:
+        raise ValueError(
+            f"weights has {'column' if over == 'columns' else 'row'}_padding {padding}, so shares of its {over} would "
+            f"not be equal: {_PAD_BEFORE}"
+        )
+    if ranks is not None:
+        _check_ranks(weights, over, ranks)
     whole, experts = PartitionSpec(), PartitionSpec(axis)
     second, third = PartitionSpec(None, axis), PartitionSpec(None, None, axis)
     of_groups = whole if weights.num_groups == 1 else second
@@ -75,8 +95,6 @@ def tensor_parallel(
     """
     check_weights("gate_up", gate_up)
     check_weights("down", down)
-    if ranks < 1:
-        raise ValueError(f"ranks is {ranks}; it must be at least 1")
     if down.input_order is not None:
         raise ValueError(
             "down.input_order is not None; fold it into the columns of gate_up first, with "
@@ -89,8 +107,15 @@ def tensor_parallel(
             f"gate_up has N = {gate_up.n} columns and down K = {down.k} rows; activation {act.name!r} needs "
             f"N = {halves} * K"
         )
-    group = TILE_K if down.num_groups == 1 else down.group_size
-    _check_shares(down.k, ranks, math.lcm(TILE_N, group), group)
+    group = _group_rows(down)
+    _check_shares(
+        f"down has K = {down.k} rows",
+        down.k,
+        ranks,
+        math.lcm(TILE_N, group),
+        f"whole tiles of {TILE_N} columns of gate_up and whole groups of {group} rows of down",
+        hint=_PAD_BEFORE,
+    )
     share = down.k // ranks
     parts = [
         gate_up.columns(half * down.k + rank * share, half * down.k + (rank + 1) * share)
@@ -104,8 +129,47 @@ def tensor_parallel(
     return concatenate_columns(parts), dataclasses.replace(down, bias=bias, group_size=group_size)
 
 
-def _check_shares(size: int, ranks: int, step: int, group: int) -> None:
+def _group_rows(weights: MarlinWeights) -> int:
+    """The rows that a cut must leave together."""
+    return TILE_K if weights.num_groups == 1 else math.lcm(TILE_K, weights.group_size)
+
+
+def _check_ranks(weights: MarlinWeights, over: str, ranks: int) -> None:
+    """Raises ValueError unless the dimension that is cut falls into equal shares."""
+    if over == "experts":
+        _check_shares(
+            f"weights has E = {weights.num_experts} experts",
+            weights.num_experts,
+            ranks,
+            1,
+            "as many experts each",
+            hint="append experts that no id names",
+        )
+    elif over == "columns":
+        _check_shares(
+            f"weights has N = {weights.n} columns",
+            weights.n,
+            ranks,
+            TILE_N,
+            f"whole tiles of {TILE_N} columns",
+            hint=_PAD_BEFORE,
+        )
+    else:
+        group = _group_rows(weights)
+        _check_shares(
+            f"weights has K = {weights.k} rows",
+            weights.k,
+            ranks,
+            group,
+            f"whole groups of {group} rows",
+            hint=_PAD_BEFORE,
+        )
+
+
+def _check_shares(what: str, size: int, ranks: int, step: int, shares: str, *, hint: str) -> None:
     """Raises ValueError unless `size` is `ranks` times a multiple of `step`."""
+    if ranks < 1:
+        raise ValueError(f"ranks is {ranks}; it must be at least 1")
     unit = ranks * step
     if size % unit == 0:
         return
@@ -113,7 +177,7 @@ def _check_shares(size: int, ranks: int, step: int, group: int) -> None:
     nearest = f"{below} and {below + unit}" if below else f"{unit}"
     fitting = [count for count in range(1, size // step + 1) if size % (count * step) == 0]
     raise ValueError(
-        f"down has K = {size} rows; {ranks} ranks need a multiple of {unit}, shares of whole tiles of {TILE_N} columns "
-        f"of gate_up and whole groups of {group} rows of down: the nearest are {nearest}"
-        + (f"; {size} rows fall into shares for {' or '.join(map(str, fitting))} ranks" if fitting else "")
+        f"{what}; {ranks} ranks need a multiple of {unit}, shares of {shares}: the nearest are {nearest}"
+        + (f"; {size} falls into shares for {' or '.join(map(str, fitting))} ranks" if fitting else "")
+        + f"; otherwise {hint}"
     )

@@ -104,9 +104,13 @@ class MarlinWeights:
         """
         if not isinstance(index, jax.core.Tracer) and not 0 <= index < self.num_experts:
             raise IndexError(f"index is {index}; it must lie in [0, {self.num_experts})")
-        return _slice_leaves(
-            self, lambda weights: jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), weights)
-        )
+
+        def cut(leaf: Array) -> Array:
+            if isinstance(index, int):  # no transfer of the index
+                return jax.lax.slice_in_dim(leaf, index, index + 1)
+            return jax.lax.dynamic_slice_in_dim(leaf, index, 1)
+
+        return _slice_leaves(self, lambda weights: jax.tree.map(cut, weights))
 
     def columns(self, start: int, stop: int) -> "MarlinWeights":
         """Output columns [start, stop), multiples of 64: a tensor-parallel shard, or gate or up of a pair."""

@@ -79,6 +79,26 @@ def parallel_experts(implementation):
     assert_not_replicated(jax.shard_map(share, mesh=MESH, in_specs=specs, out_specs=P()), *arguments)
 
 
+def shuffled_experts(implementation):
+    """Experts in another order over the devices, one of them nowhere, tokens that name one twice, and odd ids."""
+    x, gate_up, down, w, ids = block()
+    ids = ids.at[0].set(ids[0, 0]).at[1, 0].set(-1).at[2, 1].set(EXPERTS).at[3].set(5)
+    order = jnp.asarray([3, 6, 0, 7, 2, 4, 1, 5], jnp.int32)  # the expert at each place
+    place = jnp.argsort(order).astype(jnp.int32).at[5].set(-1)  # no rank has expert 5
+    wanted = jmm.fused_moe(x, gate_up, down, w, ids, expert_map=jnp.arange(EXPERTS, dtype=jnp.int32).at[5].set(-1))
+    stacks = [jax.tree.map(lambda leaf: leaf[order], matrix) for matrix in (gate_up, down)]
+    specs = (P(), *(partition_specs(matrix, "experts", "d", ranks=4) for matrix in stacks), P(), P())
+
+    def whole(x, gate_up, down, w, ids):
+        local = place - jax.lax.axis_index("d") * (EXPERTS // 4)
+        local = jnp.where((place >= 0) & (local >= 0) & (local < EXPERTS // 4), local, -1)
+        return summed(jmm.fused_moe(x, gate_up, down, w, ids, expert_map=local, implementation=implementation), x)
+
+    y = jax.jit(jax.shard_map(whole, mesh=MESH, in_specs=specs, out_specs=P()))(x, *stacks, w, ids)
+    assert_close(y, wanted)
+    assert not np.any(y[3]), "expert 5 is nowhere"
+
+
 def varying_ids(implementation):
     """Tokens over devices; the product and the alignment vary with the ids, whatever x does."""
     x, gate_up, _, _, ids = block()
@@ -145,10 +165,12 @@ def explicit_tokens(implementation):
 
 def parallel_tensors(weight_format, group_size, activation="silu"):
     x, gate_up, down, w, ids = block(weight_format, group_size, halves=1 if activation == "relu2" else 2)
+    ids = ids.at[0].set(ids[0, 0]).at[1, 0].set(-1)  # one expert twice, and none
     options = {"activation": activation}
     wanted = jmm.fused_moe(x, gate_up, down, w, ids, **options)
     gate_up, down = tensor_parallel(gate_up, down, 4, **options)
-    specs = (P(), partition_specs(gate_up, "columns", "d"), partition_specs(down, "rows", "d"), P(), P())
+    cuts = (partition_specs(gate_up, "columns", "d", ranks=4), partition_specs(down, "rows", "d", ranks=4))
+    specs = (P(), *cuts, P(), P())
 
     def share(x, gate_up, down, w, ids):
         return summed(jmm.fused_moe(x, gate_up, down, w, ids, **options), x)
@@ -165,7 +187,7 @@ def parallel_tensors(weight_format, group_size, activation="silu"):
 CHECKS = {
     **{
         f"{check.__name__} {implementation}": (check, implementation)
-        for check in (parallel_experts, varying_ids, batches, explicit_tokens)
+        for check in (parallel_experts, shuffled_experts, varying_ids, batches, explicit_tokens)
         for implementation in ("cpu", "xla")
     },
     "tensors int4": (parallel_tensors, "int4", 64),
@@ -174,6 +196,8 @@ CHECKS = {
     "tensors int8_fzp": (parallel_tensors, "int8_fzp", 64),
     "tensors nvfp4": (parallel_tensors, "nvfp4", 16),
     "tensors mxfp4": (parallel_tensors, "mxfp4", 32),
+    "tensors mxfp8": (parallel_tensors, "mxfp8", 32),
+    "tensors fp8": (parallel_tensors, "fp8", 128),
     "tensors relu2": (parallel_tensors, "int4", 128, "relu2"),
 }
 

@@ -138,7 +138,8 @@ print(kills, refused)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_killed_at_every_write(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    paths = [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH")]  # the package may be found through it
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-P", "-c", _KILL, str(SOURCE), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -515,10 +515,15 @@ def test_a_missing_compiler_names_the_extra(monkeypatch):
         )
 
 
-def test_a_missing_compiler_leaves_the_reference(monkeypatch, lower):
+def test_a_missing_compiler_is_no_reason_to_carry_the_reference_unasked(monkeypatch, lower):
     monkeypatch.setattr(compiler, "unavailable_reason", lambda: "NVRTC was not found")
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    arguments = abstract_block(4, 2, 128, 64, 4, jnp.float16)
+    with pytest.raises(ValueError, match="lowered for cuda on a cpu backend would carry the slow reference: NVRTC was"):
+        lower("sm_90a", jmm.fused_moe, *arguments)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.warns(UserWarning, match="slow reference on cuda: NVRTC was not found"):
-        text = lower("sm_90a", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
+        text = lower("sm_90a", jmm.fused_moe, *arguments)
     assert CALL not in text
     assert "dot_general" in text
 

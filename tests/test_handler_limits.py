@@ -123,17 +123,19 @@ def test_memory_that_runs_out_is_an_error_with_op_and_size():
     output = under_memory_limit("""
         gate_up = jmm.MarlinWeights(
             jnp.zeros((8, 256, 2 * 128), jnp.int32), jnp.ones((8, 1, 128), jnp.bfloat16), None, None, None,
-            jmm.FORMATS["int4"])
+            jmm.FORMATS["int4"], group_size=4096)
         down = jmm.MarlinWeights(
             jnp.zeros((8, 4, 2 * 4096), jnp.int32), jnp.ones((8, 1, 4096), jnp.bfloat16), None, None, None,
-            jmm.FORMATS["int4"])
+            jmm.FORMATS["int4"], group_size=64)
         layer = jax.jit(lambda x, w, i: jmm.fused_moe(x, gate_up, down, w, i, implementation="cpu"))
         arguments = jnp.zeros((512, 4096), jnp.bfloat16), jnp.ones((512, 8)), jnp.zeros((512, 8), jnp.int32)
         compiled = layer.lower(*arguments).compile()
+        # Threads, of which large machines have many, have their stacks and arenas after the first run.
+        jax.block_until_ready(compiled(*arguments))
         limit(24 << 20)
         try:
             jax.block_until_ready(compiled(*arguments))
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX's fast path raises the latter
             print(error)
     """)
     assert "RESOURCE_EXHAUSTED: fused_moe: allocating 67108864 bytes of scratch memory failed" in output
@@ -147,6 +149,7 @@ def test_alignment_takes_memory_for_slots_not_for_experts():
             lambda ids: jmm.moe_align_block_size(
                 ids, block_size=8, num_experts=2**31 - 1, implementation="cpu").expert_ids)
         compiled = align.lower(ids).compile()
+        jax.block_until_ready(compiled(ids))
         limit(64 << 20)
         print(np.asarray(compiled(ids)).tolist())
     """)

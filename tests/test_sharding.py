@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 import jax_marlin_moe as jmm
 from jax_marlin_moe.sharding import partition_specs, tensor_parallel
 
-OPS = ("parallel_experts", "varying_ids", "batches", "explicit_tokens")
-MATRICES = ("int4", "int4 in one group", "int4_zp", "int8_fzp", "nvfp4", "mxfp4", "relu2")
+OPS = ("parallel_experts", "shuffled_experts", "varying_ids", "batches", "explicit_tokens")
+MATRICES = ("int4", "int4 in one group", "int4_zp", "int8_fzp", "nvfp4", "mxfp4", "mxfp8", "fp8", "relu2")
 CHECKS = [f"{op} {implementation}" for op in OPS for implementation in ("cpu", "xla")]
 CHECKS += [f"tensors {name}" for name in MATRICES]
 
@@ -52,12 +52,51 @@ def test_every_leaf_has_a_spec():
     [
         (192, 64, 2, r"K = 192 rows; 2 ranks need a multiple of 128, .* the nearest are 128 and 256; .* 1 or 3 ranks"),
         (256, 128, 4, r"multiple of 512, .* whole groups of 128 rows of down: the nearest are 512; .* 1 or 2 ranks"),
-        (64, None, 2, r"multiple of 128, .* the nearest are 128; 64 rows fall into shares for 1 ranks"),
+        (64, None, 2, r"multiple of 128, .* the nearest are 128; 64 falls into shares for 1 ranks"),
     ],
 )
 def test_sizes_that_do_not_fall_into_shares_are_refused(inner, group_size, ranks, message):
     with pytest.raises(ValueError, match=message):
         tensor_parallel(matrix(64, 2 * inner, group_size=None), matrix(inner, 64, group_size=group_size), ranks)
+
+
+@pytest.mark.parametrize(
+    ("over", "ranks", "message"),
+    [
+        (
+            "experts",
+            4,
+            r"E = 6 experts; 4 ranks need a multiple of 4, .* nearest are 4 and 8; 6 falls .* 1 or 2 or 3 or 6",
+        ),
+        ("columns", 2, r"N = 192 columns; 2 ranks need a multiple of 128, .* nearest are 128 and 256; .* 1 or 3 ranks"),
+        (
+            "rows",
+            8,
+            r"K = 256 rows; 8 ranks need a multiple of 512, .*groups of 64 rows: the nearest are 512; .* 1 or 2",
+        ),
+        ("rows", 0, r"ranks is 0; it must be at least 1"),
+    ],
+)
+def test_specs_for_ranks_that_do_not_divide_are_refused(over, ranks, message):
+    weights = matrix(256, 192, experts=6, group_size=64)
+    with pytest.raises(ValueError, match=message):
+        partition_specs(weights, over, "d", ranks=ranks)
+    assert partition_specs(weights, over, "d", ranks=1) == partition_specs(weights, over, "d")
+
+
+def test_rows_of_one_group_fall_into_shares_of_tiles():
+    partition_specs(matrix(64, 64, group_size=None), "rows", "d", ranks=4)
+
+
+def test_padded_matrices_are_not_cut_through_their_padding():
+    gate_up, down = matrix(100, 200, group_size=None), matrix(100, 100, group_size=None)
+    with pytest.raises(ValueError, match=r"column_padding \(56,\), .* append zeros to the intermediate dimension"):
+        partition_specs(gate_up, "columns", "d")
+    with pytest.raises(ValueError, match=r"row_padding 12, so shares of its rows .* append zeros"):
+        partition_specs(down, "rows", "d")
+    with pytest.raises(ValueError, match=r"down has K = 100 rows; 4 ranks .*: the nearest are 256; .* append zeros"):
+        tensor_parallel(gate_up, down, 4)
+    assert partition_specs(gate_up, "experts", "d", ranks=2).column_padding == (56,)
 
 
 def test_arguments_of_sharding_are_checked():

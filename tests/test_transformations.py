@@ -22,7 +22,6 @@ MODES = {
     "equal ranks": lambda: jax.numpy_rank_promotion("raise"),
     "debug_nans": lambda: jax.debug_nans(True),
     "disable_jit": jax.disable_jit,
-    "no transfers": lambda: jax.transfer_guard("disallow"),
 }
 
 
@@ -96,7 +95,7 @@ CALLS = [call_block, call_product, call_loops, call_flax]
 
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "no transfers"])
+@pytest.mark.parametrize("mode", MODES)
 def test_modes_of_jax_change_nothing(mode, call, implementation):
     if (mode, implementation) == ("disable_jit", "xla") and call is call_flax:
         pytest.skip("a loop over blocks, each step by itself: the other calls have it")
@@ -115,10 +114,46 @@ def test_eager_calls_transfer_nothing(implementation):
     x, logits = rows()
     weights, ids = routed(logits)
     matrices = gate_up_and_down()
+    layer = MarlinMoE(*matrices, jnp.ones((HIDDEN, EXPERTS)), top_k=TOP_K, implementation=implementation)
+    batch = [jnp.stack([array, array]) for array in (x, weights, ids)]
+
+    def block(x, weights, ids):
+        return jmm.fused_moe(x, *matrices, weights, ids, implementation=implementation)
+
     with jax.transfer_guard("disallow"):
         alignment = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS, implementation=implementation)
         jmm.moe_gemm(x, matrices[0], alignment, top_k=TOP_K, implementation=implementation)
-        jmm.fused_moe(x, *matrices, weights, ids, implementation=implementation)
+        block(x, weights, ids)
+        jax.vmap(block)(*batch)
+        jax.lax.scan(lambda h, _: (block(h, weights, ids), None), x, length=2)
+        layer(x)
+
+
+@pytest.mark.parametrize("weight_format", jmm.FORMATS)
+def test_eager_packing_transfers_nothing(weight_format):
+    dense = jax.random.normal(jax.random.key(0), (2, 128, 64))
+    with jax.transfer_guard("disallow"):
+        weights = jmm.quantize(dense, weight_format)
+        jmm.dequantize(weights)
+        jmm.concatenate_columns([weights, weights.columns(0, 64)]).expert(1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scoring": "sigmoid", "num_groups": 2, "top_groups": 1, "scale": 2.5},
+        {"scoring": "sqrtsoftplus", "renormalize": False, "group_score": "max", "num_groups": 2},
+        {"scoring": "identity", "softmax_after_topk": True},
+    ],
+    ids=str,
+)
+def test_eager_routing_transfers_nothing(options):
+    _, logits = rows()
+    bias = jnp.linspace(0, 1, EXPERTS)
+    with jax.transfer_guard("disallow"):
+        _, ids = jmm.route(logits, top_k=TOP_K, correction_bias=bias, expert_scale=bias, **options)
+        jmm.route(logits, top_k=TOP_K, ids=ids, **options)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
