@@ -248,6 +248,11 @@ def test_marlin_files(spoil):
         load_moe_layer(spoil("ck_q3_gptq_False", contents), 0)
 
 
+def test_an_empty_path():
+    with pytest.raises(ValueError, match="path is empty; pass the folder of a checkpoint"):
+        load_moe_layer("", 0)
+
+
 def test_pickles(tmp_path):
     shutil.copyfile(DATA / "ck_awq" / "config.json", tmp_path / "config.json")
     (tmp_path / "qmodel.pt").write_bytes(b"\x80\x04")

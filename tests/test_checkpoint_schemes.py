@@ -291,7 +291,7 @@ SCHEMES = {
     "fp8 channel": (fp8_rows("channel"), {"quant_method": "compressed-tensors"}, "fp8"),
     "fp8 tensor": (fp8_rows("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
     "fp4 of DeepSeek-V4": (packed_fp4(".weight", ".scale", np.int8, E8M0), {"quant_method": "fp8"}, "mxfp4"),
-    "mxfp4": (packed_fp4(".weight_packed", ".weight_scale", np.uint8, np.uint8), ct_config(), "mxfp4"),
+    "mxfp4": (packed_fp4(".weight_packed", ".weight_scale", np.uint8, np.uint8), ct_config(type="float"), "mxfp4"),
     "mxfp8": (mxfp8, {"quant_method": "modelopt", "quant_algo": "MXFP8"}, "mxfp8"),
     "gptq 8 bit": (gptq8(None, 1), GPTQ, "int8"),
     "gptq 8 bit, zeros": (gptq8("random", 1), GPTQ, "int8_zp"),
@@ -477,7 +477,7 @@ def test_a_router_of_gptq_is_dequantised(save, rng, monkeypatch):
 
 @pytest.mark.parametrize("part", ["gate_proj", "down_proj"])
 def test_plain_linears_beside_quantised_ones(save, rng, part):
-    """In a shared expert all become dense; within a matrix of experts one error says so."""
+    """In a shared expert all become dense; among experts they are quantised as the others of their matrix are."""
     block = "model.layers.0.mlp"
     make = compressed(4, 32, True, np.float16)
     tensors, dense = expert_tensors(rng, make)
@@ -494,18 +494,65 @@ def test_plain_linears_beside_quantised_ones(save, rng, part):
     run_and_compare(layer, rng, *dense, silu, extra=lambda x: silu(x @ one[0], x @ one[1]) @ one[2] / 2)
     for suffix in (".weight_packed", ".weight_scale", ".weight_shape"):
         del tensors[f"{block}.experts.0.up_proj{suffix}"]
-    tensors[f"{block}.experts.0.up_proj.weight"] = weight(rng, I, H)
-    for quantize in (None, "int4"):
-        with pytest.raises(ValueError, match=r"up_proj is plain and .* is quantised; .* quantise both, or neither"):
-            load_moe_layer(save(config, tensors, "mixed"), 0, quantize=quantize)
+    plain = weight(rng, I, H)
+    tensors[f"{block}.experts.0.up_proj.weight"] = plain
+    path = save(config, tensors, "mixed")
+    for quantize, size in ((None, 32), ("int8", 32), ("int4", 64)):
+        with pytest.raises(
+            ValueError, match=r"up_proj is plain, and .* int4 in groups of 32; .* pass quantize='int4' and"
+        ):
+            load_moe_layer(path, 0, quantize=quantize, group_size=size)
+    mixed = load_moe_layer(path, 0, quantize="int4", group_size=32).gate_up
+    rounded = jmm.quantize(plain.T[None], "int4", group_size=32, scale_dtype=np.float16)
+    np.testing.assert_array_equal(jmm.dense_weights(mixed)[0, :, I:], jmm.dense_weights(rounded)[0])
+    np.testing.assert_array_equal(mixed.packed[1:], layer.gate_up.packed[1:])
+    with pytest.raises(ValueError, match=r"scales .* have dtype bfloat16; .* plain linears beside quantised ones get"):
+        load_moe_layer(path, 0, quantize="int4", group_size=32, scale_dtype="bfloat16")
 
 
-def test_experts_of_gpt_oss_with_names_of_two_meanings_are_refused(save, rng):
+def test_one_plain_matrix_beside_quantised_ones(save, rng):
+    """The down matrices plain: one error says what to do, and it then loads."""
+    tensors, dense = expert_tensors(rng, compressed(4, 32, True, np.float16))
+    plain = []
+    for e in range(E):
+        module = f"model.layers.0.mlp.experts.{e}.down_proj"
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(module)}
+        plain.append(weight(rng, H, I))
+        tensors[f"{module}.weight"] = plain[-1]
+    path = save({"model_type": "qwen3_moe", "quantization_config": ct_config()}, tensors | router(rng))
+    with pytest.raises(ValueError, match=r"down_proj\.weight is plain BF16; .* pass quantize="):
+        load_moe_layer(path, 0)
+    layer = load_moe_layer(path, 0, quantize="int8", group_size=32)
+    assert (layer.gate_up.format.name, layer.down.format.name) == ("int4", "int8")
+    check(layer, *dense[:2], jmm.dense_weights(jmm.quantize(np.stack(plain).swapaxes(1, 2), "int8", group_size=32)))
+
+
+def test_plain_rows_take_the_order_of_the_quantised_linears_beside_them(save, rng):
+    make = compressed(4, 32, True, np.float16, shuffled=True)
+    tensors, _ = expert_tensors(rng, make)
+    module = "model.layers.0.mlp.experts.0.up_proj"
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(module)}
+    tensors[f"{module}.weight"] = plain = weight(rng, I, H)
+    config = {"model_type": "qwen3_moe", "quantization_config": ct_config(actorder="group")}
+    layer = load_moe_layer(save(config, tensors | router(rng)), 0, quantize="int4", group_size=32)
+    order = np.asarray(layer.gate_up.input_order[0])
+    assert (order != np.arange(H)).any()
+    rounded = jmm.quantize(plain.T[None, order], "int4", group_size=32, scale_dtype=np.float16)
+    columns = np.asarray(jmm.dequantize(layer.gate_up))[0, :, I:]
+    # The order of down's rows is in the columns of gate and up, so columns are compared as sets.
+    found, expected = (np.sort(rows, axis=1) for rows in (columns, np.asarray(jmm.dequantize(rounded))[0]))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "quantization", [ct_config(), GPTQ, GPTQ | {"quant_method": "auto-round", "packing_format": "auto_gptq"}, None]
+)
+def test_experts_of_gpt_oss_with_names_of_two_meanings_are_refused(save, rng, quantization):
     tensors, _ = expert_tensors(rng, compressed(4, 32, True, np.float16))
-    config = {"model_type": "gpt_oss", "quantization_config": ct_config()}
+    config = {"model_type": "gpt_oss"} | ({} if quantization is None else {"quantization_config": quantization})
     tensors |= router(rng, "model.layers.0.mlp.router.weight")
     with pytest.raises(
-        ValueError, match=r"the experts of gpt_oss have tensors of their own; llm-compressor up to 0\.11"
+        ValueError, match=r"the experts of gpt_oss have tensors of their own .*; llm-compressor up to 0\.11"
     ):
         load_moe_layer(save(config, tensors), 0)
 
@@ -525,6 +572,94 @@ def test_groups_in_any_order(save, rng):
     assert layer.gate_up.input_order is not None
     assert layer.down.input_order is None
     run_and_compare(layer, rng, *dense, silu)
+
+
+def test_groups_in_an_order_that_the_config_does_not_state_are_refused(save, rng):
+    tensors, _ = expert_tensors(rng, compressed(4, 32, True, np.float16, shuffled=True))
+    config = {"model_type": "qwen3_moe", "quantization_config": ct_config()}
+    with pytest.raises(ValueError, match=r"weight_g_idx puts rows into groups in another order; actorder must"):
+        load_moe_layer(save(config, tensors | router(rng)), 0)
+
+
+@pytest.mark.parametrize("order", ["group", "dynamic", True])
+def test_an_order_that_the_config_states_must_be_in_the_file(save, rng, order):
+    """From version 0.20 on, compressed-tensors writes none."""
+    tensors, dense = expert_tensors(rng, compressed(4, 32, True, np.float16))
+    quantization = ct_config(actorder=order)
+    config = {"model_type": "qwen3_moe", "quantization_config": quantization}
+    for version in ("0.18.0", None):
+        config["quantization_config"] = quantization | {"version": version}
+        with pytest.raises(ValueError, match=r"no tensor .*weight_g_idx"):
+            load_moe_layer(save(config, tensors | router(rng)), 0)
+    config["quantization_config"] = quantization | {"version": "0.20.1"}
+    check(load_moe_layer(save(config, tensors | router(rng)), 0), *dense)
+
+
+FP8_REFUSED = [
+    ({"group_size": 64}, "group_size is 64; it must be 128, that of the tensors of"),
+    ({"activation_scheme": "rotated"}, "activation_scheme is 'rotated'; it must be one of 'dynamic', 'static'"),
+    ({"scale_fmt": "inverse"}, "scale_fmt is 'inverse'; it must be 'ue8m0'"),
+    ({"moe_quant_algo": "NVFP4"}, "moe_quant_algo is 'NVFP4'; it must be one of 'FP8'"),
+    ({"quantized_layers": {MODULE.format(0): {"quant_algo": "MXFP8"}}}, "quant_algo is 'MXFP8'; it must be one of"),
+    (
+        {"config_groups": {"a": {"targets": [MODULE.format(0)], "weights": {"num_bits": 4, "group_size": 16}}}},
+        "num_bits is 4; it must be 8",
+    ),
+    (
+        {"config_groups": {"a": {"targets": ["Linear"], "weights": {"block_structure": [64, 64]}}}},
+        r"block_structure is \[64, 64\]; it must be \[128, 128\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), FP8_REFUSED)
+def test_what_a_config_says_of_fp8_is_compared_with_the_tensors(save, rng, values, message):
+    tensors, dense = expert_tensors(rng, fp8_block(".weight_scale_inv"))
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "scale_fmt": "ue8m0", "group_size": 128}
+    config = {"model_type": "qwen3_moe", "quantization_config": quantization}
+    check(load_moe_layer(save(config, tensors | router(rng)), 0), *dense)
+    config["quantization_config"] = quantization | values
+    with pytest.raises(ValueError, match=message):
+        load_moe_layer(save(config, tensors | router(rng)), 0)
+
+
+HQQ_REFUSED = [
+    ({"nbits": 4, "group_size": 64, "axis": 1, "rotation": 1}, {}, "rotation is 1; it must be left out"),
+    ({"nbits": 3}, {".nbits": np.asarray(3)}, "HQQ nbits 3; it must be 4 or 8"),
+    ({"axis": 1}, {".axis": np.asarray(0)}, "HQQ axis 0; only axis 1 has groups along K"),
+    ({"axis": 1}, {".axis": np.asarray([1, 1])}, r"down_proj\.axis is \[1, 1\]; it must be one integer"),
+    ({"axis": 1}, {".nbits": np.float32(np.nan)}, r"down_proj\.nbits is nan; it must be one integer"),
+    ({"axis": 1}, {".group_size": np.asarray(48)}, "HQQ group_size 48; it must be 64, or one of"),
+    ({"axis": 1}, {".view_as_float": np.asarray(True)}, "HQQ view_as_float; only float scales"),
+    ({"axis": 1}, {".shape": np.asarray([3, 5])}, r"down_proj\.shape says \[3, 5\]; it must be \[128, 64\]"),
+    ({"axis": "1"}, {".axis": None}, "axis is '1'; it must be an integer"),
+    ({"axis": 1}, {".scale": np.full((128, 1), np.inf, np.float16)}, r"\.scale holds infinities or NaN"),
+    ({"axis": 1}, {".zero": np.zeros((128, 1), np.float32)}, r"\.zero has dtype float32; it must be float16"),
+    ({"axis": 1}, {".W_q": np.zeros((64, 64), np.int8)}, r"\.W_q has dtype I8"),
+]
+
+
+@pytest.mark.parametrize(("params", "changes", "message"), HQQ_REFUSED)
+def test_hqq_that_cannot_be_followed_is_refused(save, rng, params, changes, message):
+    tensors, _ = expert_tensors(rng, hqq(4))
+    modules = [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]
+    for suffix, value in changes.items():
+        for module in modules:
+            tensors.pop(f"{module}{suffix}", None)
+            if value is not None:
+                tensors[f"{module}{suffix}"] = value
+    quantization = {"quant_method": "hqq", "quant_config": {"weight_quant_params": params}}
+    config = {"model_type": "qwen3_moe", "quantization_config": quantization}
+    with pytest.raises(ValueError, match=message):
+        load_moe_layer(save(config, tensors | router(rng)), 0)
+
+
+def test_hqq_scales_that_are_quantised_themselves_are_refused(save, rng):
+    tensors, _ = expert_tensors(rng, hqq(4))
+    params = HQQ["quant_config"] | {"scale_quant_params": {"nbits": 8}}
+    config = {"model_type": "qwen3_moe", "quantization_config": {"quant_method": "hqq", "quant_config": params}}
+    with pytest.raises(ValueError, match=r"scale_quant_params is .*; it must be null: HQQ scales and zeros must be"):
+        load_moe_layer(save(config, tensors | router(rng)), 0)
 
 
 def test_gate_and_up_keep_global_scales_of_their_own(save, rng):

@@ -3,6 +3,7 @@
 import types
 
 import checkpoint_files as files
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -199,6 +200,40 @@ def test_qarray_of_qwix(rng, qtype, tile, method, weight_format):
     assert weights.format.name == weight_format
     wide = array.astype(jnp.float32)  # the same values, multiplied without rounding
     same(weights, np.asarray(qwix.dequantize(wide), float))
+
+
+def imported(rng):
+    """One stack by each importer."""
+    scales = rng.uniform(0.1, 1, (E, K // 32, N)).astype(np.float16)
+    words = rng.integers(-(2**31), 2**31, (E, K, N // 8), dtype=np.int64).astype(np.int32)
+    along_k = rng.integers(-(2**31), 2**31, (E, K // 8, N), dtype=np.int64).astype(np.int32)
+    zeros = np.full((E, K // 32, N // 8), 0x22222222, np.int32)
+    order = np.stack([rng.permutation(K) // 32 for _ in range(E)]).astype(np.int32)
+    nibbles = rng.integers(0, 256, (E, N, K // 2), dtype=np.uint8)
+    codes = rng.integers(0, 0x7F, (E, N, K), dtype=np.uint8)
+    array = types.SimpleNamespace(qvalue=jnp.ones((E, K, N), jnp.int8), scale=scales, zero_point=None)
+    rows = np.ones((E, N * K // 64, 1), np.float16)
+    return [
+        jmm.from_awq(words, zeros, scales),
+        jmm.from_gptq(along_k, zeros, scales, g_idx=order),
+        jmm.from_compressed_tensors(
+            along_k.swapaxes(1, 2), scales.swapaxes(1, 2), k=K, weight_g_idx=order, weight_zero_point=None
+        ),
+        jmm.from_nvfp4(nibbles, codes[..., : K // 16], np.ones(E, np.float32), divides=True),
+        jmm.from_mxfp4(nibbles, codes[..., : K // 32]),
+        jmm.from_fp8(codes, np.ones((E, 1, 1), np.float32), bias=np.ones((E, N), np.float32)),
+        jmm.from_hqq(codes.reshape(E, -1, 64)[:, ::2], rows, rows, shape=(N, K), group_size=64),
+        jmm.from_qarray(array),
+    ]
+
+
+def test_importers_give_the_same_bits_under_x64_and_strict_rank_promotion():
+    expected = imported(np.random.default_rng(0))
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        found = imported(np.random.default_rng(0))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
 
 
 ZEROS = np.zeros((1, 64, 32), np.uint8)

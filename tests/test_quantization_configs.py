@@ -17,6 +17,7 @@ from jax_marlin_moe.checkpoint import load_moe_layer, patterns
 
 DATA = pathlib.Path(__file__).parent / "data"
 MODULE = "model.layers.0.mlp"
+LAYERS = "model.layers.*.mlp.experts*"
 
 
 @pytest.fixture
@@ -65,6 +66,47 @@ REFUSED = [
     ("ck_llmc_MXFP4A16", lambda c: weights_of(c).update(group_size=16), "group_size is 16; it must be 32"),
     ("ck_modelopt", lambda c: c.update(group_size=32), "group_size is 32; it must be 16"),
     ("ck_modelopt", lambda c: c.update(smoothquant={"alpha": 0.5}), "smoothquant is .* it must be off"),
+    (
+        "ck_llmc_W4A16",
+        lambda c: weights_of(c).update(scale_dtype="float16"),
+        "scale_dtype is 'float16'; it must be one",
+    ),
+    (
+        "ck_llmc_W4A16",
+        lambda c: weights_of(c).update(scale_dtype="torch.float8_e4m3fn"),
+        r"scale_dtype is 'torch.float8_e4m3fn'; it must be 'torch.float32', that of .*_proj.weight_scale, F32",
+    ),
+    ("ck_llmc_W4A16_ASYM", lambda c: weights_of(c).update(zp_dtype="torch.float16"), "zp_dtype is 'torch.float16'; it"),
+    ("ck_llmc_W4A16", lambda c: weights_of(c).update(actorder="sorted"), "actorder is 'sorted'; it must be one of"),
+    ("ck_llmc_W4A16", lambda c: weights_of(c).update(block_structure=[128, 128]), "block_structure is .* must be null"),
+    ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(type="int"), "type is 'int'; it must be 'float'"),
+    ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(num_bits=8), "num_bits is 8; it must be 4, as the tensors of"),
+    ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(symmetric=False), "symmetric is False; it must be true: codes"),
+    ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(scale_dtype="torch.uint8"), "scale_dtype is 'torch.uint8'; it"),
+    ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(scale_bits=[8, 0]), r"scale_bits is .* must be \[4, 3\]"),
+    ("ck_llmc_MXFP4A16", lambda c: weights_of(c).update(scale_dtype="torch.float16"), "scale_dtype is 'torch.float16'"),
+    ("ck_llmc_MXFP4A16", lambda c: weights_of(c).update(strategy="tensor"), "strategy is 'tensor'; it must be 'group'"),
+    ("ck_modelopt", lambda c: c.update(quantized_layers={LAYERS: {"quant_algo": "FP8"}}), "quant_algo is 'FP8'; it"),
+    (
+        "ck_modelopt",
+        lambda c: c.update(quantized_layers={LAYERS: {"quant_algo": "NVFP4", "group_size": 32}}),
+        r"quantized_layers\..*group_size is 32; it must be 16",
+    ),
+    (
+        "ck_modelopt",
+        lambda c: c.update(quantized_layers={LAYERS: {"quant_algo": "NVFP4", "rotate": True}}),
+        "rotate is True; it must be left out",
+    ),
+    ("ck_modelopt", lambda c: c.update(quantized_layers=[LAYERS]), "quantized_layers is .*; it must be an object"),
+    ("ck_modelopt", lambda c: c.update(ignore="lm_head"), "ignore is 'lm_head'; it must be a list of strings"),
+    ("ck_modelopt", lambda c: c.update(pre_quant_scale="yes"), "pre_quant_scale is 'yes'; it must be true or false"),
+    (
+        "ck_awq",
+        lambda c: c.update(modules_to_not_convert={"gate": 1}),
+        "modules_to_not_convert is .* a list of strings",
+    ),
+    ("ck_q3_gptq_False", lambda c: c.update(static_groups="false"), "static_groups is 'false'; it must be true or"),
+    ("ck_llmc_W4A16", lambda c: c.update(kv_cache_scheme=8), "kv_cache_scheme is 8; it must be an object"),
 ]
 
 
@@ -79,6 +121,9 @@ HARMLESS = [
     ("ck_q3_gptq_False", lambda c: c.update(true_sequential=False, damp_percent=0.1, static_groups=True, adapter=None)),
     ("ck_llmc_W4A16", lambda c: c.update(kv_cache_scheme={"num_bits": 8}, transform_config=None)),
     ("ck_modelopt", lambda c: c.update(kv_cache_quant_algo="FP8", pre_quant_scale=True)),
+    ("ck_modelopt", lambda c: c.update(quantized_layers={LAYERS: {"quant_algo": "NVFP4", "group_size": 16}})),
+    ("ck_llmc_W4A16", lambda c: weights_of(c).update(scale_dtype="torch.float32", actorder="weight")),
+    ("ck_llmc_MXFP4A16", lambda c: weights_of(c).update(scale_dtype="torch.float8_e8m0fnu")),
 ]
 
 

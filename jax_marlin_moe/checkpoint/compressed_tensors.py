@@ -1,6 +1,7 @@
 """compressed-tensors "pack-quantized" checkpoints: 4- and 8-bit codes packed along K, symmetric or not."""
 
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization_config import Quantization, group_size_from
+from jax_marlin_moe.checkpoint.stated import check_order, check_scale_dtype, check_zero_point_dtype, group_of
 from jax_marlin_moe.checkpoint.storage import Storage, check_finite, check_shape, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -16,26 +18,17 @@ from jax_marlin_moe.importers import LogicalLinear, decode_compressed_tensors, r
 _FORMATS = (None, "pack-quantized", "mixed-precision")  # of a config whose int32 words are pack-quantized
 
 
-def weights_scheme(quantization: Quantization, module: str) -> Keys:
-    """The `weights` of the config group that a module belongs to: by name first, then by the class "Linear".
-
-    Raises:
-        ValueError: no group has it, or the group is malformed.
-    """
-    by_class = None
-    groups = quantization.keys.object("config_groups", Keys({}, quantization.source), null=True)
-    for name in groups.values:
-        group = groups.object(name)
-        weights = group.object("weights")
-        for target in group.texts("targets", [], null=True):
-            pattern = target.removeprefix("re:")
-            if quantization.matches(pattern, module) if target.startswith("re:") else target == module:
-                return weights
-            if target == "Linear":
-                by_class = by_class or weights
-    if by_class is None:
+def _weights_scheme(quantization: Quantization, module: str) -> Keys:
+    group = group_of(quantization, module)
+    if group is None:
         raise ValueError(f"{quantization.source}: no config group has {module} among its targets")
-    return by_class
+    return group
+
+
+def _writes_no_order(quantization: Quantization) -> bool:
+    """Whether a version of the tool wrote the config that has no `weight_g_idx` any more: 0.20 and later."""
+    version = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", quantization.keys.text("version", "0.0", null=True) or "")
+    return version is not None and (int(version[1]), int(version[2])) >= (0, 20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +40,15 @@ class PackQuantizedStorage(Storage):
         group_size: rows of K that share a scale, None for one group.
         symmetric: whether there are no zero points.
         k: input features.
+        ordered: whether `weight_g_idx` puts rows into groups: True where it must, False where it must not, None where
+            it may.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
     k: int
+    ordered: bool | None
     ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
 
     @property
@@ -71,7 +67,7 @@ class PackQuantizedStorage(Storage):
                 f"is compressed-tensors' packing; {quantization.source} has quant_method {quantization.method!r}, so "
                 "nothing says how it was quantised",
             )
-        keys = weights_scheme(quantization, linear.module)
+        keys = _weights_scheme(quantization, linear.module)
         if quantization.config.get("format") not in _FORMATS:
             raise quantization.keys.fault(
                 "format", "'pack-quantized' or 'mixed-precision'", ": nothing else is in int32 words"
@@ -85,7 +81,16 @@ class PackQuantizedStorage(Storage):
         channel = keys.choice("strategy", ["group", "channel"], "group") == "channel"
         sizes = get_format(f"int{bits}").group_sizes
         size = None if channel else group_size_from(keys, "group_size", k=k, sizes=sizes)
-        return cls(bits, size, keys.boolean("symmetric", True), k)
+        symmetric = keys.boolean("symmetric", True)
+        check_scale_dtype(files, linear, ".weight_scale", keys)
+        check_zero_point_dtype(keys, symmetric=symmetric)
+        for name in ("block_structure", "scale_bits"):
+            if keys.values.get(name) is not None:
+                raise keys.fault(name, "null", ": scales of integer codes are floats, in groups along K")
+        ordered: bool | None = check_order(keys) == "group"
+        if ordered and _writes_no_order(quantization):
+            ordered = None
+        return cls(bits, size, symmetric, k, ordered)
 
     def rows_per_group(self, k: int) -> int:
         """As the config says."""
@@ -94,15 +99,18 @@ class PackQuantizedStorage(Storage):
     def row_order(self, files: TensorFolder, linear: Linear, k: int) -> np.ndarray | None:
         """From `weight_g_idx`, where the file has it; -1 in all of it means none."""
         name = linear.name(".weight_g_idx")
-        if name not in files:
+        if name not in files and not (self.ordered and self.group_size):
             return None
         index = linear.read(files, ".weight_g_idx", (k,), ("I32",))
         if (index == -1).all():
             return None
         try:
-            return row_order(index, self.group_size or k)
+            order = row_order(index, self.group_size or k)
         except ValueError as error:
             raise files.fault(name, f"cannot be used: {error}") from None
+        if order is not None and self.ordered is False:
+            raise files.fault(name, "puts rows into groups in another order; actorder must then be 'group'")
+        return order
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Words, scales, and zero points or None."""

@@ -5,12 +5,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jax_marlin_moe.checkpoint.compressed_tensors import weights_scheme
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.storage import Storage, check_shape
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
 from jax_marlin_moe.importers import LogicalLinear, bad_block_scales, decode_fp4, is_zero_fp4
+
+_NVFP4 = Assumed(4, (16,), ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"), ("tensor_group", "group"), scale_bits=(4, 3))
+_MXFP4 = Assumed(4, (32,), ("MXFP4", "W4A16_MXFP4"), ("group",), scale_bits=(8, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Nvfp4Storage(Storage):
         if files.dtype(linear.name(".weight_scale")) != "F8_E4M3":
             return None
         if files.dtype(linear.name(".weight_packed")) == "U8":
-            _check_stated(quantization, linear.module, 16)
+            check_stated(files, linear, ".weight_scale", quantization, _NVFP4)
             return cls(".weight_packed", ".weight_global_scale", divides=True)
         if files.dtype(linear.name(".weight")) == "U8":
-            _check_stated(quantization, linear.module, 16)
+            check_stated(files, linear, ".weight_scale", quantization, _NVFP4)
             return cls(".weight", ".weight_scale_2", divides=False)
         return None
 
@@ -95,11 +98,12 @@ class Mxfp4Storage(Storage):
         """Known by bytes with e8m0 scales."""
         for weight, scale in (("_blocks", "_scales"), ("_weight.blocks", "_weight.scales")):
             if linear.name(weight) in files:
+                check_stated(files, linear, scale, quantization, _MXFP4)
                 return cls(weight, scale, blocked=True)
         for weight, scale in ((".weight_packed", ".weight_scale"), (".weight", ".scale"), (".weight", ".weight_scale")):
             found = files.dtype(linear.name(weight)), files.dtype(linear.name(scale))
             if found[0] in ("U8", "I8") and found[1] in ("U8", "F8_E8M0"):
-                _check_stated(quantization, linear.module, 32)
+                check_stated(files, linear, scale, quantization, _MXFP4)
                 return cls(weight, scale)
         return None
 
@@ -125,14 +129,3 @@ def _check_block_scales(files: TensorFolder, name: str, scale: np.ndarray, *, ex
     fault = bad_block_scales(scale, exponent=exponent)
     if fault:
         raise files.fault(name, f"holds {fault}; every block scale must be a number that is not negative")
-
-
-def _check_stated(quantization: Quantization, module: str, size: int) -> None:
-    """The group size that the config states for a module must be that of the format."""
-    keys = quantization.keys
-    if quantization.method == "compressed-tensors" and quantization.config.get("config_groups"):
-        keys = weights_scheme(quantization, module)
-    elif str(quantization.config.get("quant_algo")) not in ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP4"):
-        return
-    if keys.integer("group_size", size, null=True) != size:
-        raise keys.fault("group_size", f"{size}, that of the tensors of {module}")

@@ -7,6 +7,7 @@ import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.storage import Storage
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.importers import (
@@ -22,6 +23,12 @@ from jax_marlin_moe.importers import (
 )
 
 _SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
+
+_FP8 = Assumed(
+    8, (None, FP8_BLOCK), ("FP8", "FP8_PB_WO", "FP8_PB_REAL", "FP8_PER_CHANNEL_PER_TOKEN"),
+    ("tensor", "channel", "group", "block"), block=(FP8_BLOCK, FP8_BLOCK),
+)  # fmt: skip
+_MXFP8 = Assumed(8, (32,), ("MXFP8",), ("group",), scale_bits=(8, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +55,13 @@ class Fp8Storage(Storage):
         block = quantization.config.get("weight_block_size")
         if block is not None and repr(block) != repr([FP8_BLOCK, FP8_BLOCK]):  # [128.0, 128] is none, nor is true
             raise quantization.keys.fault("weight_block_size", "[128, 128]")
+        quantization.keys.choice("activation_scheme", ("dynamic", "static"), None, null=True)
+        quantization.keys.choice("scale_fmt", ("ue8m0",), None, null=True)
         for suffix in _SCALES:
             if linear.name(suffix) in files:
                 found = files.info(linear.name(suffix))
                 micro = found.dtype in ("U8", "F8_E8M0") and found.shape == (n, -(-k // 32))
+                check_stated(files, linear, suffix, quantization, _MXFP8 if micro else _FP8)
                 groups = found.shape[1] if len(found.shape) == 2 else 1
                 return cls(suffix, "mxfp8" if micro else "fp8", groups)
         raise files.fault(

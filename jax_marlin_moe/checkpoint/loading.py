@@ -104,8 +104,8 @@ class Checkpoint:
         group_size: int | Literal["customary"] | None = "customary",
         scale_dtype: DTypeLike | None = None,
     ) -> None:
-        self.folder = pathlib.Path(path)
         _check_folder(path)
+        self.folder = pathlib.Path(path)
         self.manifest = packed.read_manifest(self.folder)
         if self.manifest is not None:
             if quantize is not None:
@@ -243,12 +243,12 @@ class _LayerReader:
                 for e in range(experts)
             ]
             return first, [[Linear(down, e, num_experts=experts, transposed=transposed)] for e in range(experts)]
-        if any(row.interleaved for row in family.stacked) and self.quantization.method == "compressed-tensors":
+        if any(row.interleaved for row in family.stacked):
             raise ValueError(
-                f"{self.quantization.source}: the experts of {self.checkpoint.model_type} have tensors of their own; "
-                "llm-compressor up to 0.11 calls gate and up gate_proj and up_proj, later versions the halves of "
-                "rows in which both alternate, and nothing says which wrote the file: use a file with stacked experts "
-                "(gate_up_proj_blocks)"
+                f"{self.quantization.source}: the experts of {self.checkpoint.model_type} have tensors of their own "
+                f"(quant_method {self.quantization.method!r}); llm-compressor up to 0.11 calls gate and up gate_proj "
+                "and up_proj, later versions the halves of rows in which both alternate, other tools do either, and "
+                "nothing says which wrote the file: use a file with stacked experts (gate_up_proj_blocks)"
             )
         self._check_experts(experts)
         prefix = self.name(family.experts)
@@ -449,8 +449,10 @@ def _claim(found: dict[int, str], files: TensorFolder, name: str, number: str, p
 
 
 def _check_folder(path: str | os.PathLike) -> None:
-    """Raises FileNotFoundError, with advice, where a path is no folder but looks like the id of a repository."""
+    """Raises an error, with advice, where a path is empty, or is no folder but looks like the id of a repository."""
     text = os.fspath(path)
+    if not text:
+        raise ValueError("path is empty; pass the folder of a checkpoint")
     if not os.path.exists(text) and isinstance(text, str) and _HUB_ID.fullmatch(text):
         raise FileNotFoundError(
             f"{text} is no folder here; it looks like the id of a Hugging Face repository, which must be downloaded "

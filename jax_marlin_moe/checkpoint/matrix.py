@@ -1,8 +1,9 @@
 """One matrix of all experts: read, decoded and packed linear by linear into arrays that are there from the start."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -32,8 +33,9 @@ class StoredMatrix:
         experts: its linears.
         k: input features.
         n: output features of one linear.
-        storage: how all of them are stored.
+        storage: how all of them are stored, but for those of `plain`.
         orders: per expert the row order that its linears share, None for the natural one.
+        plain: how linears are stored that a file has plain among quantised ones; they become what those are.
     """
 
     experts: Experts
@@ -41,6 +43,7 @@ class StoredMatrix:
     n: int
     storage: Storage
     orders: Sequence[np.ndarray | None]
+    plain: Mapping[Linear, Storage] = MappingProxyType({})
 
     @property
     def column_orders(self) -> Sequence[np.ndarray | None] | None:
@@ -56,12 +59,12 @@ def find_matrix(
     Raises:
         ValueError: a tensor is missing or wrong, or experts are stored in different ways.
     """
-    storage = _shared_storage(files, experts, k, n, quantization, target)
+    storage, plain = _shared_storage(files, experts, k, n, quantization, target)
     orders = []
     for linears in experts:
-        orders.append(_shared_order(files, storage, linears, k))
+        orders.append(_shared_order(files, storage, [linear for linear in linears if linear not in plain], k))
         files.drop_pages()
-    return StoredMatrix(experts, k, n, storage, orders)
+    return StoredMatrix(experts, k, n, storage, orders, plain)
 
 
 def load_matrix(
@@ -93,17 +96,19 @@ def load_matrix(
         order = matrix.orders[e]
         columns = None if column_orders is None else column_orders[e]
         for j, linear in enumerate(linears):
-            for suffix in storage.ignored:
+            its = matrix.plain.get(linear, storage)
+            for suffix in its.ignored:
                 files.ignore(linear.name(suffix))
             refuse_scaled_input(files, linear, k)
-            tensors = storage.read(files, linear, k, n)
-            part = _decode_and_pack(tensors, order, columns, storage=storage)
+            tensors = its.read(files, linear, k, n)
+            part = _decode_and_pack(tensors, order, columns, storage=its)
             if scale_dtype is None:
                 scale_dtype = part[1].dtype
             elif part[1].dtype != scale_dtype:
+                advice = "; plain linears beside quantised ones get that of scale_dtype" if matrix.plain else ""
                 raise ValueError(
                     f"{files.folder}: scales of {linear.module} have dtype {part[1].dtype}; they must be "
-                    f"{scale_dtype}, as those of {experts[0][0].module}"
+                    f"{scale_dtype}, as those of {experts[0][0].module}{advice}"
                 )
             if buffers is None:
                 buffers = jax.tree.map(partial(_buffer, len(experts), len(linears)), part)
@@ -143,30 +148,48 @@ def read_dense(files: TensorFolder, linear: Linear, k: int, n: int, quantization
 
 def _shared_storage(
     files: TensorFolder, experts: Experts, k: int, n: int, quantization: Quantization, target: Target | None
-) -> Storage:
-    """The storage that all linears share; raises ValueError, naming two of them, where they differ."""
+) -> tuple[Storage, Mapping[Linear, Storage]]:
+    """The storage that all linears share, and that of plain ones among quantised ones, which become the same.
+
+    Raises:
+        ValueError: two linears differ, and no `quantize` could make them alike; names both.
+    """
     linears = [linear for expert in experts for linear in expert]
-    plain = [plain_suffix(files, linear) is not None for linear in linears]
-    if any(plain) and not all(plain):
-        one, odd = linears[plain.index(True)], linears[plain.index(False)]
-        found = [name for name in files.names if name.startswith((f"{odd.module}.", f"{odd.module}_"))]
-        if found:
-            raise ValueError(
-                f"{files.folder}: {one.module} is plain and {odd.module} is quantised; the linears of a matrix must "
-                "be stored in one way: quantise both, or neither"
-            )
-    first = find_storage(files, linears[0], k, n, quantization, target)
-    for linear in linears[1:]:
+    quantised = [linear for linear in linears if plain_suffix(files, linear) is None] or linears
+    first = find_storage(files, quantised[0], k, n, quantization, target)
+    for linear in quantised[1:]:
         other = find_storage(files, linear, k, n, quantization, target)
         if other != first:
             raise ValueError(
-                f"{files.folder}: {linear.module} is stored as {other}, {linears[0].module} as {first}; the experts "
+                f"{files.folder}: {linear.module} is stored as {other}, {quantised[0].module} as {first}; the experts "
                 "of a matrix must share one way"
             )
-    return first.of_matrix(files, linears, k, n)
+    first = first.of_matrix(files, quantised, k, n)
+    plain: dict[Linear, Storage] = {}
+    if len(quantised) == len(linears):
+        return first, plain
+    if target is not None and target.scale_dtype is None and target.weight_format == first.weight_format:
+        decoded = jax.eval_shape(partial(first.decode, None), *first.read(files, quantised[0], k, n))
+        target = dataclasses.replace(target, scale_dtype=decoded.scales.dtype.name)
+    for linear in linears:
+        if plain_suffix(files, linear) is None:
+            continue
+        size = min(first.rows_per_group(k), k)
+        found = None if target is None else find_storage(files, linear, k, n, quantization, target)
+        if found is None or (found.weight_format, min(found.rows_per_group(k), k)) != (first.weight_format, size):
+            asked = "" if found is None else f" (found {found.weight_format}, {found.rows_per_group(k)})"
+            raise ValueError(
+                f"{files.folder}: {linear.module} is plain, and {quantised[0].module}, of the same matrix, is "
+                f"{first.weight_format} in groups of {size}; the linears of a matrix must be alike: to round it to "
+                f"that, pass quantize={first.weight_format!r} and group_size={None if size == k else size}{asked}"
+            )
+        plain[linear] = found
+    return first, plain
 
 
 def _shared_order(files: TensorFolder, storage: Storage, linears: Sequence[Linear], k: int) -> np.ndarray | None:
+    if not linears:
+        return None
     first, *others = linears
     order = storage.row_order(files, first, k)
     for other in others:

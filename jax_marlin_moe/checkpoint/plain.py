@@ -78,8 +78,9 @@ class PlainStorage(Storage):
         return (weight,)
 
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
-        """Rounds to nearest."""
+        """Rounds to nearest, rows in the order of the quantised linears beside it."""
         weight = tensors[0] if self.transposed else tensors[0].T
+        weight = weight if order is None else weight[order]
         parts = quantize_expert(weight, get_format(self.weight_format), self.group_size, jnp.dtype(self.scale_dtype))
         return LogicalLinear(*parts)
 

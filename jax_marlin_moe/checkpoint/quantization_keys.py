@@ -25,7 +25,8 @@ _READ: Mapping[str, tuple[str, ...]] = {
                    "checkpoint_format", "zero_point"),
     "compressed-tensors": ("config_groups", "format", "version", "group_size", "bits", "desc_act"),
     "modelopt": ("quant_algo", "group_size", "config_groups", "quantized_layers"),
-    "fp8": ("weight_block_size", "config_groups", "group_size"),
+    "fp8": ("weight_block_size", "config_groups", "group_size", "quantized_layers", "quant_algo", "moe_quant_algo",
+            "activation_scheme", "scale_fmt"),
     "mxfp4": (),
     "hqq": ("quant_config",),
 }  # fmt: skip
@@ -77,15 +78,24 @@ _HARMLESS: Mapping[str, Mapping[str, str]] = {
         "awq_block_size": "group_size says it", "modules_to_not_convert": _TENSORS_SHOW, "version": _RECORD,
     },
     "fp8": {
-        "activation_scheme": _ACTIVATIONS, "activation_scale_ub": _ACTIVATIONS, "modules_to_not_convert": _TENSORS_SHOW,
+        "activation_scale_ub": _ACTIVATIONS, "modules_to_not_convert": _TENSORS_SHOW,
         "ignored_layers": _TENSORS_SHOW, "ignore": _TENSORS_SHOW, "exclude_modules": _TENSORS_SHOW,
-        "scale_fmt": "the dtype of the scales shows it", "expert_dtype": _TENSORS_SHOW, "kv_cache_scheme": _CACHE,
-        "kv_cache_quant_algo": _CACHE, "dequantize": _RUNTIME, "producer": _RECORD, "quant_algo": _TENSORS_SHOW,
-        "moe_quant_algo": _TENSORS_SHOW, "quantized_layers": _TENSORS_SHOW,
+        "expert_dtype": _TENSORS_SHOW, "kv_cache_scheme": _CACHE, "kv_cache_quant_algo": _CACHE,
+        "dequantize": _RUNTIME, "producer": _RECORD,
     },
     "mxfp4": {"modules_to_not_convert": _TENSORS_SHOW, "dequantize": _RUNTIME, "swizzle": _RUNTIME},
     "hqq": {"skip_modules": _TENSORS_SHOW},
 }  # fmt: skip
+
+# What harmless keys must be, so that their reason holds: a list of modules that is an object, or a flag that is a word,
+# is of a tool that means something else by it.
+_LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules", "skip_modules")
+_FLAGS = (
+    "static_groups", "true_sequential", "lm_head", "quant_lm_head", "sym", "desc_act", "dequantize", "swizzle",
+    "pre_quant_scale", "do_fuse", "export_compatible", "act_group_aware", "v2", "act_dynamic", "use_exllama",
+    "disable_exllama", "use_cuda_fp16", "cache_block_outputs",
+)  # fmt: skip
+_OBJECTS = ("kv_cache_scheme", "producer", "meta")
 
 # Keys of any method that change what the weights, or the rows that meet them, mean: nothing of the loader does that, so
 # they must be switched off.
@@ -114,7 +124,10 @@ def check_keys(method: str, keys: Keys) -> None:
     method = "modelopt" if method.startswith("modelopt") else method
     for key in keys.values:
         tables = _OTHERS.get(method, (method,))
-        if key == "quant_method" or any(key in _READ[table] or key in _HARMLESS[table] for table in tables):
+        if key == "quant_method" or any(key in _READ[table] for table in tables):
+            continue
+        if any(key in _HARMLESS[table] for table in tables):
+            _check_kind(key, keys)
             continue
         _check_value(method, key, keys)
     groups = keys.values.get("config_groups")
@@ -139,11 +152,19 @@ def check_group(keys: Keys) -> None:
         if key in ("num_bits", "type", "symmetric", "strategy", "group_size", "actorder", "scale_dtype", "zp_dtype"):
             continue
         if key in ("observer", "observer_kwargs", "block_structure", "scale_bits"):
-            continue  # how the scales were found; the shape of the blocks is that of the scales
+            continue  # how the scales were found; the others are compared with the tensors
         _check_off(key, weights)
-    scale = weights.text("scale_dtype", None, null=True)
-    if scale is not None and not scale.startswith("torch."):
-        raise weights.fault("scale_dtype", "a dtype of torch")
+    for key in ("input_activations", "output_activations"):
+        keys.object(key, None, null=True)
+
+
+def _check_kind(key: str, keys: Keys) -> None:
+    if key in _LISTS:
+        keys.texts(key, None, null=True)
+    elif key in _FLAGS:
+        keys.boolean(key, None, null=True)
+    elif key in _OBJECTS:
+        keys.object(key, None, null=True)
 
 
 def _check_value(method: str, key: str, keys: Keys) -> None:

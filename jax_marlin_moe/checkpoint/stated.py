@@ -1,0 +1,175 @@
+"""What a config states of one linear, compared with what the loader takes its tensors for."""
+
+import dataclasses
+import re
+from collections.abc import Collection
+
+from jax_marlin_moe.checkpoint.keys import Keys
+from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.tensors import TensorFolder
+
+# How torch's names of dtypes are spelt in safetensors files; one stated type may have more than one.
+_STORED = {
+    "torch.float16": ("F16",), "torch.bfloat16": ("BF16",), "torch.float32": ("F32",),
+    "torch.float8_e4m3fn": ("F8_E4M3",), "torch.uint8": ("U8", "F8_E8M0"), "torch.float8_e8m0fnu": ("U8", "F8_E8M0"),
+}  # fmt: skip
+_ALGORITHM_KEYS = ("quant_algo", "group_size", "awq_block_size", "pre_quant_scale", "has_zero_point")
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """What the loader takes a linear with floating-point codes for.
+
+    Attributes:
+        bits: of a code.
+        group_sizes: rows of K that may be stated to share a scale; None is one group.
+        algorithms: ModelOpt's names for it.
+        strategies: compressed-tensors' names for how scales lie.
+        scale_bits: exponent and mantissa bits of ModelOpt's block scales, None where they are floats.
+        block: the only `block_structure`, None where scales do not lie in blocks.
+    """
+
+    bits: int
+    group_sizes: tuple[int | None, ...]
+    algorithms: tuple[str, ...]
+    strategies: tuple[str, ...]
+    scale_bits: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
+
+
+def group_of(quantization: Quantization, module: str) -> Keys | None:
+    """The `weights` of the config group that a module belongs to: by name first, then by the class "Linear".
+
+    Raises:
+        ValueError: a group is malformed; or there are some, and the tool is compressed-tensors and none has the module.
+    """
+    by_class = None
+    groups = quantization.keys.object("config_groups", Keys({}, quantization.source), null=True)
+    globs = quantization.method != "compressed-tensors"
+    for name in groups.values:
+        group = groups.object(name)
+        weights = group.object("weights")
+        for target in group.texts("targets", [], null=True):
+            if target.startswith("re:"):
+                found = quantization.matches(target.removeprefix("re:"), module)
+            else:
+                found = target == module or (globs and _matches_glob(quantization, target, module))
+            if found:
+                return weights
+            if target == "Linear":
+                by_class = by_class or weights
+    if by_class is None and groups.values and not globs:
+        raise ValueError(f"{quantization.source}: no config group has {module} among its targets")
+    return by_class
+
+
+def check_scale_dtype(files: TensorFolder, linear: Linear, suffix: str, keys: Keys) -> None:
+    """Raises ValueError where the config states another dtype of scales than the file has."""
+    stated = keys.choice("scale_dtype", tuple(_STORED), None, null=True)
+    stored = files.dtype(linear.name(suffix))
+    if stated is not None and stored is not None and stored not in _STORED[stated]:
+        raise keys.fault(
+            "scale_dtype",
+            " or ".join(repr(name) for name in _STORED if stored in _STORED[name]) or "a dtype of floats",
+            f", that of {linear.name(suffix)}, {stored}",
+        )
+
+
+def check_stated(
+    files: TensorFolder, linear: Linear, scales: str, quantization: Quantization, assumed: Assumed
+) -> None:
+    """Compares the config with what a linear of floating-point codes is taken for.
+
+    Args:
+        files: the checkpoint.
+        linear: the linear.
+        scales: the suffix of its scales.
+        quantization: the config.
+        assumed: what it is taken for.
+
+    Raises:
+        ValueError: the config states something else of it; names file, key and both values.
+    """
+    module, keys = linear.module, quantization.keys
+    group = group_of(quantization, module)
+    if group is not None:
+        _check_bits(group, module, assumed)
+        _check_group_size(group, module, assumed.group_sizes)
+        check_scale_dtype(files, linear, scales, group)
+    layer = _layer_of(quantization, module)
+    if layer is not None:
+        for key in layer.values:
+            if key not in _ALGORITHM_KEYS:
+                raise layer.fault(key, "left out", ": the loader does not know this key")
+        layer.choice("quant_algo", assumed.algorithms)
+        if layer.boolean("has_zero_point", False, null=True):
+            raise layer.fault("has_zero_point", "false")
+        _check_group_size(layer, module, assumed.group_sizes)
+    if ".experts." in module:
+        keys.choice("moe_quant_algo", assumed.algorithms, None, null=True)
+    # The size for the whole model is that of its algorithm; modules of others are in groups or layers of their own.
+    algorithm = keys.text("moe_quant_algo", None, null=True) or keys.text("quant_algo", None, null=True)
+    alone = group is None and layer is None and algorithm is None
+    if algorithm in assumed.algorithms or (quantization.method == "fp8" and alone):
+        _check_group_size(keys, module, assumed.group_sizes)
+
+
+def _check_bits(group: Keys, module: str, assumed: Assumed) -> None:
+    if group.integer("num_bits", assumed.bits) != assumed.bits:
+        raise group.fault("num_bits", f"{assumed.bits}, as the tensors of {module} have them")
+    group.choice("type", ["float"], None)
+    group.choice("strategy", assumed.strategies, None, null=True)
+    if not group.boolean("symmetric", True, null=True):
+        raise group.fault("symmetric", "true", ": codes that are floats have no zero points")
+    check_zero_point_dtype(group, symmetric=True)
+    check_order(group)
+    if group.values.get("scale_bits") is not None:
+        stated = None if assumed.scale_bits is None else list(assumed.scale_bits)
+        if repr(group.values["scale_bits"]) != repr(stated):
+            raise group.fault("scale_bits", str(stated or "null"))
+    if group.values.get("block_structure") is not None:
+        must = None if assumed.block is None else list(assumed.block)
+        spelled = "" if must is None else "x".join(map(str, must))
+        if repr(group.values["block_structure"]) not in (repr(must), repr(spelled)):
+            raise group.fault("block_structure", str(must or "null"))
+
+
+def check_zero_point_dtype(keys: Keys, *, symmetric: bool) -> None:
+    """Zero points are packed integers with the offset of the codes; where there are none their dtype says nothing."""
+    if symmetric:
+        keys.text("zp_dtype", None, null=True)
+    else:
+        keys.choice("zp_dtype", ["torch.int8"], None, null=True)
+
+
+def check_order(keys: Keys) -> str | None:
+    """`actorder`, "group" or "weight" by all its spellings; None where there is none."""
+    if isinstance(keys.values.get("actorder"), bool):  # of the first versions
+        return "group" if keys.values["actorder"] else None
+    order = keys.choice("actorder", ("group", "weight", "dynamic", "static"), None, null=True)
+    return {"dynamic": "group", "static": "weight"}.get(order or "", order)
+
+
+def _check_group_size(keys: Keys, module: str, sizes: Collection[int | None]) -> None:
+    size = keys.integer("group_size", None, null=True)
+    if size is None and "group_size" not in keys:
+        return
+    if (None if size == -1 else size) not in {*sizes, None}:
+        known = " or ".join(str(one) for one in sizes if one is not None)
+        raise keys.fault("group_size", known or "null", f", that of the tensors of {module}")
+
+
+def _layer_of(quantization: Quantization, module: str) -> Keys | None:
+    """The entry of ModelOpt's `quantized_layers` for a module, whose keys are names or globs."""
+    layers = quantization.keys.object("quantized_layers", None, null=True)
+    for name in () if layers is None else layers.values:
+        if layers is not None and (name == module or _matches_glob(quantization, name, module)):
+            return layers.object(name)
+    return None
+
+
+def _matches_glob(quantization: Quantization, glob: str, module: str) -> bool:
+    if "*" not in glob:
+        return False
+    return quantization.matches(".*".join(re.escape(part) for part in glob.split("*")) + "$", module)
