@@ -22,6 +22,7 @@ from jax_marlin_moe.checkpoint import packed
 from jax_marlin_moe.cli import bench, demo, precompile, shape_options, tune
 from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.cuda import cache, compiler
+from jax_marlin_moe.measure.models import ModelShape
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHECKPOINT = ROOT / "tests" / "data" / "ck_llmc_W4A16"
@@ -39,7 +40,7 @@ def test_demo(capsys):
 
 
 def test_demo_of_a_real_size(capsys, monkeypatch):
-    small = demo.ModelShape("small", 8, 2, 256, 128)
+    small = ModelShape("small", 8, 2, 256, 128)
     monkeypatch.setitem(demo.MODELS, demo._LARGE_MODEL, small)
     assert main(["demo", "--dtype", "float16"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("small")]

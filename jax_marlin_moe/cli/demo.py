@@ -20,8 +20,8 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import load_moe_layer
 from jax_marlin_moe.cli.console import complain
 from jax_marlin_moe.cli.devices import no_device_reason
-from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.measure.models import MODELS, ModelShape
+from jax_marlin_moe.measure.models import MODELS
+from jax_marlin_moe.measure.random_layers import random_layers, random_routings
 from jax_marlin_moe.ops.implementation import unavailable_reason
 
 CHECKPOINT = pathlib.Path(__file__).parent / "demo_checkpoint"
@@ -112,30 +112,12 @@ def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:
     if small:
         return
     shape = MODELS[_LARGE_MODEL]
-    first, second = jax.random.split(jax.random.key(0))
-    gate_up = _random_experts(first, shape, shape.hidden, 2 * shape.intermediate, dtype)
-    down = _random_experts(second, shape, shape.intermediate, shape.hidden, dtype)
+    ((gate_up, down),) = random_layers(shape, "int4", dtype, count=1)
     for tokens in _LARGE_TOKENS:
-        rng = np.random.default_rng(tokens)
-        noise = rng.random((links, tokens, shape.num_experts))
-        ids = np.argsort(noise, axis=-1)[..., : shape.top_k].astype(np.int32)
+        ids = random_routings(shape.num_experts, shape.top_k, tokens, links, seed=tokens)
         weights = jnp.full(ids.shape, 1 / shape.top_k, jnp.float32)
         x = jax.random.normal(jax.random.key(tokens), (tokens, shape.hidden), dtype)
         yield _Case(f"{shape.name}, random weights", x, gate_up, down, weights, ids)
-
-
-def _random_experts(key: Array, shape: ModelShape, k: int, n: int, dtype: jnp.dtype) -> jmm.MarlinWeights:
-    """Random int4 codes, with scales that keep the variance of the rows that pass through."""
-    row = get_format("int4")
-
-    def one_expert(key: Array) -> tuple[Array, Array]:
-        code_key, scale_key = jax.random.split(key)
-        words = jax.random.bits(code_key, (k // 16, n * 16 // row.codes_per_word), jnp.uint32)
-        factor = jax.random.uniform(scale_key, (k // shape.group_size, n), jnp.float32, 0.5, 1.5)
-        return jax.lax.bitcast_convert_type(words, jnp.int32), (factor / 4.6 / k**0.5).astype(dtype)
-
-    packed, scales = jax.jit(lambda keys: jax.lax.map(one_expert, keys))(jax.random.split(key, shape.num_experts))
-    return jmm.MarlinWeights(packed, scales, None, None, None, row, shape.group_size)
 
 
 def _float32_block(case: _Case) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What the layers of both Flax APIs share: routed experts as a function, and random experts. No Flax in here."""
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -12,7 +13,7 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.checkpoint.layer import MoELayer
 from jax_marlin_moe.ops.arguments import check_shape, check_top_k, check_weights
 from jax_marlin_moe.ops.fused_moe import fused_moe
-from jax_marlin_moe.quantize import quantize
+from jax_marlin_moe.random_experts import random_experts
 from jax_marlin_moe.routing import Routing, route
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -102,7 +103,7 @@ def layer_parts(layer: MoELayer) -> dict[str, Any]:
     }
 
 
-def random_experts(
+def initial_experts(
     key: Array,
     num_experts: int,
     hidden: int,
@@ -113,17 +114,10 @@ def random_experts(
     group_size: int | Literal["customary"] | None,
     dtype: DTypeLike,
 ) -> tuple[MarlinWeights, MarlinWeights]:
-    """`gate_up` and `down` of normal random weights with variance 1 / K, quantised expert by expert."""
+    """`gate_up` and `down` of normal random weights with variance 1 / K."""
     halves = 2 if get_activation(activation).gated else 1
-
-    def stack(key: Array, k: int, n: int) -> MarlinWeights:
-        def one(expert_key: Array) -> MarlinWeights:
-            dense = jax.random.normal(expert_key, (1, k, n), jnp.float32) * k**-0.5
-            return quantize(dense, weight_format, group_size=group_size, scale_dtype=dtype)
-
-        # One dense matrix at a time: the float32 weights of a large layer need not fit in memory.
-        stacked = jax.lax.map(one, jax.random.split(key, num_experts))
-        return jax.tree.map(lambda leaf: leaf[:, 0], stacked)
-
+    experts = partial(
+        random_experts, num_experts=num_experts, weight_format=weight_format, group_size=group_size, scale_dtype=dtype
+    )
     first, second = jax.random.split(key)
-    return stack(first, hidden, halves * intermediate), stack(second, intermediate, hidden)
+    return experts(first, k=hidden, n=halves * intermediate), experts(second, k=intermediate, n=hidden)

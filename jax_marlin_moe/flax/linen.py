@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.checkpoint.layer import MoELayer
-from jax_marlin_moe.flax.block import apply_block, check_block, layer_parts, random_experts
+from jax_marlin_moe.flax.block import apply_block, check_block, initial_experts, layer_parts
 from jax_marlin_moe.flax.serialization import register_states
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -142,7 +142,7 @@ class MarlinMoE(nn.Module):
             gate_up: MarlinWeights = self.get_variable(QUANTIZED_COLLECTION, "gate_up")
             down: MarlinWeights = self.get_variable(QUANTIZED_COLLECTION, "down")
         else:
-            gate_up, down = self._random_experts()
+            gate_up, down = self._initial_experts()
         return apply_block(
             x,
             router,
@@ -154,13 +154,13 @@ class MarlinMoE(nn.Module):
             implementation=self.implementation,
         )
 
-    def _random_experts(self) -> tuple[MarlinWeights, MarlinWeights]:
+    def _initial_experts(self) -> tuple[MarlinWeights, MarlinWeights]:
         if not self.is_initializing():
             raise ValueError(
                 f"the variables hold no collection {QUANTIZED_COLLECTION!r} for this layer; pass all that `init` or "
                 "`from_weights` returned, not `params` alone"
             )
-        experts = random_experts(
+        experts = initial_experts(
             jax.random.fold_in(self.make_rng("params"), 1),
             self.num_experts,
             self.hidden,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.checkpoint.layer import MoELayer
-from jax_marlin_moe.flax.block import apply_block, check_block, layer_parts, random_experts
+from jax_marlin_moe.flax.block import apply_block, check_block, initial_experts, layer_parts
 from jax_marlin_moe.flax.serialization import register_states
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -116,7 +116,7 @@ class MarlinMoE(nnx.Module):
         Raises:
             ValueError: a size does not fit the group size or the tiles of the packing.
         """
-        gate_up, down = random_experts(
+        gate_up, down = initial_experts(
             rngs.params(),
             num_experts,
             hidden,

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import ModelShape
-from jax_marlin_moe.quantize import quantize
+from jax_marlin_moe.random_experts import random_experts
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 
 # Layers that are timed in turn come to this many bytes together: twenty times the largest L2 cache of today's cards,
@@ -49,43 +49,30 @@ def random_layers(
         ValueError: the format is unknown, or the group size does not fit it or the sizes.
     """
     count = layers_to_rotate(shape, weight_format) if count is None else count
-    e, h, i, scale_dtype = shape.num_experts, shape.hidden, shape.intermediate, jnp.dtype(dtype)
+    e, h, i = shape.num_experts, shape.hidden, shape.intermediate
     down_gain = _UNIT_GAIN * shape.top_k**0.5 / _SILU_DEVIATION
+    experts = partial(
+        random_experts,
+        weight_format=weight_format,
+        group_size=shape.group_size,
+        scale_dtype=dtype,
+        draw=_uneven_uniform,
+    )
     layers = []
     for layer in range(count):
         keys = jax.random.split(jax.random.key(layer), 3)
         # Gate and up by themselves: each is padded to whole tiles.
-        gate, up = (
-            _random_experts(key, e, h, i, _UNIT_GAIN, shape.group_size, weight_format, scale_dtype) for key in keys[:2]
-        )
-        down = _random_experts(keys[2], e, i, h, down_gain, shape.group_size, weight_format, scale_dtype)
+        gate, up = (experts(key, e, h, i, gain=_UNIT_GAIN) for key in keys[:2])
+        down = experts(keys[2], e, i, h, gain=down_gain)
         layers.append((concatenate_columns([gate, up]), down))
     return layers
 
 
-@partial(jax.jit, static_argnums=range(1, 8))
-def _random_experts(
-    key: Key[Array, ""],
-    experts: int,
-    k: int,
-    n: int,
-    gain: float,
-    group_size: int,
-    weight_format: str,
-    scale_dtype: jnp.dtype,
-) -> MarlinWeights:
-    """Uniform weights, hence about uniform codes, under scales that differ from column to column."""
-
-    def one_expert(key: Array) -> MarlinWeights:
-        value_key, factor_key = jax.random.split(key)
-        values = jax.random.uniform(value_key, (1, k, n), jnp.float32, -1, 1)
-        factors = jax.random.uniform(factor_key, (1, 1, n), jnp.float32, 0.5, 1.5)
-        dense = values * factors * (gain / k**0.5)
-        return quantize(dense, weight_format, group_size=group_size, scale_dtype=scale_dtype)
-
-    # Expert by expert: the float32 weights of one, not of all.
-    weights = jax.lax.map(one_expert, jax.random.split(key, experts))
-    return jax.tree.map(lambda leaf: leaf[:, 0], weights)
+def _uneven_uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Uniform numbers, hence about uniform codes, under factors that differ from column to column."""
+    value_key, factor_key = jax.random.split(key)
+    values = jax.random.uniform(value_key, shape, jnp.float32, -1, 1)
+    return values * jax.random.uniform(factor_key, (*shape[:-2], 1, shape[-1]), jnp.float32, 0.5, 1.5)
 
 
 def random_routings(
