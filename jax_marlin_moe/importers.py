@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from jax_marlin_moe import layout
+from jax_marlin_moe.arguments import check_array, check_rank
 from jax_marlin_moe.formats import E4M3_SCALES, E8M0_SCALES, FLOAT_SCALES, WeightFormat, decode_e8m0, get_format
-from jax_marlin_moe.ops.arguments import check_array, check_rank
 from jax_marlin_moe.quantize import assemble, check_group_size, check_stack, pack_expert, resolve_group_size
 from jax_marlin_moe.weights import MarlinWeights
 

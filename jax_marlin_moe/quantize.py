@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from jax_marlin_moe import layout, reference
+from jax_marlin_moe.arguments import check_array, check_rank, check_weights
 from jax_marlin_moe.formats import (
     E2M1,
     E2M1_MAX,
@@ -23,7 +24,6 @@ from jax_marlin_moe.formats import (
     WeightFormat,
     get_format,
 )
-from jax_marlin_moe.ops.arguments import check_array, check_rank, check_weights
 from jax_marlin_moe.weights import MarlinWeights, drop_column_padding
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import reference
-from jax_marlin_moe.ops.arguments import check_array, check_block_size, check_rank, check_shape, check_top_k
+from jax_marlin_moe.arguments import check_array, check_block_size, check_rank, check_shape, check_top_k
 
 # Scores of all experts from float32 logits.
 _SCORINGS = {

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.layout import TILE_K, TILE_N
-from jax_marlin_moe.ops.arguments import check_weights
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 
 _PAD_BEFORE = (

@@ -12,9 +12,9 @@ from oracle import FACTS, random_experts
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.ops.arguments import check_weights
-from jax_marlin_moe.ops.operands import cpu_weight_operands, format_attributes
+from jax_marlin_moe.operands import cpu_weight_operands, format_attributes
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 5, 2, 4, 128, 64
 

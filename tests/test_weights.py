@@ -12,7 +12,7 @@ from oracle import FACTS, random_experts
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.ops.arguments import check_weights
+from jax_marlin_moe.arguments import check_weights
 
 GROUPS = pytest.mark.parametrize("group_size", [32, None])
 EVERY_FORMAT = pytest.mark.parametrize("weight_format", FACTS)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.plain import Target, plain_suffix
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
@@ -18,7 +19,6 @@ from jax_marlin_moe.checkpoint.storage import Storage, refuse_scaled_input
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.layout import TILE_K, TILE_N
-from jax_marlin_moe.ops.arguments import check_weights
 from jax_marlin_moe.quantize import dense_weights, pack_expert
 from jax_marlin_moe.weights import MarlinWeights
 

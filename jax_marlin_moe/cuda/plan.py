@@ -31,7 +31,7 @@ from jax_marlin_moe.cuda.tiles import (
     shared_memory,
 )
 from jax_marlin_moe.formats import FLOAT_SCALES
-from jax_marlin_moe.ops.operands import WEIGHT_OPERANDS
+from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
 _CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm::Float"}

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from jax_marlin_moe import native, reference
+from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_align
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.operand_types import replicated_type
-from jax_marlin_moe.ops import arguments
+from jax_marlin_moe.operands import or_empty
 from jax_marlin_moe.ops.implementation import check_implementation
-from jax_marlin_moe.ops.operands import or_empty
 from jax_marlin_moe.ops.primitive import define_op, map_batch
 
 

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jax_marlin_moe import native, reference
+from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_moe_gemm
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
-from jax_marlin_moe.ops import arguments
+from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.align import BlockAlignment
 from jax_marlin_moe.ops.implementation import check_implementation
-from jax_marlin_moe.ops.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.primitive import define_op, map_batch
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 

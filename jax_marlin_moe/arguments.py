@@ -1,4 +1,4 @@
-"""Checks of arguments that more than one op takes. Each names the argument, what it was and what it must be."""
+"""Checks of arguments that more than one function takes. Each names the argument, what it was and what it must be."""
 
 import jax
 import jax.numpy as jnp
