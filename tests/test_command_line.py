@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -96,8 +97,38 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "native module   cannot be used: it was left out" in output
     assert "NVRTC           missing: NVRTC was not found; install something" in output
-    assert "kernel cache    off" in output
+    assert "kernel cache    off: JAX_MARLIN_MOE_CACHE_DIR is empty; set it to a folder" in output
     assert "runs on cpu     no: it was left out" in output
+
+
+@pytest.fixture(params=["other users write", "unknown home", "no home"])
+def refused_cache(request, monkeypatch, tmp_path):
+    """No cache, although nobody asked for none; the reason."""
+    monkeypatch.delenv(cache.ENVIRONMENT_VARIABLE, raising=False)
+    if request.param == "unknown home":
+        monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "~no_such_user/kernels")
+        return "JAX_MARLIN_MOE_CACHE_DIR is '~no_such_user/kernels', whose home is not known"
+    if request.param == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        return "there is no home directory to keep kernels in; set JAX_MARLIN_MOE_CACHE_DIR to a folder"
+    folder = tmp_path / "jax_marlin_moe"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return f"the kernel cache {folder} can be written by others (mode 0777; chmod go-w): it is not used, since"
+
+
+def test_commands_say_why_there_is_no_cache(capsys, monkeypatch, refused_cache):
+    """A warning alone would pass unseen, and "off" would look like what was asked for."""
+    assert main(["doctor"]) == 0
+    assert f"kernel cache    off: {refused_cache}" in capsys.readouterr().out
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
+    assert main(["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", "--tokens", "1"]) == 1
+    assert f"cannot keep kernels: the kernel cache is off: {refused_cache}" in capsys.readouterr().err
+    monkeypatch.setattr(tune, "shapes_to_measure", lambda *_: ([], 0))
+    assert main(["tune", *_SIZES]) == 1
+    assert f"cannot tune: the kernel cache is off: {refused_cache}" in capsys.readouterr().err
 
 
 def test_doctor_fails_without_a_device(capsys, monkeypatch):
@@ -250,6 +281,22 @@ def test_precompile_needs_a_cache_and_a_compiler(capsys, monkeypatch):
     assert "cannot compile: NVRTC was not found" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("sm_999", "it must be one of sm_75, sm_80, .*, or compute_ in place of sm_ for PTX"),
+        ("compute_60", "it must be one of sm_75, sm_80, .*, or compute_ in place of sm_ for PTX"),
+        ("90a", "it must look like sm_90a, or compute_80 for PTX"),
+    ],
+)
+def test_precompile_refuses_an_architecture_before_it_compiles_for_others(capsys, kernels, name, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        main(["precompile", "--arch", "sm_80", name, "--models", "qwen3-30b-a3b", "--tokens", "1"])
+    assert stopped.value.code == 2
+    assert re.search(f"argument --arch: the architecture is '{name}'; {complaint}", capsys.readouterr().err)
+    assert not list(kernels.iterdir())
+
+
 def test_a_command_is_needed():
     with pytest.raises(SystemExit) as stopped:
         main([])
@@ -330,6 +377,19 @@ def test_version(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"jax_marlin_moe {jax_marlin_moe.__version__}\n"
+
+
+def test_the_version_is_stated_once():
+    """In the package: the build reads it there, and so agrees what is installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    source = ROOT / project["tool"]["scikit-build"]["metadata"]["version"]["input"]
+    assert source.samefile(jax_marlin_moe.__file__)
+    assert re.findall(r"^__version__ *= *['\"](.+?)['\"]", source.read_text(), re.MULTILINE) == [
+        jax_marlin_moe.__version__
+    ]
+    assert importlib.metadata.version("jax-marlin-moe") == jax_marlin_moe.__version__
 
 
 def test_both_ways_to_the_commands_name_themselves(capsys, tmp_path):

@@ -419,6 +419,15 @@ def test_the_environment_names_the_architecture(monkeypatch, named, architecture
     assert compiler.is_virtual(architecture) == named.startswith("compute")
 
 
+@pytest.mark.parametrize("capability", ["7.0", "99.9"])
+def test_a_device_that_the_kernels_are_not_made_for_is_an_error(monkeypatch, lower, capability):
+    monkeypatch.setattr(jax, "local_devices", device_of(capability))
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
+    message = rf"device has compute capability {capability}; it must be one of sm_75, .* set JAX_MARLIN_MOE_CUDA"
+    with pytest.raises(ValueError, match=message):
+        lower("", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.float16))
+
+
 def test_no_device_and_no_architecture_is_an_error(monkeypatch, lower):
     def no_devices(backend):
         raise RuntimeError("no cuda")
@@ -436,7 +445,7 @@ def test_no_device_and_no_architecture_is_an_error(monkeypatch, lower):
             (name, "it must look like sm_90a, or compute_80 for PTX")
             for name in ("90a", "sm_90b", "sm_9", "compute", "compute_", "lto_90", "sm_90 ", "SM_80", "sm_9.0")
         ),
-        *((name, "it must be one of sm_75, sm_80, .*, sm_121, or compute_ in") for name in ("sm_42", "compute_70")),
+        *((name, "it must be one of sm_75, .*, sm_121, or compute_ in") for name in ("sm_42", "compute_70", "sm_999")),
     ],
 )
 def test_a_name_that_is_no_architecture_is_an_error(monkeypatch, lower, named, message):

@@ -87,7 +87,6 @@ def _architecture() -> str:
         return f"none: {reason}, and {compiler.ARCHITECTURE_VARIABLE} is not set"
     try:
         target = compiler.target_architecture()
-        compiler.compute_capability(target)
     except ValueError as error:
         return f"none: {error}"
     origin = compiler.ARCHITECTURE_VARIABLE if os.environ.get(compiler.ARCHITECTURE_VARIABLE) else "first CUDA device"
@@ -95,9 +94,10 @@ def _architecture() -> str:
 
 
 def _cache() -> str:
-    folder = cache.directory()
-    if folder is None:
-        return f"off; set {cache.ENVIRONMENT_VARIABLE} to a folder"
+    try:
+        folder = cache.located()
+    except cache.OffError as error:
+        return f"off: {error}"
     kernels = len(list(folder.glob("*.cubin")))
     if _writable(folder):
         return f"{folder}: {kernels} kernels, writable"

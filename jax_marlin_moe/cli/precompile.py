@@ -22,7 +22,8 @@ _PROBE_BYTES = 1 << 20  # more than the kernels of a call have
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("--arch", nargs="+", required=True, help="architectures, such as sm_80 sm_90a")
+    parser.add_argument("--arch", nargs="+", type=_architecture, required=True, metavar="ARCH",
+                        help="architectures, such as sm_80 sm_90a")  # fmt: skip
     parser.add_argument("--models", nargs="+", default=sorted(MODELS), choices=sorted(MODELS), metavar="MODEL",
                         help=f"from {', '.join(sorted(MODELS))} (default: all)")  # fmt: skip
     parser.add_argument("--tokens", nargs="+", type=positive, default=list(DECODE_TOKENS), help="rows of x")
@@ -33,15 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="type of x and scales")
 
 
+def _architecture(name: str) -> str:
+    """The type of an option: an architecture that the kernels have."""
+    try:
+        return compiler.checked_architecture("the architecture", name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def run(options: argparse.Namespace) -> int:
     """Lowers every combination; returns 1 if one fails or the cache cannot keep the kernels."""
     reason = unavailable_reason("cuda")
     if reason:
         complain(f"cannot compile: {reason}")
         return 1
-    folder = cache.directory()
-    if folder is None:
-        complain(f"cannot keep kernels: the kernel cache is off; set {cache.ENVIRONMENT_VARIABLE} to a folder")
+    try:
+        folder = cache.located()
+    except cache.OffError as error:
+        complain(f"cannot keep kernels: the kernel cache is off: {error}")
         return 1
     if not _can_keep(folder):
         return 1

@@ -25,8 +25,10 @@ def run(options: argparse.Namespace) -> int:
     shapes, status = shapes_to_measure(options, "tune")
     if status:
         return status
-    if cache.directory() is None:
-        complain(f"cannot tune: the kernel cache is off; set {cache.ENVIRONMENT_VARIABLE} to a folder")
+    try:
+        cache.located()
+    except cache.OffError as error:
+        complain(f"cannot tune: the kernel cache is off: {error}")
         return 1
     # They import the driver's bindings, which a machine without CUDA need not have.
     from jax_marlin_moe.cuda import tuned

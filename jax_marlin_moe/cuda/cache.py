@@ -31,26 +31,51 @@ _MOST_BYTES = 64 << 20  # of an entry; programs have some 100 KB
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
+class OffError(Exception):
+    """Kernels are not kept, as was asked for or for want of a home; says what to do about it."""
+
+
+class RefusedError(OffError):
+    """Kernels are not kept in spite of a variable that is set or a folder that exists."""
+
+
 def directory() -> pathlib.Path | None:
-    """Where compiled kernels are kept, or None when the cache is off."""
+    """Where compiled kernels are kept, or None when the cache is off; warns where a folder is refused."""
+    try:
+        return located()
+    except RefusedError as error:
+        _warn_once(str(error))
+    except OffError:
+        pass
+    return None
+
+
+def located() -> pathlib.Path:
+    """Where compiled kernels are kept.
+
+    Raises:
+        OffError: the cache is off.
+        RefusedError: it is, and nobody asked for that.
+    """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named is None:
         return _default_directory()
     if not named:
-        return None
+        raise OffError(f"{ENVIRONMENT_VARIABLE} is empty; set it to a folder")
     expanded = os.path.expanduser(named)
     if expanded.startswith("~"):
-        _warn_once(f"{ENVIRONMENT_VARIABLE} is {named!r}, whose home is not known; kernels are not cached")
-        return None
+        raise RefusedError(
+            f"{ENVIRONMENT_VARIABLE} is {named!r}, whose home is not known; kernels are not cached: set it to a folder"
+        )
     return pathlib.Path(expanded)
 
 
-def _default_directory() -> pathlib.Path | None:
+def _default_directory() -> pathlib.Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
         base = os.path.join(os.path.expanduser("~"), ".cache")  # stays "~" without HOME and an entry in passwd
     if not os.path.isabs(base):
-        return None
+        raise OffError(f"there is no home directory to keep kernels in; set {ENVIRONMENT_VARIABLE} to a folder")
     folder = pathlib.Path(base, "jax_marlin_moe")
     try:
         status = folder.stat()
@@ -62,11 +87,10 @@ def _default_directory() -> pathlib.Path | None:
         fault = f"can be written by others (mode {stat.S_IMODE(status.st_mode):04o}; chmod go-w)"
     else:
         return folder
-    _warn_once(
+    raise RefusedError(
         f"the kernel cache {folder} {fault}: it is not used, since who can write it can run code on the card; set "
         f"{ENVIRONMENT_VARIABLE} to use it or another folder"
     )
-    return None
 
 
 def load(key: str) -> bytes | None:

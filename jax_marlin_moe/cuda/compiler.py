@@ -66,16 +66,11 @@ def target_architecture() -> str:
     for cards of several generations); otherwise the first local CUDA device does.
 
     Raises:
-        ValueError: if there is neither, or the variable names no architecture that the kernels have.
+        ValueError: if there is neither, or it is no architecture that the kernels have.
     """
     named = os.environ.get(ARCHITECTURE_VARIABLE)
     if named:
-        if compute_capability(named) not in CAPABILITIES:
-            known = ", ".join(f"sm_{capability}" for capability in CAPABILITIES)
-            raise ValueError(
-                f"{ARCHITECTURE_VARIABLE} is {named!r}; it must be one of {known}, or compute_ in place of sm_ for PTX"
-            )
-        return f"{named}a" if named in ("sm_90", "compute_90") else named  # those kernels use wgmma, of 9.0 alone
+        return checked_architecture(ARCHITECTURE_VARIABLE, named)
     try:
         device = jax.local_devices(backend="cuda")[0]
     except RuntimeError:
@@ -84,16 +79,43 @@ def target_architecture() -> str:
             "for, such as sm_90a"
         ) from None
     capability = str(device.compute_capability)
-    return _TARGETS.get(capability, "sm_" + capability.replace(".", ""))
+    target = _TARGETS.get(capability, "sm_" + capability.replace(".", ""))
+    if compute_capability(target) not in CAPABILITIES:
+        raise ValueError(
+            f"the CUDA device has compute capability {capability}; it must be one of {_known_architectures()}. For a "
+            f"later card set {ARCHITECTURE_VARIABLE} to one of them with compute_ in place of sm_"
+        )
+    return target
+
+
+def checked_architecture(origin: str, name: str) -> str:
+    """The name of an architecture that the kernels have, in full.
+
+    Args:
+        origin: what the architecture comes from, for the error.
+        name: such as "sm_80", "sm_90" (in full sm_90a) or, for PTX, "compute_80".
+
+    Raises:
+        ValueError: if the name is none, or the kernels are not made for that architecture.
+    """
+    if _ARCHITECTURE.fullmatch(name) is None:
+        raise ValueError(f"{origin} is {name!r}; it must look like sm_90a, or compute_80 for PTX")
+    if compute_capability(name) not in CAPABILITIES:
+        raise ValueError(
+            f"{origin} is {name!r}; it must be one of {_known_architectures()}, or compute_ in place of sm_ for PTX"
+        )
+    return f"{name}a" if name in ("sm_90", "compute_90") else name  # those kernels use wgmma, of 9.0 alone
+
+
+def _known_architectures() -> str:
+    return ", ".join(f"sm_{capability}" for capability in CAPABILITIES)
 
 
 def compute_capability(architecture: str) -> int:
     """90 for "sm_90a" and "compute_90a"."""
     found = _ARCHITECTURE.fullmatch(architecture)
     if found is None:
-        raise ValueError(
-            f"{ARCHITECTURE_VARIABLE} is {architecture!r}; it must look like sm_90a, or compute_80 for PTX"
-        )
+        raise ValueError(f"the architecture is {architecture!r}; it must look like sm_90a, or compute_80 for PTX")
     return int(found[1])
 
 
