@@ -5,7 +5,6 @@ One `decode_*` function per packing turns the tensors of one linear into logical
 experts, decodes and packs it.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -19,14 +18,14 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 from jax_marlin_moe import layout
 from jax_marlin_moe.arguments import check_array, check_rank
 from jax_marlin_moe.formats import E4M3_SCALES, E8M0_SCALES, FLOAT_SCALES, WeightFormat, decode_e8m0, get_format
-from jax_marlin_moe.quantize import assemble, check_group_size, check_stack, pack_expert, resolve_group_size
+from jax_marlin_moe.packing import assemble, check_group_size, check_stack, pack_expert, resolve_group_size
 from jax_marlin_moe.weights import MarlinWeights
 
 FP8_BLOCK = 128  # rows of K under one scale of a block-quantised FP8 weight
 
 
 class LogicalLinear(NamedTuple):
-    """One linear (K, N) in logical order; what `quantize.pack_expert` takes."""
+    """One linear (K, N) in logical order; what `packing.pack_expert` takes."""
 
     codes: UInt8[Array, "K N"]
     scales: Shaped[Array, "groups N"]
@@ -565,8 +564,8 @@ def _pack_stack(
 ) -> MarlinWeights:
     """Decodes, with the keyword arguments `options`, and packs a stack."""
     parts = _decode_and_pack(tensors, decode, tuple(options.items()), row)
-    weights = assemble(parts, k, n, row, group_size, bias)
-    return weights if order is None else dataclasses.replace(weights, input_order=jnp.asarray(order))
+    input_order = None if order is None else jnp.asarray(order)
+    return assemble(parts, k, n, row, group_size, bias=bias, input_order=input_order)
 
 
 # Stacks of one kind and shape share a compilation: options travel as a tuple, which compares by value.

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.quantize import check_group_size, quantize
+from jax_marlin_moe.packing import check_group_size
+from jax_marlin_moe.quantize import quantize
 from jax_marlin_moe.weights import MarlinWeights
 
 Draw = Callable[[Key[Array, ""], tuple[int, ...]], Float[Array, "..."]]

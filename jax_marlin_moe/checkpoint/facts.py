@@ -13,7 +13,7 @@ from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
 from jax_marlin_moe.formats import FORMATS, get_format
 from jax_marlin_moe.layout import TILE_K
-from jax_marlin_moe.quantize import resolve_group_size
+from jax_marlin_moe.packing import resolve_group_size
 from jax_marlin_moe.routing import Routing
 from jax_marlin_moe.weights import MarlinWeights
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.plain import Target, plain_suffix
 from jax_marlin_moe.checkpoint.quantization_config import Quantization
@@ -18,8 +17,7 @@ from jax_marlin_moe.checkpoint.schemes import find_storage
 from jax_marlin_moe.checkpoint.storage import Storage, refuse_scaled_input
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.layout import TILE_K, TILE_N
-from jax_marlin_moe.quantize import dense_weights, pack_expert
+from jax_marlin_moe.packing import assemble, dense_weights, pack_expert
 from jax_marlin_moe.weights import MarlinWeights
 
 Experts = Sequence[Sequence[Linear]]  # per expert the linears (k, n) that stand side by side
@@ -118,26 +116,20 @@ def load_matrix(
         files.drop_pages()
         advance()
     assert buffers is not None
-    packed, scales, zeros, global_scales = buffers
-    row_padding, column_padding = -k % TILE_K, -n % TILE_N
-    parts = len(experts[0])
     if biases is not None and column_orders is not None:
         stacked = [bias if order is None else bias[:, order] for bias, order in zip(biases, column_orders, strict=True)]
         biases = np.stack(stacked)
-    weights = MarlinWeights(
-        packed=packed,
-        scales=scales,
-        zeros=zeros,
-        bias=None if biases is None else _pad_bias(biases, column_padding),
+    return assemble(
+        buffers,
+        k,
+        n,
+        row,
+        storage.rows_per_group(k),
+        name=experts[0][0].module,
+        bias=None if biases is None else biases.reshape(len(biases), -1),  # type: ignore[arg-type]
         input_order=_stack_orders(matrix.orders, k),
-        format=row,
-        group_size=min(storage.rows_per_group(k), k),
-        global_scales=global_scales,
-        row_padding=row_padding,
-        column_padding=(column_padding,) * parts if column_padding else (),
+        parts=len(experts[0]),
     )
-    check_weights(experts[0][0].module, weights)
-    return weights
 
 
 def read_dense(files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> np.ndarray:
@@ -259,8 +251,3 @@ def _read_biases(files: TensorFolder, experts: Experts, n: int, *, biased: bool)
     if missing is not None:
         raise ValueError(f"{files.folder} has no tensor {missing.module}.bias, although other experts have a bias")
     return np.stack(rows).reshape(len(experts), len(experts[0]), n)  # type: ignore[arg-type]
-
-
-def _pad_bias(biases: np.ndarray, padding: int) -> jax.Array:
-    padded = np.pad(biases, ((0, 0), (0, 0), (0, padding)))
-    return jnp.asarray(padded.reshape(len(biases), -1))

@@ -12,7 +12,8 @@ from jax_marlin_moe.checkpoint.storage import Storage
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import E4M3, FLOAT_SCALES, get_format
 from jax_marlin_moe.importers import LogicalLinear
-from jax_marlin_moe.quantize import check_group_size, quantize_expert
+from jax_marlin_moe.packing import check_group_size
+from jax_marlin_moe.quantize import quantize_expert
 
 
 @dataclasses.dataclass(frozen=True)
