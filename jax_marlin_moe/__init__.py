@@ -21,6 +21,7 @@ from jax_marlin_moe.importers import (
     from_nvfp4,
     from_qarray,
 )
+from jax_marlin_moe.layer import MoELayer, SharedExpert
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment, moe_align_block_size
 from jax_marlin_moe.ops.fused_moe import fused_moe
@@ -40,7 +41,9 @@ __all__ = [
     "Activation",
     "BlockAlignment",
     "MarlinWeights",
+    "MoELayer",
     "Routing",
+    "SharedExpert",
     "WeightFormat",
     "checkpoint",
     "concatenate_columns",

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from jax_marlin_moe.activations import Activation, get_activation, make_activation
-from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
 from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
+from jax_marlin_moe.layer import MoELayer, SharedExpert
 from jax_marlin_moe.ops.align import BlockAlignment
 from jax_marlin_moe.routing import Routing
 from jax_marlin_moe.weights import MarlinWeights

@@ -10,8 +10,8 @@ import numpy as np
 from jax_marlin_moe.activations import ACTIVATIONS, Activation, get_activation, make_activation
 from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.checkpoint.keys import Keys
-from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert
 from jax_marlin_moe.formats import FORMATS, get_format
+from jax_marlin_moe.layer import MoELayer, SharedExpert
 from jax_marlin_moe.layout import TILE_K
 from jax_marlin_moe.packing import resolve_group_size
 from jax_marlin_moe.routing import Routing

@@ -17,13 +17,13 @@ from jaxtyping import Array
 
 from jax_marlin_moe.checkpoint import packed
 from jax_marlin_moe.checkpoint.families import Family, Stacked, get_family
-from jax_marlin_moe.checkpoint.layer import MoELayer, SharedExpert, check_layer
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts, read_facts
 from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.quantization_config import Quantization, find_quantization
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
+from jax_marlin_moe.layer import MoELayer, SharedExpert, check_layer
 from jax_marlin_moe.weights import MarlinWeights
 
 # What may follow the module of experts that lie in one tensor.

@@ -24,9 +24,9 @@ import numpy as np
 
 from jax_marlin_moe.checkpoint.facts import Facts, layer_from, leaves_and_facts, read_facts
 from jax_marlin_moe.checkpoint.keys import Keys
-from jax_marlin_moe.checkpoint.layer import MoELayer, check_layer
 from jax_marlin_moe.checkpoint.tensors import SafetensorsFile, check_file_name, read_json
 from jax_marlin_moe.checkpoint.whole_files import PART, whole_file
+from jax_marlin_moe.layer import MoELayer, check_layer
 
 MANIFEST = "jax_marlin_moe.json"
 UNFINISHED = "jax_marlin_moe.unfinished.json"

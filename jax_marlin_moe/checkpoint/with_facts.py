@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_marlin_moe.checkpoint.facts import facts_of_weights, leaves_and_facts
-from jax_marlin_moe.checkpoint.layer import MoELayer
+from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.weights import MarlinWeights
 
 # Facts of different lengths mostly have arrays of equal ones, so that what differs is found here and is named.

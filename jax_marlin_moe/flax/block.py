@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.arguments import check_shape, check_top_k, check_weights
-from jax_marlin_moe.checkpoint.layer import MoELayer
+from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.ops.fused_moe import fused_moe
 from jax_marlin_moe.random_experts import random_experts
 from jax_marlin_moe.routing import Routing, route

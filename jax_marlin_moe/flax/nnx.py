@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.checkpoint.layer import MoELayer
 from jax_marlin_moe.flax.block import apply_block, check_block, initial_experts, layer_parts
 from jax_marlin_moe.flax.serialization import register_states
+from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.weights import MarlinWeights
 
 register_states()

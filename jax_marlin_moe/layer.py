@@ -1,4 +1,4 @@
-"""`MoELayer`: the experts of one layer and how tokens are routed to them; and how it is found in a checkpoint."""
+"""`MoELayer`: the experts of one layer, its router and its shared expert, as one pytree that can be called."""
 
 import dataclasses
 
