@@ -50,7 +50,7 @@ class CodeType:
     Attributes:
         name: as the custom calls spell it.
         bits: width of a code.
-        cpp: the type in csrc/cuda/weights/fragments_raw.cuh.
+        cpp: the type in csrc/cuda/weights/codes.cuh.
         decode: codes to float32 values, before zero point and scale.
     """
 

@@ -488,6 +488,35 @@ def test_turing_has_no_bfloat16_as_ptx_either(lower):
         lower("compute_75", jmm.fused_moe, *abstract_block(4, 2, 128, 64, 4, jnp.bfloat16))
 
 
+HEADERS = sorted(
+    path.relative_to(compiler.source_directory()).as_posix() for path in compiler.source_directory().rglob("*.cuh")
+)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("header", HEADERS)
+def test_every_header_includes_what_it_uses(header, monkeypatch):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
+    assert compiler.compile_cubin.__wrapped__(f'#include "{header}"', "sm_90a")
+
+
+def test_instructions_stand_in_one_folder():
+    assert {
+        header.split("/")[0] for header in HEADERS if "asm" in (compiler.source_directory() / header).read_text()
+    } == {"ptx"}
+
+
+def test_the_key_of_a_program_depends_on_headers_in_folders(monkeypatch, tmp_path):
+    (tmp_path / "ptx").mkdir()
+    digests = []
+    monkeypatch.setattr(compiler, "source_directory", lambda: tmp_path)
+    for text in ("one", "another"):
+        (tmp_path / "ptx" / "a.cuh").write_text(text)
+        digests.append(compiler._headers_digest.__wrapped__())
+    (tmp_path / "ptx" / "a.cuh").rename(tmp_path / "a.cuh")
+    assert len({*digests, compiler._headers_digest.__wrapped__()}) == 3
+
+
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("source", "architecture"),

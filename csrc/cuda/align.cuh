@@ -5,6 +5,7 @@
 // among equal ids of its own warp.
 #pragma once
 
+#include "ptx/ptx.cuh"
 #include "scan.cuh"
 
 namespace jmm {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "offsets.cuh"
+#include "ptx/ptx.cuh"
 #include "token_tiles.cuh"
 
 namespace jmm {

@@ -2,7 +2,7 @@
 // where 32 bits do not reach.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "types.cuh"
 
 namespace jmm {
 

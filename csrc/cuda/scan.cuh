@@ -1,7 +1,7 @@
 // Sums over the lanes of a warp.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "types.cuh"
 
 namespace jmm {
 

@@ -77,30 +77,6 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-__device__ __forceinline__ uint32_t load_shared2(uint32_t shared) {
-  uint16_t v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared));
-  return v;
-}
-
-// kWords words of shared memory, aligned to their size.
-template <int kWords>
-__device__ __forceinline__ void load_shared_words(uint32_t (&w)[kWords], uint32_t shared) {
-  static_assert(kWords == 1 || kWords == 2 || kWords % 4 == 0, "one load each");
-  if constexpr (kWords == 1) {
-    w[0] = load_shared4(shared);
-  } else if constexpr (kWords == 2) {
-    const uint2 v = load_shared8(shared);
-    w[0] = v.x, w[1] = v.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const uint4 v = load_shared16(shared + 4 * i);
-      w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
-    }
-  }
-}
-
 // Matrix products of a warpgroup. They are asynchronous: registers that they read or write, and shared memory that
 // they read, stay untouched until wgmma_wait says so.
 

@@ -1,13 +1,7 @@
 // Every PTX instruction that the kernels use, one function each, and nothing else.
-//
-// Kernels are compiled by NVRTC with this folder as the only include path, so the fixed-width types stand here too.
 #pragma once
 
-using int32_t = int;
-using int64_t = long long;
-using uint16_t = unsigned short;
-using uint32_t = unsigned int;
-using uint64_t = unsigned long long;
+#include "types.cuh"
 
 #if __CUDA_ARCH__ >= 800
 #define JMM_HAS_CP_ASYNC 1
@@ -16,13 +10,6 @@ using uint64_t = unsigned long long;
 #endif
 
 namespace jmm {
-
-struct Half {  // IEEE binary16
-  static constexpr int kMantissaBits = 10, kExponentBias = 15;
-};
-struct BFloat {  // bfloat16
-  static constexpr int kMantissaBits = 7, kExponentBias = 127;
-};
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -110,6 +97,30 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
   return v;
+}
+
+__device__ __forceinline__ uint32_t load_shared2(uint32_t shared) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared));
+  return v;
+}
+
+// kWords words of shared memory, aligned to their size.
+template <int kWords>
+__device__ __forceinline__ void load_shared_words(uint32_t (&w)[kWords], uint32_t shared) {
+  static_assert(kWords == 1 || kWords == 2 || kWords % 4 == 0, "one load each");
+  if constexpr (kWords == 1) {
+    w[0] = load_shared4(shared);
+  } else if constexpr (kWords == 2) {
+    const uint2 v = load_shared8(shared);
+    w[0] = v.x, w[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 v = load_shared16(shared + 4 * i);
+      w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
+    }
+  }
 }
 
 __device__ __forceinline__ float4 as_floats(uint4 v) {

@@ -12,6 +12,7 @@
 #include "ptx/ptx.cuh"
 #include "token_tiles.cuh"
 #include "weights/fragments_raw.cuh"
+#include "weights/zeros.cuh"
 
 namespace jmm {
 
@@ -53,8 +54,8 @@ template <class Problem, class Tile, class Routing, class Epilogue>
 class GroupedGemm {
   using T = typename Problem::T;
   using Code = typename Problem::Code;
-  using Dequant = Dequantizer<Code, T>;
-  using Scales = ColumnScales<typename Problem::Scale>;
+  using Fragments = RawFragments<Code, T>;
+  using Scales = ColumnScales<typename Problem::Scale, 8>;
   using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
 
   static constexpr int kTileK = 16, kUnit = 64;                          // Marlin's tile
@@ -469,7 +470,7 @@ class GroupedGemm {
 
     template <int kActive>
     __device__ __forceinline__ void multiply(uint32_t stage, uint32_t tokens, bool closes_group, bool shortened) {
-      constexpr int kExponents[2] = {Dequant::token_exponent(0), Dequant::token_exponent(1)};  // of the halves of K
+      constexpr int kExponents[2] = {Fragments::token_exponent(0), Fragments::token_exponent(1)};  // of the halves of K
       constexpr uint32_t kOnes[2] = {paired_power<T>(-kExponents[0]), paired_power<T>(-kExponents[1])};
       const uint32_t ones[4] = {kOnes[0], kOnes[0], kOnes[1], kOnes[1]};  // that make up for them
 #pragma unroll
@@ -504,7 +505,7 @@ class GroupedGemm {
 #pragma unroll
           for (int w = 0; w < kSubTiles; ++w) {
             uint32_t a[4];
-            Dequant::fragment(words + w * kWordsOfSubTile, a);
+            Fragments::fragment(words + w * kWordsOfSubTile, a);
 #pragma unroll
             for (int t = 0; t < kActive; ++t) multiply_into(group_sums[u][w][t], a, b[t], opens_group);
           }
@@ -546,7 +547,7 @@ class GroupedGemm {
 #pragma unroll
           for (int b = 0; b < 2; ++b) {  // columns g and g + 8 of the sub-tile
             const float scale = scales[2 * w + b];
-            const float zero = Dequant::kStep * zeros[2 * w + b];
+            const float zero = Fragments::kFactor * zeros[2 * w + b];
 #pragma unroll
             for (int t = 0; t < kActive; ++t) {
 #pragma unroll
@@ -563,8 +564,8 @@ class GroupedGemm {
 
     // The steps of codes and scales, and the global scales, once a tile.
     __device__ __forceinline__ void apply(const float (&global_scales)[Tile::kUnits]) {
-      constexpr float kStep = Dequant::kStep * Scales::kUnit;
-      if constexpr (Problem::kGlobalScales || kStep != 1.0f) {
+      constexpr float kFactor = Fragments::kFactor * Scales::kFactor;
+      if constexpr (Problem::kGlobalScales || kFactor != 1.0f) {
 #pragma unroll
         for (int u = 0; u < Tile::kUnits; ++u)
 #pragma unroll
@@ -572,7 +573,7 @@ class GroupedGemm {
 #pragma unroll
             for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
-              for (int i = 0; i < 4; ++i) sums[u][w][t][i] *= global_scales[u] * (1.0f / kStep);
+              for (int i = 0; i < 4; ++i) sums[u][w][t][i] *= global_scales[u] * (1.0f / kFactor);
       }
     }
   };

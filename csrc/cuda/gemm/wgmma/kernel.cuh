@@ -15,7 +15,7 @@
 #include "ptx/hopper.cuh"
 #include "token_tiles.cuh"
 #include "weights/fragments_offset.cuh"
-#include "weights/scales.cuh"
+#include "weights/zeros.cuh"
 
 namespace jmm {
 
@@ -45,8 +45,7 @@ template <class Problem, class Tile, class Routing, class Epilogue>
 class WgmmaGroupedGemm {
   using T = typename Problem::T;
   using Code = typename Problem::Code;
-  using Dequant = Unpacker<Code, T>;
-  using Scales = ColumnScales<typename Problem::Scale>;
+  using CodeFragments = OffsetFragments<Code, T>;
   using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
 
   static constexpr int kTileK = 16, kUnit = 64;           // Marlin's tile
@@ -61,6 +60,7 @@ class WgmmaGroupedGemm {
   // warpgroup multiplies kParts sub-tiles of either half.
   static constexpr int kHalves = Epilogue::kGated ? 2 : 1;
   static constexpr int kParts = Tile::kSubTiles / kHalves;
+  using Scales = ColumnScales<typename Problem::Scale, 2 * kParts>;
   static constexpr int kHalfUnits = Tile::kWarpgroupsN * kParts;  // 4 warps x kParts sub-tiles are kParts units
   static constexpr int kTileUnits = kHalves * kHalfUnits;
   static constexpr int kColumns = Problem::kN / kHalves;
@@ -408,14 +408,16 @@ class WgmmaGroupedGemm {
   }
 
   // What is left to multiply the sums by, beside the global scales, when the scales are in.
-  static constexpr float kLeft = 1.0f / (Tile::kScalesWeights ? Dequant::kStep : Dequant::kStep * Scales::kUnit);
+  static constexpr float kLeft =
+      1.0f / (Tile::kScalesWeights ? CodeFragments::kFactor : CodeFragments::kFactor * Scales::kFactor);
   // Scales that T does not hold exactly come in two parts, so that they are not rounded before the weight is.
   static constexpr bool kSplitsScales = Tile::kScalesWeights && !kHoldsScale<T, typename Problem::Scale>;
 
   // Steps whose products are issued together: as many as there are registers for the weights, twice.
   static constexpr int kSumRegisters = Tile::kSubTiles * Tile::kTokens / 2 * (kTwoSums ? 2 : 1);
   static constexpr int kScalingRegisters =  // beyond the usual
-      2 * Tile::kSubTiles * (kSplitsScales + kFloatZeros + (Zeros::kStored && Dequant::bias(0) != Dequant::bias(2)));
+      2 * Tile::kSubTiles *
+      (kSplitsScales + kFloatZeros + (Zeros::kStored && CodeFragments::bias(0) != CodeFragments::bias(2)));
   static constexpr int kRoom =
       (kMultiplierRegisters - 40 - kSumRegisters - kScalingRegisters) / (2 * Tile::kSubTiles * 4);
   static constexpr int kMost = kSteps / 2 < kStepsPerScale ? kSteps / 2 : kStepsPerScale;
@@ -425,10 +427,11 @@ class WgmmaGroupedGemm {
   __device__ __forceinline__ static uint32_t paired(float value) { return from_float<T>(value) * 0x10001u; }
 
   // The scales of this lane's columns (g and g + 8 of each sub-tile, g = lane / 4) in a half.
-  using GroupScales = PartScales<typename Problem::Scale, kParts>;
-  __device__ __forceinline__ static GroupScales load_scales(uint32_t weights, int row, int half, const Lane& lane) {
+  __device__ __forceinline__ static Scales load_scales(uint32_t weights, int row, int half, const Lane& lane) {
     const int unit = row * kTileUnits + lane.unit(half);
-    return GroupScales(weights + kScalesAt + (unit * kUnit + lane.lane / 4 * 8 + lane.word() * 2) * Scales::kBytes);
+    Scales scales;
+    scales.load(weights + kScalesAt + (unit * kUnit + lane.lane / 4 * 8 + lane.word() * 2) * Scales::kBytes);
+    return scales;
   }
 
   // From fragments of codes to weights (but for the scale, where the sums get it), in pairs of T.
@@ -444,7 +447,7 @@ class WgmmaGroupedGemm {
       for (int h = 0; h < kHalves; ++h) {
         Zeros group_zeros;
         group_zeros.load(weights + kZerosAt + (row * kTileUnits + lane.unit(h)) * Zeros::kUnitBytes, lane.lane / 4);
-        GroupScales group_scales;
+        Scales group_scales;
         if constexpr (Tile::kScalesWeights) group_scales = load_scales(weights, row, h, lane);
 #pragma unroll
         for (int p = 0; p < kParts; ++p) {
@@ -454,14 +457,14 @@ class WgmmaGroupedGemm {
             const float zero = group_zeros[2 * (lane.word() + p) + b];
             const float whole = kFloatZeros ? rintf(zero) : zero;
             if constexpr (Zeros::kStored) {
-              offsets[j][b] = paired(-Dequant::bias(0) - Dequant::kStep * whole);
-              offsets[j][2 + b] = paired(-Dequant::bias(2) - Dequant::kStep * whole);
+              offsets[j][b] = paired(-CodeFragments::bias(0) - CodeFragments::kFactor * whole);
+              offsets[j][2 + b] = paired(-CodeFragments::bias(2) - CodeFragments::kFactor * whole);
             }
             if constexpr (Tile::kScalesWeights) {
-              const float scale = group_scales.get(p, b) * (1.0f / Scales::kUnit);
+              const float scale = group_scales.exact(2 * p + b) * (1.0f / Scales::kFactor);
               scales[j][b] = paired(scale);
               if constexpr (kSplitsScales) rests[j][b] = paired(scale - to_float<T>(from_float<T>(scale)));
-              if constexpr (kFloatZeros) zeros[j][b] = paired((whole - zero) * scale * Dequant::kStep);
+              if constexpr (kFloatZeros) zeros[j][b] = paired((whole - zero) * scale * CodeFragments::kFactor);
             }
           }
         }
@@ -470,11 +473,12 @@ class WgmmaGroupedGemm {
 
     template <int i>
     __device__ __forceinline__ uint32_t weight(uint32_t code, int j) const {
-      constexpr int kExponent = Dequant::exponent(i);
+      constexpr int kExponent = CodeFragments::exponent(i);
       if constexpr (Zeros::kStored) {
         code = multiply_add_pairs<T>(code, paired_power<T>(kExponent), offsets[j][i]);
-      } else if constexpr (Dequant::kHasZero) {
-        constexpr uint32_t kOffset = paired_negative<T>(Dequant::bias(i) + Dequant::kStep * Zeros::kBaked);
+      } else if constexpr (CodeFragments::kHasZero) {
+        constexpr uint32_t kOffset =
+            paired_negative<T>(CodeFragments::bias(i) + CodeFragments::kFactor * Zeros::kBaked);
         code = multiply_add_pairs<T>(code, paired_power<T>(kExponent), kOffset);
       } else if constexpr (kExponent != 0) {
         code = multiply_pairs<T>(code, paired_power<T>(kExponent));
@@ -507,7 +511,7 @@ class WgmmaGroupedGemm {
         const auto group_scales = load_scales(weights, row, h, lane);
 #pragma unroll
         for (int j = 0; j < 2 * kParts; ++j) {
-          scales[h * kParts + j / 2][j % 2] = group_scales.get(j / 2, j % 2);
+          scales[h * kParts + j / 2][j % 2] = group_scales.exact(j);
         }
       }
     }
@@ -669,7 +673,7 @@ class WgmmaGroupedGemm {
     for (int s = 0; s < kBatch; ++s) {
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j) {
-        Dequant::fragment(words[s][j / kParts] + j % kParts * kFragmentWords, a[s][j]);
+        CodeFragments::fragment(words[s][j / kParts] + j % kParts * kFragmentWords, a[s][j]);
         scaling.apply(a[s][j], j);
       }
     }
