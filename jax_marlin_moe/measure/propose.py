@@ -1,0 +1,69 @@
+"""Which schemes of a block are worth timing: a function of shapes and architecture, with neither card nor clock."""
+
+from functools import partial
+
+from jax_marlin_moe.cuda.plan import MOST_GROUPED_SLOTS
+from jax_marlin_moe.cuda.tiles import (
+    TOKEN_TILES,
+    BlockScheme,
+    GemmShape,
+    SlotRouting,
+    block_sizes,
+    candidates,
+    expected_blocks,
+    predicted_microseconds,
+)
+
+_MOST_DIRECT_SLOTS = 32  # beyond one token: with more of them, slots of one expert are worth a common token tile
+
+
+def propose(
+    first: GemmShape,
+    second: GemmShape,
+    *,
+    tokens: int,
+    top_k: int,
+    experts_hit: float,
+    capability: int,
+    tiles_per_product: int,
+) -> list[list[BlockScheme]]:
+    """Schemes to time, in groups of the same way to find slots and the same token tile.
+
+    In each group the tiles of either product are those of least predicted time, so the first scheme is what the cost
+    model would take.
+
+    Args:
+        first: the first product.
+        second: the second one.
+        tokens: rows of x.
+        top_k: experts per token.
+        experts_hit: distinct experts of the routings that are timed, on average.
+        capability: compute capability times ten.
+        tiles_per_product: at most so many tiles of each product in a group.
+
+    Returns:
+        The groups that have tiles for both products; none where no tile fits.
+    """
+    slots, experts = tokens * top_k, first.num_experts
+    groups = []
+    for routing, size in _token_tiles(tokens, slots, first, capability):
+        blocks = slots if routing == "direct" else max(experts_hit, expected_blocks(slots, experts, experts, size))
+        ranked = []
+        for shape in (first, second):
+            tiles = candidates(shape, size, capability)
+            tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks, rows=slots / blocks))
+            ranked.append(tiles[:tiles_per_product])
+        if all(ranked):
+            count = max(map(len, ranked))
+            groups.append([BlockScheme(routing, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)])
+    return groups
+
+
+def _token_tiles(tokens: int, slots: int, shape: GemmShape, capability: int) -> list[tuple[SlotRouting, int]]:
+    """Ways to find slots, each with the rows of a token tile."""
+    direct: tuple[SlotRouting, int] = ("direct", TOKEN_TILES[0])
+    if tokens == 1:
+        return [direct]
+    routing: SlotRouting = "grouped" if slots <= MOST_GROUPED_SLOTS else "aligned"
+    sizes = [(routing, size) for size in block_sizes(slots, shape.num_experts, shape, capability)]
+    return [*sizes, direct] if slots <= _MOST_DIRECT_SLOTS else sizes
