@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jax_marlin_moe.checkpoint import convert, load_moe_layer
-from jax_marlin_moe.checkpoint.packed import MANIFEST
+from jax_marlin_moe.checkpoint.packed_form import MANIFEST
 
 DATA = pathlib.Path(__file__).parent / "data"
 W8 = "ck_llmc_W8A16"

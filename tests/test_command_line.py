@@ -19,7 +19,7 @@ import pytest
 
 import jax_marlin_moe
 from jax_marlin_moe import native
-from jax_marlin_moe.checkpoint import packed
+from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.cli import bench, demo, precompile, shape_options, tune
 from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.cuda import cache, compiler
@@ -431,7 +431,7 @@ def test_a_closed_pipe_does_not_stop_a_conversion(capfd, tmp_path):
     with output_to(closed_pipe()):
         assert main(["convert", str(CHECKPOINT), str(tmp_path / "packed")]) == 0
     assert capfd.readouterr().err == ""
-    assert packed.read_manifest(tmp_path / "packed").layers == [0, 1]
+    assert packed_form.read_manifest(tmp_path / "packed").layers == [0, 1]
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no full device")
@@ -442,7 +442,7 @@ def test_a_full_output(capfd, tmp_path):
     with output_to(open("/dev/full", "w")):
         assert main(["convert", str(CHECKPOINT), str(tmp_path / "packed")]) == 0
     assert capfd.readouterr().err == ""
-    assert packed.read_manifest(tmp_path / "packed").layers == [0, 1]
+    assert packed_form.read_manifest(tmp_path / "packed").layers == [0, 1]
 
 
 def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from stopped_writes import Steps
 
-from jax_marlin_moe.checkpoint import Checkpoint, convert, load_moe_layer, packed
+from jax_marlin_moe.checkpoint import Checkpoint, convert, load_moe_layer, packed_form
 from jax_marlin_moe.checkpoint.whole_files import locked_folder, whole_file
 from jax_marlin_moe.cli.main import main
 
@@ -82,16 +82,18 @@ def test_stopped_at_every_write(tmp_path, monkeypatch, whole, stopped_by):
             assert str(folder) in str(raised.filename)
         if steps.count < number:
             break
-        if folder.exists() and (folder / packed.MANIFEST).exists():  # a folder that cannot be flushed is no failure
+        if (
+            folder.exists() and (folder / packed_form.MANIFEST).exists()
+        ):  # a folder that cannot be flushed is no failure
             finished += 1
         elif folder.exists():
             names = sorted(contents(folder))
-            record = json.loads((folder / packed.UNFINISHED).read_text())
+            record = json.loads((folder / packed_form.UNFINISHED).read_text())
             # Layers that are finished and the record of them, nothing else.
-            assert names == sorted([packed.UNFINISHED, *(entry["file"] for entry in record["layers"].values())])
+            assert names == sorted([packed_form.UNFINISHED, *(entry["file"] for entry in record["layers"].values())])
             assert record["layers"]
             assert_not_taken_for_whole(folder)
-        if not (folder / packed.MANIFEST).exists():
+        if not (folder / packed_form.MANIFEST).exists():
             convert(SOURCE, folder)
         assert contents(folder) == whole
     assert number > 40
@@ -103,7 +105,7 @@ _KILL = """
 import os, pathlib, shutil, signal, sys
 import jax, numpy as np
 from stopped_writes import Steps
-from jax_marlin_moe.checkpoint import Checkpoint, convert, packed
+from jax_marlin_moe.checkpoint import Checkpoint, convert, packed_form
 source, scratch = sys.argv[1], pathlib.Path(sys.argv[2])
 checkpoint = Checkpoint(source)
 layers = {number: jax.tree.map(np.asarray, checkpoint.load(number)) for number in checkpoint.layers}
@@ -123,9 +125,9 @@ while True:
     if not os.WIFSIGNALED(status):
         break
     kills += 1
-    if not (folder / packed.MANIFEST).exists():
+    if not (folder / packed_form.MANIFEST).exists():
         try:
-            assert packed.read_manifest(folder) is None and not any(folder.iterdir())
+            assert packed_form.read_manifest(folder) is None and not any(folder.iterdir())
         except ValueError as error:
             assert "was not finished; run convert again" in str(error)
             refused += 1
@@ -170,7 +172,7 @@ def test_a_finished_layer_that_is_damaged_is_converted_again(tmp_path, loaded, w
     folder = tmp_path / "packed"
     with pytest.raises(KeyboardInterrupt):
         convert(SOURCE, folder, report=stop_after_first_layer)
-    path = folder / packed.file_of(0)
+    path = folder / packed_form.file_of(0)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -240,7 +242,7 @@ def test_two_at_once_are_told_apart(tmp_path, capsys):
         assert main(["convert", str(SOURCE), str(folder)]) == 1
     assert "cannot convert: another process is converting into" in capsys.readouterr().err
     convert(SOURCE, folder)
-    assert packed.read_manifest(folder).layers == [0, 1]
+    assert packed_form.read_manifest(folder).layers == [0, 1]
 
 
 def test_the_command_names_the_full_disk_and_survives_a_full_output(tmp_path, capsys, monkeypatch, whole):

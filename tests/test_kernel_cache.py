@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from jax_marlin_moe.cuda import cache, compiler, tuned
+from jax_marlin_moe.cuda import cache, compiler, tables
 from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
 
 CODE = b"\x7fELF" + bytes(range(256)) * 40
@@ -150,7 +150,7 @@ def test_without_home_and_passwd_entry_there_is_no_cache(monkeypatch, homeless, 
     compile_anew()
     compile_anew()
     assert len(compilations) == 2
-    assert tuned.user_path("sm_90a") is None
+    assert tables.user_path("sm_90a") is None
     assert not list(tmp_path.iterdir())
 
 
@@ -220,7 +220,7 @@ def test_entries_of_a_shared_folder_can_be_read_by_its_readers(folder, compilati
 
 # The table of measured schemes.
 
-KEY = tuned.BlockKey(8, 2, 256, 128, 128, ("int4", "int4"))
+KEY = tables.BlockKey(8, 2, 256, 128, 128, ("int4", "int4"))
 ROW = {"routing": "direct", "gate_up": ["mma", 8, 2, 1, 1, 64, 2, 2, 1], "down": ["mma", 8, 1, 1, 1, 64, 2, 2, 1]}
 ROW["overlaps"] = False
 SCHEME = BlockScheme("direct", Tile(8, 2, 1, 1, 64, 2, 2), Tile(8, 1, 1, 1, 64, 2, 2), overlaps=False)
@@ -298,9 +298,9 @@ def table(folder):
 def test_what_is_not_understood_is_skipped_with_one_warning(table, case):
     write(table, ODD_TABLES[case])
     with pytest.warns(UserWarning, match=r"tuned-sm_90a\.json: skipped what is not understood: ") as warned:
-        assert tuned.lookup(KEY, 4, "sm_90a") is None
+        assert tables.lookup(KEY, 4, "sm_90a") is None
     assert len(warned) == 1
-    assert tuned.lookup(KEY, 4, "sm_90a") is None  # without another one
+    assert tables.lookup(KEY, 4, "sm_90a") is None  # without another one
 
 
 @pytest.mark.parametrize("case", [name for name, odd in ODD_TABLES.items() if isinstance(odd, dict)])
@@ -309,13 +309,13 @@ def test_good_rows_beside_odd_ones_count(table, case):
     rows = odd.get(str(KEY))
     write(table, odd | {str(KEY): (rows if isinstance(rows, dict) else {}) | {"64": ROW}, "E9": 3})
     with pytest.warns(UserWarning, match="skipped what is not understood"):
-        assert tuned.lookup(KEY, 64, "sm_90a") == SCHEME
+        assert tables.lookup(KEY, 64, "sm_90a") == SCHEME
 
 
 def test_rows_of_version_1_are_read(table):
     old = {"routing": "aligned", "gate_up": [16, 2, 2, 1, 64, 4, 1, False], "down": [16, 1, 2, 1, 64, 2, 2]}
     write(table, {str(KEY): {"4": old | {"overlaps": True}}})
-    assert tuned.lookup(KEY, 4, "sm_90a") == BlockScheme(
+    assert tables.lookup(KEY, 4, "sm_90a") == BlockScheme(
         "aligned", WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), Tile(16, 1, 2, 1, 64, 2, 2)
     )
 
@@ -323,7 +323,7 @@ def test_rows_of_version_1_are_read(table):
 def test_a_pipe_is_no_table(table):
     os.mkfifo(table)
     with pytest.warns(UserWarning, match="is not a regular file"):
-        assert tuned.lookup(KEY, 4, "sm_90a") is None
+        assert tables.lookup(KEY, 4, "sm_90a") is None
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_a_pipe_is_no_table(table):
 )
 def test_what_is_not_understood_survives_a_record(table, odd):
     write(table, odd)
-    tuned.record(KEY, 4, "sm_90a", SCHEME)
+    tables.record(KEY, 4, "sm_90a", SCHEME)
     stored = json.loads(table.read_text())
     assert stored.pop("version") == 2
     assert stored[str(KEY)].pop("4") == ROW
@@ -340,19 +340,19 @@ def test_what_is_not_understood_survives_a_record(table, odd):
 
 def test_a_record_replaces_the_row_and_keeps_the_order(table):
     for tokens in (16, 4, 128):
-        tuned.record(KEY, tokens, "sm_90a", SCHEME)
-    tuned.record(KEY, 16, "sm_90a", dataclasses.replace(SCHEME, overlaps=True))
+        tables.record(KEY, tokens, "sm_90a", SCHEME)
+    tables.record(KEY, 16, "sm_90a", dataclasses.replace(SCHEME, overlaps=True))
     assert list(json.loads(table.read_text())[str(KEY)]) == ["4", "16", "128"]
-    assert tuned.lookup(KEY, 16, "sm_90a") == dataclasses.replace(SCHEME, overlaps=True)
+    assert tables.lookup(KEY, 16, "sm_90a") == dataclasses.replace(SCHEME, overlaps=True)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
 def test_what_is_no_table_is_moved_aside_by_a_record(table, content):
     write(table, content)
     with pytest.warns(UserWarning, match=r"it is now .*\.unreadable"):
-        tuned.record(KEY, 4, "sm_90a", SCHEME)
+        tables.record(KEY, 4, "sm_90a", SCHEME)
     assert table.with_name(table.name + ".unreadable").read_text() == content
-    assert tuned.lookup(KEY, 4, "sm_90a") == SCHEME
+    assert tables.lookup(KEY, 4, "sm_90a") == SCHEME
 
 
 def test_a_table_of_a_newer_version_is_left_alone(table):
@@ -360,7 +360,7 @@ def test_a_table_of_a_newer_version_is_left_alone(table):
     with pytest.warns(
         UserWarning, match="version is 3; it must be at most 2: update jax_marlin_moe; nothing is stored"
     ):
-        tuned.record(KEY, 4, "sm_90a", SCHEME)
+        tables.record(KEY, 4, "sm_90a", SCHEME)
     assert json.loads(table.read_text()) == {"version": 3, "blocks": []}
 
 
@@ -369,5 +369,5 @@ def test_a_record_that_fails_leaves_nothing_behind(monkeypatch, table):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    tuned.record(KEY, 4, "sm_90a", SCHEME)
+    tables.record(KEY, 4, "sm_90a", SCHEME)
     assert not list(table.parent.iterdir())

@@ -18,7 +18,7 @@ from oracle import random_experts
 from saved_layers import full_layer
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.checkpoint import MoELayer, convert, load_moe_layer, load_moe_layers, packed
+from jax_marlin_moe.checkpoint import MoELayer, convert, load_moe_layer, load_moe_layers, packed_form
 from jax_marlin_moe.checkpoint.facts import layer_from, leaves_and_facts, read_facts
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.cli.main import main
@@ -50,7 +50,9 @@ def test_plain_weights_are_quantised_once(tmp_path):
 
 
 def write(folder, number, layer):
-    packed.write_manifest(folder / packed.MANIFEST, {number: packed.write_layer(folder, number, layer)}, "test", {})
+    packed_form.write_manifest(
+        folder / packed_form.MANIFEST, {number: packed_form.write_layer(folder, number, layer)}, "test", {}
+    )
 
 
 def test_every_field_comes_back(tmp_path):
@@ -89,7 +91,7 @@ def test_a_layer_is_shown_in_one_line(tmp_path):
 def test_the_file_is_plain_safetensors(tmp_path):
     """Any reader of safetensors can open it; every leaf begins at a multiple of 64 bytes."""
     layer = full_layer()
-    entry = packed.write_layer(tmp_path, 0, layer)
+    entry = packed_form.write_layer(tmp_path, 0, layer)
     tensors = files.read(tmp_path / entry["file"])
     np.testing.assert_array_equal(tensors["gate_up.packed"], layer.gate_up.packed)
     raw = (tmp_path / entry["file"]).read_bytes()
@@ -108,7 +110,7 @@ def folder(tmp_path):
 
 
 def edit(folder, change):
-    path = folder / packed.MANIFEST
+    path = folder / packed_form.MANIFEST
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
@@ -116,7 +118,7 @@ def edit(folder, change):
 
 def edit_facts(folder, change, *, sign=True):
     """Changes what the file of layer 0 says of itself, and, to sign that, its digest in the manifest."""
-    path = folder / packed.file_of(0)
+    path = folder / packed_form.file_of(0)
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
@@ -126,7 +128,7 @@ def edit_facts(folder, change, *, sign=True):
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
     if sign:
-        edit(folder, lambda v: v["layers"]["0"].update(sha256=packed.sha256(path)))
+        edit(folder, lambda v: v["layers"]["0"].update(sha256=packed_form.sha256(path)))
 
 
 def test_a_wrong_checksum_is_refused(folder):
@@ -249,7 +251,7 @@ def test_wrong_facts_are_refused(folder, capsys, version):
             edit(case, lambda v, change=change: change(v["layers"]["0"]["layer"]))
         else:
             edit_facts(case, lambda about, change=change: change(about["facts"]))
-        file = packed.MANIFEST if version == 1 and seen_by_inspect else packed.file_of(0)
+        file = packed_form.MANIFEST if version == 1 and seen_by_inspect else packed_form.file_of(0)
         with pytest.raises(ValueError, match=rf"(?s){case / file}.*(?:{message})"):
             load_moe_layer(case, 0)
         assert main(["inspect", str(case)]) == int(seen_by_inspect)
@@ -277,7 +279,7 @@ def test_the_digest_covers_the_facts(folder, change):
 
 
 def test_a_file_of_another_layer_is_refused(folder):
-    (folder / packed.file_of(1)).replace(folder / packed.file_of(0))
+    (folder / packed_form.file_of(1)).replace(folder / packed_form.file_of(0))
     edit(folder, lambda v: v["layers"]["0"].update(sha256=v["layers"]["1"]["sha256"]))
     with pytest.raises(ValueError, match=r"layer-00000\.safetensors is of layer 1; .* names it for layer 0"):
         load_moe_layer(folder, 0)
@@ -285,14 +287,14 @@ def test_a_file_of_another_layer_is_refused(folder):
 
 @pytest.mark.parametrize("about", ["", "{", "[" * 100000, "[]", "{}"])
 def test_files_without_facts_are_refused(folder, about):
-    path = folder / packed.file_of(0)
+    path = folder / packed_form.file_of(0)
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
     header["__metadata__"]["layer"] = about
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
-    edit(folder, lambda v: v["layers"]["0"].update(sha256=packed.sha256(path)))
+    edit(folder, lambda v: v["layers"]["0"].update(sha256=packed_form.sha256(path)))
     with pytest.raises(ValueError, match=r"layer-00000\.safetensors: metadata"):
         load_moe_layer(folder, 0)
 
@@ -304,7 +306,7 @@ def test_version_1_loads():
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 def test_pipes_are_not_opened(folder, capsys):
-    path = folder / packed.file_of(0)
+    path = folder / packed_form.file_of(0)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match=r"layer-00000\.safetensors is no regular file"):

@@ -14,7 +14,7 @@ from oracle import assert_block_accepted, assert_block_close, expert_block, rand
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import compiler, plan, tiles, tuned
+from jax_marlin_moe.cuda import compiler, plan, tables, tiles
 from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, WgmmaTile
 from jax_marlin_moe.measure.models import MODELS
 
@@ -207,7 +207,7 @@ def test_blocks_expected_under_uniform_routing():
 
 def test_measured_schemes_fit():
     """A table's scheme that does not is passed over without a word."""
-    path = pathlib.Path(tuned.__file__).parent / "tuned" / "sm_90a.json"
+    path = pathlib.Path(tables.__file__).parent / "scheme_tables" / "sm_90a.json"
     scales = {("e2m1", 16): "e4m3", ("e2m1", 32): "e8m0", ("e4m3", 32): "e8m0", ("e4m3", 128): "float32"}
     table = json.loads(path.read_text())
     assert table.pop("version") == 2
@@ -216,7 +216,7 @@ def test_measured_schemes_fit():
         experts, top_k, hidden, inner, group = map(int, fields.groups()[:5])
         codes = fields.groups()[5:]
         for tokens in map(int, entries):
-            scheme = tuned.lookup(tuned.BlockKey(experts, top_k, hidden, inner, group, codes), tokens, "sm_90a")
+            scheme = tables.lookup(tables.BlockKey(experts, top_k, hidden, inner, group, codes), tokens, "sm_90a")
             first, second = (
                 shape_of(
                     k,
@@ -234,23 +234,23 @@ def test_measured_schemes_fit():
 
 def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):
     path = tmp_path / "tuned-sm_90a.json"
-    key = tuned.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
+    key = tables.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
     tiles = WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), Tile(16, 1, 2, 1, 64, 2, 2)
     mixed = BlockScheme("aligned", *tiles, overlaps=False)
-    tuned.record(key, 16, "sm_90a", mixed, path)
-    monkeypatch.setattr(tuned, "user_path", lambda architecture: path)
-    assert tuned.lookup(key, 16, "sm_90a") == mixed
-    assert tuned.lookup(key, 20, "sm_90a") == mixed
-    assert tuned.lookup(key, 32, "sm_90a") is None
+    tables.record(key, 16, "sm_90a", mixed, path)
+    monkeypatch.setattr(tables, "user_path", lambda architecture: path)
+    assert tables.lookup(key, 16, "sm_90a") == mixed
+    assert tables.lookup(key, 20, "sm_90a") == mixed
+    assert tables.lookup(key, 32, "sm_90a") is None
 
 
 def test_schemes_of_an_older_version_are_passed_over(tmp_path, monkeypatch):
     path = tmp_path / "tuned-sm_90a.json"
-    key = tuned.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
+    key = tables.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
     path.write_text(json.dumps({str(key): {"16": {"direct": False, "gate_up": [8, 2, 1], "down": [8, 2, 1]}}}))
-    monkeypatch.setattr(tuned, "user_path", lambda architecture: path)
-    assert tuned.lookup(key, 16, "sm_90a") is None
-    tuned.record(key, 8, "sm_90a", BlockScheme("direct", Tile(8, 2, 1, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)), path)
+    monkeypatch.setattr(tables, "user_path", lambda architecture: path)
+    assert tables.lookup(key, 16, "sm_90a") is None
+    tables.record(key, 8, "sm_90a", BlockScheme("direct", Tile(8, 2, 1, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)), path)
     assert list(json.loads(path.read_text())[str(key)]) == ["8", "16"]
 
 
@@ -264,7 +264,7 @@ def test_a_block_on_the_card(monkeypatch, name, tokens):
     gate_up, down = experts_of(name, rng)
     x = random_rows(rng, tokens, SCHEMES[name].hidden, jnp.dtype(SCHEMES[name].dtype))
     router, ids = random_routing(rng, tokens, TOP_K, EXPERTS)
-    monkeypatch.setattr(tuned, "lookup", lambda *_: scheme_of(name))
+    monkeypatch.setattr(tables, "lookup", lambda *_: scheme_of(name))
     with jax.default_device(jax.devices("cuda")[0]):
         actual = jax.jit(lambda *a: jmm.fused_moe(*a))(x, gate_up.packed(), down.packed(), router, ids)
     arrays = (x, gate_up, down, router, ids)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 import jax_marlin_moe
-from jax_marlin_moe.checkpoint import packed
+from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.loading import Checkpoint
 from jax_marlin_moe.checkpoint.tensors import read_json
 from jax_marlin_moe.checkpoint.whole_files import PART, locked_folder, named_errors, sync_folder
@@ -91,8 +91,8 @@ class _Run:
         report: Callable[[int, int], None],
     ) -> None:
         self.folder, self.checkpoint, self.conversion, self.report = folder, checkpoint, conversion, report
-        self.record = folder / packed.UNFINISHED
-        self.files = {number: folder / packed.file_of(number) for number in checkpoint.layers}
+        self.record = folder / packed_form.UNFINISHED
+        self.files = {number: folder / packed_form.file_of(number) for number in checkpoint.layers}
         self.entries = self._earlier_entries()
 
     def convert(self) -> None:
@@ -104,18 +104,18 @@ class _Run:
                     self.entries.pop(number, None)
                     with self._nothing_left_where_refused():
                         layer = self.checkpoint.load(number)
-                    self.entries[number] = packed.write_layer(self.folder, number, layer)
+                    self.entries[number] = packed_form.write_layer(self.folder, number, layer)
                     self._write_record()
                 self.report(number, path.stat().st_size)
             with named_errors(self.record):
-                os.replace(self.record, self.folder / packed.MANIFEST)
+                os.replace(self.record, self.folder / packed_form.MANIFEST)
             sync_folder(self.folder)
         except BaseException:
             self._clear()
             raise
 
     def _write_record(self) -> None:
-        packed.write_manifest(self.record, self.entries, self.checkpoint.folder.resolve().name, self.conversion)
+        packed_form.write_manifest(self.record, self.entries, self.checkpoint.folder.resolve().name, self.conversion)
 
     @contextlib.contextmanager
     def _nothing_left_where_refused(self) -> Iterator[None]:
@@ -127,10 +127,10 @@ class _Run:
 
     def _clear(self) -> None:
         """Removes what a next run could not use: all but the layers that the record names, and itself."""
-        if (self.folder / packed.MANIFEST).exists():
+        if (self.folder / packed_form.MANIFEST).exists():
             return
         with contextlib.suppress(OSError, ValueError):
-            recorded = packed.read_entries(self.record).layers if self.entries and self.record.exists() else []
+            recorded = packed_form.read_entries(self.record).layers if self.entries and self.record.exists() else []
             for number, path in self.files.items():
                 if number not in recorded:
                     path.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ class _Run:
         """Layers that an earlier run has finished, from its record."""
         parts = {path.with_name(path.name + PART) for path in (self.record, *self.files.values())}
         if not self.record.is_file():
-            if (self.folder / packed.MANIFEST).exists():
+            if (self.folder / packed_form.MANIFEST).exists():
                 raise FileExistsError(f"{self.folder} holds a finished conversion; pass a new folder")
             if any(path not in parts for path in self.folder.iterdir()):
                 raise FileExistsError(f"{self.folder} is not empty; pass a new folder")
@@ -155,7 +155,9 @@ class _Run:
                         f"{self.folder} holds an unfinished conversion whose {key} is {other!r}, not {value!r}; delete "
                         "the folder, or pass a new one"
                     )
-            entries = {number: dict(entry.values) for number, entry in packed.read_entries(self.record).entries.items()}
+            entries = {
+                number: dict(entry.values) for number, entry in packed_form.read_entries(self.record).entries.items()
+            }
         for path in parts:
             path.unlink(missing_ok=True)
         return entries
@@ -173,7 +175,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 def _holds(path: pathlib.Path, digest: str) -> bool:
     """Whether a file is there with this digest."""
-    return path.is_file() and packed.sha256(path) == digest
+    return path.is_file() and packed_form.sha256(path) == digest
 
 
 def _state_of_files(folder: pathlib.Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jax_marlin_moe.checkpoint import packed
+from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.families import Family, Stacked, get_family
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
@@ -106,7 +106,7 @@ class Checkpoint:
     ) -> None:
         _check_folder(path)
         self.folder = pathlib.Path(path)
-        self.manifest = packed.read_manifest(self.folder)
+        self.manifest = packed_form.read_manifest(self.folder)
         if self.manifest is not None:
             if quantize is not None:
                 raise ValueError(f"{self.folder} is packed already; quantize={quantize!r} is for plain weights")

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 
-from jax_marlin_moe.checkpoint import packed
+from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.loading import Checkpoint
 from jax_marlin_moe.cli.console import complain, escaped
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _packed(manifest: packed.Manifest) -> Iterator[str]:
+def _packed(manifest: packed_form.Manifest) -> Iterator[str]:
     yield f"{manifest.folder}: packed form, version {manifest.version}, {len(manifest.layers)} layers"
     for number in manifest.layers:
         facts, size = manifest.describe(number)

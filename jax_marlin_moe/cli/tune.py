@@ -31,12 +31,12 @@ def run(options: argparse.Namespace) -> int:
         complain(f"cannot tune: the kernel cache is off: {error}")
         return 1
     # They import the driver's bindings, which a machine without CUDA need not have.
-    from jax_marlin_moe.cuda import tuned
+    from jax_marlin_moe.cuda import tables
     from jax_marlin_moe.cuda.plan import block_key
     from jax_marlin_moe.measure.autotune import autotune
 
     dtype, architecture = jnp.dtype(options.dtype), target_architecture()
-    path = tuned.user_path(architecture)
+    path = tables.user_path(architecture)
     for shape in shapes:
         try:
             layers = random_layers(shape, options.format, dtype)
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
                 f"and {best.down_us:.1f}: {best.scheme}  ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
-            if tuned.lookup(block_key(*layers[0], shape.top_k), tokens, architecture) != best.scheme:
+            if tables.lookup(block_key(*layers[0], shape.top_k), tokens, architecture) != best.scheme:
                 complain(f"{path} cannot be written; set {cache.ENVIRONMENT_VARIABLE} to a folder that can")
                 return 1
         del layers

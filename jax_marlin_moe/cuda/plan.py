@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.cuda import tuned
+from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.program import Kernel, render
 from jax_marlin_moe.cuda.tiles import (
@@ -441,9 +441,9 @@ def plan_moe_gemm(
     return Plan((clear, find, gemm), (jax.ShapeDtypeStruct((num_slots,), jnp.int32),))
 
 
-def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tuned.BlockKey:
+def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tables.BlockKey:
     """The block's row in the tables of measured schemes."""
-    return tuned.BlockKey(
+    return tables.BlockKey(
         gate_up.num_experts,
         top_k,
         gate_up.k,
@@ -524,7 +524,7 @@ def plan_fused_moe(
     first, second = gemm_shape(gate_up, activation.gated, x.dtype), gemm_shape(down, False, x.dtype)
 
     if scheme is None:
-        scheme = tuned.lookup(block_key(gate_up, down, top_k), tokens, architecture)
+        scheme = tables.lookup(block_key(gate_up, down, top_k), tokens, architecture)
         if scheme is None or not scheme.fits(first, second, capability):
             scheme = _predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
     elif not scheme.fits(first, second, capability):

@@ -369,7 +369,7 @@ def choose_tile(
 
 # The cost model's constants, fitted to 1100 timed kernels on an H200 (Qwen3-30B and Mixtral, 1 to 64 tokens): 17 %
 # root mean square error, and tiles chosen with it were 7 % slower than the best timed ones on average. (Integer codes
-# took more instructions then; the other constants are as they were.) Cycles at 1.9 GHz. Measured tables (tuned.py) come
+# took more instructions then; the other constants are as they were.) Cycles at 1.9 GHz. Measured tables come
 # before it.
 _MULTIPROCESSORS = 132
 _CYCLES_PER_MICROSECOND = 1900

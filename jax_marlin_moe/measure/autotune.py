@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_marlin_moe.activations import Activation, get_activation
-from jax_marlin_moe.cuda import tuned
+from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
 from jax_marlin_moe.cuda.plan import Plan, block_key, gemm_shape
 from jax_marlin_moe.cuda.tiles import BlockScheme
@@ -71,11 +71,11 @@ def autotune(
         capability=capability,
         tiles_per_product=candidates_per_product,
     )
-    known = tuned.lookup(key, tokens, architecture)
+    known = tables.lookup(key, tokens, architecture)
     best = search(groups, known if known is not None and known.fits(*shapes, capability) else None, timer)
     if best is None:
         raise ValueError(f"no kernel tile fits {shapes[0]} and {shapes[1]} with {tokens} tokens on {architecture}")
-    tuned.record(key, tokens, architecture, best.scheme, table)
+    tables.record(key, tokens, architecture, best.scheme, table)
     return best
 
 

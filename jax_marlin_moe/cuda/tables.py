@@ -34,7 +34,7 @@ _MOST_FIELD = 1 << 20  # of a tile's numbers
 _KINDS: dict[str, type[Tile] | type[WgmmaTile]] = {"mma": Tile, "wgmma": WgmmaTile}
 _ROW = {"routing", "gate_up", "down", "overlaps"}
 
-_SHIPPED = pathlib.Path(__file__).parent / "tuned"
+_SHIPPED = pathlib.Path(__file__).parent / "scheme_tables"
 
 
 @dataclasses.dataclass(frozen=True)
