@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from cuda.bindings import driver
 
+from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.cuda.plan import Plan
 from jax_marlin_moe.cuda.program import Kernel
 from jax_marlin_moe.measure.replay import ReplayedPlan
@@ -25,7 +26,8 @@ _SPIN_CYCLES = 400_000
 _SPIN = """
 namespace jmm {
 struct Spin {
-  int* __restrict__ out;
+  static constexpr int kThreads = 1, kMaxCtas = 1;
+  int32_t* __restrict__ out;
   __device__ void run() const {
     const long long begin = clock64();
     long long now = begin;
@@ -44,13 +46,12 @@ class MultiprocessorClock:
         kernel = Kernel(
             name="jmm_spin",
             body="Spin",
-            members="p0",
-            parameters=((1, "int*"),),
+            pointers={"out": Pointer(1, "int32", written=True)},
             threads=1,
             shared_bytes=0,
-            max_blocks=1,
+            max_ctas=1,
         )
-        plan = Plan((kernel,), (), (), _SPIN % _SPIN_CYCLES)
+        plan = Plan((kernel,), (), ("types.cuh",), _SPIN % _SPIN_CYCLES)
         self._spin = ReplayedPlan(plan, [[jnp.zeros((1,))]] * 4, [jax.ShapeDtypeStruct((1,), jnp.int32)])
 
     def mhz(self) -> float:

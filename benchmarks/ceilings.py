@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.cuda.plan import Plan
 from jax_marlin_moe.cuda.program import Kernel
 from jax_marlin_moe.measure.replay import ReplayedPlan
@@ -17,17 +18,19 @@ _READ_BYTES = 2 << 30
 _READER = """
 namespace jmm {
 struct Reader {
-  const int4* __restrict__ in;
-  int* __restrict__ out;
+  static constexpr int kThreads = 512, kMaxCtas = 1 << 20, kCtasPerSm = 2, kCluster = 1;
+  const int32_t* __restrict__ in;
+  int32_t* __restrict__ out;
   __device__ void run() const {
     constexpr long long kVectors = %dll;
+    const int4* vectors = reinterpret_cast<const int4*>(in);
     constexpr int kLoads = 8;
     const long long piece = (long long)blockDim.x * kLoads;
     int sum = 0;
     for (long long first = blockIdx.x * piece; first < kVectors; first += gridDim.x * piece) {
       int4 v[kLoads];
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) v[j] = __ldg(in + first + j * blockDim.x + threadIdx.x);
+      for (int j = 0; j < kLoads; ++j) v[j] = __ldg(vectors + first + j * blockDim.x + threadIdx.x);
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) sum += v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
     }
@@ -56,14 +59,13 @@ def measure_read_bandwidth() -> float:
     kernel = Kernel(
         name="jmm_reader",
         body="Reader",
-        members="p0, p1",
-        parameters=((0, "const int4*"), (1, "int*")),
+        pointers={"in": Pointer(0, "int32"), "out": Pointer(1, "int32", written=True)},
         threads=512,
         shared_bytes=0,
-        max_blocks=1 << 20,
-        blocks_per_sm=2,
+        max_ctas=1 << 20,
+        ctas_per_sm=2,
     )
-    plan = Plan((kernel,), (), (), _READER % (_READ_BYTES // 16))
+    plan = Plan((kernel,), (), ("types.cuh",), _READER % (_READ_BYTES // 16))
     stream = ReplayedPlan(plan, [[data]] * 4, [jax.ShapeDtypeStruct((1,), jnp.int32)])
     microseconds = statistics.median(stream.microseconds())
     stream.close()

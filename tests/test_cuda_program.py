@@ -9,17 +9,19 @@ import pytest
 
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler, program
+from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.cuda.plan import plan_align
 
 KERNEL = program.Kernel(
     name="jmm_body_m3",
-    body="Body<3>",
-    members="p0, p1",
-    parameters=((0, "const int32_t*"), (2, "float*")),
+    body="Body<Facts>",
+    structs={"Facts": {"list_length": 2**31, "experts": 3, "mapped": True, "element": "jmm::Half"}},
+    constants={"Facts::kExperts": 3},
+    pointers={"ids": Pointer(0, "int32"), "bias": None, "epilogue.out": Pointer(2, "float32", written=True)},
     threads=64,
     shared_bytes=0,
-    max_blocks=7,
-    blocks_per_sm=2,
+    max_ctas=7,
+    ctas_per_sm=2,
     overlaps_predecessor=True,
 )
 BUFFERS = [
@@ -31,7 +33,7 @@ BUFFERS = [
 
 def test_the_contract_is_the_documented_record():
     fields = program._contract(
-        BUFFERS, [KERNEL, dataclasses.replace(KERNEL, shared_bytes=1024, blocks_per_sm=0, cluster=4)]
+        BUFFERS, [KERNEL, dataclasses.replace(KERNEL, shared_bytes=1024, ctas_per_sm=0, cluster=4)]
     )
     assert fields.dtype == np.int64
     assert fields.tolist() == [
@@ -45,10 +47,10 @@ def test_the_contract_is_the_documented_record():
 
 
 def test_grids_are_whole_clusters():
-    assert KERNEL.blocks(132) == 7
-    assert KERNEL.blocks(3) == 6
-    pairs = dataclasses.replace(KERNEL, max_blocks=1000, cluster=4)
-    assert pairs.blocks(57) == 112
+    assert KERNEL.ctas(132) == 7
+    assert KERNEL.ctas(3) == 6
+    pairs = dataclasses.replace(KERNEL, max_ctas=1000, cluster=4)
+    assert pairs.ctas(57) == 112
     assert "__cluster_dims__(4, 1, 1) jmm_body_m3(" in program.render([pairs], [], "")
 
 
@@ -56,11 +58,43 @@ def test_the_source_has_an_entry_point_for_each_kernel():
     shared = dataclasses.replace(KERNEL, name="jmm_other", shared_bytes=1024)
     source = program.render([KERNEL, shared], ["a.cuh", "b.cuh"], "struct Extra {};")
     assert source.startswith('#include "a.cuh"\n#include "b.cuh"\nstruct Extra {};\n')
-    assert "jmm_body_m3(const int32_t* p0, float* p1)" in source
+    assert "jmm_body_m3(const int32_t* ids, float* epilogue_out)" in source
     assert "__launch_bounds__(64, 2) jmm_other(" in source
-    assert "static_assert(B1::kSharedBytes == 1024" in source
-    assert "B0{p0, p1}.run();" in source
-    assert "B1{p0, p1}.run(shared_bytes);" in source
+    members = "{.ids = ids, .bias = nullptr, .epilogue = {.out = epilogue_out}}"
+    assert f"of_jmm_body_m3::Kernel{members}.run();" in source
+    assert f"of_jmm_other::Kernel{members}.run(shared_bytes);" in source
+
+
+def test_facts_and_what_follows_from_them_are_named_in_the_source():
+    source = program.render([dataclasses.replace(KERNEL, shared_bytes=1024)], [], "")
+    facts = (
+        "struct Facts {\n"
+        "  static constexpr int64_t kListLength = 2147483648;\n"
+        "  static constexpr int kExperts = 3;\n"
+        "  static constexpr bool kMapped = true;\n"
+        "  using Element = jmm::Half;\n"
+        "};\n"
+        "using Kernel = jmm::Body<Facts>;\n"
+    )
+    assert facts in source
+    for what, value in {
+        "Kernel::kThreads": 64,
+        "Kernel::kMaxCtas": 7,
+        "Kernel::kSharedBytes": 1024,
+        "Kernel::kCtasPerSm": 2,
+        "Kernel::kCluster": 1,
+        "Facts::kExperts": 3,
+        "sizeof(Kernel) / sizeof(void*)": 3,
+    }.items():
+        assert f'static_assert({what} == {value}, "{what} of the plan");' in source
+
+
+def test_a_contract_names_the_pointer_that_was_planned_for_another_buffer():
+    other = dataclasses.replace(KERNEL, pointers=KERNEL.pointers | {"ids": Pointer(1, "int32")})
+    with pytest.raises(RuntimeError, match="ids of jmm_body_m3 is buffer 1, which has dtype float16; it must be int32"):
+        program._contract(BUFFERS, [other])
+    with pytest.raises(RuntimeError, match="ids of jmm_body_m3 is buffer 0, which the call does not have"):
+        program._contract([None, *BUFFERS[1:]], [KERNEL])
 
 
 @pytest.mark.parametrize(

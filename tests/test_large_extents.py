@@ -1,5 +1,6 @@
 """Calls whose arrays are larger than 32 bits count: what is 64-bit then, what is refused, and the card's own word."""
 
+import dataclasses
 import fcntl
 import os
 import pathlib
@@ -15,6 +16,7 @@ import pytest
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import cache, compiler, plan
+from jax_marlin_moe.cuda.program import render_facts
 from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
@@ -67,14 +69,11 @@ def gemm_plan(tokens, k, n, *, list_length=None, num_experts=8, top_k=2):
     )
 
 
-def assert_sizes(planned, *members):
-    """Compiles the sizes alone: each member is (body starts with, C++ type of it, bytes)."""
-    checks = []
-    for start, member, size in members:
-        bodies = [kernel.body for kernel in planned.kernels if kernel.body.startswith(start)]
-        assert bodies, start
-        checks += [f'static_assert(sizeof(jmm::{body}::{member}) == {size}, "{member}");' for body in bodies[-1:]]
-    source = "\n".join([*(f'#include "{name}"' for name in planned.includes), *checks])
+def assert_size(planned, stage, type_, size):
+    """Compiles the facts alone, of a stage: a C++ type there has so many bytes."""
+    kernel = planned.kernels[planned.position(stage)]
+    kernel = dataclasses.replace(kernel, constants={f"sizeof({type_})": size})
+    source = "\n".join([*(f'#include "{name}"' for name in planned.includes), render_facts(kernel)])
     assert compiler.compile_cubin.__wrapped__(source, "sm_90a")
 
 
@@ -90,35 +89,28 @@ def assert_sizes(planned, *members):
 )
 def test_offsets_of_rows_are_as_wide_as_the_rows_between_the_products(monkeypatch, scheme, tokens, size):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
-    planned = block_plan(tokens, 128, 14336, scheme)
-    kind = scheme.down.kernel
-    assert_sizes(planned, (kind, "RowOffset", size))
+    assert_size(block_plan(tokens, 128, 14336, scheme), "down", "Kernel::RowOffset", size)
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(("tokens", "size"), [(2**18 - 1, 4), (2**18, 4), (2**18 + 1, 8), (2**20, 8)])
 def test_offsets_of_rows_are_as_wide_as_x(monkeypatch, tokens, size):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
-    planned = block_plan(tokens, 2**14, 64, MMA, top_k=1)
-    first = next(kernel.body for kernel in planned.kernels if kernel.body.startswith("GroupedGemm"))
-    source = (
-        f'#include "gemm/mma/kernel.cuh"\nstatic_assert(sizeof(jmm::{first}::RowOffset) == {size}, "offsets of x");'
-    )
-    assert compiler.compile_cubin.__wrapped__(source, "sm_90a")
+    assert_size(block_plan(tokens, 2**14, 64, MMA, top_k=1), "gate_up", "Kernel::RowOffset", size)
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(("tokens", "size"), [(1_048_559, 4), (1_048_577, 8)])
 def test_the_sum_counts_the_vectors_of_its_result(monkeypatch, tokens, size):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
-    assert_sizes(block_plan(tokens, 8192, 64, top_k=1), ("Combine", "VectorIndex", size))
+    assert_size(block_plan(tokens, 8192, 64, top_k=1), "combine", "Kernel::VectorIndex", size)
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(("tokens", "size"), [(299_593, 4), (299_594, 8)])
 def test_clearing_counts_the_pieces_of_the_result(monkeypatch, tokens, size):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
-    assert_sizes(gemm_plan(tokens, 128, 28672), ("Clear", "PieceIndex", size))
+    assert_size(gemm_plan(tokens, 128, 28672), "clear", "Kernel::PieceIndex", size)
 
 
 @needs_nvrtc
@@ -126,10 +118,7 @@ def test_clearing_counts_the_pieces_of_the_result(monkeypatch, tokens, size):
 def test_biases_and_global_scales_count_the_columns_of_all_experts(monkeypatch, num_experts, size):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
     planned = block_plan(1, 64, 2048, num_experts=num_experts, bias=True)
-    body = next(kernel.body for kernel in planned.kernels if kernel.body.startswith("GroupedGemm"))
-    problem = body[body.index("jmm::Problem<") : body.index(">, jmm::Tile") + 1]
-    source = f'#include "gemm/mma/kernel.cuh"\nstatic_assert(sizeof({problem}::ExpertIndex) == {size}, "E x N");'
-    assert compiler.compile_cubin.__wrapped__(source, "sm_90a")
+    assert_size(planned, "gate_up", "jmm::Problem<Problem>::ExpertIndex", size)
 
 
 @needs_nvrtc
@@ -157,9 +146,7 @@ def test_more_slots_than_int32_counts_are_refused():
 
 
 def test_more_work_tiles_than_int32_counts_are_refused():
-    with pytest.raises(
-        ValueError, match=r"blocks of tokens by 4096 of columns are \d+ work tiles; .*: split the tokens"
-    ):
+    with pytest.raises(ValueError, match=r"token tiles by 4096 of columns are \d+ work tiles; .*: split the tokens"):
         block_plan(2_200_000, 128, 2**18, MMA)
 
 
@@ -192,7 +179,7 @@ def test_what_a_block_of_the_largest_sizes_needs_is_planned():
     """Nothing but int64 in the sizes: rows between the products of 2^36 elements."""
     planned = block_plan(2_400_000, 8192, 14336)
     assert planned.scratch[0].size == 2_400_000 * 2 * 14336 > 2**36
-    assert all(kernel.max_blocks < 2**31 for kernel in planned.kernels)
+    assert all(kernel.max_ctas < 2**31 for kernel in planned.kernels)
 
 
 # On the card.

@@ -115,10 +115,16 @@ def test_a_product_finds_first_rows_and_stores_no_others(monkeypatch, architectu
     )
     clear, find, gemm = planned.kernels
     assert clear.body.startswith("Clear<")
-    assert find.body == f"FindFirstRows<{2 * tokens}, {EXPERTS}, 64, {2 * tokens + 500}>"
+    assert find.body == "FindFirstRows<Facts>"
+    assert find.structs["Facts"] == {
+        "slots": 2 * tokens,
+        "experts": EXPERTS,
+        "list_block": 64,
+        "list_length": 2 * tokens + 500,
+    }
     assert [scratch.shape for scratch in planned.scratch] == [(2 * tokens,)]
     assert gemm.body.startswith(f"{kind.kernel}<")
-    scratch = clear.parameters[1][0]
-    assert find.parameters[-1][0] == scratch
-    assert scratch in [buffer for buffer, _ in gemm.parameters]
+    scratch = clear.pointers["first_rows"].buffer
+    assert find.pointers["first_rows"].buffer == scratch
+    assert gemm.pointers["token_tiles.first_rows"].buffer == scratch
     assert compiler.compile_cubin(planned.source, architecture)

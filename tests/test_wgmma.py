@@ -132,7 +132,7 @@ def test_products_are_not_serialised(name):
     )
     assert planned.source.count("WgmmaGroupedGemm") == 2
     options = ProgramOptions(
-        arch="sm_90a", std="c++17", include_path=str(compiler.source_directory()), ptxas_options=["-v"]
+        arch="sm_90a", std="c++20", include_path=str(compiler.source_directory()), ptxas_options=["-v"]
     )
     log = io.StringIO()
     Program(planned.source, "c++", options).compile("cubin", logs=log)
@@ -194,7 +194,7 @@ def test_the_cost_model_overlaps_the_products_of_short_blocks():
         assert scheme.overlaps == overlaps
     small = Tile(8, 1, 1, 1, 32, 2, 12)
     assert not plan._overlaps(second, small, 100.0, 90)  # more of them than planned find room
-    assert plan._overlaps(second, dataclasses.replace(small, blocks_per_sm=8), 100.0, 90)
+    assert plan._overlaps(second, dataclasses.replace(small, ctas_per_sm=8), 100.0, 90)
 
 
 def test_blocks_expected_under_uniform_routing():

@@ -10,11 +10,15 @@
 
 namespace jmm {
 
-template <int kSlots_, int kExperts_, int kBlock_, int kListLength_, int kWarps_, bool kMapped_>
+// Facts: jax_marlin_moe/cuda/kernels/align.py.
+template <class Facts>
 struct AlignBlockSize {
-  static constexpr int kSlots = kSlots_, kExperts = kExperts_, kBlock = kBlock_, kListLength = kListLength_;
-  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
-  static constexpr bool kMapped = kMapped_;
+  static constexpr int kSlots = Facts::kSlots;            // of topk_ids
+  static constexpr int kExperts = Facts::kExperts;        // that topk_ids may name
+  static constexpr int kBlock = Facts::kBlock;            // entries of a list block
+  static constexpr int kListLength = Facts::kListLength;  // room for entries, whole list blocks
+  static constexpr int kWarps = Facts::kWarps, kThreads = 32 * kWarps, kMaxCtas = 1;
+  static constexpr bool kMapped = Facts::kMapped;  // whether there is an expert_map
   static constexpr int kBlocks = (kListLength + kBlock - 1) / kBlock;
   static constexpr int kSlotsPerWarp = (kSlots + kThreads - 1) / kThreads * 32;
 

@@ -7,19 +7,26 @@
 
 namespace jmm {
 
-template <class T, int kTokens, int kTopK, int kColumns, int kExperts, int kRoutedExperts, bool kMapped>
+// Facts of all three: jax_marlin_moe/cuda/kernels/combine.py.
+template <class Facts>
 struct Combine {
+  using T = typename Facts::Element;  // of the result
+  static constexpr int kTokens = Facts::kTokens, kTopK = Facts::kTopK, kColumns = Facts::kColumns;
+  static constexpr int kExperts = Facts::kExperts;              // of the matrices
+  static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
+  static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
   static constexpr int kThreads = 128;                 // small: they move in beside the blocks of the kernel before
   static constexpr int kVector = 4;                    // columns of a thread: one 16-byte load a slot
   static constexpr int kVectors = kColumns / kVector;  // of a row
   static constexpr int64_t kAllVectors = int64_t(kTokens) * kVectors;
+  static constexpr int64_t kMaxCtas = (kAllVectors + kThreads - 1) / kThreads;
   using VectorIndex = Index<kAllVectors + kThreads>;
   static_assert(kColumns % kVector == 0, "rows are whole vectors");
 
-  const float4* __restrict__ partials;     // [kTokens * kTopK, kColumns]; rows of dropped slots hold nothing
+  const float* __restrict__ partials;      // [kTokens * kTopK, kColumns]; rows of dropped slots hold nothing
   const int32_t* __restrict__ topk_ids;    // [kTokens, kTopK]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
-  uint2* __restrict__ out;                 // [kTokens, kColumns] of T
+  T* __restrict__ out;                     // [kTokens, kColumns]
 
   __device__ void run() const {
     const VectorIndex i = Offset<kAllVectors + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
@@ -39,41 +46,48 @@ struct Combine {
 #pragma unroll
     for (int j = 0; j < kTopK; ++j) {
       if (!(there[j / 32] >> (j % 32) & 1)) continue;
-      const float4 part = partials[int64_t(token * kTopK + j) * kVectors + vector];
+      const float4 part = reinterpret_cast<const float4*>(partials)[int64_t(token * kTopK + j) * kVectors + vector];
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
-    out[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
-                   from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
+    reinterpret_cast<uint2*>(out)[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
+                                             from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
   }
 };
 
 // Rows that no block lists are zero: the output is cleared before the product writes into it. No row of the list is
 // known yet to be its slot's first.
-template <int64_t kBytes, int kSlots>
+template <class Facts>
 struct Clear {
+  using T = typename Facts::Element;  // of the result
+  static constexpr int kSlots = Facts::kSlots, kColumns = Facts::kColumns;
   static constexpr int kThreads = 256;
+  static constexpr int64_t kBytes = int64_t(kSlots) * kColumns * sizeof(T);
   static constexpr int64_t kPieces = kBytes / 16;
+  static constexpr int64_t kMaxCtas = (kPieces + kThreads - 1) / kThreads;
   using PieceIndex = Index<kPieces + kThreads>;
   static_assert(kBytes % 16 == 0, "cleared in 16-byte stores");
   static_assert(kPieces >= kSlots, "a thread has one slot at most");
 
-  int4* __restrict__ out;
+  T* __restrict__ out;               // [kSlots, kColumns]
   int32_t* __restrict__ first_rows;  // [kSlots]
 
   __device__ void run() const {
     const PieceIndex i = Offset<kPieces + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
     wait_for_previous_kernel();
     allow_next_kernel();
-    if (i < kPieces) out[i] = int4{0, 0, 0, 0};
+    if (i < kPieces) reinterpret_cast<int4*>(out)[i] = int4{0, 0, 0, 0};
     if (i < kSlots) first_rows[i] = kNoRow;
   }
 };
 
 // Where the list has each slot first, in a block with an expert. A list that was made by hand may have a slot again:
 // the first one counts.
-template <int kSlots, int kExperts, int kListBlock, int kListLength>
+template <class Facts>
 struct FindFirstRows {
+  static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
+  static constexpr int kListBlock = Facts::kListBlock, kListLength = Facts::kListLength;
   static constexpr int kThreads = 256;
+  static constexpr int kMaxCtas = kListLength > 0 ? (kListLength + kThreads - 1) / kThreads : 1;
 
   const int32_t* __restrict__ sorted_token_ids;        // [kListLength]
   const int32_t* __restrict__ expert_ids;              // [ceil(kListLength / kListBlock)]

@@ -1,8 +1,9 @@
 // Which rows a block of tokens has: read off the aligned slot list, straight off topk_ids where hardly two slots share
 // an expert, or grouped by every block of threads for itself where slots are few.
 //
-// A routing has a type `Blocks`, made once by all threads of a block of threads: how many blocks of tokens there are,
-// the expert of each (-1 where it has nothing to do) and the slot of each row (-1 where it is padding).
+// Each way has a type `Blocks`, made once by all threads of a block of threads: how many blocks of tokens there are,
+// the expert of each (-1 where it has nothing to do) and the slot of each row (-1 where it is padding). Facts:
+// jax_marlin_moe/cuda/kernels/token_tiles.py.
 #pragma once
 
 #include "scan.cuh"
@@ -10,16 +11,20 @@
 namespace jmm {
 
 constexpr int kNoRow = 0x7FFFFFFF;  // of a list
+constexpr int kMostGroupedSlots = 128;
 
 // The classic contract: sorted_token_ids in runs of kListBlock entries of one expert, taken kBlock at a time. Values
 // are not trusted. kFromPreviousKernel: the list is written by the kernel before this one, not by an earlier one.
 // kMayRepeat: a slot may be listed more than once, and only its first row counts; the kernel before says which one it
 // is.
-template <int kSlots_, int kExperts, int kBlock, int kListBlock, int kListLength, bool kFromPreviousKernel,
-          bool kMayRepeat_>
+template <class Facts>
 struct AlignedTiles {
-  static constexpr int kSlots = kSlots_;
-  static constexpr bool kMayRepeat = kMayRepeat_;
+  static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
+  static constexpr int kBlock = Facts::kRows;           // of a token tile
+  static constexpr int kListBlock = Facts::kListBlock;  // entries of a list block
+  static constexpr int kListLength = Facts::kListLength;
+  static constexpr bool kFromPreviousKernel = Facts::kFromPreviousKernel, kMayRepeat = Facts::kMayRepeat;
+  static constexpr int kMaxTiles = (kListLength + kBlock - 1) / kBlock;
   static_assert(kListBlock % kBlock == 0, "a block has one expert");
 
   const int32_t* __restrict__ sorted_token_ids;        // [kListLength]
@@ -66,10 +71,13 @@ __device__ __forceinline__ int expert_of_slot(const int32_t* topk_ids, const int
 }
 
 // Every slot is a block of one row: nothing to group, at the price of reading an expert once per slot.
-template <int kSlots_, int kExperts, int kRoutedExperts, bool kMapped>
+template <class Facts>
 struct DirectTiles {
-  static constexpr int kSlots = kSlots_;
+  static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
+  static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
+  static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
   static constexpr bool kMayRepeat = false;
+  static constexpr int kBlock = 1, kMaxTiles = kSlots;
 
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
@@ -92,9 +100,12 @@ struct DirectTiles {
 
 // Slots grouped by expert with no kernel before: every block of threads makes the same table. Experts are in the order
 // of their first slots, the slots of an expert in their own, so that an expert's blocks follow each other.
-template <int kSlots_, int kExperts, int kRoutedExperts, int kBlock, bool kMapped>
+template <class Facts>
 struct GroupedTiles {
-  static constexpr int kSlots = kSlots_;
+  static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
+  static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
+  static constexpr int kBlock = Facts::kRows;                   // of a token tile
+  static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
   static constexpr bool kMayRepeat = false;
 
   const int32_t* __restrict__ topk_ids;    // [kSlots]
@@ -102,13 +113,13 @@ struct GroupedTiles {
 
   static constexpr int kWords = (kSlots + 31) / 32;  // of a set of slots
   static constexpr int kNoSlot = 255;
-  static_assert(kSlots <= 128, "a slot is a byte, a set of slots a few words");
+  static_assert(kSlots <= kMostGroupedSlots, "a slot is a byte, a set of slots a few words");
   static_assert(kExperts <= 1 << 16, "an expert is 16 bits");
-  static constexpr int kMaxBlocks = kSlots < kExperts + kSlots / kBlock ? kSlots : kExperts + kSlots / kBlock;
+  static constexpr int kMaxTiles = kSlots < kExperts + kSlots / kBlock ? kSlots : kExperts + kSlots / kBlock;
 
   struct Table {
-    unsigned char slots[(kMaxBlocks * kBlock + 15) / 16 * 16];  // kNoSlot where the row is padding
-    uint16_t experts[(kMaxBlocks + 7) / 8 * 8];
+    unsigned char slots[(kMaxTiles * kBlock + 15) / 16 * 16];  // kNoSlot where the row is padding
+    uint16_t experts[(kMaxTiles + 7) / 8 * 8];
     unsigned char first_blocks[32 * kWords];  // at an expert's first slot: its first block, less those of words before
     uint32_t blocks_of_word[4];               // that the experts whose first slots are in a word have
   };

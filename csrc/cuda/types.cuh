@@ -11,6 +11,12 @@ using uint64_t = unsigned long long;
 
 namespace jmm {
 
+// Whether two types are the same.
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 // Elements of arrays. (NVRTC's own types need headers of the toolkit.)
 struct Half {  // IEEE binary16
   uint16_t bits;

@@ -155,7 +155,7 @@ def compile_cubin(source: str, architecture: str) -> bytes:
     reason = unavailable_reason()
     if reason:
         raise ImportError(f"jax_marlin_moe cannot compile its CUDA kernels: {reason}")
-    options = f"entry {cache.ENTRY_FORMAT} {architecture} c++17 {version()}"
+    options = f"entry {cache.ENTRY_FORMAT} {architecture} c++20 {version()}"
     key = hashlib.sha256(_headers_digest() + options.encode() + b"\0" + source.encode()).hexdigest()
     cubin = cache.load(key)
     if cubin is None:
@@ -170,7 +170,7 @@ def _compile(source: str, architecture: str) -> bytes:
     with _IMPORT_LOCK:  # cuda-core's first import is not safe in several threads at once
         from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(arch=architecture, std="c++17", include_path=str(source_directory()))
+    options = ProgramOptions(arch=architecture, std="c++20", include_path=str(source_directory()))
     try:
         return bytes(Program(source, "c++", options).compile("cubin").code)
     except Exception as error:  # cuda-core raises its own types, which differ between versions
@@ -194,7 +194,7 @@ def _compile_ptx(source: str, architecture: str) -> bytes:
         return buffer
 
     program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={source_directory()}"]
+    options = [f"--gpu-architecture={architecture}", "--std=c++20", f"--include-path={source_directory()}"]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:

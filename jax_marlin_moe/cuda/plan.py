@@ -6,7 +6,6 @@ spelled here.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.compiler import compute_capability
+from jax_marlin_moe.cuda.facts import Facts, Pointer
 from jax_marlin_moe.cuda.program import Kernel, render
 from jax_marlin_moe.cuda.tiles import (
     TOKEN_TILES,
@@ -38,9 +38,6 @@ _CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm
 _CPP_TYPES |= {"e4m3": "jmm::E4M3Scale", "e8m0": "jmm::E8M0Scale"}  # scales of one byte
 _CPP_ZEROS = {"integer": "jmm::IntegerZeros", "float": "jmm::FloatZeros"}
 _CPP_ACTIVATIONS = {"silu": "Silu", "gelu_tanh": "GeluTanh", "relu2": "Relu2", "swiglu": "Swiglu"}
-
-_INT, _INTS = "const int32_t*", "int32_t*"
-_WORDS, _HALVES, _BYTES = "const uint32_t*", "const uint16_t*", "const unsigned char*"
 
 MOST_GROUPED_SLOTS = 128  # of csrc/cuda/token_tiles.cuh
 
@@ -95,45 +92,55 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Routing:
-    """How a product knows the rows of its blocks of tokens: a type of csrc/cuda/token_tiles.cuh.
+class TokenTiles:
+    """How a product finds the slots of its token tiles: a type of csrc/cuda/token_tiles.cuh.
 
     Attributes:
-        cpp: the C++ type.
-        buffers: of its int32 members; None for an absent one.
-        max_blocks: blocks of tokens, at most.
-        shared_bytes: shared memory of its own in every block of threads.
+        cpp: the C++ template.
+        facts: that it is compiled with.
+        pointers: of its members.
+        most: token tiles, at most.
+        shared_bytes: shared memory of its own in every CTA.
         scratch_bytes: of the product's shared memory, what it needs first.
     """
 
     cpp: str
-    buffers: tuple[int | None, ...]
-    max_blocks: int
+    facts: Facts
+    pointers: dict[str, Pointer | None]
+    most: int
     shared_bytes: int = 0
     scratch_bytes: int = 0
 
 
-class _Parameters:
-    """Collects the pointers of a kernel and hands out their C++ names."""
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What becomes of a product's sums: a type of csrc/cuda/epilogue.cuh.
 
-    def __init__(self) -> None:
-        self.items: list[tuple[int, str]] = []
+    Attributes:
+        cpp: the C++ template.
+        facts: that it is compiled with.
+        pointers: of its members.
+    """
 
-    def add(self, buffer: int | None, pointer: str) -> str:
-        if buffer is None:
-            return "nullptr"
-        self.items.append((buffer, pointer))
-        return f"p{len(self.items) - 1}"
+    cpp: str
+    facts: Facts
+    pointers: dict[str, Pointer | None]
+
+
+def _optional(buffer: int | None, dtype: str) -> Pointer | None:
+    """A pointer to read from, or None where there is no buffer."""
+    return None if buffer is None else Pointer(buffer, dtype)
+
+
+def _nested(member: str, pointers: dict[str, Pointer | None]) -> dict[str, Pointer | None]:
+    """The pointers of a member that is a struct."""
+    return {f"{member}.{name}": pointer for name, pointer in pointers.items()}
 
 
 def _activation_type(activation: Activation) -> str:
     """The C++ spelling; parameters as the bits of float32 values."""
     bits = [f"0x{int(np.float32(value).view(np.uint32)):08X}u" for value in activation.parameters]
     return f"jmm::{_CPP_ACTIVATIONS[activation.name]}" + (f"<{', '.join(bits)}>" if bits else "")
-
-
-def _boolean(value: object) -> str:
-    return "true" if value else "false"
 
 
 def check_rows(x: jax.Array, capability: int) -> None:
@@ -218,19 +225,27 @@ def align_kernel(
             f"num_experts is {num_experts}; the alignment kernel counts the slots of at most {most} in the shared "
             f"memory of compute capability {capability}: shard the experts, or pass implementation='xla'"
         )
-    p = _Parameters()
-    ids = p.add(topk_ids, _INT)
-    mapped = p.add(expert_map, _INT)
-    members = ", ".join([ids, mapped, *(p.add(buffer, _INTS) for buffer in outputs)])
-    template = (num_slots, num_experts, block_size, list_length, warps, _boolean(expert_map is not None))
+    facts: Facts = {
+        "slots": num_slots,
+        "experts": num_experts,
+        "block": block_size,
+        "list_length": list_length,
+        "warps": warps,
+        "mapped": expert_map is not None,
+    }
+    listed = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
     return Kernel(
         name=f"jmm_align_m{block_size}",
-        body=f"AlignBlockSize<{', '.join(map(str, template))}>",
-        members=members,
-        parameters=tuple(p.items),
+        body="AlignBlockSize<Facts>",
+        structs={"Facts": facts},
+        pointers={
+            "topk_ids": Pointer(topk_ids, "int32"),
+            "expert_map": _optional(expert_map, "int32"),
+            **{name: Pointer(buffer, "int32", written=True) for name, buffer in zip(listed, outputs, strict=True)},
+        },
         threads=32 * warps,
         shared_bytes=size(warps),
-        max_blocks=1,
+        max_ctas=1,
     )
 
 
@@ -245,104 +260,143 @@ def gemm_kernel(
     row_stride: int,
     x: int,
     first_operand: int,
-    routing: Routing,
-    epilogue: Callable[[_Parameters], tuple[str, str]],
+    token_tiles: TokenTiles,
+    epilogue: Epilogue,
     overlaps_predecessor: bool,
 ) -> Kernel:
-    """A grouped GEMM; `epilogue` gives its C++ type and members.
+    """A grouped GEMM.
 
     `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
     buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
     """
-    work_tiles = routing.max_blocks * tile.column_tiles(shape)
+    work_tiles = token_tiles.most * tile.column_tiles(shape)
     if work_tiles > MOST_COUNTED:
         raise ValueError(
-            f"{routing.max_blocks} blocks of tokens by {tile.column_tiles(shape)} of columns are {work_tiles} work "
+            f"{token_tiles.most} token tiles by {tile.column_tiles(shape)} of columns are {work_tiles} work "
             f"tiles; the CUDA kernels take at most {MOST_COUNTED}: split the tokens"
         )
-    p, row = _Parameters(), weights.format
-    pointers = [
-        p.add(x, _HALVES),
-        p.add(first_operand + _PACKED, _WORDS),
-        p.add(first_operand + _SCALES, _BYTES),
-        p.add(first_operand + _ZEROS if row.zeros else None, _BYTES),
-        p.add(first_operand + _GLOBAL_SCALES if row.has_global_scales else None, "const float*"),
-    ]
-    routing_members = ", ".join(p.add(buffer, _INT) for buffer in routing.buffers)
-    epilogue_type, epilogue_members = epilogue(p)
-    problem = (
-        _CPP_TYPES[dtype.name],
-        row.code.cpp,
-        _CPP_TYPES[shape.scale],
-        _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
-        _boolean(row.has_global_scales),
-        shape.k,
-        shape.n,
-        shape.num_experts,
-        shape.group_size,
-        row_stride,
-        slots_per_row,
-    )
+    row = weights.format
+    scale_dtype = weights.scales.dtype.name
+    zeros_dtype = {None: None, "integer": "int32", "float": scale_dtype}[row.zeros]
+    problem: Facts = {
+        "element": _CPP_TYPES[dtype.name],
+        "code": row.code.cpp,
+        "scale": _CPP_TYPES[shape.scale],
+        "zeros": _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
+        "global_scales": row.has_global_scales,
+        "k": shape.k,
+        "n": shape.n,
+        "experts": shape.num_experts,
+        "group": shape.group_size,
+        "row_stride": row_stride,
+        "slots_per_row": slots_per_row,
+    }
+    found_tiles = f"jmm::{token_tiles.cpp}<TokenTiles>"
+    constants = {
+        f"{found_tiles}::kMaxTiles": token_tiles.most,
+        f"{found_tiles}::kSharedBytes": token_tiles.shared_bytes,
+        f"{found_tiles}::kScratchBytes": token_tiles.scratch_bytes,
+    }
+    if token_tiles.cpp == "GroupedTiles":
+        constants["jmm::kMostGroupedSlots"] = MOST_GROUPED_SLOTS
     return Kernel(
         name=f"jmm_{stage}_{row.name}_m{tile.tokens}",
-        body=(
-            f"{tile.kernel}<jmm::Problem<{', '.join(map(str, problem))}>, {tile.cpp}, {routing.cpp}, {epilogue_type}>"
-        ),
-        members=f"{', '.join(pointers)}, {{{routing_members}}}, {{{epilogue_members}}}",
-        parameters=tuple(p.items),
+        body=(f"{tile.kernel}<jmm::Problem<Problem>, {tile.cpp}<Tile>, {found_tiles}, jmm::{epilogue.cpp}<Epilogue>>"),
+        structs={
+            "Problem": problem,
+            "Tile": tile.facts,
+            "TokenTiles": token_tiles.facts,
+            "Epilogue": epilogue.facts,
+        },
+        constants=constants,
+        pointers={
+            "x": Pointer(x, dtype.name),
+            "packed": Pointer(first_operand + _PACKED, "int32"),
+            "scales": Pointer(first_operand + _SCALES, scale_dtype, element="ScaleElement"),
+            "zeros": Pointer(first_operand + _ZEROS, zeros_dtype, element="ZeroElement") if zeros_dtype else None,
+            "global_scales": _optional(first_operand + _GLOBAL_SCALES if row.has_global_scales else None, "float32"),
+            **_nested("token_tiles", token_tiles.pointers),
+            **_nested("epilogue", epilogue.pointers),
+        },
         threads=tile.threads,
-        shared_bytes=tile.shared_bytes(shape) + routing.shared_bytes,
-        max_blocks=_grid(max(1, work_tiles) * tile.cluster, "the product"),
-        blocks_per_sm=tile.blocks_per_sm,
+        shared_bytes=tile.shared_bytes(shape) + token_tiles.shared_bytes,
+        max_ctas=_grid(max(1, work_tiles) * tile.cluster, "the product"),
+        ctas_per_sm=tile.ctas_per_sm,
         cluster=tile.cluster,
         overlaps_predecessor=overlaps_predecessor,
     )
 
 
-def _sorted_routing(
+def _aligned_tiles(
     num_slots: int,
     num_experts: int,
-    block: int,
+    rows: int,
     list_block: int,
     list_length: int,
     buffers: tuple[int, int, int],
     from_previous: bool,
     first_rows: int | None = None,
-) -> Routing:
+) -> TokenTiles:
     """`first_rows` is the buffer of `FindFirstRows`, where the list may have a slot more than once."""
-    flags = _boolean(from_previous), _boolean(first_rows is not None)
-    template = (num_slots, num_experts, block, list_block, list_length, *flags)
-    return Routing(
-        f"jmm::AlignedTiles<{', '.join(map(str, template))}>", (*buffers, first_rows), -(-list_length // block)
-    )
+    facts: Facts = {
+        "slots": num_slots,
+        "experts": num_experts,
+        "rows": rows,
+        "list_block": list_block,
+        "list_length": list_length,
+        "from_previous_kernel": from_previous,
+        "may_repeat": first_rows is not None,
+    }
+    sorted_token_ids, expert_ids, num_tokens_post_padded = (Pointer(buffer, "int32") for buffer in buffers)
+    pointers = {
+        "sorted_token_ids": sorted_token_ids,
+        "expert_ids": expert_ids,
+        "num_tokens_post_padded": num_tokens_post_padded,
+        "first_rows": _optional(first_rows, "int32"),
+    }
+    return TokenTiles("AlignedTiles", facts, pointers, -(-list_length // rows))
 
 
-def _direct_routing(
+def _direct_tiles(
     num_slots: int, num_experts: int, routed_experts: int, topk_ids: int, expert_map: int | None
-) -> Routing:
-    template = (num_slots, num_experts, routed_experts, _boolean(expert_map is not None))
-    return Routing(f"jmm::DirectTiles<{', '.join(map(str, template))}>", (topk_ids, expert_map), num_slots)
+) -> TokenTiles:
+    facts: Facts = {
+        "slots": num_slots,
+        "experts": num_experts,
+        "routed_experts": routed_experts,
+        "mapped": expert_map is not None,
+    }
+    pointers = {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": _optional(expert_map, "int32")}
+    return TokenTiles("DirectTiles", facts, pointers, num_slots)
 
 
-def _grouped_routing(
-    num_slots: int, num_experts: int, routed_experts: int, block: int, topk_ids: int, expert_map: int | None
-) -> Routing:
-    template = (num_slots, num_experts, routed_experts, block, _boolean(expert_map is not None))
-    blocks, words = min(num_slots, num_experts + num_slots // block), -(-num_slots // 32)
-    return Routing(
-        f"jmm::GroupedTiles<{', '.join(map(str, template))}>",
-        (topk_ids, expert_map),
-        blocks,
-        shared_bytes=-(-blocks * block // 16) * 16 + -(-blocks // 8) * 16 + 32 * words + 16,
+def _grouped_tiles(
+    num_slots: int, num_experts: int, routed_experts: int, rows: int, topk_ids: int, expert_map: int | None
+) -> TokenTiles:
+    facts: Facts = {
+        "slots": num_slots,
+        "experts": num_experts,
+        "routed_experts": routed_experts,
+        "rows": rows,
+        "mapped": expert_map is not None,
+    }
+    pointers = {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": _optional(expert_map, "int32")}
+    most, words = min(num_slots, num_experts + num_slots // rows), -(-num_slots // 32)
+    return TokenTiles(
+        "GroupedTiles",
+        facts,
+        pointers,
+        most,
+        shared_bytes=-(-most * rows // 16) * 16 + -(-most // 8) * 16 + 32 * words + 16,
         scratch_bytes=num_experts * words * 4,
     )
 
 
-def _hosts(tile: Tile | WgmmaTile, shape: GemmShape, routing: Routing, capability: int) -> bool:
-    """Whether a multiprocessor has the shared memory for the routing in as many blocks as the tile wants."""
+def _hosts(tile: Tile | WgmmaTile, shape: GemmShape, token_tiles: TokenTiles, capability: int) -> bool:
+    """Whether a multiprocessor has the shared memory to find token tiles in as many CTAs as the tile wants."""
     size = tile.shared_bytes(shape)
-    resident = fits_shared_memory(size + routing.shared_bytes, tile.blocks_per_sm, capability)
-    return resident and routing.scratch_bytes <= size
+    resident = fits_shared_memory(size + token_tiles.shared_bytes, tile.ctas_per_sm, capability)
+    return resident and token_tiles.scratch_bytes <= size
 
 
 def plan_align(num_slots: int, num_experts: int, block_size: int, mapped: bool, architecture: str) -> Plan:
@@ -380,7 +434,7 @@ def plan_moe_gemm(
     first_matrix, router = 1, 1 + WEIGHT_OPERANDS
     listed, y = (router + 1, router + 2, router + 3), router + 4
     first_rows = y + 1
-    routing = _sorted_routing(
+    token_tiles = _aligned_tiles(
         num_slots,
         weights.num_experts,
         block,
@@ -390,38 +444,47 @@ def plan_moe_gemm(
         from_previous=False,
         first_rows=first_rows,
     )
-    tile = choose_tile(shape, block, min(num_slots, routing.max_blocks), capability)
-    size = num_slots * weights.padded_n * x.dtype.itemsize
+    tile = choose_tile(shape, block, min(num_slots, token_tiles.most), capability)
+    element = _CPP_TYPES[x.dtype.name]
     clear = Kernel(
         name=f"jmm_clear_m{num_slots}",
-        body=f"Clear<{size}, {num_slots}>",
-        members="p0, p1",
-        parameters=((y, "int4*"), (first_rows, _INTS)),
+        body="Clear<Facts>",
+        structs={"Facts": {"element": element, "slots": num_slots, "columns": weights.padded_n}},
+        pointers={
+            "out": Pointer(y, x.dtype.name, written=True),
+            "first_rows": Pointer(first_rows, "int32", written=True),
+        },
         threads=256,
         shared_bytes=0,
-        max_blocks=_grid(-(-size // 16 // 256), "clearing the result"),
+        max_ctas=_grid(-(-num_slots * weights.padded_n * x.dtype.itemsize // 16 // 256), "clearing the result"),
     )
     find = Kernel(
         name=f"jmm_first_rows_m{num_slots}",
-        body=f"FindFirstRows<{num_slots}, {weights.num_experts}, {block_size}, {list_length}>",
-        members="p0, p1, p2, p3",
-        parameters=(*((buffer, _INT) for buffer in listed), (first_rows, _INTS)),
+        body="FindFirstRows<Facts>",
+        structs={
+            "Facts": {
+                "slots": num_slots,
+                "experts": weights.num_experts,
+                "list_block": block_size,
+                "list_length": list_length,
+            }
+        },
+        pointers=token_tiles.pointers | {"first_rows": Pointer(first_rows, "int32", written=True)},
         threads=256,
         shared_bytes=0,
-        max_blocks=max(1, -(-list_length // 256)),
+        max_ctas=max(1, -(-list_length // 256)),
         overlaps_predecessor=capability >= 90,
     )
-
-    def epilogue(p: _Parameters) -> tuple[str, str]:
-        has_bias = weights.bias is not None
-        template = (_CPP_TYPES[x.dtype.name], weights.padded_n, _boolean(has_bias), _boolean(weighted))
-        members = [
-            p.add(y, "uint16_t*"),
-            p.add(first_matrix + _BIAS if has_bias else None, "const float*"),
-            p.add(router if weighted else None, "const float*"),
-        ]
-        return f"jmm::SlotRows<{', '.join(map(str, template))}>", ", ".join(members)
-
+    has_bias = weights.bias is not None
+    epilogue = Epilogue(
+        "SlotRows",
+        {"element": element, "columns": weights.padded_n, "bias": has_bias, "weighted": weighted},
+        {
+            "out": Pointer(y, x.dtype.name, written=True),
+            "bias": _optional(first_matrix + _BIAS if has_bias else None, "float32"),
+            "topk_weights": _optional(router if weighted else None, "float32"),
+        },
+    )
     # The list comes from before this call, so only the store, and which of the rows are stored, wait for the kernels
     # before; the wait sits before the tokens are read, which is early enough.
     gemm = gemm_kernel(
@@ -434,7 +497,7 @@ def plan_moe_gemm(
         row_stride=shape.k,
         x=0,
         first_operand=first_matrix,
-        routing=routing,
+        token_tiles=token_tiles,
         epilogue=epilogue,
         overlaps_predecessor=capability >= 90,
     )
@@ -459,8 +522,8 @@ def _overlaps(shape: GemmShape, tile: Tile | WgmmaTile, microseconds: float, cap
     That hides some two microseconds. It costs a part of the block where the second's blocks of threads land unevenly:
     where many small ones find room for more of them than their share, and at times in pieces of memory.
     """
-    crowds = tile.blocks_per_sm > 8 and fits_shared_memory(
-        tile.shared_bytes(shape), tile.blocks_per_sm * 7 // 5, capability
+    crowds = tile.ctas_per_sm > 8 and fits_shared_memory(
+        tile.shared_bytes(shape), tile.ctas_per_sm * 7 // 5, capability
     )
     return microseconds < _LONGEST_OVERLAPPED_MICROSECONDS and not crowds
 
@@ -539,24 +602,26 @@ def plan_fused_moe(
     kernels: list[Kernel] = []
     scratch = [intermediate, partials]
     h, sums = y + 1, y + 2
-    grouped = _grouped_routing(num_slots, num_experts, routed_experts, block, topk_ids, expert_map)
+    grouped = _grouped_tiles(num_slots, num_experts, routed_experts, block, topk_ids, expert_map)
     if scheme.routing == "direct":
-        routing = second_routing = _direct_routing(num_slots, num_experts, routed_experts, topk_ids, expert_map)
+        first_tiles = second_tiles = _direct_tiles(num_slots, num_experts, routed_experts, topk_ids, expert_map)
     elif (
         scheme.routing == "grouped"
         and num_slots <= MOST_GROUPED_SLOTS
         and _hosts(scheme.gate_up, first, grouped, capability)
         and _hosts(scheme.down, second, grouped, capability)
     ):
-        routing = second_routing = grouped
+        first_tiles = second_tiles = grouped
     else:
         list_length = reference.padded_size(num_slots, routed_experts, block)
         listed = (y + 3, y + 4, y + 5)
-        routing = _sorted_routing(num_slots, num_experts, block, block, list_length, listed, from_previous=True)
-        second_routing = _sorted_routing(num_slots, num_experts, block, block, list_length, listed, from_previous=False)
+        first_tiles, second_tiles = (
+            _aligned_tiles(num_slots, num_experts, block, block, list_length, listed, from_previous=from_previous)
+            for from_previous in (True, False)
+        )
         scratch += [
             jax.ShapeDtypeStruct((list_length,), jnp.int32),
-            jax.ShapeDtypeStruct((routing.max_blocks,), jnp.int32),
+            jax.ShapeDtypeStruct((first_tiles.most,), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
         ]
         kernels.append(
@@ -565,21 +630,29 @@ def plan_fused_moe(
             )
         )
 
-    def activate(p: _Parameters) -> tuple[str, str]:
-        has_bias = gate_up.bias is not None
-        template = (_CPP_TYPES[x.dtype.name], _activation_type(activation), columns, _boolean(has_bias))
-        members = [p.add(h, "uint16_t*"), p.add(first_matrix + _BIAS if has_bias else None, "const float*")]
-        return f"jmm::Activated<{', '.join(map(str, template))}>", ", ".join(members)
-
-    def weigh(p: _Parameters) -> tuple[str, str]:
-        has_bias = down.bias is not None
-        members = [
-            p.add(sums, "float*"),
-            p.add(second_matrix + _BIAS if has_bias else None, "const float*"),
-            p.add(topk_weights, "const float*"),
-        ]
-        return f"jmm::SlotPartials<{down.padded_n}, {_boolean(has_bias)}>", ", ".join(members)
-
+    element = _CPP_TYPES[x.dtype.name]
+    activate = Epilogue(
+        "Activated",
+        {
+            "element": element,
+            "activation": _activation_type(activation),
+            "columns": columns,
+            "bias": gate_up.bias is not None,
+        },
+        {
+            "out": Pointer(h, x.dtype.name, written=True),
+            "bias": _optional(first_matrix + _BIAS if gate_up.bias is not None else None, "float32"),
+        },
+    )
+    weigh = Epilogue(
+        "SlotPartials",
+        {"columns": down.padded_n, "bias": down.bias is not None},
+        {
+            "out": Pointer(sums, "float32", written=True),
+            "bias": _optional(second_matrix + _BIAS if down.bias is not None else None, "float32"),
+            "topk_weights": Pointer(topk_weights, "float32"),
+        },
+    )
     kernels.append(
         gemm_kernel(
             "gate_up",
@@ -591,7 +664,7 @@ def plan_fused_moe(
             row_stride=first.k,
             x=0,
             first_operand=first_matrix,
-            routing=routing,
+            token_tiles=first_tiles,
             epilogue=activate,
             overlaps_predecessor=overlap and bool(kernels),
         )
@@ -607,23 +680,34 @@ def plan_fused_moe(
             row_stride=columns,
             x=h,
             first_operand=second_matrix,
-            routing=second_routing,
+            token_tiles=second_tiles,
             epilogue=weigh,
             overlaps_predecessor=overlap and scheme.overlaps,
         )
     )
-    p = _Parameters()
-    template = (_CPP_TYPES[x.dtype.name], tokens, top_k, down.padded_n, num_experts, routed_experts, _boolean(mapped))
-    members = [p.add(sums, "const float4*"), p.add(topk_ids, _INT), p.add(expert_map, _INT), p.add(y, "uint2*")]
+    facts: Facts = {
+        "element": element,
+        "tokens": tokens,
+        "top_k": top_k,
+        "columns": down.padded_n,
+        "experts": num_experts,
+        "routed_experts": routed_experts,
+        "mapped": mapped,
+    }
     kernels.append(
         Kernel(
             name=f"jmm_combine_m{tokens}",
-            body=f"Combine<{', '.join(map(str, template))}>",
-            members=", ".join(members),
-            parameters=tuple(p.items),
+            body="Combine<Facts>",
+            structs={"Facts": facts},
+            pointers={
+                "partials": Pointer(sums, "float32"),
+                "topk_ids": Pointer(topk_ids, "int32"),
+                "expert_map": _optional(expert_map, "int32"),
+                "out": Pointer(y, x.dtype.name, written=True),
+            },
             threads=128,
             shared_bytes=0,
-            max_blocks=_grid(-(-tokens * (down.padded_n // 4) // 128), "the sum over a token's experts"),
+            max_ctas=_grid(-(-tokens * (down.padded_n // 4) // 128), "the sum over a token's experts"),
             overlaps_predecessor=overlap,
         )
     )

@@ -6,7 +6,7 @@ fingerprint and the handler's checks find damage, not intent.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.cuda.facts import Facts, Pointer, parameter_name, render_members, render_struct
 
 _CONTRACT_VERSION = 3
 
@@ -27,55 +28,92 @@ class Kernel:
 
     Attributes:
         name: the entry point's symbol, which profilers show: stage, format and rows, as in `jmm_gate_up_int4_m16`.
-        body: the C++ type whose `run` is the kernel, spelled with its compile-time shapes.
-        members: the C++ expression that fills it, over the parameters `p0`, `p1`, ...
-        parameters: index among the call's buffers (operands, then results) and pointer type of each parameter.
-        threads: threads of a block, a C++ constant expression's value.
-        shared_bytes: dynamic shared memory.
-        max_blocks: blocks that have work, at most.
-        blocks_per_sm: resident blocks of a persistent grid; 0 launches `max_blocks`.
+        body: the C++ type whose `run` is the kernel, in namespace jmm, spelled with the names of `structs`.
+        pointers: what its members point to, in their order; None for one that is absent.
+        threads: of a CTA.
+        shared_bytes: dynamic shared memory of a CTA.
+        max_ctas: that have work, at most.
+        structs: the facts that it is compiled with, by the structs' names.
+        constants: what else must hold on both sides: C++ expressions in the scope of the structs, and their values.
+        ctas_per_sm: resident CTAs of a persistent grid; 0 launches `max_ctas`.
         overlaps_predecessor: whether it may start before the kernel before it has ended.
-        cluster: blocks of a cluster; grids are whole clusters.
+        cluster: CTAs of a cluster; grids are whole clusters.
     """
 
     name: str
     body: str
-    members: str
-    parameters: tuple[tuple[int, str], ...]
+    pointers: Mapping[str, Pointer | None]
     threads: int
     shared_bytes: int
-    max_blocks: int
-    blocks_per_sm: int = 0
+    max_ctas: int
+    structs: Mapping[str, Facts] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    ctas_per_sm: int = 0
     overlaps_predecessor: bool = False
     cluster: int = 1
 
-    def blocks(self, multiprocessors: int) -> int:
+    @property
+    def buffers(self) -> tuple[int, ...]:
+        """The call's buffers that the entry point takes, in its parameters' order."""
+        return tuple(pointer.buffer for pointer in self.pointers.values() if pointer is not None)
+
+    @property
+    def scope(self) -> str:
+        """The C++ namespace that has the structs, and the body as `Kernel`."""
+        return f"of_{self.name}"
+
+    def ctas(self, multiprocessors: int) -> int:
         """The grid on a card with so many multiprocessors, as csrc/ffi/cuda_program.cc computes it."""
-        bound = self.blocks_per_sm * multiprocessors
-        blocks = min(self.max_blocks, bound) if bound else self.max_blocks
-        return blocks - blocks % self.cluster
+        bound = self.ctas_per_sm * multiprocessors
+        ctas = min(self.max_ctas, bound) if bound else self.max_ctas
+        return ctas - ctas % self.cluster
 
 
 def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) -> str:
-    """The translation unit: one entry point per kernel, under its name."""
+    """The translation unit: one entry point per kernel, under its name.
+
+    What the plan knows about a kernel beside its facts is asserted: it must hold in C++ as well.
+    """
     lines = [f'#include "{name}"' for name in includes] + [preamble]
-    for index, kernel in enumerate(kernels):
-        arguments = ", ".join(f"{pointer} p{i}" for i, (_, pointer) in enumerate(kernel.parameters))
-        shared = f"using B{index} = jmm::{kernel.body};\n"
-        if kernel.shared_bytes:
-            shared += (
-                f'static_assert(B{index}::kSharedBytes == {kernel.shared_bytes}, "the plan sized shared memory");\n'
-            )
-        bounds = f"__launch_bounds__({kernel.threads}, {max(kernel.blocks_per_sm, 1)})"
-        if kernel.cluster > 1:
-            bounds += f" __cluster_dims__({kernel.cluster}, 1, 1)"
-        call = "run(shared_bytes)" if kernel.shared_bytes else "run()"
-        lines.append(
-            f'{shared}extern "C" __global__ void {bounds} {kernel.name}({arguments}) {{\n'
-            "  extern __shared__ __align__(1024) unsigned char shared_bytes[];\n"
-            f"  B{index}{{{kernel.members}}}.{call};\n}}"
-        )
+    for kernel in kernels:
+        lines += [render_facts(kernel), _render_entry_point(kernel)]
     return "\n".join(lines) + "\n"
+
+
+def render_facts(kernel: Kernel) -> str:
+    """The structs, the kernel's type and the assertions, in a namespace of their own."""
+    expected = {"Kernel::kThreads": kernel.threads, "Kernel::kMaxCtas": kernel.max_ctas}
+    if kernel.shared_bytes:
+        expected["Kernel::kSharedBytes"] = kernel.shared_bytes
+    if kernel.ctas_per_sm:
+        expected |= {"Kernel::kCtasPerSm": kernel.ctas_per_sm, "Kernel::kCluster": kernel.cluster}
+    expected |= kernel.constants
+    expected["sizeof(Kernel) / sizeof(void*)"] = len(kernel.pointers)  # none is left unbound
+    lines = [f"namespace {kernel.scope} {{"]
+    lines += [render_struct(name, facts) for name, facts in kernel.structs.items()]
+    lines.append(f"using Kernel = jmm::{kernel.body};")
+    lines += [f'static_assert({what} == {value}, "{what} of the plan");' for what, value in expected.items()]
+    lines += [
+        f'static_assert(jmm::kSame<Kernel::{pointer.element}, {pointer.cpp_element}>, "elements of {path}");'
+        for path, pointer in kernel.pointers.items()
+        if pointer is not None and pointer.element
+    ]
+    return "\n".join([*lines, "}"])
+
+
+def _render_entry_point(kernel: Kernel) -> str:
+    parameters = ", ".join(
+        f"{pointer.cpp} {parameter_name(path)}" for path, pointer in kernel.pointers.items() if pointer is not None
+    )
+    attributes = f"__launch_bounds__({kernel.threads}, {max(kernel.ctas_per_sm, 1)})"
+    if kernel.cluster > 1:
+        attributes += f" __cluster_dims__({kernel.cluster}, 1, 1)"
+    return (
+        f'extern "C" __global__ void {attributes} {kernel.name}({parameters}) {{\n'
+        "  extern __shared__ __align__(1024) unsigned char shared_bytes[];\n"
+        f"  {kernel.scope}::Kernel{render_members(kernel.pointers)}"
+        f".{'run(shared_bytes)' if kernel.shared_bytes else 'run()'};\n}}"
+    )
 
 
 def call_program(
@@ -110,9 +148,23 @@ def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None], kernel
     for buffer in present:
         fields += [_DTYPE_CODES[jnp.dtype(buffer.dtype).name], len(buffer.shape), *buffer.shape]
     for kernel in kernels:
-        fields += [kernel.threads, kernel.shared_bytes, kernel.max_blocks, kernel.blocks_per_sm]
-        fields += [kernel.cluster, int(kernel.overlaps_predecessor), len(kernel.parameters)]
-        for index, _ in kernel.parameters:
-            assert buffers[index] is not None, "a kernel takes an operand that is absent"
-            fields.append(positions[index])
+        fields += [kernel.threads, kernel.shared_bytes, kernel.max_ctas, kernel.ctas_per_sm]
+        fields += [kernel.cluster, int(kernel.overlaps_predecessor), len(kernel.buffers)]
+        for path, pointer in kernel.pointers.items():
+            if pointer is not None:
+                _check_pointer(kernel.name, path, pointer, buffers)
+                fields.append(positions[pointer.buffer])
     return np.asarray(fields, np.int64)
+
+
+def _check_pointer(
+    name: str, path: str, pointer: Pointer, buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None]
+) -> None:
+    """Raises RuntimeError where a kernel was planned for another buffer than the call's."""
+    buffer = buffers[pointer.buffer]
+    if buffer is None:
+        raise RuntimeError(f"{path} of {name} is buffer {pointer.buffer}, which the call does not have")
+    if jnp.dtype(buffer.dtype).name != pointer.dtype:
+        raise RuntimeError(
+            f"{path} of {name} is buffer {pointer.buffer}, which has dtype {buffer.dtype}; it must be {pointer.dtype}"
+        )

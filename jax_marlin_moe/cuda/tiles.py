@@ -6,6 +6,8 @@ import itertools
 import math
 from typing import Literal
 
+from jax_marlin_moe.cuda.facts import Facts
+
 # Shared memory of a multiprocessor and the most that one block may have, in bytes, by compute capability
 # (CUDA C++ programming guide, technical specifications). 1 KB of each block is the system's.
 _SHARED_BYTES = {75: (64, 64), 80: (164, 163), 86: (100, 99), 87: (164, 163), 89: (100, 99), 90: (228, 227)}
@@ -18,6 +20,8 @@ _SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "e4m3": 8, "e8m0": 
 _UNIT = 64  # columns
 _TILE_K = 16
 TOKEN_TILES = (8, 16, 24, 32)
+_MOST_CONSUMER_REGISTERS = 240  # of a thread of csrc/cuda/gemm/wgmma/kernel.cuh that multiplies
+_OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
 _MOST_UNEVEN = 1.15  # the longest share of K over the mean one, of tiles worth considering
 WGMMA_TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128, 144)
 
@@ -66,18 +70,19 @@ class GemmShape:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """`jmm::Tile` of csrc/cuda/gemm/mma/kernel.cuh: tokens x (warps_n * units * 64) columns per cluster."""
+    """`jmm::MmaTile` of csrc/cuda/gemm/mma/kernel.cuh: tokens x (warps_n * units * 64) columns per cluster."""
 
     tokens: int
     units: int
     warps_n: int
     warps_k: int
-    chunk_k: int
+    block_k: int
     stages: int
-    blocks_per_sm: int
+    ctas_per_sm: int
     cluster: int = 1  # blocks that share K
 
     kernel = "GroupedGemm"
+    cpp = "jmm::MmaTile"
 
     @property
     def threads(self) -> int:
@@ -85,9 +90,9 @@ class Tile:
         return 32 * self.warps_n * self.warps_k
 
     @property
-    def cpp(self) -> str:
-        """The C++ spelling."""
-        return f"jmm::Tile<{', '.join(map(str, dataclasses.astuple(self)))}>"
+    def facts(self) -> Facts:
+        """What the kernel is compiled with."""
+        return dataclasses.asdict(self)
 
     @property
     def shares_k(self) -> int:
@@ -96,19 +101,19 @@ class Tile:
 
     def longest_share(self, shape: GemmShape) -> int:
         """Chunks of K that the busiest warp has; the last one of K may be shorter."""
-        chunks = -(-shape.k // self.chunk_k)
+        chunks = -(-shape.k // self.block_k)
         return -(-chunks // self.shares_k)
 
     def weight_stage_bytes(self, shape: GemmShape) -> int:
         """One stage of one warp's ring: weights, scales, zero points."""
-        scale_rows = max(1, self.chunk_k // shape.group_size)
-        weights = self.chunk_k * self.units * _UNIT * shape.bits // 8
+        scale_rows = max(1, self.block_k // shape.group_size)
+        weights = self.block_k * self.units * _UNIT * shape.bits // 8
         shared = scale_rows * self.units * _UNIT * shape.group_bits // 8
         return weights + shared
 
     def token_stage_bytes(self) -> int:
         """One stage of the tokens that warps_n warps share."""
-        return self.tokens * self.chunk_k * 2
+        return self.tokens * self.block_k * 2
 
     def partials_bytes(self, shape: GemmShape) -> int:
         """The float32 sums that the warps exchange at the end of a tile."""
@@ -129,10 +134,10 @@ class Tile:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
         if self.cluster > 1 and capability != 90:
             return False
-        whole = shape.k >= self.shares_k * self.chunk_k and shape.n % (_UNIT * self.warps_n * self.units) == 0
-        grouped = shape.group_size % self.chunk_k == 0 or self.chunk_k % shape.group_size == 0
+        whole = shape.k >= self.shares_k * self.block_k and shape.n % (_UNIT * self.warps_n * self.units) == 0
+        grouped = shape.group_size % self.block_k == 0 or self.block_k % shape.group_size == 0
         paired = not shape.gated or (self.warps_n * self.units) % 2 == 0
-        resident = fits_shared_memory(self.shared_bytes(shape), self.blocks_per_sm, capability)
+        resident = fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm, capability)
         return whole and grouped and paired and resident
 
 
@@ -145,9 +150,9 @@ class WgmmaTile:
         sub_tiles: 64-row products of a warpgroup.
         warpgroups_n: that multiply, side by side along the columns.
         warpgroups_k: that share K; one warpgroup more copies.
-        chunk_k: rows of K in one stage of the ring.
+        block_k: rows of K in one stage of the ring.
         stages: stages of the ring, a multiple of warpgroups_k.
-        blocks_per_sm: resident blocks of threads.
+        ctas_per_sm: resident blocks of threads.
         scales_weights: whether the 16-bit weights are scaled, rather than the sums of each group.
     """
 
@@ -155,12 +160,13 @@ class WgmmaTile:
     sub_tiles: int
     warpgroups_n: int
     warpgroups_k: int
-    chunk_k: int
+    block_k: int
     stages: int
-    blocks_per_sm: int
+    ctas_per_sm: int
     scales_weights: bool
 
     kernel = "WgmmaGroupedGemm"
+    cpp = "jmm::WgmmaTile"
     cluster = 1
 
     @property
@@ -169,16 +175,33 @@ class WgmmaTile:
         return 128 * (self.warpgroups_n * self.warpgroups_k + 1)
 
     @property
-    def cpp(self) -> str:
-        """The C++ spelling."""
-        return f"jmm::WgmmaTile<{', '.join(str(int(field)) for field in dataclasses.astuple(self))}>"
+    def producer_registers(self) -> int:
+        """Registers of a thread that copies."""
+        return 56 if self.tokens <= 32 else 80
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers of a thread that multiplies: it gets what those that copy do not need of their equal share."""
+        warpgroups = self.warpgroups_n * self.warpgroups_k
+        entry = 65536 // (self.ctas_per_sm * self.threads) // 8 * 8
+        spared = (entry * (warpgroups + 1) - self.producer_registers) // warpgroups // 8 * 8
+        return min(_MOST_CONSUMER_REGISTERS, spared)
+
+    @property
+    def facts(self) -> Facts:
+        """What the kernel is compiled with."""
+        return dataclasses.asdict(self) | {
+            "producer_registers": self.producer_registers,
+            "consumer_registers": self.consumer_registers,
+            "other_registers": _OTHER_CONSUMER_REGISTERS,
+        }
 
     def stage_bytes(self, shape: GemmShape) -> int:
         """Tokens, weights, scales and zero points of one stage."""
         columns = _UNIT * self.warpgroups_n * self.sub_tiles
-        scale_rows = max(1, self.chunk_k // shape.group_size)
+        scale_rows = max(1, self.block_k // shape.group_size)
         shared = scale_rows * columns * shape.group_bits // 8
-        return self.tokens * self.chunk_k * 2 + self.chunk_k * columns * shape.bits // 8 + shared
+        return self.tokens * self.block_k * 2 + self.block_k * columns * shape.bits // 8 + shared
 
     def shared_bytes(self, shape: GemmShape) -> int:
         """Dynamic shared memory of a block: the ring, two notes about tiles, shares of sums, barriers."""
@@ -196,28 +219,24 @@ class WgmmaTile:
         """Of a thread that multiplies: sums, weights being made and in use, the rest."""
         two_sums = not self.scales_weights and shape.group_size < shape.k
         sums = self.sub_tiles * self.tokens // 2 * (2 if two_sums else 1)
-        return sums + 8 * self.sub_tiles + 40
+        return sums + 8 * self.sub_tiles + _OTHER_CONSUMER_REGISTERS
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
         if capability != 90 or not (_weights_can_be_scaled if self.scales_weights else _sums_can_be_scaled)(shape):
             return False
-        chunks = -(-shape.k // self.chunk_k)  # the last one may repeat rows of the one before
-        whole = shape.k >= self.chunk_k and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
+        chunks = -(-shape.k // self.block_k)  # the last one may repeat rows of the one before
+        whole = shape.k >= self.block_k and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
         whole = whole and shape.n % (_UNIT * self.warpgroups_n * self.sub_tiles) == 0
-        part_of_group = shape.group_size % self.chunk_k == 0 or shape.group_size >= shape.k
-        whole_groups = self.chunk_k % shape.group_size == 0 and shape.k % shape.group_size == 0
+        part_of_group = shape.group_size % self.block_k == 0 or shape.group_size >= shape.k
+        whole_groups = self.block_k % shape.group_size == 0 and shape.k % shape.group_size == 0
         paired = not shape.gated or self.sub_tiles % 2 == 0
-        # A block enters with an equal share of the registers for each thread; the copying warpgroup keeps few.
-        warpgroups = self.warpgroups_n * self.warpgroups_k
-        entry = 65536 // (self.blocks_per_sm * self.threads) // 8 * 8
-        spared = (entry * (warpgroups + 1) - (56 if self.tokens <= 32 else 80)) // warpgroups // 8 * 8
         return (
             whole
             and (part_of_group or whole_groups)
             and paired
-            and fits_shared_memory(self.shared_bytes(shape), self.blocks_per_sm, capability)
-            and self.registers(shape) <= min(240, spared)
+            and fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm, capability)
+            and self.registers(shape) <= self.consumer_registers
         )
 
 
@@ -308,7 +327,7 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
     if tokens not in TOKEN_TILES:
         return found
     clusters = (1, 2, 4) if tokens == TOKEN_TILES[0] and capability == 90 else (1,)
-    for units, warps_n, warps_k, chunk_k in itertools.product(
+    for units, warps_n, warps_k, block_k in itertools.product(
         (1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 8), (16, 32, 64, 128, 256)
     ):
         warps = warps_n * warps_k
@@ -317,9 +336,9 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
         # Two sets of sums, and what the main loop holds; as NVRTC 13 allots them for sm_90a.
         registers = min(255, 80 + 5 * units * tokens // 2)
         resident = min(12, 65536 // (registers * 32 * warps))
-        for stages, blocks_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), clusters):
-            tile = Tile(tokens, units, warps_n, warps_k, chunk_k, stages, blocks_per_sm, cluster)
-            uneven = tile.longest_share(shape) * tile.shares_k * tile.chunk_k / shape.k
+        for stages, ctas_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), clusters):
+            tile = Tile(tokens, units, warps_n, warps_k, block_k, stages, ctas_per_sm, cluster)
+            uneven = tile.longest_share(shape) * tile.shares_k * tile.block_k / shape.k
             if uneven <= _MOST_UNEVEN and tile.fits(shape, capability):
                 found.append(tile)
     return found
@@ -328,7 +347,7 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
 def _wgmma_candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaTile]:
     found = []
     exact = shape.scale in ("e4m3", "e8m0")
-    for sub_tiles, (warpgroups_n, warpgroups_k), chunk_k, blocks_per_sm, scales_weights in itertools.product(
+    for sub_tiles, (warpgroups_n, warpgroups_k), block_k, ctas_per_sm, scales_weights in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
     ):
         if scales_weights and tokens < 48 and not exact:  # scaling the sums is cheaper, and exact
@@ -337,7 +356,7 @@ def _wgmma_candidates(shape: GemmShape, tokens: int, capability: int) -> list[Wg
             continue
         for stages in range(8, 2, -1):  # as many as there is room for
             tile = WgmmaTile(
-                tokens, sub_tiles, warpgroups_n, warpgroups_k, chunk_k, stages, blocks_per_sm, scales_weights
+                tokens, sub_tiles, warpgroups_n, warpgroups_k, block_k, stages, ctas_per_sm, scales_weights
             )
             if tile.fits(shape, capability):
                 found.append(tile)
@@ -395,26 +414,26 @@ def predicted_microseconds(
     warps, token_tiles = tile.warps_n * tile.warps_k, tile.tokens // 8
     tiles = max(1.0, expected_blocks * tile.column_tiles(shape))
     blocks = tiles * tile.cluster
-    busy = min(tile.blocks_per_sm, max(1.0, blocks / _MULTIPROCESSORS))  # blocks at work on a multiprocessor
+    busy = min(tile.ctas_per_sm, max(1.0, blocks / _MULTIPROCESSORS))  # blocks at work on a multiprocessor
     chunks = tile.longest_share(shape)
     columns = _UNIT * tile.warps_n * tile.units
-    steps = tile.chunk_k / _TILE_K
+    steps = tile.block_k / _TILE_K
 
     words = steps * tile.units * 4
-    closing = tile.chunk_k / min(shape.group_size, 128) * tile.units * 16 * token_tiles * 3
+    closing = tile.block_k / min(shape.group_size, 128) * tile.units * 16 * token_tiles * 3
     instructions = words * (_WORD_INSTRUCTIONS[shape.code] + token_tiles * _MMA_INSTRUCTIONS)
     instructions += _CHUNK_INSTRUCTIONS + 2 * steps * token_tiles + closing
     latency = instructions * _CYCLES_PER_INSTRUCTION + _CHUNK_LATENCY
     issue = busy * warps * instructions / (4 * _ISSUE_RATE)
 
     chunk_bytes = shape.k * columns * shape.bytes_per_weight / chunks
-    in_flight = busy * warps * (tile.stages - 1) * tile.chunk_k * tile.units * _UNIT * shape.bits / 8
+    in_flight = busy * warps * (tile.stages - 1) * tile.block_k * tile.units * _UNIT * shape.bits / 8
     memory = busy * chunk_bytes / _BYTES_PER_CYCLE * max(1.0, _BYTES_IN_FLIGHT / in_flight)
 
     longest = max(latency, issue, memory)
     chunk = longest + 0.15 * (latency + issue + memory - longest)
     ends = _TILE_CYCLES * (1.0 if tile.partials_bytes(shape) else 0.4) + _CLUSTER_CYCLES * (tile.cluster > 1)
-    rounds = math.ceil(blocks / (_MULTIPROCESSORS * tile.blocks_per_sm))
+    rounds = math.ceil(blocks / (_MULTIPROCESSORS * tile.ctas_per_sm))
     return _LAUNCH_MICROSECONDS + rounds * (chunks * chunk + ends) / _CYCLES_PER_MICROSECOND
 
 
@@ -431,28 +450,28 @@ def _predicted_wgmma_microseconds(
     shape: GemmShape, tile: WgmmaTile, expected_blocks: float, rows: float | None
 ) -> float:
     tiles = max(1.0, expected_blocks * tile.column_tiles(shape))
-    busy = min(tile.blocks_per_sm, max(1.0, tiles / _MULTIPROCESSORS))
+    busy = min(tile.ctas_per_sm, max(1.0, tiles / _MULTIPROCESSORS))
     units = tile.warpgroups_n * tile.sub_tiles  # of 64 columns
     quarter = tile.tokens / 4
     multiplied = min(tile.tokens, math.ceil((tile.tokens if rows is None else rows) / quarter) * quarter)
 
-    tensor = _UNIT * units * multiplied * tile.chunk_k / 2048 / _WGMMA_RATE
+    tensor = _UNIT * units * multiplied * tile.block_k / 2048 / _WGMMA_RATE
     # A unit of 16 rows of K is a sub-tile for each of the four schedulers.
     word = _WORD_INSTRUCTIONS[shape.code] + 4
-    groups = tile.chunk_k / min(shape.group_size, 128)
+    groups = tile.block_k / min(shape.group_size, 128)
     if tile.scales_weights:
         word += 4 if shape.scale in (shape.dtype, "e4m3", "e8m0") else 8
-        instructions = tile.chunk_k / _TILE_K * units * word + units * 8 * groups
+        instructions = tile.block_k / _TILE_K * units * word + units * 8 * groups
     else:
-        instructions = tile.chunk_k / _TILE_K * units * word + units * multiplied / 2 * groups
+        instructions = tile.block_k / _TILE_K * units * word + units * multiplied / 2 * groups
     issue = (instructions + _WGMMA_CHUNK_INSTRUCTIONS) / _WGMMA_ISSUE_RATE
     if busy * tile.warpgroups_n * tile.warpgroups_k < 3:
         issue *= 1.15  # too few warps to fill each other's gaps
-    memory = tile.chunk_k * units * _UNIT * shape.bytes_per_weight / _BYTES_PER_CYCLE
+    memory = tile.block_k * units * _UNIT * shape.bytes_per_weight / _BYTES_PER_CYCLE
 
     longest = max(tensor, issue, memory)
     chunk = busy * (longest + 0.15 * (tensor + issue + memory - longest))
     ends = _WGMMA_TILE_CYCLES + _WGMMA_STORE_CYCLES * tile.sub_tiles * multiplied / 2
-    rounds = math.ceil(tiles / (_MULTIPROCESSORS * tile.blocks_per_sm))
-    cycles = rounds * (math.ceil(shape.k / tile.chunk_k) * chunk + ends)
+    rounds = math.ceil(tiles / (_MULTIPROCESSORS * tile.ctas_per_sm))
+    cycles = rounds * (math.ceil(shape.k / tile.block_k) * chunk + ends)
     return _LAUNCH_MICROSECONDS + cycles / _CYCLES_PER_MICROSECOND

@@ -149,7 +149,7 @@ class ReplayedPlan:
     def _launch(self, index: int, pointers: Sequence[int], overlap: bool) -> None:
         kernel = self.plan.kernels[index]
         config = driver.CUlaunchConfig()
-        config.gridDimX = kernel.blocks(self._multiprocessors)
+        config.gridDimX = kernel.ctas(self._multiprocessors)
         config.gridDimY = config.gridDimZ = 1
         config.blockDimX = kernel.threads
         config.blockDimY = config.blockDimZ = 1
@@ -161,7 +161,7 @@ class ReplayedPlan:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs = [attribute]
             config.numAttrs = 1
-        values = tuple(pointers[buffer] for buffer, _ in kernel.parameters)
+        values = tuple(pointers[buffer] for buffer in kernel.buffers)
         parameters = (values, (ctypes.c_void_p,) * len(values))
         _checked(driver.cuLaunchKernelEx(config, self._functions[index], parameters, 0))
 

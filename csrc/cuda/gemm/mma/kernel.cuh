@@ -18,39 +18,43 @@ namespace jmm {
 
 // How the work is cut. A block of threads makes kTokens x (kWarpsN * kUnits * 64 columns), kWarpsK warps sharing K.
 // Where a product has fewer tiles than the card has multiprocessors, a cluster of blocks shares the K of a tile.
-template <int kTokens_, int kUnits_, int kWarpsN_, int kWarpsK_, int kChunkK_, int kStages_, int kBlocksPerSm_,
-          int kCluster_ = 1>
-struct Tile {
-  static constexpr int kTokens = kTokens_;            // rows of a block of tokens, a multiple of 8
-  static constexpr int kUnits = kUnits_;              // 64-column units of a warp
-  static constexpr int kWarpsN = kWarpsN_;            // warps side by side along the columns
-  static constexpr int kWarpsK = kWarpsK_;            // warps that share K
-  static constexpr int kChunkK = kChunkK_;            // rows of K in one stage of the ring
-  static constexpr int kStages = kStages_;            // stages of the ring
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // resident blocks that the register budget allows for
-  static constexpr int kCluster = kCluster_;          // blocks that share K, neighbours in the grid
+// Facts: MmaTile of jax_marlin_moe/cuda/kernels/mma.py.
+template <class Facts>
+struct MmaTile {
+  static constexpr int kTokens = Facts::kTokens;        // rows of a token tile, a multiple of 8
+  static constexpr int kUnits = Facts::kUnits;          // 64-column units of a warp
+  static constexpr int kWarpsN = Facts::kWarpsN;        // warps side by side along the columns
+  static constexpr int kWarpsK = Facts::kWarpsK;        // warps that share K
+  static constexpr int kBlockK = Facts::kBlockK;        // rows of K in one stage of the ring
+  static constexpr int kStages = Facts::kStages;        // stages of the ring
+  static constexpr int kCtasPerSm = Facts::kCtasPerSm;  // resident CTAs that the register budget allows for
+  static constexpr int kCluster = Facts::kCluster;      // CTAs that share K, neighbours in the grid
   static constexpr int kWarps = kWarpsN * kWarpsK;
   static constexpr int kThreads = 32 * kWarps;
   static_assert(kTokens % 8 == 0 && kTokens <= 32, "a lane holds the slot of one row");
   static_assert(kStages >= 2, "one stage is read while another is filled");
 };
 
-template <class T_, class Code_, class Scale_, class Zeros_, bool kGlobalScales_, int kK_, int kN_, int kExperts_,
-          int kGroup_, int kRowStride_, int kSlotsPerRow_>
+// Facts: Problem of jax_marlin_moe/cuda/kernels/problem.py.
+template <class Facts>
 struct Problem {
-  using T = T_;  // type of the activations
-  using Code = Code_;
-  using Scale = Scale_;                                  // type of the scales
-  using Zeros = Zeros_;                                  // kind of zero points
-  static constexpr bool kGlobalScales = kGlobalScales_;  // float32 factors of each 64 columns
-  static constexpr int kK = kK_, kN = kN_, kExperts = kExperts_;
-  static constexpr int kGroup = kGroup_;              // rows of K that share a scale; the last group may be shorter
-  static constexpr int kRowStride = kRowStride_;      // elements from a row of x to the next
-  static constexpr int kSlotsPerRow = kSlotsPerRow_;  // slot s reads row s / kSlotsPerRow of x
-  using ExpertIndex = Index<int64_t(kExperts) * kN>;  // of a column among those of all experts
+  using T = typename Facts::Element;  // of x
+  using Code = typename Facts::Code;
+  using Scale = typename Facts::Scale;                         // type of the scales
+  using Zeros = typename Facts::Zeros;                         // kind of zero points
+  static constexpr bool kGlobalScales = Facts::kGlobalScales;  // float32 factors of each 64 columns
+  static constexpr int kK = Facts::kK, kN = Facts::kN;         // of the packed matrix
+  static constexpr int kExperts = Facts::kExperts;
+  static constexpr int kGroup = Facts::kGroup;              // rows of K that share a scale; the last may be shorter
+  static constexpr int kRowStride = Facts::kRowStride;      // elements from a row of x to the next
+  static constexpr int kSlotsPerRow = Facts::kSlotsPerRow;  // slot s reads row s / kSlotsPerRow of x
+  using ExpertIndex = Index<int64_t(kExperts) * kN>;        // of a column among those of all experts
+  using ScaleElement = typename ColumnScales<Scale, 8>::Element;
+  using ZeroElement = typename ColumnZeros<Zeros, Code, Scale>::Element;
+  static_assert(kK <= kRowStride, "a row of x has all of K");
 };
 
-template <class Problem, class Tile, class Routing, class Epilogue>
+template <class Problem, class Tile, class TokenTiles, class Epilogue>
 class GroupedGemm {
   using T = typename Problem::T;
   using Code = typename Problem::Code;
@@ -66,14 +70,14 @@ class GroupedGemm {
   static constexpr int kTokenTiles = Tile::kTokens / 8;
   // K is cut into chunks, of which the last may be shorter; shares of K are whole chunks, as many as can be alike.
   static constexpr int kShares = Tile::kWarpsK * Tile::kCluster;
-  static constexpr int kChunks = (Problem::kK + Tile::kChunkK - 1) / Tile::kChunkK;
-  static constexpr int kSteps = Tile::kChunkK / kTileK;
-  static constexpr int kLastSteps = kSteps - (kChunks * Tile::kChunkK - Problem::kK) / kTileK;  // of the last chunk
+  static constexpr int kChunks = (Problem::kK + Tile::kBlockK - 1) / Tile::kBlockK;
+  static constexpr int kSteps = Tile::kBlockK / kTileK;
+  static constexpr int kLastSteps = kSteps - (kChunks * Tile::kBlockK - Problem::kK) / kTileK;  // of the last chunk
   static constexpr bool kShortens = kLastSteps < kSteps;
   static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
-  static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
+  static constexpr int kScaleRows = Tile::kBlockK > Problem::kGroup ? Tile::kBlockK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
-  static constexpr bool kGroupsInChunk = Problem::kGroup <= Tile::kChunkK;  // every chunk is whole groups
+  static constexpr bool kGroupsInChunk = Problem::kGroup <= Tile::kBlockK;  // every chunk is whole groups
   // Whether codes have a zero point that the sums of x must take out.
   static constexpr bool kTokenSums = Zeros::kStored || Zeros::kBaked != 0.0f;
   // A gated tile holds as many gate units as up units; its columns are those of the product. Gate and up of a column
@@ -86,10 +90,13 @@ class GroupedGemm {
   static constexpr int kColumnTiles = kColumns / (kUnit * kOutputUnits);
 
   static_assert(kChunks >= kShares, "every warp has a chunk");
-  static_assert(Problem::kGroup % Tile::kChunkK == 0 || Tile::kChunkK % Problem::kGroup == 0,
+  static_assert(Problem::kGroup % Tile::kBlockK == 0 || Tile::kBlockK % Problem::kGroup == 0,
                 "a chunk is part of one group, or whole groups");
   static_assert(Tile::kWarpsN * Tile::kUnits % kHalves == 0, "gate and up come in pairs");
   static_assert(kColumns % (kUnit * kOutputUnits) == 0, "column tiles are whole");
+  static_assert(kColumns == Epilogue::kColumns, "the epilogue has the product's columns");
+  static_assert(TokenTiles::kExperts == Problem::kExperts, "token tiles are of the matrix's experts");
+  static_assert(TokenTiles::kBlock == 1 || TokenTiles::kBlock == Tile::kTokens, "rows of a token tile");
 
   // One stage of a warp's ring of weights, and of the ring of tokens that kWarpsN warps share, in bytes.
   static constexpr int kUnitBytes = kWordsPerUnit * 4;
@@ -98,7 +105,7 @@ class GroupedGemm {
   static constexpr int kScalesAt = kSteps * kStepBytes;
   static constexpr int kZerosAt = kScalesAt + kScaleRows * Tile::kUnits * kUnitScaleBytes;
   static constexpr int kWeightStage = kZerosAt + kScaleRows * Tile::kUnits * Zeros::kUnitBytes;
-  static constexpr int kTokenStage = Tile::kTokens * Tile::kChunkK * 2;  // rows of kChunkK, 16-byte pieces swizzled
+  static constexpr int kTokenStage = Tile::kTokens * Tile::kBlockK * 2;  // rows of kBlockK, 16-byte pieces swizzled
   static_assert(kWeightStage % 16 == 0 && kTokenStage % 16 == 0, "stages stay aligned for 16-byte copies");
 
   static constexpr int kFragments = kHalves * kOutputUnits * kSubTiles * kTokenTiles;  // 16 x 8 sums each
@@ -108,21 +115,26 @@ class GroupedGemm {
   static constexpr int kTokensAt = Tile::kWarps * Tile::kStages * kWeightStage;
   static constexpr int kPartialsAt = kTokensAt + Tile::kWarpsK * Tile::kStages * kTokenStage;
   static constexpr int kBlocksAt = kPartialsAt + (kExchanges ? Tile::kWarpsK * kFragments * 512 : 0);
-  static_assert(Routing::kScratchBytes <= kBlocksAt, "the rings lend their memory before they are filled");
-  using Blocks = typename Routing::template Blocks<Tile::kThreads>;
+  static_assert(TokenTiles::kScratchBytes <= kBlocksAt, "the rings lend their memory before they are filled");
+  using Blocks = typename TokenTiles::template Blocks<Tile::kThreads>;
   using ExpertIndex = typename Problem::ExpertIndex;
 
  public:
   // Of the elements of x.
-  using RowOffset = Offset<((Routing::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * Problem::kRowStride>;
-  static constexpr int kSharedBytes = kBlocksAt + Routing::kSharedBytes;
+  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * Problem::kRowStride>;
+  static constexpr int kSharedBytes = kBlocksAt + TokenTiles::kSharedBytes;
+  static constexpr int kThreads = Tile::kThreads, kCtasPerSm = Tile::kCtasPerSm, kCluster = Tile::kCluster;
+  using ScaleElement = typename Problem::ScaleElement;
+  using ZeroElement = typename Problem::ZeroElement;
+  static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
+  static constexpr int64_t kMaxCtas = (kWorkTiles > 0 ? kWorkTiles : 1) * kCluster;
 
-  const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
-  const uint32_t* __restrict__ packed;       // [experts, K / 16, kRowWords]
-  const unsigned char* __restrict__ scales;  // [experts, groups, N] of Scale, in Marlin order
-  const unsigned char* __restrict__ zeros;   // [experts, groups, N] as Zeros has them, in Marlin order
+  const T* __restrict__ x;                   // [rows, kRowStride], of which the first K columns count
+  const int32_t* __restrict__ packed;        // [experts, K / 16, kRowWords]
+  const unsigned char* __restrict__ scales;  // [experts, groups, N] of ScaleElement, in Marlin order
+  const unsigned char* __restrict__ zeros;   // [experts, groups, N] of ZeroElement, in Marlin order, if stored
   const float* __restrict__ global_scales;   // [experts, N / 64] if kGlobalScales
-  Routing routing;
+  TokenTiles token_tiles;
   Epilogue epilogue;
 
   __device__ void run(unsigned char* shared_bytes) const {
@@ -131,9 +143,9 @@ class GroupedGemm {
     const uint32_t weight_ring = smem_address(shared_bytes) + warp * (Tile::kStages * kWeightStage);
     const uint32_t token_ring = smem_address(shared_bytes) + kTokensAt + warp_k * (Tile::kStages * kTokenStage);
 
-    if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
+    if constexpr (TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
-    const Blocks blocks(routing, shared_bytes + kBlocksAt, shared_bytes);
+    const Blocks blocks(token_tiles, shared_bytes + kBlocksAt, shared_bytes);
     const int tiles = blocks.count() * kColumnTiles;
 
     const int share = block_of_cluster() * Tile::kWarpsK + warp_k;  // of K
@@ -145,7 +157,7 @@ class GroupedGemm {
     for (int s = 0; s < kAhead; ++s) {
       if (s < chunks) loader.load_weights(weight_ring + s * kWeightStage, s);
     }
-    if constexpr (!Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
+    if constexpr (!TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       if (s >= chunks) loader.load_weights(weight_ring + s * kWeightStage, 0);
@@ -171,7 +183,7 @@ class GroupedGemm {
         loader.load_tokens(token_ring + free * kTokenStage);
         loader.advance();
         commit_copies();
-        rows_left -= Tile::kChunkK;
+        rows_left -= Tile::kBlockK;
         multiplier.multiply(rows.token_tiles, weight_ring + stage * kWeightStage, token_ring + stage * kTokenStage,
                             rows_left <= 0 || chunk == chunks - 1, is_short(share, chunk));
         if (rows_left <= 0) rows_left = Problem::kGroup;
@@ -191,8 +203,8 @@ class GroupedGemm {
     return (share + 1) * kChunks / kShares - share * kChunks / kShares;
   }
   __device__ __forceinline__ static int first_row(int share) {
-    if constexpr (kChunks % kShares == 0) return share * (kChunks / kShares * Tile::kChunkK);
-    return share * kChunks / kShares * Tile::kChunkK;
+    if constexpr (kChunks % kShares == 0) return share * (kChunks / kShares * Tile::kBlockK);
+    return share * kChunks / kShares * Tile::kBlockK;
   }
   // Whether a chunk of a share is the last one of K, of kLastSteps.
   __device__ __forceinline__ static bool is_short(int share, int chunk) {
@@ -203,7 +215,7 @@ class GroupedGemm {
   __device__ __forceinline__ static int first_tile() { return blockIdx.x / Tile::kCluster; }
   __device__ __forceinline__ static int tile_stride() { return gridDim.x / Tile::kCluster; }
 
-  static constexpr int kPieces = Tile::kChunkK / 8;      // 16-byte pieces of a token's row in a chunk
+  static constexpr int kPieces = Tile::kBlockK / 8;      // 16-byte pieces of a token's row in a chunk
   static constexpr int kCopyLanes = 32 * Tile::kWarpsN;  // that share the copying of a chunk's tokens
   static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + kCopyLanes - 1) / kCopyLanes;
 
@@ -275,7 +287,7 @@ class GroupedGemm {
         }
       }
       slot = lane < Tile::kTokens ? blocks.slot(block, lane) : -1;
-      if constexpr (Routing::kMayRepeat) slot = blocks.first_listed(slot, block, lane);
+      if constexpr (TokenTiles::kMayRepeat) slot = blocks.first_listed(slot, block, lane);
       factor = slot >= 0 ? gemm.epilogue.factor(slot) : 0.0f;
       token_tiles = 1;
       if constexpr (kTokenTiles > 1) token_tiles = (39 - __clz(__ballot_sync(~0u, slot >= 0) | 1)) / 8;
@@ -292,7 +304,7 @@ class GroupedGemm {
     int expert, row;                      // of the tile being loaded; lane r holds row r of x
     int next_expert, next_row;            // of the tile after it, fetched ahead
     const uint32_t* weights;              // this lane's 16 bytes of the first step of the chunk
-    const uint16_t* tokens;               // the chunk's first column of x, this lane's piece
+    const T* tokens;                      // the chunk's first column of x, this lane's piece
     RowOffset token_rows[kPiecesOfLane];  // element offsets of the rows of this lane's pieces
     uint32_t token_copies;                // bit i: piece i exists
     int rows_left;                        // of K, in the current group
@@ -320,8 +332,9 @@ class GroupedGemm {
     __device__ __forceinline__ void begin_tile() {
       const int k = first_row(share);
       const int unit = first_unit(tile, warp_n);
-      weights = gemm.packed + (int64_t(max(expert, 0)) * (Problem::kK / kTileK) + k / kTileK) * kRowWords +
-                unit * kWordsPerUnit + lane * 4;
+      weights = reinterpret_cast<const uint32_t*>(gemm.packed) +
+                (int64_t(max(expert, 0)) * (Problem::kK / kTileK) + k / kTileK) * kRowWords + unit * kWordsPerUnit +
+                lane * 4;
       tokens = gemm.x + k + copy_lane() % kPieces * 8;
       token_copies = 0;
 #pragma unroll
@@ -370,7 +383,7 @@ class GroupedGemm {
 
     // Scales and zero points are wanted when a group closes.
     __device__ __forceinline__ void load_scales(uint32_t stage) const {
-      if (expert < 0 || (rows_left > Tile::kChunkK && chunk < chunks_of(share) - 1)) return;
+      if (expert < 0 || (rows_left > Tile::kBlockK && chunk < chunks_of(share) - 1)) return;
       const int64_t first = int64_t(expert) * kGroups + group;
       const int unit = first_unit(tile, warp_n);
       copy_rows<kUnitScaleBytes>(stage + kScalesAt, gemm.scales, first, unit);
@@ -379,8 +392,8 @@ class GroupedGemm {
 
     // The rows of kScaleRows groups, kBytes for each unit of 64 columns.
     template <int kBytes>
-    __device__ __forceinline__ void copy_rows(uint32_t shared, const unsigned char* source, int64_t group,
-                                              int unit) const {
+    __device__ __forceinline__ void copy_rows(uint32_t shared, const void* operand, int64_t group, int unit) const {
+      const unsigned char* source = static_cast<const unsigned char*>(operand);
       constexpr int kPieces = kBytes / 16, kAllPieces = kScaleRows * Tile::kUnits * kPieces;
       constexpr int kLastRows = (kLastSteps + kStepsPerScale - 1) / kStepsPerScale;
       const int rows = kLastRows < kScaleRows && is_short(share, chunk) ? kLastRows : kScaleRows;
@@ -397,8 +410,8 @@ class GroupedGemm {
 
     __device__ __forceinline__ void advance() {
       weights += kSteps * kRowWords;
-      tokens += Tile::kChunkK;
-      rows_left -= Tile::kChunkK;
+      tokens += Tile::kBlockK;
+      rows_left -= Tile::kBlockK;
       if (rows_left <= 0) {
         rows_left = Problem::kGroup;
         group += kScaleRows;
@@ -485,7 +498,7 @@ class GroupedGemm {
         uint32_t b[kActive][2];
 #pragma unroll
         for (int t = 0; t < kActive; ++t) {
-          load_matrices_x2(b[t], tokens + token_offsets[step] + t * 8 * Tile::kChunkK * 2);
+          load_matrices_x2(b[t], tokens + token_offsets[step] + t * 8 * Tile::kBlockK * 2);
           if constexpr (kExponents[0] != 0) {
             b[t][0] = multiply_pairs<T>(b[t][0], paired_power<T>(kExponents[0]));
             b[t][1] = multiply_pairs<T>(b[t][1], paired_power<T>(kExponents[1]));

@@ -21,27 +21,36 @@ namespace jmm {
 
 // How the work is cut. A block of threads makes kTokens x (kWarpgroupsN * kSubTiles * 64 packed columns);
 // kWarpgroupsK warpgroups take the chunks of K in turn.
-template <int kTokens_, int kSubTiles_, int kWarpgroupsN_, int kWarpgroupsK_, int kChunkK_, int kStages_,
-          int kBlocksPerSm_, bool kScalesWeights_>
+// Facts: WgmmaTile of jax_marlin_moe/cuda/kernels/wgmma.py.
+template <class Facts>
 struct WgmmaTile {
-  static constexpr int kTokens = kTokens_;            // rows of a block of tokens
-  static constexpr int kSubTiles = kSubTiles_;        // 64-row products of a warpgroup: 1, 2 or 4
-  static constexpr int kWarpgroupsN = kWarpgroupsN_;  // that multiply, side by side along the columns
-  static constexpr int kWarpgroupsK = kWarpgroupsK_;  // that share K
-  static constexpr int kChunkK = kChunkK_;            // rows of K in one stage of the ring
-  static constexpr int kStages = kStages_;            // stages of the ring
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // resident blocks
-  static constexpr bool kScalesWeights = kScalesWeights_;
+  static constexpr int kTokens = Facts::kTokens;            // rows of a token tile
+  static constexpr int kSubTiles = Facts::kSubTiles;        // 64-row products of a warpgroup: 1, 2 or 4
+  static constexpr int kWarpgroupsN = Facts::kWarpgroupsN;  // that multiply, side by side along the columns
+  static constexpr int kWarpgroupsK = Facts::kWarpgroupsK;  // that share K
+  static constexpr int kBlockK = Facts::kBlockK;            // rows of K in one stage of the ring
+  static constexpr int kStages = Facts::kStages;            // stages of the ring
+  static constexpr int kCtasPerSm = Facts::kCtasPerSm;      // resident CTAs
+  static constexpr int kCluster = 1;
+  static constexpr bool kScalesWeights = Facts::kScalesWeights;
   static constexpr int kWarpgroups = kWarpgroupsN * kWarpgroupsK;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);  // one more copies
+  // Registers of a thread, in eights: a CTA enters with an equal share each, and the threads that copy hand theirs on.
+  static constexpr int kEntryRegisters = 65536 / (kCtasPerSm * kThreads) / 8 * 8;
+  static constexpr int kProducerRegisters = Facts::kProducerRegisters;
+  static constexpr int kConsumerRegisters = Facts::kConsumerRegisters;
+  static constexpr int kOtherRegisters = Facts::kOtherRegisters;  // of a consumer, beside sums and weights
+  static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0, "as setmaxnreg takes them");
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * kEntryRegisters,
+                "the multiprocessor has them");
   static_assert(kTokens % 8 == 0 && kTokens <= 256, "columns of a wgmma");
-  static_assert(kChunkK % 64 == 0, "rows of 128 bytes in shared memory");
+  static_assert(kBlockK % 64 == 0, "rows of 128 bytes in shared memory");
   // A wait names a phase by its parity, which is enough for who has seen the phase before it complete: the chunks of a
   // stage belong to one warpgroup. (Between tiles all of them meet.)
   static_assert(kStages % kWarpgroupsK == 0, "warpgroups that share K read different stages");
 };
 
-template <class Problem, class Tile, class Routing, class Epilogue>
+template <class Problem, class Tile, class TokenTiles, class Epilogue>
 class WgmmaGroupedGemm {
   using T = typename Problem::T;
   using Code = typename Problem::Code;
@@ -67,26 +76,29 @@ class WgmmaGroupedGemm {
   static constexpr int kColumnTiles = kColumns / (kUnit * kHalfUnits);
   static_assert(Tile::kSubTiles % kHalves == 0, "gate and up come in pairs");
   static_assert(kColumns % (kUnit * kHalfUnits) == 0, "column tiles are whole");
+  static_assert(kColumns == Epilogue::kColumns, "the epilogue has the product's columns");
+  static_assert(TokenTiles::kExperts == Problem::kExperts, "token tiles are of the matrix's experts");
+  static_assert(TokenTiles::kBlock == 1 || TokenTiles::kBlock == Tile::kTokens, "rows of a token tile");
 
   // The last chunk ends where K does: the rows that it has had from the chunk before meet zeros in place of tokens.
-  static constexpr int kChunks = (Problem::kK + Tile::kChunkK - 1) / Tile::kChunkK;
-  static constexpr int kRepeated = kChunks * Tile::kChunkK - Problem::kK;  // rows
-  static constexpr int kSteps = Tile::kChunkK / kTileK;
+  static constexpr int kChunks = (Problem::kK + Tile::kBlockK - 1) / Tile::kBlockK;
+  static constexpr int kRepeated = kChunks * Tile::kBlockK - Problem::kK;  // rows
+  static constexpr int kSteps = Tile::kBlockK / kTileK;
   static constexpr int kGroups = (Problem::kK + Problem::kGroup - 1) / Problem::kGroup;
   // The sums of a group and those of the tile, unless there is one group or weights have their scale.
   static constexpr bool kTwoSums = !Tile::kScalesWeights && kGroups > 1;
-  static constexpr int kScaleRows = Tile::kChunkK > Problem::kGroup ? Tile::kChunkK / Problem::kGroup : 1;
+  static constexpr int kScaleRows = Tile::kBlockK > Problem::kGroup ? Tile::kBlockK / Problem::kGroup : 1;
   static constexpr int kStepsPerScale = kSteps / kScaleRows;
-  static_assert(Problem::kK >= Tile::kChunkK && Problem::kK % kTileK == 0, "K is chunks, of whole steps");
+  static_assert(Problem::kK >= Tile::kBlockK && Problem::kK % kTileK == 0, "K is chunks, of whole steps");
   static_assert(kChunks >= Tile::kWarpgroupsK, "every warpgroup has a chunk");
-  static_assert(kGroups == 1 || Problem::kGroup % Tile::kChunkK == 0 ||
-                    (Tile::kChunkK % Problem::kGroup == 0 && Problem::kK % Problem::kGroup == 0),
+  static_assert(kGroups == 1 || Problem::kGroup % Tile::kBlockK == 0 ||
+                    (Tile::kBlockK % Problem::kGroup == 0 && Problem::kK % Problem::kGroup == 0),
                 "a chunk is part of one group, or whole groups");
 
   // A stage: tokens, one slab of 128-byte rows per 64 of K; weights, units side by side, step after step; scales; zero
   // points.
   static constexpr int kSlabBytes = Tile::kTokens * 128;
-  static constexpr int kTokenBytes = Tile::kChunkK / 64 * kSlabBytes;
+  static constexpr int kTokenBytes = Tile::kBlockK / 64 * kSlabBytes;
   static constexpr int kStepBytes = kTileUnits * kUnitBytes;
   static constexpr int kScaleBytes = kScaleRows * kTileUnits * kUnit * Scales::kBytes;
   static constexpr int kZeroBytes = kScaleRows * kTileUnits * Zeros::kUnitBytes;
@@ -113,21 +125,26 @@ class WgmmaGroupedGemm {
       kPartialsAt + (Tile::kWarpgroupsK - 1) * Tile::kWarpgroupsN * kThreadSums * 128 * 4;
   static constexpr int kBlocksAt = (kBarriersAt + 8 * 2 * (Tile::kStages + kNotes) + 15) / 16 * 16;
   static_assert(kWeightBytes % 16 == 0 && sizeof(Note) % 8 == 0, "stages and barriers stay aligned");
-  static_assert(Routing::kScratchBytes <= kNotesAt, "the ring lends its memory before it is filled");
-  using Blocks = typename Routing::template Blocks<Tile::kThreads>;
+  static_assert(TokenTiles::kScratchBytes <= kNotesAt, "the ring lends its memory before it is filled");
+  using Blocks = typename TokenTiles::template Blocks<Tile::kThreads>;
   using ExpertIndex = typename Problem::ExpertIndex;
 
  public:
   // Of the 16-byte pieces of x.
-  using RowOffset = Offset<((Routing::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * (Problem::kRowStride / 8)>;
-  static constexpr int kSharedBytes = kBlocksAt + Routing::kSharedBytes;
+  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * (Problem::kRowStride / 8)>;
+  static constexpr int kSharedBytes = kBlocksAt + TokenTiles::kSharedBytes;
+  static constexpr int kThreads = Tile::kThreads, kCtasPerSm = Tile::kCtasPerSm, kCluster = Tile::kCluster;
+  using ScaleElement = typename Problem::ScaleElement;
+  using ZeroElement = typename Problem::ZeroElement;
+  static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
+  static constexpr int64_t kMaxCtas = (kWorkTiles > 0 ? kWorkTiles : 1) * kCluster;
 
-  const uint16_t* __restrict__ x;            // [rows, kRowStride], of which the first K columns count
-  const uint32_t* __restrict__ packed;       // [experts, K / 16, N * kBits / 2]
-  const unsigned char* __restrict__ scales;  // [experts, groups, N] of Scale, in Marlin order
-  const unsigned char* __restrict__ zeros;   // [experts, groups, N] as Zeros has them, in Marlin order
+  const T* __restrict__ x;                   // [rows, kRowStride], of which the first K columns count
+  const int32_t* __restrict__ packed;        // [experts, K / 16, N * kBits / 2]
+  const unsigned char* __restrict__ scales;  // [experts, groups, N] of ScaleElement, in Marlin order
+  const unsigned char* __restrict__ zeros;   // [experts, groups, N] of ZeroElement, in Marlin order, if stored
   const float* __restrict__ global_scales;   // [experts, N / 64] if kGlobalScales
-  Routing routing;
+  TokenTiles token_tiles;
   Epilogue epilogue;
 
   __device__ void run(unsigned char* shared_bytes) const {
@@ -142,30 +159,25 @@ class WgmmaGroupedGemm {
         mbarrier_init(shared.note_empty(n), 4 * Tile::kWarpgroups);
       }
     }
-    if constexpr (Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
+    if constexpr (TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
-    const Blocks blocks(routing, shared_bytes + kBlocksAt, shared_bytes);
+    const Blocks blocks(token_tiles, shared_bytes + kBlocksAt, shared_bytes);
     fence_for_wgmma();  // bulk copies see the barriers, and the ring that was lent
     __syncthreads();
     if (threadIdx.x >= 128 * Tile::kWarpgroups) {
-      if constexpr (kMovesRegisters) give_registers<kCopierRegisters>();
+      if constexpr (kMovesRegisters) give_registers<Tile::kProducerRegisters>();
       copy(shared, blocks, threadIdx.x - 128 * Tile::kWarpgroups);
     } else {
-      if constexpr (kMovesRegisters) take_registers<kMultiplierRegisters>();
-      if constexpr (!Routing::kNeedsPreviousKernel) wait_for_previous_kernel();
+      if constexpr (kMovesRegisters) take_registers<Tile::kConsumerRegisters>();
+      if constexpr (!TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
       multiply(shared);
     }
   }
 
  private:
-  // Registers of a thread, in eights: a block enters with an equal share each, and the threads that copy hand theirs
-  // on.
-  static constexpr int kEntryRegisters = 65536 / (Tile::kBlocksPerSm * Tile::kThreads) / 8 * 8;
-  static constexpr int kCopierRegisters = Tile::kTokens <= 32 ? 56 : 80;
-  static constexpr int kSpared =
-      (kEntryRegisters * (Tile::kWarpgroups + 1) - kCopierRegisters) / Tile::kWarpgroups / 8 * 8;
-  static constexpr int kMultiplierRegisters = kSpared < 240 ? kSpared : 240;
-  static constexpr bool kMovesRegisters = kEntryRegisters < 240 && kEntryRegisters > kCopierRegisters;
+  // Whether there is something to hand on.
+  static constexpr bool kMovesRegisters =
+      Tile::kEntryRegisters < 240 && Tile::kEntryRegisters > Tile::kProducerRegisters;
 
   struct Shared {
     unsigned char* const bytes;
@@ -197,7 +209,7 @@ class WgmmaGroupedGemm {
   // ---- The warpgroup that copies.
 
   static constexpr int kRowsOfThread = (Tile::kTokens + 127) / 128;  // of a note
-  static constexpr int kPieces = Tile::kChunkK / 8;                  // 16-byte pieces of a token's row in a chunk
+  static constexpr int kPieces = Tile::kBlockK / 8;                  // 16-byte pieces of a token's row in a chunk
   static constexpr int kRowStep = 128 / kPieces;                     // rows that the warpgroup copies at once
   static constexpr int kCopiedRows = (Tile::kTokens + kRowStep - 1) / kRowStep;  // of a thread
   static_assert(kCopiedRows <= 32, "one bit each");
@@ -230,7 +242,7 @@ class WgmmaGroupedGemm {
 
     constexpr int kPrefetched = Tile::kStages < kChunks ? Tile::kStages : kChunks;
     int prefetched = 0;  // chunks of the first tile whose weights are on their way before its tokens exist
-    bool waited = Routing::kNeedsPreviousKernel;
+    bool waited = TokenTiles::kNeedsPreviousKernel;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const int expert = __shfl_sync(~0u, next_expert, 0);  // known to be uniform
@@ -246,7 +258,7 @@ class WgmmaGroupedGemm {
       const Runs<kStoredZeroBytes, kGroups, kScaleRows> zero_runs(zeros, expert, column_tile, warp);
       const auto copy_weights = [&](int s, int chunk) {
         if (!elected) return;
-        int step = chunk * kSteps, group = chunk * Tile::kChunkK / Problem::kGroup;
+        int step = chunk * kSteps, group = chunk * Tile::kBlockK / Problem::kGroup;
         if constexpr (kRepeated > 0) {
           step = min(step, Problem::kK / kTileK - kSteps);
           group = min(group, kGroups - kScaleRows);
@@ -268,7 +280,7 @@ class WgmmaGroupedGemm {
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         const int row = thread + 128 * i;
-        if constexpr (Routing::kMayRepeat) slots[i] = blocks.first_listed(slots[i], tile / kColumnTiles, row);
+        if constexpr (TokenTiles::kMayRepeat) slots[i] = blocks.first_listed(slots[i], tile / kColumnTiles, row);
         const uint32_t real = __ballot_sync(~0u, slots[i] >= 0);
         if (real) last = 128 * i + 32 * warp + 32 - __clz(real);
         if (row < Tile::kTokens) {
@@ -418,8 +430,8 @@ class WgmmaGroupedGemm {
   static constexpr int kScalingRegisters =  // beyond the usual
       2 * Tile::kSubTiles *
       (kSplitsScales + kFloatZeros + (Zeros::kStored && CodeFragments::bias(0) != CodeFragments::bias(2)));
-  static constexpr int kRoom =
-      (kMultiplierRegisters - 40 - kSumRegisters - kScalingRegisters) / (2 * Tile::kSubTiles * 4);
+  static constexpr int kRoom = (Tile::kConsumerRegisters - Tile::kOtherRegisters - kSumRegisters - kScalingRegisters) /
+                               (2 * Tile::kSubTiles * 4);
   static constexpr int kMost = kSteps / 2 < kStepsPerScale ? kSteps / 2 : kStepsPerScale;
   static constexpr int kBatch = kRoom >= 4 && kMost >= 4 ? 4 : kRoom >= 2 && kMost >= 2 ? 2 : 1;
   static constexpr int kBatches = kSteps / kBatch;
@@ -601,13 +613,13 @@ class WgmmaGroupedGemm {
     store<kN>(note, lane, sums);
   }
 
-  static constexpr bool kGroupsEndInChunks = Problem::kGroup <= Tile::kChunkK;
+  static constexpr bool kGroupsEndInChunks = Problem::kGroup <= Tile::kBlockK;
   static constexpr int kStepsPerGroup = Problem::kGroup / kTileK;
 
   // Whether the chunk that a warpgroup takes after this one belongs to another group, or to another tile.
   __device__ __forceinline__ static bool ends_group(int chunk) {
     const int next = chunk + Tile::kWarpgroupsK;
-    return next >= kChunks || chunk * Tile::kChunkK / Problem::kGroup != next * Tile::kChunkK / Problem::kGroup;
+    return next >= kChunks || chunk * Tile::kBlockK / Problem::kGroup != next * Tile::kBlockK / Problem::kGroup;
   }
 
   // Adds the sums of the warpgroups that share K, in their order. True for the one that has the total.

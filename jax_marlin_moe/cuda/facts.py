@@ -1,0 +1,92 @@
+"""What Python tells a kernel at compile time, by name: facts, and the buffers that its members point to.
+
+A fact `list_length` is `kListLength` in C++, a type `element` is `Element`: each kernel of csrc/cuda takes its facts as
+one struct, and reads what it needs by these names. A name that one side lacks does not compile.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+# What a kernel is compiled with: constants, and types by their C++ spelling.
+Facts = dict[str, bool | int | str]
+
+# Of a buffer's elements; a pointer to another type does not compile.
+_ELEMENTS = {
+    "int32": "int32_t",
+    "uint8": "unsigned char",
+    "float32": "float",
+    "float16": "jmm::Half",
+    "bfloat16": "jmm::BFloat",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointer:
+    """What a member of a kernel points to.
+
+    Attributes:
+        buffer: its place among the call's buffers (operands, then results).
+        dtype: of its elements.
+        written: whether the kernel writes there.
+        element: the kernel's name for the type of the elements, where the member points to their bytes.
+    """
+
+    buffer: int
+    dtype: str
+    written: bool = False
+    element: str = ""
+
+    @property
+    def cpp(self) -> str:
+        """The C++ type of the pointer."""
+        return f"{'' if self.written else 'const '}{'unsigned char' if self.element else self.cpp_element}*"
+
+    @property
+    def cpp_element(self) -> str:
+        """The C++ type of the elements."""
+        return _ELEMENTS[self.dtype]
+
+
+def constant(name: str) -> str:
+    """The C++ constant of a fact: `kListLength` for "list_length"."""
+    return f"k{_camel_case(name)}"
+
+
+def render_struct(name: str, facts: Facts) -> str:
+    """A C++ struct of the facts: constants for truth values and integers, types for strings."""
+    lines = [f"struct {name} {{"]
+    for fact, value in facts.items():
+        if isinstance(value, str):
+            lines.append(f"  using {_camel_case(fact)} = {value};")
+        elif isinstance(value, bool):
+            lines.append(f"  static constexpr bool {constant(fact)} = {str(value).lower()};")
+        else:
+            kind = "int" if -(2**31) <= value < 2**31 else "int64_t"
+            lines.append(f"  static constexpr {kind} {constant(fact)} = {value};")
+    return "\n".join([*lines, "};"])
+
+
+def render_members(pointers: Mapping[str, Pointer | None]) -> str:
+    """The initialiser of a kernel, member by member in their order: "epilogue.out" is the member `out` of `epilogue`.
+
+    Each pointer is bound to the parameter of `parameter_name`; one that is None, to nothing.
+    """
+    members: dict[str, list[str]] = {}
+    for path, pointer in pointers.items():
+        outer, _, inner = path.rpartition(".")
+        value = "nullptr" if pointer is None else parameter_name(path)
+        members.setdefault(outer or inner, []).append(f".{inner} = {value}")
+    nested = [
+        bound[0] if bound[0].startswith(f".{name} ") else f".{name} = {{{', '.join(bound)}}}"
+        for name, bound in members.items()
+    ]
+    return f"{{{', '.join(nested)}}}"
+
+
+def parameter_name(path: str) -> str:
+    """The parameter of the entry point that a member is bound to."""
+    return path.replace(".", "_")
+
+
+def _camel_case(name: str) -> str:
+    return "".join(word.capitalize() for word in name.split("_"))

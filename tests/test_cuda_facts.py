@@ -1,0 +1,172 @@
+"""What Python and C++ both state about a kernel: a difference between the two does not compile."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.cuda import compiler, plan
+from jax_marlin_moe.cuda.facts import Pointer
+from jax_marlin_moe.cuda.program import render, render_facts
+from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+
+pytestmark = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
+
+MMA = (Tile(16, 2, 1, 2, 64, 3, 2), Tile(16, 2, 4, 1, 32, 3, 2))
+WGMMA = (WgmmaTile(16, 2, 1, 2, 64, 4, 1, False), WgmmaTile(16, 1, 2, 1, 64, 4, 1, False))
+
+
+def array(shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def experts(k, n):
+    return jmm.MarlinWeights(
+        packed=array((8, k // 16, 2 * n)),
+        scales=array((8, k // 64, n), jnp.bfloat16),
+        zeros=None,
+        bias=array((8, n), jnp.float32),
+        input_order=None,
+        format=jmm.FORMATS["int4"],
+        group_size=64,
+    )
+
+
+def block(slots, tiles):
+    return plan.plan_fused_moe(
+        array((24, 512), jnp.bfloat16),
+        experts(512, 640),
+        experts(320, 512),
+        tokens=24,
+        top_k=3,
+        routed_experts=16,
+        mapped=True,
+        activation=get_activation("silu"),
+        architecture="sm_90a",
+        scheme=BlockScheme(slots, *tiles),
+    )
+
+
+def product():
+    return plan.plan_moe_gemm(
+        array((24, 512), jnp.bfloat16),
+        experts(512, 640),
+        top_k=3,
+        block_size=48,
+        list_length=480,
+        weighted=True,
+        architecture="sm_90a",
+    )
+
+
+PLANS = {
+    "mma": lambda: block("aligned", MMA),
+    "mma grouped": lambda: block("grouped", MMA),
+    "wgmma": lambda: block("grouped", WGMMA),
+    "moe_gemm": product,
+}
+
+
+def kernel_of(planned, stage):
+    return planned.kernels[planned.position(stage)]
+
+
+def refusal(planned, kernel, *, whole=False):
+    """What the compiler says to the facts of a kernel, "" where they hold; `whole` has its entry point, too."""
+    if whole:
+        source = render([kernel], planned.includes, "")
+    else:
+        source = "\n".join([*(f'#include "{name}"' for name in planned.includes), render_facts(kernel)])
+    try:
+        compiler._compile(source, "sm_90a")
+    except compiler.CompilationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("mma", "align"),
+        ("mma", "gate_up"),
+        ("mma", "combine"),
+        ("mma grouped", "down"),
+        ("wgmma", "gate_up"),
+        ("moe_gemm", "clear"),
+        ("moe_gemm", "first_rows"),
+        ("moe_gemm", "moe_gemm"),
+    ],
+)
+def test_launch_sizes_of_the_plan_are_those_of_the_kernel(name, stage):
+    planned = PLANS[name]()
+    kernel = kernel_of(planned, stage)
+    assert not refusal(planned, kernel)
+    wrong = [("threads", kernel.threads // 2, "kThreads"), ("max_ctas", kernel.max_ctas // 2, "kMaxCtas")]
+    if kernel.shared_bytes:
+        wrong.append(("shared_bytes", kernel.shared_bytes + 16, "kSharedBytes"))
+    if kernel.ctas_per_sm:
+        wrong.append(("ctas_per_sm", kernel.ctas_per_sm + 1, "kCtasPerSm"))
+        wrong.append(("cluster", 2, "kCluster"))
+    for field, value, constant in wrong:
+        found = refusal(planned, dataclasses.replace(kernel, **{field: value}))
+        assert f"Kernel::{constant} of the plan" in found, field
+
+
+@pytest.mark.parametrize(
+    "constant",
+    ["kMaxTiles", "kSharedBytes", "kScratchBytes", "kMostGroupedSlots"],
+)
+def test_what_token_tiles_need_is_the_same_on_both_sides(constant):
+    planned = PLANS["mma grouped"]()
+    kernel = kernel_of(planned, "gate_up")
+    (name,) = (name for name in kernel.constants if name.endswith(constant))
+    wrong = dataclasses.replace(kernel, constants=kernel.constants | {name: kernel.constants[name] + 1})
+    assert f"{name} of the plan" in refusal(planned, wrong)
+
+
+def test_a_fact_that_one_side_lacks_does_not_compile():
+    planned = PLANS["mma"]()
+    for stage in ("align", "down", "combine"):
+        kernel = kernel_of(planned, stage)
+        for name, facts in kernel.structs.items():
+            for fact in facts:
+                fewer = {other: value for other, value in facts.items() if other != fact}
+                assert refusal(planned, dataclasses.replace(kernel, structs=kernel.structs | {name: fewer})), fact
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "first", "second"),
+    [
+        ("mma", "gate_up", "x", "packed"),
+        ("mma", "gate_up", "packed", "scales"),
+        ("mma", "gate_up", "scales", "epilogue.bias"),
+        ("mma", "gate_up", "token_tiles.expert_ids", "epilogue.bias"),
+        ("mma", "gate_up", "epilogue.out", "x"),
+        ("mma", "down", "epilogue.topk_weights", "scales"),
+        ("mma", "combine", "partials", "topk_ids"),
+        ("mma", "combine", "partials", "out"),
+        ("mma", "align", "topk_ids", "sorted_token_ids"),
+        ("wgmma", "down", "packed", "scales"),
+        ("moe_gemm", "clear", "out", "first_rows"),
+        ("moe_gemm", "moe_gemm", "epilogue.topk_weights", "token_tiles.first_rows"),
+    ],
+)
+def test_pointers_of_different_types_cannot_be_exchanged(name, stage, first, second):
+    planned = PLANS[name]()
+    kernel = kernel_of(planned, stage)
+    a, b = kernel.pointers[first], kernel.pointers[second]
+    swapped = {first: dataclasses.replace(b, element=a.element), second: dataclasses.replace(a, element=b.element)}
+    assert refusal(planned, dataclasses.replace(kernel, pointers=kernel.pointers | swapped), whole=True)
+
+
+@pytest.mark.parametrize("member", ["global_scales", "token_tiles.first_rows", "epilogue.bias", "packed"])
+def test_no_member_is_left_unbound(member):
+    planned = PLANS["mma"]()
+    kernel = kernel_of(planned, "gate_up")
+    fewer = {name: pointer for name, pointer in kernel.pointers.items() if name != member}
+    assert "sizeof(Kernel)" in refusal(planned, dataclasses.replace(kernel, pointers=fewer))
+    more = kernel.pointers | {"further": Pointer(0, "bfloat16")}
+    assert refusal(planned, dataclasses.replace(kernel, pointers=more))
