@@ -10,17 +10,9 @@ y = jmm.fused_moe(x, gate_up, down, weights, ids)
 
 from jax_marlin_moe import checkpoint, exported_types, sharding
 from jax_marlin_moe.activations import Activation, swiglu
+from jax_marlin_moe.checkpoint import schemes
+from jax_marlin_moe.checkpoint.schemes import *  # noqa: F403
 from jax_marlin_moe.formats import FORMATS, WeightFormat
-from jax_marlin_moe.importers import (
-    from_awq,
-    from_compressed_tensors,
-    from_fp8,
-    from_gptq,
-    from_hqq,
-    from_mxfp4,
-    from_nvfp4,
-    from_qarray,
-)
 from jax_marlin_moe.layer import MoELayer, SharedExpert
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment, moe_align_block_size
@@ -50,14 +42,6 @@ __all__ = [
     "dense_weights",
     "dequantize",
     "fold_input_order",
-    "from_awq",
-    "from_compressed_tensors",
-    "from_fp8",
-    "from_gptq",
-    "from_hqq",
-    "from_mxfp4",
-    "from_nvfp4",
-    "from_qarray",
     "fused_moe",
     "moe_align_block_size",
     "moe_gemm",
@@ -69,3 +53,4 @@ __all__ = [
     "swiglu",
     "workspace_size",
 ]
+__all__ += schemes.__all__

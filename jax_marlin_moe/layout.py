@@ -1,8 +1,8 @@
-"""Closed-form packings: Marlin, AWQ and GPTQ words to and from logical codes.
+"""The Marlin order as closed forms: packed words to and from logical codes.
 
 Every function is jittable, takes any leading batch dimensions (experts) and is exact. Codes are uint8 arrays of
 the logical matrix (K, N); words are int32 bit patterns. The index formulas are those of docs/formats.md, "Marlin
-layout", "Scales, zero points and bias" and "Source packings".
+layout" and "Scales, zero points and bias".
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ def _fold_words(codes: Array, order: tuple[int, ...], bits: int) -> Array:
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
-def _split_words(words: Array, order: tuple[int, ...], bits: int) -> Array:
+def split_words(words: Array, order: tuple[int, ...], bits: int) -> Array:
     """The inverse of `_fold_words`: appends an axis of uint8 codes."""
     shifts = jnp.asarray([bits * position for position in order], jnp.uint32)
     unsigned = jax.lax.bitcast_convert_type(words, jnp.uint32)
@@ -58,7 +58,7 @@ def unpack(packed: Int32[Array, "*batch K/16 words"], bits: int = 4) -> UInt8[Ar
     *batch, k_tiles, words = packed.shape
     n = words * 32 // (16 * bits)
     d = len(batch)
-    codes = _split_words(packed, _PAIR_ORDER[bits], bits)
+    codes = split_words(packed, _PAIR_ORDER[bits], bits)
     # (kt, nt, col, t, w, b, k_half, k_odd) -> (kt, k_half, t, k_odd, nt, w, b, col)
     codes = codes.reshape(*batch, k_tiles, n // 64, 8, 4, 4, 2, 2, 2)
     codes = codes.transpose(*range(d), *(d + a for a in (0, 6, 3, 7, 1, 4, 5, 2)))
@@ -111,56 +111,8 @@ def unpack_zeros(words: Int32[Array, "*batch words"], bits: int = 4) -> UInt8[Ar
     """The inverse of `pack_zeros`."""
     *batch, count = words.shape
     n = count * 32 // bits
-    codes = _split_words(words, _PAIR_ORDER[bits], bits)
+    codes = split_words(words, _PAIR_ORDER[bits], bits)
     return codes.reshape(*batch, n // 64, 8, 8).swapaxes(-1, -2).reshape(*batch, n)
-
-
-# Bit position of column n % pf inside an AWQ word: docs/formats.md, "Source packings".
-_AWQ_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}
-
-
-@partial(jax.jit, static_argnames="bits")
-def unpack_awq(words: Int32[Array, "*batch N/pf"], bits: int = 4) -> UInt8[Array, "*batch N"]:
-    """Codes (or zero points) of AutoAWQ's `gemm` packing along N."""
-    codes = _split_words(words, _AWQ_ORDER[bits], bits)
-    return codes.reshape(*words.shape[:-1], -1)
-
-
-@partial(jax.jit, static_argnames="bits")
-def pack_awq(codes: UInt8[Array, "*batch N"], bits: int = 4) -> Int32[Array, "*batch N/pf"]:
-    """The inverse of `unpack_awq`."""
-    pf = 32 // bits
-    return _fold_words(codes.reshape(*codes.shape[:-1], -1, pf), _AWQ_ORDER[bits], bits)
-
-
-@partial(jax.jit, static_argnames="bits")
-def unpack_along_n(words: Int32[Array, "*batch N/pf"], bits: int = 4) -> UInt8[Array, "*batch N"]:
-    """Codes packed along the last axis in ascending order: GPTQ `qzeros`."""
-    return _split_words(words, tuple(range(32 // bits)), bits).reshape(*words.shape[:-1], -1)
-
-
-@partial(jax.jit, static_argnames="bits")
-def unpack_along_k(words: Int32[Array, "*batch K/pf N"], bits: int = 4) -> UInt8[Array, "*batch K N"]:
-    """Codes packed along K in ascending order: GPTQ `qweight`, compressed-tensors after transposition."""
-    *batch, rows, n = words.shape
-    codes = _split_words(words, tuple(range(32 // bits)), bits)  # (..., K/pf, N, pf)
-    return codes.swapaxes(-1, -2).reshape(*batch, rows * 32 // bits, n)
-
-
-@partial(jax.jit, static_argnames="bits")
-def pack_along_k(codes: UInt8[Array, "*batch K N"], bits: int = 4) -> Int32[Array, "*batch K/pf N"]:
-    """The inverse of `unpack_along_k`."""
-    *batch, k, n = codes.shape
-    pf = 32 // bits
-    fields = codes.reshape(*batch, k // pf, pf, n).swapaxes(-1, -2)
-    return _fold_words(fields, tuple(range(pf)), bits)
-
-
-@partial(jax.jit, static_argnames="bits")
-def pack_along_n(codes: UInt8[Array, "*batch N"], bits: int = 4) -> Int32[Array, "*batch N/pf"]:
-    """The inverse of `unpack_along_n`."""
-    pf = 32 // bits
-    return _fold_words(codes.reshape(*codes.shape[:-1], -1, pf), tuple(range(pf)), bits)
 
 
 def _check_tile(k: int, n: int) -> None:

@@ -14,8 +14,9 @@ from jax_marlin_moe import layout, reference
 from jax_marlin_moe.activations import ACTIVATIONS
 from jax_marlin_moe.checkpoint import loading
 from jax_marlin_moe.checkpoint.families import FAMILIES
-from jax_marlin_moe.checkpoint.quantization_config import METHODS
-from jax_marlin_moe.checkpoint.schemes import SCHEMES
+from jax_marlin_moe.checkpoint.schemes import METHODS, SCHEMES
+from jax_marlin_moe.checkpoint.schemes.awq import unpack_awq
+from jax_marlin_moe.checkpoint.schemes.words import unpack_along_k
 from jax_marlin_moe.formats import FLOAT_SCALES, FORMATS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -135,9 +136,9 @@ def test_the_formula_of_the_marlin_layout_is_what_pack_does(bits):
 def test_the_formulas_of_source_packings_are_what_the_importers_unpack(bits):
     codes = random_codes(bits, (32, 64))
     awq = packed_by(formulas().awq_position, codes, bits).reshape(32, -1)
-    np.testing.assert_array_equal(layout.unpack_awq(jnp.asarray(awq), bits=bits), codes)
+    np.testing.assert_array_equal(unpack_awq(jnp.asarray(awq), bits=bits), codes)
     gptq = packed_by(formulas().gptq_position, codes, bits).reshape(-1, 64)
-    np.testing.assert_array_equal(layout.unpack_along_k(jnp.asarray(gptq), bits=bits), codes)
+    np.testing.assert_array_equal(unpack_along_k(jnp.asarray(gptq), bits=bits), codes)
 
 
 @BITS

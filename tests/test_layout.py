@@ -41,15 +41,6 @@ def marlin(codes, bits):
     return as_words(words).reshape(k_size // 16, -1)
 
 
-def along_last(codes, bits, order):
-    """docs/formats.md, "Source packings": code `n % pf` of a word at bit `bits * order[n % pf]`."""
-    pf = 32 // bits
-    words = np.zeros((codes.shape[0], codes.shape[1] // pf), np.uint32)
-    for k, n in np.ndindex(codes.shape):
-        words[k, n // pf] |= np.uint32(codes[k, n]) << np.uint32(bits * order[n % pf])
-    return as_words(words)
-
-
 def marlin_zeros(zeros, bits):
     """docs/formats.md, "Scales, zero points and bias": integer zero points of one group."""
     words = np.zeros(len(zeros) * bits // 32, np.uint32)
@@ -69,20 +60,6 @@ def marlin_zeros(zeros, bits):
 def test_pack_is_the_closed_form(bits, k, n):
     codes = random_codes(np.random.default_rng(k), (k, n), bits)
     np.testing.assert_array_equal(layout.pack(codes, bits=bits), marlin(codes, bits))
-
-
-@BITS
-def test_awq_is_the_closed_form(bits):
-    codes = random_codes(np.random.default_rng(1), (3, 64), bits)
-    np.testing.assert_array_equal(layout.pack_awq(codes, bits=bits), along_last(codes, bits, PAIR_ORDER[bits]))
-
-
-@BITS
-def test_gptq_is_the_closed_form(bits):
-    codes = random_codes(np.random.default_rng(2), (32, 64), bits)
-    ascending = range(32 // bits)
-    np.testing.assert_array_equal(layout.pack_along_n(codes, bits=bits), along_last(codes, bits, ascending))
-    np.testing.assert_array_equal(layout.pack_along_k(codes, bits=bits), along_last(codes.T, bits, ascending).T)
 
 
 @BITS
@@ -112,9 +89,6 @@ def test_every_packing_is_undone_by_its_inverse(shape, bits, seed):
     codes = random_codes(np.random.default_rng(seed), shape, bits)
     for pack, unpack in (
         (layout.pack, layout.unpack),
-        (layout.pack_awq, layout.unpack_awq),
-        (layout.pack_along_n, layout.unpack_along_n),
-        (layout.pack_along_k, layout.unpack_along_k),
         (layout.pack_zeros, layout.unpack_zeros),
     ):
         words = pack(codes, bits=bits)
@@ -125,12 +99,10 @@ def test_every_packing_is_undone_by_its_inverse(shape, bits, seed):
 
 @given(shape=shapes, bits=st.sampled_from([4, 8]), seed=seeds)
 def test_every_word_is_a_packing_of_something(shape, bits, seed):
-    """The packings are bijections of words too: no bit of a checkpoint is lost."""
+    """The packings are bijections of words too: no bit is lost."""
     *batch, k, n = shape
     words = np.random.default_rng(seed).integers(-(2**31), 2**31, (*batch, k // 16, n * bits // 2), dtype=np.int32)
     np.testing.assert_array_equal(layout.pack(layout.unpack(words, bits=bits), bits=bits), words)
-    np.testing.assert_array_equal(layout.pack_awq(layout.unpack_awq(words, bits=bits), bits=bits), words)
-    np.testing.assert_array_equal(layout.pack_along_k(layout.unpack_along_k(words, bits=bits), bits=bits), words)
 
 
 @given(shape=shapes, seed=seeds)

@@ -1,6 +1,6 @@
 """Mixture-of-experts layers from checkpoints on disk, and the packed form of them.
 
-Rows to add for more of them: naming families in `families.py`, quantisation schemes in `schemes.py`.
+Rows to add for more of them: naming families in `families.py`, quantisation schemes in `schemes/`.
 """
 
 from jax_marlin_moe.checkpoint.conversion import convert

@@ -20,14 +20,13 @@ from jax_marlin_moe.checkpoint.families import Family, Stacked, get_family
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts, read_facts
-from jax_marlin_moe.checkpoint.plain import Target, plain_suffix, read_plain
-from jax_marlin_moe.checkpoint.quantization_config import Quantization, find_quantization
+from jax_marlin_moe.checkpoint.quantization import Quantization
+from jax_marlin_moe.checkpoint.quantization_config import find_quantization
+from jax_marlin_moe.checkpoint.schemes import MARKS, STACKED_SUFFIXES
+from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
 from jax_marlin_moe.layer import MoELayer, SharedExpert, check_layer
 from jax_marlin_moe.weights import MarlinWeights
-
-# What may follow the module of experts that lie in one tensor.
-_STACKED_SUFFIXES = ("", ".weight", "_blocks", "_weight.blocks", "_weight")
 
 _DIGITS = 9  # of the number of a layer or an expert
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -223,7 +222,7 @@ class _LayerReader:
         parts = [name for name in (family.gate, family.up) if name is not None]
         for row in family.stacked:
             module, down = self.name(row.gate_up), self.name(row.down)
-            if not any(module + suffix in self.files for suffix in _STACKED_SUFFIXES):
+            if not any(module + suffix in self.files for suffix in STACKED_SUFFIXES):
                 continue
             self._check_stack(module, experts)
             transposed = self._transposed(row, experts, len(parts) * size, hidden, size)
@@ -293,10 +292,7 @@ class _LayerReader:
         module = None if template is None else self.name(template.removesuffix(".weight"))
         if (
             module is not None
-            and any(
-                f"{module}{suffix}" in self.files
-                for suffix in (".qweight", ".weight_packed", ".W_q", ".weight_scale", ".weight_scale_inv", ".scale")
-            )
+            and any(f"{module}{suffix}" in self.files for suffix in MARKS)
             and self.files.dtype(f"{module}.weight") not in FLOATS
         ):
             return jnp.asarray(read_dense(self.files, Linear(module), k, n, self.quantization))
@@ -395,7 +391,7 @@ class _LayerReader:
 
     def _check_stack(self, module: str, experts: int) -> None:
         """Likewise where one tensor holds them all: its first dimension."""
-        name = next(module + suffix for suffix in _STACKED_SUFFIXES if module + suffix in self.files)
+        name = next(module + suffix for suffix in STACKED_SUFFIXES if module + suffix in self.files)
         shape = self.files.info(name).shape
         if not shape or shape[0] != experts:
             raise self.files.fault(name, f"has shape {shape}; its first dimension must be the {experts} experts")

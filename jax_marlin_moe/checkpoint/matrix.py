@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.plain import Target, plain_suffix
-from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import find_storage
-from jax_marlin_moe.checkpoint.storage import Storage, refuse_scaled_input
+from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix
+from jax_marlin_moe.checkpoint.schemes.storage import Storage, refuse_scaled_input
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.packing import assemble, dense_weights, pack_expert

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
 
 # How torch's names of dtypes are spelt in safetensors files; one stated type may have more than one.

@@ -1,17 +1,16 @@
 """Plain bfloat16, float16 and float32 weights, quantised on the way in."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization_config import Quantization
-from jax_marlin_moe.checkpoint.storage import Storage
+from jax_marlin_moe.checkpoint.quantization import Quantization
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import E4M3, FLOAT_SCALES, get_format
-from jax_marlin_moe.importers import LogicalLinear
 from jax_marlin_moe.packing import check_group_size
 from jax_marlin_moe.quantize import quantize_expert
 
@@ -42,6 +41,8 @@ class PlainStorage(Storage):
     weight_format: str
     group_size: int
     scale_dtype: str
+    known_as: ClassVar[str] = "plain weights with quantize="
+    stacked: ClassVar[tuple[str, ...]] = ("", ".weight", "_weight")
 
     @classmethod
     def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:

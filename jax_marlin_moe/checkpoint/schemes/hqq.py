@@ -3,19 +3,38 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
+from jax_marlin_moe.arguments import check_array
 from jax_marlin_moe.checkpoint.keys import Keys, short
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization_config import Quantization
-from jax_marlin_moe.checkpoint.storage import Storage, check_finite, number_of_groups
+from jax_marlin_moe.checkpoint.quantization import Quantization
+from jax_marlin_moe.checkpoint.quantization_keys import TENSORS_SHOW, Method
+from jax_marlin_moe.checkpoint.schemes.stacks import pack_stack
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage, check_finite, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.importers import LogicalLinear, decode_hqq
+from jax_marlin_moe.packing import check_group_size, check_stack
+from jax_marlin_moe.weights import MarlinWeights
+
+HQQ = Method(
+    "hqq",
+    read=("quant_config",),
+    harmless={"skip_modules": TENSORS_SHOW},
+)  # fmt: skip
 
 _QUANT_CONFIG = ("weight_quant_params", "scale_quant_params", "zero_quant_params", "offload_meta")
 _WEIGHT_PARAMS = ("nbits", "group_size", "axis", "channel_wise", "optimize", "round_zero", "view_as_float")
 _DTYPES = ("I64", "I32", "I16", "I8", "U8", "F32", "BOOL")
+
+
+def decode_hqq(w_q: Array, scale: Array, zero: Array, *, bits: int, k: int, n: int) -> LogicalLinear:
+    """HQQ, axis 1: rows of a group each; 4 bit packs row r above row r + half in one byte."""
+    rows = jnp.concatenate([w_q >> 4, w_q & 15]) if bits == 4 else w_q
+    grouped = [array.reshape(n, -1).T for array in (scale, zero)]
+    return LogicalLinear(rows.reshape(n, k).T, *grouped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +45,9 @@ class HqqStorage(Storage):
     group_size: int | None
     k: int
     n: int
+    methods: ClassVar[tuple[Method, ...]] = (HQQ,)
+    known_as: ClassVar[str] = "HQQ"
+    marks: ClassVar[tuple[str, ...]] = (".W_q",)
     ignored: ClassVar[tuple[str, ...]] = tuple(
         f".{name}"
         for name in (
@@ -109,3 +131,48 @@ class HqqStorage(Storage):
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
         return decode_hqq(*tensors, bits=self.bits, k=self.k, n=self.n)
+
+
+def from_hqq(
+    w_q: UInt8[Array, "experts rows cols"],
+    scale: Float[Array, "experts ..."],
+    zero: Float[Array, "experts ..."],
+    *,
+    shape: tuple[int, int],
+    group_size: int | None,
+    bits: int = 4,
+) -> MarlinWeights:
+    """Packs HQQ tensors (axis 1), experts stacked in front; `(q - zero) * scale` with float zero points, exact.
+
+    The format is "int4_fzp" or "int8_fzp".
+
+    Args:
+        w_q: `W_q`, bytes of two codes (`4bit_u8`) or one (8 bit).
+        scale: float16, bfloat16 or float32, one a group.
+        zero: zero points in the dtype of the scales.
+        shape: (N, K) of the linear, the tensor `shape`.
+        group_size: rows of K under one scale; None means K.
+        bits: 4 or 8.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: shapes disagree, or the format has no such groups.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits is {bits}; it must be 4 or 8")
+    row = get_format(f"int{bits}_fzp")
+    n, k = shape
+    check_group_size("group_size", group_size, k, row)
+    size = group_size or k
+    if k % size:
+        raise ValueError(f"group_size is {size}; HQQ groups must divide K = {k}")
+    check_array("w_q", w_q, ndim=3, dtype=jnp.uint8)
+    experts, groups = w_q.shape[0], k // size
+    check_stack("w_q", (experts, w_q[0].size), (experts, n * k * bits // 8))
+    for name, value in (("scale", scale), ("zero", zero)):
+        if jnp.dtype(value.dtype).name not in row.scale_dtypes or value.dtype != scale.dtype:
+            raise TypeError(
+                f"{name} has dtype {value.dtype}; it must be {' or '.join(row.scale_dtypes)}, both the same"
+            )
+        check_stack(name, (value.shape[0], value[0].size), (experts, n * groups))
+    return pack_stack(decode_hqq, (w_q, scale, zero), row, k, n, size, options={"bits": bits, "k": k, "n": n})

@@ -4,18 +4,53 @@ import dataclasses
 import re
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int32
 
+from jax_marlin_moe.arguments import check_array
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization_config import Quantization, group_size_from
+from jax_marlin_moe.checkpoint.quantization import Quantization, group_size_from
+from jax_marlin_moe.checkpoint.quantization_keys import CACHE, RECORD, TENSORS_SHOW, Method
+from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, integer_format, pack_stack
+from jax_marlin_moe.checkpoint.schemes.storage import (
+    LogicalLinear,
+    Storage,
+    check_finite,
+    check_shape,
+    number_of_groups,
+)
+from jax_marlin_moe.checkpoint.schemes.values import row_order
+from jax_marlin_moe.checkpoint.schemes.words import unpack_along_k, unpack_along_n
 from jax_marlin_moe.checkpoint.stated import check_order, check_scale_dtype, check_zero_point_dtype, group_of
-from jax_marlin_moe.checkpoint.storage import Storage, check_finite, check_shape, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.importers import LogicalLinear, decode_compressed_tensors, row_order
+from jax_marlin_moe.packing import check_stack, resolve_group_size
+from jax_marlin_moe.weights import MarlinWeights
+
+COMPRESSED_TENSORS = Method(
+    "compressed-tensors",
+    read=("config_groups", "format", "version", "group_size", "bits", "desc_act"),
+    harmless={
+        "ignore": TENSORS_SHOW, "quantization_status": RECORD, "kv_cache_scheme": CACHE,
+        "global_compression_ratio": RECORD, "producer": RECORD,
+    },
+    fixed={"sparsity_config": (None, {}, {"format": "dense"})},
+)  # fmt: skip
 
 _FORMATS = (None, "pack-quantized", "mixed-precision")  # of a config whose int32 words are pack-quantized
+
+
+def decode_compressed_tensors(
+    weight_packed: Array, weight_scale: Array, zero_point: Array | None, order: Array | None, *, bits: int, k: int
+) -> LogicalLinear:
+    """compressed-tensors pack-quantized: words along K of [N, K]; codes and zero points both offset by 2^(bits - 1)."""
+    codes = unpack_along_n(weight_packed, bits=bits)[:, :k].T
+    zeros = None
+    if zero_point is not None:  # packed along N, its first axis; N need not fill the last word
+        zeros = unpack_along_k(zero_point, bits=bits)[: weight_packed.shape[0]].T
+    return LogicalLinear(codes if order is None else codes[order], weight_scale.T, zeros)
 
 
 def _weights_scheme(quantization: Quantization, module: str) -> Keys:
@@ -49,6 +84,9 @@ class PackQuantizedStorage(Storage):
     symmetric: bool
     k: int
     ordered: bool | None
+    methods: ClassVar[tuple[Method, ...]] = (COMPRESSED_TENSORS,)
+    known_as: ClassVar[str] = "compressed-tensors pack-quantized"
+    marks: ClassVar[tuple[str, ...]] = (".weight_packed",)
     ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
 
     @property
@@ -128,3 +166,50 @@ class PackQuantizedStorage(Storage):
         """Rows sorted by group."""
         packed, scale, zeros = tensors
         return decode_compressed_tensors(packed, scale, zeros, order, bits=self.bits, k=self.k)
+
+
+def from_compressed_tensors(
+    weight_packed: Int32[Array, "experts N K/pf"],
+    weight_scale: Float[Array, "experts N groups"],
+    *,
+    k: int,
+    bits: int = 4,
+    group_size: int | None = None,
+    weight_zero_point: Int32[Array, "experts N/pf groups"] | None = None,
+    weight_g_idx: Int32[Array, "experts K"] | None = None,
+) -> MarlinWeights:
+    """Packs compressed-tensors "pack-quantized" tensors, experts stacked in front; `(q - z) * s`, exact.
+
+    The format is "int4" or "int8", with zero points "int4_zp" or "int8_zp".
+
+    Args:
+        weight_packed: codes packed along K (the last word may be filled in part).
+        weight_scale: float16, bfloat16 or float32, kept as they are; one group is channel-wise.
+        k: input features, the second number of `weight_shape`.
+        bits: 4 or 8.
+        group_size: rows of K that share a scale; may be None where there is one group or groups divide K.
+        weight_zero_point: zero points of asymmetric weights, packed along N.
+        weight_g_idx: group of each row, concrete values. Each group must have as many rows.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: shapes disagree, or groups are unequal or not determined.
+    """
+    row = integer_format(bits, zeros=weight_zero_point is not None)
+    check_array("weight_packed", weight_packed, ndim=3, dtype=jnp.int32)
+    check_float_scales("weight_scale", weight_scale, row)
+    experts, n, words = weight_packed.shape
+    check_stack("weight_packed", (experts, n, words), (experts, n, -(-k // row.codes_per_word)))
+    groups = weight_scale.shape[2]
+    check_stack("weight_scale", weight_scale.shape, (experts, n, groups))
+    size = resolve_group_size(group_size, k, groups, row)
+    if weight_zero_point is not None:
+        check_array("weight_zero_point", weight_zero_point, ndim=3, dtype=jnp.int32)
+        check_stack("weight_zero_point", weight_zero_point.shape, (experts, -(-n // row.codes_per_word), groups))
+    order = None
+    if weight_g_idx is not None:
+        check_array("weight_g_idx", weight_g_idx, ndim=2, dtype=jnp.int32)
+        check_stack("weight_g_idx", weight_g_idx.shape, (experts, k))
+        order = row_order(np.asarray(weight_g_idx), size)
+    tensors = (weight_packed, weight_scale, weight_zero_point, order)
+    return pack_stack(decode_compressed_tensors, tensors, row, k, n, size, order, options={"bits": bits, "k": k})

@@ -2,25 +2,48 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Float32, Int32, Shaped, UInt8
 
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization_config import Quantization
+from jax_marlin_moe.checkpoint.quantization import Quantization
+from jax_marlin_moe.checkpoint.quantization_keys import Method
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
-from jax_marlin_moe.importers import LogicalLinear
+
+
+class LogicalLinear(NamedTuple):
+    """One linear (K, N) in logical order; what `jax_marlin_moe.packing.pack_expert` takes."""
+
+    codes: UInt8[Array, "K N"]
+    scales: Shaped[Array, "groups N"]
+    zeros: Shaped[Array, "groups N"] | None = None
+    global_scale: Float32[Array, ""] | None = None
+
+    def columns(self, order: Int32[Array, "N"]) -> "LogicalLinear":
+        """The same with columns taken in another order."""
+        zeros = None if self.zeros is None else self.zeros[:, order]
+        return self._replace(codes=self.codes[:, order], scales=self.scales[:, order], zeros=zeros)
 
 
 class Storage(abc.ABC):
     """How one linear is stored. Hashable: linears with equal storages share a compiled decoder.
 
     Attributes:
+        methods: the values of `quant_method` that are this scheme's, each with its keys.
+        known_as: what it is called where an error lists what the loader knows.
+        marks: suffixes of tensors that tell that a linear may be stored so.
+        stacked: suffixes of the first tensor, where one holds all experts.
         weight_format: name of the format that decoding gives.
         ignored: suffixes of tensors that do not matter to weight-only results: scales of activations, which the tools
             round and we do not.
     """
 
+    methods: ClassVar[tuple[Method, ...]] = ()
+    known_as: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]] = ()
+    stacked: ClassVar[tuple[str, ...]] = ()
     weight_format: str
     ignored: ClassVar[tuple[str, ...]] = ()
 
