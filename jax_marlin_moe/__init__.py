@@ -18,9 +18,10 @@ from jax_marlin_moe.native import CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment, moe_align_block_size
 from jax_marlin_moe.ops.fused_moe import fused_moe
 from jax_marlin_moe.ops.moe_gemm import moe_gemm
+from jax_marlin_moe.ops.workspace import workspace_size
 from jax_marlin_moe.packing import dense_weights, dequantize, fold_input_order, pack_logical
 from jax_marlin_moe.quantize import quantize
-from jax_marlin_moe.routing import Routing, route, workspace_size
+from jax_marlin_moe.routing import Routing, route
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns, stack_experts
 
 exported_types.register()

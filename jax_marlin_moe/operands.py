@@ -9,12 +9,15 @@ from jax.typing import DTypeLike
 
 from jax_marlin_moe.weights import MarlinWeights
 
-WEIGHT_OPERANDS = 5  # packed, scales, zeros, global_scales, bias
+# The leaves of a `MarlinWeights` in the order of the custom calls.
+WEIGHT_LEAVES = ("packed", "scales", "zeros", "global_scales", "bias")
+WEIGHT_OPERANDS = len(WEIGHT_LEAVES)
+_EMPTY_DTYPES = (jnp.int32, jnp.float32, jnp.int32, jnp.float32, jnp.float32)
 
 
 def weight_operands(weights: MarlinWeights) -> tuple[jax.Array | None, ...]:
     """The arrays of one matrix in the order of the custom calls, None where absent; x has its row order and padding."""
-    return (weights.packed, weights.scales, weights.zeros, weights.global_scales, weights.bias)
+    return tuple(getattr(weights, leaf) for leaf in WEIGHT_LEAVES)
 
 
 def or_empty(array: jax.Array | None, dtype: DTypeLike) -> jax.Array:
@@ -24,16 +27,8 @@ def or_empty(array: jax.Array | None, dtype: DTypeLike) -> jax.Array:
 
 def cpu_weight_operands(weights: MarlinWeights) -> tuple[jax.Array, ...]:
     """`weight_operands` for a CPU handler, whose operands are all there."""
-    packed, scales, zeros, global_scales, bias = weight_operands(weights)
-    assert packed is not None
-    assert scales is not None
-    return (
-        packed,
-        scales,
-        or_empty(zeros, jnp.int32),
-        or_empty(global_scales, jnp.float32),
-        or_empty(bias, jnp.float32),
-    )
+    leaves = zip(weight_operands(weights), _EMPTY_DTYPES, strict=True)
+    return tuple(or_empty(leaf, dtype) for leaf, dtype in leaves)
 
 
 def format_attributes(prefix: str, weights: MarlinWeights) -> dict[str, Any]:

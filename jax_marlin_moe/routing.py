@@ -1,4 +1,4 @@
-"""Routing: router logits to experts and weights, and the sizes that the aligned slots need."""
+"""Routing: router logits to experts and weights."""
 
 import dataclasses
 from functools import partial
@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe import reference
-from jax_marlin_moe.arguments import check_array, check_block_size, check_rank, check_shape, check_top_k
+from jax_marlin_moe.arguments import check_array, check_rank, check_shape, check_top_k
 
 # Scores of all experts from float32 logits.
 _SCORINGS = {
@@ -181,27 +180,3 @@ def _route(
 def _along_experts(vector: Array, scores: Array) -> Array:
     """`vector` in float32 with as many dimensions as the scores."""
     return vector.astype(jnp.float32).reshape(*[1] * (scores.ndim - 1), -1)
-
-
-def workspace_size(*, num_slots: int, num_experts: int, n: int, block_size: int, multiprocessors: int) -> int:
-    """Workspace of the classic Marlin MoE GEMM in int32 words, for code that allocates it.
-
-    From docs/formats.md, "Block alignment":
-
-    `locks = roundup4(min(N / 64 * ceil(P / B), 4 * SMs))` plus
-    `c_tmp = min(N * P, SMs * 4 * B * 256) * (2 if B == 8 else 1)`. This package's own kernels need none.
-
-    Args:
-        num_slots: tokens * top_k.
-        num_experts: experts that ids may name.
-        n: columns of the matrix, a multiple of 64.
-        block_size: 8, 16, 32, 48 or 64.
-        multiprocessors: of the card.
-    """
-    check_block_size(block_size)
-    if n % 64 or n <= 0:
-        raise ValueError(f"n is {n}; it must be a positive multiple of 64")
-    padded = reference.padded_size(num_slots, num_experts, block_size)
-    locks = min(n // 64 * -(-padded // block_size), 4 * multiprocessors)
-    partial_sums = min(n * padded, multiprocessors * 4 * block_size * 256) * (2 if block_size == 8 else 1)
-    return -(-locks // 4) * 4 + partial_sums

@@ -13,10 +13,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.operand_types import replicated_type
+from jax_marlin_moe.ops.primitive import define_op, map_batch
 from jax_marlin_moe.sharding import partition_specs, tensor_parallel
 
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 8, 128, 512, 2, 12
@@ -184,7 +187,45 @@ def parallel_tensors(weight_format, group_size, activation="silu"):
     assert_close(run(x, *placed, w, ids), wanted)
 
 
+def partitioned_op():
+    """An op with a partitioning rule: rows are shared out, and nothing is gathered."""
+
+    def partition(call, x, table, **_):
+        shared = custom_partitioning(lambda x, table: call(x, table)[0])
+
+        def local(mesh, arguments, result):
+            rows = NamedSharding(mesh, P(arguments[0].sharding.spec[0], None))
+            return mesh, lambda x, table: call(x, table)[0], rows, (rows, NamedSharding(mesh, P()))
+
+        shared.def_partition(
+            partition=local, infer_sharding_from_operands=None, sharding_rule="t h, k -> t h",
+            need_replication_factors=("h", "k"),
+        )  # fmt: skip
+        return [shared(x, table)]
+
+    def doubled(x, table):
+        return 2 * x + table[0]
+
+    op = define_op(
+        "doubled",
+        shape_rule=lambda x, table: [replicated_type(x, x.shape, x.dtype)],
+        reference=doubled,
+        cpu=lambda x, table: [doubled(x, table) + 1],
+        cuda=lambda x, table: [doubled(x, table)],
+        batching_rule=lambda op, leaves, dims, **params: map_batch(op, leaves, dims, **params),
+        partition=partition,
+    )
+    x, table = jnp.arange(32.0).reshape(8, 4), jnp.ones(3)
+    run = jax.jit(lambda x, table: op(x, table, implementation=None)[0])
+    np.testing.assert_array_equal(run(x, table), 2 * x + 2)
+    rows = jax.device_put(x, NamedSharding(MESH, P("d")))
+    np.testing.assert_array_equal(run(rows, table), 2 * x + 2)
+    assert "all-gather" not in run.lower(rows, table).compile().as_text()
+    assert run(rows, table).sharding.spec[0] == "d"
+
+
 CHECKS = {
+    "partitioned op": (partitioned_op,),
     **{
         f"{check.__name__} {implementation}": (check, implementation)
         for check in (parallel_experts, shuffled_experts, varying_ids, batches, explicit_tokens)

@@ -1,5 +1,7 @@
 """The ops under JAX's configuration and transformations: strict modes, empty batches, export."""
 
+import re
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -312,3 +314,5 @@ def test_programs_name_the_ops(implementation):
     arguments = (x, *gate_up_and_down(), *routed(logits))
     program = jax.jit(lambda *a: jmm.fused_moe(*a, implementation=implementation)).lower(*arguments).compile()
     assert "/fused_moe/" in program.as_text()
+    if implementation == "cpu":
+        assert re.search(r"%fused_moe\.?\d* = .* custom-call\(", program.as_text())

@@ -31,7 +31,7 @@ from jax_marlin_moe.cuda.tiles import (
     shared_memory,
 )
 from jax_marlin_moe.formats import FLOAT_SCALES
-from jax_marlin_moe.operands import WEIGHT_OPERANDS
+from jax_marlin_moe.operands import WEIGHT_LEAVES, WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
 _CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm::Float"}
@@ -51,8 +51,9 @@ _MOST_CTAS = 2**31 - 1  # of a grid
 # to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
 _LONGEST_OVERLAPPED_MICROSECONDS = 250
 
-# The fields of `WEIGHT_OPERANDS` by their place.
-_PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, _BIAS = range(WEIGHT_OPERANDS)
+_PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, _BIAS = (
+    WEIGHT_LEAVES.index(leaf) for leaf in ("packed", "scales", "zeros", "global_scales", "bias")
+)
 
 
 @dataclasses.dataclass(frozen=True)

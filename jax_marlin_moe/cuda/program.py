@@ -15,6 +15,7 @@ import numpy as np
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.cuda.facts import Facts, Pointer, parameter_name, render_members, render_struct
+from jax_marlin_moe.custom_call import custom_call
 
 _CONTRACT_VERSION = 3
 
@@ -117,13 +118,14 @@ def _render_entry_point(kernel: Kernel) -> str:
 
 
 def call_program(
+    op: str,
     operands: Sequence[jax.Array | None],
     results: Sequence[jax.ShapeDtypeStruct],
     kernels: Sequence[Kernel],
     source: str,
     architecture: str,
 ) -> list[jax.Array]:
-    """Compiles the kernels and calls them, one after the other, in one custom call.
+    """Compiles the kernels and calls them, one after the other, in one custom call of the op's name.
 
     `results` are the outputs and after them the scratch buffers: kernels never allocate. `source` is what `render`
     made of the kernels. An operand that is None has a number among the buffers, but is no buffer of the call.
@@ -131,14 +133,16 @@ def call_program(
     cubin = compiler.compile_cubin(source, architecture)
     contract = _contract([*operands, *results], kernels)
     names = " ".join(kernel.name for kernel in kernels)
-    outputs = jax.ffi.ffi_call(native.PROGRAM_CUDA, list(results), vmap_method=None)(
-        *(operand for operand in operands if operand is not None),
+    return custom_call(
+        op,
+        native.PROGRAM_CUDA,
+        [operand for operand in operands if operand is not None],
+        results,
         cubin=np.frombuffer(cubin, np.uint8),
         contract=contract,
         kernels=names,
         fingerprint=np.int64(native.fingerprint(cubin, contract.tobytes(), names)),
     )
-    return list(outputs)
 
 
 def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None], kernels: Sequence[Kernel]) -> np.ndarray:

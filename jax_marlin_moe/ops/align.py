@@ -4,7 +4,6 @@ The contract is docs/formats.md, "Block alignment".
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,10 @@ from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_align
 from jax_marlin_moe.cuda.program import call_program
+from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.operands import or_empty
-from jax_marlin_moe.ops.implementation import check_implementation
-from jax_marlin_moe.ops.primitive import define_op, map_batch
+from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +78,12 @@ def moe_align_block_size(
     arguments.check_expert_map(expert_map)
     if expert_map is not None:
         arguments.check_shape("expert_map", expert_map, (num_experts,), "(num_experts,)")
-    check_implementation(implementation)
     params = {"block_size": block_size, "num_experts": num_experts}
     sorted_ids, expert_ids, count = _align(topk_ids, expert_map, **params, implementation=implementation)
     return BlockAlignment(sorted_ids, expert_ids, count, **params)
 
 
-@partial(jax.jit, static_argnames=("block_size", "num_experts", "implementation"), inline=True)
+@one_program("block_size", "num_experts")
 def _align(topk_ids, expert_map, **params):
     return align_op(topk_ids, expert_map, **params)
 
@@ -107,8 +105,9 @@ def _results(topk_ids, block_size, num_experts):
 
 def _cpu(topk_ids, expert_map, *, block_size, num_experts):
     results = _results(topk_ids, block_size, num_experts)
-    return jax.ffi.ffi_call(native.ALIGN_CPU, results)(
-        topk_ids, or_empty(expert_map, jnp.int32), block_size=block_size, num_experts=num_experts
+    operands = [topk_ids, or_empty(expert_map, jnp.int32)]
+    return custom_call(
+        "moe_align_block_size", native.ALIGN_CPU, operands, results, block_size=block_size, num_experts=num_experts
     )
 
 
@@ -118,7 +117,9 @@ def _cuda(topk_ids, expert_map, *, block_size, num_experts):
     architecture = target_architecture()
     plan = plan_align(topk_ids.size, num_experts, block_size, expert_map is not None, architecture)
     results = _results(topk_ids, block_size, num_experts)
-    return call_program([topk_ids, expert_map], results, plan.kernels, plan.source, architecture)
+    return call_program(
+        "moe_align_block_size", [topk_ids, expert_map], results, plan.kernels, plan.source, architecture
+    )
 
 
 def _batching_rule(op, leaves, dims, **params):

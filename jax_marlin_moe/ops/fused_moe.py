@@ -3,8 +3,6 @@
 The contract is docs/formats.md, "The expert block".
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +14,12 @@ from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.tiles import BlockScheme
+from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
-from jax_marlin_moe.ops.implementation import check_implementation
-from jax_marlin_moe.ops.moe_gemm import gather_input_order
-from jax_marlin_moe.ops.primitive import define_op, map_batch
+from jax_marlin_moe.ops.input_order import gather_input_order
+from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 
@@ -93,7 +91,6 @@ def fused_moe(
             "down.input_order is not None; fold it into the columns of gate_up first, with "
             "jax_marlin_moe.fold_input_order(gate_up, down)"
         )
-    check_implementation(implementation)
     return _block(
         x,
         gate_up,
@@ -107,7 +104,7 @@ def fused_moe(
     )
 
 
-@partial(jax.jit, static_argnames=("activation", "implementation", "cuda_scheme"), inline=True)
+@one_program("activation", "cuda_scheme")
 def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, **params):
     rows = x
     if gate_up.input_order is not None:
@@ -124,23 +121,18 @@ def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, **params):
 # x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
 
 
-def _shape_rule(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, cuda_scheme):
+def _shape_rule(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
     return [replicated_type(x, (topk_ids.shape[0], down.padded_n), x.dtype)]
 
 
-def _reference(*operands, activation, cuda_scheme):
-    return [reference.fused_moe(*operands, activation=activation)]
-
-
-def _cpu(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, cuda_scheme):
+def _cpu(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
     result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.padded_n), x.dtype)
-    return jax.ffi.ffi_call(native.FUSED_MOE_CPU, [result])(
-        x,
-        *cpu_weight_operands(gate_up),
-        *cpu_weight_operands(down),
-        topk_weights,
-        topk_ids,
-        or_empty(expert_map, jnp.int32),
+    matrices = [*cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
+    return custom_call(
+        "fused_moe",
+        native.FUSED_MOE_CPU,
+        [x, *matrices, topk_weights, topk_ids, or_empty(expert_map, jnp.int32)],
+        [result],
         activation=activation.name,
         activation_parameters=np.asarray(activation.parameters, np.float32),
         **format_attributes("gate_up_", gate_up),
@@ -167,7 +159,7 @@ def _cuda(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, c
         architecture=architecture,
         scheme=cuda_scheme,
     )
-    return call_program(operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
+    return call_program("fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
 def _batching_rule(op, leaves, dims, *, structure, **params):
@@ -188,5 +180,11 @@ def _batching_rule(op, leaves, dims, *, structure, **params):
 
 
 fused_moe_op = define_op(
-    "fused_moe", shape_rule=_shape_rule, reference=_reference, cpu=_cpu, cuda=_cuda, batching_rule=_batching_rule
+    "fused_moe",
+    shape_rule=_shape_rule,
+    reference=reference.fused_moe,
+    cpu=_cpu,
+    cuda=_cuda,
+    batching_rule=_batching_rule,
+    cuda_options=("cuda_scheme",),
 )

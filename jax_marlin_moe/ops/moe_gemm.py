@@ -1,7 +1,5 @@
 """`moe_gemm`: one grouped product over packed experts, with the classic contract of aligned slots."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
@@ -10,11 +8,12 @@ from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_moe_gemm
 from jax_marlin_moe.cuda.program import call_program
+from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.align import BlockAlignment
-from jax_marlin_moe.ops.implementation import check_implementation
-from jax_marlin_moe.ops.primitive import define_op, map_batch
+from jax_marlin_moe.ops.input_order import gather_input_order
+from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 
@@ -68,7 +67,6 @@ def moe_gemm(
             raise ValueError(
                 f"topk_weights has shape {tuple(topk_weights.shape)}; it must hold tokens * top_k = {slots} values"
             )
-    check_implementation(implementation)
     return _product(
         x,
         weights,
@@ -79,7 +77,7 @@ def moe_gemm(
     )
 
 
-@partial(jax.jit, static_argnames=("top_k", "implementation"), inline=True)
+@one_program("top_k")
 def _product(x, weights, topk_weights, alignment, *, top_k, implementation):
     rows, slots_per_row = x, top_k
     if weights.input_order is not None:
@@ -111,28 +109,17 @@ def _reordered_rows(x, weights, alignment, top_k):
     return gather_input_order(jnp.repeat(x, top_k, axis=0), weights, expert)
 
 
-def gather_input_order(rows: jax.Array, weights: MarlinWeights, expert: jax.Array) -> jax.Array:
-    """Row s of `rows` with its columns in the packed order of `expert[s]`."""
-    assert weights.input_order is not None
-    order = weights.input_order[jnp.clip(expert, 0, weights.num_experts - 1)]
-    return jnp.take_along_axis(rows, order, axis=1)
-
-
 def _shape_rule(x, weights, *_, top_k, block_size):
     return [replicated_type(x, (x.shape[0] * top_k, weights.padded_n), x.dtype)]
 
 
-def _reference(*operands, **params):
-    return [reference.moe_gemm(*operands, **params)]
-
-
 def _cpu(x, weights, topk_weights, *alignment, top_k, block_size):
     result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.padded_n), x.dtype)
-    return jax.ffi.ffi_call(native.MOE_GEMM_CPU, [result])(
-        x,
-        *cpu_weight_operands(weights),
-        or_empty(topk_weights, jnp.float32),
-        *alignment,
+    return custom_call(
+        "moe_gemm",
+        native.MOE_GEMM_CPU,
+        [x, *cpu_weight_operands(weights), or_empty(topk_weights, jnp.float32), *alignment],
+        [result],
         top_k=top_k,
         block_size=block_size,
         mul_topk_weights=topk_weights is not None,
@@ -155,7 +142,7 @@ def _cuda(x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, blo
         weighted=topk_weights is not None,
         architecture=architecture,
     )
-    return call_program(operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
+    return call_program("moe_gemm", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
 def _batching_rule(op, leaves, dims, *, structure, top_k, block_size, **params):
@@ -195,5 +182,5 @@ def _batching_rule(op, leaves, dims, *, structure, top_k, block_size, **params):
 
 
 moe_gemm_op = define_op(
-    "moe_gemm", shape_rule=_shape_rule, reference=_reference, cpu=_cpu, cuda=_cuda, batching_rule=_batching_rule
+    "moe_gemm", shape_rule=_shape_rule, reference=reference.moe_gemm, cpu=_cpu, cuda=_cuda, batching_rule=_batching_rule
 )

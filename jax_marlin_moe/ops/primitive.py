@@ -1,21 +1,23 @@
 """How an op becomes a JAX primitive: a shape rule, a reference for every platform, custom calls for some.
 
 The operands of an op are pytrees, `MarlinWeights` among them. The primitive binds their leaves, so that an array that
-is absent is no operand at all, and the structure is a parameter.
+is absent is no operand at all, and the structure is a parameter. Which form runs a call, and what happens where none
+can, is decided here for all ops.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir, xla
+from jax.interpreters import ad, batching, mlir, xla
 
 from jax_marlin_moe.operand_types import alike
-from jax_marlin_moe.ops.implementation import refuse_named, serves
+from jax_marlin_moe.ops.implementation import check_implementation, refuse_named, serves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Op:
 
     Attributes:
         primitive: of the leaves of the operands; parameter `structure` is their tree.
-        reference: operands and parameters to the results.
+        reference: operands and parameters to the list of results.
     """
 
     primitive: Primitive
@@ -39,6 +41,28 @@ class Op:
         return self.primitive.bind(*leaves, structure=structure, implementation=implementation, **params)
 
 
+def one_program(*static: str) -> Callable[[Callable], Callable]:
+    """Decorates what surrounds a primitive: one compiled program where an op is called eagerly, with its constants.
+
+    `implementation` is checked at every call, before anything is traced.
+
+    Args:
+        static: names of the static keyword arguments beside `implementation`.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        program = jax.jit(function, static_argnames=(*static, "implementation"), inline=True)
+
+        @wraps(function)
+        def checked(*operands: Any, implementation: str | None, **options: Any) -> Any:
+            check_implementation(implementation)
+            return program(*operands, implementation=implementation, **options)
+
+        return checked
+
+    return decorate
+
+
 def define_op(
     name: str,
     *,
@@ -47,24 +71,58 @@ def define_op(
     cpu: Callable,
     cuda: Callable,
     batching_rule: Callable,
+    cuda_options: Sequence[str] = (),
+    jvp: Callable | None = None,
+    transpose: Callable | None = None,
+    partition: Callable | None = None,
 ) -> Op:
     """Registers a primitive. All rules take the operands as the op does, and its parameters by name.
 
+    The forms `cpu` and `cuda` say only how their platform computes the results. Whether they run is decided here: not
+    for `implementation="xla"` (the reference, traced in place of the primitive), not on other platforms (the
+    reference), not where the module or the compiler is missing (an error if the form was asked for by name or the
+    program is an artifact, else the reference and a warning).
+
     Args:
-        name: the name in jaxprs and, as a scope, in HLO and profiles.
+        name: the name in jaxprs and, as a scope and of the custom call, in HLO and profiles.
         shape_rule: abstract operands, alike in all but shape and dtype, to a list of abstract results.
-        reference: the specification in jnp; lowered wherever no custom call can serve.
-        cpu: the native CPU form, written with `jax.ffi.ffi_call`.
+        reference: the specification in jnp, one array or several; its signature names the operands.
+        cpu: the native CPU form, written with `jax_marlin_moe.custom_call`.
         cuda: the CUDA form, likewise; it compiles the kernels when it is traced, that is, at lowering.
         batching_rule: gets the op, the leaves and their batch dimensions, `structure`, and the parameters; returns
             results and their batch dimensions. The batch is not empty.
+        cuda_options: parameters that only `cuda` takes.
+        jvp: forward derivatives, `(op, primals, tangents, *, implementation, **params)` to `(results, tangents)`.
+            Primals and tangents are tuples of operands; a leaf without a tangent (integers always) is None among the
+            tangents, and so is a result's in the returned list. Called only if there is a tangent. To be
+            differentiable in reverse as well, it computes the tangents by an op that is linear in them and has a
+            `transpose`; operands of that op beside the tangents are its residuals. Without it, differentiation raises
+            NotImplementedError and says what to do.
+        transpose: for an op that is linear in some operands, `(op, cotangents, operands, *, implementation, **params)`
+            to a tuple like the operands. Cotangents are one per result, None where zero; the leaves in which the op is
+            linear are `jax.interpreters.ad.UndefinedPrimal`. The tuple has their cotangents in their places, or None
+            in the place of a leaf or of a whole operand. Without it, transposition raises NotImplementedError.
+        partition: how devices share a call, `(call, *operands, **params)` to the list of results. It surrounds the
+            forms `cpu` and `cuda`, not the reference, whose operations XLA partitions. `call` takes operands of any
+            extents, so the rule is a `jax.experimental.custom_partitioning` of it, with a sharding rule (which
+            dimensions are tokens, which experts) and what a shard adds to its local call (its part of the expert map, a
+            psum). It applies to automatic axes; explicit ones are gathered before the primitive is bound. Without it,
+            XLA gathers all operands on every device.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
-    op = Op(primitive, reference)
+
+    def shared(params):
+        return {key: value for key, value in params.items() if key not in cuda_options}
+
+    def specified(*operands, **params):
+        results = reference(*operands, **shared(params))
+        return list(results) if isinstance(results, (list, tuple)) else [results]
+
+    op = Op(primitive, specified)
 
     def abstract(*leaves, structure, implementation, **params):
-        return shape_rule(*jax.tree.unflatten(structure, leaves), **params)
+        return shape_rule(*jax.tree.unflatten(structure, leaves), **shared(params))
 
     def lowered(form: Callable, platform: str | None):
         def rule(*leaves, structure, implementation, **params):
@@ -73,8 +131,11 @@ def define_op(
                 if platform is None:
                     refuse_named(implementation)
                 elif serves(platform, implementation):
+                    params = params if platform == "cuda" else shared(params)
+                    if partition is not None:
+                        return partition(partial(form, **params), *operands, **params)
                     return form(*operands, **params)
-                return reference(*operands, **params)
+                return specified(*operands, **params)
 
         return mlir.lower_fun(rule, multiple_results=True)
 
@@ -91,12 +152,39 @@ def define_op(
             return alike((empty, leaves))[0], [0] * len(empty)
         return batching_rule(op, leaves, dims, structure=structure, **params)
 
+    def differentiated(primals, tangents, *, structure, **params):
+        moving = [None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents]
+        if jvp is None:
+            raise NotImplementedError(_no_derivative(name, _places(reference, structure, moving)))
+        operands, moving = (jax.tree.unflatten(structure, leaves) for leaves in (primals, moving))
+        results, dots = jvp(op, operands, moving, **params)
+        pairs = zip(results, dots, strict=True)
+        return results, [ad.Zero.from_primal_value(result) if dot is None else dot for result, dot in pairs]
+
+    def transposed(cotangents, *leaves, structure, **params):
+        linear = [leaf if ad.is_undefined_primal(leaf) else None for leaf in leaves]
+        if transpose is None:
+            raise NotImplementedError(_no_derivative(name, _places(reference, structure, linear)))
+        present = [None if isinstance(cotangent, ad.Zero) else cotangent for cotangent in cotangents]
+        returned = transpose(op, present, jax.tree.unflatten(structure, leaves), **params)
+        flat = []
+        for value, operand in zip(returned, structure.children(), strict=True):
+            flat += [None] * operand.num_leaves if value is None else operand.flatten_up_to(value)
+        return flat
+
     primitive.def_impl(partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, lowered(reference, None))
+    mlir.register_lowering(primitive, lowered(specified, None))
     mlir.register_lowering(primitive, lowered(cpu, "cpu"), platform="cpu")
     mlir.register_lowering(primitive, lowered(cuda, "cuda"), platform="cuda")
     batching.primitive_batchers[primitive] = batched
+    ad.primitive_jvps[primitive] = differentiated
+    ad.primitive_transposes[primitive] = transposed
+    if partition is not None:
+        # A custom partitioning is lowered only where the devices are known; JAX has no public way to say so.
+        from jax._src import dispatch
+
+        dispatch.prim_requires_devices_during_lowering.add(primitive)
     return op
 
 
@@ -114,3 +202,19 @@ def map_batch(
 
     outputs = jax.lax.map(one, batched)
     return outputs, [0] * len(outputs)
+
+
+def _places(reference: Callable, structure: Any, leaves: Sequence[Any]) -> list[str]:
+    """The names of the leaves that are not None, as those of the op's operands."""
+    names = list(inspect.signature(reference).parameters)
+    found = zip(jax.tree.leaves_with_path(jax.tree.unflatten(structure, range(len(leaves)))), leaves, strict=True)
+    return [names[path[0].idx] + jax.tree_util.keystr(path[1:]) for (path, _), leaf in found if leaf is not None]
+
+
+def _no_derivative(name: str, places: Sequence[str]) -> str:
+    where = ", ".join(places)
+    return (
+        f"{name} cannot be differentiated with respect to {where}: its kernels have no derivative. Pass "
+        "implementation='xla' (the reference, which JAX differentiates, slowly), or, where no gradient is needed, put "
+        f"jax.lax.stop_gradient around {where}, before the call and not around its result"
+    )

@@ -1,0 +1,65 @@
+"""Custom calls that bear the name of their op.
+
+`jax.ffi.ffi_call` is a primitive of that name, and so HLO instructions and profiles call every op. A primitive per op,
+with the same lowering, shows which it is.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from jax_marlin_moe.operand_types import replicated_type
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """An array among the attributes, compared by its contents: the parameters of a primitive are hashed."""
+
+    dtype: str
+    data: bytes
+
+
+def custom_call(
+    name: str, target: str, operands: Sequence[jax.Array], results: Sequence[jax.ShapeDtypeStruct], **attributes: Any
+) -> list[jax.Array]:
+    """Calls an FFI target, in a lowering of an op.
+
+    Args:
+        name: of the op, and of the instruction in HLO.
+        target: registered with `jax.ffi.register_ffi_target`.
+        operands: arrays, at least one.
+        results: their shapes and dtypes.
+        attributes: numpy scalars and vectors, strings, booleans and integers.
+    """
+    packed = tuple(
+        (key, _Values(value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else value)
+        for key, value in attributes.items()
+    )
+    shapes = tuple((tuple(result.shape), np.dtype(result.dtype)) for result in results)
+    return _primitive(name).bind(*operands, target=target, shapes=shapes, attributes=packed)
+
+
+@functools.cache
+def _primitive(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    def result_types(*operands, shapes, **_):
+        return [replicated_type(operands[0], shape, dtype) for shape, dtype in shapes]
+
+    def lowering(context, *operands, target, attributes, **_):
+        values = {
+            key: np.frombuffer(value.data, value.dtype) if isinstance(value, _Values) else value
+            for key, value in attributes
+        }
+        return jax.ffi.ffi_lowering(target)(context, *operands, **values)
+
+    primitive.def_abstract_eval(result_types)
+    mlir.register_lowering(primitive, lowering)
+    return primitive

@@ -1,0 +1,171 @@
+"""`define_op`: who runs a call, and the rules that an op may bring: derivatives and partitioning."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import ad
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe import native
+from jax_marlin_moe.operand_types import replicated_type
+from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+
+NAMES = (f"scaled_{number}" for number in itertools.count())
+
+
+def scaled_reference(x, table, *, power):
+    """`x * table["scale"] ** power` in float32."""
+    return x * table["scale"] ** power
+
+
+def scaled_op(**rules):
+    """An op of a pytree and a row of x, whose CPU form adds one, so that it can be told from the reference."""
+    return define_op(
+        next(NAMES),
+        shape_rule=lambda x, table, *, power: [replicated_type(x, x.shape, x.dtype)],
+        reference=scaled_reference,
+        cpu=lambda x, table, *, power: [scaled_reference(x, table, power=power) + 1],
+        cuda=lambda x, table, *, power, hint: [scaled_reference(x, table, power=power) + hint],
+        batching_rule=lambda op, leaves, dims, **params: map_batch(op, leaves, dims, **params),
+        cuda_options=("hint",),
+        **rules,
+    )
+
+
+X, TABLE = jnp.arange(4.0), {"scale": jnp.full((4,), 3.0), "unused": jnp.int32(0)}
+
+
+def call(op, x, table, implementation=None):
+    return op(x, table, power=2, hint=5, implementation=implementation)[0]
+
+
+def test_the_form_of_the_platform_runs_unless_another_is_named(monkeypatch):
+    op = scaled_op()
+    np.testing.assert_array_equal(call(op, X, TABLE), 9 * X + 1)
+    np.testing.assert_array_equal(call(op, X, TABLE, "xla"), 9 * X)
+    np.testing.assert_array_equal(jax.vmap(lambda x: call(op, x, TABLE))(jnp.stack([X, X]))[1], 9 * X + 1)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "the module is missing")
+    with pytest.warns(UserWarning, match="slow reference on cpu: the module is missing"):
+        np.testing.assert_array_equal(call(op, X[:3], {"scale": jnp.full((3,), 3.0)}), 9 * X[:3])
+
+
+def test_an_implementation_is_checked_at_every_call(monkeypatch):
+    op = scaled_op()
+    run = one_program("power")(lambda x, **options: op(x, TABLE, hint=5, **options)[0])
+    np.testing.assert_array_equal(run(X, power=1, implementation="cpu"), 3 * X + 1)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "the module is missing")
+    with pytest.raises(ValueError, match="implementation is 'cpu', which cannot serve here: the module is missing"):
+        run(X, power=1, implementation="cpu")
+    with pytest.raises(ValueError, match="implementation is 'tpu'; it must be None or one of"):
+        run(X, power=1, implementation="tpu")
+
+
+def test_without_a_rule_differentiation_names_the_op_the_operands_and_the_ways_out():
+    op = scaled_op()
+    message = (
+        rf"{op.primitive.name} cannot be differentiated with respect to x, table\['scale'\]: .*implementation='xla'.*"
+        r"stop_gradient around x, table\['scale'\], before the call"
+    )
+
+    def loss(x, scale, implementation=None):
+        return call(op, x, TABLE | {"scale": scale}, implementation).sum()
+
+    for transform in (jax.grad(loss, (0, 1)), lambda *a: jax.jvp(loss, a, a), lambda *a: jax.linearize(loss, *a)):
+        with pytest.raises(NotImplementedError, match=message):
+            transform(X, TABLE["scale"])
+    with pytest.raises(NotImplementedError, match=r"with respect to x: .*implementation='xla'"):
+        jax.linear_transpose(lambda x: call(op, x, TABLE), X)(X)
+    np.testing.assert_array_equal(jax.grad(lambda x: loss(x, TABLE["scale"], "xla"))(X), np.full(4, 9.0))
+    frozen = jax.grad(lambda x: (x + call(op, jax.lax.stop_gradient(x), TABLE)).sum())(X)
+    np.testing.assert_array_equal(frozen, np.ones(4))
+
+
+def tangent_rule(op, cotangents, operands, *, implementation, power, hint):
+    (cotangent,), (dx, table) = cotangents, operands
+    assert ad.is_undefined_primal(dx)
+    return (cotangent * table["scale"] ** power, None)
+
+
+def scaled_op_with_derivatives(tangents_by):
+    """Its tangents come from a linear op, by the form that is named: the CPU form, None, adds one to them too."""
+    linear = scaled_op(transpose=tangent_rule)
+
+    def jvp(op, primals, tangents, *, implementation, **params):
+        (dx, dtable), (_, table) = tangents, primals
+        assert dtable == {"scale": None, "unused": None}
+        results = op(*primals, implementation=implementation, **params)
+        return results, linear(dx, table, implementation=tangents_by, **params)
+
+    return scaled_op(jvp=jvp)
+
+
+def test_derivatives_are_those_of_the_rules():
+    for tangents_by, one in (("xla", 0), (None, 1)):
+        op = scaled_op_with_derivatives(tangents_by)
+        y, dy = jax.jvp(lambda x, op=op: call(op, x, TABLE), (X,), (X,))
+        np.testing.assert_array_equal(y, 9 * X + 1)
+        np.testing.assert_array_equal(dy, 9 * X + one)
+        _, linear = jax.linearize(lambda x, op=op: call(op, x, TABLE), X)
+        np.testing.assert_array_equal(linear(X), 9 * X + one)
+
+    def loss(x):
+        return call(op, x, TABLE).sum()
+
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.grad(jax.checkpoint(loss))):
+        np.testing.assert_array_equal(gradient(X), np.full(4, 9.0))
+    np.testing.assert_array_equal(jax.vmap(jax.grad(loss))(jnp.stack([X, X])), np.full((2, 4), 9.0))
+
+
+def block_arguments():
+    keys = jax.random.split(jax.random.key(0), 4)
+    matrices = [
+        jmm.quantize(jax.random.normal(key, shape), "int4", group_size=64)
+        for key, shape in zip(keys, [(4, 64, 128), (4, 64, 64)], strict=False)
+    ]
+    x = jax.random.normal(keys[2], (3, 64), jnp.bfloat16)
+    return x, *matrices, *jmm.route(jax.random.normal(keys[3], (3, 4)), top_k=2)
+
+
+def block_loss(x, gate_up, down, weights, ids, implementation=None):
+    y = jmm.fused_moe(x, gate_up, down, weights, ids, implementation=implementation)
+    return y.astype(jnp.float32).sum()
+
+
+def product_loss(x, gate_up, down, weights, ids, implementation=None):
+    lists = jmm.moe_align_block_size(ids, block_size=8, num_experts=4, implementation=implementation)
+    options = {"top_k": 2, "topk_weights": weights, "mul_topk_weights": True, "implementation": implementation}
+    return jmm.moe_gemm(x, gate_up, lists, **options).astype(jnp.float32).sum()
+
+
+@pytest.mark.parametrize("loss", [block_loss, product_loss])
+@pytest.mark.parametrize(("position", "operand"), [(0, "x"), (3, "topk_weights")])
+def test_the_ops_say_how_to_differentiate(loss, position, operand):
+    arguments = block_arguments()
+    op = "fused_moe" if loss is block_loss else "moe_gemm"
+    with pytest.raises(NotImplementedError, match=rf"{op} cannot be differentiated with respect to {operand}: .*'xla'"):
+        jax.grad(loss, position)(*arguments)
+    gradient = jax.grad(loss, position)(*arguments, implementation="xla")
+    assert np.linalg.norm(np.asarray(gradient, np.float32)) > 0
+
+
+@pytest.mark.parametrize("loss", [block_loss, product_loss])
+def test_the_ops_are_frozen_under_stop_gradient_on_the_input(loss):
+    arguments = block_arguments()
+
+    def around(x):
+        return x.astype(jnp.float32).sum() + loss(*jax.lax.stop_gradient((x, *arguments[1:])))
+
+    np.testing.assert_array_equal(jax.grad(around)(arguments[0]), np.ones((3, 64)))
+
+
+@pytest.mark.parametrize("loss", [block_loss, product_loss])
+def test_frozen_scales_are_named(loss):
+    x, gate_up, *rest = block_arguments()
+    operand = "gate_up" if loss is block_loss else "weights"
+    with pytest.raises(
+        NotImplementedError, match=rf"with respect to {operand}\.scales: its kernels have no derivative"
+    ):
+        jax.grad(lambda matrix: loss(x, matrix, *rest), allow_int=True)(gate_up)
