@@ -174,9 +174,10 @@ def check_layer(source: object, layer: MoELayer) -> None:
 
 
 jax.tree_util.register_dataclass(SharedExpert, data_fields=["gate_up", "down", "gate"], meta_fields=[])
-_STATIC = ["routing", "activation", "norm_epsilon"]
+# The fields of `MoELayer` that are static; all others are arrays, or pytrees of arrays.
+STATIC = ("routing", "activation", "norm_epsilon")
 jax.tree_util.register_dataclass(
     MoELayer,
-    data_fields=[field.name for field in dataclasses.fields(MoELayer) if field.name not in _STATIC],
-    meta_fields=_STATIC,
+    data_fields=[field.name for field in dataclasses.fields(MoELayer) if field.name not in STATIC],
+    meta_fields=list(STATIC),
 )

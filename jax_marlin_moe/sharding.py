@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.layout import TILE_K, TILE_N
-from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
+from jax_marlin_moe.weights import LEAVES, MarlinWeights, concatenate_columns
 
 _PAD_BEFORE = (
     "append zeros to the intermediate dimension of the dense gate, up (columns) and down (rows) before they are "
@@ -62,15 +62,13 @@ def partition_specs(
     whole, experts = PartitionSpec(), PartitionSpec(axis)
     second, third = PartitionSpec(None, axis), PartitionSpec(None, None, axis)
     of_groups = whole if weights.num_groups == 1 else second
-    specs = {
-        # packed, scales, zeros, bias, input_order, global_scales
+    specs = {  # in the order of LEAVES
         "experts": [experts] * 6,
         "columns": [third, third, third, second, whole, second],
         "rows": [second, of_groups, of_groups, second, whole, whole],
     }[over]
-    names = ("packed", "scales", "zeros", "bias", "input_order", "global_scales")
-    placed: dict[str, Any] = dict(zip(names, specs, strict=True))
-    return dataclasses.replace(weights, **{name: placed[name] for name in names if getattr(weights, name) is not None})
+    placed: dict[str, Any] = dict(zip(LEAVES, specs, strict=True))
+    return dataclasses.replace(weights, **{name: placed[name] for name in LEAVES if getattr(weights, name) is not None})
 
 
 def tensor_parallel(

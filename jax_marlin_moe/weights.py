@@ -14,6 +14,11 @@ from jaxtyping import Array, Float, Int32, Shaped
 from jax_marlin_moe.formats import WeightFormat
 from jax_marlin_moe.layout import TILE_K, TILE_N
 
+# The fields of `MarlinWeights` that are arrays, in the order of its leaves, and those that are static. Whatever lists
+# them reads it here.
+LEAVES = ("packed", "scales", "zeros", "bias", "input_order", "global_scales")
+STATIC = ("format", "group_size", "layout", "row_padding", "column_padding")
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MarlinWeights:
@@ -163,11 +168,7 @@ class MarlinWeights:
         )
 
 
-jax.tree_util.register_dataclass(
-    MarlinWeights,
-    data_fields=["packed", "scales", "zeros", "bias", "input_order", "global_scales"],
-    meta_fields=["format", "group_size", "layout", "row_padding", "column_padding"],
-)
+jax.tree_util.register_dataclass(MarlinWeights, data_fields=list(LEAVES), meta_fields=list(STATIC))
 
 
 def summary(parts: Any, **spelled: str) -> str:
@@ -258,7 +259,7 @@ def concatenate_columns(parts: Sequence[MarlinWeights]) -> MarlinWeights:
         raise ValueError(f"parts have {[part.n for part in parts]} columns; padded matrices must be equally wide")
     return dataclasses.replace(
         first,
-        **{name: join(name) for name in ("packed", "scales", "zeros", "bias", "global_scales")},
+        **{name: join(name) for name in LEAVES if name != "input_order"},
         column_padding=sum(padding, ()) if any(map(any, padding)) else (),
     )
 

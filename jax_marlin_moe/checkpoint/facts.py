@@ -1,7 +1,7 @@
 """The facts of a layer: all that is not an array, as JSON; and a layer from its facts and its arrays."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -10,18 +10,20 @@ import numpy as np
 from jax_marlin_moe.activations import ACTIVATIONS, Activation, get_activation, make_activation
 from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.checkpoint.keys import Keys
-from jax_marlin_moe.formats import FORMATS, get_format
+from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
+from jax_marlin_moe.layer import STATIC as LAYER_STATIC
 from jax_marlin_moe.layer import MoELayer, SharedExpert
 from jax_marlin_moe.layout import TILE_K
 from jax_marlin_moe.packing import resolve_group_size
 from jax_marlin_moe.routing import Routing
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.weights import LEAVES, STATIC, MarlinWeights
 
 _MATRICES = ("gate_up", "down", "shared.gate_up", "shared.down")
-_WEIGHT_LEAVES = ("packed", "scales", "zeros", "bias", "input_order", "global_scales")
-_LAYER_LEAVES = (
-    "router", "router_bias", "correction_bias", "expert_scale", "router_input_scale", "token_experts",
-)  # fmt: skip
+_LAYER_LEAVES = tuple(
+    field.name
+    for field in dataclasses.fields(MoELayer)
+    if field.name not in (*LAYER_STATIC, "gate_up", "down", "shared")
+)
 _LARGEST = float(np.finfo(np.float32).max)
 _READERS: dict[Any, Any] = {
     bool: Keys.boolean,
@@ -61,7 +63,7 @@ def leaves_and_facts(layer: MoELayer) -> tuple[dict[str, jax.Array], dict[str, A
 
     def add(path: str, value: Any) -> None:
         if isinstance(value, MarlinWeights):
-            for name in _WEIGHT_LEAVES:
+            for name in LEAVES:
                 if getattr(value, name) is not None:
                     leaves[f"{path}.{name}"] = getattr(value, name)
             facts["matrices"][path] = facts_of_weights(value)
@@ -80,23 +82,41 @@ def leaves_and_facts(layer: MoELayer) -> tuple[dict[str, jax.Array], dict[str, A
 
 def facts_of_rule(layer: MoELayer) -> dict[str, Any]:
     """The facts of a layer without those of its matrices."""
-    activation = get_activation(layer.activation)
-    return {
-        "routing": dataclasses.asdict(layer.routing),
-        # JSON has no infinity.
-        "activation": {"name": activation.name, "parameters": [str(value) for value in activation.parameters]},
-        "norm_epsilon": layer.norm_epsilon,
-    }
+    return write_rule(*(getattr(layer, name) for name in LAYER_STATIC))
 
 
 def facts_of_weights(weights: MarlinWeights) -> dict[str, Any]:
     """The facts of packed weights."""
+    return write_matrix(*(getattr(weights, name) for name in STATIC))
+
+
+def write_rule(routing: Routing, activation: str | Activation, norm_epsilon: float) -> dict[str, Any]:
+    """The static fields of a `MoELayer`, in their order, as JSON."""
+    made = get_activation(activation)
     return {
-        "format": weights.format.name,
-        "layout": weights.layout,
-        "group_size": weights.group_size,
-        "row_padding": weights.row_padding,
-        "column_padding": list(weights.column_padding),
+        "routing": dataclasses.asdict(routing),
+        # JSON has no infinity.
+        "activation": {"name": made.name, "parameters": [str(value) for value in made.parameters]},
+        "norm_epsilon": norm_epsilon,
+    }
+
+
+def write_matrix(
+    row: WeightFormat, group_size: int, layout: str, row_padding: int, column_padding: tuple[int, ...]
+) -> dict[str, Any]:
+    """The static fields of `MarlinWeights`, in their order, as JSON.
+
+    Raises:
+        ValueError: the format is no row of the registry, so that its name does not tell what it is.
+    """
+    if FORMATS.get(row.name) != row:
+        raise ValueError(f"format is {row}; to be written it must be a row of jax_marlin_moe.FORMATS")
+    return {
+        "format": row.name,
+        "layout": layout,
+        "group_size": group_size,
+        "row_padding": row_padding,
+        "column_padding": list(column_padding),
     }
 
 
@@ -110,24 +130,47 @@ def read_facts(keys: Keys, *, states_group_size: bool) -> Facts:
     Raises:
         ValueError: a fact is missing, not known, or is not what it must be; names file, key and value.
     """
-    _refuse_unknown(keys, ("routing", "activation", "norm_epsilon", "matrices"))
+    refuse_unknown(keys, (*LAYER_STATIC, "matrices"))
+    routing, activation, norm_epsilon = read_rule(keys)
+    matrices = keys.object("matrices")
+    refuse_unknown(matrices, _MATRICES)
+    return Facts(
+        routing=routing,
+        activation=activation,
+        norm_epsilon=norm_epsilon,
+        matrices={path: read_matrix(matrices.object(path), states_group_size) for path in matrices.values},
+    )
+
+
+def read_rule(keys: Keys) -> tuple[Routing, str | Activation, float]:
+    """The inverse of `write_rule`; errors as for `read_facts`."""
     routing = keys.object("routing")
     fields = dataclasses.fields(Routing)
-    _refuse_unknown(routing, [field.name for field in fields])
+    refuse_unknown(routing, [field.name for field in fields])
     rule = {
         field.name: _READERS[field.type](
             routing, field.name, *([] if field.name in _FIRST_ROUTING else [field.default])
         )
         for field in fields
     }
-    matrices = keys.object("matrices")
-    _refuse_unknown(matrices, _MATRICES)
-    return Facts(
-        routing=Routing(**rule),
-        activation=_activation(keys.object("activation")),
-        norm_epsilon=keys.number("norm_epsilon", low=0, high=_LARGEST),
-        matrices={path: _matrix(matrices.object(path), states_group_size) for path in matrices.values},
-    )
+    return Routing(**rule), _activation(keys.object("activation")), keys.number("norm_epsilon", low=0, high=_LARGEST)
+
+
+def read_matrix(keys: Keys, states_group_size: bool = True) -> dict[str, Any]:
+    """The inverse of `write_matrix`, by field; errors as for `read_facts`."""
+    refuse_unknown(keys, STATIC)
+    padding = keys.values.get("column_padding")
+    if not isinstance(padding, list) or not all(
+        isinstance(columns, int) and not isinstance(columns, bool) and columns >= 0 for columns in padding
+    ):
+        raise ValueError(f"{keys.source}: {keys.path}column_padding is {padding!r}; it must be a list of columns")
+    return {
+        "format": get_format(keys.choice("format", sorted(FORMATS))),
+        "layout": keys.choice("layout", ["a16"]),
+        "group_size": keys.integer("group_size", low=1) if states_group_size else None,
+        "row_padding": keys.integer("row_padding", low=0),
+        "column_padding": tuple(padding),
+    }
 
 
 def layer_from(leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:
@@ -137,7 +180,7 @@ def layer_from(leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:
         TypeError: an array has a dtype that the facts do not allow.
         ValueError: arrays and facts do not fit each other.
     """
-    known = {f"{path}.{name}" for path in facts.matrices for name in _WEIGHT_LEAVES}
+    known = {f"{path}.{name}" for path in facts.matrices for name in LEAVES}
     known |= {*_LAYER_LEAVES, "shared.gate_up", "shared.down", "shared.gate"}
     unknown = sorted(leaves.keys() - known)
     if unknown:
@@ -148,7 +191,7 @@ def layer_from(leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:
             return leaves.get(path)
         if f"{path}.packed" not in leaves or f"{path}.scales" not in leaves:
             raise ValueError(f"there is no {path}.packed with its {path}.scales")
-        arrays: dict[str, Any] = {name: leaves.get(f"{path}.{name}") for name in _WEIGHT_LEAVES}
+        arrays: dict[str, Any] = {name: leaves.get(f"{path}.{name}") for name in LEAVES}
         about = dict(facts.matrices[path])
         if about["group_size"] is None:
             about["group_size"] = _group_size(path, about, arrays["packed"], arrays["scales"])
@@ -176,26 +219,11 @@ def layer_from(leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:
     )
 
 
-def _refuse_unknown(keys: Keys, known: Any) -> None:
+def refuse_unknown(keys: Keys, known: Collection[str]) -> None:
+    """Raises ValueError where an object has a key that is not known."""
     for key in keys.values:
         if key not in known:
             raise keys.fault(key, "left out: this package does not know it")
-
-
-def _matrix(keys: Keys, states_group_size: bool) -> dict[str, Any]:
-    _refuse_unknown(keys, ("format", "layout", "group_size", "row_padding", "column_padding"))
-    padding = keys.values.get("column_padding")
-    if not isinstance(padding, list) or not all(
-        isinstance(columns, int) and not isinstance(columns, bool) and columns >= 0 for columns in padding
-    ):
-        raise ValueError(f"{keys.source}: {keys.path}column_padding is {padding!r}; it must be a list of columns")
-    return {
-        "format": get_format(keys.choice("format", sorted(FORMATS))),
-        "layout": keys.choice("layout", ["a16"]),
-        "group_size": keys.integer("group_size", low=1) if states_group_size else None,
-        "row_padding": keys.integer("row_padding", low=0),
-        "column_padding": tuple(padding),
-    }
 
 
 def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: jax.Array) -> int:
@@ -210,7 +238,7 @@ def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: 
 
 
 def _activation(keys: Keys) -> str | Activation:
-    _refuse_unknown(keys, ("name", "parameters"))
+    refuse_unknown(keys, ("name", "parameters"))
     name = keys.choice("name", [*sorted(ACTIVATIONS), "swiglu"])
     texts = keys.texts("parameters")
     wanted = 3 if name == "swiglu" else 0

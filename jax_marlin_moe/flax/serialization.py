@@ -13,12 +13,14 @@ import flax.serialization
 from jax_marlin_moe.checkpoint import MoELayer, SharedExpert
 from jax_marlin_moe.checkpoint.facts import facts_of_rule, facts_of_weights
 from jax_marlin_moe.checkpoint.with_facts import check_same
+from jax_marlin_moe.layer import STATIC as LAYER_STATIC
+from jax_marlin_moe.weights import STATIC as WEIGHTS_STATIC
 from jax_marlin_moe.weights import MarlinWeights
 
 Part = TypeVar("Part", MarlinWeights, SharedExpert, MoELayer)
 
 _FACTS: dict[type, Any] = {MarlinWeights: facts_of_weights, SharedExpert: lambda shared: {}, MoELayer: facts_of_rule}
-_STATIC = ("format", "layout", "group_size", "row_padding", "column_padding", "routing", "activation", "norm_epsilon")
+_STATIC = (*WEIGHTS_STATIC, *LAYER_STATIC)
 
 
 def _to_state(part: Part) -> dict[str, Any]:
