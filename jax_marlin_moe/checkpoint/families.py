@@ -16,8 +16,9 @@ _STEMS = ("model.", "model.language_model.", "language_model.model.", "backbone.
 _WHOLE = ("qwen3_vl_moe", "qwen3_5_moe", "qwen3_6_moe", "minimax_m3", "minimax_m3_vl", "llama4", "gemma4")
 _WHOLE_OF_ANY_TEXT = ("kimi_vl", "kimi_k25", "kimi_k3")
 
+_NUM_LAYERS = "num_hidden_layers"
 # Sizes, which some configs have beside `text_config`. Tensors contradict wrong ones.
-SIZES = ("hidden_size", "moe_intermediate_size", "intermediate_size", "num_hidden_layers")
+SIZES = ("hidden_size", "moe_intermediate_size", "intermediate_size", _NUM_LAYERS)
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 TOP_K = (
     "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "experts_per_token",
@@ -68,6 +69,7 @@ class Family:
         fixed: keys with the only values that the family's block can have.
         ignored: keys that transformers' block of the family does not look at, whatever they say.
         others: tensors of the block that are no part of its experts or its router.
+        numbered: why experts with tensors of their own cannot be loaded; None where they can.
 
     Tensors that a row names are there in every layer of its models; only a layer that routes by a hash table has no
     correction bias.
@@ -95,6 +97,26 @@ class Family:
     others: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    numbered: str | None = None
+
+    @property
+    def experts_linears(self) -> tuple[str | None, str, str]:
+        """Names of an expert's linears: gate, up, down."""
+        return self.gate, self.up, self.down
+
+    @property
+    def shared_linears(self) -> tuple[tuple[str | None, str, str], ...]:
+        """Names that a shared expert's linears may have: those of experts, or the usual ones, as in MiniMax-M3."""
+        return self.experts_linears, ("gate_proj", "up_proj", "down_proj")
+
+    @property
+    def router_module(self) -> str:
+        """What the names of the router's tensors begin with."""
+        return self.router.removesuffix(".weight")
+
+    def owned(self, layer: str) -> tuple[str, ...]:
+        """Prefixes of tensors that belong to the layer of experts: each must be known."""
+        return f"{self.name('{block}', layer)}.", f"{self.name(self.router.split('.')[0], layer)}."
 
     def name(self, template: str, layer: str) -> str:
         """A name inside a layer, spelt out."""
@@ -108,6 +130,11 @@ class Family:
         return re.compile(rf"^((?:{stems})(?:layers|block)\.([0-9]+)\.)(?:{'|'.join(inner)})")
 
 
+_TWO_MEANINGS = (
+    "llm-compressor up to 0.11 calls gate and up gate_proj and up_proj, later versions the halves of rows in which "
+    "both alternate, other tools do either, and nothing says which wrote the file: use a file with stacked experts "
+    "(gate_up_proj_blocks)"
+)
 _DEEPSEEK_SHARED = ("{block}.shared_experts", "{block}.shared_expert")
 
 _RENORMALIZED = Defaults(renormalize=True)
@@ -243,6 +270,7 @@ FAMILIES = (
         biased=True,
         activation=rules.swiglu_oai(("silu",)),
         ignored=("norm_topk_prob",),
+        numbered=_TWO_MEANINGS,
     ),
     Family(
         # The files that OpenAI published: get_family gives them this type.
@@ -253,6 +281,7 @@ FAMILIES = (
         stacked=(Stacked("{block}.mlp1", "{block}.mlp2", interleaved=True),),
         biased=True,
         activation=rules.swiglu_oai(("silu",)),
+        numbered=_TWO_MEANINGS,
         others=("{block}.norm.scale",),
     ),
     Family(
@@ -319,6 +348,11 @@ def get_family(config: Mapping[str, Any], source: object) -> tuple[Family, str, 
         raise _unknown(whole if inner is None else text)
     beside = {key: config[key] for key in (*SIZES, *NUM_EXPERTS, *TOP_K) if key in config}
     return row, found, Keys({**beside, **text.values}, source, text.path)
+
+
+def number_of_layers(keys: Keys) -> int | None:
+    """Layers of the model, of which those for multi-token prediction are none; None where the config does not say."""
+    return keys.integer(_NUM_LAYERS, None, low=1, null=True)
 
 
 def _row(model_type: str | None) -> Family | None:

@@ -16,13 +16,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jax_marlin_moe.checkpoint import packed_form
-from jax_marlin_moe.checkpoint.families import Family, Stacked, get_family
+from jax_marlin_moe.checkpoint.families import Family, Stacked, get_family, number_of_layers
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts, read_facts
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_config import find_quantization
-from jax_marlin_moe.checkpoint.schemes import MARKS, STACKED_SUFFIXES
+from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
 from jax_marlin_moe.layer import MoELayer, SharedExpert, check_layer
@@ -121,7 +121,7 @@ class Checkpoint:
         self._target = None if quantize is None else Target(quantize, group_size, scale_name)
         self.files = TensorFolder(self.folder)
         self._prefixes = _layer_prefixes(self.files, self.family)
-        last = self._keys.integer("num_hidden_layers", None, low=1, null=True)
+        last = number_of_layers(self._keys)
         self.layers = sorted(n for n in self._prefixes if last is None or n < last)
 
     def load(self, layer: int) -> MoELayer:
@@ -189,7 +189,9 @@ class _LayerReader:
     def load(self) -> MoELayer:
         family, facts = self.family, self.facts
         hidden, size, experts = facts.hidden, facts.size, facts.experts
-        self._refuse_fused_quantised_names()
+        for suffix, fault in BROKEN.items():
+            if (name := f"{self.name(family.experts)}{suffix}") in self.files:
+                raise self.files.fault(name, fault)
         first, second = self._linears(experts, hidden, size)
         gate_up, down = self._matrices(
             first, second, hidden, size, self.checkpoint.target(self.layer), biased=family.biased
@@ -242,12 +244,10 @@ class _LayerReader:
                 for e in range(experts)
             ]
             return first, [[Linear(down, e, num_experts=experts, transposed=transposed)] for e in range(experts)]
-        if any(row.interleaved for row in family.stacked):
+        if family.numbered is not None:
             raise ValueError(
                 f"{self.quantization.source}: the experts of {self.checkpoint.model_type} have tensors of their own "
-                f"(quant_method {self.quantization.method!r}); llm-compressor up to 0.11 calls gate and up gate_proj "
-                "and up_proj, later versions the halves of rows in which both alternate, other tools do either, and "
-                "nothing says which wrote the file: use a file with stacked experts (gate_up_proj_blocks)"
+                f"(quant_method {self.quantization.method!r}); {family.numbered}"
             )
         self._check_experts(experts)
         prefix = self.name(family.experts)
@@ -339,14 +339,13 @@ class _LayerReader:
                 f"{files.folder} has tensors {module}.* of a shared expert; "
                 f"{self.checkpoint.source} says {key} = {value}"
             )
-        # MiniMax-M3 names the linears of its shared expert in the other way.
         names = next(
             (
                 names
-                for names in ((family.gate, family.up, family.down), ("gate_proj", "up_proj", "down_proj"))
+                for names in family.shared_linears
                 if any(name.startswith(f"{module}.{names[2]}.") for name in files.names)
             ),
-            (family.gate, family.up, family.down),
+            family.experts_linears,
         )
         gate_up = [Linear(f"{module}.{name}") for name in names[:2] if name is not None]
         down = Linear(f"{module}.{names[2]}")
@@ -396,26 +395,15 @@ class _LayerReader:
         if not shape or shape[0] != experts:
             raise self.files.fault(name, f"has shape {shape}; its first dimension must be the {experts} experts")
 
-    def _refuse_fused_quantised_names(self) -> None:
-        for part in ("gate_up_proj", "down_proj"):
-            for suffix in ("_packed", "_scale", "_shape"):
-                name = f"{self.name(self.family.experts)}.{part}{suffix}"
-                if name in self.files:
-                    raise self.files.fault(
-                        name,
-                        "is of llm-compressor 0.12.0, which wrote fused experts in a broken way; requantise with a "
-                        "later version",
-                    )
-
     def _refuse_unknown(self) -> None:
         """Every tensor of the block must have been read, or be known not to matter."""
         family = self.family
         for template in family.others:
             self.files.ignore(self.name(template))
-        for module in ("{block}.gate", "{block}.router"):  # quantisers leave empty scales beside plain routers
-            self.files.ignore(self.name(f"{module}.input_scale"))
-        owned = {f"{self.name('{block}')}.", f"{self.name(family.router.split('.')[0])}."}
-        left = sorted(n for n in self.files.names - self.files.seen if any(n.startswith(prefix) for prefix in owned))
+        # Quantisers leave empty scales beside plain routers.
+        self.files.ignore(self.name(f"{family.router_module}.input_scale"))
+        owned = family.owned(self.checkpoint.prefix(self.layer))
+        left = sorted(n for n in self.files.names - self.files.seen if n.startswith(owned))
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise self.files.fault(left[0], f"is not known{more}; the layer would be loaded without it")

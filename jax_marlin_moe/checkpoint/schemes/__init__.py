@@ -40,9 +40,11 @@ SCHEMES: tuple[type[Storage], ...] = (
     HqqStorage,
 )
 METHODS = {method.name: method for scheme in SCHEMES for method in scheme.methods}
-# What may follow the module of experts that lie in one tensor, and what tells of a quantised linear.
+# What may follow the module of experts that lie in one tensor, what is broken there, and what tells of a quantised
+# linear.
 _WITH_PLAIN: tuple[type[Storage], ...] = (*SCHEMES, PlainStorage)
 STACKED_SUFFIXES = tuple(suffix for scheme in _WITH_PLAIN for suffix in scheme.stacked)
+BROKEN = {suffix: fault for scheme in SCHEMES for suffix, fault in scheme.broken.items()}
 MARKS = tuple({suffix: None for scheme in SCHEMES for suffix in scheme.marks})
 
 

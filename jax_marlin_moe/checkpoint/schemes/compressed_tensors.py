@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -87,6 +88,10 @@ class PackQuantizedStorage(Storage):
     methods: ClassVar[tuple[Method, ...]] = (COMPRESSED_TENSORS,)
     known_as: ClassVar[str] = "compressed-tensors pack-quantized"
     marks: ClassVar[tuple[str, ...]] = (".weight_packed",)
+    broken: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (f".{part}_{kind}" for part in ("gate_up_proj", "down_proj") for kind in ("packed", "scale", "shape")),
+        "is of llm-compressor 0.12.0, which wrote fused experts in a broken way; requantise with a later version",
+    )
     ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
 
     @property

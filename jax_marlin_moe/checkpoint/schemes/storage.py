@@ -1,7 +1,8 @@
 """The interface of a quantisation scheme: how the tensors of one linear are read, checked and decoded."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -35,6 +36,8 @@ class Storage(abc.ABC):
         known_as: what it is called where an error lists what the loader knows.
         marks: suffixes of tensors that tell that a linear may be stored so.
         stacked: suffixes of the first tensor, where one holds all experts.
+        broken: suffixes of tensors, behind the module of all experts, that a writer is known to have written wrongly;
+            each with what is said of it.
         weight_format: name of the format that decoding gives.
         ignored: suffixes of tensors that do not matter to weight-only results: scales of activations, which the tools
             round and we do not.
@@ -44,6 +47,7 @@ class Storage(abc.ABC):
     known_as: ClassVar[str]
     marks: ClassVar[tuple[str, ...]] = ()
     stacked: ClassVar[tuple[str, ...]] = ()
+    broken: ClassVar[Mapping[str, str]] = MappingProxyType({})
     weight_format: str
     ignored: ClassVar[tuple[str, ...]] = ()
 
