@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.checkpoint import MoELayer, load_moe_layer, loading
+from jax_marlin_moe.checkpoint import MoELayer, layer_reader, load_moe_layer
 
 DATA = pathlib.Path(__file__).parent / "data"
 EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 4, 128, 128, 64
@@ -73,7 +73,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 def test_a_long_load_shows_progress_on_a_terminal(stream, monkeypatch):
-    monkeypatch.setattr(loading, "_PROGRESS_AFTER", 0.0)
+    monkeypatch.setattr(layer_reader, "_PROGRESS_AFTER", 0.0)
     monkeypatch.setattr("sys.stderr", stream())
     load_moe_layer(DATA / "ck_awq", 1)
     shown = sys.stderr.getvalue()

@@ -248,6 +248,13 @@ def test_marlin_files(spoil):
         load_moe_layer(spoil("ck_q3_gptq_False", contents), 0)
 
 
+@pytest.mark.parametrize("name", ["gate_up_proj_packed", "down_proj_shape"])
+def test_fused_experts_of_a_version_that_wrote_them_wrongly(spoil, name):
+    folder = spoil(W4, {f"{PREFIX}.{name}": np.zeros((2,), np.int64)})
+    with pytest.raises(ValueError, match=rf"experts\.{name} is of llm-compressor 0\.12\.0, which wrote fused experts"):
+        load_moe_layer(folder, 0)
+
+
 def test_an_empty_path():
     with pytest.raises(ValueError, match="path is empty; pass the folder of a checkpoint"):
         load_moe_layer("", 0)

@@ -14,6 +14,7 @@ import pytest
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import load_moe_layer, patterns
+from jax_marlin_moe.checkpoint.schemes import METHODS
 
 DATA = pathlib.Path(__file__).parent / "data"
 MODULE = "model.layers.0.mlp"
@@ -114,6 +115,13 @@ REFUSED = [
 def test_what_the_loader_does_not_follow_is_refused_by_name(copy, name, change, message):
     with pytest.raises(ValueError, match=message):
         load_moe_layer(copy(name, config=change), 0)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_key_of_a_method_is_of_one_kind(method):
+    kinds = [*method.read, *method.harmless, *method.fixed, *method.known]
+    assert sorted(kinds) == sorted(set(kinds))
+    assert all(reason for reason in method.harmless.values())
 
 
 HARMLESS = [

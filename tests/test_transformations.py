@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.checkpoint import MoELayer
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.flax.nnx import MarlinMoE
@@ -236,7 +237,7 @@ def exported(function, *arguments, **options):
     return jax.export.deserialize(blob)
 
 
-@pytest.mark.parametrize("activation", ["silu", jmm.swiglu(limit=7.0)])
+@pytest.mark.parametrize("activation", ["silu", get_activation("silu"), jmm.swiglu(limit=7.0)])
 def test_layers_are_arguments_and_results_of_exported_functions(activation):
     x, logits = rows()
     routing = jmm.Routing(TOP_K, scoring="sigmoid", scale=2.5)

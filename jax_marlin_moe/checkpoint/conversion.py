@@ -53,7 +53,7 @@ def convert(
             raise ValueError(f"{name} is {value!r}; it must be a folder")
     folder = pathlib.Path(destination)
     checkpoint = Checkpoint(source, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype)
-    if checkpoint.manifest is not None:
+    if isinstance(checkpoint.contents, packed_form.Manifest):
         raise ValueError(f"{source} is packed already")
     if not checkpoint.layers:
         raise ValueError(f"{source} has no layers with experts")

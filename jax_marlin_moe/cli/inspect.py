@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.loading import Checkpoint
+from jax_marlin_moe.checkpoint.source import Source
 from jax_marlin_moe.cli.console import complain, escaped
 
 
@@ -19,7 +20,8 @@ def run(options: argparse.Namespace) -> int:
         if not options.path:
             raise ValueError("path is ''; it must be a folder")
         checkpoint = Checkpoint(options.path)
-        lines = _packed(checkpoint.manifest) if checkpoint.manifest is not None else _source(checkpoint)
+        contents = checkpoint.contents
+        lines = _packed(contents) if isinstance(contents, packed_form.Manifest) else _source(contents)
         while (line := next(lines, None)) is not None:
             print(escaped(line))
     except BrokenPipeError:  # of the output, not of the checkpoint
@@ -39,7 +41,7 @@ def _packed(manifest: packed_form.Manifest) -> Iterator[str]:
         yield f"layer {number:4d}  {size / 1e6:9.1f} MB  {matrices}; {routing.scoring} top {routing.top_k}"
 
 
-def _source(checkpoint: Checkpoint) -> Iterator[str]:
+def _source(checkpoint: Source) -> Iterator[str]:
     quantization = checkpoint.quantization
     method = quantization.method or "none"
     yield (f"{checkpoint.folder}: {checkpoint.model_type}, quant_method {method} ({quantization.source.name})")

@@ -26,13 +26,14 @@ from jax_marlin_moe.weights import MarlinWeights
 
 AWQ = Method(
     "awq",
-    read=("bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "packing_format", "extra_config"),
+    read=("bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "packing_format", "extra_config",
+          "data_type"),
     harmless={
         "modules_to_not_convert": TENSORS_SHOW, "backend": RUNTIME, "do_fuse": RUNTIME, "fuse_max_seq_len": RUNTIME,
         "modules_to_fuse": RUNTIME, "exllama_config": RUNTIME, "export_compatible": RECORD, "meta": RECORD,
         "lm_head": OTHER_MODULE, "sym": "zero_point says it", "desc_act": "no tensor of AWQ has an order",
         "batch_size": SEARCH, "iters": SEARCH, "nsamples": SEARCH, "seqlen": SEARCH, "autoround_version": RECORD,
-        "low_gpu_mem_usage": RUNTIME, "block_name_to_quantize": TENSORS_SHOW, "data_type": "AWQ codes are integers",
+        "low_gpu_mem_usage": RUNTIME, "block_name_to_quantize": TENSORS_SHOW,
     },
     fixed={"pack_dtype": ("int32",), "method": ("awq",), "format": ("gemm",), "checkpoint_format": ("gemm",)},
     file="quant_config.json",

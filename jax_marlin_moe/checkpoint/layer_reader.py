@@ -1,0 +1,299 @@
+"""Reads one layer of a checkpoint as its tool wrote it."""
+
+import dataclasses
+import pathlib
+import re
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jax_marlin_moe.checkpoint.families import Family, Stacked
+from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
+from jax_marlin_moe.checkpoint.model_facts import ModelFacts
+from jax_marlin_moe.checkpoint.numbering import claim_number
+from jax_marlin_moe.checkpoint.quantization import Quantization
+from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
+from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
+from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.layer import MoELayer, SharedExpert, check_layer
+from jax_marlin_moe.weights import MarlinWeights
+
+_PROGRESS_AFTER = 2.0  # seconds before a progress bar appears
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReader:
+    """One layer of a checkpoint: finds its tensors, loads them, and refuses what it does not know.
+
+    Attributes:
+        files: the checkpoint.
+        layer: its number.
+        prefix: what the names of its tensors begin with.
+        family: how they go on.
+        facts: what the config says of all layers.
+        quantization: what it says of its quantisation.
+        source: the config, for errors.
+        model_type: likewise.
+        target: what plain experts become, None where they are refused.
+    """
+
+    files: TensorFolder
+    layer: int
+    prefix: str
+    family: Family
+    facts: ModelFacts
+    quantization: Quantization
+    source: pathlib.Path
+    model_type: str
+    target: Target | None
+
+    def name(self, template: str) -> str:
+        """A name of the family's row, spelt out for this layer."""
+        return self.family.name(template, self.prefix)
+
+    def load(self) -> MoELayer:
+        """The layer; errors as for `load_moe_layer`."""
+        family, facts = self.family, self.facts
+        hidden, size, experts = facts.hidden, facts.size, facts.experts
+        for suffix, fault in BROKEN.items():
+            if (name := f"{self.name(family.experts)}{suffix}") in self.files:
+                raise self.files.fault(name, fault)
+        first, second = self._linears(experts, hidden, size)
+        gate_up, down = self._matrices(first, second, hidden, size, self.target, biased=family.biased)
+        router = self._kernel(family.router, experts, hidden)
+        assert router is not None, "every family has a router"
+        token_experts = self._token_experts(facts.routing.top_k, experts)
+        layer = MoELayer(
+            gate_up=gate_up,
+            down=down,
+            router=router,
+            routing=facts.routing,
+            activation=facts.activation,
+            router_bias=self._vector(family.router_bias, (experts,)),
+            correction_bias=None if token_experts is not None else self._vector(family.correction_bias, (experts,)),
+            expert_scale=self._vector(family.expert_scale, (experts,)),
+            router_input_scale=self._vector(family.input_scale, (hidden,)),
+            token_experts=token_experts,
+            shared=self._shared(hidden),
+            norm_epsilon=facts.norm_epsilon,
+        )
+        self._refuse_unknown()
+        self.files.drop_pages()
+        check_layer(self.source, layer)
+        return layer
+
+    def _linears(self, experts: int, hidden: int, size: int) -> tuple[list[list[Linear]], list[list[Linear]]]:
+        """The linears of gate and up, and of down, per expert."""
+        family = self.family
+        parts = [name for name in (family.gate, family.up) if name is not None]
+        for row in family.stacked:
+            module, down = self.name(row.gate_up), self.name(row.down)
+            if not any(module + suffix in self.files for suffix in STACKED_SUFFIXES):
+                continue
+            self._check_stack(module, experts)
+            transposed = self._transposed(row, experts, len(parts) * size, hidden, size)
+            first = [
+                [
+                    Linear(
+                        module,
+                        e,
+                        part=j,
+                        parts=len(parts),
+                        interleaved=row.interleaved,
+                        num_experts=experts,
+                        transposed=transposed,
+                    )
+                    for j in range(len(parts))
+                ]
+                for e in range(experts)
+            ]
+            return first, [[Linear(down, e, num_experts=experts, transposed=transposed)] for e in range(experts)]
+        if family.numbered is not None:
+            raise ValueError(
+                f"{self.quantization.source}: the experts of {self.model_type} have tensors of their own "
+                f"(quant_method {self.quantization.method!r}); {family.numbered}"
+            )
+        self._check_experts(experts)
+        prefix = self.name(family.experts)
+
+        def modules(*names: str) -> list[list[Linear]]:
+            return [[Linear(f"{prefix}.{e}.{name}") for name in names] for e in range(experts)]
+
+        return modules(*parts), modules(family.down)
+
+    def _transposed(self, row: Stacked, experts: int, width: int, hidden: int, size: int) -> bool:
+        """Whether plain stacked weights lie as [E, K, N]: a shape tells, the family where all are square."""
+        for module, n, k in ((row.gate_up, width, hidden), (row.down, hidden, size)):
+            suffix = next((s for s in ("", ".weight") if self.name(module) + s in self.files), None)
+            if suffix is not None and n != k:
+                shape = self.files.info(self.name(module) + suffix).shape
+                if shape in ((experts, n, k), (experts, k, n)):
+                    return shape == (experts, k, n)
+        return row.transposed
+
+    def _matrices(
+        self, first: Experts, second: Experts, hidden: int, size: int, target: Target | None, *, biased: bool
+    ) -> tuple[MarlinWeights, MarlinWeights]:
+        """Both matrices of some experts; a row order of the second is folded into the columns of the first."""
+        files = self.files
+        down_stored = find_matrix(files, second, size, hidden, self.quantization, target)
+        bar = _Progress(f"layer {self.layer}", len(first) + len(second))
+        try:
+            gate_up = load_matrix(
+                files,
+                find_matrix(files, first, hidden, size, self.quantization, target),
+                biased=biased,
+                column_orders=down_stored.column_orders,
+                advance=bar.advance,
+            )
+            down = load_matrix(files, down_stored, biased=biased, advance=bar.advance)
+        finally:
+            bar.close()
+        return gate_up, dataclasses.replace(down, input_order=None)
+
+    def _kernel(self, template: str | None, n: int, k: int) -> Array | None:
+        """A router or the gate of a shared expert, [k, n]: dequantised where the file has it quantised."""
+        module = None if template is None else self.name(template.removesuffix(".weight"))
+        if (
+            module is not None
+            and any(f"{module}{suffix}" in self.files for suffix in MARKS)
+            and self.files.dtype(f"{module}.weight") not in FLOATS
+        ):
+            return jnp.asarray(read_dense(self.files, Linear(module), k, n, self.quantization))
+        value = self._vector(template, (n, k))
+        return None if value is None else value.T
+
+    def _vector(self, template: str | None, shape: tuple[int, ...]) -> Array | None:
+        """A small tensor of the layer, None where the family has none; raises ValueError where files lack it."""
+        if template is None:
+            return None
+        name = self.name(template)
+        value = self.files.read(name, shape, FLOATS)
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise self.files.fault(name, "holds infinities or NaN")
+        return jnp.array(value, copy=True)
+
+    def _token_experts(self, top_k: int, experts: int) -> Array | None:
+        template = self.family.hash_table
+        if template is None or self.name(template) not in self.files:
+            return None
+        name = self.name(template)
+        rows = self.files.info(name).shape[0]
+        table = self.files.read(name, (rows, top_k), ("I64", "I32"))
+        if rows and not (table.min() >= 0 and table.max() < experts):
+            raise self.files.fault(name, f"holds {table.min()} to {table.max()}; experts lie in [0, {experts})")
+        return jnp.asarray(table.astype(np.int32))
+
+    def _shared(self, hidden: int) -> SharedExpert | None:
+        family, files = self.family, self.files
+        module = next(
+            (m for m in map(self.name, family.shared) if any(name.startswith(f"{m}.") for name in files.names)), None
+        )
+        if module is None:
+            if self.facts.promised is not None:
+                key, value = self.facts.promised
+                raise ValueError(
+                    f"{files.folder} has no tensors {self.name(family.shared[0])}.* of a shared expert; "
+                    f"{self.source} says {key} = {value}"
+                )
+            return None
+        if self.facts.denied is not None:
+            key, value = self.facts.denied
+            raise ValueError(
+                f"{files.folder} has tensors {module}.* of a shared expert; {self.source} says {key} = {value}"
+            )
+        names = next(
+            (
+                names
+                for names in family.shared_linears
+                if any(name.startswith(f"{module}.{names[2]}.") for name in files.names)
+            ),
+            family.experts_linears,
+        )
+        gate_up = [Linear(f"{module}.{name}") for name in names[:2] if name is not None]
+        down = Linear(f"{module}.{names[2]}")
+        gate = self._kernel(family.shared_gate, 1, hidden)
+        plain = next((part for part in (down, *gate_up) if plain_suffix(files, part) is not None), None)
+        if plain is not None:
+            name = plain.name(plain_suffix(files, plain) or "")
+            shape = files.info(name).shape
+            if self.facts.shared_size is None and len(shape) != 2:
+                raise files.fault(name, f"has shape {shape}; it must have two dimensions")
+            size = shape[plain is down] if self.facts.shared_size is None else self.facts.shared_size
+            dense = [self._dense(part, hidden, size) for part in gate_up]
+            last = self._dense(down, size, hidden)
+            return SharedExpert(jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True), gate)
+        size = self.facts.shared_size or self.facts.usual_shared_size
+        packed_gate_up, packed_down = self._matrices([gate_up], [[down]], hidden, size, None, biased=False)
+        return SharedExpert(packed_gate_up, packed_down, gate)
+
+    def _dense(self, linear: Linear, k: int, n: int) -> np.ndarray:
+        """A linear that stays dense, [k, n], or becomes so; raises ValueError where it holds infinities or NaN."""
+        suffix = plain_suffix(self.files, linear)
+        if suffix is None:
+            return read_dense(self.files, linear, k, n, self.quantization)
+        value = read_plain(self.files, linear, suffix, k, n)
+        if not np.isfinite(value.astype(np.float32, copy=False)).all():
+            raise self.files.fault(linear.name(suffix), "holds infinities or NaN")
+        return value.T
+
+    def _check_experts(self, experts: int) -> None:
+        """The experts that have tensors must be those that the config counts: before anything of that size is built."""
+        pattern = re.compile(re.escape(self.name(self.family.experts)) + r"\.([0-9]+)\.")
+        found: dict[int, str] = {}
+        for name in sorted(self.files.names):
+            match = pattern.match(name)
+            if match is not None:
+                claim_number(found, self.files, name, match.group(1), match.group())
+        if len(found) != experts or (found and max(found) != experts - 1):
+            raise ValueError(
+                f"{self.files.folder}: layer {self.layer} has tensors of {len(found)} experts; "
+                f"config.json says {experts}"
+            )
+
+    def _check_stack(self, module: str, experts: int) -> None:
+        """Likewise where one tensor holds them all: its first dimension."""
+        name = next(module + suffix for suffix in STACKED_SUFFIXES if module + suffix in self.files)
+        shape = self.files.info(name).shape
+        if not shape or shape[0] != experts:
+            raise self.files.fault(name, f"has shape {shape}; its first dimension must be the {experts} experts")
+
+    def _refuse_unknown(self) -> None:
+        """Every tensor of the block must have been read, or be known not to matter."""
+        family = self.family
+        for template in family.others:
+            self.files.ignore(self.name(template))
+        # Quantisers leave empty scales beside plain routers.
+        self.files.ignore(self.name(f"{family.router_module}.input_scale"))
+        owned = family.owned(self.prefix)
+        left = sorted(n for n in self.files.names - self.files.seen if n.startswith(owned))
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise self.files.fault(left[0], f"is not known{more}; the layer would be loaded without it")
+
+
+class _Progress:
+    """A line on a terminal's stderr that follows a long load."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self._start, self._shown = time.monotonic(), False
+        self._stream = sys.stderr
+
+    def advance(self) -> None:
+        self.done += 1
+        if time.monotonic() - self._start < _PROGRESS_AFTER or not self._stream.isatty():
+            return
+        self._shown = True
+        filled = 30 * self.done // self.total
+        bar = "#" * filled + "." * (30 - filled)
+        self._stream.write(f"\r{self.what} [{bar}] {self.done}/{self.total}")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._shown:
+            self._stream.write("\n")
