@@ -40,19 +40,28 @@ def _check_swiglu(limit: float, alpha: float, beta: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Function:
-    """What a name stands for: (gate, up, *parameters) to the input of the second product, and who checks them."""
+    """What a name stands for.
+
+    Attributes:
+        apply: (gate, up, *parameters) to the input of the second product.
+        cpp: its name in csrc/cuda/activations.cuh; None where the CUDA kernels lack it.
+        gated: whether there is an up.
+        parameters: how many.
+        check: raises ValueError where they are wrong.
+    """
 
     apply: Callable[..., Array]
+    cpp: str | None
     gated: bool = True
     parameters: int = 0
     check: Callable[..., None] = lambda: None
 
 
 _FUNCTIONS = {
-    "silu": _Function(_silu),
-    "gelu_tanh": _Function(_gelu_tanh),
-    "relu2": _Function(_relu2, gated=False),
-    "swiglu": _Function(_swiglu, parameters=3, check=_check_swiglu),
+    "silu": _Function(_silu, "Silu"),
+    "gelu_tanh": _Function(_gelu_tanh, "GeluTanh"),
+    "relu2": _Function(_relu2, "Relu2", gated=False),
+    "swiglu": _Function(_swiglu, "Swiglu", parameters=3, check=_check_swiglu),
 }
 
 
@@ -84,6 +93,11 @@ class Activation:
     def gated(self) -> bool:
         """Whether the first product has two halves [gate | up], which `apply` combines."""
         return _FUNCTIONS[self.name].gated
+
+    @property
+    def cpp(self) -> str | None:
+        """Its name in csrc/cuda/activations.cuh, or None where the CUDA kernels lack it."""
+        return _FUNCTIONS[self.name].cpp
 
     def apply(self, gate: Float[Array, "... I"], up: Float[Array, "... I"] | None) -> Float[Array, "... I"]:
         """The input of the second product; up is None where not gated."""

@@ -5,33 +5,54 @@ Nothing else switches on a format's name. Numerics are those of docs/formats.md,
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 # Values of the codes 0 ... 7 of e2m1; bit 3 is the sign.
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
-
-
-def _decode_float(scales: Float[Array, "..."]) -> Float32[Array, "..."]:
-    return scales.astype(jnp.float32)
+_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E4M3_MAX = 448.0
 
 
 def _decode_integer(codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
     return codes.astype(jnp.float32)
 
 
+def _encode_integer(largest: int, values: Float32[Array, "..."]) -> UInt8[Array, "..."]:
+    return jnp.clip(jnp.round(values), 0, largest).astype(jnp.uint8)
+
+
 def _decode_e2m1(codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
-    values = jnp.asarray(E2M1_VALUES, jnp.float32)
+    values = jnp.asarray(_E2M1_VALUES, jnp.float32)
     return jnp.concatenate([values, -values])[codes]
+
+
+def _encode_e2m1(values: Float32[Array, "..."]) -> UInt8[Array, "..."]:
+    """Nearest e2m1 codes, ties to the even code, saturating."""
+    magnitude = jnp.abs(values)
+    code = jnp.zeros(values.shape, jnp.uint8)
+    for index, (low, high) in enumerate(itertools.pairwise(_E2M1_VALUES)):
+        middle = (low + high) / 2
+        # A tie goes up where the upper code is even.
+        above = magnitude >= middle if index % 2 else magnitude > middle
+        code += above.astype(jnp.uint8)
+    return code | (jnp.signbit(values).astype(jnp.uint8) << 3)
 
 
 def decode_e4m3(bits: UInt8[Array, "..."]) -> Float32[Array, "..."]:
     """The values of e4m3fn bit patterns, subnormals included."""
     return jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def _encode_e4m3(values: Float32[Array, "..."]) -> UInt8[Array, "..."]:
+    """Nearest e4m3fn as bit patterns, saturating: the cast itself gives NaN above 464."""
+    saturated = jnp.clip(values, -_E4M3_MAX, _E4M3_MAX).astype(jnp.float8_e4m3fn)
+    return jax.lax.bitcast_convert_type(saturated, jnp.uint8)
 
 
 def decode_e8m0(bits: UInt8[Array, "..."]) -> Float32[Array, "..."]:
@@ -51,19 +72,61 @@ class CodeType:
         name: as the custom calls spell it.
         bits: width of a code.
         cpp: the type in csrc/cuda/weights/codes.cuh.
+        signed: whether values have a sign; those of others begin with 0, and a zero point is subtracted.
+        largest: the largest value.
         decode: codes to float32 values, before zero point and scale.
+        encode: float32 values to the nearest codes, saturating.
     """
 
     name: str
     bits: int
     cpp: str
+    signed: bool
+    largest: float
     decode: Callable[[Array], Array] = dataclasses.field(compare=False, repr=False)
+    encode: Callable[[Array], Array] = dataclasses.field(compare=False, repr=False)
 
 
-INT4 = CodeType("int4", 4, "jmm::Int4", _decode_integer)
-INT8 = CodeType("int8", 8, "jmm::Int8", _decode_integer)
-E2M1 = CodeType("e2m1", 4, "jmm::E2M1", _decode_e2m1)
-E4M3 = CodeType("e4m3", 8, "jmm::E4M3", decode_e4m3)
+INT4 = CodeType("int4", 4, "jmm::Int4", False, 15, _decode_integer, partial(_encode_integer, 15))
+INT8 = CodeType("int8", 8, "jmm::Int8", False, 255, _decode_integer, partial(_encode_integer, 255))
+E2M1 = CodeType("e2m1", 4, "jmm::E2M1", True, _E2M1_VALUES[-1], _decode_e2m1, _encode_e2m1)
+E4M3 = CodeType("e4m3", 8, "jmm::E4M3", True, _E4M3_MAX, decode_e4m3, _encode_e4m3)
+
+
+def _decode_float_scales(scales: Float[Array, "..."]) -> Float32[Array, "..."]:
+    return scales.astype(jnp.float32)
+
+
+def round_to(values: Float32[Array, "..."], dtype: jnp.dtype) -> Float32[Array, "..."]:
+    """Non-negative float32 values, rounded to ones that `dtype` stores exactly.
+
+    A cast there and back is not enough: XLA keeps the excess precision, and codes would be chosen for another scale.
+    """
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(values, info.nexp, info.nmant)
+    if dtype == jnp.float16:  # reduce_precision flushes its subnormals, multiples of 2^-24
+        rounded = jnp.where(values < info.smallest_normal, jnp.round(values * 2.0**24) * 2.0**-24, rounded)
+    return rounded
+
+
+def _encode_float_scales(
+    extents: Float32[Array, "..."], reach: float, unit: Array | float, dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    return round_to(extents / reach / unit, dtype).astype(dtype)
+
+
+def _encode_e4m3_scales(
+    extents: Float32[Array, "..."], reach: float, unit: Array | float, _: jnp.dtype
+) -> UInt8[Array, "..."]:
+    return _encode_e4m3(extents / reach / unit)
+
+
+def _encode_e8m0_scales(
+    extents: Float32[Array, "..."], reach: float, unit: Array | float, _: jnp.dtype
+) -> UInt8[Array, "..."]:
+    """Powers of two that bring the extents into the binade of `reach`."""
+    exponent = (jax.lax.bitcast_convert_type(extents / unit, jnp.uint32) >> 23).astype(jnp.int32)
+    return jnp.clip(exponent - math.floor(math.log2(reach)), 0, 254).astype(jnp.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +136,26 @@ class ScaleType:
     Attributes:
         name: as the custom calls spell it.
         dtypes: of the `scales` array; bit patterns travel as uint8.
+        cpp: the type in csrc/cuda/weights/scales.cuh; None where it is that of the array's elements.
+        largest: what a global scale, if there is one, brings the largest scale of an expert to.
         decode: the stored array to float32.
+        encode: (extents, reach, unit, dtype) to the stored array: the scales, in units of the global one, by which
+            codes that reach so far cover the extents.
     """
 
     name: str
     dtypes: tuple[str, ...]
+    cpp: str | None
+    largest: float
     decode: Callable[[Array], Array] = dataclasses.field(compare=False, repr=False)
+    encode: Callable[[Array, float, Array | float, jnp.dtype], Array] = dataclasses.field(compare=False, repr=False)
 
 
-FLOAT_SCALES = ScaleType("float", ("float16", "bfloat16", "float32"), _decode_float)
-E4M3_SCALES = ScaleType("e4m3", ("uint8",), decode_e4m3)
-E8M0_SCALES = ScaleType("e8m0", ("uint8",), decode_e8m0)
+FLOAT_SCALES = ScaleType(
+    "float", ("float16", "bfloat16", "float32"), None, 1.0, _decode_float_scales, _encode_float_scales
+)
+E4M3_SCALES = ScaleType("e4m3", ("uint8",), "jmm::E4M3Scale", _E4M3_MAX, decode_e4m3, _encode_e4m3_scales)
+E8M0_SCALES = ScaleType("e8m0", ("uint8",), "jmm::E8M0Scale", 1.0, decode_e8m0, _encode_e8m0_scales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +171,10 @@ class WeightFormat:
         group_sizes: rows of K that may share a scale, the customary size last.
         per_channel: whether one group over all of K is allowed as well.
         has_global_scales: whether float32 factors multiply the scales of each 64 columns.
+        quantized_scale_dtype: of float scales that `quantize` makes; None for the dtype of the dense weights.
+
+    Raises:
+        ValueError: the parts do not go together.
     """
 
     name: str
@@ -109,6 +185,23 @@ class WeightFormat:
     group_sizes: tuple[int, ...]
     per_channel: bool
     has_global_scales: bool = False
+    quantized_scale_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.zero_point is None) != (self.zeros is not None):
+            raise ValueError(
+                f"{self.name} has zero_point {self.zero_point} and zeros {self.zeros!r}; one of them must be None, and "
+                "the other one not"
+            )
+        if self.zeros not in (None, "integer", "float"):
+            raise ValueError(f"{self.name} has zeros {self.zeros!r}; it must be None, 'integer' or 'float'")
+        if self.code.signed and self.zero_point != 0:
+            raise ValueError(f"{self.name} has codes of {self.code.name}, which have a sign; zero_point must be 0")
+        if self.zeros == "float" and self.scale != FLOAT_SCALES:
+            raise ValueError(
+                f"{self.name} has float zeros beside scales of {self.scale.name}; they share a dtype, so the scales "
+                "must be float as well"
+            )
 
     @property
     def bits(self) -> int:
@@ -124,6 +217,11 @@ class WeightFormat:
     def max_code(self) -> int:
         """The largest code."""
         return 2**self.code.bits - 1
+
+    @property
+    def reach(self) -> float:
+        """The largest value, less the zero point that is baked into the codes: how far they reach to both sides."""
+        return self.code.largest - (self.zero_point or 0)
 
     @property
     def scale_dtypes(self) -> tuple[str, ...]:
@@ -146,7 +244,7 @@ _ROWS = (
     _integer("int8", INT8, 128, None, (32, 64, 128)),
     _integer("int8_zp", INT8, None, "integer", (32, 64, 128)),
     _integer("int8_fzp", INT8, None, "float", (64, 128)),
-    WeightFormat("fp8", E4M3, 0, None, FLOAT_SCALES, (128,), per_channel=True),
+    WeightFormat("fp8", E4M3, 0, None, FLOAT_SCALES, (128,), per_channel=True, quantized_scale_dtype="float32"),
     WeightFormat("nvfp4", E2M1, 0, None, E4M3_SCALES, (16,), per_channel=False, has_global_scales=True),
     WeightFormat("mxfp4", E2M1, 0, None, E8M0_SCALES, (32,), per_channel=False),
     WeightFormat("mxfp8", E4M3, 0, None, E8M0_SCALES, (32,), per_channel=False),

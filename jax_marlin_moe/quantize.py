@@ -1,6 +1,5 @@
 """Dense weights into `MarlinWeights`: codes and scales chosen by rounding to nearest."""
 
-import itertools
 from functools import partial
 from typing import Literal
 
@@ -10,18 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_marlin_moe.arguments import check_rank
-from jax_marlin_moe.formats import (
-    E2M1,
-    E2M1_MAX,
-    E2M1_VALUES,
-    E4M3,
-    E4M3_MAX,
-    E4M3_SCALES,
-    E8M0_SCALES,
-    FLOAT_SCALES,
-    WeightFormat,
-    get_format,
-)
+from jax_marlin_moe.formats import FLOAT_SCALES, WeightFormat, get_format, round_to
 from jax_marlin_moe.packing import assemble, check_group_size, pack_expert
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -67,8 +55,10 @@ def quantize(
         dtype = jnp.dtype(jnp.uint8)
     elif scale_dtype is not None:
         dtype = jnp.dtype(scale_dtype)
-    elif row.code == E4M3 or dense.dtype == jnp.float32:
-        dtype = jnp.dtype(jnp.float32 if row.code == E4M3 else jnp.bfloat16)
+    elif row.quantized_scale_dtype is not None:
+        dtype = jnp.dtype(row.quantized_scale_dtype)
+    elif dense.dtype == jnp.float32:
+        dtype = jnp.dtype(jnp.bfloat16)
     else:
         dtype = jnp.dtype(dense.dtype)
         if dtype.name not in row.scale_dtypes:
@@ -95,71 +85,25 @@ def quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: j
     """Codes [K, N], scales [G, N], zero points [G, N] or None, global scale [] or None of one expert."""
     k, n = w.shape
     groups = jnp.pad(w.astype(jnp.float32), ((0, -k % group_size), (0, 0))).reshape(-1, group_size, n)  # [G, g, N]
-    largest = jnp.abs(groups).max(1)
-    zeros = global_scale = None
-    shift = jnp.float32(row.zero_point or 0)
-    if row.scale == E8M0_SCALES:
-        # floor(log2(max)) from the exponent field, less that of the code's largest value: 4 = 2^2, 256 = 2^8.
-        exponent = (jax.lax.bitcast_convert_type(largest, jnp.uint32) >> 23).astype(jnp.int32)
-        scales = jnp.clip(exponent - (2 if row.code == E2M1 else 8), 0, 254).astype(jnp.uint8)
-        step = row.decode_scales(scales)
-    elif row.scale == E4M3_SCALES:
-        most = largest.max()
-        global_scale = jnp.where(most == 0, 1.0, most / (E4M3_MAX * E2M1_MAX))
-        scales = _to_e4m3(largest / E2M1_MAX / global_scale)
-        step = row.decode_scales(scales) * global_scale
-    else:
-        if row.zeros is not None:
-            low, high = jnp.minimum(groups.min(1), 0.0), jnp.maximum(groups.max(1), 0.0)
-            scales = _rounded((high - low) / row.max_code, scale_dtype)
-            step = jnp.where(scales == 0, 1.0, scales)
-            zeros = -low / step
-            if row.zeros == "integer":
-                zeros = jnp.clip(jnp.round(zeros), 0, row.max_code)
-            else:
-                zeros = _rounded(zeros, scale_dtype)
-            shift = zeros[:, None]
-        else:
-            extent = E4M3_MAX if row.code == E4M3 else row.max_code // 2
-            step = scales = _rounded(largest / extent, scale_dtype)
-        scales = scales.astype(scale_dtype)
-    values = groups / jnp.where(step == 0, 1.0, step)[:, None]
-    if row.code == E2M1:
-        codes = _to_e2m1(values)
-    elif row.code == E4M3:
-        codes = _to_e4m3(values)
-    else:
-        codes = jnp.clip(jnp.round(values + shift), 0, row.max_code).astype(jnp.uint8)
-    if zeros is not None:
-        zeros = zeros.astype(jnp.uint8 if row.zeros == "integer" else scale_dtype)
-    return codes.reshape(-1, n)[:k], scales, zeros, global_scale
-
-
-def _to_e4m3(values: Array) -> Array:
-    """Nearest e4m3fn as bit patterns, saturating: the cast itself gives NaN above 464."""
-    saturated = jnp.clip(values, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
-    return jax.lax.bitcast_convert_type(saturated, jnp.uint8)
-
-
-def _to_e2m1(values: Array) -> Array:
-    """Nearest e2m1 codes, ties to the even code, saturating."""
-    magnitude = jnp.abs(values)
-    code = jnp.zeros(values.shape, jnp.uint8)
-    for index, (low, high) in enumerate(itertools.pairwise(E2M1_VALUES)):
-        middle = (low + high) / 2
-        # A tie goes up where the upper code is even.
-        above = magnitude >= middle if index % 2 else magnitude > middle
-        code += above.astype(jnp.uint8)
-    return code | (jnp.signbit(values).astype(jnp.uint8) << 3)
-
-
-def _rounded(scales: Array, dtype: jnp.dtype) -> Array:
-    """Non-negative float32 values that `dtype` stores exactly.
-
-    A cast there and back is not enough: XLA keeps the excess precision, and codes would be chosen for another scale.
-    """
-    info = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(scales, info.nexp, info.nmant)
-    if dtype == jnp.float16:  # reduce_precision flushes its subnormals, multiples of 2^-24
-        rounded = jnp.where(scales < info.smallest_normal, jnp.round(scales * 2.0**24) * 2.0**-24, rounded)
-    return rounded
+    low, high = jnp.minimum(groups.min(1), 0.0), jnp.maximum(groups.max(1), 0.0)
+    # What a group has to cover, and how far the codes reach for it.
+    extents, reach = (jnp.abs(groups).max(1), row.reach) if row.zeros is None else (high - low, row.code.largest)
+    global_scale = None
+    if row.has_global_scales:
+        most = extents.max()
+        global_scale = jnp.where(most == 0, 1.0, most / (row.scale.largest * reach))
+    unit = 1.0 if global_scale is None else global_scale
+    scales = row.scale.encode(extents, reach, unit, scale_dtype)
+    step = row.decode_scales(scales) * unit
+    step = jnp.where(step == 0, 1.0, step)
+    values, zeros = groups / step[:, None], None
+    if row.zeros == "integer":
+        zeros = row.code.encode(-low / step)
+        values += row.code.decode(zeros)[:, None]
+    elif row.zeros == "float":
+        rounded = round_to(-low / step, scale_dtype)
+        values += rounded[:, None]
+        zeros = rounded.astype(scale_dtype)
+    elif row.zero_point:  # adding 0 would take the sign of -0
+        values += row.zero_point
+    return row.code.encode(values).reshape(-1, n)[:k], scales, zeros, global_scale

@@ -35,9 +35,7 @@ from jax_marlin_moe.operands import WEIGHT_LEAVES, WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
 _CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm::Float"}
-_CPP_TYPES |= {"e4m3": "jmm::E4M3Scale", "e8m0": "jmm::E8M0Scale"}  # scales of one byte
 _CPP_ZEROS = {"integer": "jmm::IntegerZeros", "float": "jmm::FloatZeros"}
-_CPP_ACTIVATIONS = {"silu": "Silu", "gelu_tanh": "GeluTanh", "relu2": "Relu2", "swiglu": "Swiglu"}
 
 MOST_GROUPED_SLOTS = 128  # of csrc/cuda/token_tiles.cuh
 
@@ -139,9 +137,14 @@ def _nested(member: str, pointers: dict[str, Pointer | None]) -> dict[str, Point
 
 
 def _activation_type(activation: Activation) -> str:
-    """The C++ spelling; parameters as the bits of float32 values."""
+    """The C++ spelling; parameters as the bits of float32 values. Raises ValueError where there is no such kernel."""
+    if activation.cpp is None:
+        raise ValueError(
+            f"activation is {activation.name!r}, which the CUDA kernels lack; pass implementation='xla', or add it to "
+            "csrc/cuda/activations.cuh"
+        )
     bits = [f"0x{int(np.float32(value).view(np.uint32)):08X}u" for value in activation.parameters]
-    return f"jmm::{_CPP_ACTIVATIONS[activation.name]}" + (f"<{', '.join(bits)}>" if bits else "")
+    return f"jmm::{activation.cpp}" + (f"<{', '.join(bits)}>" if bits else "")
 
 
 def check_rows(x: jax.Array, capability: int) -> None:
@@ -282,7 +285,7 @@ def gemm_kernel(
     problem: Facts = {
         "element": _CPP_TYPES[dtype.name],
         "code": row.code.cpp,
-        "scale": _CPP_TYPES[shape.scale],
+        "scale": row.scale.cpp or _CPP_TYPES[scale_dtype],
         "zeros": _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
         "global_scales": row.has_global_scales,
         "k": shape.k,
