@@ -242,7 +242,8 @@ def random_experts(
     if facts.scale_bytes is E4M3:
         scales = rng.integers(1, 0x38, shape, dtype=np.uint8)  # up to 1; the first seven are subnormal
         factor = target / np.sqrt(np.mean(E4M3[scales] ** 2))
-        global_scales = (factor * rng.uniform(0.25, 1.5, (num_experts, -(-n // 64)))).astype(np.float32)
+        if facts.has_global_scales:
+            global_scales = (factor * rng.uniform(0.25, 1.5, (num_experts, -(-n // 64)))).astype(np.float32)
     elif facts.scale_bytes is E8M0:
         scales = (127 + round(math.log2(target)) + rng.integers(-3, 2, shape)).astype(np.uint8)
     else:

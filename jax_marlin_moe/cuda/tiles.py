@@ -405,6 +405,19 @@ _CLUSTER_CYCLES = 1000  # two barriers of a cluster, reads of another block's me
 _LAUNCH_MICROSECONDS = 2.2
 
 
+def word_instructions(code: str) -> int:
+    """Instructions that make eight weights of codes.
+
+    Raises:
+        ValueError: nobody has counted them.
+    """
+    if code not in _WORD_INSTRUCTIONS:
+        raise ValueError(
+            f"no cost is known for codes of {code}; it must be one of {', '.join(sorted(_WORD_INSTRUCTIONS))}"
+        )
+    return _WORD_INSTRUCTIONS[code]
+
+
 def predicted_microseconds(
     shape: GemmShape, tile: Tile | WgmmaTile, expected_blocks: float, rows: float | None = None
 ) -> float:
@@ -421,7 +434,7 @@ def predicted_microseconds(
 
     words = steps * tile.units * 4
     closing = tile.block_k / min(shape.group_size, 128) * tile.units * 16 * token_tiles * 3
-    instructions = words * (_WORD_INSTRUCTIONS[shape.code] + token_tiles * _MMA_INSTRUCTIONS)
+    instructions = words * (word_instructions(shape.code) + token_tiles * _MMA_INSTRUCTIONS)
     instructions += _CHUNK_INSTRUCTIONS + 2 * steps * token_tiles + closing
     latency = instructions * _CYCLES_PER_INSTRUCTION + _CHUNK_LATENCY
     issue = busy * warps * instructions / (4 * _ISSUE_RATE)
@@ -457,7 +470,7 @@ def _predicted_wgmma_microseconds(
 
     tensor = _UNIT * units * multiplied * tile.block_k / 2048 / _WGMMA_RATE
     # A unit of 16 rows of K is a sub-tile for each of the four schedulers.
-    word = _WORD_INSTRUCTIONS[shape.code] + 4
+    word = word_instructions(shape.code) + 4
     groups = tile.block_k / min(shape.group_size, 128)
     if tile.scales_weights:
         word += 4 if shape.scale in (shape.dtype, "e4m3", "e8m0") else 8
