@@ -19,22 +19,17 @@ except ImportError as error:  # a source tree that was never built
     _native = None
     _import_error = str(error)
 
-# Process-global names and the persisted ABI of exported programs. All CUDA ops are one kind of call: a program.
-ALIGN_CPU = "jax_marlin_moe.moe_align_block_size.cpu.v1"
-MOE_GEMM_CPU = "jax_marlin_moe.moe_gemm.cpu.v1"
-FUSED_MOE_CPU = "jax_marlin_moe.fused_moe.cpu.v1"
-PROGRAM_CUDA = "jax_marlin_moe.program.cuda.v2"
+# The custom calls' targets, by what the module calls their handlers: process-global names, and the persistent ABI of
+# exported programs. All CUDA ops are one kind of call: a program.
+TARGETS = {
+    ("moe_align_block_size", "cpu"): "jax_marlin_moe.moe_align_block_size.cpu.v1",
+    ("moe_gemm", "cpu"): "jax_marlin_moe.moe_gemm.cpu.v1",
+    ("fused_moe", "cpu"): "jax_marlin_moe.fused_moe.cpu.v1",
+    ("program", "cuda"): "jax_marlin_moe.program.cuda.v2",
+}
 
 # What `jax.export` must be told: pass `[jax.export.DisabledSafetyCheck.custom_call(t) for t in CUSTOM_CALL_TARGETS]`.
-CUSTOM_CALL_TARGETS = (ALIGN_CPU, MOE_GEMM_CPU, FUSED_MOE_CPU, PROGRAM_CUDA)
-
-# By what the module calls them.
-_TARGETS = {
-    ("moe_align_block_size", "cpu"): ALIGN_CPU,
-    ("moe_gemm", "cpu"): MOE_GEMM_CPU,
-    ("fused_moe", "cpu"): FUSED_MOE_CPU,
-    ("program", "cuda"): PROGRAM_CUDA,
-}
+CUSTOM_CALL_TARGETS = tuple(TARGETS.values())
 
 
 # The instruction sets of csrc/cpu/gemm_dispatch.cc, of which this variable chooses one, as /proc/cpuinfo names them.
@@ -119,7 +114,7 @@ def _register() -> None:
     if unavailable_reason() is not None:
         return
     for (op, platform), handlers in _native.handlers().items():
-        target = _TARGETS[op, platform]
+        target = TARGETS[op, platform]
         # XLA spells its platforms so; an unknown spelling is dropped without a word.
         jax.ffi.register_ffi_target(target, handlers, platform={"cpu": "cpu", "cuda": "CUDA"}[platform])
 

@@ -158,6 +158,6 @@ def test_the_program_holds_our_call(platform):
         return jmm.moe_align_block_size(ids, block_size=8, num_experts=4)
 
     text = jax.jit(align).lower(jnp.zeros((3, 2), jnp.int32)).as_text()
-    target = {"cpu": native.ALIGN_CPU, "cuda": native.PROGRAM_CUDA}[platform]
+    target = {"cpu": native.TARGETS["moe_align_block_size", "cpu"], "cuda": native.TARGETS["program", "cuda"]}[platform]
     assert f"@{target}" in text
     assert "sort" not in text.replace("sorted", "")  # of the reference

@@ -22,7 +22,7 @@ from jax_marlin_moe.measure.models import DECODE_TOKENS, MODELS, PREFILL_TOKENS
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
-CALL = f"@{native.PROGRAM_CUDA}"
+CALL = f"@{native.TARGETS['program', 'cuda']}"
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def exported_block(platforms):
 def test_an_export_runs_on_the_cpu():
     program, leaves, expected = exported_block(["cpu"])
     assert program.platforms == ("cpu",)
-    assert native.FUSED_MOE_CPU in program.mlir_module()
+    assert native.TARGETS["fused_moe", "cpu"] in program.mlir_module()
     with jax.default_device(jax.devices("cpu")[0]):
         assert_block_close(program.call(*leaves), expected)
 
@@ -353,7 +353,7 @@ def test_an_export_for_cuda_carries_its_kernels(monkeypatch):
     assert program.platforms == ("cuda",)
     assert [aval.shape for aval in program.out_avals] == [(9, 128)]
     assert [aval.shape for aval in program.in_avals] == [leaf.shape for leaf in leaves]
-    assert native.PROGRAM_CUDA in program.mlir_module()
+    assert native.TARGETS["program", "cuda"] in program.mlir_module()
     assert len(program.mlir_module_serialized) > 10_000  # machine code and all
 
 
@@ -361,7 +361,7 @@ def test_an_export_for_cuda_carries_its_kernels(monkeypatch):
 def test_an_export_for_both_runs_here(monkeypatch):
     monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_90a")
     program, leaves, expected = exported_block(["cpu", "cuda"])
-    assert native.PROGRAM_CUDA in program.mlir_module()
+    assert native.TARGETS["program", "cuda"] in program.mlir_module()
     with jax.default_device(jax.devices("cpu")[0]):
         assert_block_close(program.call(*leaves), expected)
 
@@ -374,7 +374,7 @@ def test_an_export_runs_on_cuda():
 
 
 def test_an_export_that_was_not_told_of_our_calls_is_refused():
-    with pytest.raises(ValueError, match=native.ALIGN_CPU):
+    with pytest.raises(ValueError, match=native.TARGETS["moe_align_block_size", "cpu"]):
         export.export(
             jax.jit(lambda ids: jmm.moe_align_block_size(ids, block_size=8, num_experts=4).expert_ids),
             platforms=["cpu"],

@@ -131,7 +131,7 @@ def attributes_of(cubin, contract, kernels="jmm_align_m8"):
 
 
 def execute(operands, results=RESULTS, **attributes):
-    call = jax.ffi.ffi_call(native.PROGRAM_CUDA, results, vmap_method=None)
+    call = jax.ffi.ffi_call(native.TARGETS["program", "cuda"], results, vmap_method=None)
     with jax.default_device(jax.devices("cuda")[0]):
         return jax.block_until_ready(jax.jit(lambda *arrays: call(*arrays, **attributes))(*operands))
 
@@ -292,7 +292,7 @@ def test_one_program_serves_many_calls():
     """In a command buffer too: a chain of calls, which XLA captures and replays."""
     operands, cubin, contract = alignment_program()
     attributes = attributes_of(cubin, contract)
-    call = jax.ffi.ffi_call(native.PROGRAM_CUDA, RESULTS, vmap_method=None)
+    call = jax.ffi.ffi_call(native.TARGETS["program", "cuda"], RESULTS, vmap_method=None)
 
     @jax.jit
     def chain(ids, absent):

@@ -349,7 +349,7 @@ def test_without_a_choice_the_reference_steps_in_and_says_so(monkeypatch):
     arguments = block_arguments()
     with pytest.warns(UserWarning, match="slow reference on cpu: the module is missing"):
         text = jax.jit(lambda: jmm.fused_moe(**arguments)).trace().lower(lowering_platforms=("cpu",)).as_text()
-    assert native.FUSED_MOE_CPU not in text
+    assert native.TARGETS["fused_moe", "cpu"] not in text
     assert expected.shape == (TOKENS, HIDDEN)
 
 
@@ -426,9 +426,9 @@ def block_operands():
 
 
 HANDLERS = {
-    "align": (native.ALIGN_CPU, align_operands),
-    "product": (native.MOE_GEMM_CPU, gemm_operands),
-    "block": (native.FUSED_MOE_CPU, block_operands),
+    "align": (native.TARGETS["moe_align_block_size", "cpu"], align_operands),
+    "product": (native.TARGETS["moe_gemm", "cpu"], gemm_operands),
+    "block": (native.TARGETS["fused_moe", "cpu"], block_operands),
 }
 
 

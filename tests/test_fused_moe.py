@@ -301,7 +301,7 @@ def test_the_program_holds_our_call(platform):
         .lower(call.x, call.gate_up.packed(), call.down.packed(), call.router, call.ids)
         .as_text()
     )
-    target = {"cpu": native.FUSED_MOE_CPU, "cuda": native.PROGRAM_CUDA}[platform]
+    target = {"cpu": native.TARGETS["fused_moe", "cpu"], "cuda": native.TARGETS["program", "cuda"]}[platform]
     assert text.count(f"@{target}") == 1
     assert "dot_general" not in text  # of the reference
 

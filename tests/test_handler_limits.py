@@ -49,7 +49,7 @@ def block(*, experts=1, tokens=0, top_k=1, hidden=64, group_size=64, map_length=
         jnp.zeros((map_length,), jnp.int32),
     ]
     return call(
-        native.FUSED_MOE_CPU,
+        native.TARGETS["fused_moe", "cpu"],
         jax.ShapeDtypeStruct((tokens, down_columns), jnp.bfloat16),
         operands,
         activation="silu",
@@ -67,7 +67,7 @@ def gemm(*, experts=1, tokens=0, top_k=1, k=64, n=64, group_size=64, block_size=
         *(jnp.zeros((length,), jnp.int32) for length in (0, 0, 1)),
     ]
     return call(
-        native.MOE_GEMM_CPU,
+        native.TARGETS["moe_gemm", "cpu"],
         jax.ShapeDtypeStruct((tokens * top_k, n), jnp.bfloat16),
         operands,
         top_k=np.int64(top_k),

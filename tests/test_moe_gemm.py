@@ -309,7 +309,7 @@ def test_the_program_holds_our_call(platform):
         return jmm.moe_gemm(x, weights, alignment, top_k=2)
 
     text = jax.jit(product).lower(call.x, call.weights, call.alignment).as_text()
-    target = {"cpu": native.MOE_GEMM_CPU, "cuda": native.PROGRAM_CUDA}[platform]
+    target = {"cpu": native.TARGETS["moe_gemm", "cpu"], "cuda": native.TARGETS["program", "cuda"]}[platform]
     assert text.count(f"@{target}") == 1
     assert "dot_general" not in text  # of the reference
 

@@ -19,9 +19,9 @@ nb::dict Handlers() {
   auto add = [&](const char* op, const char* platform, nb::object handler) {
     handlers[nb::make_tuple(op, platform)] = handler;
   };
-  add("moe_align_block_size", "cpu", Capsule(AlignCpu));
-  add("moe_gemm", "cpu", Capsule(MoeGemmCpu));
-  add("fused_moe", "cpu", Capsule(FusedMoeCpu));
+#define JAX_MARLIN_MOE_ADD(handler, op) add(op, "cpu", Capsule(handler));
+  JAX_MARLIN_MOE_CPU_OPS(JAX_MARLIN_MOE_ADD)
+#undef JAX_MARLIN_MOE_ADD
   nb::dict program;
   program["initialize"] = Capsule(CudaInitialize);
   program["execute"] = Capsule(CudaExecute);

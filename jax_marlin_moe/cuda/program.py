@@ -135,7 +135,7 @@ def call_program(
     names = " ".join(kernel.name for kernel in kernels)
     return custom_call(
         op,
-        native.PROGRAM_CUDA,
+        native.TARGETS["program", "cuda"],
         [operand for operand in operands if operand is not None],
         results,
         cubin=np.frombuffer(cubin, np.uint8),

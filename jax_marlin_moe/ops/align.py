@@ -105,9 +105,13 @@ def _results(topk_ids, block_size, num_experts):
 
 def _cpu(topk_ids, expert_map, *, block_size, num_experts):
     results = _results(topk_ids, block_size, num_experts)
-    operands = [topk_ids, or_empty(expert_map, jnp.int32)]
     return custom_call(
-        "moe_align_block_size", native.ALIGN_CPU, operands, results, block_size=block_size, num_experts=num_experts
+        "moe_align_block_size",
+        native.TARGETS["moe_align_block_size", "cpu"],
+        [topk_ids, or_empty(expert_map, jnp.int32)],
+        results,
+        block_size=block_size,
+        num_experts=num_experts,
     )
 
 

@@ -130,7 +130,7 @@ def _cpu(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
     matrices = [*cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
     return custom_call(
         "fused_moe",
-        native.FUSED_MOE_CPU,
+        native.TARGETS["fused_moe", "cpu"],
         [x, *matrices, topk_weights, topk_ids, or_empty(expert_map, jnp.int32)],
         [result],
         activation=activation.name,

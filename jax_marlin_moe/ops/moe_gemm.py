@@ -117,7 +117,7 @@ def _cpu(x, weights, topk_weights, *alignment, top_k, block_size):
     result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.padded_n), x.dtype)
     return custom_call(
         "moe_gemm",
-        native.MOE_GEMM_CPU,
+        native.TARGETS["moe_gemm", "cpu"],
         [x, *cpu_weight_operands(weights), or_empty(topk_weights, jnp.float32), *alignment],
         [result],
         top_k=top_k,
