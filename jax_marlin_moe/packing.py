@@ -30,13 +30,13 @@ def pack_logical(
     """Packs codes and scales that are already chosen, bit for bit; what every importer ends in.
 
     Args:
-        codes: one byte a code, of any K and N.
+        codes: one byte per code, of any K and N.
         scales: in a dtype that the format allows; bit patterns (e4m3, e8m0) as uint8.
         weight_format: a name of `jax_marlin_moe.FORMATS`.
         group_size: rows of K that share a scale. May be None where the shapes leave no choice: with one group, groups
             that divide K, and formats of one group size.
         zeros: zero points, uint8 or, for float ones, in the dtype of the scales.
-        global_scales: float32, one an expert or one for each 64 columns (rounded up).
+        global_scales: float32, one per expert or one per 64 columns (rounded up).
         bias: added after scaling, kept in float32.
 
     Raises:

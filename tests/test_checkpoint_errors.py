@@ -202,7 +202,7 @@ QUANTIZATION = [
     (
         W4,
         {"format": "marlin-24"},
-        "format is 'marlin-24'; it must be 'pack-quantized' or",
+        "format is 'marlin-24'; it must be one of 'pack-quantized', 'mixed-precision'",
     ),
     (W4, {"config_groups": ["a"]}, r"config\.json: config_groups is \['a'\]; it must be an object"),
     (

@@ -291,7 +291,11 @@ SCHEMES = {
     "fp8 channel": (fp8_rows("channel"), {"quant_method": "compressed-tensors"}, "fp8"),
     "fp8 tensor": (fp8_rows("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
     "fp4 of DeepSeek-V4": (packed_fp4(".weight", ".scale", np.int8, E8M0), {"quant_method": "fp8"}, "mxfp4"),
-    "mxfp4": (packed_fp4(".weight_packed", ".weight_scale", np.uint8, np.uint8), ct_config(type="float"), "mxfp4"),
+    "mxfp4": (
+        packed_fp4(".weight_packed", ".weight_scale", np.uint8, np.uint8),
+        ct_config(type="float") | {"format": "mxfp4-pack-quantized"},
+        "mxfp4",
+    ),
     "mxfp8": (mxfp8, {"quant_method": "modelopt", "quant_algo": "MXFP8"}, "mxfp8"),
     "gptq 8 bit": (gptq8(None, 1), GPTQ, "int8"),
     "gptq 8 bit, zeros": (gptq8("random", 1), GPTQ, "int8_zp"),

@@ -80,6 +80,13 @@ REFUSED = [
     ("ck_llmc_W4A16_ASYM", lambda c: weights_of(c).update(zp_dtype="torch.float16"), "zp_dtype is 'torch.float16'; it"),
     ("ck_llmc_W4A16", lambda c: weights_of(c).update(actorder="sorted"), "actorder is 'sorted'; it must be one of"),
     ("ck_llmc_W4A16", lambda c: weights_of(c).update(block_structure=[128, 128]), "block_structure is .* must be null"),
+    ("ck_llmc_W4A16", lambda c: c["config_groups"]["group_0"].update(format="marlin-24"), "format is 'marlin-24'; it"),
+    ("ck_llmc_MXFP4A16", lambda c: c["config_groups"]["group_0"].update(format="pack-quantized"), "it must be 'mxfp4"),
+    (
+        "ck_awq",
+        lambda c: c.update(packing_format=["auto_awq"]),
+        r"packing_format is \['auto_awq'\]; it must be",
+    ),
     ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(type="int"), "type is 'int'; it must be 'float'"),
     ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(num_bits=8), "num_bits is 8; it must be 4, as the tensors of"),
     ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(symmetric=False), "symmetric is False; it must be true: codes"),

@@ -26,6 +26,7 @@ class Assumed:
         group_sizes: rows of K that may be stated to share a scale; None is one group.
         algorithms: ModelOpt's names for it.
         strategies: compressed-tensors' names for how scales lie.
+        formats: compressed-tensors' names for how it is stored.
         scale_bits: exponent and mantissa bits of ModelOpt's block scales, None where they are floats.
         block: the only `block_structure`, None where scales do not lie in blocks.
     """
@@ -34,12 +35,13 @@ class Assumed:
     group_sizes: tuple[int | None, ...]
     algorithms: tuple[str, ...]
     strategies: tuple[str, ...]
+    formats: tuple[str, ...]
     scale_bits: tuple[int, int] | None = None
     block: tuple[int, int] | None = None
 
 
 def group_of(quantization: Quantization, module: str) -> Keys | None:
-    """The `weights` of the config group that a module belongs to: by name first, then by the class "Linear".
+    """The config group that a module belongs to: by name first, then by the class "Linear".
 
     Raises:
         ValueError: a group is malformed; or there are some, and the tool is compressed-tensors and none has the module.
@@ -49,19 +51,26 @@ def group_of(quantization: Quantization, module: str) -> Keys | None:
     globs = quantization.method != "compressed-tensors"
     for name in groups.values:
         group = groups.object(name)
-        weights = group.object("weights")
+        group.object("weights")
         for target in group.texts("targets", [], null=True):
             if target.startswith("re:"):
                 found = quantization.matches(target.removeprefix("re:"), module)
             else:
                 found = target == module or (globs and _matches_glob(quantization, target, module))
             if found:
-                return weights
+                return group
             if target == "Linear":
-                by_class = by_class or weights
+                by_class = by_class or group
     if by_class is None and groups.values and not globs:
         raise ValueError(f"{quantization.source}: no config group has {module} among its targets")
     return by_class
+
+
+def check_format(quantization: Quantization, group: Keys | None, formats: tuple[str, ...]) -> None:
+    """Raises ValueError where a config group, or the config of all groups, states another format."""
+    if group is not None:
+        group.choice("format", formats, None, null=True)
+    quantization.keys.choice("format", (*formats, "mixed-precision"), None, null=True)
 
 
 def check_scale_dtype(files: TensorFolder, linear: Linear, suffix: str, keys: Keys) -> None:
@@ -93,10 +102,13 @@ def check_stated(
     """
     module, keys = linear.module, quantization.keys
     group = group_of(quantization, module)
+    if quantization.method == "compressed-tensors":
+        check_format(quantization, group, assumed.formats)
     if group is not None:
-        _check_bits(group, module, assumed)
-        _check_group_size(group, module, assumed.group_sizes)
-        check_scale_dtype(files, linear, scales, group)
+        weights = group.object("weights")
+        _check_bits(weights, module, assumed)
+        _check_group_size(weights, module, assumed.group_sizes)
+        check_scale_dtype(files, linear, scales, weights)
     layer = _layer_of(quantization, module)
     if layer is not None:
         for key in layer.values:

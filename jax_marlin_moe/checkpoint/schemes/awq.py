@@ -84,7 +84,7 @@ class AwqStorage(Storage):
     @classmethod
     def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
         """AutoAWQ's own key names (`w_bit`, `q_group_size`) count as well."""
-        by_auto_round = "auto_awq" in str(quantization.config.get("packing_format"))
+        by_auto_round = "auto_awq" in (quantization.keys.text("packing_format", None, null=True) or "")
         if linear.name(".qweight") not in files or not (quantization.method == "awq" or by_auto_round):
             return None
         if not by_auto_round:

@@ -24,7 +24,13 @@ from jax_marlin_moe.checkpoint.schemes.storage import (
 )
 from jax_marlin_moe.checkpoint.schemes.values import row_order
 from jax_marlin_moe.checkpoint.schemes.words import unpack_along_k, unpack_along_n
-from jax_marlin_moe.checkpoint.stated import check_order, check_scale_dtype, check_zero_point_dtype, group_of
+from jax_marlin_moe.checkpoint.stated import (
+    check_format,
+    check_order,
+    check_scale_dtype,
+    check_zero_point_dtype,
+    group_of,
+)
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.packing import check_stack, resolve_group_size
@@ -39,8 +45,6 @@ COMPRESSED_TENSORS = Method(
     },
     fixed={"sparsity_config": (None, {}, {"format": "dense"})},
 )  # fmt: skip
-
-_FORMATS = (None, "pack-quantized", "mixed-precision")  # of a config whose int32 words are pack-quantized
 
 
 def decode_compressed_tensors(
@@ -58,7 +62,8 @@ def _weights_scheme(quantization: Quantization, module: str) -> Keys:
     group = group_of(quantization, module)
     if group is None:
         raise ValueError(f"{quantization.source}: no config group has {module} among its targets")
-    return group
+    check_format(quantization, group, ("pack-quantized",))
+    return group.object("weights")
 
 
 def _writes_no_order(quantization: Quantization) -> bool:
@@ -111,10 +116,6 @@ class PackQuantizedStorage(Storage):
                 "nothing says how it was quantised",
             )
         keys = _weights_scheme(quantization, linear.module)
-        if quantization.config.get("format") not in _FORMATS:
-            raise quantization.keys.fault(
-                "format", "'pack-quantized' or 'mixed-precision'", ": nothing else is in int32 words"
-            )
         keys.choice("type", ["int"], None)
         bits = keys.integer("num_bits")
         if bits not in (4, 8):

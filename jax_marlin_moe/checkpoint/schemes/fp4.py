@@ -39,12 +39,26 @@ MXFP4 = Method(
     harmless={"modules_to_not_convert": TENSORS_SHOW, "dequantize": RUNTIME, "swizzle": RUNTIME},
 )  # fmt: skip
 
-_NVFP4 = Assumed(4, (16,), ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"), ("tensor_group", "group"), scale_bits=(4, 3))
-_MXFP4 = Assumed(4, (32,), ("MXFP4", "W4A16_MXFP4"), ("group",), scale_bits=(8, 0))
+_NVFP4 = Assumed(
+    bits=4,
+    group_sizes=(16,),
+    algorithms=("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"),
+    strategies=("tensor_group", "group"),
+    formats=("nvfp4-pack-quantized",),
+    scale_bits=(4, 3),
+)
+_MXFP4 = Assumed(
+    bits=4,
+    group_sizes=(32,),
+    algorithms=("MXFP4", "W4A16_MXFP4"),
+    strategies=("group",),
+    formats=("mxfp4-pack-quantized",),
+    scale_bits=(8, 0),
+)
 
 
 def decode_fp4(weight: Array, scale: Array, global_scale: Array | None = None) -> LogicalLinear:
-    """MXFP4 and NVFP4: two e2m1 codes a byte of [N, K / 2], the low nibble first; scales [N, K / group] as bits."""
+    """MXFP4 and NVFP4: two e2m1 codes per byte of [N, K / 2], the low nibble first; scales [N, K / group] as bits."""
     codes = jnp.stack([weight & 15, weight >> 4], axis=-1).reshape(weight.shape[0], -1)
     return LogicalLinear(codes.T, scale.T, None, global_scale)
 
@@ -186,7 +200,7 @@ def from_nvfp4(
     """Packs NVFP4 tensors, experts stacked in front; `e2m1 * e4m3 * global_scale`.
 
     Args:
-        weight: two codes a byte, the low nibble first (ModelOpt `weight`, compressed-tensors `weight_packed`).
+        weight: two codes per byte, the low nibble first (ModelOpt `weight`, compressed-tensors `weight_packed`).
         weight_scale: float8_e4m3fn, or its bit patterns as uint8; concrete values.
         global_scale: ModelOpt's `weight_scale_2`; for gate and up with scales of their own, pack both and join them
             with `concatenate_columns`.
@@ -223,7 +237,7 @@ def from_mxfp4(
     blocks, scales and bias alike).
 
     Args:
-        weight: two codes a byte, the low nibble first; uint8, or int8 with the same bits.
+        weight: two codes per byte, the low nibble first; uint8, or int8 with the same bits.
         weight_scale: e8m0 bit patterns as uint8, or float8_e8m0fnu; concrete values.
         bias: [experts, N], kept in float32.
 

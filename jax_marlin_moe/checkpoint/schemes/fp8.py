@@ -35,11 +35,23 @@ FP8 = Method(
 FP8_BLOCK = 128  # rows of K under one scale of a block-quantised weight
 _SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
 
+_FP8_FORMATS = ("float-quantized", "naive-quantized")
 _FP8 = Assumed(
-    8, (None, FP8_BLOCK), ("FP8", "FP8_PB_WO", "FP8_PB_REAL", "FP8_PER_CHANNEL_PER_TOKEN"),
-    ("tensor", "channel", "group", "block"), block=(FP8_BLOCK, FP8_BLOCK),
-)  # fmt: skip
-_MXFP8 = Assumed(8, (32,), ("MXFP8",), ("group",), scale_bits=(8, 0))
+    bits=8,
+    group_sizes=(None, FP8_BLOCK),
+    algorithms=("FP8", "FP8_PB_WO", "FP8_PB_REAL", "FP8_PER_CHANNEL_PER_TOKEN"),
+    strategies=("tensor", "channel", "group", "block"),
+    formats=_FP8_FORMATS,
+    block=(FP8_BLOCK, FP8_BLOCK),
+)
+_MXFP8 = Assumed(
+    bits=8,
+    group_sizes=(32,),
+    algorithms=("MXFP8",),
+    strategies=("group",),
+    formats=(*_FP8_FORMATS, "mxfp8-quantized"),
+    scale_bits=(8, 0),
+)
 
 
 def decode_fp8(weight: Array, scale: Array) -> LogicalLinear:

@@ -129,7 +129,7 @@ class GptqStorage(Storage):
     @classmethod
     def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
         """`dynamic` rules override width and group size module by module."""
-        packing = str(quantization.config.get("packing_format", "auto_round:auto_gptq"))
+        packing = quantization.keys.text("packing_format", "auto_round:auto_gptq", null=True)
         by_auto_round = quantization.method == "auto-round" and "auto_awq" not in packing
         if linear.name(".qweight") not in files or not (quantization.method == "gptq" or by_auto_round):
             return None

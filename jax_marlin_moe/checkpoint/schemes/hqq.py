@@ -148,7 +148,7 @@ def from_hqq(
 
     Args:
         w_q: `W_q`, bytes of two codes (`4bit_u8`) or one (8 bit).
-        scale: float16, bfloat16 or float32, one a group.
+        scale: float16, bfloat16 or float32, one per group.
         zero: zero points in the dtype of the scales.
         shape: (N, K) of the linear, the tensor `shape`.
         group_size: rows of K under one scale; None means K.
