@@ -140,16 +140,16 @@ def test_a_fact_that_one_side_lacks_does_not_compile():
 @pytest.mark.parametrize(
     ("name", "stage", "first", "second"),
     [
-        ("mma", "gate_up", "x", "packed"),
-        ("mma", "gate_up", "packed", "scales"),
-        ("mma", "gate_up", "scales", "epilogue.bias"),
+        ("mma", "gate_up", "operands.x", "operands.packed"),
+        ("mma", "gate_up", "operands.packed", "operands.scales"),
+        ("mma", "gate_up", "operands.scales", "epilogue.bias"),
         ("mma", "gate_up", "token_tiles.expert_ids", "epilogue.bias"),
-        ("mma", "gate_up", "epilogue.out", "x"),
-        ("mma", "down", "epilogue.topk_weights", "scales"),
+        ("mma", "gate_up", "epilogue.out", "operands.x"),
+        ("mma", "down", "epilogue.topk_weights", "operands.scales"),
         ("mma", "combine", "partials", "topk_ids"),
         ("mma", "combine", "partials", "out"),
         ("mma", "align", "topk_ids", "sorted_token_ids"),
-        ("wgmma", "down", "packed", "scales"),
+        ("wgmma", "down", "operands.packed", "operands.scales"),
         ("moe_gemm", "clear", "out", "first_rows"),
         ("moe_gemm", "moe_gemm", "epilogue.topk_weights", "token_tiles.first_rows"),
     ],
@@ -162,7 +162,9 @@ def test_pointers_of_different_types_cannot_be_exchanged(name, stage, first, sec
     assert refusal(planned, dataclasses.replace(kernel, pointers=kernel.pointers | swapped), whole=True)
 
 
-@pytest.mark.parametrize("member", ["global_scales", "token_tiles.first_rows", "epilogue.bias", "packed"])
+@pytest.mark.parametrize(
+    "member", ["operands.global_scales", "token_tiles.first_rows", "epilogue.bias", "operands.packed"]
+)
 def test_no_member_is_left_unbound(member):
     planned = PLANS["mma"]()
     kernel = kernel_of(planned, "gate_up")

@@ -1,8 +1,8 @@
-// Which rows a block of tokens has: read off the aligned slot list, straight off topk_ids where hardly two slots share
-// an expert, or grouped by every block of threads for itself where slots are few.
+// Which rows a token tile has: read from the aligned list of slots, directly from topk_ids where hardly two slots share
+// an expert, or grouped by every CTA for itself where slots are few (docs/kernels.md, "Which rows a token tile has").
 //
-// Each way has a type `Blocks`, made once by all threads of a block of threads: how many blocks of tokens there are,
-// the expert of each (-1 where it has nothing to do) and the slot of each row (-1 where it is padding). Facts:
+// Each way has a type `Reader`, made once by all threads of a CTA: how many token tiles there are, the expert of each
+// (-1 where it has nothing to do) and the slot of each row (-1 where it is padding). Facts:
 // jax_marlin_moe/cuda/kernels/token_tiles.py.
 #pragma once
 
@@ -13,19 +13,19 @@ namespace jmm {
 constexpr int kNoRow = 0x7FFFFFFF;  // of a list
 constexpr int kMostGroupedSlots = 128;
 
-// The classic contract: sorted_token_ids in runs of kListBlock entries of one expert, taken kBlock at a time. Values
-// are not trusted. kFromPreviousKernel: the list is written by the kernel before this one, not by an earlier one.
-// kMayRepeat: a slot may be listed more than once, and only its first row counts; the kernel before says which one it
-// is.
+// The classic contract: sorted_token_ids in list blocks of kListBlock entries of one expert, taken kRows at a time.
+// Values are not trusted. kFromPreviousKernel: the list is written by the kernel before this one, not by an earlier
+// one. kMayRepeat: a slot may be listed more than once, and only its first row counts; the kernel before says which one
+// it is.
 template <class Facts>
 struct AlignedTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
-  static constexpr int kBlock = Facts::kRows;           // of a token tile
+  static constexpr int kRows = Facts::kRows;            // of a token tile
   static constexpr int kListBlock = Facts::kListBlock;  // entries of a list block
   static constexpr int kListLength = Facts::kListLength;
   static constexpr bool kFromPreviousKernel = Facts::kFromPreviousKernel, kMayRepeat = Facts::kMayRepeat;
-  static constexpr int kMaxTiles = (kListLength + kBlock - 1) / kBlock;
-  static_assert(kListBlock % kBlock == 0, "a block has one expert");
+  static constexpr int kMaxTiles = (kListLength + kRows - 1) / kRows;
+  static_assert(kListBlock % kRows == 0, "a token tile has one expert");
 
   const int32_t* __restrict__ sorted_token_ids;        // [kListLength]
   const int32_t* __restrict__ expert_ids;              // [ceil(kListLength / kListBlock)]
@@ -37,26 +37,26 @@ struct AlignedTiles {
   static constexpr int kSharedBytes = 0, kScratchBytes = 0;
 
   template <int kThreads>
-  struct Blocks {
-    const AlignedTiles& routing;
+  struct Reader {
+    const AlignedTiles& list;
     const int listed;  // entries of the list that count
 
-    __device__ __forceinline__ Blocks(const AlignedTiles& r, unsigned char*, unsigned char*)
-        : routing(r), listed(min(kListLength, max(0, *r.num_tokens_post_padded))) {}
-    __device__ __forceinline__ int count() const { return (listed + kBlock - 1) / kBlock; }
-    __device__ __forceinline__ int expert(int block) const {
-      const int e = routing.expert_ids[block * kBlock / kListBlock];
+    __device__ __forceinline__ Reader(const AlignedTiles& r, unsigned char*, unsigned char*)
+        : list(r), listed(min(kListLength, max(0, *r.num_tokens_post_padded))) {}
+    __device__ __forceinline__ int count() const { return (listed + kRows - 1) / kRows; }
+    __device__ __forceinline__ int expert(int tile) const {
+      const int e = list.expert_ids[tile * kRows / kListBlock];
       return e >= 0 && e < kExperts ? e : -1;
     }
-    __device__ __forceinline__ int slot(int block, int row) const {
-      const int position = block * kBlock + row;
+    __device__ __forceinline__ int slot(int tile, int row) const {
+      const int position = tile * kRows + row;
       if (position >= listed) return -1;
-      const int s = routing.sorted_token_ids[position];
+      const int s = list.sorted_token_ids[position];
       return s >= 0 && s < kSlots ? s : -1;
     }
     // -1 where an earlier row of the list has the slot too. Reads what the kernel before wrote.
-    __device__ __forceinline__ int first_listed(int slot, int block, int row) const {
-      return slot >= 0 && routing.first_rows[slot] == block * kBlock + row ? slot : -1;
+    __device__ __forceinline__ int first_listed(int slot, int tile, int row) const {
+      return slot >= 0 && list.first_rows[slot] == tile * kRows + row ? slot : -1;
     }
   };
 };
@@ -70,14 +70,14 @@ __device__ __forceinline__ int expert_of_slot(const int32_t* topk_ids, const int
   return e >= 0 && e < kExperts ? e : -1;
 }
 
-// Every slot is a block of one row: nothing to group, at the price of reading an expert once per slot.
+// Every slot is a token tile of one row: nothing to group, at the price of reading an expert once per slot.
 template <class Facts>
 struct DirectTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
   static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
   static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
   static constexpr bool kMayRepeat = false;
-  static constexpr int kBlock = 1, kMaxTiles = kSlots;
+  static constexpr int kRows = 1, kMaxTiles = kSlots;
 
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
@@ -86,25 +86,25 @@ struct DirectTiles {
   static constexpr int kSharedBytes = 0, kScratchBytes = 0;
 
   template <int kThreads>
-  struct Blocks {
-    const DirectTiles& routing;
+  struct Reader {
+    const DirectTiles& slots;
 
-    __device__ __forceinline__ Blocks(const DirectTiles& r, unsigned char*, unsigned char*) : routing(r) {}
+    __device__ __forceinline__ Reader(const DirectTiles& r, unsigned char*, unsigned char*) : slots(r) {}
     __device__ __forceinline__ int count() const { return kSlots; }
-    __device__ __forceinline__ int expert(int block) const {
-      return expert_of_slot<kExperts, kRoutedExperts, kMapped>(routing.topk_ids, routing.expert_map, block);
+    __device__ __forceinline__ int expert(int tile) const {
+      return expert_of_slot<kExperts, kRoutedExperts, kMapped>(slots.topk_ids, slots.expert_map, tile);
     }
-    __device__ __forceinline__ int slot(int block, int row) const { return row == 0 ? block : -1; }
+    __device__ __forceinline__ int slot(int tile, int row) const { return row == 0 ? tile : -1; }
   };
 };
 
-// Slots grouped by expert with no kernel before: every block of threads makes the same table. Experts are in the order
-// of their first slots, the slots of an expert in their own, so that an expert's blocks follow each other.
+// Slots grouped by expert with no kernel before: every CTA makes the same table. Experts are in the order of their
+// first slots, the slots of an expert in their own, so that an expert's token tiles follow each other.
 template <class Facts>
 struct GroupedTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
   static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
-  static constexpr int kBlock = Facts::kRows;                   // of a token tile
+  static constexpr int kRows = Facts::kRows;                    // of a token tile
   static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
   static constexpr bool kMayRepeat = false;
 
@@ -115,13 +115,13 @@ struct GroupedTiles {
   static constexpr int kNoSlot = 255;
   static_assert(kSlots <= kMostGroupedSlots, "a slot is a byte, a set of slots a few words");
   static_assert(kExperts <= 1 << 16, "an expert is 16 bits");
-  static constexpr int kMaxTiles = kSlots < kExperts + kSlots / kBlock ? kSlots : kExperts + kSlots / kBlock;
+  static constexpr int kMaxTiles = kSlots < kExperts + kSlots / kRows ? kSlots : kExperts + kSlots / kRows;
 
   struct Table {
-    unsigned char slots[(kMaxTiles * kBlock + 15) / 16 * 16];  // kNoSlot where the row is padding
+    unsigned char slots[(kMaxTiles * kRows + 15) / 16 * 16];  // kNoSlot where the row is padding
     uint16_t experts[(kMaxTiles + 7) / 8 * 8];
-    unsigned char first_blocks[32 * kWords];  // at an expert's first slot: its first block, less those of words before
-    uint32_t blocks_of_word[4];               // that the experts whose first slots are in a word have
+    unsigned char first_tiles[32 * kWords];  // at an expert's first slot: its first tile, less those of words before
+    uint32_t tiles_of_word[4];               // that the experts whose first slots are in a word have
   };
 
   static constexpr bool kNeedsPreviousKernel = false;
@@ -129,11 +129,11 @@ struct GroupedTiles {
   static constexpr int kScratchBytes = kExperts * kWords * 4;  // the set of each expert's slots
 
   template <int kThreads>
-  struct Blocks {
+  struct Reader {
     const Table& table;
-    int blocks = 0;
+    int tiles = 0;
 
-    __device__ __forceinline__ Blocks(const GroupedTiles& routing, unsigned char* shared, unsigned char* scratch)
+    __device__ __forceinline__ Reader(const GroupedTiles& slots, unsigned char* shared, unsigned char* scratch)
         : table(*reinterpret_cast<Table*>(shared)) {
       constexpr int kSlotsOfThread = (32 * kWords + kThreads - 1) / kThreads;
       Table& made = *reinterpret_cast<Table*>(shared);
@@ -145,7 +145,7 @@ struct GroupedTiles {
         const int slot = i * kThreads + threadIdx.x;
         experts[i] = -1;
         if (slot < kSlots) {
-          experts[i] = expert_of_slot<kExperts, kRoutedExperts, kMapped>(routing.topk_ids, routing.expert_map, slot);
+          experts[i] = expert_of_slot<kExperts, kRoutedExperts, kMapped>(slots.topk_ids, slots.expert_map, slot);
         }
       }
       fill(scratch, kScratchBytes, 0);
@@ -163,15 +163,15 @@ struct GroupedTiles {
       for (int i = 0; i < kSlotsOfThread; ++i) {
         const int slot = i * kThreads + threadIdx.x;
         ranks[i] = 0;
-        int expert_blocks = 0;  // at the expert's first slot
+        int expert_tiles = 0;  // at the expert's first slot
         if (experts[i] >= 0) {
           const uint32_t (&set)[kWords] = members[experts[i]];
           ranks[i] = count_below(set, slot);
-          if (ranks[i] == 0) expert_blocks = (count_below(set, kSlots) + kBlock - 1) / kBlock;
+          if (ranks[i] == 0) expert_tiles = (count_below(set, kSlots) + kRows - 1) / kRows;
         }
-        const int end = inclusive_sum_of_warp(expert_blocks);
-        if (expert_blocks > 0) made.first_blocks[slot] = end - expert_blocks;
-        if (slot % 32 == 31 && slot < 32 * kWords) made.blocks_of_word[slot / 32] = end;
+        const int end = inclusive_sum_of_warp(expert_tiles);
+        if (expert_tiles > 0) made.first_tiles[slot] = end - expert_tiles;
+        if (slot % 32 == 31 && slot < 32 * kWords) made.tiles_of_word[slot / 32] = end;
       }
       __syncthreads();
 
@@ -179,21 +179,21 @@ struct GroupedTiles {
       for (int i = 0; i < kSlotsOfThread; ++i) {
         if (experts[i] < 0) continue;
         const int first = lowest(members[experts[i]]);
-        int block = made.first_blocks[first] + ranks[i] / kBlock;
+        int tile = made.first_tiles[first] + ranks[i] / kRows;
 #pragma unroll
-        for (int w = 0; w < kWords - 1; ++w) block += first / 32 > w ? made.blocks_of_word[w] : 0;
-        made.slots[block * kBlock + ranks[i] % kBlock] = i * kThreads + threadIdx.x;
-        if (ranks[i] % kBlock == 0) made.experts[block] = experts[i];
+        for (int w = 0; w < kWords - 1; ++w) tile += first / 32 > w ? made.tiles_of_word[w] : 0;
+        made.slots[tile * kRows + ranks[i] % kRows] = i * kThreads + threadIdx.x;
+        if (ranks[i] % kRows == 0) made.experts[tile] = experts[i];
       }
       __syncthreads();
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) blocks += table.blocks_of_word[w];
+      for (int w = 0; w < kWords; ++w) tiles += table.tiles_of_word[w];
     }
 
-    __device__ __forceinline__ int count() const { return blocks; }
-    __device__ __forceinline__ int expert(int block) const { return table.experts[block]; }
-    __device__ __forceinline__ int slot(int block, int row) const {
-      const int s = table.slots[block * kBlock + row];
+    __device__ __forceinline__ int count() const { return tiles; }
+    __device__ __forceinline__ int expert(int tile) const { return table.experts[tile]; }
+    __device__ __forceinline__ int slot(int tile, int row) const {
+      const int s = table.slots[tile * kRows + row];
       return s == kNoSlot ? -1 : s;
     }
 

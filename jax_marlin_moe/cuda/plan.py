@@ -314,11 +314,15 @@ def gemm_kernel(
         },
         constants=constants,
         pointers={
-            "x": Pointer(x, dtype.name),
-            "packed": Pointer(first_operand + _PACKED, "int32"),
-            "scales": Pointer(first_operand + _SCALES, scale_dtype, element="ScaleElement"),
-            "zeros": Pointer(first_operand + _ZEROS, zeros_dtype, element="ZeroElement") if zeros_dtype else None,
-            "global_scales": _optional(first_operand + _GLOBAL_SCALES if row.has_global_scales else None, "float32"),
+            "operands.x": Pointer(x, dtype.name),
+            "operands.packed": Pointer(first_operand + _PACKED, "int32"),
+            "operands.scales": Pointer(first_operand + _SCALES, scale_dtype, element="ScaleElement"),
+            "operands.zeros": Pointer(first_operand + _ZEROS, zeros_dtype, element="ZeroElement")
+            if zeros_dtype
+            else None,
+            "operands.global_scales": _optional(
+                first_operand + _GLOBAL_SCALES if row.has_global_scales else None, "float32"
+            ),
             **_nested("token_tiles", token_tiles.pointers),
             **_nested("epilogue", epilogue.pointers),
         },

@@ -38,12 +38,12 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 
 // Arrives at barrier `kId` of the block, for `threads` of its threads, without waiting there.
 template <int kId>
-__device__ __forceinline__ void barrier_arrive(int threads) {
+__device__ __forceinline__ void named_barrier_arrive(int threads) {
   asm volatile("bar.arrive %0, %1;" ::"n"(kId), "r"(threads) : "memory");
 }
 
 // The barrier's phase completes after so many bytes more, of copies that name it. One arrival is still to come.
-__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
+__device__ __forceinline__ void mbarrier_expect_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
@@ -56,7 +56,7 @@ __device__ __forceinline__ bool elect_lane() {
 
 // One thread's copy of kBytes, a multiple of 16, to shared memory.
 template <int kBytes>
-__device__ __forceinline__ void copy_run(uint32_t shared, const void* global, uint32_t barrier, uint64_t policy) {
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
           "r"(shared),
@@ -65,15 +65,15 @@ __device__ __forceinline__ void copy_run(uint32_t shared, const void* global, ui
 }
 
 // Makes shared memory that this thread has seen written by ordinary stores and copies visible to wgmma.
-__device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Moves registers between the warpgroups of a block.
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 

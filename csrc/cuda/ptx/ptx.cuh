@@ -61,7 +61,7 @@ __device__ __forceinline__ void wait_copies() {
 // Barrier `kId` of the block, for `threads` of its threads. An identifier that is not a constant would reserve all 16
 // barriers of a block, and a multiprocessor has 64.
 template <int kId>
-__device__ __forceinline__ void barrier(int threads) {
+__device__ __forceinline__ void named_barrier_sync(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "r"(threads) : "memory");
 }
 
@@ -128,14 +128,14 @@ __device__ __forceinline__ float4 as_floats(uint4 v) {
 }
 
 // Clusters of blocks (sm_90 and up): a barrier for all their threads, and reads of each other's shared memory.
-__device__ __forceinline__ void meet_cluster() {
+__device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
 // Where block `block` of the cluster has what this one has at `shared`.
-__device__ __forceinline__ uint32_t shared_of_block(uint32_t shared, int block) {
+__device__ __forceinline__ uint32_t shared_of_cta(uint32_t shared, int block) {
   uint32_t theirs = shared;
 #if __CUDA_ARCH__ >= 900
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared), "r"(block));

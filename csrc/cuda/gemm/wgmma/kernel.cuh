@@ -11,7 +11,7 @@
 #pragma once
 
 #include "epilogue.cuh"
-#include "gemm/mma/kernel.cuh"  // Problem
+#include "gemm/problem.cuh"
 #include "ptx/hopper.cuh"
 #include "token_tiles.cuh"
 #include "weights/fragments_offset.cuh"
@@ -78,7 +78,7 @@ class WgmmaGroupedGemm {
   static_assert(kColumns % (kUnit * kHalfUnits) == 0, "column tiles are whole");
   static_assert(kColumns == Epilogue::kColumns, "the epilogue has the product's columns");
   static_assert(TokenTiles::kExperts == Problem::kExperts, "token tiles are of the matrix's experts");
-  static_assert(TokenTiles::kBlock == 1 || TokenTiles::kBlock == Tile::kTokens, "rows of a token tile");
+  static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
 
   // The last chunk ends where K does: the rows that it has had from the chunk before meet zeros in place of tokens.
   static constexpr int kChunks = (Problem::kK + Tile::kBlockK - 1) / Tile::kBlockK;
@@ -126,7 +126,7 @@ class WgmmaGroupedGemm {
   static constexpr int kBlocksAt = (kBarriersAt + 8 * 2 * (Tile::kStages + kNotes) + 15) / 16 * 16;
   static_assert(kWeightBytes % 16 == 0 && sizeof(Note) % 8 == 0, "stages and barriers stay aligned");
   static_assert(TokenTiles::kScratchBytes <= kNotesAt, "the ring lends its memory before it is filled");
-  using Blocks = typename TokenTiles::template Blocks<Tile::kThreads>;
+  using Blocks = typename TokenTiles::template Reader<Tile::kThreads>;
   using ExpertIndex = typename Problem::ExpertIndex;
 
  public:
@@ -139,11 +139,7 @@ class WgmmaGroupedGemm {
   static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
   static constexpr int64_t kMaxCtas = (kWorkTiles > 0 ? kWorkTiles : 1) * kCluster;
 
-  const T* __restrict__ x;                   // [rows, kRowStride], of which the first K columns count
-  const int32_t* __restrict__ packed;        // [experts, K / 16, N * kBits / 2]
-  const unsigned char* __restrict__ scales;  // [experts, groups, N] of ScaleElement, in Marlin order
-  const unsigned char* __restrict__ zeros;   // [experts, groups, N] of ZeroElement, in Marlin order, if stored
-  const float* __restrict__ global_scales;   // [experts, N / 64] if kGlobalScales
+  Operands<Problem> operands;
   TokenTiles token_tiles;
   Epilogue epilogue;
 
@@ -162,13 +158,13 @@ class WgmmaGroupedGemm {
     if constexpr (TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
     const Blocks blocks(token_tiles, shared_bytes + kBlocksAt, shared_bytes);
-    fence_for_wgmma();  // bulk copies see the barriers, and the ring that was lent
+    fence_async_proxy();  // bulk copies see the barriers, and the ring that was lent
     __syncthreads();
     if (threadIdx.x >= 128 * Tile::kWarpgroups) {
-      if constexpr (kMovesRegisters) give_registers<Tile::kProducerRegisters>();
+      if constexpr (kMovesRegisters) setmaxnreg_dec<Tile::kProducerRegisters>();
       copy(shared, blocks, threadIdx.x - 128 * Tile::kWarpgroups);
     } else {
-      if constexpr (kMovesRegisters) take_registers<Tile::kConsumerRegisters>();
+      if constexpr (kMovesRegisters) setmaxnreg_inc<Tile::kConsumerRegisters>();
       if constexpr (!TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
       multiply(shared);
     }
@@ -253,9 +249,9 @@ class WgmmaGroupedGemm {
       if (expert < 0) continue;
       const int column_tile = tile % kColumnTiles;
 
-      const Runs<kUnitBytes, Problem::kK / kTileK, kSteps> weight_runs(packed, expert, column_tile, warp);
-      const Runs<kUnit * Scales::kBytes, kGroups, kScaleRows> scale_runs(scales, expert, column_tile, warp);
-      const Runs<kStoredZeroBytes, kGroups, kScaleRows> zero_runs(zeros, expert, column_tile, warp);
+      const Runs<kUnitBytes, Problem::kK / kTileK, kSteps> weight_runs(operands.packed, expert, column_tile, warp);
+      const Runs<kUnit * Scales::kBytes, kGroups, kScaleRows> scale_runs(operands.scales, expert, column_tile, warp);
+      const Runs<kStoredZeroBytes, kGroups, kScaleRows> zero_runs(operands.zeros, expert, column_tile, warp);
       const auto copy_weights = [&](int s, int chunk) {
         if (!elected) return;
         int step = chunk * kSteps, group = chunk * Tile::kBlockK / Problem::kGroup;
@@ -290,7 +286,7 @@ class WgmmaGroupedGemm {
       }
       if (lane == 0) notes.rows[warp] = last;
       if (thread == 0) notes.expert = expert, notes.column_tile = column_tile;
-      barrier<kCopierBarrier>(128);
+      named_barrier_sync<kCopierBarrier>(128);
       RowOffset offsets[kCopiedRows];  // of the rows of x that this thread copies, in pieces
       uint32_t real = 0;
 #pragma unroll
@@ -303,7 +299,7 @@ class WgmmaGroupedGemm {
       mbarrier_arrive(shared.note_full(note.at));
       note.advance();
 
-      const uint4* source = reinterpret_cast<const uint4*>(x);
+      const uint4* source = reinterpret_cast<const uint4*>(operands.x);
 #pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk, source += kPieces) {
         mbarrier_wait(shared.empty(stage.at), stage.parity ^ 1);
@@ -362,12 +358,12 @@ class WgmmaGroupedGemm {
     // One lane's: copies the warp's runs of the rows from `row` on, and has the barrier wait for them.
     __device__ __forceinline__ void copy(uint32_t target, int row, uint32_t barrier, uint64_t policy) const {
       const int runs = (kRuns + 3 - warp) / 4;
-      if (kRuns >= 4 || runs > 0) mbarrier_expect(barrier, runs * kRunBytes);
+      if (kRuns >= 4 || runs > 0) mbarrier_expect_bytes(barrier, runs * kRunBytes);
 #pragma unroll
       for (int i = 0; i < (kRuns + 3) / 4; ++i) {
         if (kRuns % 4 == 0 || i < runs) {
-          copy_run<kRunBytes>(target + (warp + 4 * i) * kRunBytes,
-                              source + int64_t(row) * kRowBytes + i * (4 / kHalves) * kRowBytes, barrier, policy);
+          copy_bulk<kRunBytes>(target + (warp + 4 * i) * kRunBytes,
+                               source + int64_t(row) * kRowBytes + i * (4 / kHalves) * kRowBytes, barrier, policy);
         }
       }
     }
@@ -630,18 +626,18 @@ class WgmmaGroupedGemm {
     float* partials = reinterpret_cast<float*>(shared.bytes + kPartialsAt) + lane.warpgroup * (kThreadSums * 128) +
                       lane.warp * 32 + lane.lane;
     if (lane.share > 0) {
-      barrier<kPartialsReadBarrier>(kMultipliers);
+      named_barrier_sync<kPartialsReadBarrier>(kMultipliers);
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j)
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
           partials[((lane.share - 1) * Tile::kWarpgroupsN * kThreadSums + j * kSums + i) * 128] = sums[j][i];
         }
-      barrier_arrive<kPartialsWrittenBarrier>(kMultipliers);
+      named_barrier_arrive<kPartialsWrittenBarrier>(kMultipliers);
       return false;
     }
-    barrier_arrive<kPartialsReadBarrier>(kMultipliers);  // those of the tile before
-    barrier<kPartialsWrittenBarrier>(kMultipliers);
+    named_barrier_arrive<kPartialsReadBarrier>(kMultipliers);  // those of the tile before
+    named_barrier_sync<kPartialsWrittenBarrier>(kMultipliers);
 #pragma unroll
     for (int share = 1; share < Tile::kWarpgroupsK; ++share)
 #pragma unroll
@@ -655,7 +651,7 @@ class WgmmaGroupedGemm {
 
   __device__ __forceinline__ static void acquire(const Shared& shared, const Cursor<Tile::kStages>& stage) {
     mbarrier_wait(shared.full(stage.at), stage.parity);
-    fence_for_wgmma();
+    fence_async_proxy();
   }
   __device__ __forceinline__ static void release(const Shared& shared, int stage, const Lane& lane) {
     __syncwarp();
@@ -704,7 +700,8 @@ class WgmmaGroupedGemm {
     for (int h = 0; h < kHalves; ++h) {
       factors[h] = kLeft;
       if constexpr (Problem::kGlobalScales) {
-        factors[h] *= global_scales[expert * (Problem::kN / kUnit) + packed_unit(note.column_tile, lane.unit(h))];
+        factors[h] *=
+            operands.global_scales[expert * (Problem::kN / kUnit) + packed_unit(note.column_tile, lane.unit(h))];
       }
     }
     const int first_column =

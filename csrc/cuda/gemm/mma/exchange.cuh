@@ -1,0 +1,168 @@
+// The end of a work tile of the mma.sync kernel: shares of K are added in a fixed order, sums go to the epilogue.
+#pragma once
+
+#include "gemm/mma/multiplier.cuh"
+#include "gemm/named_barriers.cuh"
+
+namespace jmm {
+
+// What the end of a work tile needs to know about its rows. Lane r holds row r.
+template <class Shape>
+struct MmaRows {
+  using Problem = typename Shape::Problem;
+  using Tile = typename Shape::Tile;
+
+  int expert;                         // -1 where the tile has nothing to do
+  int slot;                           // -1 where the row is padding
+  float factor;                       // of the row
+  int token_fragments;                // groups of 8 rows that are not all padding
+  float global_scales[Tile::kUnits];  // of this warp's units
+
+  __device__ __forceinline__ MmaRows(const Operands<Problem>& operands, const typename Shape::Epilogue& epilogue,
+                                     const typename Shape::Reader& token_tiles, int work_tile, int warp_n, int lane) {
+    const int token_tile = work_tile / Shape::kColumnTiles;
+    expert = token_tiles.expert(token_tile);
+#pragma unroll
+    for (int u = 0; u < Tile::kUnits; ++u) {
+      global_scales[u] = 1.0f;
+      if constexpr (Problem::kGlobalScales) {
+        const int unit = Shape::first_unit(work_tile, warp_n) + u * Shape::kUnitStride;
+        global_scales[u] = operands.global_scales[typename Shape::ExpertIndex(max(expert, 0)) * Problem::kUnits + unit];
+      }
+    }
+    slot = lane < Tile::kTokens ? token_tiles.slot(token_tile, lane) : -1;
+    if constexpr (Shape::TokenTiles::kMayRepeat) slot = token_tiles.first_listed(slot, token_tile, lane);
+    factor = slot >= 0 ? epilogue.factor(slot) : 0.0f;
+    token_fragments = 1;
+    if constexpr (Shape::kTokenFragments > 1) {  // rounded up from the last real row
+      token_fragments = (32 + 7 - __clz(__ballot_sync(~0u, slot >= 0) | 1)) / 8;
+    }
+  }
+};
+
+// The warps that share a part of K.
+template <class Shape, int kPart = 0>
+__device__ __forceinline__ void sync_part(int warp_k) {
+  using Tile = typename Shape::Tile;
+  if constexpr (Tile::kWarpsN == 1) {
+    __syncwarp();
+  } else if constexpr (Tile::kWarpsK == 1) {
+    __syncthreads();
+  } else if constexpr (kPart < Tile::kWarpsK) {
+    if (warp_k == kPart) {
+      named_barrier_sync<kTokensArrived + kPart>(Shape::kCopyLanes);
+    } else {
+      sync_part<Shape, kPart + 1>(warp_k);
+    }
+  }
+}
+
+template <class Shape>
+struct MmaExchange {
+  using Tile = typename Shape::Tile;
+  using Epilogue = typename Shape::Epilogue;
+  using Sums = typename MmaMultiplier<Shape>::Sums;
+  using Rows = MmaRows<Shape>;
+  static constexpr int kTokenFragments = Shape::kTokenFragments;
+
+  // Adds the shares of K in a fixed order and hands each sum to the epilogue.
+  __device__ __forceinline__ static void finish(const Epilogue& epilogue, unsigned char* shared_bytes, int work_tile,
+                                                const Rows& rows, int warp, int warp_n, int warp_k, int lane,
+                                                const Sums& sums) {
+    if constexpr (!Shape::kExchanges) {
+      if (rows.expert < 0) return;
+#pragma unroll
+      for (int t = 0; t < kTokenFragments; ++t) {
+#pragma unroll
+        for (int u = 0; u < Tile::kUnits / Shape::kHalves; ++u) {
+#pragma unroll
+          for (int w = 0; w < kSubTiles; ++w) {
+            const float (&first)[4] = sums[u][w][t];
+            const float (&second)[4] = sums[Epilogue::kGated ? 1 : u][w][t];
+            store(epilogue, rows, t, work_tile, Shape::output_unit(warp_n, u) * kSubTiles + w, lane,
+                  float4{first[0], first[1], first[2], first[3]}, float4{second[0], second[1], second[2], second[3]});
+          }
+        }
+      }
+    } else {
+      // Write: every warp its sums.
+      float4* partials = reinterpret_cast<float4*>(shared_bytes + MmaStorage<Shape>::kPartialsAt);
+      sync_sharers();  // the partials of the tile before have been read
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u) {
+        const int unit = Shape::half_of(warp_n, u) * Shape::kOutputUnits + Shape::output_unit(warp_n, u);
+#pragma unroll
+        for (int w = 0; w < kSubTiles; ++w) {
+#pragma unroll
+          for (int t = 0; t < kTokenFragments; ++t) {
+            const int fragment = (unit * kSubTiles + w) * kTokenFragments + t;
+            const float (&s)[4] = sums[u][w][t];
+            partials[(warp_k * Shape::kSumFragments + fragment) * 32 + lane] = float4{s[0], s[1], s[2], s[3]};
+          }
+        }
+      }
+      sync_sharers();
+      if (rows.expert < 0) return;
+      // Add and store: every warp of the cluster its fragments.
+      constexpr int kOutputFragments = Shape::kSumFragments / Shape::kHalves;
+      const uint32_t shares = smem_address(partials);
+#pragma unroll 1
+      for (int f = Shape::cta_of_cluster() * Tile::kWarps + warp; f < kOutputFragments;
+           f += Tile::kCluster * Tile::kWarps) {
+        const float4 first = add_shares(shares, f, lane);
+        const float4 second = Epilogue::kGated ? add_shares(shares, f + kOutputFragments, lane) : float4{};
+        store(epilogue, rows, f % kTokenFragments, work_tile, f / kTokenFragments, lane, first, second);
+      }
+    }
+  }
+
+ private:
+  // All threads that share the K of a work tile.
+  __device__ __forceinline__ static void sync_sharers() {
+    if constexpr (Tile::kCluster > 1) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ static float4 add_shares(uint32_t partials, int fragment, int lane) {
+    float4 sum;
+#pragma unroll
+    for (int cta = 0; cta < Tile::kCluster; ++cta) {
+      const uint32_t theirs = Tile::kCluster > 1 ? shared_of_cta(partials, cta) : partials;
+#pragma unroll
+      for (int k = 0; k < Tile::kWarpsK; ++k) {
+        const uint32_t at = theirs + ((k * Shape::kSumFragments + fragment) * 32 + lane) * 16;
+        const float4 part = Tile::kCluster > 1 ? load_cluster16(at) : as_floats(load_shared16(at));
+        if (cta + k == 0) {
+          sum = part;
+        } else {
+          sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+      }
+    }
+    return sum;
+  }
+
+  // One 16 x 8 fragment: this lane's columns g and g + 8 of the tile's sub-tile, for an even and an odd row.
+  __device__ __forceinline__ static void store(const Epilogue& epilogue, const Rows& rows, int token_fragment,
+                                               int work_tile, int sub_tile, int lane, float4 first, float4 second) {
+    const int column =
+        (work_tile % Shape::kColumnTiles * (Shape::kOutputUnits * kSubTiles) + sub_tile) * kSubTileColumns + lane / 4;
+    const int row = token_fragment * 8 + lane % 4 * 2;
+    const typename Shape::ExpertIndex expert = rows.expert;
+    const int even = __shfl_sync(~0u, rows.slot, row), odd = __shfl_sync(~0u, rows.slot, row + 1);
+    const float even_factor = __shfl_sync(~0u, rows.factor, row), odd_factor = __shfl_sync(~0u, rows.factor, row + 1);
+    if (even >= 0) {
+      epilogue.store(expert, even, even_factor, column, first.x, second.x);
+      epilogue.store(expert, even, even_factor, column + 8, first.z, second.z);
+    }
+    if (odd >= 0) {
+      epilogue.store(expert, odd, odd_factor, column, first.y, second.y);
+      epilogue.store(expert, odd, odd_factor, column + 8, first.w, second.w);
+    }
+  }
+};
+
+}  // namespace jmm

@@ -1,0 +1,161 @@
+// Global to shared memory: the copies of one warp of the mma.sync kernel.
+#pragma once
+
+#include "gemm/mma/storage.cuh"
+#include "ptx/ptx.cuh"
+
+namespace jmm {
+
+// Walks the (work tile, k-block) sequence of one warp ahead of the multiplication and fills its ring of weights, and
+// this warp's part of the ring of tokens.
+template <class Shape>
+struct MmaLoader {
+  using Problem = typename Shape::Problem;
+  using Tile = typename Shape::Tile;
+  using KBlocks = typename Shape::KBlocks;
+  using Packed = typename Shape::Packed;
+  using Zeros = typename Shape::Zeros;
+  using Reader = typename Shape::Reader;
+  using Storage = MmaStorage<Shape>;
+
+  const Operands<Problem>& operands;
+  const Reader& token_tiles;
+  const int warp_n, share, lane, work_tiles;
+  const uint64_t policy = evict_first_policy();
+  int work_tile, k_block = 0;
+  int expert, row;                                             // of the work tile; lane r holds row r of x
+  int next_expert, next_row;                                   // of the work tile after it, fetched ahead
+  const uint32_t* weights;                                     // this lane's 16 bytes of the k-block's first step
+  const typename Shape::T* tokens;                             // the k-block's first column of x, this lane's piece
+  typename Shape::RowOffset token_rows[Shape::kPiecesOfLane];  // element offsets of the rows of this lane's pieces
+  uint32_t token_copies;                                       // bit i: piece i exists
+  int rows_left;                                               // of K, in the current group
+  int group;                                                   // of the k-block
+
+  __device__ __forceinline__ MmaLoader(const Operands<Problem>& o, const Reader& r, int wn, int s, int l, int t)
+      : operands(o), token_tiles(r), warp_n(wn), share(s), lane(l), work_tiles(t), work_tile(Shape::first_work_tile()) {
+    fetch(work_tile, expert, row);
+    fetch(work_tile + Shape::work_tile_stride(), next_expert, next_row);
+    begin_tile();
+  }
+
+  // `ahead` k-blocks past the cursor, within its work tile.
+  __device__ __forceinline__ void load_weights(uint32_t stage, int ahead) const {
+    if (expert < 0) return;
+    const uint32_t* source = weights + ahead * KBlocks::kSteps * Shape::kStepWords;
+    const bool shortened = Shape::is_short(share, k_block + ahead);
+#pragma unroll
+    for (int step = 0; step < KBlocks::kSteps; ++step) {
+      if (step == Shape::kLastSteps && shortened) break;
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u) {
+#pragma unroll
+        for (int half = 0; half < Packed::kSubTileWords; ++half) {
+          copy16_streamed(
+              stage + step * Storage::kStepBytes + u * Packed::kBytes + Storage::packed_piece(half * 32 + lane),
+              source + step * Shape::kStepWords + u * Shape::kUnitStride * Packed::kWords + half * 128, policy);
+        }
+      }
+    }
+  }
+
+  // A token's row that does not exist is not copied: it is multiplied in a column of its own, which is never stored.
+  __device__ __forceinline__ void load_tokens(uint32_t stage) const {
+    if (expert < 0 ||
+        (Shape::is_short(share, k_block) && copy_lane() % Shape::kPieces >= Shape::kLastSteps * (kStepRows / 8))) {
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kPiecesOfLane; ++i) {
+      if (token_copies >> i & 1) {
+        copy16(stage + Storage::token_piece((i * Shape::kCopyLanes + copy_lane()) / Shape::kPieces,
+                                            copy_lane() % Shape::kPieces),
+               tokens + token_rows[i]);
+      }
+    }
+  }
+
+  // Scales and zero points are wanted when a group closes.
+  __device__ __forceinline__ void load_scales(uint32_t stage) const {
+    if (expert < 0 || (rows_left > Tile::kBlockK && k_block < Shape::k_blocks_of(share) - 1)) return;
+    const int64_t first = int64_t(expert) * Problem::kGroups + group;
+    const int unit = Shape::first_unit(work_tile, warp_n);
+    copy_rows<Storage::kUnitScaleBytes>(stage + Storage::kScalesAt, operands.scales, first, unit);
+    if constexpr (Zeros::kStored) {
+      copy_rows<Zeros::kUnitBytes>(stage + Storage::kZerosAt, operands.zeros, first, unit);
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    weights += KBlocks::kSteps * Shape::kStepWords;
+    tokens += Tile::kBlockK;
+    rows_left -= Tile::kBlockK;
+    if (rows_left <= 0) {
+      rows_left = Problem::kGroup;
+      group += KBlocks::kScaleRows;
+    }
+    if (++k_block == Shape::k_blocks_of(share)) {
+      k_block = 0;
+      work_tile += Shape::work_tile_stride();
+      expert = next_expert;
+      row = next_row;
+      fetch(work_tile + Shape::work_tile_stride(), next_expert, next_row);
+      begin_tile();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int copy_lane() const { return warp_n * 32 + lane; }
+
+  __device__ __forceinline__ void fetch(int t, int& e, int& r) const {
+    e = r = -1;
+    if (t >= work_tiles) return;
+    const int token_tile = t / Shape::kColumnTiles;
+    e = token_tiles.expert(token_tile);
+    if (lane < Tile::kTokens) {
+      const int slot = token_tiles.slot(token_tile, lane);
+      r = slot < 0 ? -1 : slot / Problem::kSlotsPerRow;
+    }
+    if (!__any_sync(~0u, r >= 0)) e = -1;  // nothing but padding
+  }
+
+  __device__ __forceinline__ void begin_tile() {
+    const int k = Shape::first_row(share);
+    const int unit = Shape::first_unit(work_tile, warp_n);
+    weights = reinterpret_cast<const uint32_t*>(operands.packed) +
+              (int64_t(max(expert, 0)) * (Problem::kK / kStepRows) + k / kStepRows) * Shape::kStepWords +
+              unit * Packed::kWords + lane * 4;
+    tokens = operands.x + k + copy_lane() % Shape::kPieces * 8;
+    token_copies = 0;
+#pragma unroll
+    for (int i = 0; i < Shape::kPiecesOfLane; ++i) {
+      const int r = (i * Shape::kCopyLanes + copy_lane()) / Shape::kPieces;
+      const int source_row = __shfl_sync(~0u, row, r % 32);
+      token_rows[i] = static_cast<typename Shape::RowOffset>(max(source_row, 0)) * Problem::kRowStride;
+      if (r < Tile::kTokens && source_row >= 0 && expert >= 0) token_copies |= 1u << i;
+    }
+    rows_left = Problem::kGroup - k % Problem::kGroup;
+    group = k / Problem::kGroup;
+  }
+
+  // The rows of kScaleRows groups, kBytes for each unit.
+  template <int kBytes>
+  __device__ __forceinline__ void copy_rows(uint32_t shared, const unsigned char* source, int64_t group,
+                                            int unit) const {
+    constexpr int kPieces = kBytes / 16, kAllPieces = Storage::kScaleRowUnits * kPieces;
+    constexpr int kLastRows = (Shape::kLastSteps + KBlocks::kStepsPerScale - 1) / KBlocks::kStepsPerScale;
+    const int rows =
+        kLastRows < KBlocks::kScaleRows && Shape::is_short(share, k_block) ? kLastRows : KBlocks::kScaleRows;
+#pragma unroll
+    for (int i = 0; i < kAllPieces; i += 32) {
+      const int piece = i + lane, row = piece / (Tile::kUnits * kPieces), u = piece / kPieces % Tile::kUnits;
+      if ((kAllPieces % 32 == 0 && kLastRows == KBlocks::kScaleRows) || row < rows) {
+        copy16(
+            shared + piece * 16,
+            source + ((group + row) * Problem::kUnits + unit + u * Shape::kUnitStride) * kBytes + piece % kPieces * 16);
+      }
+    }
+  }
+};
+
+}  // namespace jmm

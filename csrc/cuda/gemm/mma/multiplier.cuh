@@ -1,0 +1,204 @@
+// Shared memory to float32 sums: dequantises and multiplies stages of the mma.sync kernel.
+//
+// One word of a lane is its A fragment of 16 columns by 16 of K (docs/kernels.md, "From words to fragments"):
+//
+//   31                      0                                              k = 2t, 2t+1    k = 2t+8, 2t+9
+//   +--+--+--+--+--+--+--+--+   word      & 0x000F000F --> A0 = a0, a1    +---------------+---------------+
+//   |d1|b1|c1|a1|d0|b0|c0|a0|   word >> 8 & 0x000F000F --> A1 = b0, b1    |   A0 = a0 a1  |   A2 = c0 c1  |  column g
+//   +--+--+--+--+--+--+--+--+   word      & 0x00F000F0 --> A2 = c0, c1    |   A1 = b0 b1  |   A3 = d0 d1  |  column g +
+//   8 lane 4 g + t, 4-bit codes   word >> 8 & 0x00F000F0 --> A3 = d0, d1    +---------------+---------------+
+#pragma once
+
+#include "gemm/mma/storage.cuh"
+#include "ptx/ptx.cuh"
+
+namespace jmm {
+
+template <class Shape>
+struct MmaMultiplier {
+  using T = typename Shape::T;
+  using Problem = typename Shape::Problem;
+  using Tile = typename Shape::Tile;
+  using KBlocks = typename Shape::KBlocks;
+  using Packed = typename Shape::Packed;
+  using Codes = typename Shape::Codes;
+  using Scales = typename Shape::Scales;
+  using Zeros = typename Shape::Zeros;
+  using Storage = MmaStorage<Shape>;
+  static constexpr int kTokenFragments = Shape::kTokenFragments;
+  using Sums = float[Tile::kUnits][kSubTiles][kTokenFragments][4];
+
+  Sums sums;                             // scaled, of the work tile
+  Sums group_sums;                       // of codes, of the group
+  float token_sums[kTokenFragments][4];  // of x alone, of the group
+  const int lane;
+  uint32_t token_offsets[KBlocks::kSteps];  // of this lane's ldmatrix row, for the first 8 tokens
+
+  __device__ __forceinline__ explicit MmaMultiplier(int l) : lane(l) {
+#pragma unroll
+    for (int step = 0; step < KBlocks::kSteps; ++step) {
+      token_offsets[step] = Storage::token_piece(lane % 8, step * 2 + lane / 8 % 2);
+    }
+  }
+
+  __device__ __forceinline__ void begin_tile() {
+#pragma unroll
+    for (int u = 0; u < Tile::kUnits; ++u)
+#pragma unroll
+      for (int w = 0; w < kSubTiles; ++w)
+#pragma unroll
+        for (int t = 0; t < kTokenFragments; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[u][w][t][i] = 0.0f;
+    clear_group_sums();
+  }
+
+  // Only the first `token_fragments` groups of 8 rows are multiplied.
+  __device__ __forceinline__ void multiply(int token_fragments, uint32_t stage, uint32_t tokens, bool closes_group,
+                                           bool shortened) {
+    if constexpr (kTokenFragments >= 4) {
+      if (token_fragments == 4) return multiply<4>(stage, tokens, closes_group, shortened);
+    }
+    if constexpr (kTokenFragments >= 3) {
+      if (token_fragments == 3) return multiply<3>(stage, tokens, closes_group, shortened);
+    }
+    if constexpr (kTokenFragments >= 2) {
+      if (token_fragments == 2) return multiply<2>(stage, tokens, closes_group, shortened);
+    }
+    multiply<1>(stage, tokens, closes_group, shortened);
+  }
+
+  // The factors of codes and scales, and the global scales, once per work tile.
+  __device__ __forceinline__ void apply(const float (&global_scales)[Tile::kUnits]) {
+    constexpr float kFactor = Codes::kFactor * Scales::kFactor;
+    if constexpr (Problem::kGlobalScales || kFactor != 1.0f) {
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u)
+#pragma unroll
+        for (int w = 0; w < kSubTiles; ++w)
+#pragma unroll
+          for (int t = 0; t < kTokenFragments; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[u][w][t][i] *= global_scales[u] * (1.0f / kFactor);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void clear_group_sums() {
+#pragma unroll
+    for (int t = 0; t < kTokenFragments; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) token_sums[t][i] = 0.0f;
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u)
+#pragma unroll
+        for (int w = 0; w < kSubTiles; ++w)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) group_sums[u][w][t][i] = 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ static void multiply_into(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                       bool fresh) {
+    if (fresh) {
+      mma_16x8x16_fresh<T>(sums, a, b);
+    } else {
+      mma_16x8x16<T>(sums, a, b);
+    }
+  }
+
+  // sums += (group_sums - zero * token_sums) * scale.
+  template <int kActive>
+  __device__ __forceinline__ void close_group(uint32_t stage, int scale_row) {
+    const int column = lane / 4;  // this lane's columns are column + 8 j, j = 0..7
+#pragma unroll
+    for (int u = 0; u < Tile::kUnits; ++u) {
+      const int row = scale_row * Tile::kUnits + u;
+      Scales scales;
+      scales.load(stage + Storage::kScalesAt + row * Storage::kUnitScaleBytes + column * 8 * Scales::kBytes);
+      Zeros zeros;
+      zeros.load(stage + Storage::kZerosAt + row * Zeros::kUnitBytes, column);
+#pragma unroll
+      for (int w = 0; w < kSubTiles; ++w) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {  // columns g and g + 8 of the sub-tile
+          const float scale = scales[2 * w + b];
+          const float zero = Codes::kFactor * zeros[2 * w + b];
+#pragma unroll
+          for (int t = 0; t < kActive; ++t) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {  // tokens 2t and 2t + 1
+              float codes = group_sums[u][w][t][2 * b + i];
+              if constexpr (Shape::kTokenSums) codes -= zero * token_sums[t][i];
+              sums[u][w][t][2 * b + i] += codes * scale;
+            }
+          }
+        }
+      }
+    }
+  }
+
+  template <int kActive>
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t tokens, bool closes_group, bool shortened) {
+    constexpr int kExponents[2] = {Codes::token_exponent(0), Codes::token_exponent(1)};  // of the halves of K
+    constexpr uint32_t kOnes[2] = {paired_power<T>(-kExponents[0]), paired_power<T>(-kExponents[1])};
+    const uint32_t ones[4] = {kOnes[0], kOnes[0], kOnes[1], kOnes[1]};  // that make up for them
+#pragma unroll
+    for (int step = 0; step < KBlocks::kSteps; ++step) {
+      if (step == Shape::kLastSteps && shortened) {
+        if constexpr (KBlocks::kHoldGroups && Shape::kLastSteps % KBlocks::kStepsPerScale != 0) {
+          close_group<kActive>(stage, Shape::kLastSteps / KBlocks::kStepsPerScale);  // a shorter one
+        }
+        break;
+      }
+      const bool opens_group = KBlocks::kHoldGroups && step % KBlocks::kStepsPerScale == 0;
+      // Load: the tokens' fragments.
+      uint32_t b[kActive][2];
+#pragma unroll
+      for (int t = 0; t < kActive; ++t) {
+        load_matrices_x2(b[t], tokens + token_offsets[step] + t * 8 * Tile::kBlockK * 2);
+        if constexpr (kExponents[0] != 0) {
+          b[t][0] = multiply_pairs<T>(b[t][0], paired_power<T>(kExponents[0]));
+          b[t][1] = multiply_pairs<T>(b[t][1], paired_power<T>(kExponents[1]));
+        }
+        if constexpr (Shape::kTokenSums) multiply_into(token_sums[t], ones, b[t], opens_group);
+      }
+#pragma unroll
+      for (int u = 0; u < Tile::kUnits; ++u) {
+        // Load: the words of a unit.
+        uint32_t words[kSubTiles * Packed::kSubTileWords];
+#pragma unroll
+        for (int half = 0; half < Packed::kSubTileWords; ++half) {
+          const uint4 four = load_shared16(stage + step * Storage::kStepBytes + u * Packed::kBytes +
+                                           Storage::packed_piece(lane * Packed::kSubTileWords + half));
+          words[4 * half] = four.x, words[4 * half + 1] = four.y;
+          words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
+        }
+#pragma unroll
+        for (int w = 0; w < kSubTiles; ++w) {
+          // Dequantise.
+          uint32_t a[4];
+          Codes::fragment(words + w * Packed::kSubTileWords, a);
+          // Multiply.
+#pragma unroll
+          for (int t = 0; t < kActive; ++t) multiply_into(group_sums[u][w][t], a, b[t], opens_group);
+        }
+      }
+      // Scale, where groups close inside the k-block.
+      if constexpr (KBlocks::kHoldGroups) {
+        if (step % KBlocks::kStepsPerScale == KBlocks::kStepsPerScale - 1) {
+          close_group<kActive>(stage, step / KBlocks::kStepsPerScale);
+        }
+      }
+    }
+    // Scale, where a group closes with the k-block.
+    if constexpr (!KBlocks::kHoldGroups) {
+      if (closes_group) {
+        close_group<kActive>(stage, 0);
+        clear_group_sums();
+      }
+    }
+  }
+};
+
+}  // namespace jmm

@@ -1,0 +1,117 @@
+// The mma.sync kernel's tile, and all that is known at compile time about a product that is cut into such tiles.
+#pragma once
+
+#include "gemm/problem.cuh"
+#include "weights/fragments_raw.cuh"
+
+namespace jmm {
+
+// How the work is cut. A CTA computes work tiles of kTokens x (kWarpsN * kUnits * 64 columns), kWarpsK warps sharing K.
+// Where a product has fewer work tiles than the card has multiprocessors, a cluster of CTAs shares the K of a tile.
+// Facts: MmaTile of jax_marlin_moe/cuda/kernels/mma.py.
+template <class Facts>
+struct MmaTile {
+  static constexpr int kTokens = Facts::kTokens;        // rows of a token tile, a multiple of 8
+  static constexpr int kUnits = Facts::kUnits;          // 64-column units of a warp
+  static constexpr int kWarpsN = Facts::kWarpsN;        // warps side by side along the columns
+  static constexpr int kWarpsK = Facts::kWarpsK;        // warps that share K
+  static constexpr int kBlockK = Facts::kBlockK;        // rows of K in one stage of the ring
+  static constexpr int kStages = Facts::kStages;        // stages of the ring
+  static constexpr int kCtasPerSm = Facts::kCtasPerSm;  // resident CTAs that the register budget allows for
+  static constexpr int kCluster = Facts::kCluster;      // CTAs that share K, neighbours in the grid
+  static constexpr int kWarps = kWarpsN * kWarpsK;
+  static constexpr int kThreads = 32 * kWarps;
+  static_assert(kTokens % 8 == 0 && kTokens <= 32, "a lane holds the slot of one row");
+  static_assert(kStages >= 2, "one stage is read while another is filled");
+};
+
+template <class Problem_, class Tile_, class TokenTiles_, class Epilogue_>
+struct MmaShape {
+  using Problem = Problem_;
+  using Tile = Tile_;
+  using TokenTiles = TokenTiles_;
+  using Epilogue = Epilogue_;
+  using T = typename Problem::T;
+  using Code = typename Problem::Code;
+  using Codes = RawFragments<Code, T>;
+  using Scales = ColumnScales<typename Problem::Scale, 8>;
+  using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
+  using Packed = PackedTile<Code>;
+  using KBlocks = jmm::KBlocks<Problem, Tile::kBlockK>;
+  using Columns = ProductColumns<Problem, TokenTiles, Epilogue>;
+  using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
+  using ExpertIndex = typename Problem::ExpertIndex;
+  // Of the elements of x.
+  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * Problem::kRowStride>;
+
+  // Fragments: B has 8 tokens, sums have 16 columns by 8 tokens.
+  static constexpr int kTokenFragments = Tile::kTokens / 8;
+  // Whether codes have a zero point that the sums of x must take out.
+  static constexpr bool kTokenSums = Zeros::kStored || Zeros::kBaked != 0.0f;
+  static constexpr int kStepWords = Problem::kUnits * Packed::kWords;  // of the packed matrix, in 16 rows of K
+
+  // Shares of K are whole k-blocks, as equal as possible. The last k-block of K may be shorter.
+  static constexpr int kShares = Tile::kWarpsK * Tile::kCluster;
+  static constexpr int kLastSteps = KBlocks::kSteps - KBlocks::kMissingRows / kStepRows;  // of the last k-block
+  static constexpr bool kShortens = kLastSteps < KBlocks::kSteps;
+  static_assert(KBlocks::kCount >= kShares, "every warp has a k-block");
+  static_assert(Problem::kGroup % Tile::kBlockK == 0 || Tile::kBlockK % Problem::kGroup == 0,
+                "a k-block is part of one group, or whole groups");
+
+  // A gated tile has as many gate units as up units; its columns are those of the product. Gate and up of a column
+  // belong to one warp where a warp has two units, to the lower and the upper half of the warps where it has one.
+  static constexpr int kHalves = Columns::kHalves;
+  static constexpr bool kPairedInWarp = Epilogue::kGated && Tile::kUnits == 2;
+  static constexpr int kOutputUnits = Tile::kWarpsN * Tile::kUnits / kHalves;
+  static constexpr int kUnitStride = kPairedInWarp ? Columns::kUnits : 1;  // between the units of a warp
+  static constexpr int kColumnTiles = Columns::kUnits / kOutputUnits;
+  static_assert(Tile::kWarpsN * Tile::kUnits % kHalves == 0, "gate and up come in pairs");
+  static_assert(Columns::kCount % (kUnitColumns * kOutputUnits) == 0, "column tiles are whole");
+  static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
+
+  // Sums need no exchange where one warp has all of K, and both of gate and up.
+  static constexpr bool kExchanges = kShares > 1 || (Epilogue::kGated && !kPairedInWarp);
+  static constexpr int kSumFragments = kHalves * kOutputUnits * kSubTiles * kTokenFragments;  // of a work tile
+
+  // The warps that share a part of K copy its tokens together, in pieces of 16 bytes.
+  static constexpr int kCopyLanes = 32 * Tile::kWarpsN;
+  static constexpr int kPieces = Tile::kBlockK / 8;  // of a token's row in a k-block
+  static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + kCopyLanes - 1) / kCopyLanes;
+
+  // Work tiles: CTAs, or clusters of them, take them by turns.
+  static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
+  static constexpr int64_t kMaxCtas = (kWorkTiles > 0 ? kWorkTiles : 1) * Tile::kCluster;
+  __device__ __forceinline__ static int cta_of_cluster() { return blockIdx.x % Tile::kCluster; }
+  __device__ __forceinline__ static int first_work_tile() { return blockIdx.x / Tile::kCluster; }
+  __device__ __forceinline__ static int work_tile_stride() { return gridDim.x / Tile::kCluster; }
+
+  // K-blocks and the first row of a share of K.
+  __device__ __forceinline__ static int k_blocks_of(int share) {
+    if constexpr (KBlocks::kCount % kShares == 0) return KBlocks::kCount / kShares;
+    return (share + 1) * KBlocks::kCount / kShares - share * KBlocks::kCount / kShares;
+  }
+  __device__ __forceinline__ static int first_row(int share) {
+    if constexpr (KBlocks::kCount % kShares == 0) return share * (KBlocks::kCount / kShares * Tile::kBlockK);
+    return share * KBlocks::kCount / kShares * Tile::kBlockK;
+  }
+  // Whether a k-block of a share is the last one of K, of kLastSteps.
+  __device__ __forceinline__ static bool is_short(int share, int k_block) {
+    return kShortens && share == kShares - 1 && k_block == k_blocks_of(share) - 1;
+  }
+
+  // Which of gate and up a warp's unit is, and which of the tile's output units.
+  __device__ __forceinline__ static int half_of(int warp_n, int u) {
+    if constexpr (!Epilogue::kGated) return 0;
+    return kPairedInWarp ? u : warp_n / kOutputUnits;
+  }
+  __device__ __forceinline__ static int output_unit(int warp_n, int u) {
+    if constexpr (!Epilogue::kGated) return warp_n * Tile::kUnits + u;
+    return kPairedInWarp ? warp_n : warp_n % kOutputUnits;
+  }
+  // The first unit of the packed matrix that a warp reads for a work tile.
+  __device__ __forceinline__ static int first_unit(int work_tile, int warp_n) {
+    return half_of(warp_n, 0) * Columns::kUnits + work_tile % kColumnTiles * kOutputUnits + output_unit(warp_n, 0);
+  }
+};
+
+}  // namespace jmm

@@ -1,0 +1,16 @@
+// The hardware barriers of a CTA that the GEMM kernels use, by number. A CTA has 16; __syncthreads takes the first.
+#pragma once
+
+namespace jmm {
+
+enum NamedBarrier : int {
+  kEveryThread = 0,
+  // mma.sync: the warps that share a part of K, one barrier per part, counted from here.
+  kTokensArrived = 1,
+  // wgmma: the producer's threads; the consumers where several share K.
+  kRecordWritten = 1,
+  kPartialsRead = 2,
+  kPartialsWritten = 3,
+};
+
+}  // namespace jmm

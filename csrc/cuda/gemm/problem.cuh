@@ -1,0 +1,76 @@
+// A grouped product: what Python states about it, its operands, and what both GEMM kernels derive.
+#pragma once
+
+#include "offsets.cuh"
+#include "weights/zeros.cuh"
+
+namespace jmm {
+
+// Packed tiles are 16 rows of K by 64 columns (docs/formats.md, "Marlin layout").
+constexpr int kStepRows = 16;                              // of K: the depth of one tensor-core instruction
+constexpr int kUnitColumns = 64;                           // of one packed tile
+constexpr int kSubTileColumns = 16;                        // of a unit: the rows of an A fragment
+constexpr int kSubTiles = kUnitColumns / kSubTileColumns;  // of a unit
+
+// Facts: Problem of jax_marlin_moe/cuda/kernels/problem.py.
+template <class Facts>
+struct Problem {
+  using T = typename Facts::Element;  // of x
+  using Code = typename Facts::Code;
+  using Scale = typename Facts::Scale;                         // type of the scales
+  using Zeros = typename Facts::Zeros;                         // kind of zero points
+  static constexpr bool kGlobalScales = Facts::kGlobalScales;  // float32 factors of each 64 columns
+  static constexpr int kK = Facts::kK, kN = Facts::kN;         // of the packed matrix
+  static constexpr int kExperts = Facts::kExperts;
+  static constexpr int kGroup = Facts::kGroup;              // rows of K that share a scale; the last may be shorter
+  static constexpr int kRowStride = Facts::kRowStride;      // elements from a row of x to the next
+  static constexpr int kSlotsPerRow = Facts::kSlotsPerRow;  // slot s reads row s / kSlotsPerRow of x
+  static constexpr int kUnits = kN / kUnitColumns;
+  static constexpr int kGroups = (kK + kGroup - 1) / kGroup;
+  using ExpertIndex = Index<int64_t(kExperts) * kN>;  // of a column among those of all experts
+  using ScaleElement = typename ColumnScales<Scale, 8>::Element;
+  using ZeroElement = typename ColumnZeros<Zeros, Code, Scale>::Element;
+  static_assert(kK <= kRowStride, "a row of x has all of K");
+};
+
+// The arrays that a product reads.
+template <class Problem>
+struct Operands {
+  const typename Problem::T* __restrict__ x;  // [rows, kRowStride], of which the first K columns count
+  const int32_t* __restrict__ packed;         // [experts, K / 16, N * bits / 2]
+  const unsigned char* __restrict__ scales;   // [experts, groups, N] of ScaleElement, in Marlin order
+  const unsigned char* __restrict__ zeros;    // [experts, groups, N] of ZeroElement, in Marlin order, if stored
+  const float* __restrict__ global_scales;    // [experts, N / 64] if kGlobalScales
+};
+
+// The codes of a packed tile.
+template <class Code>
+struct PackedTile {
+  static constexpr int kSubTileWords = Code::kBits / 4;  // of a lane: eight codes
+  static constexpr int kLaneBytes = kSubTiles * kSubTileWords * 4;
+  static constexpr int kBytes = 32 * kLaneBytes, kWords = kBytes / 4;
+  static_assert(kBytes == kStepRows * kUnitColumns * Code::kBits / 8, "one word is eight 4-bit codes");
+};
+
+// K in k-blocks of kBlockK rows, and what of the groups each of them has.
+template <class Problem, int kBlockK>
+struct KBlocks {
+  static constexpr int kCount = (Problem::kK + kBlockK - 1) / kBlockK;
+  static constexpr int kMissingRows = kCount * kBlockK - Problem::kK;  // of the last one
+  static constexpr int kSteps = kBlockK / kStepRows;
+  static constexpr bool kHoldGroups = Problem::kGroup <= kBlockK;  // whole ones; else a k-block is part of one
+  static constexpr int kScaleRows = kBlockK > Problem::kGroup ? kBlockK / Problem::kGroup : 1;
+  static constexpr int kStepsPerScale = kSteps / kScaleRows;
+};
+
+// The columns of a product: a gated one has those of gate and as many of up, and stores the former.
+template <class Problem, class TokenTiles, class Epilogue>
+struct ProductColumns {
+  static constexpr int kHalves = Epilogue::kGated ? 2 : 1;
+  static constexpr int kCount = Problem::kN / kHalves;
+  static constexpr int kUnits = kCount / kUnitColumns;
+  static_assert(kCount == Epilogue::kColumns, "the epilogue has the product's columns");
+  static_assert(TokenTiles::kExperts == Problem::kExperts, "token tiles are of the matrix's experts");
+};
+
+}  // namespace jmm
