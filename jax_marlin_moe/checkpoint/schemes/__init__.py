@@ -14,7 +14,7 @@ from jax_marlin_moe.checkpoint.schemes.gptq import GptqStorage, from_gptq
 from jax_marlin_moe.checkpoint.schemes.hqq import HqqStorage, from_hqq
 from jax_marlin_moe.checkpoint.schemes.plain import PlainStorage, Target, plain_suffix
 from jax_marlin_moe.checkpoint.schemes.qwix import from_qarray
-from jax_marlin_moe.checkpoint.schemes.storage import Storage
+from jax_marlin_moe.checkpoint.schemes.storage import Scheme, Storage
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
 
 # The public importers, which the package exports as they are listed here.
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # The tensors decide which one it is, so no two of them know the same tensors.
-SCHEMES: tuple[type[Storage], ...] = (
+SCHEMES: tuple[type[Scheme], ...] = (
     AwqStorage,
     GptqStorage,
     PackQuantizedStorage,

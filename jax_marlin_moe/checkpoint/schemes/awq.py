@@ -16,7 +16,7 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization, group_size_from
 from jax_marlin_moe.checkpoint.quantization_keys import OTHER_MODULE, RECORD, RUNTIME, SEARCH, TENSORS_SHOW, Method
 from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, integer_format, pack_stack
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage, check_finite, number_of_groups
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, Storage, check_finite, number_of_groups
 from jax_marlin_moe.checkpoint.schemes.words import zeros_are_baked
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -60,7 +60,7 @@ def decode_awq(qweight: Array, qzeros: Array | None, scales: Array, *, bits: int
 
 
 @dataclasses.dataclass(frozen=True)
-class AwqStorage(Storage):
+class AwqStorage(Scheme):
     """How an AWQ linear is stored.
 
     Attributes:
@@ -82,7 +82,7 @@ class AwqStorage(Storage):
         return "int4" if self.baked else "int4_zp"
 
     @classmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Scheme | None:
         """AutoAWQ's own key names (`w_bit`, `q_group_size`) count as well."""
         by_auto_round = "auto_awq" in (quantization.keys.text("packing_format", None, null=True) or "")
         if linear.name(".qweight") not in files or not (quantization.method == "awq" or by_auto_round):

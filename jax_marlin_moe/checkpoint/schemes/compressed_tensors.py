@@ -17,7 +17,7 @@ from jax_marlin_moe.checkpoint.quantization_keys import CACHE, RECORD, TENSORS_S
 from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, integer_format, pack_stack
 from jax_marlin_moe.checkpoint.schemes.storage import (
     LogicalLinear,
-    Storage,
+    Scheme,
     check_finite,
     check_shape,
     number_of_groups,
@@ -73,7 +73,7 @@ def _writes_no_order(quantization: Quantization) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackQuantizedStorage(Storage):
+class PackQuantizedStorage(Scheme):
     """How a pack-quantized linear is stored.
 
     Attributes:
@@ -105,7 +105,7 @@ class PackQuantizedStorage(Storage):
         return f"int{self.bits}" if self.symmetric else f"int{self.bits}_zp"
 
     @classmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Scheme | None:
         """Known by int32 words."""
         if files.dtype(linear.name(".weight_packed")) != "I32":
             return None

@@ -12,7 +12,7 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import CACHE, RECORD, RUNTIME, TENSORS_SHOW, Method
 from jax_marlin_moe.checkpoint.schemes.stacks import bit_patterns, pack_stack, refuse_block_scales
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage, check_shape
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_shape
 from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
@@ -69,7 +69,7 @@ def is_zero_fp4(weight: np.ndarray, scale: np.ndarray) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Nvfp4Storage(Storage):
+class Nvfp4Storage(Scheme):
     """How an NVFP4 linear is stored.
 
     Attributes:
@@ -88,7 +88,7 @@ class Nvfp4Storage(Storage):
     ignored: ClassVar[tuple[str, ...]] = (".input_scale", ".input_global_scale")
 
     @classmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Scheme | None:
         """Known by bytes with e4m3 block scales."""
         if files.dtype(linear.name(".weight_packed")) == "U8":
             files.file_of(linear.name(".weight_scale"))  # without it nothing tells NVFP4 from MXFP4
@@ -133,7 +133,7 @@ class Nvfp4Storage(Storage):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mxfp4Storage(Storage):
+class Mxfp4Storage(Scheme):
     """How an MXFP4 linear is stored.
 
     Attributes:
@@ -153,7 +153,7 @@ class Mxfp4Storage(Storage):
     ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
 
     @classmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Scheme | None:
         """Known by bytes with e8m0 scales."""
         for weight, scale in (("_blocks", "_scales"), ("_weight.blocks", "_weight.scales")):
             if linear.name(weight) in files:

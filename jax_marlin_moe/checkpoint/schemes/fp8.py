@@ -12,7 +12,7 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import ACTIVATIONS, CACHE, RECORD, RUNTIME, TENSORS_SHOW, Method
 from jax_marlin_moe.checkpoint.schemes.stacks import bit_patterns, pack_stack, refuse_block_scales
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme
 from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
@@ -105,7 +105,7 @@ def bad_float_scales(scale: np.ndarray) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fp8Storage(Storage):
+class Fp8Storage(Scheme):
     """How an FP8 linear is stored.
 
     Attributes:
@@ -123,7 +123,7 @@ class Fp8Storage(Storage):
     ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
 
     @classmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Scheme | None:
         """Known by e4m3 codes; the shape of the scales tells the rest."""
         name = linear.name(".weight")
         if files.dtype(name) != "F8_E4M3":

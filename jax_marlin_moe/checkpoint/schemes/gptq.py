@@ -23,7 +23,7 @@ from jax_marlin_moe.checkpoint.quantization_keys import (
     Method,
 )
 from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, integer_format, pack_stack
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage, check_finite, number_of_groups
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, Storage, check_finite, number_of_groups
 from jax_marlin_moe.checkpoint.schemes.values import row_order
 from jax_marlin_moe.checkpoint.schemes.words import unpack_along_k, unpack_along_n, zeros_are_baked
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
@@ -99,7 +99,7 @@ def check_gptq_zeros(qzeros: np.ndarray, bits: int, less_one: bool) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class GptqStorage(Storage):
+class GptqStorage(Scheme):
     """How a GPTQ linear is stored.
 
     Attributes:
@@ -127,7 +127,7 @@ class GptqStorage(Storage):
         return f"int{self.bits}" if self.baked else f"int{self.bits}_zp"
 
     @classmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Scheme | None:
         """`dynamic` rules override width and group size module by module."""
         packing = quantization.keys.text("packing_format", "auto_round:auto_gptq", null=True)
         by_auto_round = quantization.method == "auto-round" and "auto_awq" not in packing

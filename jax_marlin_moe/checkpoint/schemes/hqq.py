@@ -13,7 +13,7 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import TENSORS_SHOW, Method
 from jax_marlin_moe.checkpoint.schemes.stacks import pack_stack
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage, check_finite, number_of_groups
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_finite, number_of_groups
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.packing import check_group_size, check_stack
@@ -38,7 +38,7 @@ def decode_hqq(w_q: Array, scale: Array, zero: Array, *, bits: int, k: int, n: i
 
 
 @dataclasses.dataclass(frozen=True)
-class HqqStorage(Storage):
+class HqqStorage(Scheme):
     """How an HQQ linear (k, n) is stored: `bits` 4 or 8, `group_size` rows of K under one scale, None for K."""
 
     bits: int
@@ -63,7 +63,7 @@ class HqqStorage(Storage):
         return f"int{self.bits}_fzp"
 
     @classmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Scheme | None:
         """The scalars beside the weight count before the config."""
         if linear.name(".W_q") not in files:
             return None

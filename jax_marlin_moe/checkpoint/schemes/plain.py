@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import Linear
-from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import E4M3, FLOAT_SCALES, get_format
@@ -43,11 +42,6 @@ class PlainStorage(Storage):
     scale_dtype: str
     known_as: ClassVar[str] = "plain weights with quantize="
     stacked: ClassVar[tuple[str, ...]] = ("", ".weight", "_weight")
-
-    @classmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> Storage | None:
-        """Plain weights need a target; `to` makes the storage."""
-        return None
 
     @classmethod
     def to(cls, target: Target, files: TensorFolder, linear: Linear, k: int) -> Storage:

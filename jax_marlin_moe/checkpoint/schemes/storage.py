@@ -32,33 +32,17 @@ class Storage(abc.ABC):
     """How one linear is stored. Hashable: linears with equal storages share a compiled decoder.
 
     Attributes:
-        methods: the values of `quant_method` that are this scheme's, each with its keys.
         known_as: what it is called where an error lists what the loader knows.
-        marks: suffixes of tensors that tell that a linear may be stored so.
         stacked: suffixes of the first tensor, where one holds all experts.
-        broken: suffixes of tensors, behind the module of all experts, that a writer is known to have written wrongly;
-            each with what is said of it.
         weight_format: name of the format that decoding gives.
         ignored: suffixes of tensors that do not matter to weight-only results: scales of activations, which the tools
             round and we do not.
     """
 
-    methods: ClassVar[tuple[Method, ...]] = ()
     known_as: ClassVar[str]
-    marks: ClassVar[tuple[str, ...]] = ()
     stacked: ClassVar[tuple[str, ...]] = ()
-    broken: ClassVar[Mapping[str, str]] = MappingProxyType({})
     weight_format: str
     ignored: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    @abc.abstractmethod
-    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> "Storage | None":
-        """The storage of a linear (k, n), from the tensors that exist; None where it is of another scheme.
-
-        Raises:
-            ValueError: it is of this scheme, in a variant that is not supported.
-        """
 
     @abc.abstractmethod
     def rows_per_group(self, k: int) -> int:
@@ -79,6 +63,30 @@ class Storage(abc.ABC):
     @abc.abstractmethod
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """The logical linear, rows in `order`; traced by JAX."""
+
+
+class Scheme(Storage):
+    """A storage that is recognised by its tensors.
+
+    Attributes:
+        methods: the values of `quant_method` that are this scheme's, each with its keys.
+        marks: suffixes of tensors that tell that a linear may be stored so.
+        broken: suffixes of tensors, behind the module of all experts, that a writer is known to have written wrongly;
+            each with what is said of it.
+    """
+
+    methods: ClassVar[tuple[Method, ...]] = ()
+    marks: ClassVar[tuple[str, ...]] = ()
+    broken: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    @classmethod
+    @abc.abstractmethod
+    def find(cls, files: TensorFolder, linear: Linear, k: int, n: int, quantization: Quantization) -> "Scheme | None":
+        """The storage of a linear (k, n), from the tensors that exist; None where it is of another scheme.
+
+        Raises:
+            ValueError: it is of this scheme, in a variant that is not supported.
+        """
 
 
 def check_finite(files: TensorFolder, name: str, values: np.ndarray) -> None:
