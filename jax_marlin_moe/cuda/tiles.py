@@ -280,6 +280,7 @@ class BlockScheme:
         return alike and self.gate_up.fits(first, capability) and self.down.fits(second, capability)
 
 
+@functools.cache
 def shared_memory(capability: int) -> tuple[int, int]:
     """Bytes of shared memory (of a multiprocessor, of a block)."""
     known = max((c for c in _SHARED_BYTES if c <= capability), default=75)
@@ -336,10 +337,16 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile | Wg
         # Two sets of sums, and what the main loop holds; as NVRTC 13 allots them for sm_90a.
         registers = min(255, 80 + 5 * units * tokens // 2)
         resident = min(12, 65536 // (registers * 32 * warps))
-        for stages, ctas_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), clusters):
+        # Whether a tile fits, and how evenly it shares K, mostly depends on what is known by now.
+        fitting = []
+        for cluster in clusters:
+            smallest = Tile(tokens, units, warps_n, warps_k, block_k, 2, 1, cluster)
+            uneven = smallest.longest_share(shape) * smallest.shares_k * block_k / shape.k
+            if uneven <= _MOST_UNEVEN and smallest.fits(shape, capability):
+                fitting.append(cluster)
+        for stages, ctas_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), fitting):
             tile = Tile(tokens, units, warps_n, warps_k, block_k, stages, ctas_per_sm, cluster)
-            uneven = tile.longest_share(shape) * tile.shares_k * tile.block_k / shape.k
-            if uneven <= _MOST_UNEVEN and tile.fits(shape, capability):
+            if fits_shared_memory(tile.shared_bytes(shape), ctas_per_sm, capability):
                 found.append(tile)
     return found
 
