@@ -4,16 +4,19 @@
 """
 
 import os
-import shutil
 import subprocess
 
 import pytest
 from native import cpu_handlers_fuzz
 
 CALLS = 3000
+SANITIZERS = "address,undefined"
 SCALES_CHECK = '  contract.HasExtents(operands.scales, prefix + "scales", {experts, groups, n});\n'
 
-pytestmark = pytest.mark.skipif(cpu_handlers_fuzz.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(cpu_handlers_fuzz.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.xdist_group("cpu handlers"),  # one worker compiles for all of them
+]
 
 
 def run(program, calls=CALLS):
@@ -23,17 +26,25 @@ def run(program, calls=CALLS):
     )
 
 
-def test_handlers_have_no_memory_errors_and_no_undefined_behaviour(tmp_path):
-    result = run(cpu_handlers_fuzz.build("address,undefined", tmp_path, only_portable=True))
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """Compiled once for both tests: the second one replaces the object that it changes."""
+    folder = tmp_path_factory.mktemp("objects")
+    return cpu_handlers_fuzz.compile_objects(
+        SANITIZERS, folder, cpu_handlers_fuzz.sources(only_portable=True), only_portable=True
+    )
+
+
+def test_handlers_have_no_memory_errors_and_no_undefined_behaviour(objects, tmp_path):
+    result = run(cpu_handlers_fuzz.link(SANITIZERS, tmp_path / "fuzz", objects.values()))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_missing_check_of_a_shape_is_seen(tmp_path):
-    csrc = tmp_path / "csrc"
-    shutil.copytree(cpu_handlers_fuzz.CSRC, csrc)
-    operands = csrc / "ffi" / "matrix_operands.cc"
-    text = operands.read_text()
+def test_a_missing_check_of_a_shape_is_seen(objects, tmp_path):
+    text = (cpu_handlers_fuzz.CSRC / "ffi" / "matrix_operands.cc").read_text()
     assert text.count(SCALES_CHECK) == 1
-    operands.write_text(text.replace(SCALES_CHECK, ""))
-    result = run(cpu_handlers_fuzz.build("address", tmp_path / "build", csrc=csrc, only_portable=True), 30 * CALLS)
+    unchecked = tmp_path / "matrix_operands.cc"
+    unchecked.write_text(text.replace(SCALES_CHECK, ""))
+    replaced = cpu_handlers_fuzz.compile_objects(SANITIZERS, tmp_path / "build", [unchecked], only_portable=True)
+    result = run(cpu_handlers_fuzz.link(SANITIZERS, tmp_path / "fuzz", (objects | replaced).values()), 30 * CALLS)
     assert "ABORTING" in result.stderr, result.stdout

@@ -651,11 +651,12 @@ def test_readers_never_see_half_a_file(monkeypatch, tmp_path):
     """Four processes store different files of a megabyte under one name while this one reads it."""
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path))
     script = (
-        "import sys\n"
-        "from jax_marlin_moe.cuda import cache\n"
-        "for _ in range(100): cache.store('key', bytes([int(sys.argv[1])]) * 2**20)\n"
+        "import runpy, sys\n"
+        "store = runpy.run_path(sys.argv[2])['store']\n"  # without the package, whose imports take longer
+        "for _ in range(100): store('key', bytes([int(sys.argv[1])]) * 2**20)\n"
     )
-    writers = [subprocess.Popen([sys.executable, "-c", script, str(i)], cwd=tmp_path) for i in range(4)]
+    command = [sys.executable, "-c", script]
+    writers = [subprocess.Popen([*command, str(i), cache.__file__], cwd=tmp_path) for i in range(4)]
     seen = set()
     while any(writer.poll() is None for writer in writers):
         cubin = cache.load("key")

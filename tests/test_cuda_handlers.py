@@ -15,7 +15,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 NATIVE = ROOT / "tests" / "native"
 CXX, CC = (os.environ.get(name) or shutil.which(default) for name, default in (("CXX", "g++"), ("CC", "gcc")))
 
-pytestmark = pytest.mark.skipif(CXX is None or CC is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(CXX is None or CC is None, reason="there is no C++ compiler"),
+    pytest.mark.xdist_group("cuda handlers"),  # one worker compiles for all of them
+]
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
@@ -40,7 +43,7 @@ def built(tmp_path_factory):
     headers = ["-I", ROOT / "csrc", "-isystem", jax.ffi.include_dir()]
     libraries = ["-ldl", "-pthread"]
     harness = folder / "cuda_program_fuzz"
-    run(CXX, "-std=c++17", "-O1", "-g1", "-Wall", *sanitizers, *headers, *sources, *libraries, "-o", harness)
+    run(CXX, "-std=c++17", "-Og", "-g1", "-Wall", *sanitizers, *headers, *sources, *libraries, "-o", harness)
     return folder
 
 
