@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.plan import MOST_GROUPED_SLOTS, gemm_shape
-from jax_marlin_moe.cuda.tiles import BlockScheme, WgmmaTile, predicted_microseconds
+from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import MODELS
 from jax_marlin_moe.measure.propose import propose
 from jax_marlin_moe.measure.samples import (
@@ -74,7 +75,7 @@ def test_proposals_come_best_predicted_first_and_no_more_of_them_than_asked_for(
     for group in proposed(1, tiles_per_product=40):  # one slot for each of eight token tiles
         for shape, product in ((first, "gate_up"), (second, "down")):
             tiles = list(dict.fromkeys(getattr(scheme, product) for scheme in group))
-            predicted = [predicted_microseconds(shape, tile, QWEN.top_k, rows=1.0) for tile in tiles]
+            predicted = [tile.predicted_microseconds(shape, QWEN.top_k, 1.0, 90) for tile in tiles]
             assert predicted == sorted(predicted)
 
 

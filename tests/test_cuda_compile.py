@@ -16,7 +16,9 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import cache, compiler, plan
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
+from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import DECODE_TOKENS, MODELS, PREFILL_TOKENS
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
@@ -224,7 +226,7 @@ def planned_block(tokens, scheme=None):
 )
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_a_scheme_says_who_finds_the_slots_and_what_overlaps(routing, tokens, found, kernels, overlaps):
-    tile = Tile(8, 2, 2, 1, 64, 2, 2)
+    tile = MmaTile(8, 2, 2, 1, 64, 2, 2)
     planned = planned_block(tokens, BlockScheme(routing, tile, tile, overlaps=overlaps))
     assert found in planned.source
     assert len(planned.kernels) == kernels
@@ -239,8 +241,8 @@ def test_few_slots_need_no_alignment_kernel(tokens, aligns):
 @pytest.mark.parametrize(
     "scheme",
     [
-        BlockScheme("aligned", Tile(8, 2, 1, 1, 64, 2, 2), Tile(16, 2, 1, 1, 64, 2, 2)),
-        BlockScheme("aligned", Tile(8, 2, 3, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)),
+        BlockScheme("aligned", MmaTile(8, 2, 1, 1, 64, 2, 2), MmaTile(16, 2, 1, 1, 64, 2, 2)),
+        BlockScheme("aligned", MmaTile(8, 2, 3, 1, 64, 2, 2), MmaTile(8, 2, 1, 1, 64, 2, 2)),
         BlockScheme("aligned", WgmmaTile(8, 2, 1, 2, 64, 3, 1, False), WgmmaTile(8, 2, 1, 2, 64, 4, 1, False)),
     ],
     ids=["blocks of 8 and of 16 rows", "half a tile of columns", "a stage of two warpgroups"],

@@ -10,12 +10,14 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import compiler, plan
 from jax_marlin_moe.cuda.facts import Pointer
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.program import render, render_facts
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.cuda.scheme import BlockScheme
 
 pytestmark = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
-MMA = (Tile(16, 2, 1, 2, 64, 3, 2), Tile(16, 2, 4, 1, 32, 3, 2))
+MMA = (MmaTile(16, 2, 1, 2, 64, 3, 2), MmaTile(16, 2, 4, 1, 32, 3, 2))
 WGMMA = (WgmmaTile(16, 2, 1, 2, 64, 4, 1, False), WgmmaTile(16, 1, 2, 1, 64, 4, 1, False))
 
 

@@ -13,7 +13,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe import activations, formats
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import compiler, plan
-from jax_marlin_moe.cuda.tiles import GemmShape
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.formats import E2M1, E4M3_SCALES, E8M0_SCALES, FLOAT_SCALES, INT4, INT8, WeightFormat
 
 CODES4, CODES8 = np.arange(16.0), np.arange(256.0)

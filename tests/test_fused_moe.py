@@ -12,7 +12,9 @@ from oracle import Experts, assert_block_close, expert_block, random_experts, ra
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
+from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import MODELS
 
 
@@ -410,9 +412,9 @@ def assert_tiles_agree(case, tiles, *, routing="grouped"):
 @pytest.mark.parametrize(
     "tiles",
     [
-        (Tile(8, 2, 3, 2, 64, 2, 2), Tile(8, 1, 3, 1, 64, 3, 4)),
-        (Tile(16, 2, 3, 1, 32, 3, 2), Tile(16, 1, 5, 1, 64, 2, 2)),
-        (Tile(8, 1, 2, 3, 64, 2, 2), Tile(8, 1, 5, 1, 32, 3, 2)),
+        (MmaTile(8, 2, 3, 2, 64, 2, 2), MmaTile(8, 1, 3, 1, 64, 3, 4)),
+        (MmaTile(16, 2, 3, 1, 32, 3, 2), MmaTile(16, 1, 5, 1, 64, 2, 2)),
+        (MmaTile(8, 1, 2, 3, 64, 2, 2), MmaTile(8, 1, 5, 1, 32, 3, 2)),
     ],
     ids=["3 and 3", "3 and 5", "2 and 5"],
 )
@@ -426,9 +428,9 @@ def test_tiles_of_odd_width(tiles):
 @pytest.mark.parametrize(
     "tiles",
     [
-        (Tile(8, 2, 1, 3, 128, 2, 1), Tile(8, 1, 1, 2, 128, 2, 2)),
-        (Tile(16, 1, 2, 2, 64, 3, 2), Tile(16, 1, 3, 1, 256, 2, 1)),
-        (Tile(8, 1, 2, 4, 128, 2, 1), Tile(8, 1, 5, 2, 64, 3, 1)),
+        (MmaTile(8, 2, 1, 3, 128, 2, 1), MmaTile(8, 1, 1, 2, 128, 2, 2)),
+        (MmaTile(16, 1, 2, 2, 64, 3, 2), MmaTile(16, 1, 3, 1, 256, 2, 1)),
+        (MmaTile(8, 1, 2, 4, 128, 2, 1), MmaTile(8, 1, 5, 2, 64, 3, 1)),
     ],
     ids=["3 and 2", "2 and 1", "4 and 2"],
 )
@@ -441,7 +443,7 @@ def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "tile",
-    [Tile(8, 2, 1, 1, 64, 2, 2), Tile(24, 2, 2, 1, 64, 2, 1), WgmmaTile(16, 2, 2, 1, 64, 4, 1, False)],
+    [MmaTile(8, 2, 1, 1, 64, 2, 2), MmaTile(24, 2, 2, 1, 64, 2, 1), WgmmaTile(16, 2, 2, 1, 64, 4, 1, False)],
     ids=["8 rows", "24 rows", "wgmma"],
 )
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 43, 64])
@@ -465,9 +467,9 @@ def test_grouped_slots_give_the_bits_of_aligned_ones(routing, tokens, tile):
 @pytest.mark.parametrize(
     "tiles",
     [
-        (Tile(8, 2, 1, 2, 64, 2, 2, 2), Tile(8, 1, 2, 1, 64, 3, 4, 2)),
-        (Tile(8, 1, 2, 1, 32, 3, 3, 4), Tile(8, 2, 1, 3, 64, 2, 1, 2)),
-        (Tile(8, 2, 2, 1, 64, 3, 1, 4), Tile(8, 1, 1, 1, 32, 4, 2, 4)),
+        (MmaTile(8, 2, 1, 2, 64, 2, 2, 2), MmaTile(8, 1, 2, 1, 64, 3, 4, 2)),
+        (MmaTile(8, 1, 2, 1, 32, 3, 3, 4), MmaTile(8, 2, 1, 3, 64, 2, 1, 2)),
+        (MmaTile(8, 2, 2, 1, 64, 3, 1, 4), MmaTile(8, 1, 1, 1, 32, 4, 2, 4)),
     ],
     ids=["2 and 2", "4 and 2", "4 and 4"],
 )

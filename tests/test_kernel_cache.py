@@ -8,7 +8,9 @@ import warnings
 import pytest
 
 from jax_marlin_moe.cuda import cache, compiler, tables
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
+from jax_marlin_moe.cuda.scheme import BlockScheme
 
 CODE = b"\x7fELF" + bytes(range(256)) * 40
 
@@ -223,7 +225,7 @@ def test_entries_of_a_shared_folder_can_be_read_by_its_readers(folder, compilati
 KEY = tables.BlockKey(8, 2, 256, 128, 128, ("int4", "int4"))
 ROW = {"routing": "direct", "gate_up": ["mma", 8, 2, 1, 1, 64, 2, 2, 1], "down": ["mma", 8, 1, 1, 1, 64, 2, 2, 1]}
 ROW["overlaps"] = False
-SCHEME = BlockScheme("direct", Tile(8, 2, 1, 1, 64, 2, 2), Tile(8, 1, 1, 1, 64, 2, 2), overlaps=False)
+SCHEME = BlockScheme("direct", MmaTile(8, 2, 1, 1, 64, 2, 2), MmaTile(8, 1, 1, 1, 64, 2, 2), overlaps=False)
 
 
 def with_tile(*fields):
@@ -316,7 +318,7 @@ def test_rows_of_version_1_are_read(table):
     old = {"routing": "aligned", "gate_up": [16, 2, 2, 1, 64, 4, 1, False], "down": [16, 1, 2, 1, 64, 2, 2]}
     write(table, {str(KEY): {"4": old | {"overlaps": True}}})
     assert tables.lookup(KEY, 4, "sm_90a") == BlockScheme(
-        "aligned", WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), Tile(16, 1, 2, 1, 64, 2, 2)
+        "aligned", WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), MmaTile(16, 1, 2, 1, 64, 2, 2)
     )
 
 

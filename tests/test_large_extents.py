@@ -16,13 +16,15 @@ import pytest
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import cache, compiler, plan
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.program import render_facts
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.cuda.scheme import BlockScheme
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 ROOT = pathlib.Path(__file__).parents[1]
-MMA = BlockScheme("aligned", Tile(8, 2, 1, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2))
+MMA = BlockScheme("aligned", MmaTile(8, 2, 1, 1, 64, 2, 2), MmaTile(8, 2, 1, 1, 64, 2, 2))
 WGMMA = BlockScheme("aligned", WgmmaTile(8, 2, 1, 1, 64, 4, 1, False), WgmmaTile(8, 2, 1, 1, 64, 4, 1, False))
 
 

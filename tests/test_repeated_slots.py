@@ -8,7 +8,9 @@ from oracle import assert_product_close, grouped_product, random_experts, random
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import compiler, plan
-from jax_marlin_moe.cuda.tiles import Tile, WgmmaTile, candidates
+from jax_marlin_moe.cuda.choose import candidates
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
@@ -42,7 +44,7 @@ def first_tile_of(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [Tile, WgmmaTile])
+@pytest.mark.parametrize("kind", [MmaTile, WgmmaTile])
 @pytest.mark.parametrize("block_size", [8, 16, 32, 48, 64])
 @pytest.mark.parametrize(("tokens", "weighted"), [(3, True), (40, False), (700, True)])
 def test_the_first_row_of_a_slot_counts_on_the_card(monkeypatch, tokens, weighted, block_size, kind):
@@ -95,7 +97,7 @@ def test_a_weight_of_nan_in_a_dropped_slot_is_of_no_account_on_the_card(tokens):
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("sm_75", Tile), ("sm_80", Tile), ("sm_90a", Tile), ("sm_90a", WgmmaTile)],
+    [("sm_75", MmaTile), ("sm_80", MmaTile), ("sm_90a", MmaTile), ("sm_90a", WgmmaTile)],
 )
 @pytest.mark.parametrize("tokens", [5, 900])
 def test_a_product_finds_first_rows_and_stores_no_others(monkeypatch, architecture, kind, tokens):

@@ -14,8 +14,11 @@ from oracle import assert_block_accepted, assert_block_close, expert_block, rand
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import compiler, plan, tables, tiles
-from jax_marlin_moe.cuda.tiles import BlockScheme, GemmShape, Tile, WgmmaTile
+from jax_marlin_moe.cuda import choose, compiler, plan, tables
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
+from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import MODELS
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
@@ -167,8 +170,8 @@ def test_the_cost_model_takes_wgmma_for_many_rows(name, dtype):
     model = MODELS[name]
     first = shape_of(model.hidden, 2 * model.intermediate, gated=True, dtype=dtype)
     second = shape_of(model.intermediate, model.hidden, dtype=dtype)
-    for capability, kind in ((90, WgmmaTile), (80, Tile)):
-        scheme = plan._predicted_scheme(first, second, 4096 * model.top_k, model.top_k, model.num_experts, capability)
+    for capability, kind in ((90, WgmmaTile), (80, MmaTile)):
+        scheme = choose.predicted_scheme(first, second, 4096 * model.top_k, model.top_k, model.num_experts, capability)
         for tile, shape in ((scheme.gate_up, first), (scheme.down, second)):
             assert isinstance(tile, kind)
             assert tile.fits(shape, capability)
@@ -182,19 +185,19 @@ def test_the_cost_model_leaves_blocks_of_eight_rows_to_mma(code):
         for k, n, gated in ((2048, 1536, True), (768, 2048, False))
     )
     for tokens in (1, 2, 4, 8):
-        scheme = plan._predicted_scheme(first, second, tokens * 8, 8, 128, 90)
-        assert isinstance(scheme.gate_up, Tile)
-        assert isinstance(scheme.down, Tile)
+        scheme = choose.predicted_scheme(first, second, tokens * 8, 8, 128, 90)
+        assert isinstance(scheme.gate_up, MmaTile)
+        assert isinstance(scheme.down, MmaTile)
 
 
 def test_the_cost_model_overlaps_the_products_of_short_blocks():
     first, second = shape_of(2048, 1536, gated=True), shape_of(768, 2048)
     for slots, overlaps in ((8, True), (128, True), (65536, False)):
-        scheme = plan._predicted_scheme(first, second, slots, 8, 8, 90)
+        scheme = choose.predicted_scheme(first, second, slots, 8, 8, 90)
         assert scheme.overlaps == overlaps
-    small = Tile(8, 1, 1, 1, 32, 2, 12)
-    assert not plan._overlaps(second, small, 100.0, 90)  # more of them than planned find room
-    assert plan._overlaps(second, dataclasses.replace(small, ctas_per_sm=8), 100.0, 90)
+    small = MmaTile(8, 1, 1, 1, 32, 2, 12)
+    assert not choose.overlaps(second, small, 100.0, 90)  # more of them than planned find room
+    assert choose.overlaps(second, dataclasses.replace(small, ctas_per_sm=8), 100.0, 90)
 
 
 def test_blocks_expected_under_uniform_routing():
@@ -202,7 +205,7 @@ def test_blocks_expected_under_uniform_routing():
     rows = rng.multinomial(4096, np.full(32, 1 / 32), size=200)
     for tokens in (8, 48, 128, 144):
         mean = np.mean(np.sum(-(-rows // tokens), axis=1))
-        assert tiles.expected_blocks(4096, 32, 32, tokens) == pytest.approx(mean, rel=0.03)
+        assert choose.expected_blocks(4096, 32, 32, tokens) == pytest.approx(mean, rel=0.03)
 
 
 def test_measured_schemes_fit():
@@ -235,7 +238,7 @@ def test_measured_schemes_fit():
 def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):
     path = tmp_path / "tuned-sm_90a.json"
     key = tables.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
-    tiles = WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), Tile(16, 1, 2, 1, 64, 2, 2)
+    tiles = WgmmaTile(16, 2, 2, 1, 64, 4, 1, False), MmaTile(16, 1, 2, 1, 64, 2, 2)
     mixed = BlockScheme("aligned", *tiles, overlaps=False)
     tables.record(key, 16, "sm_90a", mixed, path)
     monkeypatch.setattr(tables, "user_path", lambda architecture: path)
@@ -250,7 +253,9 @@ def test_schemes_of_an_older_version_are_passed_over(tmp_path, monkeypatch):
     path.write_text(json.dumps({str(key): {"16": {"direct": False, "gate_up": [8, 2, 1], "down": [8, 2, 1]}}}))
     monkeypatch.setattr(tables, "user_path", lambda architecture: path)
     assert tables.lookup(key, 16, "sm_90a") is None
-    tables.record(key, 8, "sm_90a", BlockScheme("direct", Tile(8, 2, 1, 1, 64, 2, 2), Tile(8, 2, 1, 1, 64, 2, 2)), path)
+    tables.record(
+        key, 8, "sm_90a", BlockScheme("direct", MmaTile(8, 2, 1, 1, 64, 2, 2), MmaTile(8, 2, 1, 1, 64, 2, 2)), path
+    )
     assert list(json.loads(path.read_text())[str(key)]) == ["8", "16"]
 
 

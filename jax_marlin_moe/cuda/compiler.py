@@ -20,12 +20,9 @@ from collections.abc import Callable
 import jax
 
 from jax_marlin_moe.cuda import cache
-from jax_marlin_moe.cuda.tiles import CAPABILITIES
+from jax_marlin_moe.cuda.architectures import ARCHITECTURES
 
 ARCHITECTURE_VARIABLE = "JAX_MARLIN_MOE_CUDA_ARCH"
-
-# Compute capability to the target that uses all of it.
-_TARGETS = {"9.0": "sm_90a", "10.0": "sm_100a", "10.3": "sm_103a", "12.0": "sm_120a", "12.1": "sm_121a"}
 
 _ARCHITECTURE = re.compile(r"(?:sm|compute)_([0-9]{2,3})[af]?")
 
@@ -79,13 +76,13 @@ def target_architecture() -> str:
             "for, such as sm_90a"
         ) from None
     capability = str(device.compute_capability)
-    target = _TARGETS.get(capability, "sm_" + capability.replace(".", ""))
-    if compute_capability(target) not in CAPABILITIES:
+    row = ARCHITECTURES.get(int(capability.replace(".", "")))
+    if row is None:
         raise ValueError(
             f"the CUDA device has compute capability {capability}; it must be one of {_known_architectures()}. For a "
             f"later card set {ARCHITECTURE_VARIABLE} to one of them with compute_ in place of sm_"
         )
-    return target
+    return row.target
 
 
 def checked_architecture(origin: str, name: str) -> str:
@@ -100,7 +97,7 @@ def checked_architecture(origin: str, name: str) -> str:
     """
     if _ARCHITECTURE.fullmatch(name) is None:
         raise ValueError(f"{origin} is {name!r}; it must look like sm_90a, or compute_80 for PTX")
-    if compute_capability(name) not in CAPABILITIES:
+    if compute_capability(name) not in ARCHITECTURES:
         raise ValueError(
             f"{origin} is {name!r}; it must be one of {_known_architectures()}, or compute_ in place of sm_ for PTX"
         )
@@ -108,7 +105,7 @@ def checked_architecture(origin: str, name: str) -> str:
 
 
 def _known_architectures() -> str:
-    return ", ".join(f"sm_{capability}" for capability in CAPABILITIES)
+    return ", ".join(f"sm_{capability}" for capability in ARCHITECTURES)
 
 
 def compute_capability(architecture: str) -> int:

@@ -4,7 +4,6 @@ Pointers are the kernels' only run-time parameters: every extent is a compile-ti
 spelled here.
 """
 
-import contextlib
 import dataclasses
 
 import jax
@@ -14,22 +13,13 @@ import numpy as np
 from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tables
+from jax_marlin_moe.cuda.architectures import get_architecture
+from jax_marlin_moe.cuda.choose import choose_tile, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.facts import Facts, Pointer
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.program import Kernel, render
-from jax_marlin_moe.cuda.tiles import (
-    TOKEN_TILES,
-    BlockScheme,
-    GemmShape,
-    Tile,
-    WgmmaTile,
-    block_sizes,
-    choose_tile,
-    expected_blocks,
-    fits_shared_memory,
-    predicted_microseconds,
-    shared_memory,
-)
+from jax_marlin_moe.cuda.scheme import BlockScheme, Tile
 from jax_marlin_moe.formats import FLOAT_SCALES
 from jax_marlin_moe.operands import WEIGHT_LEAVES, WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
@@ -45,9 +35,6 @@ MOST_COUNTED = 2**31 - 2**16
 # Offsets inside a few rows of one expert's weights are int32: 16 rows of K of 8 bits, eight times.
 MOST_COLUMNS = 2**22
 _MOST_CTAS = 2**31 - 1  # of a grid
-# Over 143 pairs of tiles, timed with and without an overlap (benchmarks/NOTES.md), what `_overlaps` chooses loses 0.2 %
-# to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
-_LONGEST_OVERLAPPED_MICROSECONDS = 250
 
 _PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, _BIAS = (
     WEIGHT_LEAVES.index(leaf) for leaf in ("packed", "scales", "zeros", "global_scales", "bias")
@@ -221,10 +208,11 @@ def align_kernel(
 
     # A lane for every slot, within what a block and its per-warp counters leave room for; 8 warps to clear the list.
     warps = max(8, min(32, -(-num_slots // 32)))
-    while warps > 1 and size(warps) > shared_memory(capability)[1]:
+    room = get_architecture(capability).most_shared_kib * 1024
+    while warps > 1 and size(warps) > room:
         warps -= 1
-    if size(warps) > shared_memory(capability)[1]:
-        most = (shared_memory(capability)[1] // 4 - 1) // 2
+    if size(warps) > room:
+        most = (room // 4 - 1) // 2
         raise ValueError(
             f"num_experts is {num_experts}; the alignment kernel counts the slots of at most {most} in the shared "
             f"memory of compute capability {capability}: shard the experts, or pass implementation='xla'"
@@ -256,7 +244,7 @@ def align_kernel(
 def gemm_kernel(
     stage: str,
     shape: GemmShape,
-    tile: Tile | WgmmaTile,
+    tile: Tile,
     weights: MarlinWeights,
     dtype: jnp.dtype,
     *,
@@ -400,10 +388,10 @@ def _grouped_tiles(
     )
 
 
-def _hosts(tile: Tile | WgmmaTile, shape: GemmShape, token_tiles: TokenTiles, capability: int) -> bool:
+def _hosts(tile: Tile, shape: GemmShape, token_tiles: TokenTiles, capability: int) -> bool:
     """Whether a multiprocessor has the shared memory to find token tiles in as many CTAs as the tile wants."""
     size = tile.shared_bytes(shape)
-    resident = fits_shared_memory(size + token_tiles.shared_bytes, tile.ctas_per_sm, capability)
+    resident = get_architecture(capability).fits_shared_memory(size + token_tiles.shared_bytes, tile.ctas_per_sm)
     return resident and token_tiles.scratch_bytes <= size
 
 
@@ -524,49 +512,6 @@ def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tables
     )
 
 
-def _overlaps(shape: GemmShape, tile: Tile | WgmmaTile, microseconds: float, capability: int) -> bool:
-    """Whether the second product, of this shape and tile, had better begin beside the first one's end.
-
-    That hides some two microseconds. It costs a part of the block where the second's blocks of threads land unevenly:
-    where many small ones find room for more of them than their share, and at times in pieces of memory.
-    """
-    crowds = tile.ctas_per_sm > 8 and fits_shared_memory(
-        tile.shared_bytes(shape), tile.ctas_per_sm * 7 // 5, capability
-    )
-    return microseconds < _LONGEST_OVERLAPPED_MICROSECONDS and not crowds
-
-
-def _predicted_scheme(
-    first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
-) -> BlockScheme:
-    """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
-
-    def fastest(tokens: int, blocks: float, rows: float | None, direct: bool) -> tuple[float, BlockScheme]:
-        tiles = [choose_tile(shape, tokens, blocks, capability, rows) for shape in (first, second)]
-        microseconds = sum(
-            predicted_microseconds(shape, tile, blocks, rows)
-            for shape, tile in zip((first, second), tiles, strict=True)
-        )
-        # A thread that has one slot to group does so in less than an alignment kernel takes.
-        groups = num_slots <= min(tile.threads for tile in tiles)
-        overlaps = _overlaps(second, tiles[1], microseconds, capability)
-        return microseconds, BlockScheme(
-            "direct" if direct else "grouped" if groups else "aligned", *tiles, overlaps=overlaps
-        )
-
-    if num_slots == top_k or num_slots * num_slots <= 8 * routed_experts:
-        return fastest(TOKEN_TILES[0], num_slots, rows=None, direct=True)[1]
-    found = []
-    for tokens in block_sizes(num_slots, routed_experts, first, capability):
-        blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
-        rows = num_slots * first.num_experts / routed_experts / blocks
-        with contextlib.suppress(ValueError):  # no tile of this size serves one of the shapes
-            found.append(fastest(tokens, blocks, rows, direct=False))
-    if not found:
-        raise ValueError(f"no kernel tile serves {first} and {second} on compute capability {capability}")
-    return min(found, key=lambda predicted: predicted[0])[1]
-
-
 def plan_fused_moe(
     x: jax.Array,
     gate_up: MarlinWeights,
@@ -597,7 +542,7 @@ def plan_fused_moe(
     if scheme is None:
         scheme = tables.lookup(block_key(gate_up, down, top_k), tokens, architecture)
         if scheme is None or not scheme.fits(first, second, capability):
-            scheme = _predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
+            scheme = predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
     elif not scheme.fits(first, second, capability):
         raise ValueError(
             f"cuda_scheme is {scheme}, which does not fit {first} and {second} on compute capability {capability}; "

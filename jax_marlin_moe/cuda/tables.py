@@ -2,15 +2,15 @@
 
 A table maps a block (its shapes and formats) and a number of tokens to the scheme that was fastest on a card of that
 architecture. Blocks that are in neither table, or only with token counts further off than a factor of the root of
-two, are left to the cost model of tiles.py.
+two, are left to the cost model of choose.py.
 
     {"version": 2,
      "E8 k2 H4096 I14336 g128 int4/int4": {
       "16": {"routing": "grouped", "gate_up": ["mma", 16, ...], "down": ["wgmma", 16, ...], "overlaps": true}}}
 
-A tile is its kind and the fields of `Tile` or `WgmmaTile`. Version 1 has neither kinds nor a number of its own: a tile
-that ends with a truth value is a `WgmmaTile` there. Rows are checked one by one: what is not understood is skipped,
-with one warning for each table, and `record` keeps it.
+A tile is its kind and the fields of `MmaTile` or `WgmmaTile`. Version 1 has neither kinds nor a number of its own: a
+tile that ends with a truth value is a `WgmmaTile` there. Rows are checked one by one: what is not understood is
+skipped, with one warning for each table, and `record` keeps it.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ import typing
 import warnings
 
 from jax_marlin_moe.cuda import cache
-from jax_marlin_moe.cuda.tiles import BlockScheme, SlotRouting, Tile, WgmmaTile
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.scheme import TILES, BlockScheme, SlotRouting, Tile
 
 _VERSION = 2
 _VERSION_KEY = "version"
 _MOST_BYTES = 16 << 20  # of a table; the shipped one has some 20 KB
 _MOST_FIELD = 1 << 20  # of a tile's numbers
-_KINDS: dict[str, type[Tile] | type[WgmmaTile]] = {"mma": Tile, "wgmma": WgmmaTile}
 _ROW = {"routing", "gate_up", "down", "overlaps"}
 
 _SHIPPED = pathlib.Path(__file__).parent / "scheme_tables"
@@ -187,8 +187,8 @@ def _encode(scheme: BlockScheme) -> dict:
     }
 
 
-def _encode_tile(tile: Tile | WgmmaTile) -> list:
-    (kind,) = (name for name, known in _KINDS.items() if isinstance(tile, known))
+def _encode_tile(tile: Tile) -> list:
+    (kind,) = (name for name, known in TILES.items() if isinstance(tile, known))
     return [kind, *dataclasses.astuple(tile)]
 
 
@@ -219,17 +219,17 @@ def _decode(row: object) -> BlockScheme:
     return BlockScheme(row["routing"], *tiles, overlaps=row["overlaps"])
 
 
-def _decode_tile(product: str, fields: object) -> Tile | WgmmaTile:
-    """Of either version; a `Tile` of version 1 may lack the cluster, which is 1."""
+def _decode_tile(product: str, fields: object) -> Tile:
+    """Of either version; an `MmaTile` of version 1 may lack the cluster, which is 1."""
     if not isinstance(fields, list) or not fields:
         raise ValueError(f"{product} is {str(fields)[:80]!r}; it must be a list, a kind and numbers")
     named = isinstance(fields[0], str)
     name = fields[0] if named else "wgmma" if isinstance(fields[-1], bool) else "mma"
-    if name not in _KINDS:
-        raise ValueError(f"{product} is a tile of kind {name[:20]!r}; it must be one of {', '.join(_KINDS)}")
-    kind, values = _KINDS[name], fields[1:] if named else fields
+    if name not in TILES:
+        raise ValueError(f"{product} is a tile of kind {name[:20]!r}; it must be one of {', '.join(TILES)}")
+    kind, values = TILES[name], fields[1:] if named else fields
     declared = dataclasses.fields(kind)
-    required = len(declared) - (kind is Tile and not named)
+    required = len(declared) - (kind is MmaTile and not named)
     if not required <= len(values) <= len(declared):
         raise ValueError(f"{product} has {len(values)} fields behind its kind; {name} has {len(declared)}")
     for field, value in zip(declared, values, strict=False):

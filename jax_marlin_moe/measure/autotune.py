@@ -15,7 +15,7 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
 from jax_marlin_moe.cuda.plan import Plan, block_key, gemm_shape
-from jax_marlin_moe.cuda.tiles import BlockScheme
+from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.propose import propose
 from jax_marlin_moe.measure.random_layers import random_routings
 from jax_marlin_moe.measure.replay import ReplayedPlan, block_operands, plan_block

@@ -1,18 +1,12 @@
 """Which schemes of a block are worth timing: a function of shapes and architecture, with neither card nor clock."""
 
-from functools import partial
+from operator import methodcaller
 
+from jax_marlin_moe.cuda.choose import block_sizes, candidates, expected_blocks
+from jax_marlin_moe.cuda.kernels.mma import TOKEN_TILES
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.plan import MOST_GROUPED_SLOTS
-from jax_marlin_moe.cuda.tiles import (
-    TOKEN_TILES,
-    BlockScheme,
-    GemmShape,
-    SlotRouting,
-    block_sizes,
-    candidates,
-    expected_blocks,
-    predicted_microseconds,
-)
+from jax_marlin_moe.cuda.scheme import BlockScheme, SlotRouting
 
 _MOST_DIRECT_SLOTS = 32  # beyond one token: with more of them, slots of one expert are worth a common token tile
 
@@ -51,7 +45,8 @@ def propose(
         ranked = []
         for shape in (first, second):
             tiles = candidates(shape, size, capability)
-            tiles.sort(key=partial(predicted_microseconds, shape, expected_blocks=blocks, rows=slots / blocks))
+            cost = methodcaller("predicted_microseconds", shape, blocks, slots / blocks, capability)
+            tiles.sort(key=cost)
             ranked.append(tiles[:tiles_per_product])
         if all(ranked):
             count = max(map(len, ranked))

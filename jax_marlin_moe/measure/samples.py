@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from jax_marlin_moe.cuda.tiles import BlockScheme, Tile, WgmmaTile
+from jax_marlin_moe.cuda.scheme import BlockScheme, Tile
 
 # Tiles of either product that are tried together with as many of the other.
 _PAIRED_TILES = 3
@@ -30,7 +30,7 @@ def fastest_pairs(measured: Sequence[Measurement]) -> list[BlockScheme]:
     return [BlockScheme(routing, *pair) for pair in tiles]
 
 
-def _fastest_tiles(measured: Sequence[Measurement], product: str) -> list[Tile | WgmmaTile]:
+def _fastest_tiles(measured: Sequence[Measurement], product: str) -> list[Tile]:
     """The tiles of "gate_up" or "down" that took the least time alone, best first."""
     ranked = sorted(measured, key=lambda m: getattr(m, f"{product}_us"))
     return list(dict.fromkeys(getattr(m.scheme, product) for m in ranked))[:_PAIRED_TILES]

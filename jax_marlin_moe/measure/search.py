@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from jax_marlin_moe.cuda.tiles import BlockScheme
+from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.samples import (
     Measurement,
     fastest_block,

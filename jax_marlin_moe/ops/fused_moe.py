@@ -13,7 +13,7 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
-from jax_marlin_moe.cuda.tiles import BlockScheme
+from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like

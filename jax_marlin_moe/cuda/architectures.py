@@ -1,0 +1,71 @@
+"""GPU architectures, one row each: what the kernels are compiled for, what a multiprocessor holds, what a card does.
+
+Rates are those of one card per architecture, for the cost model: measured on an H200 for 9.0, and from the vendor's
+specifications elsewhere. They say which tiles come first, not how fast a call is.
+"""
+
+import dataclasses
+import functools
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A compute capability.
+
+    Attributes:
+        capability: times ten.
+        target: what a card of it is compiled for, with all of its instructions.
+        shared_kib: shared memory of a multiprocessor (CUDA C++ programming guide, technical specifications).
+        most_shared_kib: the most that one CTA may have; 1 KiB of each CTA is the system's.
+        kernels: the GEMM kernels that it has, by the names of their tiles.
+        card: the one that the rates are of.
+        multiprocessors: of the card.
+        cycles_per_microsecond: of its multiprocessors.
+        bytes_per_microsecond: that it reads from memory.
+        has_clusters: whether CTAs may share K of a tile through each other's shared memory.
+    """
+
+    capability: int
+    target: str
+    shared_kib: int
+    most_shared_kib: int
+    kernels: tuple[str, ...]
+    card: str
+    multiprocessors: int
+    cycles_per_microsecond: int
+    bytes_per_microsecond: float
+    has_clusters: bool = False
+
+    @property
+    def bytes_per_cycle(self) -> float:
+        """A multiprocessor's part of the memory."""
+        return self.bytes_per_microsecond / self.multiprocessors / self.cycles_per_microsecond
+
+    def fits_shared_memory(self, size: int, ctas: int) -> bool:
+        """Whether a multiprocessor holds so many CTAs of so many bytes; the system takes 1024 more for each."""
+        return size <= self.most_shared_kib * 1024 and (size + 1024) * ctas <= self.shared_kib * 1024
+
+
+_MMA = ("mma",)
+_ROWS = (
+    Architecture(75, "sm_75", 64, 64, _MMA, "T4", 40, 1590, 0.32e6),
+    Architecture(80, "sm_80", 164, 163, _MMA, "A100 80 GB", 108, 1410, 2.0e6),
+    Architecture(86, "sm_86", 100, 99, _MMA, "RTX 3090", 82, 1695, 0.94e6),
+    Architecture(87, "sm_87", 164, 163, _MMA, "Jetson AGX Orin", 16, 1300, 0.2e6),
+    Architecture(89, "sm_89", 100, 99, _MMA, "RTX 4090", 128, 2520, 1.0e6),
+    Architecture(90, "sm_90a", 228, 227, ("mma", "wgmma"), "H200", 132, 1900, 4.65e6, has_clusters=True),
+    Architecture(100, "sm_100a", 228, 227, _MMA, "B200", 148, 1965, 8.0e6),
+    Architecture(103, "sm_103a", 228, 227, _MMA, "B300", 148, 1920, 8.0e6),
+    Architecture(110, "sm_110", 228, 227, _MMA, "Jetson Thor", 20, 1575, 0.27e6),
+    Architecture(120, "sm_120a", 100, 99, _MMA, "RTX 5090", 170, 2407, 1.79e6),
+    Architecture(121, "sm_121a", 100, 99, _MMA, "GB10", 48, 2418, 0.27e6),
+)
+
+ARCHITECTURES = {row.capability: row for row in _ROWS}
+
+
+@functools.cache
+def get_architecture(capability: int) -> Architecture:
+    """The row of a compute capability, times ten, or of the latest known one before it."""
+    known = max((known for known in ARCHITECTURES if known <= capability), default=min(ARCHITECTURES))
+    return ARCHITECTURES[known]

@@ -1,0 +1,112 @@
+"""The choice of tiles and of whole block schemes where no table has a measured one: the least predicted time."""
+
+import contextlib
+import functools
+import math
+
+from jax_marlin_moe.cuda.architectures import get_architecture
+from jax_marlin_moe.cuda.kernels import mma, wgmma
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
+from jax_marlin_moe.cuda.scheme import BlockScheme, Tile
+
+# Over 143 pairs of tiles, timed with and without an overlap (benchmarks/NOTES.md), what `overlaps` chooses loses 0.2 %
+# to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
+_LONGEST_OVERLAPPED_MICROSECONDS = 250
+
+
+def choose_token_tile(num_slots: int, num_experts: int) -> int:
+    """The smallest block that holds nearly every expert's rows under uniform routing."""
+    mean = num_slots / num_experts
+    rows = mean + 2 * math.sqrt(mean)
+    return next((t for t in mma.TOKEN_TILES if rows <= t), mma.TOKEN_TILES[-1])
+
+
+def block_sizes(num_slots: int, num_experts: int, shape: GemmShape, capability: int) -> list[int]:
+    """Rows of a block worth considering: the smallest that holds nearly every expert's rows, and its neighbours."""
+    mean = num_slots / num_experts
+    rows = mean + 2 * math.sqrt(mean)
+    likely = mma.TOKEN_TILES.index(choose_token_tile(num_slots, num_experts))
+    sizes = {mma.TOKEN_TILES[likely], mma.TOKEN_TILES[max(0, likely - 1)]}
+    if "wgmma" in get_architecture(capability).kernels:
+        fitting = next((i for i, t in enumerate(wgmma.TOKEN_TILES) if rows <= t), len(wgmma.TOKEN_TILES))
+        sizes |= set(wgmma.TOKEN_TILES[max(0, fitting - 3) : fitting + 1])
+    return sorted(sizes)
+
+
+def expected_blocks(num_slots: int, routed_experts: int, num_experts: int, tokens: int) -> float:
+    """Blocks of `tokens` rows that `num_experts` of the routed experts fill under uniform routing."""
+    mean = num_slots / routed_experts
+    blocks = 1 - (1 - 1 / routed_experts) ** num_slots  # an expert has a row
+    for full in range(tokens, int(mean + 6 * math.sqrt(mean)) + 1, tokens):  # and more than so many
+        blocks += math.erfc((full + 0.5 - mean) / math.sqrt(2 * mean)) / 2
+    return num_experts * blocks
+
+
+def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
+    """Every tile of either kind worth considering: it fits."""
+    return [*wgmma.candidates(shape, tokens, capability), *mma.candidates(shape, tokens, capability)]
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_tile(
+    shape: GemmShape, tokens: int, expected_blocks: float, capability: int, rows: float | None = None
+) -> Tile:
+    """The tile of least predicted time.
+
+    Args:
+        shape: the product.
+        tokens: rows of a block of tokens.
+        expected_blocks: blocks of tokens that have work.
+        capability: compute capability times ten.
+        rows: of a block that are no padding, on average; all of them by default.
+    """
+    found = candidates(shape, tokens, capability)
+    if tokens == mma.TOKEN_TILES[0]:
+        # With eight rows a block `mma.sync` was ahead wherever both were measured: wgmma is left to tables there.
+        found = [tile for tile in found if isinstance(tile, mma.MmaTile)]
+    if not found:
+        raise ValueError(f"no kernel tile serves {shape} with {tokens}-row blocks on compute capability {capability}")
+    return min(found, key=lambda tile: tile.predicted_microseconds(shape, expected_blocks, rows, capability))
+
+
+def overlaps(shape: GemmShape, tile: Tile, microseconds: float, capability: int) -> bool:
+    """Whether the second product, of this shape and tile, had better begin beside the first one's end.
+
+    That hides some two microseconds. It costs a part of the block where the second's blocks of threads land unevenly:
+    where many small ones find room for more of them than their share, and at times in pieces of memory.
+    """
+    crowds = tile.ctas_per_sm > 8 and get_architecture(capability).fits_shared_memory(
+        tile.shared_bytes(shape), tile.ctas_per_sm * 7 // 5
+    )
+    return microseconds < _LONGEST_OVERLAPPED_MICROSECONDS and not crowds
+
+
+def predicted_scheme(
+    first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
+) -> BlockScheme:
+    """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
+
+    def fastest(tokens: int, blocks: float, rows: float | None, direct: bool) -> tuple[float, BlockScheme]:
+        tiles = [choose_tile(shape, tokens, blocks, capability, rows) for shape in (first, second)]
+        microseconds = sum(
+            tile.predicted_microseconds(shape, blocks, rows, capability)
+            for shape, tile in zip((first, second), tiles, strict=True)
+        )
+        # A thread that has one slot to group does so in less than an alignment kernel takes.
+        groups = num_slots <= min(tile.threads for tile in tiles)
+        overlapping = overlaps(second, tiles[1], microseconds, capability)
+        return microseconds, BlockScheme(
+            "direct" if direct else "grouped" if groups else "aligned", *tiles, overlaps=overlapping
+        )
+
+    if num_slots == top_k or num_slots * num_slots <= 8 * routed_experts:
+        return fastest(mma.TOKEN_TILES[0], num_slots, rows=None, direct=True)[1]
+    found = []
+    for tokens in block_sizes(num_slots, routed_experts, first, capability):
+        blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
+        rows = num_slots * first.num_experts / routed_experts / blocks
+        with contextlib.suppress(ValueError):  # no tile of this size serves one of the shapes
+            found.append(fastest(tokens, blocks, rows, direct=False))
+    if not found:
+        raise ValueError(f"no kernel tile serves {first} and {second} on compute capability {capability}")
+    return min(found, key=lambda predicted: predicted[0])[1]

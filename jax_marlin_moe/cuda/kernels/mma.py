@@ -1,0 +1,158 @@
+"""The GEMM on mma.sync, for few token rows per expert: its tiles and their cost. Twin of csrc/cuda/gemm/mma."""
+
+import dataclasses
+import itertools
+import math
+
+from jax_marlin_moe.cuda.architectures import get_architecture
+from jax_marlin_moe.cuda.facts import Facts
+from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, TILE_K, UNIT, GemmShape, word_instructions
+
+TOKEN_TILES = (8, 16, 24, 32)
+
+_MOST_UNEVEN = 1.15  # the longest share of K over the mean one, of tiles worth considering
+
+_CHUNK_INSTRUCTIONS = 50  # of a warp, beside its words
+_MMA_INSTRUCTIONS = 1.8  # an MMA, as often as it keeps the warp
+_CYCLES_PER_INSTRUCTION = 2.5  # of a warp alone
+_CHUNK_LATENCY = 144
+_ISSUE_RATE = 0.42  # of the four schedulers, when all warps compete
+_BYTES_IN_FLIGHT = 24e3  # of a multiprocessor, below which the memory waits
+_TILE_CYCLES = 829
+_CLUSTER_CYCLES = 1000  # two barriers of a cluster, reads of another block's memory
+
+
+@dataclasses.dataclass(frozen=True)
+class MmaTile:
+    """`jmm::MmaTile` of csrc/cuda/gemm/mma/kernel.cuh: tokens x (warps_n * units * 64) columns per cluster."""
+
+    tokens: int
+    units: int
+    warps_n: int
+    warps_k: int
+    block_k: int
+    stages: int
+    ctas_per_sm: int
+    cluster: int = 1  # blocks that share K
+
+    kernel = "GroupedGemm"
+    cpp = "jmm::MmaTile"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps_n * self.warps_k
+
+    @property
+    def facts(self) -> Facts:
+        """What the kernel is compiled with."""
+        return dataclasses.asdict(self)
+
+    @property
+    def shares_k(self) -> int:
+        """Parts of K."""
+        return self.warps_k * self.cluster
+
+    def longest_share(self, shape: GemmShape) -> int:
+        """Chunks of K that the busiest warp has; the last one of K may be shorter."""
+        chunks = -(-shape.k // self.block_k)
+        return -(-chunks // self.shares_k)
+
+    def weight_stage_bytes(self, shape: GemmShape) -> int:
+        """One stage of one warp's ring: weights, scales, zero points."""
+        scale_rows = max(1, self.block_k // shape.group_size)
+        weights = self.block_k * self.units * UNIT * shape.bits // 8
+        shared = scale_rows * self.units * UNIT * shape.group_bits // 8
+        return weights + shared
+
+    def token_stage_bytes(self) -> int:
+        """One stage of the tokens that warps_n warps share."""
+        return self.tokens * self.block_k * 2
+
+    def partials_bytes(self, shape: GemmShape) -> int:
+        """The float32 sums that the warps exchange at the end of a tile."""
+        if self.shares_k == 1 and (not shape.gated or self.units == 2):
+            return 0
+        return self.warps_k * self.warps_n * self.units * (UNIT // 16) * (self.tokens // 8) * 512
+
+    def shared_bytes(self, shape: GemmShape) -> int:
+        """Dynamic shared memory of a block."""
+        rings = self.warps_n * self.weight_stage_bytes(shape) + self.token_stage_bytes()
+        return self.warps_k * self.stages * rings + self.partials_bytes(shape)
+
+    def column_tiles(self, shape: GemmShape) -> int:
+        """Tiles along the columns of the product."""
+        return shape.n // (UNIT * self.warps_n * self.units)
+
+    def fits(self, shape: GemmShape, capability: int) -> bool:
+        """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
+        if self.cluster > 1 and not get_architecture(capability).has_clusters:
+            return False
+        whole = shape.k >= self.shares_k * self.block_k and shape.n % (UNIT * self.warps_n * self.units) == 0
+        grouped = shape.group_size % self.block_k == 0 or self.block_k % shape.group_size == 0
+        paired = not shape.gated or (self.warps_n * self.units) % 2 == 0
+        resident = get_architecture(capability).fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm)
+        return whole and grouped and paired and resident
+
+    def predicted_microseconds(
+        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
+    ) -> float:
+        """Time of one product: its busiest slot's k-blocks, each as long as latency, issue or memory makes it.
+
+        Rows that are padding cost as much as others.
+        """
+        card = get_architecture(capability)
+        warps, token_tiles = self.warps_n * self.warps_k, self.tokens // 8
+        tiles = max(1.0, expected_blocks * self.column_tiles(shape))
+        blocks = tiles * self.cluster
+        busy = min(self.ctas_per_sm, max(1.0, blocks / card.multiprocessors))  # blocks at work on a multiprocessor
+        chunks = self.longest_share(shape)
+        columns = UNIT * self.warps_n * self.units
+        steps = self.block_k / TILE_K
+
+        words = steps * self.units * 4
+        closing = self.block_k / min(shape.group_size, 128) * self.units * 16 * token_tiles * 3
+        instructions = words * (word_instructions(shape.code) + token_tiles * _MMA_INSTRUCTIONS)
+        instructions += _CHUNK_INSTRUCTIONS + 2 * steps * token_tiles + closing
+        latency = instructions * _CYCLES_PER_INSTRUCTION + _CHUNK_LATENCY
+        issue = busy * warps * instructions / (4 * _ISSUE_RATE)
+
+        chunk_bytes = shape.k * columns * shape.bytes_per_weight / chunks
+        in_flight = busy * warps * (self.stages - 1) * self.block_k * self.units * UNIT * shape.bits / 8
+        memory = busy * chunk_bytes / card.bytes_per_cycle * max(1.0, _BYTES_IN_FLIGHT / in_flight)
+
+        longest = max(latency, issue, memory)
+        chunk = longest + 0.15 * (latency + issue + memory - longest)
+        ends = _TILE_CYCLES * (1.0 if self.partials_bytes(shape) else 0.4) + _CLUSTER_CYCLES * (self.cluster > 1)
+        rounds = math.ceil(blocks / (card.multiprocessors * self.ctas_per_sm))
+        return LAUNCH_MICROSECONDS + rounds * (chunks * chunk + ends) / card.cycles_per_microsecond
+
+
+def candidates(shape: GemmShape, tokens: int, capability: int) -> list[MmaTile]:
+    """Every tile worth considering: it fits."""
+    card = get_architecture(capability)
+    found: list[MmaTile] = []
+    if tokens not in TOKEN_TILES:
+        return found
+    clusters = (1, 2, 4) if tokens == TOKEN_TILES[0] and card.has_clusters else (1,)
+    for units, warps_n, warps_k, block_k in itertools.product(
+        (1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 8), (16, 32, 64, 128, 256)
+    ):
+        warps = warps_n * warps_k
+        if warps > 8 or units * tokens > 48:  # more sums than a thread has registers
+            continue
+        # Two sets of sums, and what the main loop holds; as NVRTC 13 allots them for sm_90a.
+        registers = min(255, 80 + 5 * units * tokens // 2)
+        resident = min(12, 65536 // (registers * 32 * warps))
+        # Whether a tile fits, and how evenly it shares K, mostly depends on what is known by now.
+        fitting = []
+        for cluster in clusters:
+            smallest = MmaTile(tokens, units, warps_n, warps_k, block_k, 2, 1, cluster)
+            uneven = smallest.longest_share(shape) * smallest.shares_k * block_k / shape.k
+            if uneven <= _MOST_UNEVEN and smallest.fits(shape, capability):
+                fitting.append(cluster)
+        for stages, ctas_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), fitting):
+            tile = MmaTile(tokens, units, warps_n, warps_k, block_k, stages, ctas_per_sm, cluster)
+            if card.fits_shared_memory(tile.shared_bytes(shape), ctas_per_sm):
+                found.append(tile)
+    return found

@@ -1,0 +1,189 @@
+"""The GEMM on Hopper's wgmma, for many rows per expert: its tiles and their cost. Twin of csrc/cuda/gemm/wgmma."""
+
+import dataclasses
+import itertools
+import math
+
+from jax_marlin_moe.cuda.architectures import get_architecture
+from jax_marlin_moe.cuda.facts import Facts
+from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, TILE_K, UNIT, GemmShape, word_instructions
+
+TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128, 144)
+
+_MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
+_OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
+
+# The same for wgmma: within 10 % of Mixtral at 64 and 256 tokens and Qwen3-30B at 4096 on an H200, 14 to 19 % too fast
+# for Qwen3-30B at 1024.
+_WGMMA_RATE = 0.75  # of 2048 multiply-adds a cycle
+_WGMMA_ISSUE_RATE = 0.55
+_WGMMA_CHUNK_INSTRUCTIONS = 120  # of a scheduler: barriers, descriptors, copies
+_WGMMA_TILE_CYCLES = 700  # and _WGMMA_STORE_CYCLES for each sum of a thread
+_WGMMA_STORE_CYCLES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class WgmmaTile:
+    """`jmm::WgmmaTile` of csrc/cuda/gemm/wgmma/kernel.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
+
+    Attributes:
+        tokens: rows of a block of tokens, a column count of the instruction.
+        sub_tiles: 64-row products of a warpgroup.
+        warpgroups_n: that multiply, side by side along the columns.
+        warpgroups_k: that share K; one warpgroup more copies.
+        block_k: rows of K in one stage of the ring.
+        stages: stages of the ring, a multiple of warpgroups_k.
+        ctas_per_sm: resident blocks of threads.
+        scales_weights: whether the 16-bit weights are scaled, rather than the sums of each group.
+    """
+
+    tokens: int
+    sub_tiles: int
+    warpgroups_n: int
+    warpgroups_k: int
+    block_k: int
+    stages: int
+    ctas_per_sm: int
+    scales_weights: bool
+
+    kernel = "WgmmaGroupedGemm"
+    cpp = "jmm::WgmmaTile"
+    cluster = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (self.warpgroups_n * self.warpgroups_k + 1)
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers of a thread that copies."""
+        return 56 if self.tokens <= 32 else 80
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers of a thread that multiplies: it gets what those that copy do not need of their equal share."""
+        warpgroups = self.warpgroups_n * self.warpgroups_k
+        entry = 65536 // (self.ctas_per_sm * self.threads) // 8 * 8
+        spared = (entry * (warpgroups + 1) - self.producer_registers) // warpgroups // 8 * 8
+        return min(_MOST_CONSUMER_REGISTERS, spared)
+
+    @property
+    def facts(self) -> Facts:
+        """What the kernel is compiled with."""
+        return dataclasses.asdict(self) | {
+            "producer_registers": self.producer_registers,
+            "consumer_registers": self.consumer_registers,
+            "other_registers": _OTHER_CONSUMER_REGISTERS,
+        }
+
+    def stage_bytes(self, shape: GemmShape) -> int:
+        """Tokens, weights, scales and zero points of one stage."""
+        columns = UNIT * self.warpgroups_n * self.sub_tiles
+        scale_rows = max(1, self.block_k // shape.group_size)
+        shared = scale_rows * columns * shape.group_bits // 8
+        return self.tokens * self.block_k * 2 + self.block_k * columns * shape.bits // 8 + shared
+
+    def shared_bytes(self, shape: GemmShape) -> int:
+        """Dynamic shared memory of a block: the ring, two notes about tiles, shares of sums, barriers."""
+        notes = 2
+        partials = (self.warpgroups_k - 1) * self.warpgroups_n * self.sub_tiles * self.tokens // 2 * 128 * 4
+        ring = self.stages * self.stage_bytes(shape)
+        size = ring + notes * (6 * 4 + self.tokens * 8) + partials + 8 * 2 * (self.stages + notes)
+        return -(-size // 16) * 16
+
+    def column_tiles(self, shape: GemmShape) -> int:
+        """Tiles along the columns of the product."""
+        return shape.n // (UNIT * self.warpgroups_n * self.sub_tiles)
+
+    def registers(self, shape: GemmShape) -> int:
+        """Of a thread that multiplies: sums, weights being made and in use, the rest."""
+        two_sums = not self.scales_weights and shape.group_size < shape.k
+        sums = self.sub_tiles * self.tokens // 2 * (2 if two_sums else 1)
+        return sums + 8 * self.sub_tiles + _OTHER_CONSUMER_REGISTERS
+
+    def fits(self, shape: GemmShape, capability: int) -> bool:
+        """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
+        exact = _weights_can_be_scaled if self.scales_weights else _sums_can_be_scaled
+        if "wgmma" not in get_architecture(capability).kernels or not exact(shape):
+            return False
+        chunks = -(-shape.k // self.block_k)  # the last one may repeat rows of the one before
+        whole = shape.k >= self.block_k and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
+        whole = whole and shape.n % (UNIT * self.warpgroups_n * self.sub_tiles) == 0
+        part_of_group = shape.group_size % self.block_k == 0 or shape.group_size >= shape.k
+        whole_groups = self.block_k % shape.group_size == 0 and shape.k % shape.group_size == 0
+        paired = not shape.gated or self.sub_tiles % 2 == 0
+        return (
+            whole
+            and (part_of_group or whole_groups)
+            and paired
+            and get_architecture(capability).fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm)
+            and self.registers(shape) <= self.consumer_registers
+        )
+
+    def predicted_microseconds(
+        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
+    ) -> float:
+        """Time of one product, of whose token tiles so many `rows` are no padding on average; None for all."""
+        card = get_architecture(capability)
+        tiles = max(1.0, expected_blocks * self.column_tiles(shape))
+        busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
+        units = self.warpgroups_n * self.sub_tiles  # of 64 columns
+        quarter = self.tokens / 4
+        multiplied = min(self.tokens, math.ceil((self.tokens if rows is None else rows) / quarter) * quarter)
+
+        tensor = UNIT * units * multiplied * self.block_k / 2048 / _WGMMA_RATE
+        # A unit of 16 rows of K is a sub-tile for each of the four schedulers.
+        word = word_instructions(shape.code) + 4
+        groups = self.block_k / min(shape.group_size, 128)
+        if self.scales_weights:
+            word += 4 if shape.scale in (shape.dtype, "e4m3", "e8m0") else 8
+            instructions = self.block_k / TILE_K * units * word + units * 8 * groups
+        else:
+            instructions = self.block_k / TILE_K * units * word + units * multiplied / 2 * groups
+        issue = (instructions + _WGMMA_CHUNK_INSTRUCTIONS) / _WGMMA_ISSUE_RATE
+        if busy * self.warpgroups_n * self.warpgroups_k < 3:
+            issue *= 1.15  # too few warps to fill each other's gaps
+        memory = self.block_k * units * UNIT * shape.bytes_per_weight / card.bytes_per_cycle
+
+        longest = max(tensor, issue, memory)
+        chunk = busy * (longest + 0.15 * (tensor + issue + memory - longest))
+        ends = _WGMMA_TILE_CYCLES + _WGMMA_STORE_CYCLES * self.sub_tiles * multiplied / 2
+        rounds = math.ceil(tiles / (card.multiprocessors * self.ctas_per_sm))
+        cycles = rounds * (math.ceil(shape.k / self.block_k) * chunk + ends)
+        return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
+
+
+def _weights_can_be_scaled(shape: GemmShape) -> bool:
+    """Whether a weight in 16 bits keeps its range.
+
+    bfloat16 has float32's. In float16 an integer times a scale of float16 does, and e2m1 times e4m3 is exact; other
+    scales would lose small weights.
+    """
+    return shape.dtype == "bfloat16" or shape.scale == "e4m3" or (shape.code[:3], shape.scale) == ("int", "float16")
+
+
+def _sums_can_be_scaled(shape: GemmShape) -> bool:
+    """Whether codes less their zero point are exact in 16 bits, and a group long enough to close its sums."""
+    return shape.zeros != "float" and shape.scale != "e4m3"
+
+
+def candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaTile]:
+    """Every tile worth considering: it fits."""
+    found = []
+    exact = shape.scale in ("e4m3", "e8m0")
+    for sub_tiles, (warpgroups_n, warpgroups_k), block_k, ctas_per_sm, scales_weights in itertools.product(
+        (1, 2, 4), ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
+    ):
+        if scales_weights and tokens < 48 and not exact:  # scaling the sums is cheaper, and exact
+            continue
+        if scales_weights and shape.group_size >= shape.k and _sums_can_be_scaled(shape):  # once, at the end
+            continue
+        for stages in range(8, 2, -1):  # as many as there is room for
+            tile = WgmmaTile(
+                tokens, sub_tiles, warpgroups_n, warpgroups_k, block_k, stages, ctas_per_sm, scales_weights
+            )
+            if tile.fits(shape, capability):
+                found.append(tile)
+                break
+    return found
