@@ -15,7 +15,7 @@ import pytest
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import cache, compiler, plan
+from jax_marlin_moe.cuda import cache, compiler, limits, plan
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.program import render_facts
@@ -135,7 +135,7 @@ def test_kernels_with_wide_offsets_compile(monkeypatch, scheme):
 
 
 def test_more_slots_than_int32_counts_are_refused():
-    most = plan.MOST_COUNTED
+    most = limits.MOST_COUNTED
     with pytest.raises(ValueError, match=rf"topk_ids has {2**31} ids, .*; .* at most {most}: split the tokens"):
         block_plan(2**30, 64, 64)
     with pytest.raises(ValueError, match=rf"topk_ids has {2**31} ids, .*; .* at most {most}: split the tokens"):
@@ -153,11 +153,11 @@ def test_more_work_tiles_than_int32_counts_are_refused():
 
 
 def test_a_matrix_with_more_columns_than_offsets_reach_is_refused():
-    most = plan.MOST_COLUMNS
+    most = limits.MOST_COLUMNS
     with pytest.raises(ValueError, match=f"weights is packed with N = {2 * most}; .* at most {most}: split the matrix"):
         gemm_plan(4, 64, 2 * most)
     with pytest.raises(ValueError, match=f"down is packed with K = {2 * most}; .* at most {most}: split the matrix"):
-        plan.check_matrix("down", experts(2, 2 * most, 64))
+        limits.check_matrix("down", experts(2, 2 * most, 64))
     with pytest.raises(ValueError, match=f"gate_up is packed with N = {2 * most}; .* at most {most}: split the matrix"):
         block_plan(4, 64, most)
 

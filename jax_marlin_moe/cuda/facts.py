@@ -10,6 +10,9 @@ from collections.abc import Mapping
 # What a kernel is compiled with: constants, and types by their C++ spelling.
 Facts = dict[str, bool | int | str]
 
+# Of the elements of arrays, as facts name them.
+ELEMENT_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm::Float"}
+
 # Of a buffer's elements; a pointer to another type does not compile.
 _ELEMENTS = {
     "int32": "int32_t",
@@ -45,6 +48,16 @@ class Pointer:
     def cpp_element(self) -> str:
         """The C++ type of the elements."""
         return _ELEMENTS[self.dtype]
+
+
+def optional(buffer: int | None, dtype: str) -> Pointer | None:
+    """A pointer to read from, or None where there is no buffer."""
+    return None if buffer is None else Pointer(buffer, dtype)
+
+
+def nested(member: str, pointers: dict[str, Pointer | None]) -> dict[str, Pointer | None]:
+    """The pointers of a member that is a struct."""
+    return {f"{member}.{name}": pointer for name, pointer in pointers.items()}
 
 
 def constant(name: str) -> str:

@@ -8,7 +8,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
@@ -16,25 +15,26 @@ from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.choose import choose_tile, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
-from jax_marlin_moe.cuda.facts import Facts, Pointer
+from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, nested, optional
+from jax_marlin_moe.cuda.kernels.align import align_kernel
+from jax_marlin_moe.cuda.kernels.combine import clear_kernel, combine_kernel, find_first_rows_kernel
+from jax_marlin_moe.cuda.kernels.epilogue import Epilogue, activated, slot_partials, slot_rows
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
+from jax_marlin_moe.cuda.kernels.token_tiles import (
+    MOST_GROUPED_SLOTS,
+    TokenTiles,
+    aligned_tiles,
+    direct_tiles,
+    grouped_tiles,
+)
+from jax_marlin_moe.cuda.limits import MOST_COUNTED, check_counts, check_matrix, check_rows, grid
 from jax_marlin_moe.cuda.program import Kernel, render
 from jax_marlin_moe.cuda.scheme import BlockScheme, Tile
 from jax_marlin_moe.formats import FLOAT_SCALES
 from jax_marlin_moe.operands import WEIGHT_LEAVES, WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
-_CPP_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm::Float"}
 _CPP_ZEROS = {"integer": "jmm::IntegerZeros", "float": "jmm::FloatZeros"}
-
-MOST_GROUPED_SLOTS = 128  # of csrc/cuda/token_tiles.cuh
-
-# Kernels count slots, experts, entries of the list and work tiles in int32, and look a little past the last one: a
-# stride of the grid, twice, or a part of the list for each warp. Offsets into arrays are as wide as the arrays need.
-MOST_COUNTED = 2**31 - 2**16
-# Offsets inside a few rows of one expert's weights are int32: 16 rows of K of 8 bits, eight times.
-MOST_COLUMNS = 2**22
-_MOST_CTAS = 2**31 - 1  # of a grid
 
 _PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, _BIAS = (
     WEIGHT_LEAVES.index(leaf) for leaf in ("packed", "scales", "zeros", "global_scales", "bias")
@@ -77,97 +77,6 @@ class Plan:
         raise ValueError(f"stage is {stage!r}; the kernels are {', '.join(kernel.name for kernel in self.kernels)}")
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenTiles:
-    """How a product finds the slots of its token tiles: a type of csrc/cuda/token_tiles.cuh.
-
-    Attributes:
-        cpp: the C++ template.
-        facts: that it is compiled with.
-        pointers: of its members.
-        most: token tiles, at most.
-        shared_bytes: shared memory of its own in every CTA.
-        scratch_bytes: of the product's shared memory, what it needs first.
-    """
-
-    cpp: str
-    facts: Facts
-    pointers: dict[str, Pointer | None]
-    most: int
-    shared_bytes: int = 0
-    scratch_bytes: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Epilogue:
-    """What becomes of a product's sums: a type of csrc/cuda/epilogue.cuh.
-
-    Attributes:
-        cpp: the C++ template.
-        facts: that it is compiled with.
-        pointers: of its members.
-    """
-
-    cpp: str
-    facts: Facts
-    pointers: dict[str, Pointer | None]
-
-
-def _optional(buffer: int | None, dtype: str) -> Pointer | None:
-    """A pointer to read from, or None where there is no buffer."""
-    return None if buffer is None else Pointer(buffer, dtype)
-
-
-def _nested(member: str, pointers: dict[str, Pointer | None]) -> dict[str, Pointer | None]:
-    """The pointers of a member that is a struct."""
-    return {f"{member}.{name}": pointer for name, pointer in pointers.items()}
-
-
-def _activation_type(activation: Activation) -> str:
-    """The C++ spelling; parameters as the bits of float32 values. Raises ValueError where there is no such kernel."""
-    if activation.cpp is None:
-        raise ValueError(
-            f"activation is {activation.name!r}, which the CUDA kernels lack; pass implementation='xla', or add it to "
-            "csrc/cuda/activations.cuh"
-        )
-    bits = [f"0x{int(np.float32(value).view(np.uint32)):08X}u" for value in activation.parameters]
-    return f"jmm::{activation.cpp}" + (f"<{', '.join(bits)}>" if bits else "")
-
-
-def check_rows(x: jax.Array, capability: int) -> None:
-    """Raises ValueError where the architecture cannot multiply the type."""
-    if capability < 80 and x.dtype == jnp.bfloat16:
-        raise ValueError(f"x has dtype bfloat16, which compute capability {capability} lacks; pass float16")
-
-
-def check_counts(num_slots: int, num_experts: int, list_length: int) -> None:
-    """Raises ValueError where slots, experts or the entries of the aligned list are more than int32 counts."""
-    if num_experts > MOST_COUNTED:
-        raise ValueError(f"num_experts is {num_experts}; the CUDA kernels take at most {MOST_COUNTED}")
-    if max(num_slots, list_length) > MOST_COUNTED:
-        raise ValueError(
-            f"topk_ids has {num_slots} ids, {list_length} with the padding of their blocks; the CUDA kernels take at "
-            f"most {MOST_COUNTED}: split the tokens"
-        )
-
-
-def check_matrix(name: str, weights: MarlinWeights) -> None:
-    """Raises ValueError where one expert's matrix is larger than the kernels' offsets inside of it reach."""
-    for axis, extent in (("K", weights.padded_k), ("N", weights.padded_n)):
-        if extent > MOST_COLUMNS:
-            raise ValueError(
-                f"{name} is packed with {axis} = {extent}; the CUDA kernels take at most {MOST_COLUMNS}: split the "
-                "matrix"
-            )
-
-
-def _grid(blocks: int, what: str) -> int:
-    """`blocks`, or ValueError where a grid has no room for them."""
-    if blocks > _MOST_CTAS:
-        raise ValueError(f"{what} takes {blocks} CTAs; a grid has at most {_MOST_CTAS}: split the tokens")
-    return blocks
-
-
 def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmShape:
     """The facts about a matrix that tiles depend on."""
     row = weights.format
@@ -182,62 +91,6 @@ def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmSha
         scale=weights.scales.dtype.name if row.scale == FLOAT_SCALES else row.scale.name,
         zeros=row.zeros,
         dtype=dtype.name,
-    )
-
-
-def align_kernel(
-    num_slots: int,
-    num_experts: int,
-    block_size: int,
-    capability: int,
-    *,
-    topk_ids: int,
-    expert_map: int | None,
-    outputs: tuple[int, int, int],
-) -> Kernel:
-    """One block of threads that groups the slots by expert.
-
-    Raises:
-        ValueError: there are more slots or experts than the kernel counts.
-    """
-    list_length = reference.padded_size(num_slots, num_experts, block_size)
-    check_counts(num_slots, num_experts, list_length)
-
-    def size(warps: int) -> int:
-        return 4 * (warps * num_experts + warps + num_experts)
-
-    # A lane for every slot, within what a block and its per-warp counters leave room for; 8 warps to clear the list.
-    warps = max(8, min(32, -(-num_slots // 32)))
-    room = get_architecture(capability).most_shared_kib * 1024
-    while warps > 1 and size(warps) > room:
-        warps -= 1
-    if size(warps) > room:
-        most = (room // 4 - 1) // 2
-        raise ValueError(
-            f"num_experts is {num_experts}; the alignment kernel counts the slots of at most {most} in the shared "
-            f"memory of compute capability {capability}: shard the experts, or pass implementation='xla'"
-        )
-    facts: Facts = {
-        "slots": num_slots,
-        "experts": num_experts,
-        "block": block_size,
-        "list_length": list_length,
-        "warps": warps,
-        "mapped": expert_map is not None,
-    }
-    listed = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
-    return Kernel(
-        name=f"jmm_align_m{block_size}",
-        body="AlignBlockSize<Facts>",
-        structs={"Facts": facts},
-        pointers={
-            "topk_ids": Pointer(topk_ids, "int32"),
-            "expert_map": _optional(expert_map, "int32"),
-            **{name: Pointer(buffer, "int32", written=True) for name, buffer in zip(listed, outputs, strict=True)},
-        },
-        threads=32 * warps,
-        shared_bytes=size(warps),
-        max_ctas=1,
     )
 
 
@@ -271,9 +124,9 @@ def gemm_kernel(
     scale_dtype = weights.scales.dtype.name
     zeros_dtype = {None: None, "integer": "int32", "float": scale_dtype}[row.zeros]
     problem: Facts = {
-        "element": _CPP_TYPES[dtype.name],
+        "element": ELEMENT_TYPES[dtype.name],
         "code": row.code.cpp,
-        "scale": row.scale.cpp or _CPP_TYPES[scale_dtype],
+        "scale": row.scale.cpp or ELEMENT_TYPES[scale_dtype],
         "zeros": _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
         "global_scales": row.has_global_scales,
         "k": shape.k,
@@ -308,83 +161,18 @@ def gemm_kernel(
             "operands.zeros": Pointer(first_operand + _ZEROS, zeros_dtype, element="ZeroElement")
             if zeros_dtype
             else None,
-            "operands.global_scales": _optional(
+            "operands.global_scales": optional(
                 first_operand + _GLOBAL_SCALES if row.has_global_scales else None, "float32"
             ),
-            **_nested("token_tiles", token_tiles.pointers),
-            **_nested("epilogue", epilogue.pointers),
+            **nested("token_tiles", token_tiles.pointers),
+            **nested("epilogue", epilogue.pointers),
         },
         threads=tile.threads,
         shared_bytes=tile.shared_bytes(shape) + token_tiles.shared_bytes,
-        max_ctas=_grid(max(1, work_tiles) * tile.cluster, "the product"),
+        max_ctas=grid(max(1, work_tiles) * tile.cluster, "the product"),
         ctas_per_sm=tile.ctas_per_sm,
         cluster=tile.cluster,
         overlaps_predecessor=overlaps_predecessor,
-    )
-
-
-def _aligned_tiles(
-    num_slots: int,
-    num_experts: int,
-    rows: int,
-    list_block: int,
-    list_length: int,
-    buffers: tuple[int, int, int],
-    from_previous: bool,
-    first_rows: int | None = None,
-) -> TokenTiles:
-    """`first_rows` is the buffer of `FindFirstRows`, where the list may have a slot more than once."""
-    facts: Facts = {
-        "slots": num_slots,
-        "experts": num_experts,
-        "rows": rows,
-        "list_block": list_block,
-        "list_length": list_length,
-        "from_previous_kernel": from_previous,
-        "may_repeat": first_rows is not None,
-    }
-    sorted_token_ids, expert_ids, num_tokens_post_padded = (Pointer(buffer, "int32") for buffer in buffers)
-    pointers = {
-        "sorted_token_ids": sorted_token_ids,
-        "expert_ids": expert_ids,
-        "num_tokens_post_padded": num_tokens_post_padded,
-        "first_rows": _optional(first_rows, "int32"),
-    }
-    return TokenTiles("AlignedTiles", facts, pointers, -(-list_length // rows))
-
-
-def _direct_tiles(
-    num_slots: int, num_experts: int, routed_experts: int, topk_ids: int, expert_map: int | None
-) -> TokenTiles:
-    facts: Facts = {
-        "slots": num_slots,
-        "experts": num_experts,
-        "routed_experts": routed_experts,
-        "mapped": expert_map is not None,
-    }
-    pointers = {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": _optional(expert_map, "int32")}
-    return TokenTiles("DirectTiles", facts, pointers, num_slots)
-
-
-def _grouped_tiles(
-    num_slots: int, num_experts: int, routed_experts: int, rows: int, topk_ids: int, expert_map: int | None
-) -> TokenTiles:
-    facts: Facts = {
-        "slots": num_slots,
-        "experts": num_experts,
-        "routed_experts": routed_experts,
-        "rows": rows,
-        "mapped": expert_map is not None,
-    }
-    pointers = {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": _optional(expert_map, "int32")}
-    most, words = min(num_slots, num_experts + num_slots // rows), -(-num_slots // 32)
-    return TokenTiles(
-        "GroupedTiles",
-        facts,
-        pointers,
-        most,
-        shared_bytes=-(-most * rows // 16) * 16 + -(-most // 8) * 16 + 32 * words + 16,
-        scratch_bytes=num_experts * words * 4,
     )
 
 
@@ -430,7 +218,7 @@ def plan_moe_gemm(
     first_matrix, router = 1, 1 + WEIGHT_OPERANDS
     listed, y = (router + 1, router + 2, router + 3), router + 4
     first_rows = y + 1
-    token_tiles = _aligned_tiles(
+    token_tiles = aligned_tiles(
         num_slots,
         weights.num_experts,
         block,
@@ -441,45 +229,22 @@ def plan_moe_gemm(
         first_rows=first_rows,
     )
     tile = choose_tile(shape, block, min(num_slots, token_tiles.most), capability)
-    element = _CPP_TYPES[x.dtype.name]
-    clear = Kernel(
-        name=f"jmm_clear_m{num_slots}",
-        body="Clear<Facts>",
-        structs={"Facts": {"element": element, "slots": num_slots, "columns": weights.padded_n}},
-        pointers={
-            "out": Pointer(y, x.dtype.name, written=True),
-            "first_rows": Pointer(first_rows, "int32", written=True),
-        },
-        threads=256,
-        shared_bytes=0,
-        max_ctas=_grid(-(-num_slots * weights.padded_n * x.dtype.itemsize // 16 // 256), "clearing the result"),
-    )
-    find = Kernel(
-        name=f"jmm_first_rows_m{num_slots}",
-        body="FindFirstRows<Facts>",
-        structs={
-            "Facts": {
-                "slots": num_slots,
-                "experts": weights.num_experts,
-                "list_block": block_size,
-                "list_length": list_length,
-            }
-        },
-        pointers=token_tiles.pointers | {"first_rows": Pointer(first_rows, "int32", written=True)},
-        threads=256,
-        shared_bytes=0,
-        max_ctas=max(1, -(-list_length // 256)),
+    clear = clear_kernel(num_slots, weights.padded_n, x.dtype, out=y, first_rows=first_rows)
+    find = find_first_rows_kernel(
+        num_slots,
+        weights.num_experts,
+        block_size,
+        list_length,
+        pointers=token_tiles.pointers,
+        first_rows=first_rows,
         overlaps_predecessor=capability >= 90,
     )
-    has_bias = weights.bias is not None
-    epilogue = Epilogue(
-        "SlotRows",
-        {"element": element, "columns": weights.padded_n, "bias": has_bias, "weighted": weighted},
-        {
-            "out": Pointer(y, x.dtype.name, written=True),
-            "bias": _optional(first_matrix + _BIAS if has_bias else None, "float32"),
-            "topk_weights": _optional(router if weighted else None, "float32"),
-        },
+    epilogue = slot_rows(
+        x.dtype.name,
+        weights.padded_n,
+        out=y,
+        bias=None if weights.bias is None else first_matrix + _BIAS,
+        topk_weights=router if weighted else None,
     )
     # The list comes from before this call, so only the store, and which of the rows are stored, wait for the kernels
     # before; the wait sits before the tokens are read, which is early enough.
@@ -555,9 +320,9 @@ def plan_fused_moe(
     kernels: list[Kernel] = []
     scratch = [intermediate, partials]
     h, sums = y + 1, y + 2
-    grouped = _grouped_tiles(num_slots, num_experts, routed_experts, block, topk_ids, expert_map)
+    grouped = grouped_tiles(num_slots, num_experts, routed_experts, block, topk_ids, expert_map)
     if scheme.routing == "direct":
-        first_tiles = second_tiles = _direct_tiles(num_slots, num_experts, routed_experts, topk_ids, expert_map)
+        first_tiles = second_tiles = direct_tiles(num_slots, num_experts, routed_experts, topk_ids, expert_map)
     elif (
         scheme.routing == "grouped"
         and num_slots <= MOST_GROUPED_SLOTS
@@ -569,7 +334,7 @@ def plan_fused_moe(
         list_length = reference.padded_size(num_slots, routed_experts, block)
         listed = (y + 3, y + 4, y + 5)
         first_tiles, second_tiles = (
-            _aligned_tiles(num_slots, num_experts, block, block, list_length, listed, from_previous=from_previous)
+            aligned_tiles(num_slots, num_experts, block, block, list_length, listed, from_previous=from_previous)
             for from_previous in (True, False)
         )
         scratch += [
@@ -583,28 +348,14 @@ def plan_fused_moe(
             )
         )
 
-    element = _CPP_TYPES[x.dtype.name]
-    activate = Epilogue(
-        "Activated",
-        {
-            "element": element,
-            "activation": _activation_type(activation),
-            "columns": columns,
-            "bias": gate_up.bias is not None,
-        },
-        {
-            "out": Pointer(h, x.dtype.name, written=True),
-            "bias": _optional(first_matrix + _BIAS if gate_up.bias is not None else None, "float32"),
-        },
+    activate = activated(
+        activation, x.dtype.name, columns, out=h, bias=None if gate_up.bias is None else first_matrix + _BIAS
     )
-    weigh = Epilogue(
-        "SlotPartials",
-        {"columns": down.padded_n, "bias": down.bias is not None},
-        {
-            "out": Pointer(sums, "float32", written=True),
-            "bias": _optional(second_matrix + _BIAS if down.bias is not None else None, "float32"),
-            "topk_weights": Pointer(topk_weights, "float32"),
-        },
+    weigh = slot_partials(
+        down.padded_n,
+        out=sums,
+        bias=None if down.bias is None else second_matrix + _BIAS,
+        topk_weights=topk_weights,
     )
     kernels.append(
         gemm_kernel(
@@ -638,29 +389,18 @@ def plan_fused_moe(
             overlaps_predecessor=overlap and scheme.overlaps,
         )
     )
-    facts: Facts = {
-        "element": element,
-        "tokens": tokens,
-        "top_k": top_k,
-        "columns": down.padded_n,
-        "experts": num_experts,
-        "routed_experts": routed_experts,
-        "mapped": mapped,
-    }
     kernels.append(
-        Kernel(
-            name=f"jmm_combine_m{tokens}",
-            body="Combine<Facts>",
-            structs={"Facts": facts},
-            pointers={
-                "partials": Pointer(sums, "float32"),
-                "topk_ids": Pointer(topk_ids, "int32"),
-                "expert_map": _optional(expert_map, "int32"),
-                "out": Pointer(y, x.dtype.name, written=True),
-            },
-            threads=128,
-            shared_bytes=0,
-            max_ctas=_grid(-(-tokens * (down.padded_n // 4) // 128), "the sum over a token's experts"),
+        combine_kernel(
+            tokens,
+            top_k,
+            down.padded_n,
+            num_experts,
+            routed_experts,
+            x.dtype,
+            partials=sums,
+            topk_ids=topk_ids,
+            expert_map=expert_map,
+            out=y,
             overlaps_predecessor=overlap,
         )
     )

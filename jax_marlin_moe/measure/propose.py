@@ -5,7 +5,7 @@ from operator import methodcaller
 from jax_marlin_moe.cuda.choose import block_sizes, candidates, expected_blocks
 from jax_marlin_moe.cuda.kernels.mma import TOKEN_TILES
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
-from jax_marlin_moe.cuda.plan import MOST_GROUPED_SLOTS
+from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS
 from jax_marlin_moe.cuda.scheme import BlockScheme, SlotRouting
 
 _MOST_DIRECT_SLOTS = 32  # beyond one token: with more of them, slots of one expert are worth a common token tile

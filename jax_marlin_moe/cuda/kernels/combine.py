@@ -1,0 +1,95 @@
+"""The sum over a token's experts, and what clears and finds rows for a product. Twin of csrc/cuda/combine.cuh."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, optional
+from jax_marlin_moe.cuda.limits import grid
+from jax_marlin_moe.cuda.program import Kernel
+
+
+def combine_kernel(
+    tokens: int,
+    top_k: int,
+    columns: int,
+    num_experts: int,
+    routed_experts: int,
+    dtype: jnp.dtype,
+    *,
+    partials: int,
+    topk_ids: int,
+    expert_map: int | None,
+    out: int,
+    overlaps_predecessor: bool,
+) -> Kernel:
+    """Sums each token's slots."""
+    facts: Facts = {
+        "element": ELEMENT_TYPES[dtype.name],
+        "tokens": tokens,
+        "top_k": top_k,
+        "columns": columns,
+        "experts": num_experts,
+        "routed_experts": routed_experts,
+        "mapped": expert_map is not None,
+    }
+    return Kernel(
+        name=f"jmm_combine_m{tokens}",
+        body="Combine<Facts>",
+        structs={"Facts": facts},
+        pointers={
+            "partials": Pointer(partials, "float32"),
+            "topk_ids": Pointer(topk_ids, "int32"),
+            "expert_map": optional(expert_map, "int32"),
+            "out": Pointer(out, dtype.name, written=True),
+        },
+        threads=128,
+        shared_bytes=0,
+        max_ctas=grid(-(-tokens * (columns // 4) // 128), "the sum over a token's experts"),
+        overlaps_predecessor=overlaps_predecessor,
+    )
+
+
+def clear_kernel(num_slots: int, columns: int, dtype: jnp.dtype, *, out: int, first_rows: int) -> Kernel:
+    """Clears a product's result, and what is known about the first rows of slots."""
+    return Kernel(
+        name=f"jmm_clear_m{num_slots}",
+        body="Clear<Facts>",
+        structs={"Facts": {"element": ELEMENT_TYPES[dtype.name], "slots": num_slots, "columns": columns}},
+        pointers={
+            "out": Pointer(out, dtype.name, written=True),
+            "first_rows": Pointer(first_rows, "int32", written=True),
+        },
+        threads=256,
+        shared_bytes=0,
+        max_ctas=grid(-(-num_slots * columns * dtype.itemsize // 16 // 256), "clearing the result"),
+    )
+
+
+def find_first_rows_kernel(
+    num_slots: int,
+    num_experts: int,
+    list_block: int,
+    list_length: int,
+    *,
+    pointers: Mapping[str, Pointer | None],
+    first_rows: int,
+    overlaps_predecessor: bool,
+) -> Kernel:
+    """Finds where an aligned list, of these pointers, has each slot first."""
+    facts: Facts = {
+        "slots": num_slots,
+        "experts": num_experts,
+        "list_block": list_block,
+        "list_length": list_length,
+    }
+    return Kernel(
+        name=f"jmm_first_rows_m{num_slots}",
+        body="FindFirstRows<Facts>",
+        structs={"Facts": facts},
+        pointers={**pointers, "first_rows": Pointer(first_rows, "int32", written=True)},
+        threads=256,
+        shared_bytes=0,
+        max_ctas=max(1, -(-list_length // 256)),
+        overlaps_predecessor=overlaps_predecessor,
+    )

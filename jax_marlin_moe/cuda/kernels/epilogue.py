@@ -1,0 +1,71 @@
+"""What becomes of a product's sums. Twin of csrc/cuda/epilogue.cuh and csrc/cuda/activations.cuh."""
+
+import dataclasses
+
+import numpy as np
+
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, optional
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What becomes of a product's sums: a type of csrc/cuda/epilogue.cuh.
+
+    Attributes:
+        cpp: the C++ template.
+        facts: that it is compiled with.
+        pointers: of its members.
+    """
+
+    cpp: str
+    facts: Facts
+    pointers: dict[str, Pointer | None]
+
+
+def activation_type(activation: Activation) -> str:
+    """The C++ spelling; parameters as the bits of float32 values. Raises ValueError where there is no such kernel."""
+    if activation.cpp is None:
+        raise ValueError(
+            f"activation is {activation.name!r}, which the CUDA kernels lack; pass implementation='xla', or add it to "
+            "csrc/cuda/activations.cuh"
+        )
+    bits = [f"0x{int(np.float32(value).view(np.uint32)):08X}u" for value in activation.parameters]
+    return f"jmm::{activation.cpp}" + (f"<{', '.join(bits)}>" if bits else "")
+
+
+def activated(activation: Activation, dtype: str, columns: int, *, out: int, bias: int | None) -> Epilogue:
+    """The input of the second product, of `columns`."""
+    facts: Facts = {
+        "element": ELEMENT_TYPES[dtype],
+        "activation": activation_type(activation),
+        "columns": columns,
+        "bias": bias is not None,
+    }
+    return Epilogue("Activated", facts, {"out": Pointer(out, dtype, written=True), "bias": optional(bias, "float32")})
+
+
+def slot_rows(dtype: str, columns: int, *, out: int, bias: int | None, topk_weights: int | None) -> Epilogue:
+    """A row per slot, times its router weight if there are any."""
+    facts: Facts = {
+        "element": ELEMENT_TYPES[dtype],
+        "columns": columns,
+        "bias": bias is not None,
+        "weighted": topk_weights is not None,
+    }
+    pointers = {
+        "out": Pointer(out, dtype, written=True),
+        "bias": optional(bias, "float32"),
+        "topk_weights": optional(topk_weights, "float32"),
+    }
+    return Epilogue("SlotRows", facts, pointers)
+
+
+def slot_partials(columns: int, *, out: int, bias: int | None, topk_weights: int) -> Epilogue:
+    """A float32 row per slot, times its router weight, for the sum over a token's experts."""
+    pointers = {
+        "out": Pointer(out, "float32", written=True),
+        "bias": optional(bias, "float32"),
+        "topk_weights": Pointer(topk_weights, "float32"),
+    }
+    return Epilogue("SlotPartials", {"columns": columns, "bias": bias is not None}, pointers)

@@ -1,0 +1,98 @@
+"""The three ways in which a product finds the slots of its token tiles. Twin of csrc/cuda/token_tiles.cuh."""
+
+import dataclasses
+
+from jax_marlin_moe.cuda.facts import Facts, Pointer, optional
+
+MOST_GROUPED_SLOTS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTiles:
+    """How a product finds the slots of its token tiles: a type of csrc/cuda/token_tiles.cuh.
+
+    Attributes:
+        cpp: the C++ template.
+        facts: that it is compiled with.
+        pointers: of its members.
+        most: token tiles, at most.
+        shared_bytes: shared memory of its own in every CTA.
+        scratch_bytes: of the product's shared memory, what it needs first.
+    """
+
+    cpp: str
+    facts: Facts
+    pointers: dict[str, Pointer | None]
+    most: int
+    shared_bytes: int = 0
+    scratch_bytes: int = 0
+
+
+def aligned_tiles(
+    num_slots: int,
+    num_experts: int,
+    rows: int,
+    list_block: int,
+    list_length: int,
+    buffers: tuple[int, int, int],
+    from_previous: bool,
+    first_rows: int | None = None,
+) -> TokenTiles:
+    """Token tiles off an aligned list.
+
+    `first_rows` is the buffer of `FindFirstRows`, where the list may have a slot more than once.
+    """
+    facts: Facts = {
+        "slots": num_slots,
+        "experts": num_experts,
+        "rows": rows,
+        "list_block": list_block,
+        "list_length": list_length,
+        "from_previous_kernel": from_previous,
+        "may_repeat": first_rows is not None,
+    }
+    sorted_token_ids, expert_ids, num_tokens_post_padded = (Pointer(buffer, "int32") for buffer in buffers)
+    pointers = {
+        "sorted_token_ids": sorted_token_ids,
+        "expert_ids": expert_ids,
+        "num_tokens_post_padded": num_tokens_post_padded,
+        "first_rows": optional(first_rows, "int32"),
+    }
+    return TokenTiles("AlignedTiles", facts, pointers, -(-list_length // rows))
+
+
+def direct_tiles(
+    num_slots: int, num_experts: int, routed_experts: int, topk_ids: int, expert_map: int | None
+) -> TokenTiles:
+    """Every slot is a token tile of one row."""
+    facts: Facts = {
+        "slots": num_slots,
+        "experts": num_experts,
+        "routed_experts": routed_experts,
+        "mapped": expert_map is not None,
+    }
+    pointers = {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": optional(expert_map, "int32")}
+    return TokenTiles("DirectTiles", facts, pointers, num_slots)
+
+
+def grouped_tiles(
+    num_slots: int, num_experts: int, routed_experts: int, rows: int, topk_ids: int, expert_map: int | None
+) -> TokenTiles:
+    """Every CTA groups the slots by expert for itself, at most `MOST_GROUPED_SLOTS` of them."""
+    facts: Facts = {
+        "slots": num_slots,
+        "experts": num_experts,
+        "routed_experts": routed_experts,
+        "rows": rows,
+        "mapped": expert_map is not None,
+    }
+    pointers = {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": optional(expert_map, "int32")}
+    most, words = min(num_slots, num_experts + num_slots // rows), -(-num_slots // 32)
+    return TokenTiles(
+        "GroupedTiles",
+        facts,
+        pointers,
+        most,
+        shared_bytes=-(-most * rows // 16) * 16 + -(-most // 8) * 16 + 32 * words + 16,
+        scratch_bytes=num_experts * words * 4,
+    )
