@@ -1,0 +1,236 @@
+// Stages to results: the consumer warpgroups of the wgmma kernel.
+//
+// While the tensor cores work on one batch of steps, the warps load and dequantise the next, across the boundary of
+// k-blocks too (docs/kernels.md, "The wgmma kernel"):
+//
+//   wait full(s)
+//   ld.shared            [L1]              [L0']                [L1']
+//   wgmma         [ batch 0 in flight ][ batch 1 in flight ]  wait  [ batch 0' in flight ]
+//   dequantise           [  D1  ]          [  D0'  ]        release(s)     [  D1'  ]
+//                                          ^ waits for full(s + 1)
+#pragma once
+
+#include "gemm/named_barriers.cuh"
+#include "gemm/wgmma/weights.cuh"
+
+namespace jmm {
+
+// Gemm is the kernel.
+template <class Gemm>
+struct WgmmaConsumer {
+  using Shape = typename Gemm::Shape;
+  using T = typename Shape::T;
+  using Problem = typename Shape::Problem;
+  using Tile = typename Shape::Tile;
+  using Epilogue = typename Shape::Epilogue;
+  using KBlocks = typename Shape::KBlocks;
+  using Storage = WgmmaStorage<Shape>;
+  using Shared = WgmmaShared<Shape>;
+  using Record = typename Storage::Record;
+  using Weights = WgmmaWeights<Shape>;
+  using Lane = WgmmaLane<Shape>;
+  using Stage = Cursor<Tile::kStages>;
+
+  __device__ __forceinline__ static void acquire(const Shared& shared, const Stage& stage) {
+    mbarrier_wait(shared.full(stage.at), stage.parity);
+    fence_async_proxy();
+  }
+  __device__ __forceinline__ static void release(const Shared& shared, int stage, const Lane& lane) {
+    __syncwarp();
+    if (lane.lane == 0) mbarrier_arrive(shared.empty(stage));
+  }
+
+  static constexpr int kStepsPerGroup = Problem::kGroup / kStepRows;
+
+  // Whether the k-block that a warpgroup takes after this one belongs to another group, or to another work tile.
+  __device__ __forceinline__ static bool ends_group(int k_block) {
+    const int next = k_block + Tile::kWarpgroupsK;
+    return next >= KBlocks::kCount ||
+           k_block * Tile::kBlockK / Problem::kGroup != next * Tile::kBlockK / Problem::kGroup;
+  }
+
+  // Adds the sums of the warpgroups that share K, in their order. True for the one that has the total.
+  template <int kSums>
+  __device__ __forceinline__ static bool add_shares(const Shared& shared, const Lane& lane,
+                                                    float (&sums)[Tile::kSubTiles][kSums]) {
+    constexpr int kConsumers = 128 * Tile::kWarpgroups;
+    float* partials = reinterpret_cast<float*>(shared.bytes + Storage::kPartialsAt) +
+                      lane.warpgroup * (Shape::kThreadSums * 128) + lane.warp * 32 + lane.lane;
+    if (lane.share > 0) {
+      named_barrier_sync<kPartialsRead>(kConsumers);
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          partials[((lane.share - 1) * Tile::kWarpgroupsN * Shape::kThreadSums + j * kSums + i) * 128] = sums[j][i];
+        }
+      named_barrier_arrive<kPartialsWritten>(kConsumers);
+      return false;
+    }
+    named_barrier_arrive<kPartialsRead>(kConsumers);  // those of the work tile before
+    named_barrier_sync<kPartialsWritten>(kConsumers);
+#pragma unroll
+    for (int share = 1; share < Tile::kWarpgroupsK; ++share)
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          sums[j][i] += partials[((share - 1) * Tile::kWarpgroupsN * Shape::kThreadSums + j * kSums + i) * 128];
+        }
+    return true;
+  }
+
+  template <int kN>
+  __device__ __forceinline__ static void store(const Gemm& gemm, const Record& record, const Lane& lane,
+                                               const float (&sums)[Tile::kSubTiles][kN / 2]) {
+    const typename Shape::ExpertIndex expert = record.expert;
+    float factors[Shape::kHalves];  // of this lane's sums
+#pragma unroll
+    for (int h = 0; h < Shape::kHalves; ++h) {
+      factors[h] = Weights::kResidualScale;
+      if constexpr (Problem::kGlobalScales) {
+        factors[h] *=
+            gemm.operands
+                .global_scales[expert * (Problem::kUnits) + Shape::packed_unit(record.column_tile, lane.unit(h))];
+      }
+    }
+    const int first_column = record.column_tile * Shape::kHalfUnits * kUnitColumns + lane.unit(0) * kUnitColumns +
+                             lane.word() * 16 + lane.lane / 4;
+#pragma unroll
+    for (int t = 0; t < kN / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 8 * t + lane.lane % 4 * 2 + i;
+        const int slot = record.slots[row];
+        if (slot < 0) continue;
+        const float factor = record.factors[row];
+#pragma unroll
+        for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const int s = 4 * t + 2 * b + i;
+            gemm.epilogue.store(expert, slot, factor, first_column + 16 * p + 8 * b, sums[p][s] * factors[0],
+                                Epilogue::kGated
+                                    ? sums[Tile::kSubTiles - Shape::kWarpSubTiles + p][s] * factors[Shape::kHalves - 1]
+                                    : 0.0f);
+          }
+        }
+      }
+    }
+  }
+
+  template <int kN>
+  __device__ __forceinline__ static void multiply_tile(const Gemm& gemm, const Shared& shared, const Record& record,
+                                                       const Lane& lane, Stage stage) {
+    float sums[Tile::kSubTiles][kN / 2];                              // of the tile
+    float group_sums[Shape::kTwoSums ? Tile::kSubTiles : 1][kN / 2];  // of the group, without its scales
+    typename Weights::Fragments a[2];                                 // weights: being made, and in use
+    typename Weights::Words words;
+    typename Weights::Scaling scaling;
+#pragma unroll
+    for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) {
+        sums[j][i] = 0.0f;
+        if constexpr (Shape::kTwoSums) group_sums[j][i] = 0.0f;
+      }
+
+    if constexpr (Tile::kWarpgroupsK > 1) {
+      for (int i = 0; i < lane.share; ++i) stage.advance();
+    }
+    // The first batch.
+    acquire(shared, stage);
+    Weights::load(words, scaling, shared.weights(stage.at), 0, lane);
+    Weights::make(a[0], words, scaling);
+    bool fresh = true;  // the next product begins a sum
+#pragma unroll 1
+    for (int k_block = Tile::kWarpgroupsK > 1 ? lane.share : 0; k_block < KBlocks::kCount;
+         k_block += Tile::kWarpgroupsK) {
+      const Stage here = stage;
+      const uint32_t weights = shared.weights(here.at);
+      const WgmmaRows tokens(shared.tokens(here.at));
+      stage.template advance<Tile::kWarpgroupsK>();
+#pragma unroll
+      for (int batch = 0; batch < Weights::kBatches; ++batch) {
+        // Load the next batch, unless it is in the next stage.
+        if (batch + 1 < Weights::kBatches) Weights::load(words, scaling, weights, batch + 1, lane);
+        // Multiply this batch.
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < Weights::kBatch; ++s) {
+          const int step = batch * Weights::kBatch + s;
+          const uint64_t b = tokens.at(step / 4 * Storage::kSlabBytes + step % 4 * 32);
+          const bool begins = Shape::kTwoSums && KBlocks::kHoldGroups ? step % kStepsPerGroup == 0 : step == 0 && fresh;
+#pragma unroll
+          for (int j = 0; j < Tile::kSubTiles; ++j) {
+            Wgmma<T, kN>::run(Shape::kTwoSums ? group_sums[Shape::kTwoSums ? j : 0] : sums[j], a[batch % 2][s][j], b,
+                              !begins);
+          }
+        }
+        wgmma_commit();
+        fresh = false;
+        wgmma_wait<1>();  // the other half of `a` is free
+        // Dequantise the next batch.
+        if (batch + 1 < Weights::kBatches) {
+          Weights::make(a[(batch + 1) % 2], words, scaling);
+        } else if (k_block + Tile::kWarpgroupsK < KBlocks::kCount) {
+          acquire(shared, stage);
+          Weights::load(words, scaling, shared.weights(stage.at), 0, lane);
+          Weights::make(a[0], words, scaling);
+        }
+        // Scale the sums of a group that ends.
+        if constexpr (!Tile::kScalesWeights) {
+          const int end = (batch + 1) * Weights::kBatch;  // in steps
+          if (KBlocks::kHoldGroups ? end % kStepsPerGroup == 0 : end == KBlocks::kSteps && ends_group(k_block)) {
+            const typename Weights::Factors factors(weights, (end - 1) / KBlocks::kStepsPerScale, lane);
+            wgmma_wait<0>();
+            factors.close(sums, group_sums);
+            fresh = true;
+          }
+        }
+      }
+      wgmma_wait<0>();
+      release(shared, here.at, lane);
+    }
+    if constexpr (Tile::kWarpgroupsK > 1) {
+      if (!add_shares(shared, lane, sums)) return;
+    }
+    // Epilogue.
+    store<kN>(gemm, record, lane, sums);
+  }
+
+  // Token tiles with few rows multiply only so many: quarters of the tile, in eights.
+  template <int kQuarters>
+  __device__ __forceinline__ static void multiply_rows(const Gemm& gemm, int rows, const Shared& shared,
+                                                       const Record& record, const Lane& lane, Stage stage) {
+    constexpr int kRows = (Tile::kTokens * kQuarters / 4 + 7) / 8 * 8;
+    constexpr int kFewer = (Tile::kTokens * (kQuarters - 1) / 4 + 7) / 8 * 8;
+    if constexpr (kRows == Tile::kTokens) {
+      multiply_tile<kRows>(gemm, shared, record, lane, stage);
+    } else {
+      if (kRows > kFewer && rows <= kRows) return multiply_tile<kRows>(gemm, shared, record, lane, stage);
+      multiply_rows<kQuarters + 1>(gemm, rows, shared, record, lane, stage);
+    }
+  }
+
+  __device__ __forceinline__ static void run(const Gemm& gemm, const Shared& shared) {
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be the same for the whole warp
+    const Lane lane{warpgroup / Tile::kWarpgroupsN, warpgroup % Tile::kWarpgroupsN, int(threadIdx.x / 32 % 4),
+                    int(threadIdx.x % 32)};
+    Stage stage;
+    Cursor<Storage::kRecords> next;
+#pragma unroll 1
+    for (;; next.advance()) {
+      mbarrier_wait(shared.record_full(next.at), next.parity);
+      const Record& record = shared.record(next.at);
+      if (record.expert < 0) break;
+      const int rows = max(max(record.rows[0], record.rows[1]), max(record.rows[2], record.rows[3]));
+      multiply_rows<1>(gemm, rows, shared, record, lane, stage);
+      stage.template advance<KBlocks::kCount>();
+      __syncwarp();
+      if (lane.lane == 0) mbarrier_arrive(shared.record_empty(next.at));
+    }
+  }
+};
+
+}  // namespace jmm

@@ -1,0 +1,205 @@
+// Global to shared memory: the producer warpgroup of the wgmma kernel.
+//
+// It walks the work tiles ahead of the consumers and fills stages (docs/kernels.md, "The wgmma kernel"):
+//
+//   producer     wait empty(s) | bulk copies, cp.async -> s | arrive full(s) | next stage ...
+#pragma once
+
+#include "gemm/named_barriers.cuh"
+#include "gemm/wgmma/storage.cuh"
+
+namespace jmm {
+
+// Gemm is the kernel.
+template <class Gemm>
+struct WgmmaProducer {
+  using Shape = typename Gemm::Shape;
+  using Problem = typename Shape::Problem;
+  using Tile = typename Shape::Tile;
+  using TokenTiles = typename Shape::TokenTiles;
+  using KBlocks = typename Shape::KBlocks;
+  using Packed = typename Shape::Packed;
+  using Scales = typename Shape::Scales;
+  using Zeros = typename Shape::Zeros;
+  using Reader = typename Shape::Reader;
+  using Storage = WgmmaStorage<Shape>;
+  using Shared = WgmmaShared<Shape>;
+  using Record = typename Storage::Record;
+  using Stage = Cursor<Tile::kStages>;
+
+  static constexpr int kRowsOfThread = (Tile::kTokens + 127) / 128;  // of a record
+  static constexpr int kPieces = Tile::kBlockK / 8;                  // 16-byte pieces of a token's row in a k_block
+  static constexpr int kRowStep = 128 / kPieces;                     // rows that the warpgroup copies at once
+  static constexpr int kCopiedRows = (Tile::kTokens + kRowStep - 1) / kRowStep;  // of a thread
+  static_assert(kCopiedRows <= 32, "one bit each");
+  static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
+  static constexpr int kStoredZeroBytes = Zeros::kStored ? Zeros::kUnitBytes : 16;  // of a type that is unused if none
+
+  // What a stage has of one operand: kRows rows of kUnitBytes for each unit, of an expert's kRowsOfExpert. The units of
+  // a half follow each other in memory as in the stage: a run. The runs of a k-block go to the four warps by turns.
+  template <int kUnitBytes, int kRowsOfExpert, int kRows>
+  struct Runs {
+    static constexpr int kRowBytes = Problem::kUnits * kUnitBytes;
+    static constexpr int kRuns = kRows * Shape::kHalves, kRunBytes = Shape::kHalfUnits * kUnitBytes;
+    static_assert(kRunBytes % 16 == 0, "whole pieces");
+
+    const int warp;
+    const unsigned char* const source;  // of the warp's first run, in an expert's first rows
+
+    __device__ __forceinline__ Runs(const void* operand, int expert, int column_tile, int w)
+        : warp(w),
+          source(static_cast<const unsigned char*>(operand) +
+                 (int64_t(expert) * kRowsOfExpert + w / Shape::kHalves) * kRowBytes +
+                 Shape::packed_unit(column_tile, w % Shape::kHalves * Shape::kHalfUnits) * kUnitBytes) {}
+
+    // One lane's: copies the warp's runs of the rows from `row` on, and has the barrier wait for them.
+    __device__ __forceinline__ void copy(uint32_t target, int row, uint32_t barrier, uint64_t policy) const {
+      const int runs = (kRuns + 3 - warp) / 4;
+      if (kRuns >= 4 || runs > 0) mbarrier_expect_bytes(barrier, runs * kRunBytes);
+#pragma unroll
+      for (int i = 0; i < (kRuns + 3) / 4; ++i) {
+        if (kRuns % 4 == 0 || i < runs) {
+          copy_bulk<kRunBytes>(target + (warp + 4 * i) * kRunBytes,
+                               source + int64_t(row) * kRowBytes + i * (4 / Shape::kHalves) * kRowBytes, barrier,
+                               policy);
+        }
+      }
+    }
+  };
+
+  __device__ __forceinline__ static void run(const Gemm& gemm, const Shared& shared, const Reader& token_tiles,
+                                             int thread) {
+    const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for the whole warp
+    const bool elected = elect_lane();
+    const uint64_t policy = evict_first_policy();
+    const int work_tiles = token_tiles.count() * Shape::kColumnTiles;
+    const int piece = thread % kPieces, first_row = thread / kPieces;
+    const uint32_t first_target = piece / 8 * Storage::kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
+    Stage stage;
+    Cursor<Storage::kRecords> record;
+
+    // The next work tile's expert and slots are fetched a tile ahead.
+    int next_expert = -1, next_slots[kRowsOfThread];
+    const auto fetch = [&](int work_tile) {
+      next_expert = -1;
+      if (work_tile >= work_tiles) return;
+      const int token_tile = work_tile / Shape::kColumnTiles;
+      next_expert = token_tiles.expert(token_tile);
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        const int row = thread + 128 * i;
+        next_slots[i] = row < Tile::kTokens ? token_tiles.slot(token_tile, row) : -1;
+      }
+    };
+    fetch(blockIdx.x);
+
+    constexpr int kPrefetched = Tile::kStages < KBlocks::kCount ? Tile::kStages : KBlocks::kCount;
+    int prefetched = 0;  // k-blocks of the first work tile whose weights are on their way before its tokens exist
+    bool waited = TokenTiles::kNeedsPreviousKernel;
+#pragma unroll 1
+    for (int work_tile = blockIdx.x; work_tile < work_tiles; work_tile += gridDim.x) {
+      const int expert = __shfl_sync(~0u, next_expert, 0);  // known to be uniform
+      int slots[kRowsOfThread];
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) slots[i] = next_slots[i];
+      fetch(work_tile + gridDim.x);
+      if (expert < 0) continue;
+      const int column_tile = work_tile % Shape::kColumnTiles;
+
+      // Where the weights are.
+      const Runs<Packed::kBytes, Problem::kK / kStepRows, KBlocks::kSteps> weight_runs(gemm.operands.packed, expert,
+                                                                                       column_tile, warp);
+      const Runs<kUnitColumns * Scales::kBytes, Problem::kGroups, KBlocks::kScaleRows> scale_runs(
+          gemm.operands.scales, expert, column_tile, warp);
+      const Runs<kStoredZeroBytes, Problem::kGroups, KBlocks::kScaleRows> zero_runs(gemm.operands.zeros, expert,
+                                                                                    column_tile, warp);
+      const auto copy_weights = [&](int s, int k_block) {
+        if (!elected) return;
+        int step = k_block * KBlocks::kSteps, group = k_block * Tile::kBlockK / Problem::kGroup;
+        if constexpr (KBlocks::kMissingRows > 0) {
+          step = min(step, Problem::kK / kStepRows - KBlocks::kSteps);
+          group = min(group, Problem::kGroups - KBlocks::kScaleRows);
+        }
+        weight_runs.copy(shared.weights(s), step, shared.full(s), policy);
+        scale_runs.copy(shared.weights(s) + Storage::kScalesAt, group, shared.full(s), policy);
+        if constexpr (Zeros::kStored)
+          zero_runs.copy(shared.weights(s) + Storage::kZerosAt, group, shared.full(s), policy);
+      };
+      if (!waited) {
+#pragma unroll 1
+        for (; prefetched < kPrefetched; ++prefetched) copy_weights(prefetched, prefetched);
+        wait_for_previous_kernel();
+        waited = true;
+      }
+
+      // Write the record.
+      mbarrier_wait(shared.record_empty(record.at), record.parity ^ 1);
+      Record& written = shared.record(record.at);
+      int last = 0;
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        const int row = thread + 128 * i;
+        if constexpr (TokenTiles::kMayRepeat)
+          slots[i] = token_tiles.first_listed(slots[i], work_tile / Shape::kColumnTiles, row);
+        const uint32_t real = __ballot_sync(~0u, slots[i] >= 0);
+        if (real) last = 128 * i + 32 * warp + 32 - __clz(real);
+        if (row < Tile::kTokens) {
+          written.slots[row] = slots[i];
+          written.factors[row] = slots[i] >= 0 ? gemm.epilogue.factor(slots[i]) : 0.0f;
+        }
+      }
+      if (lane == 0) written.rows[warp] = last;
+      if (thread == 0) written.expert = expert, written.column_tile = column_tile;
+      named_barrier_sync<kRecordWritten>(128);
+      // Where the tokens are.
+      typename Shape::RowOffset offsets[kCopiedRows];  // of the rows of x that this thread copies, in pieces
+      uint32_t real = 0;
+#pragma unroll
+      for (int i = 0; i < kCopiedRows; ++i) {
+        const int row = first_row + i * kRowStep;
+        const int slot = row < Tile::kTokens ? written.slots[row] : -1;
+        offsets[i] =
+            static_cast<typename Shape::RowOffset>(max(slot, 0) / Problem::kSlotsPerRow) * (Problem::kRowStride / 8) +
+            piece;
+        if (slot >= 0) real |= 1u << i;
+      }
+      mbarrier_arrive(shared.record_full(record.at));
+      record.advance();
+
+      // Fill the stages.
+      const uint4* source = reinterpret_cast<const uint4*>(gemm.operands.x);
+#pragma unroll 1
+      for (int k_block = 0; k_block < KBlocks::kCount; ++k_block, source += kPieces) {
+        mbarrier_wait(shared.empty(stage.at), stage.parity ^ 1);
+        if (prefetched > 0) {
+          --prefetched;
+        } else {
+          copy_weights(stage.at, k_block);
+        }
+        // A row that does not exist is not copied: it is multiplied in a column of its own, which is never stored.
+        const uint32_t target = shared.tokens(stage.at) + first_target;
+        const bool repeats = KBlocks::kMissingRows > 0 && k_block == KBlocks::kCount - 1;
+        const uint4* first = repeats ? source - KBlocks::kMissingRows / 8 : source;
+#pragma unroll
+        for (int i = 0; i < kCopiedRows; ++i) {
+          if (!(real >> i & 1)) continue;
+          if constexpr (KBlocks::kMissingRows == 0) {
+            copy16(target + i * kRowStep * 128, first + offsets[i]);
+          } else {
+            copy16_or_zeros(target + i * kRowStep * 128, first + offsets[i],
+                            !repeats || piece >= KBlocks::kMissingRows / 8);
+          }
+        }
+        mbarrier_arrive_after_copies(shared.full(stage.at));
+        stage.advance();
+      }
+    }
+    // The last record.
+    mbarrier_wait(shared.record_empty(record.at), record.parity ^ 1);
+    if (thread == 0) shared.record(record.at).expert = -1;
+    mbarrier_arrive(shared.record_full(record.at));
+    wait_copies<0>();
+  }
+};
+
+}  // namespace jmm

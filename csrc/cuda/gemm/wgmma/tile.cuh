@@ -1,0 +1,100 @@
+// The wgmma kernel's tile, and all that is known at compile time about a product that is cut into such tiles.
+#pragma once
+
+#include "gemm/problem.cuh"
+#include "weights/fragments_offset.cuh"
+
+namespace jmm {
+
+// How the work is cut. A CTA computes work tiles of kTokens x (kWarpgroupsN * kSubTiles * 64 packed columns);
+// the k-blocks go to kWarpgroupsK warpgroups by turns.
+// Facts: WgmmaTile of jax_marlin_moe/cuda/kernels/wgmma.py.
+template <class Facts>
+struct WgmmaTile {
+  static constexpr int kTokens = Facts::kTokens;            // rows of a token tile
+  static constexpr int kSubTiles = Facts::kSubTiles;        // 64-row products of a warpgroup: 1, 2 or 4
+  static constexpr int kWarpgroupsN = Facts::kWarpgroupsN;  // of consumers, side by side along the columns
+  static constexpr int kWarpgroupsK = Facts::kWarpgroupsK;  // that share K
+  static constexpr int kBlockK = Facts::kBlockK;            // rows of K in one stage of the ring
+  static constexpr int kStages = Facts::kStages;            // stages of the ring
+  static constexpr int kCtasPerSm = Facts::kCtasPerSm;      // resident CTAs
+  static constexpr int kCluster = 1;
+  static constexpr bool kScalesWeights = Facts::kScalesWeights;
+  static constexpr int kWarpgroups = kWarpgroupsN * kWarpgroupsK;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);  // one more is the producer
+  // Registers of a thread, in eights: a CTA enters with an equal share each, and the producer hands on what it can
+  // spare.
+  static constexpr int kEntryRegisters = 65536 / (kCtasPerSm * kThreads) / 8 * 8;
+  static constexpr int kProducerRegisters = Facts::kProducerRegisters;
+  static constexpr int kConsumerRegisters = Facts::kConsumerRegisters;
+  static constexpr int kOtherRegisters = Facts::kOtherRegisters;  // of a consumer, beside sums and weights
+  static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0, "as setmaxnreg takes them");
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * kEntryRegisters,
+                "the multiprocessor has them");
+  static_assert(kTokens % 8 == 0 && kTokens <= 256, "columns of a wgmma");
+  static_assert(kBlockK % 64 == 0, "rows of 128 bytes in shared memory");
+  // A wait names a phase by its parity, which is enough for a waiter that has seen the phase before it complete: the
+  // k-blocks of a stage belong to one warpgroup. (Between work tiles all consumers synchronise.)
+  static_assert(kStages % kWarpgroupsK == 0, "warpgroups that share K read different stages");
+};
+
+template <class Problem_, class Tile_, class TokenTiles_, class Epilogue_>
+struct WgmmaShape {
+  using Problem = Problem_;
+  using Tile = Tile_;
+  using TokenTiles = TokenTiles_;
+  using Epilogue = Epilogue_;
+  using T = typename Problem::T;
+  using Code = typename Problem::Code;
+  using Codes = OffsetFragments<Code, T>;
+  using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
+  using Packed = PackedTile<Code>;
+  using KBlocks = jmm::KBlocks<Problem, Tile::kBlockK>;
+  using Columns = ProductColumns<Problem, TokenTiles, Epilogue>;
+  using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
+  using ExpertIndex = typename Problem::ExpertIndex;
+  // Of the 16-byte pieces of x.
+  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * (Problem::kRowStride / 8)>;
+
+  static constexpr bool kFloatZeros = !Zeros::kWhole;
+  static_assert(Tile::kScalesWeights || (!kFloatZeros && !Problem::kGlobalScales),
+                "a fraction of a zero point goes into weights that have their scale; sums are scaled group by group");
+
+  // A gated tile has gate units and then as many up units; one thread has gate and up of a column. Each warp of a
+  // warpgroup multiplies kWarpSubTiles sub-tiles of either half: four warps, that many units.
+  static constexpr int kHalves = Columns::kHalves;
+  static constexpr int kWarpSubTiles = Tile::kSubTiles / kHalves;
+  static constexpr int kHalfUnits = Tile::kWarpgroupsN * kWarpSubTiles;
+  static constexpr int kTileUnits = kHalves * kHalfUnits;
+  static constexpr int kColumnTiles = Columns::kUnits / kHalfUnits;
+  using Scales = ColumnScales<typename Problem::Scale, 2 * kWarpSubTiles>;
+  static_assert(Tile::kSubTiles % kHalves == 0, "gate and up come in pairs");
+  static_assert(Columns::kCount % (kUnitColumns * kHalfUnits) == 0, "column tiles are whole");
+  static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
+
+  // The last k-block ends where K does: the rows that it has from the k-block before are multiplied with zeros.
+  static_assert(Problem::kK >= Tile::kBlockK && Problem::kK % kStepRows == 0, "K is k-blocks, of whole steps");
+  static_assert(KBlocks::kCount >= Tile::kWarpgroupsK, "every warpgroup has a k-block");
+  static_assert(Problem::kGroups == 1 || Problem::kGroup % Tile::kBlockK == 0 ||
+                    (Tile::kBlockK % Problem::kGroup == 0 && Problem::kK % Problem::kGroup == 0),
+                "a k-block is part of one group, or whole groups");
+
+  // The sums of a group and those of the tile, unless there is one group or weights have their scale.
+  static constexpr bool kTwoSums = !Tile::kScalesWeights && Problem::kGroups > 1;
+  static constexpr int kThreadSums = Tile::kSubTiles * Tile::kTokens / 2;  // of one set
+
+  // Whether the producer has registers to hand on. 240 is the most that a consumer uses.
+  static constexpr bool kMovesRegisters =
+      Tile::kEntryRegisters < 240 && Tile::kEntryRegisters > Tile::kProducerRegisters;
+
+  // Work tiles: CTAs take them by turns.
+  static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
+  static constexpr int64_t kMaxCtas = (kWorkTiles > 0 ? kWorkTiles : 1) * Tile::kCluster;
+
+  // The packed unit at a place in a work tile.
+  __device__ __forceinline__ static int packed_unit(int column_tile, int unit) {
+    return unit / kHalfUnits * Columns::kUnits + column_tile * kHalfUnits + unit % kHalfUnits;
+  }
+};
+
+}  // namespace jmm
