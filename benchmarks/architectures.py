@@ -18,16 +18,16 @@ from jax_marlin_moe.cuda import compiler
 
 ARCHITECTURES = ("compute_75", "compute_80", "compute_86", "compute_89")
 TESTS = (
-    "tests/test_align.py",
+    "tests/ops/test_align.py",
     "tests/test_formats.py::test_blocks_of_real_width",
-    "tests/test_moe_gemm.py::test_product",
-    "tests/test_moe_gemm.py::test_what_memory_held_before_stays_out",
-    "tests/test_repeated_slots.py",
-    "tests/test_fused_moe.py::test_block",
-    "tests/test_fused_moe.py::test_what_memory_held_before_stays_out",
-    "tests/test_fused_moe.py::test_grouped_slots_give_the_bits_of_aligned_ones",
-    "tests/test_fused_moe.py::test_tiles_of_odd_width",
-    "tests/test_fused_moe.py::test_shares_of_k_that_are_not_alike",
+    "tests/ops/test_moe_gemm.py::test_product",
+    "tests/ops/test_moe_gemm.py::test_what_memory_held_before_stays_out",
+    "tests/ops/test_repeated_slots.py",
+    "tests/ops/test_fused_moe.py::test_block",
+    "tests/ops/test_fused_moe.py::test_what_memory_held_before_stays_out",
+    "tests/ops/test_fused_moe.py::test_grouped_slots_give_the_bits_of_aligned_ones",
+    "tests/ops/test_fused_moe.py::test_tiles_of_odd_width",
+    "tests/ops/test_fused_moe.py::test_shares_of_k_that_are_not_alike",
 )
 
 

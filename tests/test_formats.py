@@ -288,7 +288,7 @@ def test_blocks_of_real_width(weight_format, dtype, tokens):
     with jax.default_device(jax.devices("cuda")[0]):
         case = Block("", weight_format, hidden=2048, inner=768, tokens=tokens, dtype=dtype)
         arrays = make_block(case)
-        # Kernels for many rows may round weights to 16 bits; tests/test_wgmma.py holds them to that, row by row.
+        # Kernels for many rows may round weights to 16 bits; tests/cuda/test_wgmma.py holds them to that, row by row.
         assert_close = assert_block_accepted if tokens == 300 else assert_block_close
         assert_close(run_block(case, arrays, "cuda"), expected_block(case, arrays))
 

@@ -25,7 +25,7 @@ from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.cuda import cache, compiler
 from jax_marlin_moe.measure.models import ModelShape
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "data" / "ck_llmc_W4A16"
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax_marlin_moe.checkpoint import convert, load_moe_layer
 from jax_marlin_moe.checkpoint.packed_form import MANIFEST
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 W8 = "ck_llmc_W8A16"
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.cuda.plan import plan_align
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"
 CXX, CC = (os.environ.get(name) or shutil.which(default) for name, default in (("CXX", "g++"), ("CC", "gcc")))
 

@@ -23,7 +23,7 @@ from jax_marlin_moe.checkpoint.facts import layer_from, leaves_and_facts, read_f
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.cli.main import main
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 
 
 def assert_same(a: MoELayer, b: MoELayer) -> None:

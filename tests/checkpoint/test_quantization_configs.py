@@ -16,7 +16,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import load_moe_layer, patterns
 from jax_marlin_moe.checkpoint.schemes import METHODS
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 MODULE = "model.layers.0.mlp"
 LAYERS = "model.layers.*.mlp.experts*"
 

@@ -10,7 +10,7 @@ import pytest
 import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import load_moe_layer
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 LOADS = 62  # of each folder
 DECODERS = {
     "ck_awq": files.awq,

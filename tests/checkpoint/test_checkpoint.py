@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import MoELayer, layer_reader, load_moe_layer
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 4, 128, 128, 64
 PREFIX = "model.layers.0.mlp.experts"
 

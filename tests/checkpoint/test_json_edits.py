@@ -15,7 +15,7 @@ import pytest
 
 from jax_marlin_moe.checkpoint import load_moe_layer
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 FOLDERS = sorted(path.name for path in DATA.glob("ck_*"))
 
 ODD = (

@@ -11,7 +11,7 @@ import pytest
 
 from jax_marlin_moe.checkpoint import load_moe_layer
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 PREFIX = "model.layers.0.mlp.experts"
 LINEAR = f"{PREFIX}.2.up_proj"
 E4M3 = ml_dtypes.float8_e4m3fn

@@ -68,7 +68,7 @@ def test_kernel(kernel, tmp_path):
         pytest.skip(f"this processor does not run {kernel}")
     environment = os.environ | {"JAX_MARLIN_MOE_CPU_ISA": kernel, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(pathlib.Path(__file__).parent)],
+        [sys.executable, "-c", SCRIPT, str(pathlib.Path(__file__).parents[1])],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

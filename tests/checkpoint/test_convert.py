@@ -18,7 +18,7 @@ from jax_marlin_moe.checkpoint import Checkpoint, convert, load_moe_layer, packe
 from jax_marlin_moe.checkpoint.whole_files import locked_folder, whole_file
 from jax_marlin_moe.cli.main import main
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 SOURCE = DATA / "ck_llmc_W4A16"
 
 
@@ -140,7 +140,10 @@ print(kills, refused)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_killed_at_every_write(tmp_path):
-    paths = [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH")]  # the package may be found through it
+    paths = [
+        str(pathlib.Path(__file__).parents[1]),
+        os.environ.get("PYTHONPATH"),
+    ]  # the package may be found through it
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-P", "-c", _KILL, str(SOURCE), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -23,7 +23,7 @@ from jax_marlin_moe.cuda.scheme import BlockScheme
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 MMA = BlockScheme("aligned", MmaTile(8, 2, 1, 1, 64, 2, 2), MmaTile(8, 2, 1, 1, 64, 2, 2))
 WGMMA = BlockScheme("aligned", WgmmaTile(8, 2, 1, 1, 64, 4, 1, False), WgmmaTile(8, 2, 1, 1, 64, 4, 1, False))
 

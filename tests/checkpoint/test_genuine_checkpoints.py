@@ -12,7 +12,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.checkpoint import load_moe_layer, load_moe_layers
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 EXPERTS = 4
 
 # folder: (decoder, format, what it is quantised to on the way in)
