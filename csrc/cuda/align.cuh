@@ -1,4 +1,4 @@
-// moe_align_block_size in one block of threads: slots grouped by expert, ascending inside an expert, always.
+// moe_align_block_size in one CTA: slots grouped by expert, ascending inside an expert, always.
 //
 // Two passes over the slots, each warp over a contiguous part of them: count per (warp, expert), then place. The
 // order needs no atomics: a slot's position is the expert's start, plus the counts of earlier warps, plus its rank
@@ -148,7 +148,7 @@ struct AlignBlockSize {
 
   __device__ __forceinline__ static int leader(uint32_t peers) { return __ffs(peers) - 1; }
 
-  // Over the threads of the block; every thread takes part.
+  // Over the threads of the CTA; every thread takes part.
   __device__ static int inclusive_sum(Shared& shared, int value) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     value = inclusive_sum_of_warp(value);

@@ -15,7 +15,7 @@ struct Combine {
   static constexpr int kExperts = Facts::kExperts;              // of the matrices
   static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
   static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
-  static constexpr int kThreads = 128;                 // small: they move in beside the blocks of the kernel before
+  static constexpr int kThreads = 128;                 // small: they move in beside the CTAs of the kernel before
   static constexpr int kVector = 4;                    // columns of a thread: one 16-byte load a slot
   static constexpr int kVectors = kColumns / kVector;  // of a row
   static constexpr int64_t kAllVectors = int64_t(kTokens) * kVectors;

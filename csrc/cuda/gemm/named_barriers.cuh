@@ -4,7 +4,6 @@
 namespace jmm {
 
 enum NamedBarrier : int {
-  kEveryThread = 0,
   // mma.sync: the warps that share a part of K, one barrier per part, counted from here.
   kTokensArrived = 1,
   // wgmma: the producer's threads; the consumers where several share K.

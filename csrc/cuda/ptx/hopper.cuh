@@ -36,7 +36,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   } while (!done);
 }
 
-// Arrives at barrier `kId` of the block, for `threads` of its threads, without waiting there.
+// Arrives at named barrier `kId` of the CTA, for `threads` of its threads, without waiting there.
 template <int kId>
 __device__ __forceinline__ void named_barrier_arrive(int threads) {
   asm volatile("bar.arrive %0, %1;" ::"n"(kId), "r"(threads) : "memory");
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, u
 // Makes shared memory that this thread has seen written by ordinary stores and copies visible to wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Moves registers between the warpgroups of a block.
+// Moves registers between the warpgroups of a CTA.
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

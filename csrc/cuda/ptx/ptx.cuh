@@ -58,8 +58,8 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// Barrier `kId` of the block, for `threads` of its threads. An identifier that is not a constant would reserve all 16
-// barriers of a block, and a multiprocessor has 64.
+// Named barrier `kId` of the CTA, for `threads` of its threads. An identifier that is not a constant would reserve all
+// 16 barriers of a CTA, and a multiprocessor has 64.
 template <int kId>
 __device__ __forceinline__ void named_barrier_sync(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "r"(threads) : "memory");
@@ -73,7 +73,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Lets the next kernel start as soon as every block of this one has come here or ended.
+// Lets the next kernel start as soon as every CTA of this one has come here or ended.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -127,18 +127,18 @@ __device__ __forceinline__ float4 as_floats(uint4 v) {
   return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
-// Clusters of blocks (sm_90 and up): a barrier for all their threads, and reads of each other's shared memory.
+// Clusters of CTAs (sm_90 and up): a barrier for all their threads, and reads of each other's shared memory.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-// Where block `block` of the cluster has what this one has at `shared`.
-__device__ __forceinline__ uint32_t shared_of_cta(uint32_t shared, int block) {
+// Where CTA `cta` of the cluster has what this one has at `shared`.
+__device__ __forceinline__ uint32_t shared_of_cta(uint32_t shared, int cta) {
   uint32_t theirs = shared;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared), "r"(block));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared), "r"(cta));
 #endif
   return theirs;
 }
