@@ -45,6 +45,17 @@ def test_no_two_rooms_import_each_other():
     assert order.index("weights") < order.index("cuda") < order.index("ops") < order.index("cli")
 
 
+def test_imports_point_up_the_tree_of_the_architecture_document():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.partition("```\njax_marlin_moe/\n")[2].partition("csrc/\n")[0]
+    listed = [*re.findall(r"^  (\w+)", tree, re.MULTILINE), "__main__"]
+    rooms = arrows()
+    assert sorted(listed) == sorted(rooms)
+    compiled = {"_native"}
+    for room, others in rooms.items():
+        assert others - compiled <= set(listed[: listed.index(room)]), f"{room} imports a room below it"
+
+
 def test_commands_and_measuring_stand_above_everything_else():
     rooms = arrows()
     assert {room for room, others in rooms.items() if "cli" in others} == {"__main__"}
