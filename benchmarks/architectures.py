@@ -1,4 +1,4 @@
-"""Runs the kernels of other architectures on the card at hand, as PTX that its driver compiles.
+"""Runs the kernels of other architectures on this machine's card, as PTX that its driver compiles.
 
 Each architecture's tiles, shared memory and instructions, over a part of the tests that has every op, format, type
 and routing once. `python -m benchmarks.architectures` prints a line for each architecture. The driver keeps what it

@@ -135,7 +135,7 @@ def peer_row(name: str, ours: dict, case: Case, clock: MultiprocessorClock, args
 
 
 def print_row(row: dict) -> None:
-    """One line; what was not measured is left out."""
+    """One line; what was not measured is omitted."""
     columns = [f"{name[:-3]} {row[name]:.1f}" for name in ("gemm1_us", "gemm2_us", "jit_us") if row[name] is not None]
     print(
         f"{row['model']:16s} {row['format']:8s} M={row['M']:<5d} {row['routing']:8s} block {row['block_us']:8.1f} us "

@@ -14,7 +14,7 @@ from jax_marlin_moe.measure.replay import ReplayedPlan
 
 _READ_BYTES = 2 << 30
 
-# Every thread keeps 8 loads of 16 bytes in flight and adds what it read, so that nothing can be left out.
+# Every thread keeps 8 loads of 16 bytes in flight and adds what it read, so that the compiler cannot remove any load.
 _READER = """
 namespace jmm {
 struct Reader {

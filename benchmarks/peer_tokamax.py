@@ -1,8 +1,8 @@
 """Times the expert block that `tokamax` makes possible, on the routings and the card that ours is timed on.
 
-The library has grouped products, no block: around them stands what a JAX user writes, slots sorted by expert, two
+The library has grouped products, no block: around them is what a JAX user writes, slots sorted by expert, two
 `tokamax.ragged_dot` on int4 `QArray` weights, silu and product, the weighted sum. The products run in the library's
-Mosaic GPU kernels, in the configurations that it chooses by itself, on weights in the physical order that they want
+Mosaic GPU kernels, in the configurations that it chooses by itself, on weights in the physical order that they require
 (K innermost). Device time cannot be told from host time here as for kernels that we launch ourselves, so a block's time
 is its share of a jitted chain (benchmarks/chain.py), to be held against `jit_us` of ours. Every timed configuration is
 checked against float32 of the dequantised weights (`rel_l2`).

@@ -1,4 +1,4 @@
-"""Draws block time and limit over the number of tokens, both logarithmic, one panel a model.
+"""Draws block time and limit over the number of tokens, both logarithmic, one panel per model.
 
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --out decode.svg
 
@@ -28,7 +28,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
     """The rows of all files; a later row of the same configuration and implementation replaces an earlier one.
 
     Raises:
-        ValueError: a file is no result of `benchmarks.blocks`.
+        ValueError: a file is not a result of `benchmarks.blocks`.
     """
     rows = {}
     for path in paths:
@@ -45,7 +45,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
 
 
 def draw(rows: list[dict]) -> Figure:
-    """The figure; colours and markers stand for the same implementation in every panel."""
+    """The figure; colours and markers mean the same implementation in every panel."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     columns = min(_MOST_COLUMNS, len(models))

@@ -1,4 +1,4 @@
-"""What stands beside every number: the commit that was measured and the command that measured it."""
+"""What is recorded with every number: the commit that was measured and the command that measured it."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import jax_marlin_moe as jmm
 
 
 def recorded_command(module: str) -> str:
-    """The command line, less the output's folder and the commit, which are no part of what was measured."""
+    """The command line, less the output's folder and the commit, which are not part of what was measured."""
     words, skip = [], False
     for word in sys.argv[1:]:
         if not skip and word != "--commit":

@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mixtral-8x7b", choices=sorted(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[16])
-    parser.add_argument("--layers", nargs="+", type=int, default=[2, 8], help="layers taken in turn")
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 8], help="layers to cycle through")
     parser.add_argument("--routings", type=int, default=24, help="blocks in a replay")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of the load")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])

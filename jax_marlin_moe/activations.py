@@ -2,7 +2,7 @@
 
 They are functions of float32 arrays.
 
-A plain one is a row of the registry and goes by its name; one with parameters is made by a function of that name.
+A plain one is in the registry under its name; one with parameters is made by a function of that name.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def _check_swiglu(limit: float, alpha: float, beta: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Function:
-    """What a name stands for.
+    """What a name means.
 
     Attributes:
         apply: (gate, up, *parameters) to the input of the second product.

@@ -1,4 +1,4 @@
-"""Custom calls that bear the name of their op.
+"""Custom calls under the name of their op.
 
 `jax.ffi.ffi_call` is a primitive of that name, and so HLO instructions and profiles call every op. A primitive per op,
 with the same lowering, shows which it is.

@@ -66,7 +66,7 @@ def decode_e8m0(bits: UInt8[Array, "..."]) -> Float32[Array, "..."]:
 
 @dataclasses.dataclass(frozen=True)
 class CodeType:
-    """What the bits of a code stand for.
+    """What the bits of a code mean.
 
     Attributes:
         name: as the custom calls spell it.

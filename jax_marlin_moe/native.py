@@ -1,6 +1,7 @@
 """Loads the compiled module and registers its handlers with XLA, once, when the package is imported.
 
-Importing never initialises a backend. A module that cannot serve is no import error: `unavailable_reason` says why.
+Importing never initialises a backend. A module that cannot be used is not an import error; `unavailable_reason`
+says why.
 """
 
 import functools

@@ -24,9 +24,9 @@ STATIC = ("format", "group_size", "layout", "row_padding", "column_padding")
 class MarlinWeights:
     """E quantised matrices of shape (K, N), K the input dimension.
 
-    Packed tiles are 16 x 64. A matrix that is no whole number of them is padded with zero rows and columns, which the
-    ops add to x and take off their results; `k` and `n` are those of the matrix as it was given. The last group of K
-    may be shorter than the others.
+    Packed tiles are 16 x 64. A matrix that does not consist of whole tiles is padded with zero rows and columns, which
+    the ops add to x and remove from their results; `k` and `n` are those of the matrix as it was given. The last group
+    of K may be shorter than the others.
 
     Attributes:
         packed: codes in Marlin order.
@@ -175,7 +175,7 @@ def summary(parts: Any, **spelled: str) -> str:
     """One line for a dataclass of arrays: its fields, arrays by dtype and shape, and the bytes of all arrays.
 
     Fields that have their default value are skipped. Leaves may be anything that a pytree can hold: tracers, shapes,
-    specs of a sharding. What is no array is shown by its own `repr`.
+    specs of a sharding. What is not an array is shown by its own `repr`.
 
     Args:
         parts: the dataclass.

@@ -107,7 +107,7 @@ def write_matrix(
     """The static fields of `MarlinWeights`, in their order, as JSON.
 
     Raises:
-        ValueError: the format is no row of the registry, so that its name does not tell what it is.
+        ValueError: the format is not in the registry, so its name does not say what it is.
     """
     if FORMATS.get(row.name) != row:
         raise ValueError(f"format is {row}; to be written it must be a row of jax_marlin_moe.FORMATS")
@@ -223,7 +223,7 @@ def refuse_unknown(keys: Keys, known: Collection[str]) -> None:
     """Raises ValueError where an object has a key that is not known."""
     for key in keys.values:
         if key not in known:
-            raise keys.fault(key, "left out: this package does not know it")
+            raise keys.fault(key, "omitted: this package does not know it")
 
 
 def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: jax.Array) -> int:

@@ -68,7 +68,7 @@ class Family:
         shared_size: keys of the shared expert's intermediate size.
         fixed: keys with the only values that the family's block can have.
         ignored: keys that transformers' block of the family does not look at, whatever they say.
-        others: tensors of the block that are no part of its experts or its router.
+        others: tensors of the block that are not part of its experts or its router.
         numbered: why experts with tensors of their own cannot be loaded; None where they can.
 
     Tensors that a row names are there in every layer of its models; only a layer that routes by a hash table has no
@@ -324,8 +324,8 @@ def get_family(config: Mapping[str, Any], source: object) -> tuple[Family, str, 
     """The row for a config, the model type that says what its missing keys mean, and the keys of its text part.
 
     Raises:
-        ValueError: no row has its `model_type`, naming `source` and the known ones; or `text_config` is no object, or
-            stands where the model type has none.
+        ValueError: no row has its `model_type`, naming `source` and the known ones; or `text_config` is not an object,
+            or is present where the model type has none.
     """
     whole = Keys(config, source)
     text = whole.object("text_config", None, null=True)

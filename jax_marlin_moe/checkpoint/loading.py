@@ -106,12 +106,12 @@ class Checkpoint:
 
 
 def _check_folder(path: str | os.PathLike) -> None:
-    """Raises an error, with advice, where a path is empty, or is no folder but looks like the id of a repository."""
+    """Raises an error, with advice, where a path is empty, or is not a folder but looks like the id of a repository."""
     text = os.fspath(path)
     if not text:
         raise ValueError("path is empty; pass the folder of a checkpoint")
     if not os.path.exists(text) and isinstance(text, str) and _HUB_ID.fullmatch(text):
         raise FileNotFoundError(
-            f"{text} is no folder here; it looks like the id of a Hugging Face repository, which must be downloaded "
+            f"{text} is not a folder here; it looks like the id of a Hugging Face repository, which must be downloaded "
             f"first: `hf download {text} --local-dir {text.split('/')[1]}`, then pass that folder"
         )

@@ -33,7 +33,7 @@ UNFINISHED = "jax_marlin_moe.unfinished.json"
 VERSION = 2
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint8": "U8"}
-_ALIGNMENT = 64  # bytes; what XLA wants of host memory
+_ALIGNMENT = 64  # bytes; the alignment that XLA requires of host memory
 _CHUNK = 1 << 24  # bytes hashed or copied at a time
 _GAP = ".gap"
 
@@ -86,7 +86,7 @@ class Manifest:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing; {MANIFEST} names it")
         if not path.is_file():  # to open a pipe would wait for ever
-            raise ValueError(f"{path} is no regular file; {MANIFEST} names it")
+            raise ValueError(f"{path} is not a regular file; {MANIFEST} names it")
         return path
 
     def _facts(self, layer: int, file: SafetensorsFile) -> Facts:
@@ -95,7 +95,7 @@ class Manifest:
         try:
             values = json.loads(file.metadata.get("layer", ""))
         except (RecursionError, ValueError) as error:
-            raise ValueError(f"{file.path}: metadata.layer is no valid JSON: {error}") from None
+            raise ValueError(f"{file.path}: metadata.layer is not valid JSON: {error}") from None
         keys = Keys({"layer": values}, file.path, "metadata.").object("layer")
         number = keys.integer("number")
         if number != layer:
@@ -115,7 +115,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest | None:
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist; pass the folder of a checkpoint")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder; pass the folder of a checkpoint")
+        raise NotADirectoryError(f"{folder} is not a folder; pass the folder of a checkpoint")
     path = folder / MANIFEST
     if not path.is_file():
         if (folder / UNFINISHED).exists() or (folder / f"{UNFINISHED}{PART}").exists():
@@ -202,7 +202,7 @@ def write_manifest(
     """Writes a manifest, finished or not.
 
     Args:
-        path: `MANIFEST` or `UNFINISHED` in the folder. A folder without the first is no packed checkpoint.
+        path: `MANIFEST` or `UNFINISHED` in the folder. A folder without the first is not a packed checkpoint.
         entries: by layer, as `write_layer` returns them.
         source: name of the checkpoint.
         conversion: what else determines the content of the layers.

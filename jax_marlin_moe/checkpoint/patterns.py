@@ -36,7 +36,7 @@ def _compiled(pattern: str) -> Ends:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"it is no regular expression: {error}") from None
+        raise ValueError(f"it is not a regular expression: {error}") from None
     parser = _Parser(pattern)
     found = parser.alternatives(0)
     assert parser.at == len(pattern), "re accepted the pattern, so its groups are closed"

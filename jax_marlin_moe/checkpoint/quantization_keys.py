@@ -51,8 +51,8 @@ _FLAGS = (
 )  # fmt: skip
 _OBJECTS = ("kv_cache_scheme", "producer", "meta")
 
-# Keys of any method that change what the weights, or the rows that meet them, mean: nothing of the loader does that, so
-# they must be switched off.
+# Keys of any method that change what the weights, or the rows multiplied with them, mean: the loader supports none of
+# them, so they must be switched off.
 _TRANSFORMS = (
     "transform_config", "transforms", "rotation", "rotation_config", "hadamard", "hadamard_config", "online_had",
     "spinquant", "spinquant_config", "quip", "adapter", "super_bits", "super_group_size", "regex_config",
@@ -74,7 +74,7 @@ def check_keys(method: Method, keys: Keys) -> None:
             _check_off(key, keys)
     groups = keys.values.get("config_groups")
     for name, group in groups.items() if isinstance(groups, dict) else ():
-        if isinstance(group, dict):  # what is no object, the readers of groups refuse
+        if isinstance(group, dict):  # the readers of groups refuse anything else
             check_group(Keys(group, keys.source, f"{keys.path}config_groups.{name}."))
     meta = keys.object("meta", Keys({}, keys.source), null=True)
     for key in meta.values:
@@ -130,4 +130,4 @@ def _check_off(key: str, keys: Keys) -> None:
         return
     if known:
         raise keys.fault(key, "off (null, false or empty)", ": the loader does not apply it")
-    raise keys.fault(key, "left out", ": the loader does not know this key, and it may change what the weights mean")
+    raise keys.fault(key, "omitted", ": the loader does not know this key, and it may change what the weights mean")

@@ -72,7 +72,7 @@ class Source:
         if self._target is not None and not self._plain_layers:
             raise ValueError(
                 f"{self.folder}: layer {layer} is quantised already; quantize={self._target.weight_format!r} is for "
-                "plain weights: leave it out"
+                "plain weights: omit it"
             )
         return self._target if layer in self._plain_layers else None
 

@@ -113,7 +113,7 @@ def check_stated(
     if layer is not None:
         for key in layer.values:
             if key not in _ALGORITHM_KEYS:
-                raise layer.fault(key, "left out", ": the loader does not know this key")
+                raise layer.fault(key, "omitted", ": the loader does not know this key")
         layer.choice("quant_algo", assumed.algorithms)
         if layer.boolean("has_zero_point", False, null=True):
             raise layer.fault("has_zero_point", "false")

@@ -42,11 +42,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds anything else, is no regular file, has more than 100 MB, nests too deep, or has a key twice
-            in one object. Messages name the file.
+        ValueError: it holds anything else, is not a regular file, has more than 100 MB, nests too deep, or has a key
+            twice in one object. Messages name the file.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file; it must be a JSON file")
+        raise ValueError(f"{path} is not a regular file; it must be a JSON file")
     with path.open("rb") as file:
         content = file.read(_JSON_LIMIT + 1)
     if len(content) > _JSON_LIMIT:
@@ -86,7 +86,7 @@ class SafetensorsFile:
         path: the file; its header and its length are checked when it is opened.
 
     Raises:
-        ValueError: the file is no safetensors file, or is truncated.
+        ValueError: the file is not a safetensors file, or is truncated.
     """
 
     def __init__(self, path: pathlib.Path) -> None:

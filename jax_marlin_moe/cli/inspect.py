@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints; returns 1, with the reason, where the folder is no checkpoint."""
+    """Prints; returns 1, with the reason, where the folder is not a checkpoint."""
     try:
         if not options.path:
             raise ValueError("path is ''; it must be a folder")

@@ -30,7 +30,7 @@ def add_shape_options(parser: argparse.ArgumentParser, tokens: list[int]) -> Non
 def positive(text: str) -> int:
     """The type of an option: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 

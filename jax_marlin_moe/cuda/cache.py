@@ -140,7 +140,7 @@ def read_regular_file(path: pathlib.Path, most_bytes: int) -> bytes:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is no regular file or larger than `most_bytes`.
+        ValueError: if it is not a regular file or larger than `most_bytes`.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

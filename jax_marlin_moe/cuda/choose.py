@@ -55,25 +55,25 @@ def choose_tile(
 
     Args:
         shape: the product.
-        tokens: rows of a block of tokens.
-        expected_blocks: blocks of tokens that have work.
+        tokens: rows of a token tile.
+        expected_blocks: token tiles that have work.
         capability: compute capability times ten.
-        rows: of a block that are no padding, on average; all of them by default.
+        rows: of a block that are not padding, on average; all of them by default.
     """
     found = candidates(shape, tokens, capability)
     if tokens == mma.TOKEN_TILES[0]:
         # With eight rows a block `mma.sync` was ahead wherever both were measured: wgmma is left to tables there.
         found = [tile for tile in found if isinstance(tile, mma.MmaTile)]
     if not found:
-        raise ValueError(f"no kernel tile serves {shape} with {tokens}-row blocks on compute capability {capability}")
+        raise ValueError(f"no kernel tile supports {shape} with {tokens}-row blocks on compute capability {capability}")
     return min(found, key=lambda tile: tile.predicted_microseconds(shape, expected_blocks, rows, capability))
 
 
 def overlaps(shape: GemmShape, tile: Tile, microseconds: float, capability: int) -> bool:
-    """Whether the second product, of this shape and tile, had better begin beside the first one's end.
+    """Whether the second product, of this shape and tile, should begin beside the first one's end.
 
-    That hides some two microseconds. It costs a part of the block where the second's blocks of threads land unevenly:
-    where many small ones find room for more of them than their share, and at times in pieces of memory.
+    That hides about two microseconds. It costs a part of the block where the second's CTAs land unevenly: where many
+    small ones find room for more of them than their share, and sometimes in fragmented memory.
     """
     crowds = tile.ctas_per_sm > 8 and get_architecture(capability).fits_shared_memory(
         tile.shared_bytes(shape), tile.ctas_per_sm * 7 // 5
@@ -105,8 +105,8 @@ def predicted_scheme(
     for tokens in block_sizes(num_slots, routed_experts, first, capability):
         blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
         rows = num_slots * first.num_experts / routed_experts / blocks
-        with contextlib.suppress(ValueError):  # no tile of this size serves one of the shapes
+        with contextlib.suppress(ValueError):  # no tile of this size supports one of the shapes
             found.append(fastest(tokens, blocks, rows, direct=False))
     if not found:
-        raise ValueError(f"no kernel tile serves {first} and {second} on compute capability {capability}")
+        raise ValueError(f"no kernel tile supports {first} and {second} on compute capability {capability}")
     return min(found, key=lambda predicted: predicted[0])[1]

@@ -63,7 +63,7 @@ def target_architecture() -> str:
     for cards of several generations); otherwise the first local CUDA device does.
 
     Raises:
-        ValueError: if there is neither, or it is no architecture that the kernels have.
+        ValueError: if there is neither, or it is not an architecture that the kernels have.
     """
     named = os.environ.get(ARCHITECTURE_VARIABLE)
     if named:

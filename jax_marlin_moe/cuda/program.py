@@ -128,7 +128,7 @@ def call_program(
     """Compiles the kernels and calls them, one after the other, in one custom call of the op's name.
 
     `results` are the outputs and after them the scratch buffers: kernels never allocate. `source` is what `render`
-    made of the kernels. An operand that is None has a number among the buffers, but is no buffer of the call.
+    made of the kernels. An operand that is None has a number among the buffers, but is not a buffer of the call.
     """
     cubin = compiler.compile_cubin(source, architecture)
     contract = _contract([*operands, *results], kernels)

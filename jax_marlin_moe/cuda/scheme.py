@@ -20,14 +20,14 @@ class BlockScheme:
     """How a whole expert block is cut.
 
     Attributes:
-        routing: who finds the slots of a block of tokens. "direct": each slot is a block of its own, read straight off
-            topk_ids. "grouped": every block of threads groups the slots by expert for itself, where slots are few and
-            the tiles leave room for them; "aligned" otherwise. "aligned": a kernel before the products.
-        gate_up: tile of the first product; `tokens` is the most slots of a block.
+        routing: what finds the slots of a token tile. "direct": each slot is a token tile of its own, read from
+            topk_ids. "grouped": every CTA groups the slots by expert for itself, where slots are few and the tiles
+            leave room for them; "aligned" otherwise. "aligned": a kernel before the products.
+        gate_up: tile of the first product; `tokens` is the most slots of a token tile.
         down: tile of the second; the same `tokens`.
-        overlaps: whether the second product's blocks of threads come in while the first one's leave, and fetch weights
-            meanwhile. They come to the multiprocessors that are free first: more of them than their share where there
-            is room, fewer where what the first ones leave is in pieces.
+        overlaps: whether the second product's CTAs start while the first one's finish, and fetch weights meanwhile.
+            They start on the multiprocessors that are free first: more of them than their share where there is room,
+            fewer where the shared memory that the first ones free is fragmented.
     """
 
     routing: SlotRouting

@@ -71,10 +71,10 @@ def lookup(key: BlockKey, tokens: int, architecture: str) -> BlockScheme | None:
 def record(
     key: BlockKey, tokens: int, architecture: str, scheme: BlockScheme, path: pathlib.Path | None = None
 ) -> None:
-    """Stores a scheme in the user's table, or in `path`; a directory that cannot be written is no error.
+    """Stores a scheme in the user's table, or in `path`; a directory that cannot be written is not an error.
 
     Rows and fields that this version does not understand stay as they are, but for the row that is stored. A file that
-    is no table at all is moved aside, and a table of a newer version is left alone, with a warning.
+    is not a table is moved aside, and a table of a newer version is left alone, with a warning.
     """
     path = path or user_path(architecture)
     if path is None:
@@ -110,7 +110,7 @@ class _NewerVersionError(ValueError):
 
 
 def _read(path: pathlib.Path) -> dict:
-    """The table as it is written; ValueError for what is no table, OSError for what cannot be read."""
+    """The table as it is written; ValueError for what is not a table, OSError for what cannot be read."""
     try:
         table = json.loads(cache.read_regular_file(path, _MOST_BYTES))
     except RecursionError:
@@ -160,7 +160,7 @@ def _parse(path: pathlib.Path, modified: int, size: int) -> dict[str, dict[int, 
             try:
                 tokens = _tokens(count)
                 if tokens is None:
-                    raise ValueError(f"{count[:20]!r} is no number of tokens")
+                    raise ValueError(f"{count[:20]!r} is not a number of tokens")
                 schemes.setdefault(name, {})[tokens] = _decode(row)
             except ValueError as error:
                 faults.append(f"{name!r}, row {count[:20]!r}: {error}")

@@ -71,7 +71,7 @@ def layer_parts(layer: MoELayer) -> dict[str, Any]:
     """The arguments of `MarlinMoE` that make up a loaded layer.
 
     Raises:
-        TypeError: `layer` is no `MoELayer`.
+        TypeError: `layer` is not a `MoELayer`.
         ValueError: the layer has something that `MarlinMoE` has no place for; all of it is named.
     """
     if not isinstance(layer, MoELayer):

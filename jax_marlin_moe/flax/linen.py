@@ -115,7 +115,7 @@ class MarlinMoE(nn.Module):
             As `from_weights`.
 
         Raises:
-            TypeError: `layer` is no `MoELayer`.
+            TypeError: `layer` is not a `MoELayer`.
             ValueError: the layer has a bias, groups of experts, a scale, other scores, a shared expert or anything
                 else that this class has no place for.
         """
@@ -133,7 +133,7 @@ class MarlinMoE(nn.Module):
 
         Raises:
             TypeError: x has another dtype.
-            ValueError: the last dimension is not H, or the implementation cannot serve.
+            ValueError: the last dimension is not H, or the implementation cannot run.
         """
         router = self.param(
             "router", nn.initializers.lecun_normal(), (self.hidden, self.num_experts), self.router_dtype

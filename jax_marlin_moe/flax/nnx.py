@@ -75,7 +75,7 @@ class MarlinMoE(nnx.Module):
             implementation: as in the constructor.
 
         Raises:
-            TypeError: `layer` is no `MoELayer`.
+            TypeError: `layer` is not a `MoELayer`.
             ValueError: the layer has a bias, groups of experts, a scale, other scores, a shared expert or anything
                 else that this class has no place for.
         """
@@ -140,7 +140,7 @@ class MarlinMoE(nnx.Module):
 
         Raises:
             TypeError: x has another dtype.
-            ValueError: the last dimension is not H, or the implementation cannot serve.
+            ValueError: the last dimension is not H, or the implementation cannot run.
         """
         return apply_block(
             x,

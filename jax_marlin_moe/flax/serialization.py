@@ -54,7 +54,7 @@ def _data_fields(part: Part) -> list[str]:
 
 
 def register_states() -> None:
-    """Registers the states; whoever imports this module need not call it."""
+    """Registers the states; importing this module calls it."""
     for part in _FACTS:
         flax.serialization.register_serialization_state(part, _to_state, _from_state, override=True)
 

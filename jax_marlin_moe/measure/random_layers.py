@@ -14,8 +14,8 @@ from jax_marlin_moe.measure.models import ModelShape
 from jax_marlin_moe.random_experts import random_experts
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 
-# Layers that are timed in turn come to this many bytes together: twenty times the largest L2 cache of today's cards,
-# so that nothing of a layer is left in it when its turn comes again, even where a call hits few of the experts.
+# Layers that are timed one after another have this many bytes together: twenty times the largest L2 cache of today's
+# cards, so that nothing of a layer is left in it when it is timed again, even where a call hits few of the experts.
 _ROTATED_BYTES = 1.2e9
 _MOST_LAYERS = 8
 # A uniform number of [-1, 1] has variance 1/3, and the columns' factors below have the mean square 13/12.
@@ -26,7 +26,7 @@ _SILU_DEVIATION = 0.597
 
 
 def layers_to_rotate(shape: ModelShape, weight_format: str) -> int:
-    """How many layers a timing should take in turn, so that each finds a cold L2."""
+    """How many layers a timing should cycle through, so that each finds a cold L2."""
     codes = 3 * shape.num_experts * shape.hidden * shape.intermediate
     layer_bytes = codes * get_format(weight_format).bits / 8
     return min(_MOST_LAYERS, math.ceil(_ROTATED_BYTES / layer_bytes))

@@ -33,7 +33,7 @@ def search(groups: Sequence[Sequence[BlockScheme]], known: BlockScheme | None, t
 
     Args:
         groups: what is proposed, in groups of the same way to find slots and the same token tile.
-        known: a scheme that meets the winners of the groups.
+        known: a scheme that competes with the groups' winners.
         timer: of the card.
 
     Returns:

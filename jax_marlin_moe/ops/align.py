@@ -69,7 +69,7 @@ def moe_align_block_size(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape or value, or the implementation cannot serve.
+        ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
     arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)
     arguments.check_block_size(block_size)

@@ -55,7 +55,7 @@ def fused_moe(
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
-        ValueError: an argument has the wrong shape or value, or the implementation cannot serve.
+        ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
     arguments.check_rows("x", x)
     arguments.check_weights("gate_up", gate_up)

@@ -1,7 +1,7 @@
-"""`implementation=None | "cuda" | "cpu" | "xla"`: who serves a call, decided without touching a device.
+"""`implementation=None | "cuda" | "cpu" | "xla"`: which form runs a call, decided without touching a device.
 
 None leaves the choice to the platform that the call is lowered for: the CUDA kernels, the native CPU kernels, and
-the reference where neither can serve. A named implementation that cannot serve raises and says why.
+the reference where neither can run. A named implementation that cannot run raises and says why.
 """
 
 import warnings
@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 
 
 def unavailable_reason(platform: str) -> str | None:
-    """Why the custom calls of "cpu" or "cuda" cannot be made here, or None; whether there is a device is no matter."""
+    """Why the custom calls of "cpu" or "cuda" cannot be made here, or None; a device is not needed for them."""
     return native.unavailable_reason() or (compiler.unavailable_reason() if platform == "cuda" else None)
 
 
@@ -27,17 +27,17 @@ def check_implementation(implementation: str | None) -> None:
         raise ValueError(f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}")
     reason = unavailable_reason(implementation)
     if reason:
-        raise ValueError(f"implementation is {implementation!r}, which cannot serve here: {reason}")
+        raise ValueError(f"implementation is {implementation!r}, which cannot run here: {reason}")
 
 
-def serves(platform: str, implementation: str | None) -> bool:
-    """Whether the custom call of `platform` serves a call lowered for it; False means the reference.
+def becomes_custom_call(platform: str, implementation: str | None) -> bool:
+    """Whether a call lowered for `platform` becomes its custom call; False means the reference.
 
-    A program that is lowered for another platform than this process computes on is an artifact: a warning would be
-    read by others than those who run it, so there the reference must have been asked for.
+    A program that is lowered for another platform than this process computes on is an artefact: a warning would
+    reach other people than those who run it, so the reference must be asked for.
 
     Raises:
-        ValueError: the named implementation cannot serve, or an artifact would carry the reference.
+        ValueError: the named implementation cannot run, or an artefact would carry the reference.
     """
     if implementation not in (None, platform):
         raise ValueError(
@@ -48,7 +48,7 @@ def serves(platform: str, implementation: str | None) -> bool:
     if reason is None:
         return True
     if implementation is not None:
-        raise ValueError(f"implementation is {implementation!r}, which cannot serve here: {reason}")
+        raise ValueError(f"implementation is {implementation!r}, which cannot run here: {reason}")
     if jax.default_backend() != {"cuda": "gpu"}.get(platform, platform):
         raise ValueError(
             f"implementation is None, and a program lowered for {platform} on a {jax.default_backend()} backend would "

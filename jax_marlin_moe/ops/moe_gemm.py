@@ -44,7 +44,7 @@ def moe_gemm(
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
-        ValueError: an argument has the wrong shape or value, or the implementation cannot serve.
+        ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
     arguments.check_rows("x", x)
     arguments.check_weights("weights", weights)

@@ -1,7 +1,7 @@
 """How an op becomes a JAX primitive: a shape rule, a reference for every platform, custom calls for some.
 
 The operands of an op are pytrees, `MarlinWeights` among them. The primitive binds their leaves, so that an array that
-is absent is no operand at all, and the structure is a parameter. Which form runs a call, and what happens where none
+is absent is not an operand, and the structure is a parameter. Which form runs a call, and what happens where none
 can, is decided here for all ops.
 """
 
@@ -17,12 +17,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_marlin_moe.operand_types import alike
-from jax_marlin_moe.ops.implementation import check_implementation, refuse_named, serves
+from jax_marlin_moe.ops.implementation import becomes_custom_call, check_implementation, refuse_named
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A primitive with several results, and the reference that it stands for.
+    """A primitive with several results, and the reference that specifies it.
 
     Attributes:
         primitive: of the leaves of the operands; parameter `structure` is their tree.
@@ -81,7 +81,7 @@ def define_op(
     The forms `cpu` and `cuda` say only how their platform computes the results. Whether they run is decided here: not
     for `implementation="xla"` (the reference, traced in place of the primitive), not on other platforms (the
     reference), not where the module or the compiler is missing (an error if the form was asked for by name or the
-    program is an artifact, else the reference and a warning).
+    program is an artefact, else the reference and a warning).
 
     Args:
         name: the name in jaxprs and, as a scope and of the custom call, in HLO and profiles.
@@ -130,7 +130,7 @@ def define_op(
             with jax.named_scope(name):
                 if platform is None:
                     refuse_named(implementation)
-                elif serves(platform, implementation):
+                elif becomes_custom_call(platform, implementation):
                     params = params if platform == "cuda" else shared(params)
                     if partition is not None:
                         return partition(partial(form, **params), *operands, **params)

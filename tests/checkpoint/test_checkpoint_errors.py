@@ -198,7 +198,7 @@ QUANTIZATION = [
         {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 0}}}},
         "group_size is 0",
     ),
-    (W4, {"quant_method": "gptq"}, r"config_groups is .*; it must be left out"),
+    (W4, {"quant_method": "gptq"}, r"config_groups is .*; it must be omitted"),
     (
         W4,
         {"format": "marlin-24"},
@@ -213,13 +213,13 @@ QUANTIZATION = [
     (
         W4,
         {"config_groups": {"a": {"targets": ["re:("], "weights": {}}}},
-        r"config\.json: the pattern '\(' cannot be matched: it is no regular expression",
+        r"config\.json: the pattern '\(' cannot be matched: it is not a regular expression",
     ),
     ("ck_q3_gptq_False", {"dynamic": ["x"]}, r"dynamic is \['x'\]; it must be an object"),
     (
         "ck_q3_gptq_False",
         {"dynamic": {"+:(": {"bits": 8}}},
-        r"config\.json: the pattern '\(' cannot be matched: it is no regular expression",
+        r"config\.json: the pattern '\(' cannot be matched: it is not a regular expression",
     ),
 ]
 

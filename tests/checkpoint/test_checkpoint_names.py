@@ -158,7 +158,7 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 
 def test_the_id_of_a_repository_gets_advice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"Qwen/Qwen3-30B-A3B is no folder.*hf download Qwen/Qwen3-30B-A3B"):
+    with pytest.raises(FileNotFoundError, match=r"Qwen/Qwen3-30B-A3B is not a folder.*hf download Qwen/Qwen3-30B-A3B"):
         load_moe_layer("Qwen/Qwen3-30B-A3B", 0)
     with pytest.raises(FileNotFoundError, match="pass the folder of a checkpoint"):
         load_moe_layer("no/such/folder", 0)

@@ -628,7 +628,7 @@ def test_what_a_config_says_of_fp8_is_compared_with_the_tensors(save, rng, value
 
 
 HQQ_REFUSED = [
-    ({"nbits": 4, "group_size": 64, "axis": 1, "rotation": 1}, {}, "rotation is 1; it must be left out"),
+    ({"nbits": 4, "group_size": 64, "axis": 1, "rotation": 1}, {}, "rotation is 1; it must be omitted"),
     ({"nbits": 3}, {".nbits": np.asarray(3)}, "HQQ nbits 3; it must be 4 or 8"),
     ({"axis": 1}, {".axis": np.asarray(0)}, "HQQ axis 0; only axis 1 has groups along K"),
     ({"axis": 1}, {".axis": np.asarray([1, 1])}, r"down_proj\.axis is \[1, 1\]; it must be one integer"),

@@ -146,9 +146,9 @@ def test_json_beyond_the_limit_of_size_is_refused_before_it_is_parsed(tmp_path):
 def test_json_is_read_from_regular_files_alone(tmp_path):
     pipe = tmp_path / "config.json"
     os.mkfifo(pipe)
-    with pytest.raises(ValueError, match=rf"{pipe} is no regular file"):
+    with pytest.raises(ValueError, match=rf"{pipe} is not a regular file"):
         read_json(pipe)
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         read_json(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"quant\.json"):
         read_json(tmp_path / "quant.json")

@@ -199,12 +199,12 @@ WRONG_FACTS = [
     (routing(scale=10**400), r"routing\.scale is 1.*; it must be a finite number"),
     (routing(scale=1e39), r"routing\.scale is 1e\+39; it must be a finite number from"),
     (routing(scoring=["softmax"]), r"routing\.scoring is \['softmax'\]; it must be a string"),
-    (routing(surprise=1), r"routing\.surprise is 1; it must be left out"),
+    (routing(surprise=1), r"routing\.surprise is 1; it must be omitted"),
     (lambda f: f["routing"].pop("renormalize"), r"routing\.renormalize is missing"),
     (lambda f: f.pop("routing"), "routing is missing; it must be an object"),
     (lambda f: f.update(norm_epsilon=True), "norm_epsilon is True; it must be a finite number"),
     (lambda f: f.update(norm_epsilon=-1), "norm_epsilon is -1; it must be a finite number from 0"),
-    (lambda f: f.update(surprise=1), "surprise is 1; it must be left out"),
+    (lambda f: f.update(surprise=1), "surprise is 1; it must be omitted"),
     (lambda f: f.update(activation="silu"), "activation is 'silu'; it must be an object"),
     (lambda f: f.update(activation={"name": "?", "parameters": []}), r"activation\.name is '\?'; it must be one of"),
     (lambda f: f["activation"].update(parameters=["1"]), r"activation\.parameters is \['1'\]; it must be 0 numbers"),
@@ -213,14 +213,14 @@ WRONG_FACTS = [
     (lambda f: f.update(activation={"name": "swiglu", "parameters": ["nan", "1", "0"]}), "limit is nan"),
     (lambda f: f.update(matrices=[]), r"matrices is \[\]; it must be an object"),
     (lambda f: f["matrices"].update(down=8), r"matrices\.down is 8; it must be an object"),
-    (lambda f: f["matrices"].update(up={}), r"matrices\.up is \{\}; it must be left out"),
+    (lambda f: f["matrices"].update(up={}), r"matrices\.up is \{\}; it must be omitted"),
     (down(format="int3"), r"matrices\.down\.format is 'int3'; it must be one of"),
     (down(format=["int4"]), r"matrices\.down\.format is \['int4'\]; it must be one of"),
     (down(layout="a8"), r"matrices\.down\.layout is 'a8'; it must be 'a16'"),
     (down(row_padding="16"), r"matrices\.down\.row_padding is '16'; it must be an integer"),
     (down(column_padding=[True]), r"matrices\.down\.column_padding is \[True\]; it must be a list"),
     (down(column_padding=4), r"matrices\.down\.column_padding is 4; it must be a list"),
-    (down(surprise=1), r"matrices\.down\.surprise is 1; it must be left out"),
+    (down(surprise=1), r"matrices\.down\.surprise is 1; it must be omitted"),
 ]
 MISFITS = [
     (lambda f: f.update(matrices={}), r"nothing is said of down\.packed"),
@@ -309,10 +309,10 @@ def test_pipes_are_not_opened(folder, capsys):
     path = folder / packed_form.file_of(0)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ValueError, match=r"layer-00000\.safetensors is no regular file"):
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors is not a regular file"):
         load_moe_layer(folder, 0)
     assert main(["inspect", str(folder)]) == 1
-    assert "is no regular file" in capsys.readouterr().err
+    assert "is not a regular file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def weights_of(config):
 
 
 REFUSED = [
-    ("ck_awq", lambda c: c.update(surprise=1), r"config\.json: surprise is 1; it must be left out"),
+    ("ck_awq", lambda c: c.update(surprise=1), r"config\.json: surprise is 1; it must be omitted"),
     ("ck_awq", lambda c: c.update(group_size=96), "group_size is 96; it must be -1"),
     ("ck_awq", lambda c: c.update(zero_point="true"), "zero_point is 'true'; it must be true or false"),
     ("ck_awq", lambda c: c.update(pack_dtype="int16"), "pack_dtype is 'int16'; it must be one of 'int32'"),
@@ -62,7 +62,7 @@ REFUSED = [
     ("ck_llmc_W4A16", lambda c: c.update(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is"),
     ("ck_llmc_W4A16", lambda c: weights_of(c).update(group_size=80), r"weights\.group_size is 80; it must be -1"),
     ("ck_llmc_W4A16", lambda c: weights_of(c).update(dynamic=True), r"weights\.dynamic is True; it must be off"),
-    ("ck_llmc_W4A16", lambda c: weights_of(c).update(rounding="up"), r"weights\.rounding is 'up'; it must be left out"),
+    ("ck_llmc_W4A16", lambda c: weights_of(c).update(rounding="up"), r"weights\.rounding is 'up'; it must be omitted"),
     ("ck_llmc_NVFP4A16", lambda c: weights_of(c).update(group_size=32), "group_size is 32; it must be 16"),
     ("ck_llmc_MXFP4A16", lambda c: weights_of(c).update(group_size=16), "group_size is 16; it must be 32"),
     ("ck_modelopt", lambda c: c.update(group_size=32), "group_size is 32; it must be 16"),
@@ -103,7 +103,7 @@ REFUSED = [
     (
         "ck_modelopt",
         lambda c: c.update(quantized_layers={LAYERS: {"quant_algo": "NVFP4", "rotate": True}}),
-        "rotate is True; it must be left out",
+        "rotate is True; it must be omitted",
     ),
     ("ck_modelopt", lambda c: c.update(quantized_layers=[LAYERS]), "quantized_layers is .*; it must be an object"),
     ("ck_modelopt", lambda c: c.update(ignore="lm_head"), "ignore is 'lm_head'; it must be a list of strings"),
@@ -223,7 +223,7 @@ def test_patterns_that_backtrack_without_end_cost_nothing(pattern):
     "pattern", ["a" * 1001, "(?i)a", r"(a)\1", "(?<=a)b", "(?P<n>a)", "a++", "[", "a{2000}", ".*" * 31]
 )
 def test_patterns_without_a_bound_are_refused(pattern):
-    with pytest.raises(ValueError, match=r"it has|it is no regular expression"):
+    with pytest.raises(ValueError, match=r"it has|it is not a regular expression"):
         patterns.matches(pattern, "a")
 
 

@@ -249,7 +249,7 @@ def test_precompile_takes_positive_numbers(capsys, option):
     with pytest.raises(SystemExit) as stopped:
         main(["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", *option])
     assert stopped.value.code == 2
-    assert f"argument {option[0]}: '{option[1]}' is no positive integer" in capsys.readouterr().err
+    assert f"argument {option[0]}: '{option[1]}' is not a positive integer" in capsys.readouterr().err
 
 
 def test_precompile_fails_where_nothing_can_be_kept(capsys, kernels, monkeypatch):

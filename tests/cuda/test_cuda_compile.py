@@ -220,7 +220,7 @@ def planned_block(tokens, scheme=None):
     [
         ("direct", 2, "DirectTiles", 3),
         ("grouped", 16, "GroupedTiles", 3),
-        ("grouped", 17, "AlignedTiles", 4),  # more slots than a block of threads groups
+        ("grouped", 17, "AlignedTiles", 4),  # more slots than a CTA groups
         ("aligned", 1, "AlignedTiles", 4),
     ],
 )

@@ -339,7 +339,7 @@ def test_an_implementation_of_another_platform_is_refused(call, monkeypatch):
 
 def test_an_implementation_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(native, "unavailable_reason", lambda: "the module is missing")
-    with pytest.raises(ValueError, match="implementation is 'cpu', which cannot serve here: the module is missing"):
+    with pytest.raises(ValueError, match="implementation is 'cpu', which cannot run here: the module is missing"):
         jmm.fused_moe(**block_arguments(), implementation="cpu")
 
 

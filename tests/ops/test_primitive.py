@@ -57,7 +57,7 @@ def test_an_implementation_is_checked_at_every_call(monkeypatch):
     run = one_program("power")(lambda x, **options: op(x, TABLE, hint=5, **options)[0])
     np.testing.assert_array_equal(run(X, power=1, implementation="cpu"), 3 * X + 1)
     monkeypatch.setattr(native, "unavailable_reason", lambda: "the module is missing")
-    with pytest.raises(ValueError, match="implementation is 'cpu', which cannot serve here: the module is missing"):
+    with pytest.raises(ValueError, match="implementation is 'cpu', which cannot run here: the module is missing"):
         run(X, power=1, implementation="cpu")
     with pytest.raises(ValueError, match="implementation is 'tpu'; it must be None or one of"):
         run(X, power=1, implementation="tpu")

@@ -73,11 +73,11 @@ class HqqStorage(Scheme):
             if name in ("scale_quant_params", "zero_quant_params") and outer.values[name]:
                 raise outer.fault(name, "null", ": HQQ scales and zeros must be floats, not quantised themselves")
             if name not in _QUANT_CONFIG:
-                raise outer.fault(name, "left out", ": the loader does not know this key")
+                raise outer.fault(name, "omitted", ": the loader does not know this key")
         params = outer.object("weight_quant_params", empty, null=True)
         for name in params.values:
             if name not in _WEIGHT_PARAMS:
-                raise params.fault(name, "left out", ": the loader does not know this key")
+                raise params.fault(name, "omitted", ": the loader does not know this key")
 
         def setting(name: str, default: Any) -> Any:
             """The scalar beside the weight, which counts before the config."""

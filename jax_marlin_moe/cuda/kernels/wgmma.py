@@ -27,13 +27,13 @@ class WgmmaTile:
     """`jmm::WgmmaTile` of csrc/cuda/gemm/wgmma/kernel.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
 
     Attributes:
-        tokens: rows of a block of tokens, a column count of the instruction.
+        tokens: rows of a token tile, a column count of the instruction.
         sub_tiles: 64-row products of a warpgroup.
         warpgroups_n: that multiply, side by side along the columns.
         warpgroups_k: that share K; one warpgroup more copies.
         block_k: rows of K in one stage of the ring.
         stages: stages of the ring, a multiple of warpgroups_k.
-        ctas_per_sm: resident blocks of threads.
+        ctas_per_sm: resident CTAs.
         scales_weights: whether the 16-bit weights are scaled, rather than the sums of each group.
     """
 
@@ -124,7 +124,7 @@ class WgmmaTile:
     def predicted_microseconds(
         self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
     ) -> float:
-        """Time of one product, of whose token tiles so many `rows` are no padding on average; None for all."""
+        """Time of one product, of whose token tiles so many `rows` are not padding on average; None for all."""
         card = get_architecture(capability)
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
         busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
