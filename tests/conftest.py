@@ -25,6 +25,11 @@ def cuda_is_visible() -> bool:
         return False
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests first: otherwise one worker would begin them when the others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not cuda_is_visible():
         pytest.skip("no CUDA device is visible")

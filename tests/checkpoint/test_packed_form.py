@@ -409,6 +409,7 @@ def gptq_linear(rng, n, k):
 LARGE = {"ck_llmc_NVFP4A16": nvfp4_linear, "ck_q3_gptq_True": gptq_linear}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(("name", "form"), [(name, "source") for name in LARGE] + [("ck_llmc_NVFP4A16", "packed")])
 def test_peak_memory(tmp_path, name, form):

@@ -40,6 +40,7 @@ def test_demo(capsys):
     assert "WRONG" not in output
 
 
+@pytest.mark.long
 def test_demo_of_a_real_size(capsys, monkeypatch):
     small = ModelShape("small", 8, 2, 256, 128)
     monkeypatch.setitem(demo.MODELS, demo._LARGE_MODEL, small)
@@ -173,6 +174,7 @@ def test_instruction_sets_are_those_of_the_native_module(monkeypatch):
     assert native.cpu_isa_complaint() is None
 
 
+@pytest.mark.long
 def test_a_source_tree_that_shadows_the_package(tmp_path):
     """Run from a checkout after a plain installation: nothing is computed by the reference in silence."""
     checkout, site = tmp_path / "checkout", tmp_path / "site"

@@ -299,6 +299,7 @@ def test_blocks_of_models_have_shapes(shape, tokens):
 
 
 @needs_nvrtc
+@pytest.mark.long
 @pytest.mark.parametrize("tokens", DECODE_TOKENS + PREFILL_TOKENS)
 @pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
 def test_blocks_of_models_compile(lower, shape, tokens):

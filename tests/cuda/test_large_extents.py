@@ -124,6 +124,7 @@ def test_biases_and_global_scales_count_the_columns_of_all_experts(monkeypatch, 
 
 
 @needs_nvrtc
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", [MMA, WGMMA], ids=["mma", "wgmma"])
 def test_kernels_with_wide_offsets_compile(monkeypatch, scheme):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
@@ -188,6 +189,8 @@ def test_what_a_block_of_the_largest_sizes_needs_is_planned():
 
 
 @pytest.mark.gpu
+@pytest.mark.long
+@pytest.mark.xdist_group("large arrays")  # others would only wait for the lock
 @pytest.mark.parametrize("case", ["mixtral-mma", "mixtral", "intermediate", "sum", "result"])
 def test_large_arrays_on_the_card(case):
     """Each in a process of its own, one at a time: it gives its memory back."""

@@ -115,6 +115,7 @@ def shape_of(k, n, *, gated=False, dtype="bfloat16", **facts):
 
 
 @needs_nvrtc
+@pytest.mark.long
 @pytest.mark.parametrize("name", SCHEMES)
 def test_products_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like)."""
@@ -280,6 +281,7 @@ def test_a_block_on_the_card(monkeypatch, name, tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.long
 def test_many_runs_give_the_same_bits():
     """Three warpgroups take the chunks of a long K in turn; copies arrive in any order."""
     if compiler.compute_capability(compiler.target_architecture()) != 90:

@@ -62,6 +62,7 @@ def processor_flags():
     return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", FLAGS)
 def test_kernel(kernel, tmp_path):
     if not FLAGS[kernel] <= processor_flags():

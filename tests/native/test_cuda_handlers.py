@@ -16,6 +16,7 @@ NATIVE = ROOT / "tests" / "native"
 CXX, CC = (os.environ.get(name) or shutil.which(default) for name, default in (("CXX", "g++"), ("CC", "gcc")))
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(CXX is None or CC is None, reason="there is no C++ compiler"),
     pytest.mark.xdist_group("cuda handlers"),  # one worker compiles for all of them
 ]
