@@ -38,11 +38,6 @@ def padded_size(num_slots: int, num_experts: int, block_size: int) -> int:
     return jax.core.min_dim(num_slots * block_size, num_slots + num_experts * (block_size - 1))
 
 
-def num_blocks(num_slots: int, num_experts: int, block_size: int) -> int:
-    """The static length of `expert_ids`."""
-    return -(-padded_size(num_slots, num_experts, block_size) // block_size)
-
-
 def moe_align_block_size(
     topk_ids: Int32[Array, "tokens top_k"],
     expert_map: Int32[Array, "experts"] | None,

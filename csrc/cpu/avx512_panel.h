@@ -90,7 +90,7 @@ JMM_INLINE __m512 LoadPair(const void* values, int64_t index) {
   }
 }
 
-// A group of one chunk as the four vectors of column pairs: lanes [c][b][w] of vector p stand for column
+// A group of one chunk as the four vectors of column pairs: lanes [c][b][w] of vector p are column
 // 16 * w + 8 * b + 2 * p + c.
 struct GroupScales {
   __m512 scale[4];

@@ -17,7 +17,7 @@ constexpr int kPanelChunks = 10;  // most column chunks that one panel holds
 // A 16-bit floating-point type, stored as its bit pattern.
 enum class Element { kBf16, kF16 };
 
-// What a code stands for before its zero point and scale. The two NaN patterns of e4m3 read as +-480.
+// What a code means before its zero point and scale. The two NaN patterns of e4m3 read as +-480.
 enum class Code { kInt4, kInt8, kE2M1, kE4M3 };
 
 // How scales are stored: floats, or bit patterns of one byte (e8m0 is 2^(bits - 127), 255 is NaN).

@@ -11,7 +11,7 @@ namespace {
 constexpr int kLine = 16;          // columns 16 * w + 8 * b + col of one col and b, for four t: [t = 0..3][w = 0..3]
 constexpr int kRows = 4;           // rows that share one dequantisation
 constexpr int kSegmentTiles = 16;  // most tiles between two applications of the scale
-// The codes of a column in the words of one t stand for k = 2t + kOffset[j].
+// The codes of a column in the words of one t have k = 2t + kOffset[j].
 constexpr int kOffset[4] = {0, 1, 8, 9};
 
 // A 4-bit word holds both halves b: code j of half b at bit kShift[j] + 8 * b.
@@ -89,7 +89,7 @@ float ZeroExcess(const ExpertMatrix& weight, int64_t group, int64_t chunk, int c
   return static_cast<float>(static_cast<int32_t>(code) - Type::kCenter);
 }
 
-// x of a tile as the codes of a line meet it: lane 4 * t + w of vector j holds x[2 * t + kOffset[j]].
+// x of a tile in the order of the codes of a line: lane 4 * t + w of vector j holds x[2 * t + kOffset[j]].
 struct ExpandedTile {
   float x[4][kLine];
 };

@@ -55,7 +55,7 @@ class Contract {
     return HasDtype(buffer, name, {dtype}).HasExtents(buffer, name, shape);
   }
 
-  // A zero-size vector stands for an operand that was not given.
+  // A zero-size vector means that the operand was not given.
   Contract& HasShapeOrIsAbsent(const ffi::AnyBuffer& buffer, const std::string& name, ffi::DataType dtype,
                                std::initializer_list<int64_t> shape) {
     return IsAbsent(buffer) ? *this : HasShape(buffer, name, dtype, shape);

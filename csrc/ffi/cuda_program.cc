@@ -178,7 +178,7 @@ ffi::Error Program::Bind(const Driver& driver, Kernel& kernel) const {
   }
   result =
       driver.FuncSetAttribute(kernel.function, kFunctionMaxDynamicSharedBytes, static_cast<int>(kernel.shared_bytes));
-  // Left to itself the driver may give shared memory too little for the blocks that the plan wants resident, and a
+  // Left to itself the driver may give shared memory too little for the CTAs that the plan keeps resident, and a
   // change of the split between two kernels keeps them from overlapping: all kernels ask for the most.
   if (result == 0) result = driver.FuncSetAttribute(kernel.function, kFunctionPreferredSharedCarveout, 100);
   return result == 0 ? ffi::Error::Success() : Refused(driver, result, name);

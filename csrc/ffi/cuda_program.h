@@ -1,6 +1,6 @@
 // A compiled program: an image for exactly one set of operand shapes, and the chain of kernels to launch.
 //
-// Every CUDA op is such a program, so one pair of handlers serves them all; what differs is decided when the call is
+// Every CUDA op is such a program, so one pair of handlers runs them all; what differs is decided when the call is
 // lowered. The image is machine code, or PTX that the driver compiles: loading a program is running code. What is
 // checked here catches damage and mistakes, not an author who means harm.
 //

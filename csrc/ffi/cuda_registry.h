@@ -3,13 +3,13 @@
 //
 // A program is known by its context and fingerprint, and beside it lies a copy of the bytes that it was loaded from.
 // When attributes are seen at an address for the first time, all their bytes are compared with that copy; other bytes
-// under the same fingerprint are an error, never the other's kernels. From then on a call that bears the same address,
+// under the same fingerprint are an error, never the other's kernels. From then on a call that has the same address,
 // sizes and fingerprint compares its whole contract and kernel names (some hundred words) and the first and last cache
 // line of its image: 85 to 250 ns on a busy machine, the decoding of the attributes included (tests/native). Comparing
 // all of an image of 100 KB takes microseconds, as much as a launch.
 //
 // An address says nothing once its executable is gone: memory may be handed out again. A new executable's call then
-// passes unread only if it bears, at that very address, the fingerprint, contract, names and image size of the program
+// passes unread only if it has, at that very address, the fingerprint, contract, names and image size of the program
 // known there. That program's bytes had this fingerprint and it was compiled under this contract. So what runs is the
 // undamaged program that the call claims to be, never kernels of other shapes or parameters: a damaged copy is
 // replaced by its original.

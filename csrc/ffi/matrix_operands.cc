@@ -12,7 +12,7 @@ using cpu::kTileK;
 using cpu::Scale;
 using cpu::Zeros;
 
-// A value of an attribute and what it stands for here.
+// A value of an attribute and what it means here.
 template <class Type>
 struct Spelling {
   std::string_view name;
@@ -40,7 +40,7 @@ constexpr Spelling<StoredScale> kScales[] = {{"float", {ffi::DataType::BF16, Sca
                                              {"e4m3", {ffi::DataType::U8, Scale::kE4M3, 1}},
                                              {"e8m0", {ffi::DataType::U8, Scale::kE8M0, 1}}};
 
-// What `value` stands for; `contract` fails for a spelling that is not in the table.
+// What `value` means; `contract` fails for a spelling that is not in the table.
 template <class Type, size_t count>
 Type Read(Contract& contract, const std::string& name, std::string_view value, const Spelling<Type> (&table)[count]) {
   std::string known;
