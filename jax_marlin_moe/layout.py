@@ -9,7 +9,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int32, Shaped, UInt8
 
 TILE_K = 16  # rows of a Marlin tile, one MMA contraction step
@@ -76,25 +75,6 @@ def permute_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array, "*batch N
 
 # The 8 x 8 transposition is its own inverse.
 unpermute_scales = permute_scales
-
-# Column c of each 32 goes to 8 * ((c % 8) // 2) + 2 * (c // 8) + c % 2.
-_CHANNEL_POSITION = np.asarray([8 * ((c % 8) // 2) + 2 * (c // 8) + c % 2 for c in range(32)])
-
-
-def permute_channel_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array, "*batch N"]:
-    """Logical to the order in which Marlin engines keep channel-wise scales and bias.
-
-    See docs/formats.md, "Scales, zero points and bias".
-    """
-    *batch, n = scales.shape
-    chunks = scales.reshape(*batch, n // 32, 32)
-    return chunks[..., np.argsort(_CHANNEL_POSITION)].reshape(*batch, n)
-
-
-def unpermute_channel_scales(scales: Shaped[Array, "*batch N"]) -> Shaped[Array, "*batch N"]:
-    """The inverse of `permute_channel_scales`."""
-    *batch, n = scales.shape
-    return scales.reshape(*batch, n // 32, 32)[..., _CHANNEL_POSITION].reshape(*batch, n)
 
 
 @partial(jax.jit, static_argnames="bits")

@@ -68,15 +68,12 @@ def test_zero_points_are_the_closed_form(bits):
     np.testing.assert_array_equal(layout.pack_zeros(zeros, bits=bits), marlin_zeros(zeros, bits))
 
 
-def test_scale_orders_are_the_closed_form():
+def test_the_order_of_scales_is_the_closed_form():
     scales = np.arange(192, dtype=np.float16)
-    grouped, channel = np.empty_like(scales), np.empty_like(scales)
+    grouped = np.empty_like(scales)
     for n, scale in enumerate(scales):
         grouped[n - n % 64 + 8 * (n % 8) + n % 64 // 8] = scale
-        c = n % 32
-        channel[n - c + 8 * ((c % 8) // 2) + 2 * (c // 8) + c % 2] = scale
     np.testing.assert_array_equal(layout.permute_scales(scales), grouped)
-    np.testing.assert_array_equal(layout.permute_channel_scales(scales), channel)
 
 
 # Few shapes, many contents: each new shape is a compilation.
@@ -106,15 +103,11 @@ def test_every_word_is_a_packing_of_something(shape, bits, seed):
 
 
 @given(shape=shapes, seed=seeds)
-def test_scale_orders_are_undone_by_their_inverses(shape, seed):
+def test_the_order_of_scales_is_undone_by_its_inverse(shape, seed):
     scales = np.random.default_rng(seed).normal(size=shape).astype(jnp.bfloat16)
-    for permute, unpermute in (
-        (layout.permute_scales, layout.unpermute_scales),
-        (layout.permute_channel_scales, layout.unpermute_channel_scales),
-    ):
-        permuted = permute(scales)
-        assert permuted.dtype == scales.dtype
-        np.testing.assert_array_equal(unpermute(permuted), scales)
+    permuted = layout.permute_scales(scales)
+    assert permuted.dtype == scales.dtype
+    np.testing.assert_array_equal(layout.unpermute_scales(permuted), scales)
 
 
 @BITS
