@@ -30,6 +30,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+# Tests that share something expensive, or wait for each other: with -n, those of each run in one worker.
+TOGETHER = ("test_cpu_handlers_fuzz.py", "test_cuda_handlers.py", "test_large_arrays_on_the_card")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class TogetherScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((name for name in TOGETHER if name in nodeid), nodeid)
+
+    return TogetherScheduling(config, log)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not cuda_is_visible():
         pytest.skip("no CUDA device is visible")

@@ -190,7 +190,6 @@ def test_what_a_block_of_the_largest_sizes_needs_is_planned():
 
 @pytest.mark.gpu
 @pytest.mark.long
-@pytest.mark.xdist_group("large arrays")  # others would only wait for the lock
 @pytest.mark.parametrize("case", ["mixtral-mma", "mixtral", "intermediate", "sum", "result"])
 def test_large_arrays_on_the_card(case):
     """Each in a process of its own, one at a time: it gives its memory back."""

@@ -16,7 +16,6 @@ SCALES_CHECK = '  contract.HasExtents(operands.scales, prefix + "scales", {exper
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(cpu_handlers_fuzz.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.xdist_group("cpu handlers"),  # one worker compiles for all of them
 ]
 
 

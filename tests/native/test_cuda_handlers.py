@@ -18,7 +18,6 @@ CXX, CC = (os.environ.get(name) or shutil.which(default) for name, default in ((
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(CXX is None or CC is None, reason="there is no C++ compiler"),
-    pytest.mark.xdist_group("cuda handlers"),  # one worker compiles for all of them
 ]
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
