@@ -8,34 +8,11 @@ A plain one is in the registry under its name; one with parameters is made by a 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-
-def _silu(gate: Array, up: Array) -> Array:
-    return gate * jax.nn.sigmoid(gate) * up
-
-
-def _gelu_tanh(gate: Array, up: Array) -> Array:
-    return jax.nn.gelu(gate, approximate=True) * up
-
-
-def _relu2(gate: Array, _: None) -> Array:
-    return jnp.square(jnp.maximum(gate, 0))
-
-
-def _swiglu(gate: Array, up: Array, limit: float, alpha: float, beta: float) -> Array:
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return gate * jax.nn.sigmoid(alpha * gate) * (up + beta)
-
-
-def _check_swiglu(limit: float, alpha: float, beta: float) -> None:
-    if not limit > 0:
-        raise ValueError(f"limit is {limit}; it must be positive")
-    if not (math.isfinite(alpha) and math.isfinite(beta)):
-        raise ValueError(f"alpha and beta are {alpha} and {beta}; they must be finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +34,45 @@ class _Function:
     check: Callable[..., None] = lambda: None
 
 
-_FUNCTIONS = {
-    "silu": _Function(_silu, "Silu"),
-    "gelu_tanh": _Function(_gelu_tanh, "GeluTanh"),
-    "relu2": _Function(_relu2, "Relu2", gated=False),
-    "swiglu": _Function(_swiglu, "Swiglu", parameters=3, check=_check_swiglu),
-}
+_FUNCTIONS: dict[str, _Function] = {}
+
+
+def _activation(name: str, cpp: str | None, **facts: Any) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Makes the decorated function the `apply` of a row of the registry; the rest are fields of `_Function`."""
+
+    def add(apply: Callable[..., Array]) -> Callable[..., Array]:
+        _FUNCTIONS[name] = _Function(apply, cpp, **facts)
+        return apply
+
+    return add
+
+
+@_activation("silu", "Silu")
+def _silu(gate: Array, up: Array) -> Array:
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+@_activation("gelu_tanh", "GeluTanh")
+def _gelu_tanh(gate: Array, up: Array) -> Array:
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+@_activation("relu2", "Relu2", gated=False)
+def _relu2(gate: Array, _: None) -> Array:
+    return jnp.square(jnp.maximum(gate, 0))
+
+
+def _check_swiglu(limit: float, alpha: float, beta: float) -> None:
+    if not limit > 0:
+        raise ValueError(f"limit is {limit}; it must be positive")
+    if not (math.isfinite(alpha) and math.isfinite(beta)):
+        raise ValueError(f"alpha and beta are {alpha} and {beta}; they must be finite")
+
+
+@_activation("swiglu", "Swiglu", parameters=3, check=_check_swiglu)
+def _swiglu(gate: Array, up: Array, limit: float, alpha: float, beta: float) -> Array:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + beta)
 
 
 @dataclasses.dataclass(frozen=True)

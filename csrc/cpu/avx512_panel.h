@@ -50,12 +50,16 @@ JMM_INLINE __m512 LoadElements(const uint16_t* values, Element type) {
   return FloatsFromElements(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), type);
 }
 
-// e4m3 codes in the top byte of each lane, anything below. Sign and magnitude, moved to where a float32 has them, make
-// the value times 2^-120: of codes below 2^-6 a subnormal, which this thread keeps (float_mode.h). Processors are slow
-// at those, but of weights scaled to the range of e4m3 one in ten thousand is so small.
-JMM_INLINE __m512 FloatsFromE4M3(__m512i top) {
-  const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, 4), _mm512_set1_epi32(0x87F00000));
-  return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
+// Floats of 8 bits in the top byte of each lane, anything below. Sign and magnitude, moved to where a float32 has them,
+// make the value times 2^(bias - 127): of subnormal codes a subnormal, which this thread keeps (float_mode.h).
+// Processors are slow at those, but of weights scaled to the range of e4m3 one in ten thousand is so small.
+template <int kExponentBits>
+JMM_INLINE __m512 FloatsFromFloatBytes(__m512i top) {
+  constexpr int kDown = 8 - kExponentBits, kBias = (1 << (kExponentBits - 1)) - 1;
+  constexpr int kPlaces = static_cast<int>(0x80000000u | 0x7Fu << (24 - kDown));
+  constexpr float kScale = 0x1p127f / (1u << kBias);
+  const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, kDown), _mm512_set1_epi32(kPlaces));
+  return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(kScale));
 }
 
 // The floats of type `type` of a column pair, stored from entry `index` on as [c][w][b], as float32 in lanes [c][b][w].
@@ -78,7 +82,7 @@ JMM_INLINE __m512 LoadPair(const void* values, int64_t index) {
     if constexpr (type == Scale::kE4M3) {
       const __m128i magnitude_bits = _mm_set1_epi8(0x7F);
       const __mmask16 is_nan = _mm_cmpeq_epi8_mask(_mm_and_si128(bytes, magnitude_bits), magnitude_bits);
-      const __m512 floats = FloatsFromE4M3(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 24));
+      const __m512 floats = FloatsFromFloatBytes<4>(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 24));
       return _mm512_mask_mov_ps(floats, is_nan, nan);
     } else {
       const __mmask16 is_smallest = _mm_testn_epi8_mask(bytes, bytes);

@@ -70,11 +70,14 @@ inline float FloatFromMinifloat(uint32_t sign, uint32_t magnitude, int shift, in
 
 inline float FloatFromE2M1(uint32_t code) { return FloatFromMinifloat(code >> 3, code & 7, 22, 1); }
 
-// 480 for the NaN patterns.
-inline float FloatFromE4M3Code(uint32_t code) { return FloatFromMinifloat(code >> 7, code & 0x7F, 20, 7); }
+// A float of 8 bits; patterns of NaN and infinity read on as numbers.
+template <int kExponentBits>
+inline float FloatFromFloatByte(uint32_t code) {
+  return FloatFromMinifloat(code >> 7, code & 0x7F, 16 + kExponentBits, (1 << (kExponentBits - 1)) - 1);
+}
 
 inline float FloatFromE4M3(uint8_t bits) {
-  return (bits & 0x7F) == 0x7F ? FloatFromBits(0x7FC00000) : FloatFromE4M3Code(bits);
+  return (bits & 0x7F) == 0x7F ? FloatFromBits(0x7FC00000) : FloatFromFloatByte<4>(bits);
 }
 
 // 2^(bits - 127), the first of them a subnormal; NaN for 255.

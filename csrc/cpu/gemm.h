@@ -17,8 +17,15 @@ constexpr int kPanelChunks = 10;  // most column chunks that one panel holds
 // A 16-bit floating-point type, stored as its bit pattern.
 enum class Element { kBf16, kF16 };
 
-// What a code means before its zero point and scale. The two NaN patterns of e4m3 read as +-480.
-enum class Code { kInt4, kInt8, kE2M1, kE4M3 };
+// Codes that are floats of 8 bits, of sign, exponent and mantissa: X(name, name in calls, bits of the exponent). What
+// else depends on the type follows from this list.
+#define JMM_FLOAT_BYTES(X) X(E4M3, "e4m3", 4)
+
+// What a code means before its zero point and scale. Patterns of NaN and infinity read on as numbers, those of
+// e4m3 as +-480.
+#define JMM_CODE(name, call_name, exponent_bits) , k##name
+enum class Code { kInt4, kInt8, kE2M1 JMM_FLOAT_BYTES(JMM_CODE) };
+#undef JMM_CODE
 
 // How scales are stored: floats, or bit patterns of one byte (e8m0 is 2^(bits - 127), 255 is NaN).
 enum class Scale { kBf16, kF16, kF32, kE4M3, kE8M0 };

@@ -32,13 +32,16 @@ JMM_INLINE float SumOfLanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// e4m3 codes in the top byte of each lane, anything below. Sign and magnitude, moved to where a float32 has them, make
-// the value times 2^-120: of codes below 2^-6 a subnormal, which this thread keeps (float_mode.h). Processors are slow
-// at those, but of weights scaled to the range of e4m3 one in ten thousand is so small.
-JMM_INLINE __m256 FloatsFromE4M3(__m256i top) {
-  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0x87F00000));
-  const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(top, 4), mask);
-  return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));
+// Floats of 8 bits in the top byte of each lane, anything below. Sign and magnitude, moved to where a float32 has them,
+// make the value times 2^(bias - 127): of subnormal codes a subnormal, which this thread keeps (float_mode.h).
+// Processors are slow at those, but of weights scaled to the range of e4m3 one in ten thousand is so small.
+template <int kExponentBits>
+JMM_INLINE __m256 FloatsFromFloatBytes(__m256i top) {
+  constexpr int kDown = 8 - kExponentBits, kBias = (1 << (kExponentBits - 1)) - 1;
+  constexpr int kPlaces = static_cast<int>(0x80000000u | 0x7Fu << (24 - kDown));
+  constexpr float kScale = 0x1p127f / (1u << kBias);
+  const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(top, kDown), _mm256_set1_epi32(kPlaces));
+  return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(kScale));
 }
 
 // 4-bit integers, masked where they stand in their word and converted as they are, 2^shift times too large. The power
@@ -146,9 +149,10 @@ struct Int8 {
   }
 };
 
-struct E4M3 {
+template <int kExponentBits>
+struct FloatByte {
   static constexpr float kCenter = 0;
-  static JMM_INLINE __m256 Values(__m256i top) { return FloatsFromE4M3(top); }
+  static JMM_INLINE __m256 Values(__m256i top) { return FloatsFromFloatBytes<kExponentBits>(top); }
 };
 
 // Words of 8-bit codes: a vector [w][b] for each t.
@@ -200,7 +204,7 @@ JMM_INLINE __m256 LoadFloats(const void* values, Scale type, int64_t index) {
   if (type == Scale::kE4M3) {
     const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7F));
     const __m256i is_nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7F));
-    return _mm256_blendv_ps(FloatsFromE4M3(_mm256_slli_epi32(bits, 24)), nan, _mm256_castsi256_ps(is_nan));
+    return _mm256_blendv_ps(FloatsFromFloatBytes<4>(_mm256_slli_epi32(bits, 24)), nan, _mm256_castsi256_ps(is_nan));
   }
   const __m256i is_smallest = _mm256_cmpeq_epi32(bits, _mm256_setzero_si256());
   const __m256i is_nan = _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(255));
@@ -362,8 +366,11 @@ void Avx2Panel(const Panel& panel) {
       return RunPanel<NibbleMath<E2M1>>(panel);
     case Code::kInt8:
       return RunPanel<ByteMath<Int8>>(panel);
-    case Code::kE4M3:
-      return RunPanel<ByteMath<E4M3>>(panel);
+#define JMM_RUN(name, call_name, exponent_bits) \
+  case Code::k##name:                           \
+    return RunPanel<ByteMath<FloatByte<exponent_bits>>>(panel);
+      JMM_FLOAT_BYTES(JMM_RUN)
+#undef JMM_RUN
   }
 }
 

@@ -74,9 +74,10 @@ struct Int8 {
   }
 };
 
-struct E4M3 {
+template <int kExponentBits>
+struct FloatByte {
   static constexpr float kCenter = 0;
-  static JMM_INLINE __m512 Values(__m512i top) { return FloatsFromE4M3(top); }
+  static JMM_INLINE __m512 Values(__m512i top) { return FloatsFromFloatBytes<kExponentBits>(top); }
 };
 
 // 8-bit codes, computed. Two lines a col, each with an accumulator of its own.
@@ -140,8 +141,11 @@ void Avx512Panel(const Panel& panel) {
       return RunPanel<NibbleMath<E2M1>>(panel);
     case Code::kInt8:
       return RunPanel<ByteMath<Int8>>(panel);
-    case Code::kE4M3:
-      return RunPanel<ByteMath<E4M3>>(panel);
+#define JMM_RUN(name, call_name, exponent_bits) \
+  case Code::k##name:                           \
+    return RunPanel<ByteMath<FloatByte<exponent_bits>>>(panel);
+      JMM_FLOAT_BYTES(JMM_RUN)
+#undef JMM_RUN
   }
 }
 

@@ -45,9 +45,10 @@ struct E2M1 : Nibbles {
   static constexpr int kCenter = 0;
   static float Value(uint32_t code) { return FloatFromE2M1(code); }
 };
-struct E4M3 : Bytes {
+template <int kExponentBits>
+struct FloatByte : Bytes {
   static constexpr int kCenter = 0;
-  static float Value(uint32_t code) { return FloatFromE4M3Code(code); }
+  static float Value(uint32_t code) { return FloatFromFloatByte<kExponentBits>(code); }
 };
 
 // Entry `index` of an array of floats of some type.
@@ -183,8 +184,11 @@ void PortablePanel(const Panel& panel) {
       return RunPanel<Int8>(panel);
     case Code::kE2M1:
       return RunPanel<E2M1>(panel);
-    case Code::kE4M3:
-      return RunPanel<E4M3>(panel);
+#define JMM_RUN(name, call_name, exponent_bits) \
+  case Code::k##name:                           \
+    return RunPanel<FloatByte<exponent_bits>>(panel);
+      JMM_FLOAT_BYTES(JMM_RUN)
+#undef JMM_RUN
   }
 }
 

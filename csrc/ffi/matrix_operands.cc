@@ -24,8 +24,11 @@ struct CodeWidth {
   int bits;
 };
 
+#define JMM_CODE(name, call_name, exponent_bits) \
+  , { call_name, {Code::k##name, 8} }
 constexpr Spelling<CodeWidth> kCodes[] = {
-    {"int4", {Code::kInt4, 4}}, {"int8", {Code::kInt8, 8}}, {"e2m1", {Code::kE2M1, 4}}, {"e4m3", {Code::kE4M3, 8}}};
+    {"int4", {Code::kInt4, 4}}, {"int8", {Code::kInt8, 8}}, {"e2m1", {Code::kE2M1, 4}} JMM_FLOAT_BYTES(JMM_CODE)};
+#undef JMM_CODE
 constexpr Spelling<Zeros> kZeros[] = {{"none", Zeros::kNone}, {"integer", Zeros::kInteger}, {"float", Zeros::kFloat}};
 
 struct StoredScale {

@@ -5,9 +5,9 @@ import functools
 import math
 
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.kernels import mma, wgmma
+from jax_marlin_moe.cuda.kernels import mma
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
-from jax_marlin_moe.cuda.scheme import BlockScheme, Tile
+from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile
 
 # Over 143 pairs of tiles, timed with and without an overlap (benchmarks/NOTES.md), what `overlaps` chooses loses 0.2 %
 # to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
@@ -27,9 +27,10 @@ def block_sizes(num_slots: int, num_experts: int, shape: GemmShape, capability: 
     rows = mean + 2 * math.sqrt(mean)
     likely = mma.TOKEN_TILES.index(choose_token_tile(num_slots, num_experts))
     sizes = {mma.TOKEN_TILES[likely], mma.TOKEN_TILES[max(0, likely - 1)]}
-    if "wgmma" in get_architecture(capability).kernels:
-        fitting = next((i for i, t in enumerate(wgmma.TOKEN_TILES) if rows <= t), len(wgmma.TOKEN_TILES))
-        sizes |= set(wgmma.TOKEN_TILES[max(0, fitting - 3) : fitting + 1])
+    for name in set(get_architecture(capability).kernels) - {"mma"}:
+        larger = KERNELS[name].token_tiles
+        fitting = next((i for i, t in enumerate(larger) if rows <= t), len(larger))
+        sizes |= set(larger[max(0, fitting - 3) : fitting + 1])
     return sorted(sizes)
 
 
@@ -43,8 +44,14 @@ def expected_blocks(num_slots: int, routed_experts: int, num_experts: int, token
 
 
 def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
-    """Every tile of either kind worth considering: it fits."""
-    return [*wgmma.candidates(shape, tokens, capability), *mma.candidates(shape, tokens, capability)]
+    """Every tile of any kernel of the architecture worth considering: it fits."""
+    kernels = get_architecture(capability).kernels
+    return [
+        tile
+        for name, kernel in KERNELS.items()
+        if name in kernels
+        for tile in kernel.candidates(shape, tokens, capability)
+    ]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -62,7 +69,7 @@ def choose_tile(
     """
     found = candidates(shape, tokens, capability)
     if tokens == mma.TOKEN_TILES[0]:
-        # With eight rows a block `mma.sync` was ahead wherever both were measured: wgmma is left to tables there.
+        # With eight rows a block `mma.sync` was ahead wherever both were measured: others are left to tables there.
         found = [tile for tile in found if isinstance(tile, mma.MmaTile)]
     if not found:
         raise ValueError(f"no kernel tile supports {shape} with {tokens}-row blocks on compute capability {capability}")

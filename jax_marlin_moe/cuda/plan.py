@@ -29,7 +29,7 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
 )
 from jax_marlin_moe.cuda.limits import MOST_COUNTED, check_counts, check_matrix, check_rows, grid
 from jax_marlin_moe.cuda.program import Kernel, render
-from jax_marlin_moe.cuda.scheme import BlockScheme, Tile
+from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile
 from jax_marlin_moe.formats import FLOAT_SCALES
 from jax_marlin_moe.operands import WEIGHT_LEAVES, WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
@@ -54,7 +54,11 @@ class Plan:
 
     kernels: tuple[Kernel, ...]
     scratch: tuple[jax.ShapeDtypeStruct, ...]
-    includes: tuple[str, ...] = ("align.cuh", "combine.cuh", "gemm/mma/kernel.cuh", "gemm/wgmma/kernel.cuh")
+    includes: tuple[str, ...] = (
+        "align.cuh",
+        "combine.cuh",
+        *sorted(kernel.header for kernel in KERNELS.values()),
+    )
     preamble: str = ""
 
     @property

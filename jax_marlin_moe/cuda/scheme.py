@@ -1,18 +1,38 @@
 """How a whole expert block is cut on CUDA."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels import mma, wgmma
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
-from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 
 SlotRouting = Literal["direct", "grouped", "aligned"]  # of BlockScheme
 
-Tile = MmaTile | WgmmaTile
 
-# By the names that architectures and tables have for them.
-TILES: dict[str, type[MmaTile] | type[WgmmaTile]] = {"mma": MmaTile, "wgmma": WgmmaTile}
+@dataclasses.dataclass(frozen=True)
+class GemmKernel:
+    """A GEMM kernel, from its twin in cuda/kernels.
+
+    Attributes:
+        header: in csrc/cuda.
+        tile: the type of its tiles.
+        token_tiles: rows of a token tile that it has, ascending.
+        candidates: (shape, rows of a token tile, capability) to the tiles worth considering.
+    """
+
+    header: str
+    tile: type["Tile"]
+    token_tiles: tuple[int, ...]
+    candidates: Callable[[GemmShape, int, int], Sequence["Tile"]]
+
+
+Tile = mma.MmaTile | wgmma.WgmmaTile
+# By the names that architectures and tables have for their tiles.
+KERNELS = {
+    "wgmma": GemmKernel("gemm/wgmma/kernel.cuh", wgmma.WgmmaTile, wgmma.TOKEN_TILES, wgmma.candidates),
+    "mma": GemmKernel("gemm/mma/kernel.cuh", mma.MmaTile, mma.TOKEN_TILES, mma.candidates),
+}
 
 
 @dataclasses.dataclass(frozen=True)

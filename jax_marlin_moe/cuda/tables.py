@@ -26,7 +26,7 @@ import warnings
 
 from jax_marlin_moe.cuda import cache
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
-from jax_marlin_moe.cuda.scheme import TILES, BlockScheme, SlotRouting, Tile
+from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, SlotRouting, Tile
 
 _VERSION = 2
 _VERSION_KEY = "version"
@@ -188,7 +188,7 @@ def _encode(scheme: BlockScheme) -> dict:
 
 
 def _encode_tile(tile: Tile) -> list:
-    (kind,) = (name for name, known in TILES.items() if isinstance(tile, known))
+    (kind,) = (name for name, kernel in KERNELS.items() if isinstance(tile, kernel.tile))
     return [kind, *dataclasses.astuple(tile)]
 
 
@@ -225,9 +225,9 @@ def _decode_tile(product: str, fields: object) -> Tile:
         raise ValueError(f"{product} is {str(fields)[:80]!r}; it must be a list, a kind and numbers")
     named = isinstance(fields[0], str)
     name = fields[0] if named else "wgmma" if isinstance(fields[-1], bool) else "mma"
-    if name not in TILES:
-        raise ValueError(f"{product} is a tile of kind {name[:20]!r}; it must be one of {', '.join(TILES)}")
-    kind, values = TILES[name], fields[1:] if named else fields
+    if name not in KERNELS:
+        raise ValueError(f"{product} is a tile of kind {name[:20]!r}; it must be one of {', '.join(sorted(KERNELS))}")
+    kind, values = KERNELS[name].tile, fields[1:] if named else fields
     declared = dataclasses.fields(kind)
     required = len(declared) - (kind is MmaTile and not named)
     if not required <= len(values) <= len(declared):

@@ -12,8 +12,9 @@ struct Int8 {
 struct E2M1 {
   static constexpr int kBits = 4;
 };
+// Floats of 8 bits, of sign, exponent and mantissa.
 struct E4M3 {
-  static constexpr int kBits = 8;
+  static constexpr int kBits = 8, kExponentBits = 4;
 };
 
 }  // namespace jmm

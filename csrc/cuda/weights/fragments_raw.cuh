@@ -14,10 +14,6 @@
 
 namespace jmm {
 
-// From the words of a sub-tile that a lane holds: one of 4-bit codes, two of 8-bit codes.
-template <class Code, class T>
-struct RawFragments;
-
 // Rows of bfloat16 are safe up to 2^47, and sums down to 2^-126 keep every bit of products of 2^-73.
 template <class T>
 constexpr int kTokenExponent = 0;
@@ -36,6 +32,24 @@ struct EvenFragments {
 // Of the least subnormal of T, which the lowest bit stands for.
 template <class T>
 constexpr int kLeastExponent = 1 - T::kExponentBias - T::kMantissaBits;
+
+// From the words of a sub-tile that a lane holds: one of 4-bit codes, two of 8-bit codes.
+//
+// Floats of 8 bits at the low end of the exponent of T: the value times 2^(their bias - bias of T), subnormal codes as
+// subnormals. Other codes have a specialisation each.
+template <class Code, class T>
+struct RawFragments : EvenFragments<T, (1 << (Code::kExponentBits - 1)) - 1 - T::kExponentBias> {
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+    constexpr int kLeft = T::kMantissaBits - (7 - Code::kExponentBits);  // from the low byte of a half to its place
+    constexpr uint32_t kMagnitude = 0x00010001u * (0x7Fu << kLeft);
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint32_t word = words[b];
+      a[b] = and_or(word << 8, 0x80008000u, word << kLeft & kMagnitude);
+      a[2 + b] = and_or(word, 0x80008000u, word >> (8 - kLeft) & kMagnitude);
+    }
+  }
+};
 
 // Integers up to 255 at the low end of bfloat16 are its subnormals and the first of its normal numbers, on one line:
 // q * 2^-133. The upper nibble of a byte stays where it is, as 16 q: its half of K has tokens 16 times less.
@@ -109,21 +123,6 @@ struct RawFragments<E2M1, BFloat> : EvenFragments<BFloat, 1 - BFloat::kExponentB
       const uint32_t bytes = words[0] >> 8 * b;
       a[b] = (bytes & 0x000F000Fu) * kLower & kPlaces;
       a[2 + b] = (bytes & 0x00F000F0u) * kUpper & kPlaces;
-    }
-  }
-};
-
-// The same for 4 bits of exponent (bias 7) and 3 of mantissa: the value times 2^(7 - bias of T).
-template <class T>
-struct RawFragments<E4M3, T> : EvenFragments<T, 7 - T::kExponentBias> {
-  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    constexpr int kLeft = T::kMantissaBits - 3;  // from the low byte of a half to its place in T
-    constexpr uint32_t kMagnitude = 0x00010001u * (0x7Fu << kLeft);
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const uint32_t word = words[b];
-      a[b] = and_or(word << 8, 0x80008000u, word << kLeft & kMagnitude);
-      a[2 + b] = and_or(word, 0x80008000u, word >> (8 - kLeft) & kMagnitude);
     }
   }
 };
