@@ -509,6 +509,12 @@ def test_instructions_stand_in_one_folder():
     } == {"ptx"}
 
 
+def test_headers_use_no_builtin_that_an_older_compiler_lacks():
+    """NVRTC 12.9 and 13.0 do not parse offsetof, 13.5 does."""
+    root = compiler.source_directory()
+    assert not [path for path in root.rglob("*.cuh") if re.search(r"\boffsetof\(|__builtin_", path.read_text())]
+
+
 def test_the_key_of_a_program_depends_on_headers_in_folders(monkeypatch, tmp_path):
     (tmp_path / "ptx").mkdir()
     digests = []

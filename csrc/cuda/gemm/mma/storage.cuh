@@ -43,9 +43,11 @@ struct MmaStorage {
   static_assert(Shape::TokenTiles::kScratchBytes <= sizeof(Bytes),
                 "the rings lend their memory before they are filled");
 
-  static constexpr int kScalesAt = __builtin_offsetof(StageWithoutZeros, scales);
+  // Sums of sizes: not every NVRTC has offsetof.
+  static constexpr int kScalesAt = sizeof(StageWithoutZeros::packed);
   static constexpr int kZerosAt = sizeof(StageWithoutZeros);
-  static constexpr int kTokensAt = __builtin_offsetof(Rings, tokens);
+  static constexpr int kTokensAt = sizeof(Rings::weights);
+  static_assert(kTokensAt + sizeof(Rings::tokens) == sizeof(Rings), "nothing lies between the members");
   static constexpr int kPartialsAt = sizeof(Rings);
   static constexpr int kTokenTilesAt = sizeof(Bytes);  // the table of grouped token tiles
   static constexpr int kSharedBytes = kTokenTilesAt + Shape::TokenTiles::kSharedBytes;

@@ -68,11 +68,13 @@ struct WgmmaStorage {
     uint64_t record_full[kRecords], record_empty[kRecords];
   };
 
-  static constexpr int kWeightsAt = __builtin_offsetof(Rings, weights);
-  static constexpr int kRecordsAt = __builtin_offsetof(Rings, records);
+  // Sums of sizes: not every NVRTC has offsetof.
+  static constexpr int kWeightsAt = sizeof(Rings::tokens);
+  static constexpr int kRecordsAt = kWeightsAt + sizeof(Rings::weights);
+  static_assert(kRecordsAt + sizeof(Rings::records) == sizeof(Rings), "nothing lies between the members");
   static constexpr int kPartialsAt = sizeof(Rings);
   static constexpr int kBarriersAt = sizeof(Data);
-  static constexpr int kScalesAt = __builtin_offsetof(StageWithoutZeros, scales);
+  static constexpr int kScalesAt = sizeof(StageWithoutZeros::packed);
   static constexpr int kZerosAt = sizeof(StageWithoutZeros);
   static constexpr int kTokenTilesAt = sizeof(Bytes);  // the table of grouped token tiles
   static constexpr int kSharedBytes = kTokenTilesAt + Shape::TokenTiles::kSharedBytes;
