@@ -1,6 +1,7 @@
 """Every CUDA kernel compiled for every architecture, on a machine that has none of them; exports; the disk cache."""
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
