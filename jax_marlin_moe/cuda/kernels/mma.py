@@ -144,7 +144,7 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[MmaTile]:
         # Two sets of sums, and what the main loop holds; as NVRTC 13 allots them for sm_90a.
         registers = min(255, 80 + 5 * units * tokens // 2)
         resident = min(12, 65536 // (registers * 32 * warps))
-        # Whether a tile fits, and how evenly it shares K, mostly depends on what is known by now.
+        # Stages and resident CTAs only add shared memory: where the smallest tile does not fit, none does.
         fitting = []
         for cluster in clusters:
             smallest = MmaTile(tokens, units, warps_n, warps_k, block_k, 2, 1, cluster)
