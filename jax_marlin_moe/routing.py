@@ -1,6 +1,7 @@
 """Routing: router logits to experts and weights."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -37,6 +38,7 @@ class Routing:
         group_score: "top2", the sum of a group's two largest scores, or "max".
         scale: multiplies the weights.
         apply_on_input: whether an expert's weight multiplies its input, not its output (Llama-4).
+        logits_soft_cap: the bound of `cap * tanh(logits / cap)`, which takes the place of the logits (Laguna).
     """
 
     top_k: int
@@ -48,6 +50,7 @@ class Routing:
     group_score: str = "top2"
     scale: float = 1.0
     apply_on_input: bool = False
+    logits_soft_cap: float | None = None
 
     def options(self) -> dict[str, object]:
         """The keyword arguments of `route`."""
@@ -70,13 +73,14 @@ def route(
     scale: float = 1.0,
     expert_scale: Float[Array, "experts"] | None = None,
     ids: Int32[Array, "tokens top_k"] | None = None,
+    logits_soft_cap: float | None = None,
 ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """Chooses top_k experts for each token, all in float32; leading batch dimensions are allowed.
 
-    `s = scoring(logits)` over all experts. The top_k largest `s + correction_bias` are chosen, in descending order
-    (ties to the lower expert), with groups only from the best `top_groups` of them. Their weights are `s`, without the
-    bias: as they are, divided by their sum (`renormalize`), or put through a softmax (`softmax_after_topk`); then
-    times `scale` and `expert_scale[id]`.
+    `s = scoring(logits)` over all experts, of `cap * tanh(logits / cap)` where there is a `logits_soft_cap`. The top_k
+    largest `s + correction_bias` are chosen, in descending order (ties to the lower expert), with groups only from the
+    best `top_groups` of them. Their weights are `s`, without the bias: as they are, divided by their sum
+    (`renormalize`), or put through a softmax (`softmax_after_topk`); then times `scale` and `expert_scale[id]`.
 
     Mixtral and Qwen3 need no option, Qwen1.5 and OLMoE `renormalize=False`; DeepSeek-V3, Kimi, GLM, MiniMax and
     Nemotron are "sigmoid" with a bias, DeepSeek-V4 "sqrtsoftplus"; gpt-oss is "identity" with `softmax_after_topk`;
@@ -95,6 +99,7 @@ def route(
         scale: factor of all weights.
         expert_scale: factors by expert.
         ids: experts chosen already (int32, as the hash layers of DeepSeek-V4 do); only their weights are computed.
+        logits_soft_cap: keeps the logits within its negative and itself; None leaves them as they are.
 
     Returns:
         Weights (float32) and expert ids (int32).
@@ -123,6 +128,8 @@ def route(
     if top_groups * (num_experts // num_groups) < top_k:
         raise ValueError(f"top_k is {top_k}; {top_groups} groups have {top_groups * num_experts // num_groups} experts")
 
+    if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
+        raise ValueError(f"logits_soft_cap is {logits_soft_cap}; it must be positive and finite, or None for no cap")
     if ids is not None:
         check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
         check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
@@ -139,6 +146,7 @@ def route(
         top_groups=top_groups,
         group_score=group_score,
         scale=float(scale),
+        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
     )
 
 
@@ -146,15 +154,19 @@ def route(
 @partial(
     jax.jit,
     static_argnames=(
-        "top_k", "scoring", "renormalize", "softmax_after_topk", "num_groups", "top_groups", "group_score", "scale"
+        "top_k", "scoring", "renormalize", "softmax_after_topk", "num_groups", "top_groups", "group_score", "scale",
+        "logits_soft_cap",
     ),
     inline=True,
 )  # fmt: skip
 def _route(
     logits, correction_bias, expert_scale, ids, *, top_k, scoring, renormalize, softmax_after_topk, num_groups,
-    top_groups, group_score, scale,
+    top_groups, group_score, scale, logits_soft_cap,
 ):  # fmt: skip
-    scores = _SCORINGS[scoring](logits.astype(jnp.float32))
+    logits = logits.astype(jnp.float32)
+    if logits_soft_cap is not None:
+        logits = jnp.tanh(logits / logits_soft_cap) * logits_soft_cap
+    scores = _SCORINGS[scoring](logits)
     if ids is None:
         choice = scores if correction_bias is None else scores + _along_experts(correction_bias, scores)
         if top_groups < num_groups:

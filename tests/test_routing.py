@@ -109,6 +109,25 @@ def test_only_the_best_groups_stay(group_score):
         np.testing.assert_allclose(weights[t], scores[t][allowed] / scores[t][allowed].sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_a_soft_cap_bends_the_logits_before_they_are_scores(scoring):
+    # Of Laguna (transformers, models/laguna/modeling_laguna.py, LagunaTopKRouter).
+    weights, ids = jmm.route(LOGITS, top_k=4, scoring=scoring, correction_bias=BIAS, logits_soft_cap=1.5)
+    capped = np.tanh(LOGITS.astype(np.float64) / 1.5) * 1.5
+    scores = 1 / (1 + np.exp(-capped)) if scoring == "sigmoid" else softmax(capped)
+    order = best(scores + BIAS, 4)
+    chosen = np.take_along_axis(scores, order, axis=1)
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(weights, chosen / chosen.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_a_soft_cap_makes_infinite_logits_finite():
+    logits = np.asarray([[-np.inf, np.inf, 0.0]], np.float32)
+    weights, ids = jmm.route(logits, top_k=3, scoring="identity", renormalize=False, logits_soft_cap=30)
+    assert ids.tolist() == [[1, 2, 0]]
+    assert weights.tolist() == [[30.0, 0.0, -30.0]]
+
+
 def test_softmax_over_the_chosen():
     weights, ids = jmm.route(LOGITS, top_k=4, scoring="identity", softmax_after_topk=True)
     order = best(LOGITS, 4)
@@ -147,6 +166,8 @@ def test_given_experts():
         (np.zeros((2, 4), np.float32), {"top_k": 0}, ValueError, "top_k is 0"),
         (np.zeros((2, 4), np.float32), {"top_k": 1, "scoring": "tanh"}, ValueError, "scoring is 'tanh'"),
         (LOGITS, {"top_k": 1, "group_score": "sum"}, ValueError, "group_score is 'sum'"),
+        (LOGITS, {"top_k": 1, "logits_soft_cap": 0.0}, ValueError, "logits_soft_cap is 0.0; it must be positive"),
+        (LOGITS, {"top_k": 1, "logits_soft_cap": np.nan}, ValueError, "logits_soft_cap is nan"),
         (LOGITS, {"top_k": 1, "num_groups": 3}, ValueError, "num_groups is 3"),
         (LOGITS, {"top_k": 1, "num_groups": 4, "top_groups": 5}, ValueError, "top_groups 5"),
         (LOGITS, {"top_k": 5, "num_groups": 4}, ValueError, "top_k is 5; 1 groups have 4 experts"),

@@ -30,8 +30,10 @@ _READERS: dict[Any, Any] = {
     int: lambda keys, name, *default: keys.integer(name, *default, low=1),
     float: lambda keys, name, *default: keys.number(name, *default, low=-_LARGEST, high=_LARGEST),
     str: Keys.text,
+    float | None: lambda keys, name, *default: keys.number(name, *default, above=0, high=_LARGEST),
 }
-# What a routing rule has said since version 1. A later field may be missing: it then has its default.
+# What a routing rule has said since version 1. A later field is written where it is not its default, and read so: what
+# was saved before there was such a field still says the same.
 _FIRST_ROUTING = (
     "top_k", "scoring", "renormalize", "softmax_after_topk", "num_groups", "top_groups", "group_score", "scale",
     "apply_on_input",
@@ -94,7 +96,11 @@ def write_rule(routing: Routing, activation: str | Activation, norm_epsilon: flo
     """The static fields of a `MoELayer`, in their order, as JSON."""
     made = get_activation(activation)
     return {
-        "routing": dataclasses.asdict(routing),
+        "routing": {
+            field.name: getattr(routing, field.name)
+            for field in dataclasses.fields(routing)
+            if field.name in _FIRST_ROUTING or getattr(routing, field.name) != field.default
+        },
         # JSON has no infinity.
         "activation": {"name": made.name, "parameters": [str(value) for value in made.parameters]},
         "norm_epsilon": norm_epsilon,

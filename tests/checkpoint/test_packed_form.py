@@ -198,6 +198,7 @@ WRONG_FACTS = [
     (routing(scale=float("nan")), r"routing\.scale is nan; it must be a finite number"),
     (routing(scale=10**400), r"routing\.scale is 1.*; it must be a finite number"),
     (routing(scale=1e39), r"routing\.scale is 1e\+39; it must be a finite number from"),
+    (routing(logits_soft_cap=0), r"routing\.logits_soft_cap is 0; it must be a finite number greater than 0"),
     (routing(scoring=["softmax"]), r"routing\.scoring is \['softmax'\]; it must be a string"),
     (routing(surprise=1), r"routing\.surprise is 1; it must be omitted"),
     (lambda f: f["routing"].pop("renormalize"), r"routing\.renormalize is missing"),
