@@ -9,7 +9,7 @@ y = jmm.fused_moe(x, gate_up, down, weights, ids)
 """
 
 from jax_marlin_moe import checkpoint, exported_types, sharding
-from jax_marlin_moe.activations import Activation, swiglu
+from jax_marlin_moe.activations import Activation, situ, swiglu, swiglu_step
 from jax_marlin_moe.checkpoint import schemes
 from jax_marlin_moe.checkpoint.schemes import *  # noqa: F403
 from jax_marlin_moe.formats import FORMATS, WeightFormat
@@ -50,8 +50,10 @@ __all__ = [
     "quantize",
     "route",
     "sharding",
+    "situ",
     "stack_experts",
     "swiglu",
+    "swiglu_step",
     "workspace_size",
 ]
 __all__ += schemes.__all__

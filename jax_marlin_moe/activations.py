@@ -2,7 +2,8 @@
 
 They are functions of float32 arrays.
 
-A plain one is in the registry under its name; one with parameters is made by a function of that name.
+A plain one is in the registry under its name; one with parameters is made by a function of that name. They are also
+what derivatives are taken of: JAX differentiates every row.
 """
 
 import dataclasses
@@ -47,24 +48,59 @@ def _activation(name: str, cpp: str | None, **facts: Any) -> Callable[[Callable[
     return add
 
 
-@_activation("silu", "Silu")
-def _silu(gate: Array, up: Array) -> Array:
-    return gate * jax.nn.sigmoid(gate) * up
+def _of_one_value(cpp: str, *, gated: str, ungated: str) -> Callable[[Callable[[Array], Array]], Callable]:
+    """Makes the decorated function two rows: its value times up, and its value alone."""
+
+    def add(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        _activation(gated, f"Gated<jmm::{cpp}>")(lambda gate, up: function(gate) * up)
+        _activation(ungated, f"Ungated<jmm::{cpp}>", gated=False)(lambda value, _: function(value))
+        return function
+
+    return add
 
 
-@_activation("gelu_tanh", "GeluTanh")
-def _gelu_tanh(gate: Array, up: Array) -> Array:
-    return jax.nn.gelu(gate, approximate=True) * up
+# The functions of one value are those that ACT2FN of transformers (activations.py) has by these names, "none" is its
+# "linear"; their products with up are the variants of GLU in https://arxiv.org/abs/2002.05202.
 
 
-@_activation("relu2", "Relu2", gated=False)
-def _relu2(gate: Array, _: None) -> Array:
-    return jnp.square(jnp.maximum(gate, 0))
+@_of_one_value("Identity", gated="none", ungated="identity")
+def _identity(value: Array) -> Array:
+    return value
+
+
+@_of_one_value("Silu", gated="silu", ungated="silu_ungated")
+def _silu(value: Array) -> Array:
+    return value * jax.nn.sigmoid(value)
+
+
+@_of_one_value("Gelu", gated="gelu", ungated="gelu_ungated")
+def _gelu(value: Array) -> Array:
+    return jax.nn.gelu(value, approximate=False)
+
+
+@_of_one_value("GeluTanh", gated="gelu_tanh", ungated="gelu_tanh_ungated")
+def _gelu_tanh(value: Array) -> Array:
+    # (1 + tanh(y)) / 2 is sigmoid(2 y), which keeps its precision where tanh is near -1.
+    return value * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (value + 0.044715 * value**3))
+
+
+@_of_one_value("Relu", gated="relu", ungated="relu_ungated")
+def _relu(value: Array) -> Array:
+    return jax.nn.relu(value)
+
+
+@_of_one_value("Relu2", gated="relu2_gated", ungated="relu2")
+def _relu2(value: Array) -> Array:
+    return jnp.square(jax.nn.relu(value))
+
+
+def _check_limit(limit: float) -> None:
+    if not limit > 0:
+        raise ValueError(f"limit is {limit}; it must be positive")
 
 
 def _check_swiglu(limit: float, alpha: float, beta: float) -> None:
-    if not limit > 0:
-        raise ValueError(f"limit is {limit}; it must be positive")
+    _check_limit(limit)
     if not (math.isfinite(alpha) and math.isfinite(beta)):
         raise ValueError(f"alpha and beta are {alpha} and {beta}; they must be finite")
 
@@ -73,6 +109,26 @@ def _check_swiglu(limit: float, alpha: float, beta: float) -> None:
 def _swiglu(gate: Array, up: Array, limit: float, alpha: float, beta: float) -> Array:
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + beta)
+
+
+@_activation("swiglu_step", "SwigluStep", parameters=1, check=_check_limit)
+def _swiglu_step(gate: Array, up: Array, limit: float) -> Array:
+    return jnp.minimum(_silu(gate), limit) * jnp.clip(up, -limit, limit)
+
+
+def _check_situ(beta: float, linear_beta: float) -> None:
+    for name, value in (("beta", beta), ("linear_beta", linear_beta)):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be positive, infinity for no bound")
+
+
+def _bounded(value: Array, bound: float) -> Array:
+    return value if math.isinf(bound) else bound * jnp.tanh(value / bound)
+
+
+@_activation("situ", "Situ", parameters=2, check=_check_situ)
+def _situ(gate: Array, up: Array, beta: float, linear_beta: float) -> Array:
+    return _bounded(gate, beta) * jax.nn.sigmoid(gate) * _bounded(up, linear_beta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +181,38 @@ def swiglu(limit: float = math.inf, alpha: float = 1.0, beta: float = 0.0) -> Ac
     return Activation("swiglu", (float(limit), float(alpha), float(beta)))
 
 
+def swiglu_step(limit: float) -> Activation:
+    """`min(silu(gate), limit) * clip(up, -limit, limit)`: clamped after the function, where `swiglu` clamps before.
+
+    Layers of Step-3.5 and Step-3.7 that have a limit (`swiglu_limits` of their configurations): transformers,
+    models/step3p7/modeling_step3p7.py, Step3p7Experts.
+
+    Raises:
+        ValueError: limit is not positive.
+    """
+    return Activation("swiglu_step", (float(limit),))
+
+
+def situ(beta: float, linear_beta: float = math.inf) -> Activation:
+    """`beta * tanh(gate / beta) * sigmoid(gate) * linear_beta * tanh(up / linear_beta)`; infinity is no bound.
+
+    Kimi-K3 has (4, 25): its repository's modeling_kimi_linear.py, SituAndMul, where a `linear_beta` of None is
+    infinity here.
+
+    Raises:
+        ValueError: beta or linear_beta is not positive.
+    """
+    return Activation("situ", (float(beta), float(linear_beta)))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     name: Activation(name) for name, function in _FUNCTIONS.items() if not function.parameters
 }
+
+
+# How many parameters each name takes.
+PARAMETERS: dict[str, int] = {name: function.parameters for name, function in _FUNCTIONS.items()}
+_MAKERS = ", ".join(f"jax_marlin_moe.{maker.__name__}" for maker in (swiglu, swiglu_step, situ))
 
 
 def get_activation(activation: str | Activation) -> Activation:
@@ -141,17 +226,21 @@ def get_activation(activation: str | Activation) -> Activation:
         return activation
     if not isinstance(activation, str):
         raise TypeError(
-            f"activation is a {type(activation).__name__}; it must be a name, or made by "
-            "jax_marlin_moe.swiglu(limit, alpha, beta): the kernels know no others"
+            f"activation is a {type(activation).__name__}; it must be a name, or made by one of {_MAKERS}: the kernels "
+            "know no others"
         )
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"activation is {activation!r}; it must be one of {', '.join(sorted(ACTIVATIONS))}, or "
-            "jax_marlin_moe.swiglu(limit, alpha, beta)"
+            f"activation is {activation!r}; it must be one of {', '.join(sorted(ACTIVATIONS))}, or made by one of "
+            f"{_MAKERS}"
         )
     return ACTIVATIONS[activation]
 
 
 def make_activation(name: str, parameters: Sequence[float]) -> Activation:
-    """The activation that has this name and these parameters; raises ValueError for an unknown name."""
-    return swiglu(*parameters) if name == "swiglu" else get_activation(name)
+    """The activation that has this name and these parameters.
+
+    Raises:
+        ValueError: there is no such name, or it takes no such parameters.
+    """
+    return Activation(name, tuple(map(float, parameters)))

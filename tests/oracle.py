@@ -314,18 +314,42 @@ def grouped_product(x, experts: Experts, ids, *, expert_map=None, router_weights
     return out if router_weights is None else out * router_weights.reshape(-1, 1)
 
 
+def _sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+_OF_ONE_VALUE = {
+    "identity": lambda z: z,
+    "silu": lambda z: z * _sigmoid(z),
+    "gelu": lambda z: z / 2 * np.vectorize(math.erfc, otypes=[np.float64])(-z / np.sqrt(2)),
+    "gelu_tanh": lambda z: z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+    "relu": lambda z: np.maximum(z, 0),
+    "relu2": lambda z: np.maximum(z, 0) ** 2,
+}
+UNGATED = {"identity": "identity", "relu2": "relu2"} | {
+    f"{name}_ungated": name for name in ("silu", "gelu", "gelu_tanh", "relu")
+}
+_GATED = {"none": "identity", "relu2_gated": "relu2"} | {name: name for name in ("silu", "gelu", "gelu_tanh", "relu")}
+
+
 def activate(h, activation="silu", parameters=()) -> np.ndarray:
     """docs/formats.md, "The expert block", of [gate | up] columns or of all of them."""
-    if activation == "relu2":
-        return np.maximum(h, 0) ** 2
+    if activation in UNGATED:
+        return _OF_ONE_VALUE[UNGATED[activation]](h)
     gate, up = np.split(h, 2, axis=1)
-    if activation == "silu":
-        return gate / (1 + np.exp(-gate)) * up
-    if activation == "gelu_tanh":
-        return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    if activation in _GATED:
+        return _OF_ONE_VALUE[_GATED[activation]](gate) * up
+    if activation == "swiglu_step":
+        (limit,) = parameters
+        return np.minimum(gate * _sigmoid(gate), limit) * np.clip(up, -limit, limit)
+    if activation == "situ":
+        beta, linear_beta = parameters
+        up = up if math.isinf(linear_beta) else linear_beta * np.tanh(up / linear_beta)
+        return beta * np.tanh(gate / beta) * _sigmoid(gate) * up
+    assert activation == "swiglu"
     limit, alpha, beta = parameters
     gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    return gate / (1 + np.exp(-alpha * gate)) * (up + beta)
+    return gate * _sigmoid(alpha * gate) * (up + beta)
 
 
 def expert_block(

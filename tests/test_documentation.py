@@ -11,7 +11,7 @@ import pytest
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import layout, reference
-from jax_marlin_moe.activations import ACTIVATIONS
+from jax_marlin_moe.activations import ACTIVATIONS, PARAMETERS
 from jax_marlin_moe.checkpoint import loading
 from jax_marlin_moe.checkpoint.families import FAMILIES
 from jax_marlin_moe.checkpoint.schemes import METHODS, SCHEMES
@@ -233,7 +233,9 @@ def test_both_tables_of_formats_are_the_registry():
 @pytest.mark.parametrize("path", [README, FORMATS_PAGE], ids=name_of)
 def test_tables_of_activations_are_the_registry(path):
     found = {names_in(row["activation"])[0]: row["gated"] for row in table(path, "activation", "gated")}
-    known = {activation.name: activation for activation in (*ACTIVATIONS.values(), jmm.swiglu())}
+    made = (jmm.swiglu(), jmm.swiglu_step(7), jmm.situ(4))
+    known = {activation.name: activation for activation in (*ACTIVATIONS.values(), *made)}
+    assert known.keys() == PARAMETERS.keys()
     assert found == {name: "yes" if activation.gated else "no" for name, activation in known.items()}
 
 

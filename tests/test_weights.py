@@ -38,7 +38,7 @@ def test_weights_can_be_pickled(weight_format):
         np.testing.assert_array_equal(jmm.dequantize(again), jmm.dequantize(weights))
 
 
-@pytest.mark.parametrize("activation", ["silu", "relu2", jmm.swiglu(7.0, 1.702, 1.0)])
+@pytest.mark.parametrize("activation", ["silu", "relu2", jmm.swiglu(7.0, 1.702, 1.0), jmm.situ(4.0)])
 def test_activations_can_be_pickled(activation):
     activation = get_activation(activation)
     again = pickle.loads(pickle.dumps(activation))

@@ -1,6 +1,7 @@
 // Activations and the table of their names. A new one is a function and a row.
 #include "cpu/activation.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace jax_marlin_moe::cpu {
@@ -32,43 +33,107 @@ inline float Exp(float x) {
 
 inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(-x)); }
 
-// gate * sigmoid(gate) * up
-void Silu(const float* gate, const float* up, int64_t count, const float*, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + Exp(-gate[i])) * up[i];
+// 1 - erf(x) within 2e-7 of itself: the Chebyshev fit of Numerical Recipes (section 6.2, erfcc).
+inline float Erfc(float x) {
+  const float z = x < 0 ? -x : x;
+  const float t = 1.0f / (1.0f + 0.5f * z);
+  float p = 0.17087277f;
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  const float tail = t * Exp(p * t - 1.26551223f - z * z);
+  return x < 0 ? 2.0f - tail : tail;
+}
+
+// tanh(x): by its series near 0, where the quotient would lose digits.
+inline float Tanh(float x) {
+  const float power = Exp(-2.0f * (x < 0 ? -x : x));
+  const float quotient = (1.0f - power) / (1.0f + power);
+  const float far = x < 0 ? -quotient : quotient;
+  const float q = x * x;
+  const float near = x * (1.0f + q * (-1.0f / 3 + q * (2.0f / 15 + q * (-17.0f / 315 + q * (62.0f / 2835)))));
+  return q < 0.0625f ? near : far;
+}
+
+inline float Minimum(float x, float limit) { return x > limit ? limit : x; }
+inline float Clamp(float x, float limit) { return x < -limit ? -limit : Minimum(x, limit); }
+
+// Functions of one value.
+
+inline float Identity(float x) { return x; }
+
+inline float Silu(float x) { return x / (1.0f + Exp(-x)); }
+
+// x / 2 * (1 + erf(x / sqrt(2)))
+inline float Gelu(float x) { return 0.5f * x * Erfc(-0.7071067812f * x); }
+
+// x / 2 * (1 + tanh(z)) of z = sqrt(2 / pi) * (x + 0.044715 * x^3), where 1 + tanh(z) = 2 * sigmoid(2z)
+inline float GeluTanh(float x) {
+  constexpr float kTwoRootTwoOverPi = 1.5957691216f;
+  return x * Sigmoid(kTwoRootTwoOverPi * (x + 0.044715f * x * x * x));
+}
+
+inline float Relu(float x) { return x < 0 ? 0 : x; }
+
+inline float Relu2(float x) { return Relu(x) * Relu(x); }
+
+template <float (*kFunction)(float)>
+void Gated(const float* gate, const float* up, int64_t count, const float*, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = kFunction(gate[i]) * up[i];
+}
+
+template <float (*kFunction)(float)>
+void Ungated(const float* value, const float*, int64_t count, const float*, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = kFunction(value[i]);
 }
 
 // g * sigmoid(alpha * g) * (u + beta) of g = min(gate, limit), u = clamp(up, -limit, limit); NaN stays NaN.
 void Swiglu(const float* gate, const float* up, int64_t count, const float* parameters, float* out) {
   const float limit = parameters[0], alpha = parameters[1], beta = parameters[2];
   for (int64_t i = 0; i < count; ++i) {
-    const float g = gate[i] > limit ? limit : gate[i];
-    const float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
-    out[i] = g * Sigmoid(alpha * g) * (u + beta);
+    const float g = Minimum(gate[i], limit);
+    out[i] = g * Sigmoid(alpha * g) * (Clamp(up[i], limit) + beta);
   }
 }
 
-// gate / 2 * (1 + tanh(z)) * up of z = sqrt(2 / pi) * (gate + 0.044715 * gate^3), where 1 + tanh(z) = 2 * sigmoid(2z)
-void GeluTanh(const float* gate, const float* up, int64_t count, const float*, float* out) {
-  constexpr float kTwoRootTwoOverPi = 1.5957691216f;
-  for (int64_t i = 0; i < count; ++i) {
-    const float g = gate[i];
-    out[i] = g * Sigmoid(kTwoRootTwoOverPi * (g + 0.044715f * g * g * g)) * up[i];
-  }
+// min(silu(gate), limit) * clamp(up, -limit, limit); NaN stays NaN.
+void SwigluStep(const float* gate, const float* up, int64_t count, const float* parameters, float* out) {
+  const float limit = parameters[0];
+  for (int64_t i = 0; i < count; ++i) out[i] = Minimum(Silu(gate[i]), limit) * Clamp(up[i], limit);
 }
 
-// max(gate, 0)^2; NaN stays NaN.
-void Relu2(const float* gate, const float*, int64_t count, const float*, float* out) {
+// b * tanh(gate / b) * sigmoid(gate) * l * tanh(up / l) of b = beta, l = linear beta; x where a bound is infinite.
+void Situ(const float* gate, const float* up, int64_t count, const float* parameters, float* out) {
+  const float beta = parameters[0], linear_beta = parameters[1];
+  const bool bounded = !std::isinf(beta), linear_bounded = !std::isinf(linear_beta);
   for (int64_t i = 0; i < count; ++i) {
-    const float g = gate[i] < 0 ? 0 : gate[i];
-    out[i] = g * g;
+    const float g = bounded ? beta * Tanh(gate[i] / beta) : gate[i];
+    const float u = linear_bounded ? linear_beta * Tanh(up[i] / linear_beta) : up[i];
+    out[i] = g * Sigmoid(gate[i]) * u;
   }
 }
 
 constexpr Activation kActivations[] = {
-    {"silu", true, 0, Silu},
+    {"none", true, 0, Gated<Identity>},
+    {"identity", false, 0, Ungated<Identity>},
+    {"silu", true, 0, Gated<Silu>},
+    {"silu_ungated", false, 0, Ungated<Silu>},
+    {"gelu", true, 0, Gated<Gelu>},
+    {"gelu_ungated", false, 0, Ungated<Gelu>},
+    {"gelu_tanh", true, 0, Gated<GeluTanh>},
+    {"gelu_tanh_ungated", false, 0, Ungated<GeluTanh>},
+    {"relu", true, 0, Gated<Relu>},
+    {"relu_ungated", false, 0, Ungated<Relu>},
+    {"relu2_gated", true, 0, Gated<Relu2>},
+    {"relu2", false, 0, Ungated<Relu2>},
     {"swiglu", true, 3, Swiglu},
-    {"gelu_tanh", true, 0, GeluTanh},
-    {"relu2", false, 0, Relu2},
+    {"swiglu_step", true, 1, SwigluStep},
+    {"situ", true, 2, Situ},
 };
 
 }  // namespace

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_marlin_moe.activations import ACTIVATIONS, Activation, get_activation, make_activation
+from jax_marlin_moe.activations import PARAMETERS, Activation, get_activation, make_activation
 from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
@@ -245,9 +245,9 @@ def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: 
 
 def _activation(keys: Keys) -> str | Activation:
     refuse_unknown(keys, ("name", "parameters"))
-    name = keys.choice("name", [*sorted(ACTIVATIONS), "swiglu"])
+    name = keys.choice("name", sorted(PARAMETERS))
     texts = keys.texts("parameters")
-    wanted = 3 if name == "swiglu" else 0
+    wanted = PARAMETERS[name]
     try:
         values = [float(text) for text in texts]
         if len(values) != wanted:

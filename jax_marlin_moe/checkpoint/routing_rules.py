@@ -138,7 +138,20 @@ def _meaning(keys: Keys, key: str, value: int) -> str:
     return "" if key in keys else f" (a missing {key} means {value} for this model type)"
 
 
-_GATED = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+# By the names of ACT2FN of transformers (activations.py).
+_GATED: dict[str, "str | Activation"] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": swiglu(alpha=1.702),
+    "relu": "relu",
+    "relu2": "relu2_gated",
+    "linear": "none",
+}
 
 
 def named(key: str = "hidden_act", default: str = "silu") -> ActivationRule:

@@ -47,8 +47,8 @@ def fused_moe(
         down: experts of shape (I, H).
         topk_weights: float32 router weights.
         topk_ids: int32 experts. Slots whose id is outside [0, E), or is mapped to -1, contribute nothing.
-        activation: "silu" (`gate * sigmoid(gate) * up`), "gelu_tanh", "relu2" (not gated), or
-            `jax_marlin_moe.swiglu(limit, alpha, beta)`.
+        activation: a name, as "silu" (`gate * sigmoid(gate) * up`), "gelu" or "relu2" (not gated), or made by
+            `jax_marlin_moe.swiglu`, `swiglu_step` or `situ`; docs/formats.md, "The expert block", has them all.
         expert_map: int32, global to local expert, -1 for experts that live elsewhere.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: how CUDA cuts the block; None takes the measured or predicted best.

@@ -2,6 +2,7 @@
 
 import pytest
 
+import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint.families import FAMILIES, get_family
 from jax_marlin_moe.checkpoint.model_facts import HARMLESS, read_facts
 
@@ -146,13 +147,21 @@ def test_a_key_must_be_there_where_no_class_says_what_a_missing_one_means(model_
         read_facts(row, found, keys)
 
 
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("relu2", "relu2_gated"), ("quick_gelu", jmm.swiglu(alpha=1.702))],
+)
+def test_a_gate_has_the_activation_that_its_config_names(name, activation):
+    assert facts("qwen3_moe", hidden_act=name).activation == activation
+
+
 def test_routing_and_activation_are_read_from_the_text_part_alone():
     text = {"model_type": "qwen3_vl_moe_text", **SIZES}
     whole = {"model_type": "qwen3_vl_moe", "hidden_act": "gelu", "swiglu_limit": 3, "text_config": text}
     row, found, keys = get_family(whole, "config.json")
     assert read_facts(row, found, keys) == facts("qwen3_vl_moe_text")
-    text["hidden_act"] = "gelu"
-    with pytest.raises(ValueError, match=r"^config\.json: text_config\.hidden_act is 'gelu'; it must be one of"):
+    text["hidden_act"] = "mish"
+    with pytest.raises(ValueError, match=r"^config\.json: text_config\.hidden_act is 'mish'; it must be one of"):
         read_facts(*get_family(whole, "config.json"))
 
 

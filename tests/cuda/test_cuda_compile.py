@@ -15,7 +15,7 @@ from oracle import assert_block_close, expert_block, random_experts, random_rout
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
-from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.activations import ACTIVATIONS, get_activation
 from jax_marlin_moe.cuda import cache, compiler, plan
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
@@ -157,6 +157,9 @@ def formatted_experts(num_experts, k, n, name, dtype, *, group_size="customary",
     return jax.eval_shape(make, array((num_experts, k, n), dtype), bias)
 
 
+EVERY_ACTIVATION = (*ACTIVATIONS.values(), jmm.swiglu(7.0, 1.702, 1.0), jmm.swiglu_step(7.0), jmm.situ(4.0, 25.0))
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("name", jmm.FORMATS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -165,8 +168,9 @@ def test_every_format_compiles(lower, architecture, name):
     # activation, biases.
     number = list(jmm.FORMATS).index(name) + ARCHITECTURES.index(architecture)
     dtype = jnp.dtype(types_of(architecture)[-1 if number % 2 else 0])
-    tokens, activation = (3, "relu2") if number % 3 else (96, jmm.swiglu(7.0, 1.702, 1.0))
-    halves = 1 if activation == "relu2" else 2
+    tokens = 3 if number % 3 else 96
+    activation = EVERY_ACTIVATION[number % len(EVERY_ACTIVATION)]
+    halves = 2 if activation.gated else 1
     gate_up = formatted_experts(6, 320, halves * 192, name, [dtype, jnp.float32][number % 2], bias=tokens == 96)
     down = formatted_experts(6, 192, 320, name, jnp.float16)
 

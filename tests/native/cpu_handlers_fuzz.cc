@@ -212,12 +212,14 @@ void DrawBlock(Random& random, Case& out) {
   const int64_t inner = 16 * random.Of<int64_t>({1, 4, 5, 17}), half = 64 * CeilDiv(inner, 64);
   const int64_t columns = 64 * CeilDiv(hidden, 64);
   const XLA_FFI_DataType type = random.OneIn(2) ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F16;
-  const std::string activation = random.Of<std::string>({"silu", "swiglu", "gelu_tanh", "relu2"});
+  const std::string activation = random.Of<std::string>({"silu", "swiglu", "gelu", "relu2", "swiglu_step", "situ"});
   Attribute parameters;
   parameters.name = "activation_parameters";
   parameters.kind = XLA_FFI_AttrType_ARRAY;
   parameters.type = XLA_FFI_DataType_F32;
   if (activation == "swiglu") parameters.floats = {7.0f, 1.702f, 1.0f};
+  if (activation == "swiglu_step") parameters.floats = {7.0f};
+  if (activation == "situ") parameters.floats = {4.0f, 25.0f};
   out.operands = {{type, {random.OneIn(3) ? tokens * top_k : tokens, hidden}}};
   Case down;
   AddMatrix(random, experts, hidden, (activation == "relu2" ? 1 : 2) * half, "gate_up_", out);

@@ -251,7 +251,7 @@ BAD_BLOCKS = {
         ValueError,
         "down.input_order .*fold_input_order",
     ),
-    "unknown activation": ({"activation": "sine"}, ValueError, "activation is 'sine'; .*relu2, silu, or .*swiglu"),
+    "unknown activation": ({"activation": "sine"}, ValueError, "activation is 'sine'; .*relu2.* or made by .*swiglu"),
     "float ids": ({"topk_ids": jnp.zeros((TOKENS, TOP_K))}, TypeError, "topk_ids has dtype float32; .*int32"),
     "64-bit ids": ({"topk_ids": np.zeros((TOKENS, TOP_K), np.int64)}, TypeError, "topk_ids has dtype int64"),
     "ids in a list": ({"topk_ids": [[0, 1]]}, TypeError, "topk_ids has dtype list"),
@@ -524,7 +524,7 @@ def test_handlers_refuse_results_that_disagree(handler, result):
         ("product", {"group_size": np.int64(24)}, "group_size is 24, not a multiple of 16"),
         ("product", {"group_size": np.int64(64)}, "scales has shape"),
         ("product", {"group_size": np.int64(2**62)}, "group_size is 4611686018427387904; it must be at most"),
-        ("block", {"activation": "sine"}, "activation is 'sine'; there are: silu, swiglu, gelu_tanh, relu2"),
+        ("block", {"activation": "sine"}, "activation is 'sine'; there are: none, identity, silu, .*, situ"),
         ("block", {"activation": "swiglu"}, "activation 'swiglu' has 0 parameters; it takes 3"),
         ("block", {"activation_parameters": np.ones(1, np.float32)}, "activation 'silu' has 1 parameters; it takes 0"),
         ("block", {"activation": "relu2"}, "gate_up has 128 columns, which are not 1 times the 64 rows of down"),
@@ -578,16 +578,19 @@ class Louder(Activation):
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_an_activation_of_a_class_of_its_own_is_refused(implementation):
-    with pytest.raises(TypeError, match=r"activation is a Louder; it must be a name, or made by .*swiglu"):
+    with pytest.raises(TypeError, match=r"activation is a Louder; it must be a name, or made by one of .*swiglu"):
         jmm.fused_moe(**block_arguments() | {"activation": Louder("silu"), "implementation": implementation})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mine",), "name is 'mine'; it must be one of gelu_tanh, relu2, silu, swiglu"),
+        (("mine",), "name is 'mine'; it must be one of gelu, .*silu, .*swiglu"),
         (("silu", (1.0,)), r"parameters is \(1.0,\); 'silu' takes 0 of them"),
         (("swiglu", (0.0, 1.0, 0.0)), "limit is 0.0; it must be positive"),
+        (("swiglu_step", (-1.0,)), "limit is -1.0; it must be positive"),
+        (("situ", (4.0, 0.0)), "linear_beta is 0.0; it must be positive"),
+        (("situ", (float("nan"), 1.0)), "beta is nan; it must be positive"),
     ],
 )
 def test_activations_that_the_kernels_do_not_know_cannot_be_made(arguments, message):
