@@ -50,18 +50,19 @@ def _register_node(
     )
 
 
-def _write_layer(routing: Any, activation: Any, norm_epsilon: float) -> dict[str, Any]:
-    """As in the packed form; and whether the activation is its name, since trees that differ in that do too."""
-    return write_rule(routing, activation, norm_epsilon) | {"by_name": isinstance(activation, str)}
+def _write_layer(*values: Any) -> dict[str, Any]:
+    """As in the packed form; and which activations are their names, since trees that differ in that do too."""
+    named = [field for field, value in zip(LAYER_STATIC, values, strict=True) if isinstance(value, str)]
+    return write_rule(*values) | {"by_name": named}
 
 
 def _read_layer(keys: Keys) -> dict[str, Any]:
     refuse_unknown(keys, (*LAYER_STATIC, "by_name"))
-    routing, activation, norm_epsilon = read_rule(keys)
-    by_name = keys.boolean("by_name")
-    return dict(
-        zip(LAYER_STATIC, (routing, activation if by_name else get_activation(activation), norm_epsilon), strict=True)
-    )
+    named = keys.texts("by_name")
+    return {
+        field: get_activation(value) if isinstance(value, str) and field not in named else value
+        for field, value in zip(LAYER_STATIC, read_rule(keys), strict=True)
+    }
 
 
 def _write_alignment(block_size: int, num_experts: int) -> dict[str, int]:

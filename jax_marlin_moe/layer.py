@@ -39,7 +39,8 @@ class MoELayer:
     Attributes:
         gate_up: E matrices (H, 2 I), columns [gate | up]; (H, I) where the activation is not gated.
         down: E matrices (I, H).
-        router: kernel of the router, input dimension first, in the checkpoint's dtype: `logits = x @ router`.
+        router: kernel of the router, input dimension first, in the checkpoint's dtype: `logits = x @ router`. Where
+            the routing has `identity_experts`, its E counts them too, and so do the vectors by expert.
         routing: the model's rule, for `jax_marlin_moe.route`.
         activation: for `jax_marlin_moe.fused_moe`.
         router_bias: [E], added to the logits, or None.
@@ -48,7 +49,9 @@ class MoELayer:
         router_input_scale: [H], or None; where it is there, the router sees `rms_norm(x) * scale / sqrt(H)`.
         token_experts: [vocabulary, top_k] int32, the experts of each token id in layers that route by a hash, or None.
         shared: the expert that every token visits, or None.
-        norm_epsilon: of that norm.
+        output_norm: [H], or None; where it is there, the layer returns `rms_norm(y) * output_norm` (A.X K1).
+        norm_epsilon: of both norms.
+        shared_activation: of the shared expert where it is another one, or None.
     """
 
     gate_up: MarlinWeights
@@ -62,7 +65,9 @@ class MoELayer:
     router_input_scale: Float[Array, "H"] | None = None
     token_experts: Int32[Array, "vocabulary top_k"] | None = None
     shared: SharedExpert | None = None
+    output_norm: Float[Array, "H"] | None = None
     norm_epsilon: float = 1e-6
+    shared_activation: str | Activation | None = None
 
     def __repr__(self) -> str:
         """One line: dtypes, shapes and bytes, and how tokens are routed."""
@@ -82,8 +87,7 @@ class MoELayer:
         """
         rows = x.astype(jnp.float32)
         if self.router_input_scale is not None:
-            mean = jnp.mean(jnp.square(rows), axis=-1, keepdims=True)
-            rows = rows * jax.lax.rsqrt(mean + self.norm_epsilon)
+            rows = self._normalized(rows)
             rows = rows * self.router_input_scale.astype(jnp.float32)[None] * rows.shape[-1] ** -0.5
         logits = jnp.matmul(rows, self.router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         if self.router_bias is not None:
@@ -123,13 +127,30 @@ class MoELayer:
             rows if router_input is None else router_input.reshape(rows.shape),
             None if token_ids is None else token_ids.reshape(-1),
         )
-        return self._experts(rows, weights, ids, implementation).reshape(x.shape)
+        y = self._experts(rows, weights, ids, implementation)
+        if self.output_norm is not None:
+            scale = self.output_norm.astype(jnp.float32)[None]
+            y = (self._normalized(y.astype(jnp.float32)) * scale).astype(x.dtype)
+        return y.reshape(x.shape)
+
+    def _normalized(self, rows: Array) -> Array:
+        """Rows in float32, each divided by the root of its mean square."""
+        mean = jnp.mean(jnp.square(rows), axis=-1, keepdims=True)
+        return rows * jax.lax.rsqrt(mean + self.norm_epsilon)
 
     def _experts(self, x: Array, weights: Array, ids: Array, implementation: str | None) -> Array:
         """Routed and shared experts of rows whose experts are chosen."""
+        shared_activation = self.activation if self.shared_activation is None else self.shared_activation
 
-        def experts(rows: Array, gate_up: MarlinWeights, down: MarlinWeights, w: Array, chosen: Array) -> Array:
-            return fused_moe(rows, gate_up, down, w, chosen, activation=self.activation, implementation=implementation)
+        def experts(
+            rows: Array,
+            gate_up: MarlinWeights,
+            down: MarlinWeights,
+            w: Array,
+            chosen: Array,
+            activation: str | Activation = self.activation,
+        ) -> Array:
+            return fused_moe(rows, gate_up, down, w, chosen, activation=activation, implementation=implementation)
 
         if self.routing.apply_on_input:
             slots = (x[:, None].astype(jnp.float32) * weights[..., None]).astype(x.dtype)  # [tokens, top_k, H]
@@ -139,22 +160,26 @@ class MoELayer:
             y = y.reshape(slots.shape).astype(jnp.float32).sum(1).astype(x.dtype)
         else:
             y = experts(x, self.gate_up, self.down, weights, ids)
+        if self.routing.identity_experts:
+            first = self.router.shape[-1] - self.routing.identity_experts
+            kept = jnp.where(ids >= first, weights, 0).sum(-1, keepdims=True)
+            y = (y.astype(jnp.float32) + x.astype(jnp.float32) * kept).astype(x.dtype)
         if self.shared is None:
             return y
         gate_up, down = self.shared.gate_up, self.shared.down
         if isinstance(gate_up, MarlinWeights) and isinstance(down, MarlinWeights):
             only = jnp.zeros((x.shape[0], 1), jnp.int32)
-            extra = experts(x, gate_up, down, jnp.ones((x.shape[0], 1), jnp.float32), only)
+            extra = experts(x, gate_up, down, jnp.ones((x.shape[0], 1), jnp.float32), only, shared_activation)
         else:
-            extra = self._dense_shared(x)
+            extra = self._dense_shared(x, shared_activation)
         if self.shared.gate is not None:
             logits = jnp.matmul(x, self.shared.gate.astype(x.dtype), preferred_element_type=jnp.float32)
             extra = (extra.astype(jnp.float32) * jax.nn.sigmoid(logits)).astype(x.dtype)
         return y + extra
 
-    def _dense_shared(self, x: Array) -> Array:
+    def _dense_shared(self, x: Array, activation: str | Activation) -> Array:
         assert self.shared is not None
-        act = get_activation(self.activation)
+        act = get_activation(activation)
         h = jnp.matmul(x, self.shared.gate_up.astype(x.dtype), preferred_element_type=jnp.float32)  # type: ignore[union-attr]
         a = act.apply(*jnp.split(h, 2, axis=1)) if act.gated else act.apply(h, None)
         down = self.shared.down.astype(x.dtype)  # type: ignore[union-attr]
@@ -175,7 +200,7 @@ def check_layer(source: object, layer: MoELayer) -> None:
 
 jax.tree_util.register_dataclass(SharedExpert, data_fields=["gate_up", "down", "gate"], meta_fields=[])
 # The fields of `MoELayer` that are static; all others are arrays, or pytrees of arrays.
-STATIC = ("routing", "activation", "norm_epsilon")
+STATIC = ("routing", "activation", "norm_epsilon", "shared_activation")
 jax.tree_util.register_dataclass(
     MoELayer,
     data_fields=[field.name for field in dataclasses.fields(MoELayer) if field.name not in STATIC],

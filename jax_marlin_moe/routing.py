@@ -16,6 +16,8 @@ _SCORINGS = {
     "sigmoid": jax.nn.sigmoid,
     "sqrtsoftplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
     "identity": lambda logits: logits,
+    "chosen_sigmoid": lambda logits: logits,
+    "sparsemixer": lambda logits: logits,
 }
 # What a group of experts is worth, from its scores [..., group]: V3's rule and V2's.
 _GROUP_SCORES = {
@@ -30,7 +32,7 @@ class Routing:
 
     Attributes:
         top_k: experts per token.
-        scoring: "softmax", "sigmoid", "sqrtsoftplus" or "identity".
+        scoring: "softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid" or "sparsemixer".
         renormalize: whether the chosen weights are divided by their sum.
         softmax_after_topk: whether the weights are the softmax of the chosen scores.
         num_groups: groups of experts, of which `top_groups` stay in the choice.
@@ -39,6 +41,10 @@ class Routing:
         scale: multiplies the weights.
         apply_on_input: whether an expert's weight multiplies its input, not its output (Llama-4).
         logits_soft_cap: the bound of `cap * tanh(logits / cap)`, which takes the place of the logits (Laguna).
+        renormalize_epsilon: added to the sum that the chosen weights are divided by.
+        jitter: of "sparsemixer" (Phi-3.5-MoE).
+        identity_experts: how many of the router's experts, the last ones, have no weights and return their input
+            (LongCat).
     """
 
     top_k: int
@@ -51,11 +57,14 @@ class Routing:
     scale: float = 1.0
     apply_on_input: bool = False
     logits_soft_cap: float | None = None
+    renormalize_epsilon: float = 1e-20
+    jitter: float = 0.0
+    identity_experts: int = 0
 
     def options(self) -> dict[str, object]:
         """The keyword arguments of `route`."""
         values = dataclasses.asdict(self)
-        del values["apply_on_input"]
+        del values["apply_on_input"], values["identity_experts"]
         return values
 
 
@@ -74,22 +83,30 @@ def route(
     expert_scale: Float[Array, "experts"] | None = None,
     ids: Int32[Array, "tokens top_k"] | None = None,
     logits_soft_cap: float | None = None,
+    renormalize_epsilon: float = 1e-20,
+    jitter: float = 0.0,
 ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """Chooses top_k experts for each token, all in float32; leading batch dimensions are allowed.
 
     `s = scoring(logits)` over all experts, of `cap * tanh(logits / cap)` where there is a `logits_soft_cap`. The top_k
     largest `s + correction_bias` are chosen, in descending order (ties to the lower expert), with groups only from the
-    best `top_groups` of them. Their weights are `s`, without the bias: as they are, divided by their sum
-    (`renormalize`), or put through a softmax (`softmax_after_topk`); then times `scale` and `expert_scale[id]`.
+    best `top_groups` of them. Their weights are `s`, without the bias: as they are, divided by their sum plus
+    `renormalize_epsilon` (`renormalize`), or put through a softmax (`softmax_after_topk`); then times `scale` and
+    `expert_scale[id]`.
+
+    Two scorings choose by the logits themselves and have weights of another kind. "chosen_sigmoid": the sigmoids of the
+    chosen logits, which unlike their choice may be equal where logits are large. "sparsemixer": the softmax of the
+    chosen logit `t` over those logits `z` that are not chosen before it and have `(t - z) / max(|z|, t) <= 2 * jitter`.
 
     Mixtral and Qwen3 need no option, Qwen1.5 and OLMoE `renormalize=False`; DeepSeek-V3, Kimi, GLM, MiniMax and
     Nemotron are "sigmoid" with a bias, DeepSeek-V4 "sqrtsoftplus"; gpt-oss is "identity" with `softmax_after_topk`;
-    Llama-4 is "sigmoid" with `renormalize=False`; Gemma-4 has an `expert_scale`.
+    Llama-4 is "chosen_sigmoid" and Phi-3.5-MoE "sparsemixer", both with `renormalize=False`; Gemma-4 has an
+    `expert_scale`.
 
     Args:
         logits: router outputs of any float dtype.
         top_k: experts per token, 1 to the number of experts.
-        scoring: "softmax", "sigmoid", "sqrtsoftplus" or "identity".
+        scoring: "softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid" or "sparsemixer".
         renormalize: whether the chosen weights sum to one (before `scale`).
         softmax_after_topk: whether the weights are a softmax over the chosen; then nothing is renormalised.
         correction_bias: added to the scores for the choice alone.
@@ -100,6 +117,8 @@ def route(
         expert_scale: factors by expert.
         ids: experts chosen already (int32, as the hash layers of DeepSeek-V4 do); only their weights are computed.
         logits_soft_cap: keeps the logits within its negative and itself; None leaves them as they are.
+        renormalize_epsilon: added to the sum that the weights are divided by: keeps 0 / 0 from being NaN.
+        jitter: of "sparsemixer", which takes neither a bias nor groups nor `ids`.
 
     Returns:
         Weights (float32) and expert ids (int32).
@@ -130,6 +149,13 @@ def route(
 
     if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
         raise ValueError(f"logits_soft_cap is {logits_soft_cap}; it must be positive and finite, or None for no cap")
+    if not 0 <= renormalize_epsilon < math.inf:
+        raise ValueError(f"renormalize_epsilon is {renormalize_epsilon}; it must be finite and not negative")
+    if not (0 <= jitter < math.inf and (jitter == 0 or scoring == "sparsemixer")):
+        must = "finite and not negative" if scoring == "sparsemixer" else f"0, as scoring {scoring!r} has none"
+        raise ValueError(f"jitter is {jitter}; it must be {must}")
+    if scoring == "sparsemixer" and (correction_bias is not None or ids is not None or num_groups > 1):
+        raise ValueError("scoring is 'sparsemixer', which takes no correction_bias, no ids and num_groups=1")
     if ids is not None:
         check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
         check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
@@ -147,6 +173,8 @@ def route(
         group_score=group_score,
         scale=float(scale),
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        renormalize_epsilon=float(renormalize_epsilon),
+        jitter=float(jitter),
     )
 
 
@@ -155,13 +183,13 @@ def route(
     jax.jit,
     static_argnames=(
         "top_k", "scoring", "renormalize", "softmax_after_topk", "num_groups", "top_groups", "group_score", "scale",
-        "logits_soft_cap",
+        "logits_soft_cap", "renormalize_epsilon", "jitter",
     ),
     inline=True,
 )  # fmt: skip
 def _route(
     logits, correction_bias, expert_scale, ids, *, top_k, scoring, renormalize, softmax_after_topk, num_groups,
-    top_groups, group_score, scale, logits_soft_cap,
+    top_groups, group_score, scale, logits_soft_cap, renormalize_epsilon, jitter,
 ):  # fmt: skip
     logits = logits.astype(jnp.float32)
     if logits_soft_cap is not None:
@@ -175,18 +203,33 @@ def _route(
             kept = jax.nn.one_hot(best, num_groups, dtype=jnp.bool_).any(-2)
             choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
         ids = jax.lax.top_k(choice, top_k)[1].astype(jnp.int32)
-    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    weights = (
+        _sparsemixer(scores, ids, jitter) if scoring == "sparsemixer" else jnp.take_along_axis(scores, ids, axis=-1)
+    )
+    if scoring == "chosen_sigmoid":
+        weights = jax.nn.sigmoid(weights)
     if softmax_after_topk:
         weights = jax.nn.softmax(weights, axis=-1)
     elif renormalize:
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        # Scores other than those of a softmax may all be zero.
-        weights = weights / (total if scoring == "softmax" else total + 1e-20)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + renormalize_epsilon)
     if scale != 1.0:
         weights = weights * jnp.float32(scale)
     if expert_scale is not None:
         weights = weights * expert_scale.astype(jnp.float32)[ids]
     return weights, ids
+
+
+def _sparsemixer(logits: Array, ids: Array, jitter: float) -> Array:
+    """Each chosen logit's softmax over itself and those close to it that are not chosen before it."""
+    weights = []
+    for position in range(ids.shape[-1]):
+        chosen = ids[..., position : position + 1]
+        top = jnp.take_along_axis(logits, chosen, axis=-1)
+        # Not `<=`: where all are zero, the quotient is NaN, and they are close.
+        close = ~((top - logits) / jnp.maximum(jnp.abs(logits), top) > 2 * jitter)
+        kept = close & ~jax.nn.one_hot(ids[..., :position], logits.shape[-1], dtype=jnp.bool_).any(-2)
+        weights.append(1 / jnp.sum(jnp.where(kept, jnp.exp(logits - top), 0), axis=-1, keepdims=True))
+    return jnp.concatenate(weights, axis=-1)
 
 
 def _along_experts(vector: Array, scores: Array) -> Array:

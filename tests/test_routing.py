@@ -135,6 +135,51 @@ def test_softmax_over_the_chosen():
     np.testing.assert_allclose(weights, softmax(np.take_along_axis(LOGITS, order, axis=1)), rtol=1e-5)
 
 
+def test_sigmoids_of_the_chosen_logits():
+    # Of Kolibri (transformers, models/kolibri1/modeling_kolibri1.py): the bias is added to the logits.
+    weights, ids = jmm.route(LOGITS, top_k=3, scoring="chosen_sigmoid", correction_bias=BIAS, renormalize=False)
+    order = best(LOGITS + BIAS, 3)
+    assert (order != best(LOGITS, 3)).any()
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(weights, 1 / (1 + np.exp(-np.take_along_axis(LOGITS, order, axis=1))), rtol=1e-5)
+
+
+def test_large_logits_are_told_apart_where_their_sigmoids_are_equal():
+    logits = np.asarray([[30.0, 40.0, 35.0]], np.float32)
+    weights, ids = jmm.route(logits, top_k=2, scoring="chosen_sigmoid", renormalize=False)
+    assert (ids.tolist(), weights.tolist()) == ([[1, 2]], [[1.0, 1.0]])
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3])
+def test_sparsemixer_weighs_a_logit_among_those_close_to_it(jitter):
+    # Of Phi-3.5-MoE (transformers, models/phimoe/modeling_phimoe.py, sparsemixer).
+    weights, ids = jmm.route(LOGITS, top_k=2, scoring="sparsemixer", renormalize=False, jitter=jitter)
+    np.testing.assert_array_equal(ids, best(LOGITS, 2))
+    for t, row in enumerate(LOGITS.astype(np.float64)):
+        left = dict(enumerate(row))
+        for position in range(2):
+            expert = max(left, key=left.get)
+            top = left[expert]
+            close = [z for z in left.values() if not (top - z) / max(abs(z), top) > 2 * jitter]
+            np.testing.assert_allclose(weights[t, position], 1 / np.exp(np.asarray(close) - top).sum(), rtol=1e-5)
+            del left[expert]
+    assert (np.asarray(weights) < 1).any() == (jitter > 0)
+
+
+def test_sparsemixer_of_equal_logits():
+    weights, ids = jmm.route(np.zeros((1, 4), np.float32), top_k=2, scoring="sparsemixer", renormalize=False)
+    assert ids.tolist() == [[0, 1]]
+    np.testing.assert_allclose(weights, [[1 / 4, 1 / 3]], rtol=1e-6)
+
+
+def test_the_epsilon_of_the_sum_counts_where_the_scores_are_small():
+    # Of LFM2 (transformers, models/lfm2_moe/modeling_lfm2_moe.py), which adds 1e-6.
+    weights, _ = jmm.route(LOGITS - 14, top_k=4, scoring="sigmoid", renormalize_epsilon=1e-6)
+    chosen = -np.sort(-1 / (1 + np.exp(14 - LOGITS.astype(np.float64))), axis=1)[:, :4]
+    np.testing.assert_allclose(weights, chosen / (chosen.sum(1, keepdims=True) + 1e-6), rtol=1e-5)
+    assert (weights.sum(1) < 0.98).all()
+
+
 def test_sigmoid_of_the_top_logit():
     weights, ids = jmm.route(LOGITS, top_k=1, scoring="sigmoid", renormalize=False)
     np.testing.assert_array_equal(ids[:, 0], LOGITS.argmax(1))
@@ -168,6 +213,15 @@ def test_given_experts():
         (LOGITS, {"top_k": 1, "group_score": "sum"}, ValueError, "group_score is 'sum'"),
         (LOGITS, {"top_k": 1, "logits_soft_cap": 0.0}, ValueError, "logits_soft_cap is 0.0; it must be positive"),
         (LOGITS, {"top_k": 1, "logits_soft_cap": np.nan}, ValueError, "logits_soft_cap is nan"),
+        (LOGITS, {"top_k": 1, "renormalize_epsilon": -1e-6}, ValueError, "renormalize_epsilon is -1e-06"),
+        (LOGITS, {"top_k": 1, "jitter": 0.1}, ValueError, "jitter is 0.1; it must be 0, as scoring 'softmax' has none"),
+        (LOGITS, {"top_k": 1, "jitter": np.nan, "scoring": "sparsemixer"}, ValueError, "jitter is nan"),
+        (
+            LOGITS,
+            {"top_k": 1, "correction_bias": BIAS, "scoring": "sparsemixer"},
+            ValueError,
+            "takes no correction_bias",
+        ),
         (LOGITS, {"top_k": 1, "num_groups": 3}, ValueError, "num_groups is 3"),
         (LOGITS, {"top_k": 1, "num_groups": 4, "top_groups": 5}, ValueError, "top_groups 5"),
         (LOGITS, {"top_k": 5, "num_groups": 4}, ValueError, "top_k is 5; 1 groups have 4 experts"),

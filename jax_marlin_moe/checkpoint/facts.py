@@ -48,6 +48,7 @@ class Facts:
         routing: the rule.
         activation: as in `MoELayer`.
         norm_epsilon: likewise.
+        shared_activation: likewise.
         matrices: of each packed matrix, by its path, the static fields of `MarlinWeights`; `group_size` is None where
             the facts do not state it.
     """
@@ -55,6 +56,7 @@ class Facts:
     routing: Routing
     activation: str | Activation
     norm_epsilon: float
+    shared_activation: str | Activation | None
     matrices: Mapping[str, Mapping[str, Any]]
 
 
@@ -92,19 +94,20 @@ def facts_of_weights(weights: MarlinWeights) -> dict[str, Any]:
     return write_matrix(*(getattr(weights, name) for name in STATIC))
 
 
-def write_rule(routing: Routing, activation: str | Activation, norm_epsilon: float) -> dict[str, Any]:
-    """The static fields of a `MoELayer`, in their order, as JSON."""
-    made = get_activation(activation)
-    return {
+def write_rule(
+    routing: Routing, activation: str | Activation, norm_epsilon: float, shared_activation: str | Activation | None
+) -> dict[str, Any]:
+    """The static fields of a `MoELayer`, in their order, as JSON; the last one only where there is one."""
+    rule = {
         "routing": {
             field.name: getattr(routing, field.name)
             for field in dataclasses.fields(routing)
             if field.name in _FIRST_ROUTING or getattr(routing, field.name) != field.default
         },
-        # JSON has no infinity.
-        "activation": {"name": made.name, "parameters": [str(value) for value in made.parameters]},
+        "activation": _write_activation(activation),
         "norm_epsilon": norm_epsilon,
     }
+    return rule if shared_activation is None else rule | {"shared_activation": _write_activation(shared_activation)}
 
 
 def write_matrix(
@@ -137,18 +140,19 @@ def read_facts(keys: Keys, *, states_group_size: bool) -> Facts:
         ValueError: a fact is missing, not known, or is not what it must be; names file, key and value.
     """
     refuse_unknown(keys, (*LAYER_STATIC, "matrices"))
-    routing, activation, norm_epsilon = read_rule(keys)
+    routing, activation, norm_epsilon, shared_activation = read_rule(keys)
     matrices = keys.object("matrices")
     refuse_unknown(matrices, _MATRICES)
     return Facts(
         routing=routing,
         activation=activation,
         norm_epsilon=norm_epsilon,
+        shared_activation=shared_activation,
         matrices={path: read_matrix(matrices.object(path), states_group_size) for path in matrices.values},
     )
 
 
-def read_rule(keys: Keys) -> tuple[Routing, str | Activation, float]:
+def read_rule(keys: Keys) -> tuple[Routing, str | Activation, float, str | Activation | None]:
     """The inverse of `write_rule`; errors as for `read_facts`."""
     routing = keys.object("routing")
     fields = dataclasses.fields(Routing)
@@ -159,7 +163,10 @@ def read_rule(keys: Keys) -> tuple[Routing, str | Activation, float]:
         )
         for field in fields
     }
-    return Routing(**rule), _activation(keys.object("activation")), keys.number("norm_epsilon", low=0, high=_LARGEST)
+    norm_epsilon = keys.number("norm_epsilon", low=0, high=_LARGEST)
+    shared = keys.object("shared_activation", None)
+    activation = _activation(keys.object("activation"))
+    return Routing(**rule), activation, norm_epsilon, None if shared is None else _activation(shared)
 
 
 def read_matrix(keys: Keys, states_group_size: bool = True) -> dict[str, Any]:
@@ -221,6 +228,7 @@ def layer_from(leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:
         activation=facts.activation,
         shared=shared,
         norm_epsilon=facts.norm_epsilon,
+        shared_activation=facts.shared_activation,
         **{name: needed(name) if name == "router" else leaves.get(name) for name in _LAYER_LEAVES},  # type: ignore[arg-type]
     )
 
@@ -241,6 +249,12 @@ def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: 
         return resolve_group_size(None, k, scales.shape[1], about["format"])
     except ValueError as error:
         raise ValueError(f"{path} states no group_size: {error}; convert the source again") from None
+
+
+def _write_activation(activation: str | Activation) -> dict[str, Any]:
+    made = get_activation(activation)
+    # JSON has no infinity.
+    return {"name": made.name, "parameters": [str(value) for value in made.parameters]}
 
 
 def _activation(keys: Keys) -> str | Activation:

@@ -113,7 +113,9 @@ GPT_OSS = RoutingRule(
 )
 LLAMA4 = RoutingRule(
     (),
-    lambda keys, experts, top_k, defaults: Routing(top_k, scoring="sigmoid", renormalize=False, apply_on_input=True),
+    lambda keys, experts, top_k, defaults: Routing(
+        top_k, scoring="chosen_sigmoid", renormalize=False, apply_on_input=True
+    ),
 )
 
 

@@ -69,7 +69,7 @@ def test_a_layer_is_shown_in_one_line(tmp_path):
     assert len(text) < 2000
     for part in (
         "MoELayer(gate_up=MarlinWeights(format='int4_zp', packed=int32[4,3,256], scales=float16[4,1,128], ",
-        "router=float16[40,4], routing=Routing(top_k=2, scoring='sigmoid'",
+        "router=float16[40,6], routing=Routing(top_k=2, scoring='sigmoid'",
         "name='swiglu'",
         "shared=SharedExpert(gate_up=MarlinWeights(format='int4_zp'",
         "gate=float16[40,1]",
@@ -198,6 +198,8 @@ WRONG_FACTS = [
     (routing(scale=float("nan")), r"routing\.scale is nan; it must be a finite number"),
     (routing(scale=10**400), r"routing\.scale is 1.*; it must be a finite number"),
     (routing(scale=1e39), r"routing\.scale is 1e\+39; it must be a finite number from"),
+    (routing(identity_experts=-1), r"routing\.identity_experts is -1; it must be an integer of at least 1"),
+    (lambda f: f.update(shared_activation="silu"), r"shared_activation is 'silu'; it must be an object"),
     (routing(logits_soft_cap=0), r"routing\.logits_soft_cap is 0; it must be a finite number greater than 0"),
     (routing(scoring=["softmax"]), r"routing\.scoring is \['softmax'\]; it must be a string"),
     (routing(surprise=1), r"routing\.surprise is 1; it must be omitted"),

@@ -31,7 +31,11 @@ OTHERS = [
     ("gate_up.column_padding", (28, 52), r"column_padding is \[28, 52\] in .*it must be \[40, 40\]"),
     ("gate_up.row_padding", 0, "(row_padding is 0|group_size is 48) in .*it must be (8|40)"),
     ("shared.down.row_padding", 4, "(row_padding is 4|group_size is 28) in .*it must be (8|24)"),
-    ("routing", jmm.Routing(2, "softmax"), "routing.apply_on_input is False in .*it must be True"),
+    (
+        "routing",
+        jmm.Routing(2, renormalize_epsilon=1e-6, identity_experts=2),
+        "routing.apply_on_input is False in .*it must be True",
+    ),
     ("activation", jmm.swiglu(7), "activation.parameters is "),
     ("norm_epsilon", 1e-6, "norm_epsilon is 1e-06 in .*it must be 1e-05"),
 ]
