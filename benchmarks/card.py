@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from cuda.bindings import driver
 
 from jax_marlin_moe.cuda.facts import Pointer
-from jax_marlin_moe.cuda.plan import Plan
-from jax_marlin_moe.cuda.program import Kernel
+from jax_marlin_moe.cuda.program import Kernel, Plan
 from jax_marlin_moe.measure.replay import ReplayedPlan
 
 try:
@@ -45,13 +44,14 @@ class MultiprocessorClock:
     def __init__(self) -> None:
         kernel = Kernel(
             name="jmm_spin",
+            headers=("types.cuh",),
             body="Spin",
             pointers={"out": Pointer(1, "int32", written=True)},
             threads=1,
             shared_bytes=0,
             max_ctas=1,
         )
-        plan = Plan((kernel,), (), ("types.cuh",), _SPIN % _SPIN_CYCLES)
+        plan = Plan((kernel,), preamble=_SPIN % _SPIN_CYCLES)
         self._spin = ReplayedPlan(plan, [[jnp.zeros((1,))]] * 4, [jax.ShapeDtypeStruct((1,), jnp.int32)])
 
     def mhz(self) -> float:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin_moe.cuda.facts import Pointer
-from jax_marlin_moe.cuda.plan import Plan
-from jax_marlin_moe.cuda.program import Kernel
+from jax_marlin_moe.cuda.program import Kernel, Plan
 from jax_marlin_moe.measure.replay import ReplayedPlan
 
 _READ_BYTES = 2 << 30
@@ -58,6 +57,7 @@ def measure_read_bandwidth() -> float:
     data = jnp.arange(_READ_BYTES // 4, dtype=jnp.int32)
     kernel = Kernel(
         name="jmm_reader",
+        headers=("types.cuh",),
         body="Reader",
         pointers={"in": Pointer(0, "int32"), "out": Pointer(1, "int32", written=True)},
         threads=512,
@@ -65,7 +65,7 @@ def measure_read_bandwidth() -> float:
         max_ctas=1 << 20,
         ctas_per_sm=2,
     )
-    plan = Plan((kernel,), (), ("types.cuh",), _READER % (_READ_BYTES // 16))
+    plan = Plan((kernel,), preamble=_READER % (_READ_BYTES // 16))
     stream = ReplayedPlan(plan, [[data]] * 4, [jax.ShapeDtypeStruct((1,), jnp.int32)])
     microseconds = statistics.median(stream.microseconds())
     stream.close()

@@ -20,13 +20,13 @@ except ImportError as error:  # a source tree that was never built
     _native = None
     _import_error = str(error)
 
-# The custom calls' targets, by what the module calls their handlers: process-global names, and the persistent ABI of
-# exported programs. All CUDA ops are one kind of call: a program.
+# By (op, platform), the version of a custom call and its handlers: the CPU ops of csrc/ffi, and a program, which all
+# CUDA ops are.
+_HANDLERS = {} if _native is None else _native.handlers()
+
+# The custom calls' targets: process-global names, and the persistent ABI of exported programs.
 TARGETS = {
-    ("moe_align_block_size", "cpu"): "jax_marlin_moe.moe_align_block_size.cpu.v1",
-    ("moe_gemm", "cpu"): "jax_marlin_moe.moe_gemm.cpu.v1",
-    ("fused_moe", "cpu"): "jax_marlin_moe.fused_moe.cpu.v1",
-    ("program", "cuda"): "jax_marlin_moe.program.cuda.v2",
+    (op, platform): f"jax_marlin_moe.{op}.{platform}.v{_HANDLERS[op, platform][0]}" for op, platform in _HANDLERS
 }
 
 # What `jax.export` must be told: pass `[jax.export.DisabledSafetyCheck.custom_call(t) for t in CUSTOM_CALL_TARGETS]`.
@@ -114,10 +114,10 @@ def unavailable_reason() -> str | None:
 def _register() -> None:
     if unavailable_reason() is not None:
         return
-    for (op, platform), handlers in _native.handlers().items():
-        target = TARGETS[op, platform]
+    for (op, platform), (_, handlers) in _HANDLERS.items():
         # XLA spells its platforms so; an unknown spelling is dropped without a word.
-        jax.ffi.register_ffi_target(target, handlers, platform={"cpu": "cpu", "cuda": "CUDA"}[platform])
+        spelled = {"cpu": "cpu", "cuda": "CUDA"}[platform]
+        jax.ffi.register_ffi_target(TARGETS[op, platform], handlers, platform=spelled)
 
 
 _register()

@@ -4,7 +4,7 @@
 
 #include "cpu/align.h"
 #include "ffi/contract.h"
-#include "ffi/handlers.h"
+#include "ffi/cpu_op.h"
 
 namespace jax_marlin_moe {
 namespace {
@@ -46,9 +46,7 @@ ffi::Error AlignImpl(ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map, ffi::Re
   return contract.Run([&] { cpu::AlignBlocks(routing, block_size, alignment); });
 }
 
-}  // namespace
-
-XLA_FFI_Error* AlignCpu(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, AlignImpl,
                          ffi::Ffi::Bind()
                              .Arg<ffi::AnyBuffer>()  // topk_ids [T, top_k]
@@ -61,4 +59,7 @@ XLA_FFI_Error* AlignCpu(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
+const CpuOp kOp("moe_align_block_size", 1, Handle);
+
+}  // namespace
 }  // namespace jax_marlin_moe

@@ -1,7 +1,8 @@
 // The pair of handlers behind every CUDA op.
+#include "ffi/cuda_handlers.h"
+
 #include "ffi/cuda_program.h"
 #include "ffi/cuda_registry.h"
-#include "ffi/handlers.h"
 
 namespace jax_marlin_moe::cuda {
 namespace {

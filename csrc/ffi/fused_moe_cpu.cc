@@ -6,7 +6,7 @@
 
 #include "cpu/expert_block.h"
 #include "ffi/contract.h"
-#include "ffi/handlers.h"
+#include "ffi/cpu_op.h"
 #include "ffi/matrix_operands.h"
 #include "ffi/xla_workers.h"
 
@@ -90,9 +90,7 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   return contract.Run([&] { cpu::RunExpertBlock(workers, block); });
 }
 
-}  // namespace
-
-XLA_FFI_Error* FusedMoeCpu(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, FusedMoeImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
@@ -126,4 +124,7 @@ XLA_FFI_Error* FusedMoeCpu(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
+const CpuOp kOp("fused_moe", 1, Handle);
+
+}  // namespace
 }  // namespace jax_marlin_moe

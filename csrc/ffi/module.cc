@@ -3,8 +3,9 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
+#include "ffi/cpu_op.h"
+#include "ffi/cuda_handlers.h"
 #include "ffi/fingerprint.h"
-#include "ffi/handlers.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace nb = nanobind;
@@ -16,23 +17,23 @@ nb::capsule Capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_c
 
 nb::dict Handlers() {
   nb::dict handlers;
-  auto add = [&](const char* op, const char* platform, nb::object handler) {
-    handlers[nb::make_tuple(op, platform)] = handler;
+  auto add = [&](const char* op, const char* platform, int version, nb::object handler) {
+    handlers[nb::make_tuple(op, platform)] = nb::make_tuple(version, handler);
   };
-#define JAX_MARLIN_MOE_ADD(handler, op) add(op, "cpu", Capsule(handler));
-  JAX_MARLIN_MOE_CPU_OPS(JAX_MARLIN_MOE_ADD)
-#undef JAX_MARLIN_MOE_ADD
+  for (const CpuOp* op = CpuOp::First(); op != nullptr; op = op->next) {
+    add(op->name, "cpu", op->version, Capsule(op->handler));
+  }
   nb::dict program;
   program["initialize"] = Capsule(CudaInitialize);
   program["execute"] = Capsule(CudaExecute);
-  add("program", "cuda", program);
+  add("program", "cuda", 2, program);
   return handlers;
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.def("handlers", &Handlers, "FFI handlers by (op, platform)");
+  m.def("handlers", &Handlers, "(version, FFI handlers) by (op, platform)");
   m.def("ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.def(
       "fingerprint",

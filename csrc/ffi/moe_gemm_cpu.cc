@@ -8,7 +8,7 @@
 #include "cpu/align.h"
 #include "cpu/grouped_gemm.h"
 #include "ffi/contract.h"
-#include "ffi/handlers.h"
+#include "ffi/cpu_op.h"
 #include "ffi/matrix_operands.h"
 #include "ffi/xla_workers.h"
 
@@ -61,9 +61,7 @@ ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   return contract.Run([&] { cpu::RunGroupedGemm(workers, gemm); });
 }
 
-}  // namespace
-
-XLA_FFI_Error* MoeGemmCpu(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, MoeGemmImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
@@ -89,4 +87,7 @@ XLA_FFI_Error* MoeGemmCpu(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
+const CpuOp kOp("moe_gemm", 1, Handle);
+
+}  // namespace
 }  // namespace jax_marlin_moe

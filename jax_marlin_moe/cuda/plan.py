@@ -1,10 +1,8 @@
-"""From static shapes to the kernels of a custom call: which, how tiled, over which buffers.
+"""From static shapes to the kernels of a call with products: which, how tiled, over which buffers.
 
 Pointers are the kernels' only run-time parameters: every extent is a compile-time constant of the C++ types that are
 spelled here.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +26,7 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
     grouped_tiles,
 )
 from jax_marlin_moe.cuda.limits import MOST_COUNTED, check_counts, check_matrix, check_rows, grid
-from jax_marlin_moe.cuda.program import Kernel, render
+from jax_marlin_moe.cuda.program import Kernel, Plan
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile
 from jax_marlin_moe.formats import FLOAT_SCALES
 from jax_marlin_moe.operands import WEIGHT_LEAVES, WEIGHT_OPERANDS
@@ -39,46 +37,6 @@ _CPP_ZEROS = {"integer": "jmm::IntegerZeros", "float": "jmm::FloatZeros"}
 _PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, _BIAS = (
     WEIGHT_LEAVES.index(leaf) for leaf in ("packed", "scales", "zeros", "global_scales", "bias")
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The kernels of one call and what they need.
-
-    Attributes:
-        kernels: in launch order.
-        scratch: buffers that follow the results, in this order.
-        includes: headers of csrc/cuda.
-        preamble: C++ that the kernels' types need beside the headers.
-    """
-
-    kernels: tuple[Kernel, ...]
-    scratch: tuple[jax.ShapeDtypeStruct, ...]
-    includes: tuple[str, ...] = (
-        "align.cuh",
-        "combine.cuh",
-        *sorted(kernel.header for kernel in KERNELS.values()),
-    )
-    preamble: str = ""
-
-    @property
-    def source(self) -> str:
-        """The translation unit."""
-        return render(self.kernels, self.includes, self.preamble)
-
-    def position(self, stage: str) -> int:
-        """The place among `kernels` of a stage.
-
-        Args:
-            stage: "align", "gate_up", "down", "combine"; "clear", "first_rows", "moe_gemm".
-
-        Raises:
-            ValueError: if the plan has no such stage.
-        """
-        for position, kernel in enumerate(self.kernels):
-            if kernel.name.startswith(f"jmm_{stage}_"):
-                return position
-        raise ValueError(f"stage is {stage!r}; the kernels are {', '.join(kernel.name for kernel in self.kernels)}")
 
 
 def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmShape:
@@ -148,8 +106,10 @@ def gemm_kernel(
     }
     if token_tiles.cpp == "GroupedTiles":
         constants["jmm::kMostGroupedSlots"] = MOST_GROUPED_SLOTS
+    header = next(kernel.header for kernel in KERNELS.values() if kernel.tile is type(tile))
     return Kernel(
         name=f"jmm_{stage}_{row.name}_m{tile.tokens}",
+        headers=(header, "epilogue.cuh", "token_tiles.cuh"),
         body=(f"{tile.kernel}<jmm::Problem<Problem>, {tile.cpp}<Tile>, {found_tiles}, jmm::{epilogue.cpp}<Epilogue>>"),
         structs={
             "Problem": problem,
@@ -185,20 +145,6 @@ def _hosts(tile: Tile, shape: GemmShape, token_tiles: TokenTiles, capability: in
     size = tile.shared_bytes(shape)
     resident = get_architecture(capability).fits_shared_memory(size + token_tiles.shared_bytes, tile.ctas_per_sm)
     return resident and token_tiles.scratch_bytes <= size
-
-
-def plan_align(num_slots: int, num_experts: int, block_size: int, mapped: bool, architecture: str) -> Plan:
-    """Buffers: topk_ids, expert_map; sorted_token_ids, expert_ids, num_tokens_post_padded."""
-    kernel = align_kernel(
-        num_slots,
-        num_experts,
-        block_size,
-        compute_capability(architecture),
-        topk_ids=0,
-        expert_map=1 if mapped else None,
-        outputs=(2, 3, 4),
-    )
-    return Plan((kernel,), ())
 
 
 def plan_moe_gemm(

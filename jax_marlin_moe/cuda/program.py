@@ -29,6 +29,7 @@ class Kernel:
 
     Attributes:
         name: the entry point's symbol, which profilers show: stage, format and rows, as in `jmm_gate_up_int4_m16`.
+        headers: of csrc/cuda, which have what `body` and `structs` name.
         body: the C++ type whose `run` is the kernel, in namespace jmm, spelled with the names of `structs`.
         pointers: what its members point to, in their order; None for one that is absent.
         threads: of a CTA.
@@ -42,6 +43,7 @@ class Kernel:
     """
 
     name: str
+    headers: tuple[str, ...]
     body: str
     pointers: Mapping[str, Pointer | None]
     threads: int
@@ -70,15 +72,54 @@ class Kernel:
         return ctas - ctas % self.cluster
 
 
-def render(kernels: Sequence[Kernel], includes: Sequence[str], preamble: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The kernels of one call and what they need.
+
+    Attributes:
+        kernels: in launch order.
+        scratch: buffers that follow the results, in this order.
+        preamble: C++ that the kernels' types need beside the headers.
+    """
+
+    kernels: tuple[Kernel, ...]
+    scratch: tuple[jax.ShapeDtypeStruct, ...] = ()
+    preamble: str = ""
+
+    @property
+    def source(self) -> str:
+        """The translation unit."""
+        return render(self.kernels, self.preamble)
+
+    def position(self, stage: str) -> int:
+        """The place among `kernels` of a stage.
+
+        Args:
+            stage: "align", "gate_up", "down", "combine"; "clear", "first_rows", "moe_gemm".
+
+        Raises:
+            ValueError: if the plan has no such stage.
+        """
+        for position, kernel in enumerate(self.kernels):
+            if kernel.name.startswith(f"jmm_{stage}_"):
+                return position
+        raise ValueError(f"stage is {stage!r}; the kernels are {', '.join(kernel.name for kernel in self.kernels)}")
+
+
+def render(kernels: Sequence[Kernel], preamble: str = "") -> str:
     """The translation unit: one entry point per kernel, under its name.
 
     What the plan knows about a kernel beside its facts is asserted: it must hold in C++ as well.
     """
-    lines = [f'#include "{name}"' for name in includes] + [preamble]
+    lines = [render_includes(kernels), preamble]
     for kernel in kernels:
         lines += [render_facts(kernel), _render_entry_point(kernel)]
     return "\n".join(lines) + "\n"
+
+
+def render_includes(kernels: Sequence[Kernel]) -> str:
+    """The headers of the kernels, each once."""
+    return "\n".join(f'#include "{name}"' for name in sorted({name for kernel in kernels for name in kernel.headers}))
 
 
 def render_facts(kernel: Kernel) -> str:

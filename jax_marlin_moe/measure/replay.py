@@ -18,7 +18,8 @@ from cuda.bindings import driver
 
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
-from jax_marlin_moe.cuda.plan import Plan, plan_fused_moe
+from jax_marlin_moe.cuda.plan import plan_fused_moe
+from jax_marlin_moe.cuda.program import Plan
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.operands import weight_operands
 from jax_marlin_moe.weights import MarlinWeights, pad_rows

@@ -17,6 +17,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.activations import ACTIVATIONS, get_activation
 from jax_marlin_moe.cuda import cache, compiler, plan
+from jax_marlin_moe.cuda.kernels.align import plan_align
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
@@ -468,7 +469,7 @@ def test_a_name_that_is_no_architecture_is_an_error(monkeypatch, lower, named, m
 )
 def test_a_virtual_architecture_gives_ptx(monkeypatch, architecture, target):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
-    source = plan.plan_align(12, 5, 8, False, architecture).source
+    source = plan_align(12, 5, 8, False, architecture).source
     ptx = compiler.compile_cubin.__wrapped__(source, architecture)
     text = ptx.decode()
     assert text.count("\0") == 1

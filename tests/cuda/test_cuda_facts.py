@@ -12,7 +12,7 @@ from jax_marlin_moe.cuda import compiler, plan
 from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
-from jax_marlin_moe.cuda.program import render, render_facts
+from jax_marlin_moe.cuda.program import render, render_facts, render_includes
 from jax_marlin_moe.cuda.scheme import BlockScheme
 
 pytestmark = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
@@ -76,12 +76,9 @@ def kernel_of(planned, stage):
     return planned.kernels[planned.position(stage)]
 
 
-def refusal(planned, kernel, *, whole=False):
+def refusal(kernel, *, whole=False):
     """What the compiler says to the facts of a kernel, "" where they hold; `whole` has its entry point, too."""
-    if whole:
-        source = render([kernel], planned.includes, "")
-    else:
-        source = "\n".join([*(f'#include "{name}"' for name in planned.includes), render_facts(kernel)])
+    source = render([kernel]) if whole else "\n".join([render_includes([kernel]), render_facts(kernel)])
     try:
         compiler._compile(source, "sm_90a")
     except compiler.CompilationError as error:
@@ -105,7 +102,7 @@ def refusal(planned, kernel, *, whole=False):
 def test_launch_sizes_of_the_plan_are_those_of_the_kernel(name, stage):
     planned = PLANS[name]()
     kernel = kernel_of(planned, stage)
-    assert not refusal(planned, kernel)
+    assert not refusal(kernel)
     wrong = [("threads", kernel.threads // 2, "kThreads"), ("max_ctas", kernel.max_ctas // 2, "kMaxCtas")]
     if kernel.shared_bytes:
         wrong.append(("shared_bytes", kernel.shared_bytes + 16, "kSharedBytes"))
@@ -113,7 +110,7 @@ def test_launch_sizes_of_the_plan_are_those_of_the_kernel(name, stage):
         wrong.append(("ctas_per_sm", kernel.ctas_per_sm + 1, "kCtasPerSm"))
         wrong.append(("cluster", 2, "kCluster"))
     for field, value, constant in wrong:
-        found = refusal(planned, dataclasses.replace(kernel, **{field: value}))
+        found = refusal(dataclasses.replace(kernel, **{field: value}))
         assert f"Kernel::{constant} of the plan" in found, field
 
 
@@ -126,7 +123,7 @@ def test_what_token_tiles_need_is_the_same_on_both_sides(constant):
     kernel = kernel_of(planned, "gate_up")
     (name,) = (name for name in kernel.constants if name.endswith(constant))
     wrong = dataclasses.replace(kernel, constants=kernel.constants | {name: kernel.constants[name] + 1})
-    assert f"{name} of the plan" in refusal(planned, wrong)
+    assert f"{name} of the plan" in refusal(wrong)
 
 
 def test_a_fact_that_one_side_lacks_does_not_compile():
@@ -136,7 +133,7 @@ def test_a_fact_that_one_side_lacks_does_not_compile():
         for name, facts in kernel.structs.items():
             for fact in facts:
                 fewer = {other: value for other, value in facts.items() if other != fact}
-                assert refusal(planned, dataclasses.replace(kernel, structs=kernel.structs | {name: fewer})), fact
+                assert refusal(dataclasses.replace(kernel, structs=kernel.structs | {name: fewer})), fact
 
 
 @pytest.mark.parametrize(
@@ -161,7 +158,7 @@ def test_pointers_of_different_types_cannot_be_exchanged(name, stage, first, sec
     kernel = kernel_of(planned, stage)
     a, b = kernel.pointers[first], kernel.pointers[second]
     swapped = {first: dataclasses.replace(b, element=a.element), second: dataclasses.replace(a, element=b.element)}
-    assert refusal(planned, dataclasses.replace(kernel, pointers=kernel.pointers | swapped), whole=True)
+    assert refusal(dataclasses.replace(kernel, pointers=kernel.pointers | swapped), whole=True)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +168,6 @@ def test_no_member_is_left_unbound(member):
     planned = PLANS["mma"]()
     kernel = kernel_of(planned, "gate_up")
     fewer = {name: pointer for name, pointer in kernel.pointers.items() if name != member}
-    assert "sizeof(Kernel)" in refusal(planned, dataclasses.replace(kernel, pointers=fewer))
+    assert "sizeof(Kernel)" in refusal(dataclasses.replace(kernel, pointers=fewer))
     more = kernel.pointers | {"further": Pointer(0, "bfloat16")}
-    assert refusal(planned, dataclasses.replace(kernel, pointers=more))
+    assert refusal(dataclasses.replace(kernel, pointers=more))

@@ -10,10 +10,11 @@ import pytest
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler, program
 from jax_marlin_moe.cuda.facts import Pointer
-from jax_marlin_moe.cuda.plan import plan_align
+from jax_marlin_moe.cuda.kernels.align import plan_align
 
 KERNEL = program.Kernel(
     name="jmm_body_m3",
+    headers=("b.cuh",),
     body="Body<Facts>",
     structs={"Facts": {"list_length": 2**31, "experts": 3, "mapped": True, "element": "jmm::Half"}},
     constants={"Facts::kExperts": 3},
@@ -51,12 +52,12 @@ def test_grids_are_whole_clusters():
     assert KERNEL.ctas(3) == 6
     pairs = dataclasses.replace(KERNEL, max_ctas=1000, cluster=4)
     assert pairs.ctas(57) == 112
-    assert "__cluster_dims__(4, 1, 1) jmm_body_m3(" in program.render([pairs], [], "")
+    assert "__cluster_dims__(4, 1, 1) jmm_body_m3(" in program.render([pairs])
 
 
 def test_the_source_has_an_entry_point_for_each_kernel():
-    shared = dataclasses.replace(KERNEL, name="jmm_other", shared_bytes=1024)
-    source = program.render([KERNEL, shared], ["a.cuh", "b.cuh"], "struct Extra {};")
+    shared = dataclasses.replace(KERNEL, name="jmm_other", headers=("b.cuh", "a.cuh"), shared_bytes=1024)
+    source = program.render([KERNEL, shared], "struct Extra {};")
     assert source.startswith('#include "a.cuh"\n#include "b.cuh"\nstruct Extra {};\n')
     assert "jmm_body_m3(const int32_t* ids, float* epilogue_out)" in source
     assert "__launch_bounds__(64, 2) jmm_other(" in source
@@ -66,7 +67,7 @@ def test_the_source_has_an_entry_point_for_each_kernel():
 
 
 def test_facts_and_what_follows_from_them_are_named_in_the_source():
-    source = program.render([dataclasses.replace(KERNEL, shared_bytes=1024)], [], "")
+    source = program.render([dataclasses.replace(KERNEL, shared_bytes=1024)])
     facts = (
         "struct Facts {\n"
         "  static constexpr int64_t kListLength = 2147483648;\n"

@@ -16,9 +16,10 @@ import pytest
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import cache, compiler, limits, plan
+from jax_marlin_moe.cuda.kernels.align import plan_align
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
-from jax_marlin_moe.cuda.program import render_facts
+from jax_marlin_moe.cuda.program import render_facts, render_includes
 from jax_marlin_moe.cuda.scheme import BlockScheme
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
@@ -75,7 +76,7 @@ def assert_size(planned, stage, type_, size):
     """Compiles the facts alone, of a stage: a C++ type there has so many bytes."""
     kernel = planned.kernels[planned.position(stage)]
     kernel = dataclasses.replace(kernel, constants={f"sizeof({type_})": size})
-    source = "\n".join([*(f'#include "{name}"' for name in planned.includes), render_facts(kernel)])
+    source = "\n".join([render_includes([kernel]), render_facts(kernel)])
     assert compiler.compile_cubin.__wrapped__(source, "sm_90a")
 
 
@@ -144,8 +145,8 @@ def test_more_slots_than_int32_counts_are_refused():
     with pytest.raises(ValueError, match=rf"topk_ids has 2 ids, {2**31} with the padding of their blocks; .*: split"):
         gemm_plan(1, 64, 64, list_length=2**31)
     with pytest.raises(ValueError, match=rf"topk_ids has {most + 1} ids, .*; .* at most {most}: split the tokens"):
-        plan.plan_align(most + 1, 8, 8, False, "sm_90a")
-    assert plan.plan_align(most - 8 * 7, 8, 8, False, "sm_90a").kernels
+        plan_align(most + 1, 8, 8, False, "sm_90a")
+    assert plan_align(most - 8 * 7, 8, 8, False, "sm_90a").kernels
 
 
 def test_more_work_tiles_than_int32_counts_are_refused():
@@ -165,10 +166,10 @@ def test_a_matrix_with_more_columns_than_offsets_reach_is_refused():
 
 def test_more_experts_than_the_alignment_counts_are_refused():
     with pytest.raises(ValueError, match=r"num_experts is 30000; .* at most 29055 in the shared memory .*: shard the"):
-        plan.plan_align(100, 30_000, 8, False, "sm_90a")
-    assert plan.plan_align(100, 29_055, 8, False, "sm_90a").kernels[0].threads == 32
+        plan_align(100, 30_000, 8, False, "sm_90a")
+    assert plan_align(100, 29_055, 8, False, "sm_90a").kernels[0].threads == 32
     with pytest.raises(ValueError, match=r"num_experts is 9000; .* at most 8191 in the shared memory .* capability 75"):
-        plan.plan_align(100, 9_000, 8, False, "sm_75")
+        plan_align(100, 9_000, 8, False, "sm_75")
     with pytest.raises(ValueError, match=rf"num_experts is {2**31}; the CUDA kernels take at most"):
         block_plan(1, 64, 64, routed_experts=2**31)
 

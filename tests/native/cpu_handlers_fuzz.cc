@@ -24,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-#include "ffi/handlers.h"
+#include "ffi/cpu_op.h"
 #include "xla/ffi/api/c_api.h"
 
 // What XLA keeps behind a pointer of its C interface.
@@ -134,7 +134,6 @@ struct Case {
 
 struct Op {
   const char* name;
-  XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*);
   void (*draw)(Random& random, Case& out);
 };
 
@@ -233,10 +232,16 @@ void DrawBlock(Random& random, Case& out) {
   out.attributes.insert(out.attributes.begin(), {Text("activation", activation), parameters});
 }
 
-const Op kOps[] = {{"moe_align_block_size", AlignCpu, DrawAlign},
-                   {"moe_gemm", MoeGemmCpu, DrawGemm},
-                   {"fused_moe", FusedMoeCpu, DrawBlock}};
+const Op kOps[] = {{"moe_align_block_size", DrawAlign}, {"moe_gemm", DrawGemm}, {"fused_moe", DrawBlock}};
 constexpr int kOpCount = 3;
+
+XLA_FFI_Handler* HandlerOf(const char* name) {
+  for (const CpuOp* op = CpuOp::First(); op != nullptr; op = op->next) {
+    if (std::strcmp(op->name, name) == 0) return op->handler;
+  }
+  std::fprintf(stderr, "%s has no CPU handler\n", name);
+  std::abort();
+}
 
 // An extent that a program could state: near the old one, a usual one, or far beyond memory.
 int64_t OtherExtent(Random& random, int64_t extent) {
@@ -445,7 +450,7 @@ std::string Call(const XLA_FFI_Api& api, Pool& pool, const Case& call, std::vect
                 outputs.data()};
   frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr,      static_cast<int64_t>(count), kinds.data(),
                  name_pointers.data(),      values.data()};
-  const std::unique_ptr<XLA_FFI_Error> error(kOps[call.op].handler(&frame));
+  const std::unique_ptr<XLA_FFI_Error> error(HandlerOf(kOps[call.op].name)(&frame));
   return error == nullptr ? "" : error->message;
 }
 

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 HERE = pathlib.Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-HANDLERS = ("align_cpu", "moe_gemm_cpu", "fused_moe_cpu", "matrix_operands")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 INSTRUCTION_SETS = {
     "gemm_avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -32,7 +31,7 @@ def compiler() -> str | None:
 
 def sources(*, only_portable: bool = False) -> list[pathlib.Path]:
     """The fuzzer, the handlers and what they call."""
-    found = [HERE / "cpu_handlers_fuzz.cc", *(CSRC / "ffi" / f"{name}.cc" for name in HANDLERS)]
+    found = [HERE / "cpu_handlers_fuzz.cc", *(CSRC / "ffi").glob("*_cpu.cc"), CSRC / "ffi" / "matrix_operands.cc"]
     found += [path for path in sorted((CSRC / "cpu").glob("*.cc")) if path.stem not in INSTRUCTION_SETS]
     if only_portable:
         found.append(HERE / "portable_panels.cc")

@@ -16,9 +16,9 @@
 #include <string>
 #include <vector>
 
+#include "ffi/cuda_handlers.h"
 #include "ffi/cuda_image.h"
 #include "ffi/fingerprint.h"
-#include "ffi/handlers.h"
 #include "xla/ffi/api/c_api.h"
 
 struct XLA_FFI_Error {

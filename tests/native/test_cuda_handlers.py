@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.cuda.plan import plan_align
+from jax_marlin_moe.cuda.kernels.align import plan_align
 
 ROOT = pathlib.Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"

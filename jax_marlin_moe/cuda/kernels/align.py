@@ -1,10 +1,11 @@
-"""The kernel that groups slots by expert. Twin of csrc/cuda/align.cuh."""
+"""The kernel that groups slots by expert, and the call of that kernel alone. Twin of csrc/cuda/align.cuh."""
 
 from jax_marlin_moe import reference
 from jax_marlin_moe.cuda.architectures import get_architecture
+from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.facts import Facts, Pointer, optional
 from jax_marlin_moe.cuda.limits import check_counts
-from jax_marlin_moe.cuda.program import Kernel
+from jax_marlin_moe.cuda.program import Kernel, Plan
 
 
 def align_kernel(
@@ -50,6 +51,7 @@ def align_kernel(
     listed = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
     return Kernel(
         name=f"jmm_align_m{block_size}",
+        headers=("align.cuh",),
         body="AlignBlockSize<Facts>",
         structs={"Facts": facts},
         pointers={
@@ -61,3 +63,17 @@ def align_kernel(
         shared_bytes=size(warps),
         max_ctas=1,
     )
+
+
+def plan_align(num_slots: int, num_experts: int, block_size: int, mapped: bool, architecture: str) -> Plan:
+    """Buffers: topk_ids, expert_map; sorted_token_ids, expert_ids, num_tokens_post_padded."""
+    kernel = align_kernel(
+        num_slots,
+        num_experts,
+        block_size,
+        compute_capability(architecture),
+        topk_ids=0,
+        expert_map=1 if mapped else None,
+        outputs=(2, 3, 4),
+    )
+    return Plan((kernel,))

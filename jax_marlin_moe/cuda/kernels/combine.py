@@ -35,6 +35,7 @@ def combine_kernel(
     }
     return Kernel(
         name=f"jmm_combine_m{tokens}",
+        headers=("combine.cuh",),
         body="Combine<Facts>",
         structs={"Facts": facts},
         pointers={
@@ -54,6 +55,7 @@ def clear_kernel(num_slots: int, columns: int, dtype: jnp.dtype, *, out: int, fi
     """Clears a product's result, and what is known about the first rows of slots."""
     return Kernel(
         name=f"jmm_clear_m{num_slots}",
+        headers=("combine.cuh",),
         body="Clear<Facts>",
         structs={"Facts": {"element": ELEMENT_TYPES[dtype.name], "slots": num_slots, "columns": columns}},
         pointers={
@@ -85,6 +87,7 @@ def find_first_rows_kernel(
     }
     return Kernel(
         name=f"jmm_first_rows_m{num_slots}",
+        headers=("combine.cuh",),
         body="FindFirstRows<Facts>",
         structs={"Facts": facts},
         pointers={**pointers, "first_rows": Pointer(first_rows, "int32", written=True)},
