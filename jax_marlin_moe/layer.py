@@ -190,6 +190,8 @@ def check_layer(source: object, layer: MoELayer) -> None:
     """Raises ValueError, naming `source`, unless the parts of a layer and its routing rule fit each other."""
     ids = None if layer.token_experts is None else jax.ShapeDtypeStruct((1,), jnp.int32)
     try:
+        if not jnp.issubdtype(layer.router.dtype, jnp.floating):
+            raise TypeError(f"router has dtype {layer.router.dtype}; it must be floating point")
         x = jax.ShapeDtypeStruct((1, layer.router.shape[0]), jnp.bfloat16)
         y = jax.eval_shape(lambda parts, *rows: parts(*rows, implementation="xla"), layer, x, ids)
     except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:

@@ -1,175 +1,193 @@
 """`MarlinMoE` for Flax Linen."""
 
+import os
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.flax.block import apply_block, check_block, initial_experts, layer_parts
+from jax_marlin_moe.checkpoint import load_moe_layer
+from jax_marlin_moe.flax.parts import (
+    PARAMS,
+    Structure,
+    checked,
+    kind_of,
+    layer_of,
+    parts_of,
+    random_layer,
+    random_part,
+    statics_of,
+)
 from jax_marlin_moe.flax.serialization import register_states
 from jax_marlin_moe.layer import MoELayer
-from jax_marlin_moe.weights import MarlinWeights
+from jax_marlin_moe.routing import Routing
 
 register_states()
 
-QUANTIZED_COLLECTION = "quantized"
+Variables = dict[str, dict[str, Any]]
 
 
 class MarlinMoE(nn.Module):
-    """A softmax router and the quantised experts behind it.
+    """A `MoELayer` whose arrays are variables of Flax: its router with any rule, quantised experts, a shared expert.
 
-    The router's kernel is the parameter `params/router`; the experts are `quantized/gate_up` and `quantized/down`,
-    each a `MarlinWeights`, in a collection that optimisers over `params` do not see. For inference: the block of
-    experts has no differentiation rule, so `jax.grad` through the layer raises. Many models route in other ways or have
-    more beside the experts: build the layer of a checkpoint with `from_layer`, which refuses what there is no place for
-    here.
+    Calls of the two give the same bits. Build the module with `from_layer`, `from_checkpoint` or `random`. Each array
+    of the layer is a variable of the same name, where it is there: `quantized/gate_up` and `quantized/down`, each a
+    `MarlinWeights`, in a collection that optimisers over `params` do not see; `routing/correction_bias` and
+    `routing/token_experts`, which have no gradient; `params/router`, `router_bias`, `expert_scale`,
+    `router_input_scale` and `output_norm`. Those of the shared expert are `shared_gate_up` and `shared_down` in
+    `quantized` or, where they are dense, in `params`, and `params/shared_gate`.
 
     Attributes:
-        num_experts: E.
-        hidden: H, a multiple of 64.
-        intermediate: I, a multiple of 64.
-        top_k: experts per token.
-        weight_format: a name of `jax_marlin_moe.FORMATS`; used by `init` alone, as are the next three.
-        group_size: rows that share a scale, as the format allows; None for one group, by default the
-            customary size.
-        dtype: of the scales, where they are floats.
-        router_dtype: of the router's kernel, any float.
-        renormalize: whether the chosen router weights are divided by their sum.
-        activation: as for `jax_marlin_moe.fused_moe`.
+        structure: shapes of the layer's arrays, and what of it is static.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
     """
 
-    num_experts: int
-    hidden: int
-    intermediate: int
-    top_k: int
-    weight_format: str = "int4"
-    group_size: int | Literal["customary"] | None = "customary"
-    dtype: Any = jnp.bfloat16
-    router_dtype: Any = jnp.float32
-    renormalize: bool = True
-    activation: str | Activation = "silu"
+    structure: Structure
     implementation: str | None = None
 
     @classmethod
-    def from_weights(
-        cls,
-        gate_up: MarlinWeights,
-        down: MarlinWeights,
-        router: Float[Array, "H E"],
-        *,
-        top_k: int,
-        renormalize: bool = True,
-        activation: str | Activation = "silu",
-        implementation: str | None = None,
-    ) -> tuple["MarlinMoE", dict[str, dict[str, Any]]]:
-        """A module and its variables from packed experts.
+    def from_layer(cls, layer: MoELayer, *, implementation: str | None = None) -> tuple["MarlinMoE", Variables]:
+        """A module and its variables from a layer.
 
         Args:
-            gate_up: E experts (H, 2 I), columns [gate | up].
-            down: E experts (I, H).
-            router: float kernel, input dimension first.
-            top_k: experts per token.
-            renormalize: as the attribute.
-            activation: as the attribute.
+            layer: as loaded, or built from packed weights. Its leaves may be `jax.ShapeDtypeStruct`s, and so are the
+                variables then.
             implementation: as the attribute.
 
         Returns:
-            The module, and `{"params": ..., "quantized": ...}` for its `apply`.
-
-        Raises:
-            TypeError: an argument has the wrong type or dtype.
-            ValueError: shapes disagree, or a name or top_k is out of range.
-        """
-        check_block(gate_up, down, router, top_k, activation)
-        module = cls(
-            num_experts=gate_up.num_experts,
-            hidden=gate_up.k,
-            intermediate=down.k,
-            top_k=top_k,
-            weight_format=gate_up.format.name,
-            group_size=None if gate_up.num_groups == 1 else gate_up.group_size,
-            dtype=gate_up.scales.dtype,
-            router_dtype=router.dtype,
-            renormalize=renormalize,
-            activation=activation,
-            implementation=implementation,
-        )
-        experts = {"gate_up": gate_up, "down": down}
-        return module, {"params": {"router": router}, QUANTIZED_COLLECTION: experts}
-
-    @classmethod
-    def from_layer(
-        cls, layer: MoELayer, *, implementation: str | None = None
-    ) -> tuple["MarlinMoE", dict[str, dict[str, Any]]]:
-        """A loaded layer that is a softmax router and its experts alone, as in Mixtral, Qwen3 and OLMoE.
-
-        Args:
-            layer: of `jax_marlin_moe.checkpoint`.
-            implementation: as the attribute.
-
-        Returns:
-            As `from_weights`.
+            The module, and `{"params": ..., "quantized": ...}`, with "routing" where it has such arrays, for its
+            `apply`.
 
         Raises:
             TypeError: `layer` is not a `MoELayer`.
-            ValueError: the layer has a bias, groups of experts, a scale, other scores, a shared expert or anything
-                else that this class has no place for.
+            ValueError: its parts do not fit together; the message names the part.
         """
-        return cls.from_weights(**layer_parts(layer), implementation=implementation)
+        variables: Variables = {}
+        for name, value in parts_of(checked(layer)).items():
+            variables.setdefault(kind_of(name, value), {})[name] = value
+        return cls(Structure.of(layer), implementation), variables
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike, layer: int, *, implementation: str | None = None, **options: Any
+    ) -> tuple["MarlinMoE", Variables]:
+        """A layer of a checkpoint.
+
+        Args:
+            path: as for `jax_marlin_moe.checkpoint.load_moe_layer`.
+            layer: its number, from 0.
+            implementation: as the attribute.
+            **options: `quantize`, `group_size` and `scale_dtype`, as for `load_moe_layer`.
+
+        Returns:
+            As `from_layer`.
+
+        Raises:
+            FileNotFoundError: as `load_moe_layer`.
+            ValueError: likewise.
+        """
+        return cls.from_layer(load_moe_layer(path, layer, **options), implementation=implementation)
+
+    @classmethod
+    def random(
+        cls,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        routing: Routing,
+        *,
+        weight_format: str = "int4",
+        group_size: int | Literal["customary"] | None = "customary",
+        dtype: DTypeLike = jnp.bfloat16,
+        router_dtype: DTypeLike = jnp.float32,
+        activation: str | Activation = "silu",
+        correction_bias: bool = False,
+        shared_intermediate: int = 0,
+        shared_gate: bool = False,
+        implementation: str | None = None,
+    ) -> "MarlinMoE":
+        """A module whose `init` draws random weights of variance 1 / fan-in and quantises them.
+
+        Args:
+            num_experts: E.
+            hidden: H.
+            intermediate: I.
+            routing: the rule, as `Routing(top_k)` for a softmax router.
+            weight_format: a name of `jax_marlin_moe.FORMATS`.
+            group_size: rows that share a scale, as the format allows; None for one group, by default the
+                customary size.
+            dtype: of the scales, where they are floats.
+            router_dtype: of the router's kernel and the gate of the shared expert, any float.
+            activation: as for `jax_marlin_moe.fused_moe`.
+            correction_bias: whether there is one; it begins with zeros.
+            shared_intermediate: I of a shared expert in the same format; 0 for none.
+            shared_gate: whether a sigmoid gate multiplies the shared expert.
+            implementation: as the attribute.
+
+        Raises:
+            ValueError: a size does not fit the group size, or a name or number is out of range.
+        """
+        make = partial(
+            random_layer,
+            num_experts=num_experts,
+            hidden=hidden,
+            intermediate=intermediate,
+            routing=routing,
+            activation=activation,
+            weight_format=weight_format,
+            group_size=group_size,
+            dtype=dtype,
+            router_dtype=router_dtype,
+            correction_bias=correction_bias,
+            shared_intermediate=shared_intermediate,
+            shared_gate=shared_gate,
+        )
+        return cls(Structure(checked(jax.eval_shape(make, jax.random.key(0)))), implementation)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
-        """Routes each row of x to its experts and sums their results.
+    def __call__(
+        self,
+        x: Float[Array, "*batch H"],
+        token_ids: Int32[Array, "*batch"] | None = None,
+        *,
+        router_input: Float[Array, "*batch H"] | None = None,
+    ) -> Float[Array, "*batch H"]:
+        """Routes each row of x to its experts and sums their results, that of the shared expert included.
 
         Args:
             x: float16 or bfloat16, any leading dimensions.
+            token_ids: for layers that route by token, the id of each row.
+            router_input: rows that the router reads, where they are not those of the experts.
 
         Returns:
             An array with the shape and dtype of x.
 
         Raises:
             TypeError: x has another dtype.
-            ValueError: the last dimension is not H, or the implementation cannot run.
+            ValueError: the last dimension is not H, `token_ids` are missing, a collection is missing, or the
+                implementation cannot run.
         """
-        router = self.param(
-            "router", nn.initializers.lecun_normal(), (self.hidden, self.num_experts), self.router_dtype
-        )
-        if self.has_variable(QUANTIZED_COLLECTION, "gate_up"):
-            gate_up: MarlinWeights = self.get_variable(QUANTIZED_COLLECTION, "gate_up")
-            down: MarlinWeights = self.get_variable(QUANTIZED_COLLECTION, "down")
-        else:
-            gate_up, down = self._initial_experts()
-        return apply_block(
-            x,
-            router,
-            gate_up,
-            down,
-            top_k=self.top_k,
-            renormalize=self.renormalize,
-            activation=self.activation,
-            implementation=self.implementation,
-        )
+        shapes = parts_of(self.structure.layer)
+        parts = {name: self._value(name, place, shape) for place, (name, shape) in enumerate(shapes.items())}
+        layer = layer_of(parts, statics_of(self.structure.layer))
+        return layer(x, token_ids, router_input=router_input, implementation=self.implementation)
 
-    def _initial_experts(self) -> tuple[MarlinWeights, MarlinWeights]:
-        if not self.is_initializing():
-            raise ValueError(
-                f"the variables hold no collection {QUANTIZED_COLLECTION!r} for this layer; pass all that `init` or "
-                "`from_weights` returned, not `params` alone"
-            )
-        experts = initial_experts(
-            jax.random.fold_in(self.make_rng("params"), 1),
-            self.num_experts,
-            self.hidden,
-            self.intermediate,
-            activation=self.activation,
-            weight_format=self.weight_format,
-            group_size=self.group_size,
-            dtype=self.dtype,
-        )
-        for name, value in zip(("gate_up", "down"), experts, strict=True):
-            self.put_variable(QUANTIZED_COLLECTION, name, value)
-        return experts
+    def _value(self, name: str, place: int, shape: Any) -> Any:
+        """The variable of a part; drawn where the module is initialising."""
+        kind = kind_of(name, shape)
+        if kind == PARAMS:
+            return self.param(name, lambda key: random_part(key, name, shape))
+        if not self.has_variable(kind, name):
+            if not self.is_initializing():
+                raise ValueError(
+                    f"the variables hold no {name!r} in a collection {kind!r} for this layer; pass all that `init` or "
+                    "`from_layer` returned, not `params` alone"
+                )
+            key = jax.random.fold_in(self.make_rng("params"), place)
+            self.put_variable(kind, name, random_part(key, name, shape))
+        return self.get_variable(kind, name)

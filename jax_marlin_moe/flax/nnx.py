@@ -1,17 +1,19 @@
 """`MarlinMoE` for Flax NNX."""
 
+import os
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.flax.block import apply_block, check_block, initial_experts, layer_parts
+from jax_marlin_moe.checkpoint import load_moe_layer
+from jax_marlin_moe.flax.parts import PARAMS, QUANTIZED, ROUTING, checked, kind_of, layer_of, parts_of, random_layer
 from jax_marlin_moe.flax.serialization import register_states
-from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.layer import STATIC, MoELayer
+from jax_marlin_moe.routing import Routing
 from jax_marlin_moe.weights import MarlinWeights
 
 register_states()
@@ -21,65 +23,71 @@ class QuantizedParam(nnx.Variable[MarlinWeights]):
     """Packed weights: a variable whose value is a `MarlinWeights`.
 
     Not an `nnx.Param`: optimisers and gradients with `wrt=nnx.Param` do not see it. `nnx.split(layer, nnx.Param,
-    QuantizedParam)` tells the two apart.
+    QuantizedParam, RoutingState)` tells the kinds apart.
     """
+
+
+class RoutingState(nnx.Variable[Array]):
+    """What decides for experts and has no gradient: the correction bias, the experts of each token id."""
+
+
+_VARIABLES = {PARAMS: nnx.Param, QUANTIZED: QuantizedParam, ROUTING: RoutingState}
 
 
 class MarlinMoE(nnx.Module):
-    """A softmax router and the quantised experts behind it.
+    """A `MoELayer` whose arrays are variables of Flax: its router with any rule, quantised experts, a shared expert.
 
-    `router` is an `nnx.Param`, `gate_up` and `down` are `QuantizedParam`. For inference: the block of experts has no
-    differentiation rule, so `nnx.grad` through the layer raises. Many models route in other ways or have more beside
-    the experts: build the layer of a checkpoint with `from_layer`, which refuses what there is no place for here.
+    Calls of the two give the same bits. Each array of the layer is an attribute of the same name, where it is there:
+    `gate_up` and `down` are `QuantizedParam`; `correction_bias` and `token_experts` are `RoutingState`; `router`,
+    `router_bias`, `expert_scale`, `router_input_scale` and `output_norm` are `nnx.Param`. Those of the shared expert
+    are `shared_gate_up` and `shared_down`, `QuantizedParam` or, where they are dense, `nnx.Param`, and `shared_gate`.
+    What is static has its name too (`routing`, `activation`, `norm_epsilon`, `shared_activation`).
+
+    Call it under `nnx.jit(..., graph=False)`, or under `jax.jit` with `nnx.split` and `nnx.merge`: plain `nnx.jit`
+    returns all variables of its arguments from the compiled program, in case they changed, which copies the packed
+    weights in each call.
 
     Args:
-        gate_up: E experts (H, 2 I), columns [gate | up].
-        down: E experts (I, H).
-        router: float kernel, input dimension first.
-        top_k: experts per token.
-        renormalize: whether the chosen router weights are divided by their sum.
-        activation: as for `jax_marlin_moe.fused_moe`.
+        layer: as loaded, or built from packed weights. Its leaves may be `jax.ShapeDtypeStruct`s: the module is then as
+            one of `nnx.eval_shape`.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes disagree, or a name or top_k is out of range.
+        TypeError: `layer` is not a `MoELayer`.
+        ValueError: its parts do not fit together; the message names the part.
     """
 
-    def __init__(
-        self,
-        gate_up: MarlinWeights,
-        down: MarlinWeights,
-        router: Float[Array, "H E"],
-        *,
-        top_k: int,
-        renormalize: bool = True,
-        activation: str | Activation = "silu",
-        implementation: str | None = None,
-    ) -> None:
-        check_block(gate_up, down, router, top_k, activation)
-        self.router = nnx.Param(router)
-        self.gate_up = QuantizedParam(gate_up)
-        self.down = QuantizedParam(down)
-        self.top_k = top_k
-        self.renormalize = renormalize
-        self.activation = activation
+    def __init__(self, layer: MoELayer, *, implementation: str | None = None) -> None:
+        parts = parts_of(checked(layer))
+        for name, value in parts.items():
+            setattr(self, name, _VARIABLES[kind_of(name, value)](value))
+        for name in STATIC:
+            setattr(self, name, getattr(layer, name))
+        self.part_names = tuple(parts)
         self.implementation = implementation
 
     @classmethod
     def from_layer(cls, layer: MoELayer, *, implementation: str | None = None) -> "MarlinMoE":
-        """A loaded layer that is a softmax router and its experts alone, as in Mixtral, Qwen3 and OLMoE.
+        """The module of a layer: the constructor, under the name that Linen's module has for it."""
+        return cls(layer, implementation=implementation)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike, layer: int, *, implementation: str | None = None, **options: Any
+    ) -> "MarlinMoE":
+        """A layer of a checkpoint.
 
         Args:
-            layer: of `jax_marlin_moe.checkpoint`.
+            path: as for `jax_marlin_moe.checkpoint.load_moe_layer`.
+            layer: its number, from 0.
             implementation: as in the constructor.
+            **options: `quantize`, `group_size` and `scale_dtype`, as for `load_moe_layer`.
 
         Raises:
-            TypeError: `layer` is not a `MoELayer`.
-            ValueError: the layer has a bias, groups of experts, a scale, other scores, a shared expert or anything
-                else that this class has no place for.
+            FileNotFoundError: as `load_moe_layer`.
+            ValueError: likewise.
         """
-        return cls(**layer_parts(layer), implementation=implementation)
+        return cls(load_moe_layer(path, layer, **options), implementation=implementation)
 
     @classmethod
     def random(
@@ -87,68 +95,83 @@ class MarlinMoE(nnx.Module):
         num_experts: int,
         hidden: int,
         intermediate: int,
+        routing: Routing,
         *,
-        top_k: int,
         rngs: nnx.Rngs,
         weight_format: str = "int4",
         group_size: int | Literal["customary"] | None = "customary",
         dtype: DTypeLike = jnp.bfloat16,
         router_dtype: DTypeLike = jnp.float32,
         activation: str | Activation = "silu",
-        **options: Any,
+        correction_bias: bool = False,
+        shared_intermediate: int = 0,
+        shared_gate: bool = False,
+        implementation: str | None = None,
     ) -> "MarlinMoE":
         """A layer with random weights of variance 1 / fan-in, quantised.
 
         Args:
             num_experts: E.
-            hidden: H, a multiple of 64.
-            intermediate: I, a multiple of 64.
-            top_k: experts per token.
+            hidden: H.
+            intermediate: I.
+            routing: the rule, as `Routing(top_k)` for a softmax router.
             rngs: its `params` stream is used.
             weight_format: a name of `jax_marlin_moe.FORMATS`.
             group_size: rows that share a scale, as the format allows; None for one group, by default the
                 customary size.
             dtype: of the scales, where they are floats.
-            router_dtype: of the router's kernel, any float.
-            activation: as in the constructor.
-            **options: `renormalize` and `implementation`, as in the constructor.
+            router_dtype: of the router's kernel and the gate of the shared expert, any float.
+            activation: as for `jax_marlin_moe.fused_moe`.
+            correction_bias: whether there is one; it begins with zeros.
+            shared_intermediate: I of a shared expert in the same format; 0 for none.
+            shared_gate: whether a sigmoid gate multiplies the shared expert.
+            implementation: as in the constructor.
 
         Raises:
-            ValueError: a size does not fit the group size or the tiles of the packing.
+            ValueError: a size does not fit the group size, or a name or number is out of range.
         """
-        gate_up, down = initial_experts(
+        layer = random_layer(
             rngs.params(),
             num_experts,
             hidden,
             intermediate,
+            routing,
             activation=activation,
             weight_format=weight_format,
             group_size=group_size,
             dtype=dtype,
+            router_dtype=router_dtype,
+            correction_bias=correction_bias,
+            shared_intermediate=shared_intermediate,
+            shared_gate=shared_gate,
         )
-        router = jax.random.normal(rngs.params(), (hidden, num_experts), router_dtype) * hidden**-0.5
-        return cls(gate_up, down, router, top_k=top_k, activation=activation, **options)
+        return cls(layer, implementation=implementation)
 
-    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
-        """Routes each row of x to its experts and sums their results.
+    @property
+    def layer(self) -> MoELayer:
+        """The layer of the variables' present values, a pytree."""
+        parts = {name: getattr(self, name).get_value() for name in self.part_names}
+        return layer_of(parts, {name: getattr(self, name) for name in STATIC})
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch H"],
+        token_ids: Int32[Array, "*batch"] | None = None,
+        *,
+        router_input: Float[Array, "*batch H"] | None = None,
+    ) -> Float[Array, "*batch H"]:
+        """Routes each row of x to its experts and sums their results, that of the shared expert included.
 
         Args:
             x: float16 or bfloat16, any leading dimensions.
+            token_ids: for layers that route by token, the id of each row.
+            router_input: rows that the router reads, where they are not those of the experts.
 
         Returns:
             An array with the shape and dtype of x.
 
         Raises:
             TypeError: x has another dtype.
-            ValueError: the last dimension is not H, or the implementation cannot run.
+            ValueError: the last dimension is not H, `token_ids` are missing, or the implementation cannot run.
         """
-        return apply_block(
-            x,
-            self.router.get_value(),
-            self.gate_up.get_value(),
-            self.down.get_value(),
-            top_k=self.top_k,
-            renormalize=self.renormalize,
-            activation=self.activation,
-            implementation=self.implementation,
-        )
+        return self.layer(x, token_ids, router_input=router_input, implementation=self.implementation)

@@ -89,8 +89,9 @@ def call_loops(implementation):
 def call_flax(implementation):
     x, _ = rows()
     router = jax.random.normal(jax.random.key(3), (HIDDEN, EXPERTS), jnp.float32)
-    layer = MarlinMoE(*gate_up_and_down(), router, top_k=TOP_K, implementation=implementation)
-    return nnx.jit(lambda layer, x: layer(x))(layer, x)
+    layer = jmm.MoELayer(*gate_up_and_down(), router, jmm.Routing(TOP_K))
+    module = MarlinMoE(layer, implementation=implementation)
+    return nnx.jit(lambda module, x: module(x), graph=False)(module, x)
 
 
 CALLS = [call_block, call_product, call_loops, call_flax]
@@ -117,7 +118,8 @@ def test_eager_calls_transfer_nothing(implementation):
     x, logits = rows()
     weights, ids = routed(logits)
     matrices = gate_up_and_down()
-    layer = MarlinMoE(*matrices, jnp.ones((HIDDEN, EXPERTS)), top_k=TOP_K, implementation=implementation)
+    layer = jmm.MoELayer(*matrices, jnp.ones((HIDDEN, EXPERTS)), jmm.Routing(TOP_K))
+    module = MarlinMoE(layer, implementation=implementation)
     batch = [jnp.stack([array, array]) for array in (x, weights, ids)]
 
     def block(x, weights, ids):
@@ -129,7 +131,7 @@ def test_eager_calls_transfer_nothing(implementation):
         block(x, weights, ids)
         jax.vmap(block)(*batch)
         jax.lax.scan(lambda h, _: (block(h, weights, ids), None), x, length=2)
-        layer(x)
+        module(x)
 
 
 @pytest.mark.parametrize("weight_format", jmm.FORMATS)
