@@ -3,6 +3,7 @@
 Written from the formats' definitions; nothing here calls the package.
 """
 
+import functools
 import json
 import pathlib
 
@@ -133,3 +134,17 @@ def block(x, dense, router, *, top_k=2) -> np.ndarray:
             g = x[t] @ gate
             out[t] += row[e] / row[ids].sum() * ((g / (1 + np.exp(-g)) * (x[t] @ up)) @ down)
     return out
+
+
+# By folder in tests/data: decoder, format, what it is quantised to on the way in.
+GENUINE = {
+    "ck_awq": (awq, "int4_zp", None),
+    "ck_q3_gptq_False": (gptq, "int4", None),
+    "ck_q3_gptq_True": (gptq, "int4", None),
+    "ck_llmc_W4A16": (pack_quantized, "int4", None),
+    "ck_llmc_W4A16_ASYM": (pack_quantized, "int4_zp", None),
+    "ck_llmc_W8A16": (functools.partial(pack_quantized, bits=8), "int8", None),
+    "ck_llmc_NVFP4A16": (nvfp4_compressed_tensors, "nvfp4", None),
+    "ck_llmc_MXFP4A16": (mxfp4_compressed_tensors, "mxfp4", None),
+    "ck_modelopt": (nvfp4_modelopt, "nvfp4", None),
+}

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -13,8 +14,12 @@ from jax.typing import DTypeLike
 import jax_marlin_moe
 from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.loading import Checkpoint
+from jax_marlin_moe.checkpoint.source import Source
 from jax_marlin_moe.checkpoint.tensors import read_json
 from jax_marlin_moe.checkpoint.whole_files import PART, locked_folder, named_errors, sync_folder
+
+# Files of these kinds hold the weights of a model, which the packed form has in its own files.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", PART)
 
 
 def convert(
@@ -26,13 +31,15 @@ def convert(
     scale_dtype: DTypeLike | None = None,
     report: Callable[[int, int], None] = lambda layer, bytes_written: None,
 ) -> None:
-    """Writes all mixture-of-experts layers of a checkpoint in the packed form.
+    """Writes all mixture-of-experts layers of a checkpoint in the packed form, and everything else as it is.
 
-    One layer is in memory at a time. `load_moe_layer(destination, layer)` maps a layer back without repacking.
+    One layer is in memory at a time. `load_moe_layer(destination, layer)` maps a layer back without repacking. Tensors
+    beside the experts are copied bit for bit, for `Checkpoint.tensor` and `Checkpoint.linear`, and so are config.json,
+    the tokenizer and all other files of the source that are not weights, so the folder is a whole model.
 
-    A run that ends early (killed, interrupted, disk full) leaves the layers that it has finished and a record of them;
+    A run that ends early (killed, interrupted, disk full) leaves the files that it has finished and a record of them;
     `load_moe_layer` says that such a folder is not finished, and another run with the same source and options checks
-    the digests of these layers and goes on behind them. A run whose source is refused leaves nothing.
+    the digests of these files and goes on behind them. A run whose source is refused leaves nothing.
 
     Args:
         source: a folder that `load_moe_layer` takes.
@@ -93,6 +100,8 @@ class _Run:
         self.folder, self.checkpoint, self.conversion, self.report = folder, checkpoint, conversion, report
         self.record = folder / packed_form.UNFINISHED
         self.files = {number: folder / packed_form.file_of(number) for number in checkpoint.layers}
+        self.others = {} if isinstance(checkpoint.contents, packed_form.Manifest) else _other_files(checkpoint.contents)
+        self.digests: dict[str, str] = {}
         self.entries = self._earlier_entries()
 
     def convert(self) -> None:
@@ -107,6 +116,10 @@ class _Run:
                     self.entries[number] = packed_form.write_layer(self.folder, number, layer)
                     self._write_record()
                 self.report(number, path.stat().st_size)
+            for name, write in self.others.items():
+                if not (name in self.digests and _holds(self.folder / name, self.digests[name])):
+                    self.digests[name] = write(self.folder / name)
+                    self._write_record()
             with named_errors(self.record):
                 os.replace(self.record, self.folder / packed_form.MANIFEST)
             sync_folder(self.folder)
@@ -115,7 +128,8 @@ class _Run:
             raise
 
     def _write_record(self) -> None:
-        packed_form.write_manifest(self.record, self.entries, self.checkpoint.folder.resolve().name, self.conversion)
+        source = self.checkpoint.folder.resolve().name
+        packed_form.write_manifest(self.record, self.entries, source, self.conversion, others=self.digests)
 
     @contextlib.contextmanager
     def _nothing_left_where_refused(self) -> Iterator[None]:
@@ -123,6 +137,7 @@ class _Run:
             yield
         except (TypeError, ValueError):  # the same source will never be converted with these options
             self.entries.clear()
+            self.digests.clear()
             raise
 
     def _clear(self) -> None:
@@ -130,16 +145,20 @@ class _Run:
         if (self.folder / packed_form.MANIFEST).exists():
             return
         with contextlib.suppress(OSError, ValueError):
-            recorded = packed_form.read_entries(self.record).layers if self.entries and self.record.exists() else []
+            recorded = packed_form.read_entries(self.record) if self.entries and self.record.exists() else None
             for number, path in self.files.items():
-                if number not in recorded:
+                if recorded is None or number not in recorded.entries:
                     path.unlink(missing_ok=True)
-            if not recorded:
+            for name in self.others:
+                if recorded is None or name not in (recorded.others or {}):
+                    (self.folder / name).unlink(missing_ok=True)
+            if recorded is None or not recorded.entries:
                 self.record.unlink(missing_ok=True)
 
     def _earlier_entries(self) -> dict[int, Any]:
         """Layers that an earlier run has finished, from its record."""
-        parts = {path.with_name(path.name + PART) for path in (self.record, *self.files.values())}
+        files = (self.record, *self.files.values(), *(self.folder / name for name in self.others))
+        parts = {path.with_name(path.name + PART) for path in files}
         if not self.record.is_file():
             if (self.folder / packed_form.MANIFEST).exists():
                 raise FileExistsError(f"{self.folder} holds a finished conversion; pass a new folder")
@@ -155,9 +174,9 @@ class _Run:
                         f"{self.folder} holds an unfinished conversion whose {key} is {other!r}, not {value!r}; delete "
                         "the folder, or pass a new one"
                     )
-            entries = {
-                number: dict(entry.values) for number, entry in packed_form.read_entries(self.record).entries.items()
-            }
+            recorded = packed_form.read_entries(self.record)
+            entries = {number: dict(entry.values) for number, entry in recorded.entries.items()}
+            self.digests.update(recorded.others or {})
         for path in parts:
             path.unlink(missing_ok=True)
         return entries
@@ -171,6 +190,22 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         except BlockingIOError:
             raise BlockingIOError(f"another process is converting into {folder}; wait for it") from None
         yield
+
+
+def _other_files(source: Source) -> dict[str, Callable[[pathlib.Path], str]]:
+    """The files that a folder has beside its layers, each with what writes it and returns its digest."""
+    found: dict[str, Callable[[pathlib.Path], str]] = {}
+    for number, (path, names) in enumerate(source.beside_experts().items(), start=1):
+        file = source.files.open(names[0])
+        assert file.path == path
+        found[f"{packed_form.OTHERS}{number:05d}.safetensors"] = partial(
+            packed_form.write_tensors, source=file, names=names
+        )
+    for path in sorted(source.folder.iterdir()):
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".safetensors.index.json")
+        if path.is_file() and not weights and not path.name.startswith("."):
+            found[path.name] = partial(packed_form.copy_file, source=path)
+    return found
 
 
 def _holds(path: pathlib.Path, digest: str) -> bool:

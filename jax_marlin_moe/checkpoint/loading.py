@@ -1,18 +1,23 @@
 """`load_moe_layer` and `load_moe_layers`: layers of a checkpoint, as its tool wrote it or as `convert` did."""
 
+import functools
 import os
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_marlin_moe.checkpoint import packed_form
+from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
 from jax_marlin_moe.checkpoint.schemes.plain import Target
 from jax_marlin_moe.checkpoint.source import Source
+from jax_marlin_moe.checkpoint.tensors import read_json
 from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.weights import MarlinWeights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -66,7 +71,7 @@ def load_moe_layers(
 
 
 class Checkpoint:
-    """An opened checkpoint folder, of either kind: its layers that have experts.
+    """An opened checkpoint folder, of either kind: its layers that have experts, and the rest of the model.
 
     Args:
         path: the folder.
@@ -96,6 +101,51 @@ class Checkpoint:
         target = None if quantize is None else Target(quantize, group_size, scale_name)
         self.contents: packed_form.Manifest | Source = Source(self.folder, target) if manifest is None else manifest
         self.layers = self.contents.layers
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json; raises FileNotFoundError where there is none."""
+        return read_json(self.folder / "config.json")
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names that `tensor` takes, sorted; in a folder that `convert` wrote, those beside the experts of `layers`."""
+        return sorted(self._tensors.files.names)
+
+    def tensor(self, name: str) -> jax.Array:
+        """Reads one tensor as it is in the file: an embedding, a norm, a bias.
+
+        Args:
+            name: as in the file, such as "model.embed_tokens.weight".
+
+        Returns:
+            An array in the dtype of the file, float8 included. Integers of 64 bits that fit into 32 become int32
+            unless `jax_enable_x64` is set.
+
+        Raises:
+            ValueError: there is no such tensor, or JAX cannot hold its values without `jax_enable_x64`.
+        """
+        return self._tensors.tensor(name)
+
+    def linear(self, name: str) -> MarlinWeights | jax.Array:
+        """Reads one linear, quantised or not: of attention, of a dense layer, the head.
+
+        Args:
+            name: the module, such as "model.layers.0.self_attn.q_proj", without ".weight".
+
+        Returns:
+            A stack of one packed matrix (K, N), with the bias that the file has, where the linear is quantised, in any
+            scheme that experts may have; `quantize` of the checkpoint is for experts alone. Else the dense array
+            [K, N] in the dtype of the file, whose bias is a tensor of its own.
+
+        Raises:
+            ValueError: there is no such linear, or it is stored in a way that is not supported.
+        """
+        return self._tensors.linear(name)
+
+    @functools.cached_property
+    def _tensors(self) -> ModelTensors:
+        return self.contents.model_tensors()
 
     def load(self, layer: int) -> MoELayer:
         """Loads one layer; arguments and errors as for `load_moe_layer`."""

@@ -14,7 +14,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,10 @@ import numpy as np
 
 from jax_marlin_moe.checkpoint.facts import Facts, layer_from, leaves_and_facts, read_facts
 from jax_marlin_moe.checkpoint.keys import Keys
-from jax_marlin_moe.checkpoint.tensors import SafetensorsFile, check_file_name, read_json
+from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
+from jax_marlin_moe.checkpoint.quantization_config import find_quantization
+from jax_marlin_moe.checkpoint.schemes import METHODS
+from jax_marlin_moe.checkpoint.tensors import SafetensorsFile, TensorFolder, TensorInfo, check_file_name, read_json
 from jax_marlin_moe.checkpoint.whole_files import PART, whole_file
 from jax_marlin_moe.layer import MoELayer, check_layer
 
@@ -36,15 +39,28 @@ _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"
 _ALIGNMENT = 64  # bytes; the alignment that XLA requires of host memory
 _CHUNK = 1 << 24  # bytes hashed or copied at a time
 _GAP = ".gap"
+# Files of tensors beside the experts begin with this, a number behind it.
+OTHERS = "others-"
+# What says how linears are quantised.
+_QUANTIZATION_FILES = ("config.json", *(row.file for row in METHODS.values() if row.file is not None))
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The manifest of a packed folder: its `version`, and `entries` by layer."""
+    """The manifest of a packed folder.
+
+    Attributes:
+        folder: the folder.
+        version: of the form.
+        entries: by layer, its file and digest.
+        others: digests of the files of everything else, by name: tensors of the model beside its experts as their tool
+            wrote them, config.json, the tokenizer. None where the form was written without them.
+    """
 
     folder: pathlib.Path
     version: int
     entries: Mapping[int, Keys]
+    others: Mapping[str, str] | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -80,6 +96,34 @@ class Manifest:
         file = SafetensorsFile(self._path(layer))
         size = sum(file.read(name).nbytes for name in file.infos if not name.endswith(_GAP))
         return self._facts(layer, file), size
+
+    def model_tensors(self) -> ModelTensors:
+        """The tensors beside the experts; files are compared with their digests when they are opened.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the folder was written without them, or a file is damaged.
+        """
+        if self.others is None:
+            raise ValueError(
+                f"{self.folder} holds layers of experts alone; convert the checkpoint again to keep the rest of it"
+            )
+        paths = [self.folder / name for name in self.others if name.startswith(OTHERS)]
+        config = self.folder / "config.json"
+        for name in self.others:
+            if name in _QUANTIZATION_FILES:
+                self.check_other(self.folder / name)
+        quantization = find_quantization(self.folder, read_json(config))
+        return ModelTensors(TensorFolder(self.folder, among=paths, check=self.check_other), quantization)
+
+    def check_other(self, path: pathlib.Path) -> None:
+        """Raises an error unless one of `others` is there and is what it was."""
+        assert self.others is not None
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; {MANIFEST} names it")
+        found, wanted = sha256(path), self.others[path.name]
+        if found != wanted:
+            raise ValueError(f"{path} has SHA-256 {found}; {MANIFEST} says {wanted}: the file is damaged")
 
     def _path(self, layer: int) -> pathlib.Path:
         path = self.folder / self.entries[layer].text("file")
@@ -150,7 +194,18 @@ def read_entries(path: pathlib.Path) -> Manifest:
         if not re.fullmatch("[0-9a-f]{64}", entry.text("sha256")):
             raise entry.fault("sha256", "64 hexadecimal digits")
         entries[int(number)] = entry
-    return Manifest(path.parent, version, entries)
+    return Manifest(path.parent, version, entries, _read_others(path, keys))
+
+
+def _read_others(path: pathlib.Path, keys: Keys) -> dict[str, str] | None:
+    others = keys.object("others", None, null=True)
+    if others is None:
+        return None
+    for name in others.values:
+        check_file_name(path, name)
+        if not re.fullmatch("[0-9a-f]{64}", others.text(name)):
+            raise others.fault(name, "64 hexadecimal digits")
+    return {name: others.text(name) for name in others.values}
 
 
 def file_of(layer: int) -> str:
@@ -162,42 +217,93 @@ def write_layer(folder: pathlib.Path, number: int, layer: MoELayer) -> dict[str,
     """Writes the file of a layer; returns its entry of the manifest."""
     leaves, facts = leaves_and_facts(layer)
     about = json.dumps({"number": number, "facts": facts}, allow_nan=False)
-    header: dict[str, Any] = {"__metadata__": {"format": "jax_marlin_moe", "version": str(VERSION), "layer": about}}
+    metadata = {"format": "jax_marlin_moe", "version": str(VERSION), "layer": about}
+    infos = {name: TensorInfo(_NAMES[jnp.dtype(leaf.dtype).name], leaf.shape) for name, leaf in leaves.items()}
+    sizes = {name: leaf.size * leaf.dtype.itemsize for name, leaf in leaves.items()}
+
+    def content(name: str) -> np.ndarray:
+        return np.asarray(leaves[name]).reshape(-1).view(np.uint8)
+
+    digest = _write_tensors(folder / file_of(number), metadata, infos, sizes, content, alignment=_ALIGNMENT)
+    return {"file": file_of(number), "sha256": digest}
+
+
+def write_tensors(path: pathlib.Path, source: SafetensorsFile, names: Sequence[str]) -> str:
+    """Writes some tensors of another file as they are; returns the digest of the file."""
+    infos = {name: source.info(name) for name in names}
+    sizes = {name: source.read_bytes(name).size for name in names}
+    digest = _write_tensors(path, {"format": "pt"}, infos, sizes, source.read_bytes, alignment=1)
+    source.drop_pages()
+    return digest
+
+
+def copy_file(path: pathlib.Path, source: pathlib.Path) -> str:
+    """Writes a copy of a file; returns its digest."""
+    digest = hashlib.sha256()
+    with source.open("rb") as original, whole_file(path) as file:
+        while chunk := original.read(_CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_tensors(
+    path: pathlib.Path,
+    metadata: Mapping[str, str],
+    infos: Mapping[str, TensorInfo],
+    sizes: Mapping[str, int],
+    content: Callable[[str], np.ndarray],
+    *,
+    alignment: int,
+) -> str:
+    """Writes a safetensors file; returns its digest.
+
+    Args:
+        path: the file.
+        metadata: of the file.
+        infos: its tensors, in their order.
+        sizes: their bytes.
+        content: the bytes of one.
+        alignment: of the tensors, in bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset, padding = 0, {}
-    for leaf, array in leaves.items():
-        size = array.size * array.dtype.itemsize
-        header[leaf] = {
-            "dtype": _NAMES[jnp.dtype(array.dtype).name],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + size],
-        }
+    for name, info in infos.items():
+        size = sizes[name]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, offset + size]}
         offset += size
         # safetensors allows no holes, so a gap is a tensor of its own.
-        gap = -offset % _ALIGNMENT
+        gap = -offset % alignment
         if gap:
-            header[f"{leaf}{_GAP}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
+            header[f"{name}{_GAP}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
             offset += gap
-        padding[leaf] = gap
+        padding[name] = gap
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     digest = hashlib.sha256()
-    with whole_file(folder / file_of(number)) as file:
+    with whole_file(path) as file:
 
         def write(data: Any) -> None:
             file.write(data)
             digest.update(data)
 
         write(len(text).to_bytes(8, "little") + text)
-        for leaf, array in leaves.items():
-            flat = np.asarray(array).reshape(-1).view(np.uint8)
+        for name in infos:
+            flat = content(name)
             for start in range(0, flat.size, _CHUNK):
                 write(flat[start : start + _CHUNK].data)
-            write(b"\0" * padding[leaf])
-    return {"file": file_of(number), "sha256": digest.hexdigest()}
+            if padding[name]:
+                write(b"\0" * padding[name])
+    return digest.hexdigest()
 
 
 def write_manifest(
-    path: pathlib.Path, entries: Mapping[int, Mapping[str, Any]], source: str, conversion: Mapping[str, Any]
+    path: pathlib.Path,
+    entries: Mapping[int, Mapping[str, Any]],
+    source: str,
+    conversion: Mapping[str, Any],
+    *,
+    others: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a manifest, finished or not.
 
@@ -206,13 +312,16 @@ def write_manifest(
         entries: by layer, as `write_layer` returns them.
         source: name of the checkpoint.
         conversion: what else determines the content of the layers.
+        others: digests of the files of everything else, by name; None for layers alone.
     """
-    values = {
+    values: dict[str, Any] = {
         "version": VERSION,
         "source": source,
         "conversion": conversion,
         "layers": {str(number): entry for number, entry in sorted(entries.items())},
     }
+    if others is not None:
+        values["others"] = dict(sorted(others.items()))
     with whole_file(path) as file:
         file.write((json.dumps(values, indent=1) + "\n").encode())
 

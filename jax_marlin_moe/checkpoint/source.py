@@ -6,6 +6,7 @@ import pathlib
 from jax_marlin_moe.checkpoint.families import Family, get_family, number_of_layers
 from jax_marlin_moe.checkpoint.layer_reader import LayerReader
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts, read_facts
+from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
 from jax_marlin_moe.checkpoint.numbering import claim_number
 from jax_marlin_moe.checkpoint.quantization_config import find_quantization
 from jax_marlin_moe.checkpoint.schemes.plain import Target
@@ -47,6 +48,20 @@ class Source:
         self._prefixes = _layer_prefixes(self.files, self.family)
         last = number_of_layers(self._keys)
         self.layers = sorted(n for n in self._prefixes if last is None or n < last)
+
+    def model_tensors(self) -> ModelTensors:
+        """All tensors by name, and linears."""
+        return ModelTensors(self.files, self.quantization)
+
+    def beside_experts(self) -> dict[pathlib.Path, list[str]]:
+        """By file, the tensors that no layer of `layers` reads."""
+        owned = tuple(prefix for layer in self.layers for prefix in self.family.owned(self.prefix(layer)))
+        others = {self.family.name(name, self.prefix(layer)) for layer in self.layers for name in self.family.others}
+        found: dict[pathlib.Path, list[str]] = {}
+        for name in sorted(self.files.names):
+            if name in others or not name.startswith(owned):
+                found.setdefault(self.files.file_of(name), []).append(name)
+        return dict(sorted(found.items()))
 
     def load(self, layer: int) -> MoELayer:
         """Loads one of `layers`; errors as for `load_moe_layer`."""

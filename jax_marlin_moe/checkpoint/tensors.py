@@ -5,7 +5,7 @@ import json
 import math
 import mmap
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,13 +16,14 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.pt", "*.pth", "*.bin", "*.pkl")
 _JSON_LIMIT = 100_000_000  # bytes; the limit of safetensors for a header
 
-# What each safetensors dtype is read as. The two 8-bit floats are read as their bit patterns.
+# What each safetensors dtype is read as. The 8-bit floats are read as their bit patterns.
 _DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": np.uint8,
+    "F8_E5M2": np.uint8,
     "F8_E8M0": np.uint8,
     "I64": np.int64,
     "I32": np.int32,
@@ -124,6 +125,12 @@ class SafetensorsFile:
         start = self._start + self._entries[name]["data_offsets"][0]
         return np.frombuffer(self._map, _DTYPES[dtype], math.prod(shape), start).reshape(shape)
 
+    def read_bytes(self, name: str) -> np.ndarray:
+        """A view of the bytes of a tensor, of whatever dtype."""
+        self.info(name)
+        start, stop = self._entries[name]["data_offsets"]
+        return np.frombuffer(self._map, np.uint8, stop - start, self._start + start)
+
     def drop_pages(self) -> None:
         """Gives the pages read so far back to the system; views stay valid and read them again."""
         if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
@@ -138,6 +145,8 @@ class TensorFolder:
 
     Args:
         folder: holds `model.safetensors.index.json` with the files that it names, or safetensors files alone.
+        among: the files that count, where others stand beside them.
+        check: called with each file before it is opened.
 
     Raises:
         FileNotFoundError: there is no such folder, or no safetensors file in it.
@@ -145,18 +154,24 @@ class TensorFolder:
             index; the folder holds pickles alone.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        among: Sequence[pathlib.Path] | None = None,
+        check: Callable[[pathlib.Path], None] = lambda path: None,
+    ) -> None:
+        self.folder, self._check = folder, check
         self.seen: set[str] = set()
         self._open: dict[pathlib.Path, SafetensorsFile] = {}
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; pass the folder that holds config.json")
         index = folder / _INDEX
-        if index.is_file():
+        if among is None and index.is_file():
             self._files = _indexed_files(index)
             return
         self._files = {}
-        for path in _safetensors_files(folder):
+        for path in _safetensors_files(folder) if among is None else among:
             for name in self._file(path).infos:
                 if name in self._files:
                     raise ValueError(
@@ -208,6 +223,10 @@ class TensorFolder:
         self.seen.add(name)
         return self._file(path).read(name)
 
+    def open(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor; errors as for `file_of`."""
+        return self._file(self.file_of(name))
+
     def ignore(self, name: str) -> None:
         """Remembers a tensor that is known and not needed."""
         self.seen.add(name)
@@ -227,6 +246,7 @@ class TensorFolder:
 
     def _file(self, path: pathlib.Path) -> SafetensorsFile:
         if path not in self._open:
+            self._check(path)
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; {_INDEX} names it")
             self._open[path] = SafetensorsFile(path)

@@ -15,18 +15,7 @@ from jax_marlin_moe.checkpoint import load_moe_layer, load_moe_layers
 DATA = pathlib.Path(__file__).parents[1] / "data"
 EXPERTS = 4
 
-# folder: (decoder, format, what it is quantised to on the way in)
-FOLDERS = {
-    "ck_awq": (files.awq, "int4_zp", None),
-    "ck_q3_gptq_False": (files.gptq, "int4", None),
-    "ck_q3_gptq_True": (files.gptq, "int4", None),
-    "ck_llmc_W4A16": (files.pack_quantized, "int4", None),
-    "ck_llmc_W4A16_ASYM": (files.pack_quantized, "int4_zp", None),
-    "ck_llmc_W8A16": (functools.partial(files.pack_quantized, bits=8), "int8", None),
-    "ck_llmc_NVFP4A16": (files.nvfp4_compressed_tensors, "nvfp4", None),
-    "ck_llmc_MXFP4A16": (files.mxfp4_compressed_tensors, "mxfp4", None),
-    "ck_modelopt": (files.nvfp4_modelopt, "nvfp4", None),
-}
+FOLDERS = files.GENUINE
 IMPLEMENTATIONS = ["xla", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

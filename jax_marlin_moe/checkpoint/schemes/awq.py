@@ -16,7 +16,14 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization, group_size_from
 from jax_marlin_moe.checkpoint.quantization_keys import OTHER_MODULE, RECORD, RUNTIME, SEARCH, TENSORS_SHOW, Method
 from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, integer_format, pack_stack
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, Storage, check_finite, number_of_groups
+from jax_marlin_moe.checkpoint.schemes.storage import (
+    LogicalLinear,
+    Scheme,
+    Storage,
+    check_finite,
+    number_of_groups,
+    shape_of_rank,
+)
 from jax_marlin_moe.checkpoint.schemes.words import zeros_are_baked
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -101,6 +108,12 @@ class AwqStorage(Scheme):
         symmetric = not keys.boolean("zero_point", True)
         sizes = get_format("int4" if symmetric else "int4_zp").group_sizes
         return cls(group_size_from(keys, size, k=k, sizes=sizes), symmetric=symmetric)
+
+    @classmethod
+    def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
+        """Words along N."""
+        shape = shape_of_rank(files, linear.name(".qweight"), 2, "I32")
+        return None if shape is None else (shape[0], shape[1] * _CODES_PER_WORD)
 
     def rows_per_group(self, k: int) -> int:
         """As the config says."""

@@ -21,6 +21,7 @@ from jax_marlin_moe.checkpoint.schemes.storage import (
     check_finite,
     check_shape,
     number_of_groups,
+    shape_of_rank,
 )
 from jax_marlin_moe.checkpoint.schemes.values import row_order
 from jax_marlin_moe.checkpoint.schemes.words import unpack_along_k, unpack_along_n
@@ -135,6 +136,19 @@ class PackQuantizedStorage(Scheme):
         if ordered and _writes_no_order(quantization):
             ordered = None
         return cls(bits, size, symmetric, k, ordered)
+
+    @classmethod
+    def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
+        """As `weight_shape` says, since the last word along K may be filled in part; else whole words."""
+        shape = shape_of_rank(files, linear.name(".weight_packed"), 2, "I32")
+        if shape is None:
+            return None
+        if shape_of_rank(files, linear.name(".weight_shape"), 1, "I64", "I32") == (2,):
+            n, k = linear.read(files, ".weight_shape", (2,), ("I64", "I32")).tolist()
+            return k, n
+        known = quantization.method == COMPRESSED_TENSORS.name  # `find` says what is wrong elsewhere
+        bits = _weights_scheme(quantization, linear.module).integer("num_bits", low=1) if known else 4
+        return shape[1] * (32 // bits), shape[0]
 
     def rows_per_group(self, k: int) -> int:
         """As the config says."""

@@ -12,7 +12,7 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import CACHE, RECORD, RUNTIME, TENSORS_SHOW, Method
 from jax_marlin_moe.checkpoint.schemes.stacks import bit_patterns, pack_stack, refuse_block_scales
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_shape
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_shape, shape_of_rank
 from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
@@ -102,6 +102,11 @@ class Nvfp4Storage(Scheme):
             return cls(".weight", ".weight_scale_2", divides=False)
         return None
 
+    @classmethod
+    def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
+        """Two codes per byte."""
+        return _size(files, linear)
+
     def rows_per_group(self, k: int) -> int:
         """Fixed by the format."""
         return 16
@@ -166,6 +171,11 @@ class Mxfp4Storage(Scheme):
                 return cls(weight, scale)
         return None
 
+    @classmethod
+    def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
+        """Two codes per byte."""
+        return _size(files, linear)
+
     def rows_per_group(self, k: int) -> int:
         """Fixed by the format."""
         return 32
@@ -182,6 +192,15 @@ class Mxfp4Storage(Scheme):
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
         return decode_fp4(*tensors)
+
+
+def _size(files: TensorFolder, linear: Linear) -> tuple[int, int] | None:
+    """(k, n) from bytes [n, k / 2], by either name."""
+    for suffix in (".weight_packed", ".weight"):
+        shape = shape_of_rank(files, linear.name(suffix), 2, "U8", "I8")
+        if shape is not None:
+            return 2 * shape[1], shape[0]
+    return None
 
 
 def _check_block_scales(files: TensorFolder, name: str, scale: np.ndarray, *, exponent: bool) -> None:

@@ -12,7 +12,7 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import ACTIVATIONS, CACHE, RECORD, RUNTIME, TENSORS_SHOW, Method
 from jax_marlin_moe.checkpoint.schemes.stacks import bit_patterns, pack_stack, refuse_block_scales
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme
+from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, shape_of_rank
 from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
@@ -143,6 +143,12 @@ class Fp8Storage(Scheme):
         raise files.fault(
             name, f"has no scales; one of {', '.join(linear.name(suffix) for suffix in _SCALES)} must exist"
         )
+
+    @classmethod
+    def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
+        """A code per byte."""
+        shape = shape_of_rank(files, linear.name(".weight"), 2, "F8_E4M3")
+        return None if shape is None else (shape[1], shape[0])
 
     def rows_per_group(self, k: int) -> int:
         """Fixed by the format, where the scales follow K."""

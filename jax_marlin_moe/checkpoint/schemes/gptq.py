@@ -23,7 +23,14 @@ from jax_marlin_moe.checkpoint.quantization_keys import (
     Method,
 )
 from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, integer_format, pack_stack
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, Storage, check_finite, number_of_groups
+from jax_marlin_moe.checkpoint.schemes.storage import (
+    LogicalLinear,
+    Scheme,
+    Storage,
+    check_finite,
+    number_of_groups,
+    shape_of_rank,
+)
 from jax_marlin_moe.checkpoint.schemes.values import row_order
 from jax_marlin_moe.checkpoint.schemes.words import unpack_along_k, unpack_along_n, zeros_are_baked
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
@@ -155,6 +162,16 @@ class GptqStorage(Scheme):
             desc_act=keys.boolean("desc_act", False, null=True),
             symmetric=keys.boolean("sym", False, null=True),
         )
+
+    @classmethod
+    def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
+        """Words along K, of as many bits as the config and its rules say."""
+        shape = shape_of_rank(files, linear.name(".qweight"), 2, "I32")
+        if shape is None or quantization.method not in (GPTQ.name, AUTO_ROUND.name):
+            return None
+        rule = quantization.module_rule(linear.module, "dynamic", "extra_config")
+        bits = Keys({**quantization.config, **rule}, quantization.source).integer("bits", low=1)
+        return shape[0] * 32 // bits, shape[1]
 
     def rows_per_group(self, k: int) -> int:
         """As the config says."""

@@ -13,7 +13,13 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import TENSORS_SHOW, Method
 from jax_marlin_moe.checkpoint.schemes.stacks import pack_stack
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_finite, number_of_groups
+from jax_marlin_moe.checkpoint.schemes.storage import (
+    LogicalLinear,
+    Scheme,
+    check_finite,
+    number_of_groups,
+    shape_of_rank,
+)
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.packing import check_group_size, check_stack
@@ -110,6 +116,17 @@ class HqqStorage(Scheme):
             if stated != [n, k]:
                 raise files.fault(shape, f"says {short(stated)}; it must be {[n, k]}")
         return cls(bits, size, k, n)
+
+    @classmethod
+    def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
+        """As the tensor `shape` says: rows of `W_q` are groups of any output feature."""
+        if linear.name(".W_q") not in files:
+            return None
+        name = linear.name(".shape")
+        if shape_of_rank(files, name, 1, *_DTYPES) != (2,):
+            raise ValueError(f"{files.folder} has no tensor {name} of shape (2,), which alone tells the size")
+        n, k = files.read(name, (2,), _DTYPES).tolist()
+        return int(k), int(n)
 
     def rows_per_group(self, k: int) -> int:
         """As the file says."""

@@ -88,6 +88,22 @@ class Scheme(Storage):
             ValueError: it is of this scheme, in a variant that is not supported.
         """
 
+    @classmethod
+    @abc.abstractmethod
+    def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
+        """(k, n) of a linear with tensors of its own, if it is of this scheme, which `find` then tells.
+
+        None where there are no tensors of such names, dtypes and ranks.
+        """
+
+
+def shape_of_rank(files: TensorFolder, name: str, rank: int, *dtypes: str) -> tuple[int, ...] | None:
+    """The shape of a tensor; None where there is none, or one of another rank or dtype."""
+    if files.dtype(name) not in dtypes:
+        return None
+    shape = files.info(name).shape
+    return shape if len(shape) == rank else None
+
 
 def check_finite(files: TensorFolder, name: str, values: np.ndarray) -> None:
     """Raises ValueError, naming file and tensor, where there are infinities or NaN."""
