@@ -49,7 +49,7 @@ class ModelTensors:
                     name, f"has dtype {value.dtype}, which JAX would make {kept}: set jax_enable_x64 to read it"
                 )
             value = narrow
-        result = jnp.array(value, copy=True)
+        result = jax.block_until_ready(jnp.array(value, copy=True))
         self.files.drop_pages()
         return result
 
@@ -62,7 +62,7 @@ class ModelTensors:
             if len(shape) != 2:
                 raise files.fault(linear.name(suffix), f"has shape {shape}; that of a linear has two dimensions")
             n, k = shape
-            dense = jnp.array(read_plain(files, linear, suffix, k, n), copy=True).T
+            dense = jax.block_until_ready(jnp.array(read_plain(files, linear, suffix, k, n), copy=True)).T
             files.drop_pages()
             return dense
         k, n = self._size(linear)

@@ -81,7 +81,7 @@ def load(folder):
 
 def check_facts(layer):
     """Facts of a layer that cannot be wrong by type."""
-    kinds = {int: (int,), bool: (bool,), str: (str,), float: (float,)}
+    kinds = {int: (int,), bool: (bool,), str: (str,), float: (float,), float | None: (float, type(None))}
     for field in dataclasses.fields(layer.routing):
         value = getattr(layer.routing, field.name)
         assert type(value) in kinds[field.type], (field.name, value)
