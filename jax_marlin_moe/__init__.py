@@ -25,7 +25,9 @@ from jax_marlin_moe.layer import SharedExpert as SharedExpert
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS as CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment as BlockAlignment
 from jax_marlin_moe.ops.align import moe_align_block_size as moe_align_block_size
+from jax_marlin_moe.ops.expert_gemm import expert_gemm as expert_gemm
 from jax_marlin_moe.ops.fused_moe import fused_moe as fused_moe
+from jax_marlin_moe.ops.linear import linear as linear
 from jax_marlin_moe.ops.moe_gemm import moe_gemm as moe_gemm
 from jax_marlin_moe.ops.workspace import workspace_size as workspace_size
 from jax_marlin_moe.packing import dense_weights as dense_weights

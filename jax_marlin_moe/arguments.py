@@ -33,10 +33,15 @@ def check_shape(name: str, value: jax.Array, shape: tuple[int, ...], meaning: st
 
 def check_rows(name: str, x: jax.Array) -> None:
     """Raises unless `x` is a float16 or bfloat16 matrix."""
+    check_float_rows(name, x)
+    check_rank(name, x, 2)
+
+
+def check_float_rows(name: str, x: jax.Array) -> None:
+    """Raises unless `x` has float16 or bfloat16 values."""
     if not hasattr(x, "dtype") or jnp.dtype(x.dtype) not in ACTIVATION_DTYPES:
         found = getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"{name} has dtype {found}; it must be bfloat16 or float16: cast it before the call")
-    check_rank(name, x, 2)
 
 
 def check_weights(name: str, weights: MarlinWeights) -> None:

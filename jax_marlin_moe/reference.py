@@ -6,7 +6,7 @@ fast path. It is the executable form of docs/formats.md, "Block alignment", "Num
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
@@ -161,6 +161,61 @@ def moe_gemm(
     y = expert_products(jnp.repeat(pad_rows(x, weights), top_k, axis=0), weights, expert)
     if topk_weights is not None:
         y = y * jnp.where(expert >= 0, topk_weights, 0)[:, None]
+    return drop_column_padding(y, weights).astype(x.dtype)
+
+
+def are_in_range(
+    dispatches: Int32[Array, "*batch 4"], *, num_rows: int, num_out_rows: int, num_experts: int
+) -> Bool[Array, "*batch"]:
+    """Whether a dispatch has an expert, and all of its rows."""
+    expert, source, target, rows = jnp.moveaxis(dispatches, -1, 0)
+    # Differences, since sums may be more than int32 holds.
+    fits = (rows >= 0) & (source >= 0) & (source <= num_rows - rows) & (target >= 0) & (target <= num_out_rows - rows)
+    return fits & (expert >= 0) & (expert < num_experts)
+
+
+def dispatched_rows(
+    dispatches: Int32[Array, "dispatches 4"], *, num_rows: int, num_out_rows: int, num_experts: int
+) -> tuple[Int32[Array, "out_rows"], Int32[Array, "out_rows"], Int32[Array, ""]]:
+    """Of each row of the result, the expert (-1: none) and the row of x; and how many dispatches are out of range.
+
+    The last dispatch in range that has the row counts. Where there is none, the row of x is `num_rows`.
+    """
+    table = jnp.concatenate([dispatches, alike((jnp.zeros((1, 4), jnp.int32), dispatches))[0]])  # it is never empty
+    in_range = are_in_range(table, num_rows=num_rows, num_out_rows=num_out_rows, num_experts=num_experts)
+    _, _, target, rows = table.T
+    row = jnp.arange(num_out_rows, dtype=jnp.int32)[:, None]
+    has_row = in_range & (row >= target) & (row - target < rows)
+    last = jnp.max(jnp.where(has_row, jnp.arange(table.shape[0], dtype=jnp.int32), -1), axis=1)
+    found = table[jnp.maximum(last, 0)]
+    experts = jnp.where(last >= 0, found[:, 0], -1)
+    sources = jnp.where(last >= 0, row[:, 0] - found[:, 2] + found[:, 1], num_rows)
+    return experts, sources, jnp.sum(~in_range & (rows != 0), dtype=jnp.int32)
+
+
+def expert_gemm(
+    x: Float[Array, "rows K"],
+    stack: MarlinWeights,
+    dispatches: Int32[Array, "dispatches 4"],
+    *,
+    num_out_rows: int,
+) -> tuple[Float[Array, "out_rows N"], Int32[Array, "1"]]:
+    """Rows of x through experts to where `dispatched_rows` says, zero elsewhere; and the dispatches out of range."""
+    expert, source, skipped = dispatched_rows(
+        dispatches, num_rows=x.shape[0], num_out_rows=num_out_rows, num_experts=stack.num_experts
+    )
+    rows = pad_rows(x, stack)
+    rows = jnp.concatenate([rows, jnp.zeros_like(rows, shape=(1, rows.shape[1]))])[source]
+    y = expert_products(rows, stack, expert)
+    return drop_column_padding(y, stack).astype(x.dtype), skipped[None]
+
+
+def linear(
+    x: Float[Array, "rows K"], weights: MarlinWeights, expert: Int32[Array, "1"] | None
+) -> Float[Array, "rows N"]:
+    """`x @ W + bias` of the first matrix, or of the one that `expert` names, the nearest where it is out of range."""
+    number = jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, weights.num_experts - 1)
+    y = expert_products(pad_rows(x, weights), weights, jnp.broadcast_to(number, (x.shape[0],)), block_size=64)
     return drop_column_padding(y, weights).astype(x.dtype)
 
 

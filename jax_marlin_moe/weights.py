@@ -223,6 +223,20 @@ def drop_column_padding(y: Shaped[Array, "... padded_n"], weights: MarlinWeights
     )
 
 
+def pad_columns(values: Shaped[Array, "... n"], weights: MarlinWeights) -> Shaped[Array, "... padded_n"]:
+    """Zeros where the packed matrix has padding columns: the inverse of `drop_column_padding`."""
+    if not weights.column_padding:
+        return values
+    parts, padding = len(weights.column_padding), weights.column_padding
+    width = weights.padded_n // parts
+    starts = [sum(width - columns for columns in padding[:part]) for part in range(1, parts)]
+    padded = [
+        jnp.pad(part, [(0, 0)] * (values.ndim - 1) + [(0, columns)])
+        for part, columns in zip(jnp.split(values, starts, axis=-1), padding, strict=True)
+    ]
+    return jnp.concatenate(padded, axis=-1)
+
+
 def pad_rows(x: Shaped[Array, "... k"], weights: MarlinWeights) -> Shaped[Array, "... padded_k"]:
     """Zeros where the packed matrix has padding rows."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, weights.row_padding)]) if weights.row_padding else x

@@ -15,7 +15,9 @@ constexpr int kItemChunks = 8;  // most column chunks of a work item
 void Item(const GroupedGemm& gemm, const RowGroup& group, const int32_t* slots, int64_t first_chunk, int chunks) {
   const int64_t k = gemm.stack->k(), n = gemm.stack->n();
   const uint16_t* inputs[kPanelRows];
-  for (int r = 0; r < group.count; ++r) inputs[r] = gemm.x + slots[r] / gemm.top_k * k;
+  for (int r = 0; r < group.count; ++r) {
+    inputs[r] = gemm.x + (gemm.rows == nullptr ? slots[r] / gemm.top_k : gemm.rows[slots[r]]) * k;
+  }
   alignas(64) float product[kPanelRows * kItemChunks * kChunk];
   Panel panel;
   panel.x = inputs;

@@ -1,4 +1,4 @@
-// One grouped product: y[slot] = x[slot / top_k] @ W[expert of slot] + bias, times the router weight.
+// One grouped product: y[slot] = x[row of slot] @ W[expert of slot] + bias, times the router weight.
 #ifndef JAX_MARLIN_MOE_CPU_GROUPED_GEMM_H_
 #define JAX_MARLIN_MOE_CPU_GROUPED_GEMM_H_
 
@@ -10,15 +10,16 @@
 namespace jax_marlin_moe::cpu {
 
 struct GroupedGemm {
-  const uint16_t* x;  // [slots / top_k, k]
+  const uint16_t* x;  // [rows, k]
   Element type;       // of x and y
-  int64_t top_k;
+  int64_t top_k = 1;
   int64_t slots;
   const ExpertStack* stack;
-  const float* topk_weights;        // [slots] or null
-  const int32_t* sorted_token_ids;  // at least `length`; untrusted, see GroupRows
-  int64_t length;                   // what is in use; none where it is negative
-  const int32_t* expert_ids;        // [ceil(length / block_size)]; untrusted
+  const int32_t* rows = nullptr;        // [slots] the row of x of each, or null: slot / top_k
+  const float* topk_weights = nullptr;  // [slots] or null
+  const int32_t* sorted_token_ids;      // at least `length`; untrusted, see GroupRows
+  int64_t length;                       // what is in use; none where it is negative
+  const int32_t* expert_ids;            // [ceil(length / block_size)]; untrusted
   int64_t block_size;
   uint16_t* y;  // [slots, n]
 };

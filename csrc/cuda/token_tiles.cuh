@@ -1,9 +1,10 @@
 // Which rows a token tile has: read from the aligned list of slots, directly from topk_ids where hardly two slots share
 // an expert, or grouped by every CTA for itself where slots are few (docs/kernels.md, "Which rows a token tile has").
+// Rows that follow each other in memory are read from a table of dispatches, or are all of one expert.
 //
 // Each way has a type `Reader`, made once by all threads of a CTA: how many token tiles there are, the expert of each
-// (-1 where it has nothing to do) and the slot of each row (-1 where it is padding). Facts:
-// jax_marlin_moe/cuda/kernels/token_tiles.py.
+// (-1 where it has nothing to do), the slot of each row (-1 where it is padding), and how many rows of x behind that of
+// its slot a row reads. Facts: jax_marlin_moe/cuda/kernels/token_tiles.py.
 #pragma once
 
 #include "scan.cuh"
@@ -54,6 +55,7 @@ struct AlignedTiles {
       const int s = list.sorted_token_ids[position];
       return s >= 0 && s < kSlots ? s : -1;
     }
+    __device__ __forceinline__ int shift(int) const { return 0; }
     // -1 where an earlier row of the list has the slot too. Reads what the kernel before wrote.
     __device__ __forceinline__ int first_listed(int slot, int tile, int row) const {
       return slot >= 0 && list.first_rows[slot] == tile * kRows + row ? slot : -1;
@@ -95,6 +97,7 @@ struct DirectTiles {
       return expert_of_slot<kExperts, kRoutedExperts, kMapped>(slots.topk_ids, slots.expert_map, tile);
     }
     __device__ __forceinline__ int slot(int tile, int row) const { return row == 0 ? tile : -1; }
+    __device__ __forceinline__ int shift(int) const { return 0; }
   };
 };
 
@@ -196,6 +199,7 @@ struct GroupedTiles {
       const int s = table.slots[tile * kRows + row];
       return s == kNoSlot ? -1 : s;
     }
+    __device__ __forceinline__ int shift(int) const { return 0; }
 
    private:
     __device__ __forceinline__ static void fill(void* words, int bytes, uint32_t value) {
@@ -217,6 +221,94 @@ struct GroupedTiles {
       for (int w = kWords - 1; w >= 0; --w) slot = set[w] != 0 ? 32 * w + __ffs(set[w]) - 1 : slot;
       return slot;
     }
+  };
+};
+
+// Dispatches of [expert, row of x, row of the result, rows], each cut into token tiles of its own. The kernel before
+// (dispatches.cuh) has checked them: those out of range have no token tiles, and a row of the result has one owner. A
+// slot is a row of the result.
+template <class Facts>
+struct DispatchTiles {
+  static constexpr int kDispatches = Facts::kDispatches, kExperts = Facts::kExperts;
+  static constexpr int kSourceRows = Facts::kSourceRows;  // of x
+  static constexpr int kResultRows = Facts::kResultRows;
+  static constexpr int kRows = Facts::kRows;                                            // of a token tile
+  static constexpr int kSlots = kSourceRows > kResultRows ? kSourceRows : kResultRows;  // that rows of x are counted by
+  static constexpr int kMostRows = kSourceRows < kResultRows ? kSourceRows : kResultRows;  // of a dispatch
+  static constexpr int kMaxTiles = kDispatches * ((kMostRows + kRows - 1) / kRows);
+
+  const int32_t* __restrict__ dispatches;  // [kDispatches, 4]
+  // Not __restrict__: no read may move ahead of the wait for the kernel before.
+  const int32_t* tile_ends;  // [kDispatches] token tiles of the dispatches up to each
+  const int32_t* owners;     // [kResultRows] the dispatch that writes the row
+
+  static constexpr bool kMayRepeat = false, kNeedsPreviousKernel = true;
+  static constexpr int kSharedBytes = 0, kScratchBytes = 0;
+
+  template <int kThreads>
+  struct Reader {
+    const DispatchTiles& table;
+
+    __device__ __forceinline__ Reader(const DispatchTiles& t, unsigned char*, unsigned char*) : table(t) {}
+    __device__ __forceinline__ int count() const { return table.tile_ends[kDispatches - 1]; }
+    __device__ __forceinline__ int expert(int tile) const { return table.dispatches[4 * dispatch(tile)]; }
+    __device__ __forceinline__ int slot(int tile, int row) const {
+      const int d = dispatch(tile), first = d == 0 ? 0 : table.tile_ends[d - 1];
+      const int i = (tile - first) * kRows + row;
+      if (i >= table.dispatches[4 * d + 3]) return -1;
+      const int result_row = table.dispatches[4 * d + 2] + i;
+      return table.owners[result_row] == d ? result_row : -1;
+    }
+    __device__ __forceinline__ int shift(int tile) const {
+      const int d = dispatch(tile);
+      return table.dispatches[4 * d + 1] - table.dispatches[4 * d + 2];
+    }
+
+   private:
+    // Without branches, so that neighbouring calls for one tile become one.
+    __device__ __forceinline__ int dispatch(int tile) const {
+      int before = 0;  // dispatches that end at the tile or before it
+#pragma unroll
+      for (int step = 1 << 30; step > 0; step /= 2) {
+        if (step >= kDispatches) continue;
+        const int next = before + step;
+        if (table.tile_ends[next <= kDispatches ? next - 1 : kDispatches - 1] <= tile && next < kDispatches) {
+          before = next;
+        }
+      }
+      return before;
+    }
+  };
+};
+
+// All rows are of one expert, which memory may name; a number out of range is that of the nearest.
+template <class Facts>
+struct OneExpertTiles {
+  static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
+  static constexpr int kRows = Facts::kRows;     // of a token tile
+  static constexpr bool kNamed = Facts::kNamed;  // whether there is an expert to read; else it is the first
+  static constexpr bool kMayRepeat = false;
+  static constexpr int kMaxTiles = (kSlots + kRows - 1) / kRows;
+
+  const int32_t* __restrict__ named;  // [1] if kNamed
+
+  static constexpr bool kNeedsPreviousKernel = false;
+  static constexpr int kSharedBytes = 0, kScratchBytes = 0;
+
+  template <int kThreads>
+  struct Reader {
+    int one = 0;
+
+    __device__ __forceinline__ Reader(const OneExpertTiles& rows, unsigned char*, unsigned char*) {
+      if constexpr (kNamed) one = min(max(*rows.named, 0), kExperts - 1);
+    }
+    __device__ __forceinline__ int count() const { return kMaxTiles; }
+    __device__ __forceinline__ int expert(int) const { return one; }
+    __device__ __forceinline__ int slot(int tile, int row) const {
+      const int s = tile * kRows + row;
+      return s < kSlots ? s : -1;
+    }
+    __device__ __forceinline__ int shift(int) const { return 0; }
   };
 };
 

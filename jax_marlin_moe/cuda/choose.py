@@ -76,6 +76,24 @@ def choose_tile(
     return min(found, key=lambda tile: tile.predicted_microseconds(shape, expected_blocks, rows, capability))
 
 
+def choose_rows_tile(shape: GemmShape, num_rows: int, parts: int, capability: int) -> Tile:
+    """The tile of least predicted time for rows that come in so many parts, each of one expert, none of them known.
+
+    Raises:
+        ValueError: no kernel supports the shape.
+    """
+    found: list[tuple[float, Tile]] = []
+    for tokens in block_sizes(num_rows, parts, shape, capability):
+        blocks = min(parts, num_rows) * -(-num_rows // (parts * tokens))
+        rows = num_rows / blocks
+        with contextlib.suppress(ValueError):  # no tile of this size supports the shape
+            tile = choose_tile(shape, tokens, blocks, capability, rows)
+            found.append((tile.predicted_microseconds(shape, blocks, rows, capability), tile))
+    if not found:
+        raise ValueError(f"no kernel tile supports {shape} on compute capability {capability}")
+    return min(found, key=lambda predicted: predicted[0])[1]
+
+
 def overlaps(shape: GemmShape, tile: Tile, microseconds: float, capability: int) -> bool:
     """Whether the second product, of this shape and tile, should begin beside the first one's end.
 

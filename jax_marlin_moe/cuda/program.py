@@ -95,7 +95,8 @@ class Plan:
         """The place among `kernels` of a stage.
 
         Args:
-            stage: "align", "gate_up", "down", "combine"; "clear", "first_rows", "moe_gemm".
+            stage: "align", "gate_up", "down", "combine"; "clear", "first_rows", "moe_gemm"; "dispatches",
+                "expert_gemm"; "linear".
 
         Raises:
             ValueError: if the plan has no such stage.

@@ -232,8 +232,21 @@ void DrawBlock(Random& random, Case& out) {
   out.attributes.insert(out.attributes.begin(), {Text("activation", activation), parameters});
 }
 
-const Op kOps[] = {{"moe_align_block_size", DrawAlign}, {"moe_gemm", DrawGemm}, {"fused_moe", DrawBlock}};
-constexpr int kOpCount = 3;
+void DrawDispatches(Random& random, Case& out) {
+  const int64_t rows = random.Of<int64_t>({0, 1, 5, 33}), result_rows = random.Of<int64_t>({0, 1, 7, 40});
+  const int64_t k = 16 * random.Of<int64_t>({1, 2, 9, 33}), n = 64 * random.Of<int64_t>({1, 3, 9});
+  const XLA_FFI_DataType type = random.OneIn(2) ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F16;
+  out.operands = {{type, {rows, k}}};
+  AddMatrix(random, random.Of<int64_t>({1, 2, 5}), k, n, "", out);
+  out.operands.push_back({XLA_FFI_DataType_S32, {random.Of<int64_t>({0, 1, 9, 50}), 4}, Content::kIds});
+  out.results = {{type, {result_rows, n}}, {XLA_FFI_DataType_S32, {1}}};
+}
+
+const Op kOps[] = {{"moe_align_block_size", DrawAlign},
+                   {"moe_gemm", DrawGemm},
+                   {"fused_moe", DrawBlock},
+                   {"expert_gemm", DrawDispatches}};
+constexpr int kOpCount = 4;
 
 XLA_FFI_Handler* HandlerOf(const char* name) {
   for (const CpuOp* op = CpuOp::First(); op != nullptr; op = op->next) {

@@ -364,6 +364,7 @@ def test_reverse_mode_says_that_it_is_missing():
 
 ALIGN = ["topk_ids", "expert_map"]
 MATRIX = ["packed", "scales", "zeros", "global_scales", "bias"]
+DISPATCHES = ["x", *MATRIX, "dispatches"]
 GEMM = ["x", *MATRIX, "topk_weights", "sorted_token_ids", "expert_ids", "count"]
 BLOCK = [
     "x",
@@ -425,10 +426,18 @@ def block_operands():
     return dict(zip(BLOCK, operands, strict=True)), results, attributes
 
 
+def dispatch_operands():
+    weights = with_every_operand(HIDDEN, 64)
+    operands = [jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16), *cpu_weight_operands(weights), jnp.zeros((3, 4), jnp.int32)]
+    results = [jax.ShapeDtypeStruct((7, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.int32)]
+    return dict(zip(DISPATCHES, operands, strict=True)), results, format_attributes("", weights)
+
+
 HANDLERS = {
     "align": (native.TARGETS["moe_align_block_size", "cpu"], align_operands),
     "product": (native.TARGETS["moe_gemm", "cpu"], gemm_operands),
     "block": (native.TARGETS["fused_moe", "cpu"], block_operands),
+    "dispatches": (native.TARGETS["expert_gemm", "cpu"], dispatch_operands),
 }
 
 
@@ -447,7 +456,7 @@ def run_handler(handler, operand_changes=None, attribute_changes=None, result_ch
 
 @pytest.mark.parametrize("handler", HANDLERS)
 def test_handlers_accept_what_agrees(handler):
-    assert len(run_handler(handler)) == {"align": 3, "product": 1, "block": 1}[handler]
+    assert len(run_handler(handler)) == {"align": 3, "product": 1, "block": 1, "dispatches": 2}[handler]
 
 
 def rank_three(leaf):
@@ -468,11 +477,12 @@ def another_type(leaf):
 
 DISAGREEMENTS = [
     (handler, operand, change)
-    for handler, operands in (("align", ALIGN), ("product", GEMM), ("block", BLOCK))
+    for handler, operands in (("align", ALIGN), ("product", GEMM), ("block", BLOCK), ("dispatches", DISPATCHES))
     for operand in operands
     for change in (rank_three, scalar, longer, another_type)
-    # The block takes maps of any length: it is the number of experts that ids may name.
-    if (handler, operand, change) != ("block", "expert_map", longer)
+    # The block takes maps of any length: it is the number of experts that ids may name. Dispatches name rows.
+    if (handler, operand, change)
+    not in {("block", "expert_map", longer), ("dispatches", "x", longer), ("dispatches", "dispatches", longer)}
 ]
 
 

@@ -1,4 +1,4 @@
-"""The three ways in which a product finds the slots of its token tiles. Twin of csrc/cuda/token_tiles.cuh."""
+"""The ways in which a product finds the slots of its token tiles. Twin of csrc/cuda/token_tiles.cuh."""
 
 import dataclasses
 
@@ -96,3 +96,25 @@ def grouped_tiles(
         shared_bytes=-(-most * rows // 16) * 16 + -(-most // 8) * 16 + 32 * words + 16,
         scratch_bytes=num_experts * words * 4,
     )
+
+
+def dispatch_tiles(
+    num_rows: int, num_result_rows: int, num_dispatches: int, num_experts: int, rows: int, buffers: tuple[int, int, int]
+) -> TokenTiles:
+    """Every dispatch has token tiles of its own; buffers: the table, and what `ResolveDispatches` makes of it."""
+    facts: Facts = {
+        "dispatches": num_dispatches,
+        "experts": num_experts,
+        "source_rows": num_rows,
+        "result_rows": num_result_rows,
+        "rows": rows,
+    }
+    dispatches, tile_ends, owners = (Pointer(buffer, "int32") for buffer in buffers)
+    pointers: dict[str, Pointer | None] = {"dispatches": dispatches, "tile_ends": tile_ends, "owners": owners}
+    return TokenTiles("DispatchTiles", facts, pointers, num_dispatches * -(-min(num_rows, num_result_rows) // rows))
+
+
+def one_expert_tiles(num_rows: int, num_experts: int, rows: int, expert: int | None) -> TokenTiles:
+    """All rows are of one expert: the first, or the one that a buffer names."""
+    facts: Facts = {"slots": num_rows, "experts": num_experts, "rows": rows, "named": expert is not None}
+    return TokenTiles("OneExpertTiles", facts, {"named": optional(expert, "int32")}, -(-num_rows // rows))

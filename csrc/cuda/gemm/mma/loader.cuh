@@ -114,7 +114,7 @@ struct MmaLoader {
     e = token_tiles.expert(token_tile);
     if (lane < Tile::kTokens) {
       const int slot = token_tiles.slot(token_tile, lane);
-      r = slot < 0 ? -1 : slot / Problem::kSlotsPerRow;
+      r = slot < 0 ? -1 : slot / Problem::kSlotsPerRow + token_tiles.shift(token_tile);
     }
     if (!__any_sync(~0u, r >= 0)) e = -1;  // nothing but padding
   }

@@ -79,12 +79,13 @@ struct WgmmaProducer {
     Cursor<Storage::kRecords> record;
 
     // The next work tile's expert and slots are fetched a tile ahead.
-    int next_expert = -1, next_slots[kRowsOfThread];
+    int next_expert = -1, next_shift = 0, next_slots[kRowsOfThread];
     const auto fetch = [&](int work_tile) {
       next_expert = -1;
       if (work_tile >= work_tiles) return;
       const int token_tile = work_tile / Shape::kColumnTiles;
       next_expert = token_tiles.expert(token_tile);
+      next_shift = token_tiles.shift(token_tile);
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         const int row = thread + 128 * i;
@@ -99,6 +100,7 @@ struct WgmmaProducer {
 #pragma unroll 1
     for (int work_tile = blockIdx.x; work_tile < work_tiles; work_tile += gridDim.x) {
       const int expert = __shfl_sync(~0u, next_expert, 0);  // known to be uniform
+      const int shift = next_shift;
       int slots[kRowsOfThread];
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) slots[i] = next_slots[i];
@@ -159,7 +161,8 @@ struct WgmmaProducer {
         const int row = first_row + i * kRowStep;
         const int slot = row < Tile::kTokens ? written.slots[row] : -1;
         offsets[i] =
-            static_cast<typename Shape::RowOffset>(max(slot, 0) / Problem::kSlotsPerRow) * (Problem::kRowStride / 8) +
+            static_cast<typename Shape::RowOffset>(max(slot, 0) / Problem::kSlotsPerRow + (slot >= 0 ? shift : 0)) *
+                (Problem::kRowStride / 8) +
             piece;
         if (slot >= 0) real |= 1u << i;
       }

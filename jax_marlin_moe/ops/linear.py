@@ -1,0 +1,138 @@
+"""`linear`: the product of dense rows with one packed matrix."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jax_marlin_moe import arguments, native, reference
+from jax_marlin_moe.cuda.compiler import target_architecture
+from jax_marlin_moe.cuda.plan_rows import plan_linear
+from jax_marlin_moe.cuda.program import call_program
+from jax_marlin_moe.custom_call import custom_call
+from jax_marlin_moe.operand_types import alike, replicated_type, shard_rows_like
+from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
+from jax_marlin_moe.ops.input_order import gather_input_order
+from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_columns, pad_rows
+
+
+def linear(
+    x: Float[Array, "*batch K"],
+    weights: MarlinWeights,
+    bias: Float[Array, "N"] | None = None,
+    *,
+    expert: int | Int32[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*batch N"]:
+    """`x @ W + bias` with one packed matrix, accumulated in float32 and rounded once.
+
+    The matrix is one that was packed alone, a part of a stack as `stack.expert(3).columns(0, 256)`, or an expert of a
+    stack by its number. Slices are copies where the stack is an argument of a compiled function; a number is not.
+
+    Args:
+        x: bfloat16 or float16 rows, with any leading dimensions.
+        weights: one packed matrix, or a stack of them together with `expert`.
+        bias: float, where the weights have none; [E, N] with `expert`.
+        expert: which matrix of the stack, traced or not; the nearest that there is where a traced one is out of range.
+        implementation: None (the best that works), "cuda", "cpu" or "xla".
+
+    Raises:
+        IndexError: `expert` is out of range, and not traced.
+        TypeError: an argument has the wrong dtype or type.
+        ValueError: an argument has the wrong shape or value, or the implementation cannot run.
+    """
+    arguments.check_float_rows("x", x)
+    arguments.check_weights("weights", weights)
+    if x.ndim < 1 or x.shape[-1] != weights.k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {weights.k}")
+    experts = weights.num_experts
+    if expert is None:
+        if experts != 1:
+            raise ValueError(
+                f"weights has {experts} experts; it must have one: take weights.expert(e), or pass its number as expert"
+            )
+    elif isinstance(expert, int) and not isinstance(expert, bool):
+        if not 0 <= expert < experts:
+            raise IndexError(f"expert is {expert}; it must lie in [0, {experts})")
+        expert = jnp.full((), expert, jnp.int32)
+    else:
+        arguments.check_array("expert", expert, ndim=0, dtype=jnp.int32)
+    if bias is not None:
+        if weights.bias is not None:
+            raise ValueError("bias is not None, and neither is weights.bias; pass one of them")
+        if not hasattr(bias, "dtype") or not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise TypeError(f"bias has dtype {getattr(bias, 'dtype', type(bias).__name__)}; it must be floating point")
+        shape, meaning = ((weights.n,), "(N,)") if expert is None else ((experts, weights.n), "(E, N)")
+        arguments.check_shape("bias", bias, shape, meaning)
+    return _product(x, weights, bias, expert, implementation=implementation)
+
+
+@one_program()
+def _product(x, weights, bias, expert, *, implementation):
+    rows = x.reshape(-1, x.shape[-1])
+    if bias is not None:
+        bias = pad_columns(bias.reshape(-1, weights.n).astype(jnp.float32), weights)
+        weights = dataclasses.replace(weights, bias=bias)
+    if weights.input_order is not None:
+        number = jnp.zeros((), jnp.int32) if expert is None else expert
+        ordered, number, weights = alike((rows, number, weights))
+        ordered = gather_input_order(ordered, weights, jnp.broadcast_to(number, rows.shape[:1]))
+    else:
+        ordered = rows
+    (y,) = linear_op(
+        pad_rows(ordered, weights),
+        as_packed(weights),
+        None if expert is None else expert.reshape(1),
+        implementation=implementation,
+    )
+    y = shard_rows_like(drop_column_padding(y, weights), rows)
+    return y.reshape(*x.shape[:-1], weights.n)
+
+
+def _shape_rule(x, weights, expert):
+    return [replicated_type(x, (x.shape[0], weights.padded_n), x.dtype)]
+
+
+def _cpu(x, weights, expert):
+    """A dispatch of all rows."""
+    number = jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, weights.num_experts - 1)
+    table = jnp.zeros((1, 4), jnp.int32).at[0, 0].set(number[0]).at[0, 3].set(x.shape[0])
+    results = [
+        jax.ShapeDtypeStruct((x.shape[0], weights.padded_n), x.dtype),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    ]
+    return custom_call(
+        "linear",
+        native.TARGETS["expert_gemm", "cpu"],
+        [x, *cpu_weight_operands(weights), table],
+        results,
+        **format_attributes("", weights),
+    )[:1]
+
+
+def _cuda(x, weights, expert):
+    result = jax.ShapeDtypeStruct((x.shape[0], weights.padded_n), x.dtype)
+    if x.shape[0] == 0:
+        return [jnp.zeros(result.shape, result.dtype)]
+    architecture = target_architecture()
+    plan = plan_linear(x, weights, named=expert is not None, architecture=architecture)
+    operands = [x, *weight_operands(weights), expert]
+    return call_program("linear", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
+
+
+def _batching_rule(op, leaves, dims, *, structure, **params):
+    """Batched rows become one call over all of them; batched weights or experts one call each."""
+    x, weights, expert = jax.tree.unflatten(structure, leaves)
+    x_dim, weights_dims, expert_dim = jax.tree.unflatten(structure, dims)
+    if x_dim is None or jax.tree.leaves((weights_dims, expert_dim)):
+        return map_batch(op, leaves, dims, structure=structure, **params)
+    rows = jnp.moveaxis(x, x_dim, 0)
+    (y,) = op(rows.reshape(-1, rows.shape[2]), weights, expert, **params)
+    return [y.reshape(*rows.shape[:2], -1)], [0]
+
+
+linear_op = define_op(
+    "linear", shape_rule=_shape_rule, reference=reference.linear, cpu=_cpu, cuda=_cuda, batching_rule=_batching_rule
+)
