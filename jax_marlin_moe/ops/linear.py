@@ -53,7 +53,7 @@ def linear(
             raise ValueError(
                 f"weights has {experts} experts; it must have one: take weights.expert(e), or pass its number as expert"
             )
-    elif isinstance(expert, int) and not isinstance(expert, bool):
+    elif isinstance(expert, int):
         if not 0 <= expert < experts:
             raise IndexError(f"expert is {expert}; it must lie in [0, {experts})")
         expert = jnp.full((), expert, jnp.int32)
