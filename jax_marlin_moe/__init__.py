@@ -21,7 +21,6 @@ from jax_marlin_moe.checkpoint.schemes import *  # noqa: F403
 from jax_marlin_moe.formats import FORMATS as FORMATS
 from jax_marlin_moe.formats import WeightFormat as WeightFormat
 from jax_marlin_moe.layer import MoELayer as MoELayer
-from jax_marlin_moe.layer import SharedExpert as SharedExpert
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS as CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment as BlockAlignment
 from jax_marlin_moe.ops.align import moe_align_block_size as moe_align_block_size
@@ -29,6 +28,7 @@ from jax_marlin_moe.ops.expert_gemm import expert_gemm as expert_gemm
 from jax_marlin_moe.ops.fused_moe import fused_moe as fused_moe
 from jax_marlin_moe.ops.linear import linear as linear
 from jax_marlin_moe.ops.moe_gemm import moe_gemm as moe_gemm
+from jax_marlin_moe.ops.moe_layer import moe_layer as moe_layer
 from jax_marlin_moe.ops.workspace import workspace_size as workspace_size
 from jax_marlin_moe.packing import dense_weights as dense_weights
 from jax_marlin_moe.packing import dequantize as dequantize
@@ -37,6 +37,7 @@ from jax_marlin_moe.packing import pack_logical as pack_logical
 from jax_marlin_moe.quantize import quantize as quantize
 from jax_marlin_moe.routing import Routing as Routing
 from jax_marlin_moe.routing import route as route
+from jax_marlin_moe.shared_expert import SharedExpert as SharedExpert
 from jax_marlin_moe.weights import MarlinWeights as MarlinWeights
 from jax_marlin_moe.weights import concatenate_columns as concatenate_columns
 from jax_marlin_moe.weights import stack_experts as stack_experts

@@ -14,8 +14,9 @@ from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.checkpoint.facts import read_matrix, read_rule, refuse_unknown, write_matrix, write_rule
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.layer import STATIC as LAYER_STATIC
-from jax_marlin_moe.layer import MoELayer, SharedExpert
+from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.ops.align import BlockAlignment
+from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import STATIC as WEIGHTS_STATIC
 from jax_marlin_moe.weights import MarlinWeights
 

@@ -6,30 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe.activations import Activation, get_activation
-from jax_marlin_moe.ops.fused_moe import fused_moe
-from jax_marlin_moe.routing import Routing, route
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.ops.moe_layer import moe_layer
+from jax_marlin_moe.routing import Routing, rms_normalized, route_rows
+from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights, summary
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class SharedExpert:
-    """An expert that every token visits. A pytree.
-
-    Attributes:
-        gate_up: (H, 2 I'), columns [gate | up], (H, I') where the activation is not gated: a stack of one packed
-            expert where the file is quantised, else a dense array in the file's dtype.
-        down: (I', H), likewise.
-        gate: [H, 1]; its sigmoid multiplies the result (Qwen), or None.
-    """
-
-    gate_up: MarlinWeights | Float[Array, "H N"]
-    down: MarlinWeights | Float[Array, "I H"]
-    gate: Float[Array, "H 1"] | None = None
-
-    def __repr__(self) -> str:
-        """One line: dtypes, shapes and bytes."""
-        return summary(self)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -85,24 +66,16 @@ class MoELayer:
         Raises:
             ValueError: the layer routes by token and there are no `token_ids`.
         """
-        rows = x.astype(jnp.float32)
-        if self.router_input_scale is not None:
-            rows = self._normalized(rows)
-            rows = rows * self.router_input_scale.astype(jnp.float32)[None] * rows.shape[-1] ** -0.5
-        logits = jnp.matmul(rows, self.router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        if self.router_bias is not None:
-            logits = logits + self.router_bias.astype(jnp.float32)[None]
-        ids = None
-        if self.token_experts is not None:
-            if token_ids is None:
-                raise ValueError("token_ids is None; this layer chooses experts by token, so it must be given")
-            ids = self.token_experts[token_ids]
-        return route(
-            logits,
+        return route_rows(
+            x,
+            self.router,
+            self.routing,
+            router_bias=self.router_bias,
             correction_bias=self.correction_bias,
             expert_scale=self.expert_scale,
-            ids=ids,
-            **self.routing.options(),  # type: ignore[arg-type]
+            input_scale=self.router_input_scale,
+            norm_epsilon=self.norm_epsilon,
+            ids=self._given(token_ids),
         )
 
     def __call__(
@@ -123,67 +96,36 @@ class MoELayer:
             implementation: as for `jax_marlin_moe.fused_moe`.
         """
         rows = x.reshape(-1, x.shape[-1])
-        weights, ids = self.route(
-            rows if router_input is None else router_input.reshape(rows.shape),
-            None if token_ids is None else token_ids.reshape(-1),
+        y = moe_layer(
+            rows,
+            self.router,
+            self.gate_up,
+            self.down,
+            routing=self.routing,
+            activation=self.activation,
+            shared=self.shared,
+            shared_activation=self.shared_activation,
+            router_bias=self.router_bias,
+            correction_bias=self.correction_bias,
+            expert_scale=self.expert_scale,
+            router_input=None if router_input is None else router_input.reshape(rows.shape),
+            router_input_scale=self.router_input_scale,
+            norm_epsilon=self.norm_epsilon,
+            topk_ids=self._given(None if token_ids is None else token_ids.reshape(-1)),
+            implementation=implementation,
         )
-        y = self._experts(rows, weights, ids, implementation)
         if self.output_norm is not None:
             scale = self.output_norm.astype(jnp.float32)[None]
-            y = (self._normalized(y.astype(jnp.float32)) * scale).astype(x.dtype)
+            y = (rms_normalized(y.astype(jnp.float32), self.norm_epsilon) * scale).astype(x.dtype)
         return y.reshape(x.shape)
 
-    def _normalized(self, rows: Array) -> Array:
-        """Rows in float32, each divided by the root of its mean square."""
-        mean = jnp.mean(jnp.square(rows), axis=-1, keepdims=True)
-        return rows * jax.lax.rsqrt(mean + self.norm_epsilon)
-
-    def _experts(self, x: Array, weights: Array, ids: Array, implementation: str | None) -> Array:
-        """Routed and shared experts of rows whose experts are chosen."""
-        shared_activation = self.activation if self.shared_activation is None else self.shared_activation
-
-        def experts(
-            rows: Array,
-            gate_up: MarlinWeights,
-            down: MarlinWeights,
-            w: Array,
-            chosen: Array,
-            activation: str | Activation = self.activation,
-        ) -> Array:
-            return fused_moe(rows, gate_up, down, w, chosen, activation=activation, implementation=implementation)
-
-        if self.routing.apply_on_input:
-            slots = (x[:, None].astype(jnp.float32) * weights[..., None]).astype(x.dtype)  # [tokens, top_k, H]
-            flat = slots.reshape(-1, x.shape[1])
-            ones = jnp.ones((flat.shape[0], 1), jnp.float32)
-            y = experts(flat, self.gate_up, self.down, ones, ids.reshape(-1, 1))
-            y = y.reshape(slots.shape).astype(jnp.float32).sum(1).astype(x.dtype)
-        else:
-            y = experts(x, self.gate_up, self.down, weights, ids)
-        if self.routing.identity_experts:
-            first = self.router.shape[-1] - self.routing.identity_experts
-            kept = jnp.where(ids >= first, weights, 0).sum(-1, keepdims=True)
-            y = (y.astype(jnp.float32) + x.astype(jnp.float32) * kept).astype(x.dtype)
-        if self.shared is None:
-            return y
-        gate_up, down = self.shared.gate_up, self.shared.down
-        if isinstance(gate_up, MarlinWeights) and isinstance(down, MarlinWeights):
-            only = jnp.zeros((x.shape[0], 1), jnp.int32)
-            extra = experts(x, gate_up, down, jnp.ones((x.shape[0], 1), jnp.float32), only, shared_activation)
-        else:
-            extra = self._dense_shared(x, shared_activation)
-        if self.shared.gate is not None:
-            logits = jnp.matmul(x, self.shared.gate.astype(x.dtype), preferred_element_type=jnp.float32)
-            extra = (extra.astype(jnp.float32) * jax.nn.sigmoid(logits)).astype(x.dtype)
-        return y + extra
-
-    def _dense_shared(self, x: Array, activation: str | Activation) -> Array:
-        assert self.shared is not None
-        act = get_activation(activation)
-        h = jnp.matmul(x, self.shared.gate_up.astype(x.dtype), preferred_element_type=jnp.float32)  # type: ignore[union-attr]
-        a = act.apply(*jnp.split(h, 2, axis=1)) if act.gated else act.apply(h, None)
-        down = self.shared.down.astype(x.dtype)  # type: ignore[union-attr]
-        return jnp.matmul(a.astype(x.dtype), down, preferred_element_type=jnp.float32).astype(x.dtype)
+    def _given(self, token_ids: Int32[Array, "tokens"] | None) -> Int32[Array, "tokens top_k"] | None:
+        """The experts of each row, where they follow from its token."""
+        if self.token_experts is None:
+            return None
+        if token_ids is None:
+            raise ValueError("token_ids is None; this layer chooses experts by token, so it must be given")
+        return self.token_experts[token_ids]
 
 
 def check_layer(source: object, layer: MoELayer) -> None:
@@ -200,7 +142,6 @@ def check_layer(source: object, layer: MoELayer) -> None:
         raise ValueError(f"{source}: the layer does not fit together: it makes {y.shape} of rows {x.shape}")
 
 
-jax.tree_util.register_dataclass(SharedExpert, data_fields=["gate_up", "down", "gate"], meta_fields=[])
 # The fields of `MoELayer` that are static; all others are arrays, or pytrees of arrays.
 STATIC = ("routing", "activation", "norm_epsilon", "shared_activation")
 jax.tree_util.register_dataclass(

@@ -19,6 +19,7 @@ _SCORINGS = {
     "chosen_sigmoid": lambda logits: logits,
     "sparsemixer": lambda logits: logits,
 }
+_MIXER_ALONE = "scoring is 'sparsemixer', which takes no correction_bias, no ids and num_groups=1"
 # What a group of experts is worth, from its scores [..., group]: V3's rule and V2's.
 _GROUP_SCORES = {
     "top2": lambda scores: jax.lax.top_k(scores, min(2, scores.shape[-1]))[0].sum(-1),
@@ -115,7 +116,8 @@ def route(
         group_score: "top2" or "max": what a group is worth, from its biased scores.
         scale: factor of all weights.
         expert_scale: factors by expert.
-        ids: experts chosen already (int32, as the hash layers of DeepSeek-V4 do); only their weights are computed.
+        ids: experts chosen already (int32, as the hash layers of DeepSeek-V4 do); only their weights are computed. One
+            out of range weighs nothing.
         logits_soft_cap: keeps the logits within its negative and itself; None leaves them as they are.
         renormalize_epsilon: added to the sum that the weights are divided by: keeps 0 / 0 from being NaN.
         jitter: of "sparsemixer", which takes neither a bias nor groups nor `ids`.
@@ -132,30 +134,25 @@ def route(
     if logits.ndim < 1:
         check_rank("logits", logits, 2)
     num_experts = logits.shape[-1]
-    check_top_k(top_k, num_experts)
-    for name, value, known in (("scoring", scoring, _SCORINGS), ("group_score", group_score, _GROUP_SCORES)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    rule = Routing(
+        top_k=top_k,
+        scoring=scoring,
+        renormalize=renormalize,
+        softmax_after_topk=softmax_after_topk,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_score=group_score,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        renormalize_epsilon=renormalize_epsilon,
+        jitter=jitter,
+    )
+    check_routing(rule, num_experts)
     for name, vector in (("correction_bias", correction_bias), ("expert_scale", expert_scale)):
         if vector is not None:
             check_shape(name, vector, (num_experts,), "(experts,)")
-    if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
-        raise ValueError(
-            f"num_groups is {num_groups} and top_groups {top_groups}; num_groups must divide the {num_experts} experts "
-            "and top_groups lie in [1, num_groups]"
-        )
-    if top_groups * (num_experts // num_groups) < top_k:
-        raise ValueError(f"top_k is {top_k}; {top_groups} groups have {top_groups * num_experts // num_groups} experts")
-
-    if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
-        raise ValueError(f"logits_soft_cap is {logits_soft_cap}; it must be positive and finite, or None for no cap")
-    if not 0 <= renormalize_epsilon < math.inf:
-        raise ValueError(f"renormalize_epsilon is {renormalize_epsilon}; it must be finite and not negative")
-    if not (0 <= jitter < math.inf and (jitter == 0 or scoring == "sparsemixer")):
-        must = "finite and not negative" if scoring == "sparsemixer" else f"0, as scoring {scoring!r} has none"
-        raise ValueError(f"jitter is {jitter}; it must be {must}")
-    if scoring == "sparsemixer" and (correction_bias is not None or ids is not None or num_groups > 1):
-        raise ValueError("scoring is 'sparsemixer', which takes no correction_bias, no ids and num_groups=1")
+    if scoring == "sparsemixer" and (correction_bias is not None or ids is not None):
+        raise ValueError(_MIXER_ALONE)
     if ids is not None:
         check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
         check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
@@ -178,6 +175,36 @@ def route(
     )
 
 
+def check_routing(routing: Routing, num_experts: int) -> None:
+    """Raises ValueError, naming the option, unless the rule chooses among so many experts."""
+    top_k, num_groups, top_groups = routing.top_k, routing.num_groups, routing.top_groups
+    check_top_k(top_k, num_experts)
+    for name, known in (("scoring", _SCORINGS), ("group_score", _GROUP_SCORES)):
+        if getattr(routing, name) not in known:
+            raise ValueError(f"{name} is {getattr(routing, name)!r}; it must be one of {', '.join(known)}")
+    if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups} and top_groups {top_groups}; num_groups must divide the {num_experts} experts "
+            "and top_groups lie in [1, num_groups]"
+        )
+    if top_groups * (num_experts // num_groups) < top_k:
+        raise ValueError(f"top_k is {top_k}; {top_groups} groups have {top_groups * num_experts // num_groups} experts")
+    cap, epsilon, jitter = routing.logits_soft_cap, routing.renormalize_epsilon, routing.jitter
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"logits_soft_cap is {cap}; it must be positive and finite, or None for no cap")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"renormalize_epsilon is {epsilon}; it must be finite and not negative")
+    if not (0 <= jitter < math.inf and (jitter == 0 or routing.scoring == "sparsemixer")):
+        must = (
+            "finite and not negative"
+            if routing.scoring == "sparsemixer"
+            else f"0, as scoring {routing.scoring!r} has none"
+        )
+        raise ValueError(f"jitter is {jitter}; it must be {must}")
+    if routing.scoring == "sparsemixer" and num_groups > 1:
+        raise ValueError(_MIXER_ALONE)
+
+
 # One program: step by step, each constant would be a transfer to the device.
 @partial(
     jax.jit,
@@ -195,7 +222,8 @@ def _route(
     if logits_soft_cap is not None:
         logits = jnp.tanh(logits / logits_soft_cap) * logits_soft_cap
     scores = _SCORINGS[scoring](logits)
-    if ids is None:
+    given = ids is not None
+    if not given:
         choice = scores if correction_bias is None else scores + _along_experts(correction_bias, scores)
         if top_groups < num_groups:
             grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)
@@ -203,11 +231,16 @@ def _route(
             kept = jax.nn.one_hot(best, num_groups, dtype=jnp.bool_).any(-2)
             choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
         ids = jax.lax.top_k(choice, top_k)[1].astype(jnp.int32)
+    # Given ids may name nobody: such a slot weighs nothing, and has no part in the others' sum.
+    there = (ids >= 0) & (ids < scores.shape[-1]) if given else None
+    known = ids if there is None else jnp.clip(ids, 0, scores.shape[-1] - 1)
     weights = (
-        _sparsemixer(scores, ids, jitter) if scoring == "sparsemixer" else jnp.take_along_axis(scores, ids, axis=-1)
+        _sparsemixer(scores, ids, jitter) if scoring == "sparsemixer" else jnp.take_along_axis(scores, known, axis=-1)
     )
     if scoring == "chosen_sigmoid":
         weights = jax.nn.sigmoid(weights)
+    if there is not None:
+        weights = jnp.where(there, weights, -jnp.inf if softmax_after_topk else 0)
     if softmax_after_topk:
         weights = jax.nn.softmax(weights, axis=-1)
     elif renormalize:
@@ -215,7 +248,9 @@ def _route(
     if scale != 1.0:
         weights = weights * jnp.float32(scale)
     if expert_scale is not None:
-        weights = weights * expert_scale.astype(jnp.float32)[ids]
+        weights = weights * expert_scale.astype(jnp.float32)[known]
+    if there is not None:
+        weights = jnp.where(there, weights, 0)
     return weights, ids
 
 
@@ -235,3 +270,48 @@ def _sparsemixer(logits: Array, ids: Array, jitter: float) -> Array:
 def _along_experts(vector: Array, scores: Array) -> Array:
     """`vector` in float32 with as many dimensions as the scores."""
     return vector.astype(jnp.float32).reshape(*[1] * (scores.ndim - 1), -1)
+
+
+def rms_normalized(rows: Float32[Array, "tokens H"], epsilon: float) -> Float32[Array, "tokens H"]:
+    """Rows, each divided by the root of its mean square."""
+    return rows * jax.lax.rsqrt(jnp.mean(jnp.square(rows), axis=-1, keepdims=True) + epsilon)
+
+
+def route_rows(
+    rows: Float[Array, "tokens H"],
+    router: Float[Array, "H experts"],
+    routing: Routing,
+    *,
+    router_bias: Float[Array, "experts"] | None = None,
+    correction_bias: Float[Array, "experts"] | None = None,
+    expert_scale: Float[Array, "experts"] | None = None,
+    input_scale: Float[Array, "H"] | None = None,
+    norm_epsilon: float = 1e-6,
+    ids: Int32[Array, "tokens top_k"] | None = None,
+) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
+    """`route` of `rows @ router + router_bias`, in float32 from the product on.
+
+    Args:
+        rows: what the router reads.
+        router: input dimension first.
+        routing: the model's rule.
+        router_bias: added to the logits.
+        correction_bias: as for `route`.
+        expert_scale: as for `route`.
+        input_scale: where it is there, the router reads `rms_norm(rows) * scale / sqrt(H)`.
+        norm_epsilon: of that norm.
+        ids: as for `route`.
+    """
+    rows = rows.astype(jnp.float32)
+    if input_scale is not None:
+        rows = rms_normalized(rows, norm_epsilon) * input_scale.astype(jnp.float32)[None] * rows.shape[-1] ** -0.5
+    logits = jnp.matmul(rows, router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    if router_bias is not None:
+        logits = logits + router_bias.astype(jnp.float32)[None]
+    return route(
+        logits,
+        correction_bias=correction_bias,
+        expert_scale=expert_scale,
+        ids=ids,
+        **routing.options(),  # type: ignore[arg-type]
+    )

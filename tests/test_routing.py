@@ -201,6 +201,17 @@ def test_given_experts():
     np.testing.assert_allclose(weights, chosen / chosen.sum(1, keepdims=True) * 1.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"scoring": "sigmoid"}, {"scoring": "identity", "softmax_after_topk": True}])
+def test_given_ids_that_name_nobody_weigh_nothing(options):
+    given = np.asarray([[3, -1, 7], [16, 2, 5]], np.int32)
+    weights, _ = jmm.route(LOGITS[:2], top_k=3, ids=given, expert_scale=BIAS, **options)
+    pairs = np.asarray([[3, 7], [2, 5]], np.int32)
+    expected, _ = jmm.route(LOGITS[:2], top_k=2, ids=pairs, expert_scale=BIAS, **options)
+    np.testing.assert_array_equal(weights[0, 1], 0)
+    np.testing.assert_array_equal(weights[1, 0], 0)
+    np.testing.assert_allclose([weights[0, ::2], weights[1, 1:]], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("logits", "options", "error", "message"),
     [

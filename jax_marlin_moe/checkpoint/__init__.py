@@ -6,7 +6,8 @@ Rows to add for more of them: naming families in `families.py`, quantisation sch
 from jax_marlin_moe.checkpoint.conversion import convert
 from jax_marlin_moe.checkpoint.loading import Checkpoint, load_moe_layer, load_moe_layers
 from jax_marlin_moe.checkpoint.with_facts import with_facts, without_facts
-from jax_marlin_moe.layer import MoELayer, SharedExpert
+from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.shared_expert import SharedExpert
 
 __all__ = [
     "Checkpoint",

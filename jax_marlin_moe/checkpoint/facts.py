@@ -12,10 +12,11 @@ from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.formats import FORMATS, WeightFormat, get_format
 from jax_marlin_moe.layer import STATIC as LAYER_STATIC
-from jax_marlin_moe.layer import MoELayer, SharedExpert
+from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layout import TILE_K
 from jax_marlin_moe.packing import resolve_group_size
 from jax_marlin_moe.routing import Routing
+from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import LEAVES, STATIC, MarlinWeights
 
 _MATRICES = ("gate_up", "down", "shared.gate_up", "shared.down")

@@ -19,7 +19,8 @@ from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
-from jax_marlin_moe.layer import MoELayer, SharedExpert, check_layer
+from jax_marlin_moe.layer import MoELayer, check_layer
+from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights
 
 _PROGRESS_AFTER = 2.0  # seconds before a progress bar appears

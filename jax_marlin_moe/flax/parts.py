@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.arguments import check_top_k
-from jax_marlin_moe.layer import STATIC, MoELayer, SharedExpert, check_layer
+from jax_marlin_moe.layer import STATIC, MoELayer, check_layer
 from jax_marlin_moe.random_experts import random_experts
 from jax_marlin_moe.routing import Routing
+from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 
 # What a layer's arrays are to Flax, and the names of Linen's collections: floats that gradients train, packed weights,

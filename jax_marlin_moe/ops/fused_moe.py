@@ -58,26 +58,8 @@ def fused_moe(
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
     arguments.check_rows("x", x)
-    arguments.check_weights("gate_up", gate_up)
-    arguments.check_weights("down", down)
     act = get_activation(activation)
-    arguments.check_shape("x", x, (x.shape[0], gate_up.k), "(tokens, H)")
-    halves = 2 if act.gated else 1
-    if gate_up.n != halves * down.k:
-        raise ValueError(
-            f"gate_up has N = {gate_up.n} columns and down K = {down.k} rows; activation {act.name!r} needs "
-            f"N = {halves} * K"
-        )
-    if gate_up.padded_n % (halves * TILE_N) or len(gate_up.column_padding or halves * (0,)) != halves:
-        raise ValueError(
-            f"gate_up has {gate_up.padded_n} columns, with column_padding = {gate_up.column_padding}; the block needs "
-            f"gate and up in whole tiles of {TILE_N} columns each: pack them one by one and join them with "
-            "jax_marlin_moe.concatenate_columns"
-        )
-    if down.n != gate_up.k:
-        raise ValueError(f"down has N = {down.n} columns; it must be H = {gate_up.k}")
-    if down.num_experts != gate_up.num_experts:
-        raise ValueError(f"down has {down.num_experts} experts; it must have as many as gate_up: {gate_up.num_experts}")
+    check_experts(x, gate_up, down, act)
     arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)
     arguments.check_array("topk_weights", topk_weights, ndim=2, dtype=jnp.float32)
     tokens, top_k = topk_ids.shape
@@ -86,12 +68,7 @@ def fused_moe(
     arguments.check_expert_map(expert_map)
     routed_experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
     arguments.check_top_k(top_k, routed_experts)
-    if down.input_order is not None:
-        raise ValueError(
-            "down.input_order is not None; fold it into the columns of gate_up first, with "
-            "jax_marlin_moe.fold_input_order(gate_up, down)"
-        )
-    return _block(
+    return expert_block(
         x,
         gate_up,
         down,
@@ -104,8 +81,43 @@ def fused_moe(
     )
 
 
+def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act: Activation, within: str = "") -> None:
+    """Raises TypeError or ValueError unless the matrices are those of one block, for rows like x.
+
+    `within` is what comes before their names in messages.
+    """
+    first, second = f"{within}gate_up", f"{within}down"
+    arguments.check_weights(first, gate_up)
+    arguments.check_weights(second, down)
+    arguments.check_shape("x", x, (x.shape[0], gate_up.k), "(tokens, H)")
+    halves = 2 if act.gated else 1
+    if gate_up.n != halves * down.k:
+        raise ValueError(
+            f"{first} has N = {gate_up.n} columns and {second} K = {down.k} rows; activation "
+            f"{act.name!r} needs N = {halves} * K"
+        )
+    if gate_up.padded_n % (halves * TILE_N) or len(gate_up.column_padding or halves * (0,)) != halves:
+        raise ValueError(
+            f"{first} has {gate_up.padded_n} columns, with column_padding = {gate_up.column_padding}; the block needs "
+            f"gate and up in whole tiles of {TILE_N} columns each: pack them one by one and join them with "
+            "jax_marlin_moe.concatenate_columns"
+        )
+    if down.n != gate_up.k:
+        raise ValueError(f"{second} has N = {down.n} columns; it must be H = {gate_up.k}")
+    if down.num_experts != gate_up.num_experts:
+        raise ValueError(
+            f"{second} has {down.num_experts} experts; it must have as many as gate_up: {gate_up.num_experts}"
+        )
+    if down.input_order is not None:
+        raise ValueError(
+            f"{second}.input_order is not None; fold it into the columns of gate_up first, with "
+            "jax_marlin_moe.fold_input_order(gate_up, down)"
+        )
+
+
 @one_program("activation", "cuda_scheme")
-def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, **params):
+def expert_block(x, gate_up, down, topk_weights, topk_ids, expert_map, **params):
+    """`fused_moe` of arguments that are checked, or that are those of `fused_moe_op`."""
     rows = x
     if gate_up.input_order is not None:
         expert = topk_ids.reshape(-1)

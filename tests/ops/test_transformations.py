@@ -188,8 +188,13 @@ def test_a_dropped_slot_does_not_read_its_weight(implementation):
     y = jmm.moe_gemm(x, gate_up, alignment, topk_weights=weights, **options)
     assert np.array_equal(~np.any(y != 0, axis=1), np.asarray((ids < 0) | (ids >= EXPERTS)).reshape(-1))
     assert not np.isnan(np.asarray(y, np.float32)).any()
-    layer = MoELayer(*gate_up_and_down(), jnp.ones((HIDDEN, EXPERTS)), jmm.Routing(TOP_K, apply_on_input=True))
-    y = layer._experts(x, weights, ids, implementation)
+    layer = MoELayer(
+        *gate_up_and_down(),
+        jnp.ones((HIDDEN, EXPERTS)),
+        jmm.Routing(TOP_K, apply_on_input=True),
+        token_experts=ids,
+    )
+    y = layer(x, jnp.arange(5), implementation=implementation)
     assert not np.isnan(np.asarray(y, np.float32)).any()
     assert not np.any(y[2])
 

@@ -1,0 +1,315 @@
+"""`moe_layer`: a whole layer, from its rows to its result: router, experts and shared expert.
+
+The contract is docs/formats.md, "The layer".
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_marlin_moe import arguments, reference
+from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.formats import ACTIVATION_DTYPES
+from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
+from jax_marlin_moe.ops.fused_moe import check_experts, expert_block
+from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.routing import Routing, check_routing, route_rows
+from jax_marlin_moe.shared_expert import SharedExpert
+from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
+
+ROUTER_DTYPES = (*ACTIVATION_DTYPES, jnp.dtype(jnp.float32))
+
+
+def moe_layer(
+    x: Float[Array, "tokens H"],
+    router: Float[Array, "H experts"],
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    *,
+    routing: Routing,
+    activation: str | Activation = "silu",
+    shared: SharedExpert | None = None,
+    shared_activation: str | Activation | None = None,
+    router_bias: Float[Array, "experts"] | None = None,
+    correction_bias: Float[Array, "experts"] | None = None,
+    expert_scale: Float[Array, "experts"] | None = None,
+    router_input: Float[Array, "tokens H"] | None = None,
+    router_input_scale: Float[Array, "H"] | None = None,
+    norm_epsilon: float = 1e-6,
+    topk_ids: Int32[Array, "tokens top_k"] | None = None,
+    expert_map: Int32[Array, "experts"] | None = None,
+    return_routing: bool = False,
+    implementation: str | None = None,
+    cuda_scheme: BlockScheme | None = None,
+) -> Any:
+    """A whole mixture-of-experts layer in one custom call.
+
+    `route` of `x @ router + router_bias`, in float32, chooses experts; `fused_moe` runs them; the shared expert is
+    added in float32, and the sum is rounded once. Rows whose logits are infinite or not numbers choose experts too,
+    distinct ones, and change no other row.
+
+    Args:
+        x: bfloat16 or float16 tokens.
+        router: bfloat16, float16 or float32, input dimension first.
+        gate_up: as for `fused_moe`.
+        down: as for `fused_moe`.
+        routing: how the model chooses experts.
+        activation: as for `fused_moe`.
+        shared: the expert that every token visits. It runs in the kernels of the others where it is packed as they are,
+            beside them otherwise.
+        shared_activation: of the shared expert; None, that of the others.
+        router_bias: added to the logits.
+        correction_bias: added to the scores for the choice alone.
+        expert_scale: factors of the router weights by expert.
+        router_input: what the router reads, where it is not x.
+        router_input_scale: where it is there, the router reads `rms_norm(rows) * scale / sqrt(H)`.
+        norm_epsilon: of that norm.
+        topk_ids: int32 experts that are chosen already; their weights follow from the router as usual.
+        expert_map: as for `fused_moe`; the router then has a column for each expert that ids may name.
+        return_routing: whether router weights and expert ids are returned beside the result.
+        implementation: None (the best that works), "cuda", "cpu" or "xla".
+        cuda_scheme: as for `fused_moe`.
+
+    Returns:
+        The rows' results, [tokens, H] of the type of x; with `return_routing` a tuple of them, the router weights
+        (float32, [tokens, top_k]) and the expert ids (int32).
+
+    Raises:
+        TypeError: an argument has the wrong dtype or type.
+        ValueError: an argument has the wrong shape or value, or the implementation cannot run.
+    """
+    arguments.check_rows("x", x)
+    act = get_activation(activation)
+    shared_act = act if shared_activation is None else get_activation(shared_activation)
+    check_experts(x, gate_up, down, act)
+    arguments.check_expert_map(expert_map)
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing is a {type(routing).__name__}; it must be a jax_marlin_moe.Routing")
+    experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
+    experts += routing.identity_experts
+    _check_floats("router", router, (gate_up.k, experts), "(H, experts)", narrow=True)
+    check_routing(routing, experts)
+    for name, vector in (
+        ("router_bias", router_bias),
+        ("correction_bias", correction_bias),
+        ("expert_scale", expert_scale),
+    ):
+        if vector is not None:
+            _check_floats(name, vector, (experts,), "(experts,)")
+    if router_input is not None:
+        _check_floats("router_input", router_input, (x.shape[0], gate_up.k), "(tokens, H)", narrow=True)
+    if router_input_scale is not None:
+        _check_floats("router_input_scale", router_input_scale, (gate_up.k,), "(H,)")
+    if topk_ids is not None:
+        arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)
+        arguments.check_shape("topk_ids", topk_ids, (x.shape[0], routing.top_k), "(tokens, top_k)")
+    if shared is not None:
+        _check_shared(x, shared, shared_act)
+    results = _layer(
+        x,
+        router,
+        gate_up,
+        down,
+        shared,
+        router_bias,
+        correction_bias,
+        expert_scale,
+        router_input,
+        router_input_scale,
+        topk_ids,
+        expert_map,
+        routing=routing,
+        activation=act,
+        shared_activation=shared_act,
+        norm_epsilon=float(norm_epsilon),
+        implementation=implementation,
+        cuda_scheme=cuda_scheme,
+    )
+    return results if return_routing else results[0]
+
+
+def _check_floats(name: str, array: Any, shape: tuple[int, ...], meaning: str, *, narrow: bool = False) -> None:
+    """Raises TypeError on dtypes other than floats (`narrow`: those that kernels read), ValueError on another shape."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or (narrow and jnp.dtype(dtype) not in ROUTER_DTYPES):
+        found = type(array).__name__ if dtype is None else dtype
+        wanted = "bfloat16, float16 or float32" if narrow else "floating point"
+        raise TypeError(f"{name} has dtype {found}; it must be {wanted}: cast it before the call")
+    arguments.check_shape(name, array, shape, meaning)
+
+
+def _check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) -> None:
+    """Raises TypeError or ValueError unless the shared expert is one for rows like x."""
+    if not isinstance(shared, SharedExpert):
+        raise TypeError(f"shared is a {type(shared).__name__}; it must be a jax_marlin_moe.SharedExpert")
+    gate_up, down, hidden = shared.gate_up, shared.down, x.shape[1]
+    if isinstance(gate_up, MarlinWeights) != isinstance(down, MarlinWeights):
+        raise TypeError(
+            f"shared.gate_up is a {type(gate_up).__name__} and shared.down a {type(down).__name__}; both must be "
+            "packed, or both dense"
+        )
+    if isinstance(gate_up, MarlinWeights):
+        assert isinstance(down, MarlinWeights)
+        check_experts(x, gate_up, down, activation, within="shared.")
+    else:
+        assert not isinstance(down, MarlinWeights)
+        halves = 2 if activation.gated else 1
+        for name, matrix in (("shared.gate_up", gate_up), ("shared.down", down)):
+            if not hasattr(matrix, "ndim") or matrix.ndim != 2:
+                found = f"of shape {tuple(matrix.shape)}" if hasattr(matrix, "shape") else f"a {type(matrix).__name__}"
+                raise ValueError(f"{name} is {found}; it must be a matrix, or packed")
+        inner = down.shape[0]
+        _check_floats("shared.gate_up", gate_up, (hidden, halves * inner), f"(H, {halves} * rows of shared.down)")
+        _check_floats("shared.down", down, (inner, hidden), "(I, H)")
+    if shared.gate is not None:
+        _check_floats("shared.gate", shared.gate, (hidden, 1), "(H, 1)")
+
+
+@one_program("routing", "activation", "shared_activation", "norm_epsilon", "cuda_scheme")
+def _layer(x, router, gate_up, down, shared, *rest, **params):
+    if gate_up.input_order is not None or (shared is not None and _has_order(shared)):
+        # Experts that read x in orders of their own need a row per slot, which follows from the choice.
+        return composition(x, router, gate_up, down, shared, *rest, **params)
+    packed = shared
+    if shared is not None and isinstance(shared.gate_up, MarlinWeights):
+        packed = dataclasses.replace(shared, gate_up=as_packed(shared.gate_up), down=as_packed(shared.down))
+    operands = pad_rows(x, gate_up), router, as_packed(gate_up), as_packed(down), packed, *rest
+    y, *choice = moe_layer_op(*operands, **params)
+    return tuple(shard_rows_like(result, x) for result in (drop_column_padding(y, down), *choice))
+
+
+def _has_order(shared: SharedExpert) -> bool:
+    return isinstance(shared.gate_up, MarlinWeights) and shared.gate_up.input_order is not None
+
+
+def composition(
+    x: Float[Array, "tokens H"],
+    router: Float[Array, "H experts"],
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    shared: SharedExpert | None,
+    router_bias: Float[Array, "experts"] | None,
+    correction_bias: Float[Array, "experts"] | None,
+    expert_scale: Float[Array, "experts"] | None,
+    router_input: Float[Array, "tokens H"] | None,
+    router_input_scale: Float[Array, "H"] | None,
+    topk_ids: Int32[Array, "tokens top_k"] | None,
+    expert_map: Int32[Array, "experts"] | None,
+    *,
+    routing: Routing,
+    activation: Activation,
+    shared_activation: Activation,
+    norm_epsilon: float,
+    implementation: str | None,
+    cuda_scheme: BlockScheme | None = None,
+) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
+    """The layer of `route_rows` and `fused_moe`, each with its own derivative and partitioning, and the shared expert.
+
+    The operands are those of `moe_layer_op`, or, with orders of their rows and paddings, those of `moe_layer`.
+    """
+    topk_weights, ids = route_rows(
+        x[:, : router.shape[0]] if router_input is None else router_input,
+        router,
+        routing,
+        router_bias=router_bias,
+        correction_bias=correction_bias,
+        expert_scale=expert_scale,
+        input_scale=router_input_scale,
+        norm_epsilon=norm_epsilon,
+        ids=topk_ids,
+    )
+    routed: dict[str, Any] = {"activation": activation, "implementation": implementation, "cuda_scheme": cuda_scheme}
+    if routing.apply_on_input:
+        rows = reference.weighted_rows(x, topk_weights)
+        ones = jnp.ones((rows.shape[0], 1), jnp.float32)
+        y = expert_block(rows, gate_up, down, ones, ids.reshape(-1, 1), expert_map, **routed)
+        y = y.reshape(x.shape[0], routing.top_k, -1).astype(jnp.float32).sum(1).astype(x.dtype)
+    else:
+        y = expert_block(x, gate_up, down, topk_weights, ids, expert_map, **routed)
+    if routing.identity_experts:
+        kept = reference.identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
+        y = (y.astype(jnp.float32) + kept).astype(x.dtype)
+    if shared is None:
+        return y, topk_weights, ids
+    if isinstance(shared.gate_up, MarlinWeights):
+        assert isinstance(shared.down, MarlinWeights)
+        all_ids = reference.every_expert(x.shape[0], shared.gate_up.num_experts)
+        gate = jnp.float32(1) if shared.gate is None else reference.shared_gate(x, shared.gate)
+        ones = jnp.broadcast_to(gate, all_ids.shape)
+        routed |= {"activation": shared_activation, "cuda_scheme": None}
+        extra = expert_block(x, shared.gate_up, shared.down, ones, all_ids, None, **routed)
+    else:
+        extra = reference.shared_sum(x, shared, shared_activation).astype(x.dtype)
+    return y + jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1]))), topk_weights, ids
+
+
+# The matrices are as packed, and x has the rows' padding; the router and a dense shared expert have none.
+
+
+def _shape_rule(x, router, gate_up, down, *rest, routing, **params):
+    choice = (x.shape[0], routing.top_k)
+    return [
+        replicated_type(x, (x.shape[0], down.padded_n), x.dtype),
+        replicated_type(x, choice, jnp.float32),
+        replicated_type(x, choice, jnp.int32),
+    ]
+
+
+def _cpu(*operands, **params):
+    return composition(*operands, implementation="cpu", **params)
+
+
+def _cuda(*operands, **params):
+    return composition(*operands, implementation="cuda", **params)
+
+
+def _batching_rule(op, leaves, dims, *, structure, **params):
+    """Batched rows, with their ids, become one call over all of them; anything else that is batched one call each."""
+    operands, places = jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, dims)
+    by_row = {"x": 0, "router_input": 8, "topk_ids": 10}
+    if any(jax.tree.leaves(place) for at, place in enumerate(places) if at not in by_row.values()):
+        return map_batch(op, leaves, dims, structure=structure, **params)
+    batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+
+    def flat(operand: jax.Array | None, dim: int | None) -> jax.Array | None:
+        if operand is None:
+            return None
+        operand = jnp.broadcast_to(operand, (batch, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
+        return operand.reshape(batch * operand.shape[1], operand.shape[2])
+
+    flattened = [
+        flat(operand, place) if at in by_row.values() else operand
+        for at, (operand, place) in enumerate(zip(operands, places, strict=True))
+    ]
+    results = op(*flattened, **params)
+    return [y.reshape(batch, y.shape[0] // batch, y.shape[1]) for y in results], [0] * len(results)
+
+
+def _jvp(op, primals, tangents, *, implementation, **params):
+    """Those of the composition, whose ops have rules of their own; ids have none."""
+    leaves, structure = jax.tree.flatten(primals)
+    moving = {at: dot for at, dot in enumerate(structure.flatten_up_to(tangents)) if dot is not None}
+
+    def of_moving(*values):
+        placed = dict(zip(moving, values, strict=True))
+        operands = jax.tree.unflatten(structure, [placed.get(at, leaf) for at, leaf in enumerate(leaves)])
+        return composition(*operands, implementation=implementation, **params)
+
+    results, dots = jax.jvp(of_moving, [leaves[at] for at in moving], list(moving.values()))
+    return list(results), [*dots[:2], None]
+
+
+moe_layer_op = define_op(
+    "moe_layer",
+    shape_rule=_shape_rule,
+    reference=reference.moe_layer,
+    cpu=_cpu,
+    cuda=_cuda,
+    batching_rule=_batching_rule,
+    cuda_options=("cuda_scheme",),
+    jvp=_jvp,
+)

@@ -1,0 +1,276 @@
+"""`moe_layer` on every platform: its choice against `route`, its result against float64 numpy, bad input by name."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import activate, assert_block_close, expert_block, random_experts
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.ops.moe_layer import composition
+
+HIDDEN, INNER, EXPERTS = 128, 64, 16
+RULES = {
+    "softmax": jmm.Routing(4),
+    "as they are": jmm.Routing(2, renormalize=False),
+    "capped": jmm.Routing(3, logits_soft_cap=2.0),
+    "sigmoid": jmm.Routing(4, "sigmoid", scale=2.5),
+    "top 2 of groups": jmm.Routing(3, "sigmoid", num_groups=4, top_groups=2, scale=2.5),
+    "best of groups": jmm.Routing(4, num_groups=8, top_groups=3, group_score="max", renormalize=False, scale=16.0),
+    "sqrtsoftplus": jmm.Routing(5, "sqrtsoftplus"),
+    "softmax of the chosen": jmm.Routing(4, "identity", softmax_after_topk=True),
+    "identity": jmm.Routing(2, "identity", renormalize=False),
+    "on the input": jmm.Routing(2, "sigmoid", renormalize=False, apply_on_input=True),
+    "everybody": jmm.Routing(16, num_groups=2, top_groups=2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer. The defaults are an ordinary one; each case says where it differs."""
+
+    name: str
+    rule: str = "softmax"
+    tokens: int = 9
+    dtype: str = "bfloat16"
+    router_dtype: str = "bfloat16"
+    vectors: tuple[str, ...] = ()
+    shared: str | None = None
+    shared_experts: int = 1
+    gated: bool = False
+    given: bool = False
+    own_input: bool = False
+    expert_map: bool = False
+    reordered: bool = False
+    weight_format: str = "int4"
+    bias: bool = False
+
+
+CASES = [
+    *(Case(rule, rule) for rule in RULES),
+    *(Case(f"biased, {rule}", rule, vectors=("correction_bias",)) for rule in ("top 2 of groups", "sqrtsoftplus")),
+    Case("one token", "top 2 of groups", tokens=1, vectors=("correction_bias",), router_dtype="float32"),
+    Case("a float32 router", router_dtype="float32", tokens=40),
+    Case("a float16 router and bfloat16 rows", router_dtype="float16"),
+    Case("a bfloat16 router and float16 rows", dtype="float16"),
+    Case("all vectors", "sigmoid", vectors=("router_bias", "correction_bias", "expert_scale"), dtype="float16"),
+    Case("given experts", "sqrtsoftplus", given=True),
+    Case("rows of its own, normed", vectors=("expert_scale", "router_input_scale"), own_input=True),
+    Case("experts elsewhere", "sigmoid", expert_map=True, shared="alike"),
+    Case("a shared expert", "sigmoid", shared="alike", tokens=40),
+    Case("a shared expert with a gate", shared="alike", gated=True, router_dtype="float32"),
+    Case("two shared experts with a gate", shared="alike", shared_experts=2, gated=True),
+    Case("a shared expert of another format", shared="int8", gated=True),
+    Case("a wider shared expert", shared="wide"),
+    Case("a dense shared expert", shared="dense", gated=True, dtype="float16"),
+    Case("a shared expert, weights on the input", "on the input", shared="alike"),
+    Case("biases", shared="alike", bias=True, weight_format="int4_zp"),
+    Case("a row order", reordered=True, shared="alike", gated=True),
+    Case("no tokens", tokens=0, shared="alike"),
+]
+
+
+def make(case):
+    """x, the arguments of `moe_layer`, and what goes into them: experts of the oracle and float64 logits."""
+    rng = np.random.default_rng(sum(map(ord, case.name)))
+    experts = 12 if case.expert_map else EXPERTS
+
+    def stack(count, k, n, **options):
+        usual = {"weight_format": case.weight_format, "group_size": 32, "bias": case.bias}
+        return random_experts(rng, count, k, n, **(usual | options))
+
+    routed = stack(experts, HIDDEN, 2 * INNER, reordered=case.reordered), stack(experts, INNER, HIDDEN)
+    x = jnp.asarray(rng.normal(size=(case.tokens, HIDDEN)), case.dtype)
+    router = jnp.asarray(rng.normal(size=(HIDDEN, EXPERTS)) * HIDDEN**-0.5, case.router_dtype)
+    options = {"routing": RULES[case.rule]}
+    lengths = {"router_input_scale": HIDDEN}
+    for vector in case.vectors:
+        options[vector] = jnp.asarray(rng.normal(size=lengths.get(vector, EXPERTS)), jnp.float32)
+    if case.own_input:
+        options["router_input"] = jnp.asarray(rng.normal(size=x.shape), case.dtype)
+    if case.given:
+        ids = np.argsort(rng.random((case.tokens, EXPERTS)), axis=1)[:, : RULES[case.rule].top_k]
+        options["topk_ids"] = jnp.asarray(ids, jnp.int32)
+    if case.expert_map:
+        local = rng.permutation(EXPERTS)
+        options["expert_map"] = jnp.asarray(np.where(local < experts, local, -1), jnp.int32)
+    shared = None
+    if case.shared == "dense":
+        dense = rng.normal(size=(HIDDEN, 2 * 96)) * HIDDEN**-0.5, rng.normal(size=(96, HIDDEN)) * 96**-0.5
+        shared = tuple(jnp.asarray(matrix, case.dtype) for matrix in dense)
+    elif case.shared:
+        inner = 2 * INNER if case.shared == "wide" else INNER
+        kind = {"weight_format": "int8"} if case.shared == "int8" else {}
+        shared = (
+            stack(case.shared_experts, HIDDEN, 2 * inner, **kind),
+            stack(case.shared_experts, inner, HIDDEN, **kind),
+        )
+    gate = jnp.asarray(rng.normal(size=(HIDDEN, 1)) * HIDDEN**-0.5, case.router_dtype) if case.gated else None
+    if shared is not None:
+        matrices = shared if case.shared == "dense" else [matrix.packed() for matrix in shared]
+        options["shared"] = jmm.SharedExpert(*matrices, gate)
+    return x, router, routed, shared, gate, options
+
+
+def call(case, x, router, routed, options, **more):
+    return jmm.moe_layer(x, router, *(matrix.packed() for matrix in routed), **options, **more)
+
+
+def expected_choice(x, router, options):
+    """The choice of `route`, on exact logits."""
+    rows = np.asarray(options.get("router_input", x)).astype(np.float64)
+    if "router_input_scale" in options:
+        rows = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True) + 1e-6)
+        rows = rows * np.asarray(options["router_input_scale"]) / HIDDEN**0.5
+    logits = rows @ np.asarray(router).astype(np.float64)
+    if "router_bias" in options:
+        logits += np.asarray(options["router_bias"])
+    picked = {name: options[name] for name in ("correction_bias", "expert_scale") if name in options}
+    rule = options["routing"].options()
+    return jmm.route(jnp.asarray(logits, jnp.float32), **rule, **picked, ids=options.get("topk_ids"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_float64(case, platform):
+    x, router, routed, shared, gate, options = make(case)
+    y, weights, ids = call(case, x, router, routed, options, return_routing=True, implementation=platform)
+    expected_weights, expected_ids = expected_choice(x, router, options)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(weights, expected_weights, rtol=2e-5, atol=1e-7)
+
+    rows, chosen = np.asarray(x), np.asarray(expected_ids)
+    local = np.asarray(options["expert_map"]) if case.expert_map else None
+    router_weights = np.asarray(expected_weights, np.float64)
+    if RULES[case.rule].apply_on_input:
+        slots = (rows[:, None].astype(np.float32) * np.asarray(expected_weights)[..., None]).astype(rows.dtype)
+        flat = slots.reshape(-1, HIDDEN)
+        expected = expert_block(flat, *routed, np.ones((len(flat), 1)), chosen.reshape(-1, 1), expert_map=local)
+        expected = expected.reshape(*chosen.shape, HIDDEN).sum(1)
+    else:
+        expected = expert_block(rows, *routed, router_weights, chosen, expert_map=local)
+    if shared is not None:
+        if case.shared == "dense":
+            h = rows.astype(np.float64) @ np.asarray(shared[0]).astype(np.float64)
+            extra = activate(h).astype(rows.dtype).astype(np.float64) @ np.asarray(shared[1]).astype(np.float64)
+        else:
+            every = np.broadcast_to(np.arange(case.shared_experts), (case.tokens, case.shared_experts))
+            extra = expert_block(rows, *shared, np.ones(every.shape), every)
+        if gate is not None:
+            extra = extra / (1 + np.exp(-rows.astype(np.float64) @ np.asarray(gate).astype(np.float64)))
+        expected = expected + extra
+    assert_block_close(y, expected)
+
+
+def test_a_million_choices_are_those_of_route_ties_included(platform):
+    """Small integers make exact logits, so that there are ties, and every sum is exact."""
+    rng = np.random.default_rng(0)
+    tokens, hidden = (1 << 11, 64) if platform == "cpu" else (1 << 17, 64)
+    x = jnp.asarray(rng.integers(-4, 5, (tokens, hidden)), jnp.bfloat16)
+    router = jnp.asarray(rng.integers(-2, 3, (hidden, EXPERTS)) / 8, jnp.bfloat16)
+    bias = jnp.asarray(rng.integers(-2, 3, EXPERTS) / 4, jnp.float32)
+    experts = [
+        jmm.quantize(jnp.zeros((EXPERTS, k, n)), "int4", group_size=64, scale_dtype=jnp.bfloat16)
+        for k, n in ((hidden, 128), (64, hidden))
+    ]
+    logits = jnp.asarray(np.asarray(x, np.float32) @ np.asarray(router, np.float32))
+    for name in ("softmax", "sigmoid", "top 2 of groups", "best of groups", "softmax of the chosen", "everybody"):
+        rule = RULES[name]
+        biased = {} if rule.scoring in ("softmax", "identity") else {"correction_bias": bias}
+        options = {"routing": rule, "return_routing": True, "implementation": platform, **biased}
+        _, _, ids = jmm.moe_layer(x, router, *experts, **options)
+        _, expected = jmm.route(logits, **rule.options(), **biased)
+        differ = np.flatnonzero((np.asarray(ids) != np.asarray(expected)).any(1))
+        scores = logits if rule.scoring in ("softmax", "identity") else jax.nn.sigmoid(logits) + bias
+        # Where the choice depends on how a sum or an exponential is rounded, both choices are worth the same.
+        worth = [np.take_along_axis(np.asarray(scores)[differ], np.asarray(i)[differ], 1) for i in (ids, expected)]
+        np.testing.assert_allclose(*worth, rtol=1e-6, err_msg=name)
+        assert len(differ) <= tokens / 1000, name
+
+
+def test_rows_that_are_not_numbers_choose_distinct_experts_and_change_no_others(platform):
+    for rule, given in (("softmax", False), ("top 2 of groups", False), ("sqrtsoftplus", True)):
+        case = Case("faulty rows", rule, given=given)
+        x, router, routed, _, _, options = make(case)
+        options["return_routing"], options["implementation"] = True, platform
+        fine = call(case, x, router, routed, options)
+        bad = x.at[1, 3].set(jnp.nan).at[4, 0].set(jnp.inf).at[6, 5].set(-jnp.inf).at[6, 6].set(jnp.inf)
+        y, weights, ids = call(case, bad, router, routed, options)
+        others = np.asarray([0, 2, 3, 5, 7, 8])
+        for ours, untouched in zip((y, weights, ids), fine, strict=True):
+            np.testing.assert_array_equal(ours[others], untouched[others])
+        assert ((np.asarray(ids) >= 0) & (np.asarray(ids) < EXPERTS)).all()
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+
+
+def test_the_layer_and_its_op_agree_on_every_implementation():
+    case = Case("layers", "top 2 of groups", vectors=("correction_bias",), shared="alike", gated=True)
+    x, router, routed, _, _, options = make(case)
+    layer = jmm.MoELayer(
+        *(matrix.packed() for matrix in routed),
+        router,
+        options["routing"],
+        correction_bias=options["correction_bias"],
+        shared=options["shared"],
+    )
+    y = layer(x.reshape(3, 3, HIDDEN), implementation="cpu").reshape(x.shape)
+    np.testing.assert_array_equal(y, call(case, x, router, routed, options, implementation="cpu"))
+    parts = [x, router, layer.gate_up, layer.down, layer.shared, None, layer.correction_bias, *[None] * 5]
+    silu = get_activation("silu")
+    static = {"routing": layer.routing, "activation": silu, "shared_activation": silu, "norm_epsilon": 1e-6}
+    composed, weights, ids = composition(*parts, **static, implementation="cpu")
+    np.testing.assert_allclose(np.asarray(composed, np.float32), np.asarray(y, np.float32), rtol=0.02, atol=0.02)
+    expected_weights, expected_ids = layer.route(x)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_array_equal(weights, expected_weights)
+
+
+def test_batches_of_rows_are_one_call(platform):
+    case = Case("batches", "sigmoid", tokens=12)
+    x, router, routed, _, _, options = make(case)
+    options["implementation"] = platform
+    parts = [matrix.packed() for matrix in routed]
+    batched = jax.jit(jax.vmap(lambda rows: jmm.moe_layer(rows, router, *parts, **options)))
+    text = batched.lower(x.reshape(3, 4, HIDDEN)).as_text()
+    assert text.count("custom_call @jax_marlin_moe") == 1
+    y = batched(x.reshape(3, 4, HIDDEN)).reshape(x.shape)
+    np.testing.assert_array_equal(y, jmm.moe_layer(x, router, *parts, **options))
+
+
+BAD = [
+    ({"router": np.zeros((HIDDEN, EXPERTS), np.int32)}, TypeError, "router has dtype int32"),
+    ({"router": np.zeros((HIDDEN, 4), np.float32)}, ValueError, r"router has shape \(128, 4\).*\(H, experts\)"),
+    ({"routing": 4}, TypeError, "routing is a int"),
+    ({"routing": jmm.Routing(17)}, ValueError, "top_k is 17"),
+    ({"routing": jmm.Routing(1, "tanh")}, ValueError, "scoring is 'tanh'"),
+    ({"router_bias": np.zeros(4, np.float32)}, ValueError, r"router_bias has shape \(4,\)"),
+    ({"correction_bias": np.zeros(EXPERTS, np.int32)}, TypeError, "correction_bias has dtype int32"),
+    ({"expert_scale": np.zeros((EXPERTS, 1), np.float32)}, ValueError, r"expert_scale has shape \(16, 1\)"),
+    ({"router_input": np.zeros((2, HIDDEN), np.float32)}, ValueError, r"router_input has shape \(2, 128\)"),
+    ({"router_input_scale": np.zeros(4, np.float32)}, ValueError, r"router_input_scale has shape \(4,\)"),
+    ({"topk_ids": np.zeros((9, 4), np.int64)}, TypeError, "topk_ids has dtype int64"),
+    ({"topk_ids": np.zeros((9, 3), np.int32)}, ValueError, r"topk_ids has shape \(9, 3\)"),
+    ({"shared": 3}, TypeError, "shared is a int"),
+    ({"shared": ("dense", np.zeros((96, 64), np.float16))}, ValueError, r"shared.down has shape \(96, 64\)"),
+    ({"shared": ("dense", None)}, ValueError, r"shared.down is a NoneType"),
+    ({"shared": ("packed", None)}, TypeError, "shared.gate_up is a MarlinWeights and shared.down a NoneType"),
+    ({"shared": ("packed", "gate_up")}, ValueError, "shared.gate_up has N = 128 columns and shared.down K = 128"),
+    ({"shared": ("packed", "down", np.zeros((1, HIDDEN), np.float32))}, ValueError, "shared.gate has shape"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message for _, _, message in BAD])
+def test_parts_that_do_not_fit_are_refused_by_name(change, error, message):
+    case = Case("refused")
+    x, router, routed, _, _, options = make(case)
+    gate_up, down = (matrix.packed() for matrix in routed)
+    shared = change.get("shared")
+    if isinstance(shared, tuple):
+        first = gate_up if shared[0] == "packed" else np.zeros((HIDDEN, 192), np.float16)
+        second = {"gate_up": gate_up, "down": down}.get(shared[1]) if isinstance(shared[1], str) else shared[1]
+        change = {"shared": jmm.SharedExpert(first, second, *shared[2:])}
+    arguments = {"x": x, "router": router, "gate_up": gate_up, "down": down, **options, **change}
+    with pytest.raises(error, match=message):
+        jmm.moe_layer(**arguments)
