@@ -188,6 +188,19 @@ def define_op(
     return op
 
 
+def jvp_of(function: Callable, operands: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    """`jax.jvp` of a function of pytrees whose tangents have None in the places of leaves that do not move."""
+    leaves, structure = jax.tree.flatten(tuple(operands))
+    moving = structure.flatten_up_to(tuple(tangents))
+    places = [place for place, tangent in enumerate(moving) if tangent is not None]
+
+    def of_moving(*values: jax.Array) -> Any:
+        filled = dict(zip(places, values, strict=True))
+        return function(*jax.tree.unflatten(structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_moving, [leaves[place] for place in places], [moving[place] for place in places])
+
+
 def map_batch(
     op: Op, leaves: Sequence[jax.Array], dims: Sequence[int | None], **params: Any
 ) -> tuple[list[jax.Array], list[int]]:
