@@ -12,10 +12,13 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float32, Int32
 
 from jax_marlin_moe import native, reference
+from jax_marlin_moe.cuda.compiler import target_architecture
+from jax_marlin_moe.cuda.plan import plan_grouped_product
+from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type
-from jax_marlin_moe.operands import cpu_weight_operands, format_attributes
+from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.primitive import define_op, map_batch
 from jax_marlin_moe.weights import MarlinWeights, as_packed
@@ -47,7 +50,23 @@ def _cpu(rows, weights, experts, *, transposed, dtype):
 
 
 def _cuda(rows, weights, experts, *, transposed, dtype):
-    return [reference.grouped_product(rows, weights, experts, transposed=transposed, dtype=dtype)]
+    result = jax.ShapeDtypeStruct(*_result(rows, weights, experts, transposed, dtype))
+    if experts.shape[0] == 0:
+        return [jnp.zeros(result.shape, result.dtype)]
+    architecture = target_architecture()
+    plan = plan_grouped_product(
+        rows,
+        weights,
+        experts.shape[0],
+        transposed=transposed,
+        dtype=result.dtype,
+        architecture=architecture,
+    )
+    operands = [rows, *weight_operands(weights), experts]
+    results = [result, *plan.scratch]
+    y = call_program("grouped_product", operands, results, plan.kernels, plan.source, architecture)[0]
+    has_expert = (experts >= 0) & (experts < weights.num_experts)
+    return [jnp.where(has_expert[:, None], y, 0)]
 
 
 def _batching_rule(op, leaves, dims, *, structure, **params):
