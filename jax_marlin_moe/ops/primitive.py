@@ -190,7 +190,8 @@ def define_op(
 
 def jvp_of(function: Callable, operands: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
     """`jax.jvp` of a function of pytrees whose tangents have None in the places of leaves that do not move."""
-    leaves, structure = jax.tree.flatten(tuple(operands))
+    leaves = jax.tree.leaves(tuple(operands))
+    structure: Any = jax.tree.structure(tuple(operands))
     moving = structure.flatten_up_to(tuple(tangents))
     places = [place for place, tangent in enumerate(moving) if tangent is not None]
 
