@@ -85,7 +85,10 @@ def choose_rows_tile(shape: GemmShape, num_rows: int, parts: int, capability: in
     """
     sizes = block_sizes(num_rows, parts, shape, capability)
     return _fastest_tile(
-        shape, {tokens: min(parts, num_rows) * -(-num_rows // (parts * tokens)) for tokens in sizes}, num_rows, capability
+        shape,
+        {tokens: min(parts, num_rows) * -(-num_rows // (parts * tokens)) for tokens in sizes},
+        num_rows,
+        capability,
     )
 
 
