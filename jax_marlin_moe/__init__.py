@@ -21,6 +21,7 @@ from jax_marlin_moe.checkpoint.schemes import *  # noqa: F403
 from jax_marlin_moe.formats import FORMATS as FORMATS
 from jax_marlin_moe.formats import WeightFormat as WeightFormat
 from jax_marlin_moe.layer import MoELayer as MoELayer
+from jax_marlin_moe.layer_slice import take_layer as take_layer
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS as CUSTOM_CALL_TARGETS
 from jax_marlin_moe.ops.align import BlockAlignment as BlockAlignment
 from jax_marlin_moe.ops.align import moe_align_block_size as moe_align_block_size
@@ -38,6 +39,8 @@ from jax_marlin_moe.quantize import quantize as quantize
 from jax_marlin_moe.routing import Routing as Routing
 from jax_marlin_moe.routing import route as route
 from jax_marlin_moe.shared_expert import SharedExpert as SharedExpert
+from jax_marlin_moe.stacked_layer import StackedMoELayer as StackedMoELayer
+from jax_marlin_moe.stacked_layer import stack_layers as stack_layers
 from jax_marlin_moe.weights import MarlinWeights as MarlinWeights
 from jax_marlin_moe.weights import concatenate_columns as concatenate_columns
 from jax_marlin_moe.weights import stack_experts as stack_experts

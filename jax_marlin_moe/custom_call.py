@@ -14,6 +14,8 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from jax_marlin_moe.layer_slice import LayerSlice, with_index_operands
+from jax_marlin_moe.native import TARGETS
 from jax_marlin_moe.operand_types import replicated_type
 
 
@@ -26,17 +28,28 @@ class _Values:
 
 
 def custom_call(
-    name: str, target: str, operands: Sequence[jax.Array], results: Sequence[jax.ShapeDtypeStruct], **attributes: Any
+    name: str,
+    target: str,
+    operands: Sequence[jax.Array | LayerSlice],
+    results: Sequence[jax.ShapeDtypeStruct],
+    **attributes: Any,
 ) -> list[jax.Array]:
     """Calls an FFI target, in a lowering of an op.
+
+    Where operands are layers of stacks, the target of csrc/ffi/layer_of_stack_cpu.cc calls that of the op.
 
     Args:
         name: of the op, and of the instruction in HLO.
         target: registered with `jax.ffi.register_ffi_target`.
-        operands: arrays, at least one.
+        operands: at least one, the first an array.
         results: their shapes and dtypes.
         attributes: numpy scalars and vectors, strings, booleans and integers.
     """
+    operands, places = with_index_operands(operands)
+    if places:
+        pairs = np.asarray(list(places.items()), np.int64).reshape(-1)
+        attributes |= {"layer_target": target, "layer_operands": pairs}
+        target = TARGETS["layer_of_stack", "cpu"]
     packed = tuple(
         (key, _Values(value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else value)
         for key, value in attributes.items()

@@ -15,8 +15,10 @@ from jax_marlin_moe.checkpoint.facts import read_matrix, read_rule, refuse_unkno
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.layer import STATIC as LAYER_STATIC
 from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.layer_slice import LayerSlice
 from jax_marlin_moe.ops.align import BlockAlignment
 from jax_marlin_moe.shared_expert import SharedExpert
+from jax_marlin_moe.stacked_layer import StackedMoELayer
 from jax_marlin_moe.weights import STATIC as WEIGHTS_STATIC
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -74,9 +76,19 @@ def _read_alignment(keys: Keys) -> dict[str, int]:
     return {name: keys.integer(name, low=1) for name in ("block_size", "num_experts")}
 
 
+def _write_slice(group: int | None) -> dict[str, int]:
+    return {} if group is None else {"group": group}
+
+
+def _read_slice(keys: Keys) -> dict[str, Any]:
+    return {"group": keys.integer("group", low=0) if "group" in keys.values else None}
+
+
 def register() -> None:
     """Tells `jax.export` of every pytree of ours; once in a process."""
     _register_node(MarlinWeights, WEIGHTS_STATIC, write_matrix, read_matrix)
     _register_node(BlockAlignment, ("block_size", "num_experts"), _write_alignment, _read_alignment)
     _register_node(SharedExpert, (), dict, lambda keys: {})
     _register_node(MoELayer, LAYER_STATIC, _write_layer, _read_layer)
+    _register_node(StackedMoELayer, (), dict, lambda keys: {})
+    _register_node(LayerSlice, ("group",), _write_slice, _read_slice)

@@ -68,25 +68,20 @@ struct SlotRows {
 template <class Facts>
 struct SlotPartials {
   static constexpr int kColumns = Facts::kColumns;
-  static constexpr bool kBias = Facts::kBias;          // whether there is a bias
-  static constexpr bool kWeighted = Facts::kWeighted;  // whether there are router weights
+  static constexpr bool kBias = Facts::kBias;  // whether there is a bias
 
   float* __restrict__ out;                 // [slots, kColumns]
   const float* __restrict__ bias;          // [experts, kColumns] if kBias
-  const float* __restrict__ topk_weights;  // [slots] if kWeighted
+  const float* __restrict__ topk_weights;  // [slots]
 
   static constexpr bool kGated = false;
 
-  __device__ __forceinline__ float factor(int slot) const {
-    if constexpr (kWeighted) return topk_weights[slot];
-    return 1.0f;
-  }
+  __device__ __forceinline__ float factor(int slot) const { return topk_weights[slot]; }
 
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kBias) sum += bias[expert * kColumns + column];
-    if constexpr (kWeighted) sum *= factor;
-    out[int64_t(slot) * kColumns + column] = sum;
+    out[int64_t(slot) * kColumns + column] = sum * factor;
   }
 };
 

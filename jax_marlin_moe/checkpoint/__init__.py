@@ -8,11 +8,13 @@ from jax_marlin_moe.checkpoint.loading import Checkpoint, load_moe_layer, load_m
 from jax_marlin_moe.checkpoint.with_facts import with_facts, without_facts
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.shared_expert import SharedExpert
+from jax_marlin_moe.stacked_layer import StackedMoELayer
 
 __all__ = [
     "Checkpoint",
     "MoELayer",
     "SharedExpert",
+    "StackedMoELayer",
     "convert",
     "load_moe_layer",
     "load_moe_layers",

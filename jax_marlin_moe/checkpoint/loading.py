@@ -4,8 +4,8 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax_marlin_moe.checkpoint.schemes.plain import Target
 from jax_marlin_moe.checkpoint.source import Source
 from jax_marlin_moe.checkpoint.tensors import read_json
 from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.stacked_layer import StackedMoELayer, stack_layers
 from jax_marlin_moe.weights import MarlinWeights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -57,17 +58,67 @@ def load_moe_layer(
     return Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype).load(layer)
 
 
+@overload
 def load_moe_layers(
     path: str | os.PathLike,
     *,
+    layers: Sequence[int] | None = None,
+    stacked: Literal[False] = False,
     quantize: str | None = None,
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
-) -> Iterator[tuple[int, MoELayer]]:
-    """All mixture-of-experts layers in ascending order, each with its number; arguments as for `load_moe_layer`."""
+) -> Iterator[tuple[int, MoELayer]]: ...
+
+
+@overload
+def load_moe_layers(
+    path: str | os.PathLike,
+    *,
+    layers: Sequence[int] | None = None,
+    stacked: Literal[True],
+    quantize: str | None = None,
+    group_size: int | Literal["customary"] | None = "customary",
+    scale_dtype: DTypeLike | None = None,
+) -> StackedMoELayer: ...
+
+
+def load_moe_layers(
+    path: str | os.PathLike,
+    *,
+    layers: Sequence[int] | None = None,
+    stacked: bool = False,
+    quantize: str | None = None,
+    group_size: int | Literal["customary"] | None = "customary",
+    scale_dtype: DTypeLike | None = None,
+) -> Iterator[tuple[int, MoELayer]] | StackedMoELayer:
+    """All mixture-of-experts layers in ascending order.
+
+    Args:
+        path: as for `load_moe_layer`.
+        layers: numbers of the layers to load, in this order; by default all that have experts.
+        stacked: whether they become one `StackedMoELayer`, for loops over layers. They must be alike; one layer is in
+            memory beside the stack.
+        quantize: as for `load_moe_layer`.
+        group_size: likewise.
+        scale_dtype: likewise.
+
+    Returns:
+        An iterator that loads a layer when it comes to it, and yields its number and the layer; or the stack, whose
+        l-th layer is the l-th of `layers`.
+
+    Raises:
+        FileNotFoundError: as `load_moe_layer`.
+        ValueError: likewise; or layers that are stacked differ, in what the message names.
+    """
     checkpoint = Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype)
-    for layer in checkpoint.layers:
-        yield layer, checkpoint.load(layer)
+    numbers = list(checkpoint.layers if layers is None else layers)
+    loaded = ((number, checkpoint.load(number)) for number in numbers)
+    if not stacked:
+        return loaded
+    try:
+        return stack_layers((layer for _, layer in loaded), len(numbers))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.folder}, whose layers {numbers} are stacked: {error}") from None
 
 
 class Checkpoint:

@@ -24,6 +24,21 @@ _ELEMENTS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerOffset:
+    """Where the array of one layer begins in a stack of them.
+
+    Attributes:
+        index: the buffer with the number of the layer, one int32; clamped to the layers there are.
+        layers: of the stack.
+        elements: of one layer.
+    """
+
+    index: int
+    layers: int
+    elements: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Pointer:
     """What a member of a kernel points to.
 
@@ -32,12 +47,14 @@ class Pointer:
         dtype: of its elements.
         written: whether the kernel writes there.
         element: the kernel's name for the type of the elements, where the member points to their bytes.
+        layer: where the buffer is a stack, which of its layers the member points to.
     """
 
     buffer: int
     dtype: str
     written: bool = False
     element: str = ""
+    layer: LayerOffset | None = None
 
     @property
     def cpp(self) -> str:

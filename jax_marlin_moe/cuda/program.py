@@ -14,8 +14,9 @@ import numpy as np
 
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.cuda.facts import Facts, Pointer, parameter_name, render_members, render_struct
+from jax_marlin_moe.cuda.facts import Facts, LayerOffset, Pointer, parameter_name, render_members, render_struct
 from jax_marlin_moe.custom_call import custom_call
+from jax_marlin_moe.layer_slice import LayerSlice, with_index_operands
 
 _CONTRACT_VERSION = 3
 
@@ -58,7 +59,13 @@ class Kernel:
     @property
     def buffers(self) -> tuple[int, ...]:
         """The call's buffers that the entry point takes, in its parameters' order."""
-        return tuple(pointer.buffer for pointer in self.pointers.values() if pointer is not None)
+        return (*(pointer.buffer for pointer in self.pointers.values() if pointer is not None), *self.layer_indices)
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """Of them, those that hold the numbers of layers."""
+        layers = (pointer.layer for pointer in self.pointers.values() if pointer is not None)
+        return tuple(dict.fromkeys(layer.index for layer in layers if layer is not None))
 
     @property
     def scope(self) -> str:
@@ -145,23 +152,65 @@ def render_facts(kernel: Kernel) -> str:
 
 
 def _render_entry_point(kernel: Kernel) -> str:
-    parameters = ", ".join(
-        f"{pointer.cpp} {parameter_name(path)}" for path, pointer in kernel.pointers.items() if pointer is not None
-    )
+    """The function that the driver launches. It moves the pointers into stacks to their layers before all else."""
+    pointers = {parameter_name(path): pointer for path, pointer in kernel.pointers.items() if pointer is not None}
+    parameters = [f"{pointer.cpp} {name}{'_stack' * bool(pointer.layer)}" for name, pointer in pointers.items()]
+    parameters += [f"const int32_t* layer_of_{buffer}" for buffer in kernel.layer_indices]
     attributes = f"__launch_bounds__({kernel.threads}, {max(kernel.ctas_per_sm, 1)})"
     if kernel.cluster > 1:
         attributes += f" __cluster_dims__({kernel.cluster}, 1, 1)"
-    return (
-        f'extern "C" __global__ void {attributes} {kernel.name}({parameters}) {{\n'
-        "  extern __shared__ __align__(1024) unsigned char shared_bytes[];\n"
-        f"  {kernel.scope}::Kernel{render_members(kernel.pointers)}"
-        f".{'run(shared_bytes)' if kernel.shared_bytes else 'run()'};\n}}"
+    moved = [_render_layer(name, pointer) for name, pointer in pointers.items() if pointer.layer]
+    return "\n".join(
+        [
+            f'extern "C" __global__ void {attributes} {kernel.name}({", ".join(parameters)}) {{',
+            "  extern __shared__ __align__(1024) unsigned char shared_bytes[];",
+            *moved,
+            f"  {kernel.scope}::Kernel{render_members(kernel.pointers)}"
+            f".{'run(shared_bytes)' if kernel.shared_bytes else 'run()'};\n}}",
+        ]
     )
+
+
+def _render_layer(name: str, pointer: Pointer) -> str:
+    layer = pointer.layer
+    assert layer is not None
+    step = layer.elements * (jnp.dtype(pointer.dtype).itemsize if pointer.element else 1)
+    index = f"min(max(__ldg(layer_of_{layer.index}), 0), {layer.layers - 1})"
+    return f"  {pointer.cpp} {name} = {name}_stack + {index} * {step}LL;"
+
+
+def _in_stacks(
+    kernels: Sequence[Kernel], source: str, operands: Sequence[jax.Array | LayerSlice | None]
+) -> tuple[list[Kernel], str, list[jax.Array | None]]:
+    """The kernels of a call, their source and its operands, with stacks and indices in place of slices."""
+    arrays, indices = with_index_operands(operands)
+    added = len(arrays) - len(operands)
+    if not added:
+        return list(kernels), source, arrays
+
+    def moved(pointer: Pointer | None) -> Pointer | None:
+        if pointer is None:
+            return None
+        operand = operands[pointer.buffer] if pointer.buffer < len(operands) else None
+        if isinstance(operand, LayerSlice):
+            layer = LayerOffset(indices[pointer.buffer], operand.stack.shape[0], operand.size)
+            return dataclasses.replace(pointer, layer=layer)
+        # Results and scratch follow the operands.
+        return dataclasses.replace(pointer, buffer=pointer.buffer + added * (pointer.buffer >= len(operands)))
+
+    of_stacks = []
+    for kernel in kernels:
+        pointers = {path: moved(pointer) for path, pointer in kernel.pointers.items()}
+        of_stacks.append(dataclasses.replace(kernel, pointers=pointers))
+        before, after = _render_entry_point(kernel), _render_entry_point(of_stacks[-1])
+        assert source.count(before) == 1, f"the source does not have the entry point of {kernel.name}"
+        source = source.replace(before, after)
+    return of_stacks, source, arrays
 
 
 def call_program(
     op: str,
-    operands: Sequence[jax.Array | None],
+    operands: Sequence[jax.Array | LayerSlice | None],
     results: Sequence[jax.ShapeDtypeStruct],
     kernels: Sequence[Kernel],
     source: str,
@@ -170,8 +219,10 @@ def call_program(
     """Compiles the kernels and calls them, one after the other, in one custom call of the op's name.
 
     `results` are the outputs and after them the scratch buffers: kernels never allocate. `source` is what `render`
-    made of the kernels. An operand that is None has a number among the buffers, but is not a buffer of the call.
+    made of the kernels. An operand that is None has a number among the buffers, but is not a buffer of the call; one
+    that is a layer of a stack has the whole stack as its buffer, and the kernels find the layer.
     """
+    kernels, source, operands = _in_stacks(kernels, source, operands)
     cubin = compiler.compile_cubin(source, architecture)
     contract = _contract([*operands, *results], kernels)
     names = " ".join(kernel.name for kernel in kernels)
@@ -200,6 +251,7 @@ def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None], kernel
             if pointer is not None:
                 _check_pointer(kernel.name, path, pointer, buffers)
                 fields.append(positions[pointer.buffer])
+        fields += [positions[buffer] for buffer in kernel.layer_indices]
     return np.asarray(fields, np.int64)
 
 

@@ -10,16 +10,21 @@ from typing import Any, TypeVar
 
 import flax.serialization
 
-from jax_marlin_moe.checkpoint import MoELayer, SharedExpert
+from jax_marlin_moe.checkpoint import MoELayer, SharedExpert, StackedMoELayer
 from jax_marlin_moe.checkpoint.facts import facts_of_rule, facts_of_weights
 from jax_marlin_moe.checkpoint.with_facts import check_same
 from jax_marlin_moe.layer import STATIC as LAYER_STATIC
 from jax_marlin_moe.weights import STATIC as WEIGHTS_STATIC
 from jax_marlin_moe.weights import MarlinWeights
 
-Part = TypeVar("Part", MarlinWeights, SharedExpert, MoELayer)
+Part = TypeVar("Part", MarlinWeights, SharedExpert, MoELayer, StackedMoELayer)
 
-_FACTS: dict[type, Any] = {MarlinWeights: facts_of_weights, SharedExpert: lambda shared: {}, MoELayer: facts_of_rule}
+_FACTS: dict[type, Any] = {
+    MarlinWeights: facts_of_weights,
+    SharedExpert: lambda shared: {},
+    MoELayer: facts_of_rule,
+    StackedMoELayer: lambda stacked: {},
+}
 _STATIC = (*WEIGHTS_STATIC, *LAYER_STATIC)
 
 

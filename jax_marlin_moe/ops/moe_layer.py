@@ -14,6 +14,7 @@ from jax_marlin_moe import arguments, reference
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
+from jax_marlin_moe.layer_slice import is_slice
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.ops.fused_moe import check_experts, expert_block
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
@@ -291,7 +292,7 @@ def _batching_rule(op, leaves, dims, *, structure, **params):
 
 def _jvp(op, primals, tangents, *, implementation, **params):
     """Those of the composition, whose ops have rules of their own; ids have none."""
-    leaves, structure = jax.tree.flatten(primals)
+    leaves, structure = jax.tree.flatten(primals, is_leaf=is_slice)
     moving = {at: dot for at, dot in enumerate(structure.flatten_up_to(tangents)) if dot is not None}
 
     def of_moving(*values):

@@ -2,7 +2,8 @@
 
 The operands of an op are pytrees, `MarlinWeights` among them. The primitive binds their leaves, so that an array that
 is absent is not an operand, and the structure is a parameter. Which form runs a call, and what happens where none
-can, is decided here for all ops.
+can, is decided here for all ops. So is what a `LayerSlice` among the operands is: for custom calls the whole stack and
+an index, for the reference and for derivatives with respect to it an array that is read.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
+from jax_marlin_moe.layer_slice import is_slice, read_slices, share_indices, spread_indices
 from jax_marlin_moe.operand_types import alike
 from jax_marlin_moe.ops.implementation import becomes_custom_call, check_implementation, refuse_named
 
@@ -34,10 +36,10 @@ class Op:
 
     def __call__(self, *operands: Any, implementation: str | None, **params: Any) -> list[jax.Array]:
         """The results; `implementation` "xla" leaves no trace of the primitive."""
-        leaves, structure = jax.tree.flatten(alike(operands))
+        leaves, structure = jax.tree.flatten(alike(share_indices(operands)))
         if implementation == "xla":
             with jax.named_scope(self.primitive.name):
-                return self.reference(*jax.tree.unflatten(structure, leaves), **params)
+                return self.reference(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
         return self.primitive.bind(*leaves, structure=structure, implementation=implementation, **params)
 
 
@@ -51,12 +53,16 @@ def one_program(*static: str) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function: Callable) -> Callable:
-        program = jax.jit(function, static_argnames=(*static, "implementation"), inline=True)
+        @wraps(function)
+        def of_shared(*operands: Any, **options: Any) -> Any:
+            return function(*spread_indices(operands), **options)
+
+        program = jax.jit(of_shared, static_argnames=(*static, "implementation"), inline=True)
 
         @wraps(function)
         def checked(*operands: Any, implementation: str | None, **options: Any) -> Any:
             check_implementation(implementation)
-            return program(*operands, implementation=implementation, **options)
+            return program(*share_indices(operands), implementation=implementation, **options)
 
         return checked
 
@@ -116,7 +122,7 @@ def define_op(
         return {key: value for key, value in params.items() if key not in cuda_options}
 
     def specified(*operands, **params):
-        results = reference(*operands, **shared(params))
+        results = reference(*read_slices(operands), **shared(params))
         return list(results) if isinstance(results, (list, tuple)) else [results]
 
     op = Op(primitive, specified)
@@ -126,7 +132,7 @@ def define_op(
 
     def lowered(form: Callable, platform: str | None):
         def rule(*leaves, structure, implementation, **params):
-            operands = jax.tree.unflatten(structure, leaves)
+            operands = spread_indices(jax.tree.unflatten(structure, leaves))
             with jax.named_scope(name):
                 if platform is None:
                     refuse_named(implementation)
@@ -156,7 +162,7 @@ def define_op(
         moving = [None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents]
         if jvp is None:
             raise NotImplementedError(_no_derivative(name, _places(reference, structure, moving)))
-        operands, moving = (jax.tree.unflatten(structure, leaves) for leaves in (primals, moving))
+        operands, moving = _read_moving(*(jax.tree.unflatten(structure, leaves) for leaves in (primals, moving)))
         results, dots = jvp(op, operands, moving, **params)
         pairs = zip(results, dots, strict=True)
         return results, [ad.Zero.from_primal_value(result) if dot is None else dot for result, dot in pairs]
@@ -166,10 +172,10 @@ def define_op(
         if transpose is None:
             raise NotImplementedError(_no_derivative(name, _places(reference, structure, linear)))
         present = [None if isinstance(cotangent, ad.Zero) else cotangent for cotangent in cotangents]
-        returned = transpose(op, present, jax.tree.unflatten(structure, leaves), **params)
+        returned = transpose(op, present, spread_indices(jax.tree.unflatten(structure, leaves)), **params)
         flat = []
         for value, operand in zip(returned, structure.children(), strict=True):
-            flat += [None] * operand.num_leaves if value is None else operand.flatten_up_to(value)
+            flat += [None] * operand.num_leaves if value is None else _flat_cotangents(operand, value)
         return flat
 
     primitive.def_impl(partial(xla.apply_primitive, primitive))
@@ -188,18 +194,28 @@ def define_op(
     return op
 
 
-def jvp_of(function: Callable, operands: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-    """`jax.jvp` of a function of pytrees whose tangents have None in the places of leaves that do not move."""
-    leaves = jax.tree.leaves(tuple(operands))
-    structure: Any = jax.tree.structure(tuple(operands))
-    moving = structure.flatten_up_to(tuple(tangents))
-    places = [place for place, tangent in enumerate(moving) if tangent is not None]
+def _read_moving(operands: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    """Both with arrays in place of the slices that have a tangent, and None as the tangent of the other slices."""
+    structure: Any
+    nodes, structure = jax.tree.flatten(spread_indices(operands), is_leaf=is_slice)
+    dots = structure.flatten_up_to(tangents)
+    for place, node in enumerate(nodes):
+        if is_slice(node):
+            moves = dots[place].stack is not None
+            dots[place] = dataclasses.replace(node, stack=dots[place].stack).read() if moves else None
+            nodes[place] = node.read() if moves else node
+    return jax.tree.unflatten(structure, nodes), jax.tree.unflatten(structure, dots)
 
-    def of_moving(*values: jax.Array) -> Any:
-        filled = dict(zip(places, values, strict=True))
-        return function(*jax.tree.unflatten(structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
-    return jax.jvp(of_moving, [leaves[place] for place in places], [moving[place] for place in places])
+def _flat_cotangents(structure: Any, cotangents: Any) -> list[Any]:
+    """Those of the leaves of an operand; slices, in which no op is linear, have none."""
+    operand = jax.tree.unflatten(structure, range(structure.num_leaves))
+    nodes_structure: Any
+    nodes, nodes_structure = jax.tree.flatten(operand, is_leaf=is_slice)
+    found = []
+    for node, value in zip(nodes, nodes_structure.flatten_up_to(cotangents), strict=True):
+        found += [None] * len(jax.tree.leaves(node)) if is_slice(node) else [value]
+    return found
 
 
 def map_batch(

@@ -1,0 +1,228 @@
+"""Layers of a stack: the bits of the layers themselves, and no copy of weights on the way."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe import native
+from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.layer_slice import LayerSlice
+
+LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, TOKENS = 3, 4, 64, 64, 2, 5
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) / shape[-2] ** 0.5
+
+
+@functools.cache
+def layers():
+    """Biases, zero points, one global scale for each 64 columns: all leaves that matrices have."""
+    made = []
+    for seed in range(0, 100 * LAYERS, 100):
+        bias = normal(seed, EXPERTS, 2 * INTERMEDIATE)
+        gate_up = jmm.quantize(normal(seed + 1, EXPERTS, HIDDEN, 2 * INTERMEDIATE), "int4_zp", group_size=32, bias=bias)
+        down = jmm.quantize(normal(seed + 2, EXPERTS, INTERMEDIATE, HIDDEN), "nvfp4")
+        shared = jmm.SharedExpert(
+            dataclasses.replace(gate_up.expert(0), bias=None), down.expert(1), normal(seed + 3, HIDDEN, 1)
+        )
+        made.append(
+            jmm.MoELayer(
+                gate_up,
+                down,
+                normal(seed + 4, HIDDEN, EXPERTS),
+                jmm.Routing(TOP_K, "sigmoid", scale=1.5),
+                router_bias=normal(seed + 5, 1, EXPERTS)[0],
+                correction_bias=normal(seed + 6, 1, EXPERTS)[0],
+                shared=shared,
+            )
+        )
+    return made
+
+
+@functools.cache
+def stacked():
+    return jmm.stack_layers(layers())
+
+
+def rows(dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(7), (TOKENS, HIDDEN), dtype)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def one(layer, x, implementation=None):
+    return layer(x, implementation=implementation)
+
+
+def scanned(stack, x, **options):
+    return jax.lax.scan(lambda h, l: (stack[l](h, **options), None), x, jnp.arange(len(stack)))[0]
+
+
+def assert_equal(actual, wanted):
+    assert (actual.shape, actual.dtype) == (wanted.shape, wanted.dtype)
+    np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(wanted, np.float32))
+
+
+def test_a_scan_is_equal_to_the_layers_one_by_one():
+    x = wanted = rows()
+    for layer in layers():
+        wanted = one(layer, wanted)
+    assert_equal(jax.jit(scanned)(stacked(), x), wanted)
+    for layer in stacked():
+        x = one(layer, x)
+    assert_equal(x, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_on_a_card_a_scan_is_equal_to_the_layers_one_by_one(tokens):
+    x = wanted = jax.random.normal(jax.random.key(8), (tokens, HIDDEN), jnp.bfloat16)
+    for layer in layers():
+        wanted = one(layer, wanted, implementation="cuda")
+    assert_equal(jax.jit(functools.partial(scanned, implementation="cuda"))(stacked(), x), wanted)
+    for layer in stacked():
+        x = one(layer, x, implementation="cuda")
+    assert_equal(x, wanted)
+
+
+needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
+
+
+@needs_nvrtc
+def test_a_program_for_a_card_takes_stacks_and_an_index(monkeypatch):
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_90a")
+    stack = (stacked().layers.gate_up, stacked().layers.down)
+    run = jax.jit(lambda x, stack, layer: block(x, *jmm.take_layer(stack, layer)))
+    text = run.trace(rows(), stack, jnp.int32(0)).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if native.TARGETS["program", "cuda"] in line)
+    operands = re.findall(r"tensor<([^>]*)>", call.rpartition(" : (")[2].partition(") -> ")[0])
+    spelled = {"int32": "i32", "bfloat16": "bf16", "float32": "f32", "uint8": "ui8"}
+    for leaf in jax.tree.leaves(stack):
+        assert "x".join([*map(str, leaf.shape), spelled[leaf.dtype.name]]) in operands
+    assert operands[-1] == "i32"
+    assert "dynamic_slice" not in text
+
+
+def weights_of(stack):
+    return jax.tree.leaves([stack.layers.gate_up, stack.layers.down, stack.layers.shared.gate_up])
+
+
+def test_a_scan_copies_and_gathers_no_weights():
+    """In the program that XLA makes of it, weights go from parameters to calls, through the loop, and nowhere else."""
+    text = jax.jit(scanned).lower(stacked(), rows()).compile().as_text()
+    for leaf in weights_of(stacked()):
+        spelled = {"int32": "s32", "bfloat16": "bf16", "float32": "f32", "uint8": "u8"}[leaf.dtype.name]
+        for shape in (leaf.shape, leaf.shape[1:], (1, *leaf.shape[1:])):
+            array = rf"{spelled}\[{','.join(map(str, shape))}\]"
+            made = set(re.findall(rf" = {array}\S* ([\w-]+)\(", text))
+            assert made <= {"parameter", "get-tuple-element"}, f"{array} is made by {made}"
+    assert set(re.findall(r'custom_call_target="(jax_marlin_moe[^"]*)"', text)) == {
+        "jax_marlin_moe.layer_of_stack.cpu.v1"
+    }
+
+
+def block(x, gate_up, down, **options):
+    weights, ids = jmm.route(normal(9, TOKENS, EXPERTS), top_k=TOP_K)
+    return jmm.fused_moe(x, gate_up, down, weights, ids, **options)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_ops_take_packed_weights_of_a_layer(implementation):
+    stack = (stacked().layers.gate_up, stacked().layers.down)
+    options = {"implementation": implementation}
+    for index in (1, jnp.int32(1), -2):
+        wanted = block(rows(), layers()[1].gate_up, layers()[1].down, **options)
+        assert_equal(block(rows(), *jmm.take_layer(stack, index), **options), wanted)
+    _, ids = jmm.route(normal(9, TOKENS, EXPERTS), top_k=TOP_K)
+    alignment = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS, **options)
+    product = jmm.moe_gemm(rows(), jmm.take_layer(stack[0], 1), alignment, top_k=TOP_K, **options)
+    assert_equal(product, jmm.moe_gemm(rows(), layers()[1].gate_up, alignment, top_k=TOP_K, **options))
+
+
+def test_layers_may_differ_within_a_call_and_pass_through_functions():
+    stack = (stacked().layers.gate_up, stacked().layers.down)
+    mixed = jmm.take_layer(stack[0], 2), jmm.take_layer(stack[1], 0)
+    wanted = block(rows(), layers()[2].gate_up, layers()[0].down)
+    assert_equal(block(rows(), *mixed), wanted)
+    assert_equal(jax.jit(block)(rows(), *mixed), wanted)
+
+
+def test_an_index_that_is_traced_is_clamped():
+    stack = (stacked().layers.gate_up, stacked().layers.down)
+    for index, number in ((-5, 0), (99, LAYERS - 1)):
+        wanted = block(rows(), layers()[number].gate_up, layers()[number].down)
+        for implementation in ("cpu", "xla"):
+            actual = block(rows(), *jmm.take_layer(stack, jnp.int32(index)), implementation=implementation)
+            assert np.linalg.norm(np.asarray(actual - wanted, np.float32)) <= 1e-2 * np.linalg.norm(
+                np.asarray(wanted, np.float32)
+            )
+
+
+def test_row_orders_are_gathered_for_the_layer():
+    order = jnp.stack([jax.random.permutation(jax.random.key(n), HIDDEN) for n in range(EXPERTS)])
+    first, second = (dataclasses.replace(layers()[n].gate_up, input_order=(order + n) % HIDDEN) for n in range(2))
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    down = layers()[0].down
+    assert_equal(block(rows(), jmm.take_layer(stack, 1), down), block(rows(), second, down))
+
+
+def test_vmap_over_rows_and_over_layers():
+    stack = (stacked().layers.gate_up, stacked().layers.down)
+    batch = jnp.stack([rows(), rows()[::-1]])
+    by_rows = jax.vmap(lambda x: block(x, *jmm.take_layer(stack, 1)))(batch)
+    assert_equal(by_rows[1], block(batch[1], *jmm.take_layer(stack, 1)))
+    by_layers = jax.vmap(lambda l: block(rows(), *jmm.take_layer(stack, l)))(jnp.arange(LAYERS))
+    assert_equal(by_layers[2], block(rows(), layers()[2].gate_up, layers()[2].down))
+
+
+def test_a_stack_is_a_sequence_and_a_pytree():
+    stack = stacked()
+    assert len(stack) == LAYERS == len(list(stack))
+    assert all(isinstance(leaf, LayerSlice) for leaf in (stack[0].router, stack[0].gate_up.packed))
+    assert "StackedMoELayer(layers=" in repr(stack)
+    assert stack[1].gate_up.num_experts == EXPERTS
+    for name, wanted in (("router", layers()[1].router), ("gate_up", layers()[1].gate_up)):
+        read = jax.tree.map(jnp.asarray, getattr(stack[1], name), is_leaf=lambda node: isinstance(node, LayerSlice))
+        jax.tree.map(np.testing.assert_array_equal, read, wanted)
+    again = jax.tree.map(lambda leaf: leaf, stack)
+    assert jax.tree.structure(again) == jax.tree.structure(stack)
+
+
+def test_wrong_indices_are_named():
+    with pytest.raises(IndexError, match=r"index is 3; it must lie in \[-3, 3\), for 3 layers"):
+        stacked()[LAYERS]
+    with pytest.raises(TypeError, match=r"index is a float32\[\]; it must be an integer"):
+        stacked()[jnp.float32(1)]
+    with pytest.raises(TypeError, match="index is a slice; it must be an integer"):
+        stacked()[:2]
+    with pytest.raises(ValueError, match=r"stacked has 2 in stacked\[0\], 3 in stacked\[1\]"):
+        jmm.take_layer([jnp.ones((2, 4)), jnp.ones((3, 4))], 0)
+    with pytest.raises(ValueError, match="has no dimensions"):
+        jmm.take_layer([jnp.ones(())], 0)
+
+
+def test_layers_that_are_not_alike_are_refused_by_name():
+    first = layers()[0]
+    for changes, message in (
+        ({"routing": jmm.Routing(1)}, r"layers\[1\]\.routing is Routing\(top_k=1"),
+        ({"correction_bias": None}, r"layers\[1\]\.correction_bias is None; it must be float32\[4\]"),
+        ({"router": first.router.astype(jnp.bfloat16)}, r"layers\[1\]\.router is bfloat16\[64, 4\]"),
+        ({"gate_up": dataclasses.replace(first.gate_up, group_size=16)}, "must have the formats and paddings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jmm.stack_layers([first, dataclasses.replace(first, **changes)])
+    with pytest.raises(TypeError, match=r"layers\[1\] is a tuple"):
+        jmm.stack_layers([first, ()])
+    with pytest.raises(TypeError, match="count is None, and layers is a generator without a length"):
+        jmm.stack_layers(layer for layer in layers())
+    for count, number in ((2, "more"), (4, "3")):
+        with pytest.raises(ValueError, match=f"count is {count}; there are {number} layers"):
+            jmm.stack_layers(iter(layers()), count)
+    with pytest.raises(ValueError, match="there are 0 layers"):
+        jmm.stack_layers([])
