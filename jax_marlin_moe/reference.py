@@ -80,11 +80,16 @@ def expert_products(
     expert: Int32[Array, "slots"],
     *,
     block_size: int = 16,
+    transposed: bool = False,
 ) -> Float32[Array, "slots padded_n"]:
-    """`rows[s] @ W[expert[s]] + bias[expert[s]]` in float32; zero rows where the expert is not in [0, E)."""
+    """`rows[s] @ W[expert[s]] + bias[expert[s]]` in float32; zero rows where the expert is not in [0, E).
+
+    Transposed, `rows[s] @ W[expert[s]].T` of rows of padded_n, without bias.
+    """
     num_slots = rows.shape[0]
+    columns = weights.padded_k if transposed else weights.padded_n
     if num_slots == 0:
-        return alike((jnp.zeros((0, weights.padded_n), jnp.float32), rows, weights, expert))[0]
+        return alike((jnp.zeros((0, columns), jnp.float32), rows, weights, expert))[0]
     sorted_ids, block_experts, _ = moe_align_block_size(
         expert[:, None], None, block_size=block_size, num_experts=weights.num_experts
     )
@@ -92,7 +97,7 @@ def expert_products(
     unlisted = jnp.full((blocks * block_size,), num_slots, jnp.int32)
     block_slots = unlisted.at[: sorted_ids.shape[0]].set(sorted_ids).reshape(blocks, block_size)
     padded_rows = jnp.concatenate([rows.astype(jnp.float32), jnp.zeros((1, rows.shape[1]), jnp.float32)])
-    out, nothing = (jnp.zeros((n, weights.padded_n), jnp.float32) for n in (num_slots, block_size))
+    out, nothing = (jnp.zeros((n, columns), jnp.float32) for n in (num_slots, block_size))
     # Both branches of a conditional, and what a loop carries, must vary over the same manual axes.
     padded_rows, weights, block_slots, block_experts, out, nothing = alike(
         (padded_rows, weights, block_slots, block_experts, out, nothing)
@@ -104,6 +109,8 @@ def expert_products(
         def product():
             one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), weights)
             x = padded_rows[slots]
+            if transposed:
+                return jnp.matmul(x, dequantize(one).T, precision=jax.lax.Precision.HIGHEST)
             if one.input_order is not None:
                 x = x[:, one.input_order]
             y = jnp.matmul(x, dequantize(one), precision=jax.lax.Precision.HIGHEST)
@@ -135,6 +142,34 @@ def listed_experts(
     slot = jnp.where(lists, sorted_token_ids, num_slots)
     first = jnp.full((num_slots,), size, jnp.int32).at[slot].min(position, mode="drop")
     return expert.at[first].get(mode="fill", fill_value=-1)
+
+
+def grouped_product(
+    rows: Float[Array, "rows C"],
+    weights: MarlinWeights,
+    experts: Int32[Array, "slots"],
+    *,
+    transposed: bool,
+    dtype: str,
+) -> Float[Array, "slots D"]:
+    """Row s is `rows[s // (slots // rows)] @ W[experts[s]]`, or `@ W.T`; zero where the expert is not in [0, E).
+
+    W has its padding, and neither a bias nor an order of rows.
+    """
+    slots_per_row = experts.shape[0] // max(1, rows.shape[0])
+    y = expert_products(jnp.repeat(rows, slots_per_row, axis=0), weights, experts, transposed=transposed)
+    return y.astype(dtype)
+
+
+def slot_experts(
+    topk_ids: Int32[Array, "tokens top_k"], expert_map: Int32[Array, "experts"] | None, num_experts: int
+) -> Int32[Array, "slots"]:
+    """The local expert of each slot, -1 where it has none."""
+    expert = topk_ids.reshape(-1)
+    if expert_map is not None:
+        known = (expert >= 0) & (expert < expert_map.shape[0])
+        expert = jnp.where(known, expert_map[jnp.clip(expert, 0, expert_map.shape[0] - 1)], -1)
+    return jnp.where((expert >= 0) & (expert < num_experts), expert, -1)
 
 
 def moe_gemm(
@@ -252,10 +287,7 @@ def weighted_sum(
 ) -> Float32[Array, "tokens padded_n"]:
     """The sum of `fused_moe` before it is rounded, column padding included."""
     tokens, top_k = topk_ids.shape
-    expert = topk_ids.reshape(-1)
-    if expert_map is not None:
-        known = (expert >= 0) & (expert < expert_map.shape[0])
-        expert = jnp.where(known, expert_map[jnp.clip(expert, 0, expert_map.shape[0] - 1)], -1)
+    expert = slot_experts(topk_ids, expert_map, gate_up.num_experts)
     rows = pad_rows(x, gate_up)
     rows = jnp.repeat(rows, tokens * top_k // x.shape[0], axis=0) if tokens else rows
     h = expert_products(rows, gate_up, expert)
@@ -266,8 +298,7 @@ def weighted_sum(
     # The halves of gate_up are padded to whole tiles of columns, the rows of down only to tiles of rows.
     a = a[:, : down.padded_k].astype(x.dtype)
     y = expert_products(a, down, expert).reshape(tokens, top_k, down.padded_n)
-    has_expert = (expert >= 0) & (expert < gate_up.num_experts)
-    return jnp.sum(y * jnp.where(has_expert.reshape(tokens, top_k), topk_weights, 0)[:, :, None], axis=1)
+    return jnp.sum(y * jnp.where((expert >= 0).reshape(tokens, top_k), topk_weights, 0)[:, :, None], axis=1)
 
 
 def moe_layer(

@@ -1,11 +1,19 @@
-"""What every test shares: a kernel cache of its own, reproducible properties, and platforms to run on."""
+"""What every test shares: caches of the run, reproducible properties, and platforms to run on."""
 
+import atexit
 import functools
 import os
 import re
+import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; numpy looks when it is imported
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What XLA compiles is compiled once for all workers and processes of a run, unless the environment names a cache.
+    # JAX looks when it is imported; the workers have the environment of this process, which starts them.
+    xla_cache = tempfile.TemporaryDirectory(prefix="jax_marlin_moe_xla_")
+    atexit.register(xla_cache.cleanup)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": xla_cache.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax
 import pytest

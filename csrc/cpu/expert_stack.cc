@@ -2,7 +2,6 @@
 #include "cpu/expert_stack.h"
 
 namespace jax_marlin_moe::cpu {
-namespace {
 
 ExpertMatrix Expert(const ExpertStack& stack, int64_t expert) {
   ExpertMatrix matrix = stack.first;
@@ -13,13 +12,14 @@ ExpertMatrix Expert(const ExpertStack& stack, int64_t expert) {
   return matrix;
 }
 
-}  // namespace
+const float* GlobalScales(const ExpertStack& stack, int64_t expert) {
+  return stack.global_scales == nullptr ? nullptr : stack.global_scales + expert * (stack.n() / kChunk);
+}
 
 void MultiplyExpert(const ExpertStack& stack, int64_t expert, Panel panel) {
   panel.weight = Expert(stack, expert);
   ActivePanelKernel()(panel);
-  const float* global_scales =
-      stack.global_scales == nullptr ? nullptr : stack.global_scales + expert * (stack.n() / kChunk);
+  const float* global_scales = GlobalScales(stack, expert);
   const float* bias = stack.bias == nullptr ? nullptr : stack.bias + expert * stack.n();
   if (global_scales == nullptr && bias == nullptr) return;
   float* out = panel.out;

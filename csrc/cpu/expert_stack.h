@@ -21,6 +21,10 @@ struct ExpertStack {
   int64_t n() const { return first.n; }
 };
 
+// The matrix of one expert, and its global scales [n / kChunk] or null.
+ExpertMatrix Expert(const ExpertStack& stack, int64_t expert);
+const float* GlobalScales(const ExpertStack& stack, int64_t expert);
+
 // Computes `panel` with the matrix of one expert, which it fills in, then applies the expert's global scales and adds
 // its bias.
 void MultiplyExpert(const ExpertStack& stack, int64_t expert, Panel panel);

@@ -68,20 +68,25 @@ struct SlotRows {
 template <class Facts>
 struct SlotPartials {
   static constexpr int kColumns = Facts::kColumns;
-  static constexpr bool kBias = Facts::kBias;  // whether there is a bias
+  static constexpr bool kBias = Facts::kBias;          // whether there is a bias
+  static constexpr bool kWeighted = Facts::kWeighted;  // whether there are router weights
 
   float* __restrict__ out;                 // [slots, kColumns]
   const float* __restrict__ bias;          // [experts, kColumns] if kBias
-  const float* __restrict__ topk_weights;  // [slots]
+  const float* __restrict__ topk_weights;  // [slots] if kWeighted
 
   static constexpr bool kGated = false;
 
-  __device__ __forceinline__ float factor(int slot) const { return topk_weights[slot]; }
+  __device__ __forceinline__ float factor(int slot) const {
+    if constexpr (kWeighted) return topk_weights[slot];
+    return 1.0f;
+  }
 
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kBias) sum += bias[expert * kColumns + column];
-    out[int64_t(slot) * kColumns + column] = sum * factor;
+    if constexpr (kWeighted) sum *= factor;
+    out[int64_t(slot) * kColumns + column] = sum;
   }
 };
 

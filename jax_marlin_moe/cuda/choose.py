@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import math
+from collections.abc import Mapping
 
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.kernels import mma
+from jax_marlin_moe.cuda.kernels import mma, transposed
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile
 
@@ -82,13 +83,44 @@ def choose_rows_tile(shape: GemmShape, num_rows: int, parts: int, capability: in
     Raises:
         ValueError: no kernel supports the shape.
     """
+    sizes = block_sizes(num_rows, parts, shape, capability)
+    return _fastest_tile(
+        shape,
+        {tokens: min(parts, num_rows) * -(-num_rows // (parts * tokens)) for tokens in sizes},
+        num_rows,
+        capability,
+    )
+
+
+def choose_product_tile(
+    shape: GemmShape, num_slots: int, num_experts: int, capability: int, is_transposed: bool
+) -> Tile | transposed.TransposedTile:
+    """The tile of one product of slots that routing has spread over the experts.
+
+    Raises:
+        ValueError: no kernel supports the shape.
+    """
+    if is_transposed:
+        rows = num_slots / num_experts
+        tokens = next((t for t in transposed.TOKEN_TILES if rows <= t), transposed.TOKEN_TILES[-1])
+        return transposed.choose(shape, tokens, capability)
+    sizes = block_sizes(num_slots, num_experts, shape, capability)
+    return _fastest_tile(
+        shape,
+        {tokens: expected_blocks(num_slots, num_experts, num_experts, tokens) for tokens in sizes},
+        num_slots,
+        capability,
+    )
+
+
+def _fastest_tile(shape: GemmShape, blocks: Mapping[int, float], num_rows: int, capability: int) -> Tile:
+    """The tile of least predicted time, where blocks of so many rows are as many as stated."""
     found: list[tuple[float, Tile]] = []
-    for tokens in block_sizes(num_rows, parts, shape, capability):
-        blocks = min(parts, num_rows) * -(-num_rows // (parts * tokens))
-        rows = num_rows / blocks
+    for tokens, expected in blocks.items():
+        rows = num_rows / expected
         with contextlib.suppress(ValueError):  # no tile of this size supports the shape
-            tile = choose_tile(shape, tokens, blocks, capability, rows)
-            found.append((tile.predicted_microseconds(shape, blocks, rows, capability), tile))
+            tile = choose_tile(shape, tokens, expected, capability, rows)
+            found.append((tile.predicted_microseconds(shape, expected, rows, capability), tile))
     if not found:
         raise ValueError(f"no kernel tile supports {shape} on compute capability {capability}")
     return min(found, key=lambda predicted: predicted[0])[1]

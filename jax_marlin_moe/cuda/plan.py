@@ -11,7 +11,7 @@ from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.choose import choose_tile, predicted_scheme
+from jax_marlin_moe.cuda.choose import choose_product_tile, choose_tile, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, nested, optional
 from jax_marlin_moe.cuda.kernels.align import align_kernel
@@ -25,6 +25,8 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
     direct_tiles,
     grouped_tiles,
 )
+from jax_marlin_moe.cuda.kernels.transposed import HEADER as TRANSPOSED_HEADER
+from jax_marlin_moe.cuda.kernels.transposed import TransposedTile
 from jax_marlin_moe.cuda.limits import MOST_COUNTED, check_counts, check_matrix, check_rows, grid
 from jax_marlin_moe.cuda.program import Kernel, Plan
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile
@@ -59,7 +61,7 @@ def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmSha
 def gemm_kernel(
     stage: str,
     shape: GemmShape,
-    tile: Tile,
+    tile: Tile | TransposedTile,
     weights: MarlinWeights,
     dtype: jnp.dtype,
     *,
@@ -70,6 +72,7 @@ def gemm_kernel(
     token_tiles: TokenTiles,
     epilogue: Epilogue,
     overlaps_predecessor: bool,
+    transposed: bool = False,
 ) -> Kernel:
     """A grouped GEMM.
 
@@ -97,6 +100,7 @@ def gemm_kernel(
         "group": shape.group_size,
         "row_stride": row_stride,
         "slots_per_row": slots_per_row,
+        "transposed": transposed,
     }
     found_tiles = f"jmm::{token_tiles.cpp}<TokenTiles>"
     constants = {
@@ -106,7 +110,7 @@ def gemm_kernel(
     }
     if token_tiles.cpp == "GroupedTiles":
         constants["jmm::kMostGroupedSlots"] = MOST_GROUPED_SLOTS
-    header = next(kernel.header for kernel in KERNELS.values() if kernel.tile is type(tile))
+    header = next((kernel.header for kernel in KERNELS.values() if kernel.tile is type(tile)), TRANSPOSED_HEADER)
     return Kernel(
         name=f"jmm_{stage}_{row.name}_m{tile.tokens}",
         headers=(header, "epilogue.cuh", "token_tiles.cuh"),
@@ -140,10 +144,11 @@ def gemm_kernel(
     )
 
 
-def _hosts(tile: Tile, shape: GemmShape, token_tiles: TokenTiles, capability: int) -> bool:
+def _hosts(tile: Tile | TransposedTile, shape: GemmShape, token_tiles: TokenTiles, capability: int) -> bool:
     """Whether a multiprocessor has the shared memory to find token tiles in as many CTAs as the tile wants."""
     size = tile.shared_bytes(shape)
-    resident = get_architecture(capability).fits_shared_memory(size + token_tiles.shared_bytes, tile.ctas_per_sm)
+    ctas = max(1, tile.ctas_per_sm)
+    resident = get_architecture(capability).fits_shared_memory(size + token_tiles.shared_bytes, ctas)
     return resident and token_tiles.scratch_bytes <= size
 
 
@@ -213,6 +218,60 @@ def plan_moe_gemm(
         overlaps_predecessor=capability >= 90,
     )
     return Plan((clear, find, gemm), (jax.ShapeDtypeStruct((num_slots,), jnp.int32),))
+
+
+def plan_grouped_product(
+    x: jax.Array, weights: MarlinWeights, num_slots: int, *, transposed: bool, dtype: jnp.dtype, architecture: str
+) -> Plan:
+    """Buffers: x, the matrix (5), experts; y, whose rows without an expert are not written; scratch."""
+    capability = compute_capability(architecture)
+    check_rows(x, capability)
+    check_matrix("weights", weights)
+    num_experts = weights.num_experts
+    check_counts(num_slots, num_experts, num_slots)
+    shape = gemm_shape(weights, False, x.dtype)
+    tile = choose_product_tile(shape, num_slots, num_experts, capability, transposed)
+    first_matrix, experts = 1, 1 + WEIGHT_OPERANDS
+    y = experts + 1
+    kernels: list[Kernel] = []
+    scratch: list[jax.ShapeDtypeStruct] = []
+    token_tiles = grouped_tiles(num_slots, num_experts, num_experts, tile.tokens, experts, None)
+    if num_slots > MOST_GROUPED_SLOTS or not _hosts(tile, shape, token_tiles, capability):
+        list_length = reference.padded_size(num_slots, num_experts, tile.tokens)
+        listed = (y + 1, y + 2, y + 3)
+        token_tiles = aligned_tiles(
+            num_slots, num_experts, tile.tokens, tile.tokens, list_length, listed, from_previous=True
+        )
+        scratch += [jax.ShapeDtypeStruct(extents, jnp.int32) for extents in ((list_length,), (token_tiles.most,), (1,))]
+        kernels.append(
+            align_kernel(
+                num_slots, num_experts, tile.tokens, capability, topk_ids=experts, expert_map=None, outputs=listed
+            )
+        )
+    columns = shape.k if transposed else shape.n
+    epilogue = (
+        slot_partials(columns, out=y, bias=None, topk_weights=None)
+        if dtype == jnp.float32
+        else slot_rows(x.dtype.name, columns, out=y, bias=None, topk_weights=None)
+    )
+    kernels.append(
+        gemm_kernel(
+            "transposed" if transposed else "product",
+            shape,
+            tile,
+            weights,
+            x.dtype,
+            slots_per_row=num_slots // x.shape[0],
+            row_stride=shape.n if transposed else shape.k,
+            x=0,
+            first_operand=first_matrix,
+            token_tiles=token_tiles,
+            epilogue=epilogue,
+            overlaps_predecessor=capability >= 90 and bool(kernels),
+            transposed=transposed,
+        )
+    )
+    return Plan(tuple(kernels), tuple(scratch))
 
 
 def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tables.BlockKey:

@@ -18,6 +18,7 @@ from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
+from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -199,4 +200,5 @@ fused_moe_op = define_op(
     cuda=_cuda,
     batching_rule=_batching_rule,
     cuda_options=("cuda_scheme",),
+    jvp=block_jvp,
 )

@@ -194,6 +194,23 @@ def define_op(
     return op
 
 
+def jvp_of(function: Callable, operands: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    """`jax.jvp` of a function of pytrees whose tangents have None in the places of leaves that do not move.
+
+    Slices of stacks do not: those that have tangents have been read.
+    """
+    structure: Any
+    leaves, structure = jax.tree.flatten(tuple(operands), is_leaf=is_slice)
+    moving = structure.flatten_up_to(tuple(tangents))
+    places = [place for place, tangent in enumerate(moving) if tangent is not None]
+
+    def of_moving(*values: jax.Array) -> Any:
+        filled = dict(zip(places, values, strict=True))
+        return function(*jax.tree.unflatten(structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_moving, [leaves[place] for place in places], [moving[place] for place in places])
+
+
 def _read_moving(operands: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     """Both with arrays in place of the slices that have a tangent, and None as the tangent of the other slices."""
     structure: Any

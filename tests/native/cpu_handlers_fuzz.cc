@@ -242,11 +242,28 @@ void DrawDispatches(Random& random, Case& out) {
   out.results = {{type, {result_rows, n}}, {XLA_FFI_DataType_S32, {1}}};
 }
 
+void DrawProduct(Random& random, Case& out) {
+  const int64_t rows = random.Of<int64_t>({0, 1, 5, 33}), slots_per_row = random.Of<int64_t>({1, 2, 8});
+  const int64_t k = 16 * random.Of<int64_t>({1, 2, 9, 33}), n = 64 * random.Of<int64_t>({1, 3, 9});
+  const XLA_FFI_DataType type = random.OneIn(2) ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F16;
+  const bool is_transposed = random.OneIn(2);
+  out.operands = {{type, {rows, is_transposed ? n : k}}};
+  AddMatrix(random, random.Of<int64_t>({1, 2, 5}), k, n, "", out);
+  out.operands.back().shape = {0};  // of the bias
+  out.operands.push_back({XLA_FFI_DataType_S32, {rows * slots_per_row}, Content::kIds});
+  out.results = {{random.OneIn(2) ? type : XLA_FFI_DataType_F32, {rows * slots_per_row, is_transposed ? k : n}}};
+  Attribute transposed = Number("transposed", is_transposed);
+  transposed.type = XLA_FFI_DataType_PRED;
+  // Names ascend: code, group_size, scale, slots_per_row, transposed, zero_point, zeros.
+  out.attributes.insert(out.attributes.begin() + 3, {Number("slots_per_row", slots_per_row), transposed});
+}
+
 const Op kOps[] = {{"moe_align_block_size", DrawAlign},
                    {"moe_gemm", DrawGemm},
                    {"fused_moe", DrawBlock},
-                   {"expert_gemm", DrawDispatches}};
-constexpr int kOpCount = 4;
+                   {"expert_gemm", DrawDispatches},
+                   {"grouped_product", DrawProduct}};
+constexpr int kOpCount = 5;
 
 XLA_FFI_Handler* HandlerOf(const char* name) {
   for (const CpuOp* op = CpuOp::First(); op != nullptr; op = op->next) {

@@ -22,6 +22,8 @@ INSTRUCTION_SETS = {
     "gemm_avx2": ("-mavx2", "-mfma", "-mf16c"),
     "gemm_avx512": AVX512,
     "gemm_avx512bf16": (*AVX512, "-mavx512bf16"),
+    "transposed_avx2": ("-mavx2", "-mfma"),
+    "transposed_avx512": AVX512,
 }
 
 

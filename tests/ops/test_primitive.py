@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.interpreters import ad
 
-import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
@@ -133,55 +132,3 @@ def test_a_layer_of_a_stack_is_an_operand_of_derivatives_too():
     moving = scaled_op(jvp=jvp)
     gradient = jax.grad(lambda scale: call(moving, X, jmm.take_layer(stack | {"scale": scale}, 1)).sum())
     np.testing.assert_array_equal(gradient(stack["scale"]), [np.zeros(4), 6 * X])
-
-
-def block_arguments():
-    keys = jax.random.split(jax.random.key(0), 4)
-    matrices = [
-        jmm.quantize(jax.random.normal(key, shape), "int4", group_size=64)
-        for key, shape in zip(keys, [(4, 64, 128), (4, 64, 64)], strict=False)
-    ]
-    x = jax.random.normal(keys[2], (3, 64), jnp.bfloat16)
-    return x, *matrices, *jmm.route(jax.random.normal(keys[3], (3, 4)), top_k=2)
-
-
-def block_loss(x, gate_up, down, weights, ids, implementation=None):
-    y = jmm.fused_moe(x, gate_up, down, weights, ids, implementation=implementation)
-    return y.astype(jnp.float32).sum()
-
-
-def product_loss(x, gate_up, down, weights, ids, implementation=None):
-    lists = jmm.moe_align_block_size(ids, block_size=8, num_experts=4, implementation=implementation)
-    options = {"top_k": 2, "topk_weights": weights, "mul_topk_weights": True, "implementation": implementation}
-    return jmm.moe_gemm(x, gate_up, lists, **options).astype(jnp.float32).sum()
-
-
-@pytest.mark.parametrize("loss", [block_loss, product_loss])
-@pytest.mark.parametrize(("position", "operand"), [(0, "x"), (3, "topk_weights")])
-def test_the_ops_say_how_to_differentiate(loss, position, operand):
-    arguments = block_arguments()
-    op = "fused_moe" if loss is block_loss else "moe_gemm"
-    with pytest.raises(NotImplementedError, match=rf"{op} cannot be differentiated with respect to {operand}: .*'xla'"):
-        jax.grad(loss, position)(*arguments)
-    gradient = jax.grad(loss, position)(*arguments, implementation="xla")
-    assert np.linalg.norm(np.asarray(gradient, np.float32)) > 0
-
-
-@pytest.mark.parametrize("loss", [block_loss, product_loss])
-def test_the_ops_are_frozen_under_stop_gradient_on_the_input(loss):
-    arguments = block_arguments()
-
-    def around(x):
-        return x.astype(jnp.float32).sum() + loss(*jax.lax.stop_gradient((x, *arguments[1:])))
-
-    np.testing.assert_array_equal(jax.grad(around)(arguments[0]), np.ones((3, 64)))
-
-
-@pytest.mark.parametrize("loss", [block_loss, product_loss])
-def test_frozen_scales_are_named(loss):
-    x, gate_up, *rest = block_arguments()
-    operand = "gate_up" if loss is block_loss else "weights"
-    with pytest.raises(
-        NotImplementedError, match=rf"with respect to {operand}\.scales: its kernels have no derivative"
-    ):
-        jax.grad(lambda matrix: loss(x, matrix, *rest), allow_int=True)(gate_up)

@@ -25,18 +25,19 @@ struct Problem {
   static constexpr int kGroup = Facts::kGroup;              // rows of K that share a scale; the last may be shorter
   static constexpr int kRowStride = Facts::kRowStride;      // elements from a row of x to the next
   static constexpr int kSlotsPerRow = Facts::kSlotsPerRow;  // slot s reads row s / kSlotsPerRow of x
+  static constexpr bool kTransposed = Facts::kTransposed;   // whether rows of x have kN columns, and results kK
   static constexpr int kUnits = kN / kUnitColumns;
   static constexpr int kGroups = (kK + kGroup - 1) / kGroup;
   using ExpertIndex = Index<int64_t(kExperts) * kN>;  // of a column among those of all experts
   using ScaleElement = typename ColumnScales<Scale, 8>::Element;
   using ZeroElement = typename ColumnZeros<Zeros, Code, Scale>::Element;
-  static_assert(kK <= kRowStride, "a row of x has all of K");
+  static_assert((kTransposed ? kN : kK) <= kRowStride, "a row of x has all that is summed over");
 };
 
 // The arrays that a product reads.
 template <class Problem>
 struct Operands {
-  const typename Problem::T* __restrict__ x;  // [rows, kRowStride], of which the first K columns count
+  const typename Problem::T* __restrict__ x;  // [rows, kRowStride], of which the first K columns count, or N
   const int32_t* __restrict__ packed;         // [experts, K / 16, N * bits / 2]
   const unsigned char* __restrict__ scales;   // [experts, groups, N] of ScaleElement, in Marlin order
   const unsigned char* __restrict__ zeros;    // [experts, groups, N] of ZeroElement, in Marlin order, if stored

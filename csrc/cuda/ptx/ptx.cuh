@@ -158,6 +158,14 @@ __device__ __forceinline__ void load_matrices_x2(uint32_t (&r)[2], uint32_t row)
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(row));
 }
 
+// The transpose of an 8 x 8 matrix of 16-bit values, which a warp holds in pairs: lane 4 r + c / 2 has columns c and
+// c + 1 of row r.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pairs) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pairs));
+  return transposed;
+}
+
 // d (16 x 8, float32) += a (16 x 16) * b (16 x 8).
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

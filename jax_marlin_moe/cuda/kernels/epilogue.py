@@ -61,11 +61,12 @@ def slot_rows(dtype: str, columns: int, *, out: int, bias: int | None, topk_weig
     return Epilogue("SlotRows", facts, pointers)
 
 
-def slot_partials(columns: int, *, out: int, bias: int | None, topk_weights: int) -> Epilogue:
-    """A float32 row per slot, times its router weight, for the sum over a token's experts."""
+def slot_partials(columns: int, *, out: int, bias: int | None, topk_weights: int | None) -> Epilogue:
+    """A float32 row per slot, times its router weight if there are any, for sums that follow."""
+    facts: Facts = {"columns": columns, "bias": bias is not None, "weighted": topk_weights is not None}
     pointers = {
         "out": Pointer(out, "float32", written=True),
         "bias": optional(bias, "float32"),
-        "topk_weights": Pointer(topk_weights, "float32"),
+        "topk_weights": optional(topk_weights, "float32"),
     }
-    return Epilogue("SlotPartials", {"columns": columns, "bias": bias is not None}, pointers)
+    return Epilogue("SlotPartials", facts, pointers)

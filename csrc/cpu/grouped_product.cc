@@ -1,0 +1,140 @@
+// A grouped product in one phase: an item is a group of rows of one expert times a range of its outputs.
+#include "cpu/grouped_product.h"
+
+#include <algorithm>
+
+#include "cpu/align.h"
+#include "cpu/element.h"
+#include "cpu/group_scales.h"
+#include "cpu/scratch.h"
+#include "cpu/transposed.h"
+
+namespace jax_marlin_moe::cpu {
+namespace {
+
+constexpr int kItemChunks = 8;  // most column chunks of a work item
+constexpr int kItemTiles = 16;  // most tiles along k of a work item of a transposed product
+
+// Rows in expert order, without padding.
+RowGroups GroupByExpert(const GroupedProduct& product) {
+  Scratch<int32_t> sorted(static_cast<size_t>(product.slots));
+  Scratch<int32_t> experts(static_cast<size_t>(product.slots));
+  int32_t count = 0;
+  const Routing routing{product.experts, product.slots, product.stack->experts, nullptr};
+  AlignBlocks(routing, 1, {sorted.data(), product.slots, experts.data(), &count});
+  return GroupRows(sorted.data(), count, experts.data(), 1, product.slots, product.stack->experts, kPanelRows);
+}
+
+const uint16_t* RowOf(const GroupedProduct& product, int32_t slot) {
+  return product.x + slot / product.slots_per_row * product.inputs();
+}
+
+// Outputs [first, first + width) of one row.
+void Store(const GroupedProduct& product, int64_t slot, int64_t first, int64_t width, const float* row) {
+  const int64_t at = slot * product.outputs() + first;
+  if (product.float_results) {
+    std::copy_n(row, width, static_cast<float*>(product.y) + at);
+  } else {
+    RoundRow(row, width, product.type, static_cast<uint16_t*>(product.y) + at);
+  }
+}
+
+// `chunks` column chunks from `first_chunk` on of one group's rows.
+void Item(const GroupedProduct& product, const RowGroup& group, const int32_t* slots, int64_t first_chunk, int chunks) {
+  const uint16_t* inputs[kPanelRows];
+  for (int r = 0; r < group.count; ++r) inputs[r] = RowOf(product, slots[r]);
+  alignas(64) float out[kPanelRows * kItemChunks * kChunk];
+  Panel panel;
+  panel.x = inputs;
+  panel.x_type = product.type;
+  panel.rows = group.count;
+  panel.chunks = chunks;
+  for (int i = 0; i < chunks; ++i) panel.chunk[i] = first_chunk + i;
+  panel.out = out;
+  MultiplyExpert(*product.stack, group.expert, panel);
+  const int64_t width = static_cast<int64_t>(chunks) * kChunk;
+  for (int r = 0; r < group.count; ++r) Store(product, slots[r], first_chunk * kChunk, width, out + r * width);
+}
+
+// `tiles` tiles along k from `first_tile` on of one group's rows, through all columns.
+void TransposedItem(const GroupedProduct& product, const RowGroup& group, const int32_t* slots, int64_t first_tile,
+                    int tiles) {
+  const ExpertMatrix matrix = Expert(*product.stack, group.expert);
+  const float* global_scales = GlobalScales(*product.stack, group.expert);
+  const int64_t chunks = matrix.n / kChunk;
+  const int64_t tile_words = product.stack->packed_words / (matrix.k / kTileK) / chunks;
+  const int64_t group_tiles = matrix.group_size / kTileK;
+  const int64_t width = static_cast<int64_t>(tiles) * kTileK;
+  alignas(64) float out[kPanelRows * kItemTiles * kTileK];
+  std::fill_n(out, group.count * width, 0.0f);
+  const TransposedKernel kernel = ActiveTransposedKernel();
+
+  TransposedSegment segment;
+  segment.tile_stride = chunks * tile_words;
+  segment.code = matrix.code;
+  segment.rows = group.count;
+  segment.out_stride = width;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    float rows[kPanelRows][kChunk];  // in the order of the kernel
+    for (int r = 0; r < group.count; ++r) {
+      const uint16_t* row = RowOf(product, slots[r]) + chunk * kChunk;
+      for (int i = 0; i < kChunk; ++i) rows[r][i] = FloatFromElement(row[ColumnOfGroupedOrder(i)], product.type);
+    }
+    const float global_scale = global_scales == nullptr ? 1.0f : global_scales[chunk];
+    for (int64_t tile = first_tile; tile < first_tile + tiles; tile += segment.tiles) {
+      const int64_t scale_group = tile / group_tiles;
+      segment.tiles = static_cast<int>(std::min((scale_group + 1) * group_tiles, first_tile + tiles) - tile);
+      GroupScales scales;
+      scales.Load(matrix, scale_group, chunk);
+      alignas(64) float x[kPanelRows * kChunk];
+      float* segment_out = out + (tile - first_tile) * kTileK;
+      for (int r = 0; r < group.count; ++r) {
+        float* scaled = x + r * kChunk;
+        float excess = 0;  // of the zero points
+        for (int i = 0; i < kChunk; ++i) {
+          scaled[i] = rows[r][i] * (scales.scale[i] * global_scale);
+          if (scales.has_excess) excess += scaled[i] * scales.excess[i];
+        }
+        if (!scales.has_excess) continue;
+        for (int k = 0; k < segment.tiles * kTileK; ++k) segment_out[r * width + k] -= excess;
+      }
+      segment.words = matrix.packed + tile * segment.tile_stride + chunk * tile_words;
+      segment.x = x;
+      segment.out = segment_out;
+      kernel(segment);
+    }
+  }
+  for (int r = 0; r < group.count; ++r) Store(product, slots[r], first_tile * kTileK, width, out + r * width);
+}
+
+}  // namespace
+
+void RunGroupedProduct(Workers& workers, const GroupedProduct& product) {
+  const RowGroups rows = GroupByExpert(product);
+  const int64_t row_bytes = product.outputs() * (product.float_results ? 4 : 2);
+  for (int64_t slot = 0; slot < product.slots; ++slot) {
+    if (rows.scheduled[static_cast<size_t>(slot)]) continue;
+    std::fill_n(static_cast<char*>(product.y) + slot * row_bytes, row_bytes, '\0');
+  }
+
+  const int64_t unit = product.transposed ? kTileK : kChunk;
+  const int64_t all_units = product.outputs() / unit;
+  const int64_t groups = static_cast<int64_t>(rows.groups.size());
+  const int64_t most = product.transposed ? kItemTiles : kItemChunks;
+  const int64_t item_units = std::clamp<int64_t>(groups * all_units / (8 * workers.count()), 1, most);
+  const int64_t splits = CeilDiv(all_units, item_units);
+  auto run = [&](int64_t item) {
+    const RowGroup& group = rows.groups[static_cast<size_t>(item / splits)];
+    const int64_t first = item % splits * item_units;
+    const int units = static_cast<int>(std::min(item_units, all_units - first));
+    const int32_t* slots = rows.slots.data() + group.first;
+    if (product.transposed) {
+      TransposedItem(product, group, slots, first, units);
+    } else {
+      Item(product, group, slots, first, units);
+    }
+  };
+  RunPhases(workers, {{groups * splits, run}});
+}
+
+}  // namespace jax_marlin_moe::cpu

@@ -1,0 +1,12 @@
+// The transposed kernel, compiled for AVX-512 F, BW, VL, DQ.
+#if defined(__x86_64__)
+
+#include "cpu/transposed_segment.h"
+
+namespace jax_marlin_moe::cpu {
+
+void Avx512Transposed(const TransposedSegment& segment) { RunSegment(segment); }
+
+}  // namespace jax_marlin_moe::cpu
+
+#endif  // defined(__x86_64__)

@@ -1,0 +1,190 @@
+"""The derivatives of the expert block: one op, linear in the tangents, whose residuals are the inputs of the block.
+
+Reverse mode keeps nothing but these inputs between the passes: the hidden activations are computed again. So nothing
+is gained by `jax.checkpoint` around a block, and nothing lost. Packed weights are read as they are, in both passes.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad
+from jaxtyping import Array, Float, Float32
+
+from jax_marlin_moe import reference
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.operand_types import replicated_type
+from jax_marlin_moe.ops.frozen import check_not_only_frozen
+from jax_marlin_moe.ops.grouped_product import (
+    grouped_product_op,
+    multiplied,
+    slot_columns,
+    sum_by_expert,
+    sum_slots,
+)
+from jax_marlin_moe.ops.primitive import define_op, jvp_of, map_batch
+from jax_marlin_moe.weights import MarlinWeights
+
+
+class Tangents(NamedTuple):
+    """Of the operands of a block that have derivatives, None where one does not move."""
+
+    x: Any
+    gate_up_bias: Any
+    gate_up_global_scales: Any
+    down_bias: Any
+    down_global_scales: Any
+    topk_weights: Any
+
+
+def block_jvp(op, primals, tangents, *, activation, implementation, **options):
+    """The `jvp` of `fused_moe`."""
+    x, gate_up, down, topk_weights, *_ = tangents
+    moving = Tangents(x, gate_up.bias, gate_up.global_scales, down.bias, down.global_scales, topk_weights)
+    check_not_only_frozen("fused_moe", {"gate_up": gate_up, "down": down}, *moving)
+    results = op(*primals, activation=activation, implementation=implementation, **options)
+    return results, fused_moe_tangent_op(moving, *primals, activation=activation, implementation=implementation)
+
+
+def _moving_operands(tangents: Tangents, operands: tuple) -> tuple:
+    """Tangents in the places of the operands, None elsewhere."""
+    nothing = jax.tree.map(lambda _: None, operands)
+    _, gate_up, down, *_ = nothing
+    return (
+        tangents.x,
+        dataclasses.replace(gate_up, bias=tangents.gate_up_bias, global_scales=tangents.gate_up_global_scales),
+        dataclasses.replace(down, bias=tangents.down_bias, global_scales=tangents.down_global_scales),
+        tangents.topk_weights,
+        None,
+        None,
+    )
+
+
+def _reference(tangents, x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
+    operands = (x, gate_up, down, topk_weights, topk_ids, expert_map)
+    block = partial(reference.fused_moe, activation=activation)
+    return jvp_of(block, operands, _moving_operands(tangents, operands))[1]
+
+
+def _hidden(h: Float[Array, "slots columns"], activation: Activation, inner: int) -> Float32[Array, "slots inner"]:
+    """The input of the second product from the result of the first."""
+    h = h.astype(jnp.float32)
+    a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
+    return a[:, :inner]
+
+
+def _add_bias(products: Float32[Array, "slots N"], weights: MarlinWeights, experts: Array) -> Float32[Array, "slots N"]:
+    return products if weights.bias is None else products + slot_columns(weights.bias, experts)
+
+
+def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, implementation):
+    """The block as a composition of grouped products."""
+    experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
+    product = partial(grouped_product_op, transposed=False, dtype="float32", implementation=implementation)
+    (h,) = product(x, multiplied(gate_up), experts)
+    a = _hidden(_add_bias(h, gate_up, experts), activation, down.padded_k).astype(x.dtype)
+    (y,) = product(a, multiplied(down), experts)
+    y = _add_bias(y, down, experts) * jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
+    return y.reshape(*topk_ids.shape, -1).sum(1).astype(x.dtype)
+
+
+def _composed(tangents, *operands, activation, implementation=None):
+    block = partial(_block, activation=activation, implementation=implementation)
+    return jvp_of(block, operands, _moving_operands(tangents, operands))[1]
+
+
+def _form(tangents, *operands, activation):
+    return [_composed(tangents, *operands, activation=activation)]
+
+
+def _shape_rule(tangents, x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
+    return [replicated_type(x, (topk_ids.shape[0], down.padded_n), x.dtype)]
+
+
+def _jvp(op, primals, tangents, *, implementation, activation):
+    if not jax.tree.leaves(tangents[1:]):
+        zeros = jax.tree.map(
+            lambda moving, tangent: jnp.zeros_like(moving) if tangent is None else tangent, primals[0], tangents[0]
+        )
+        results = op(*primals, activation=activation, implementation=implementation)
+        return results, op(zeros, *primals[1:], activation=activation, implementation=implementation)
+    composed = partial(_composed, activation=activation, implementation=implementation)
+    results, dots = jvp_of(composed, primals, tangents)
+    return [results], [dots]
+
+
+def _transpose(op, cotangents, operands, *, implementation, activation):
+    (cotangent,), (tangents, *operands) = cotangents, operands
+    if cotangent is None:
+        return (None,) * (1 + len(operands))
+    wanted = Tangents(*(ad.is_undefined_primal(tangent) for tangent in tangents))
+    return (_cotangents(cotangent, wanted, *operands, activation=activation, implementation=implementation),) + (
+        None,
+    ) * len(operands)
+
+
+def _cotangents(
+    cotangent, wanted, x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, implementation
+) -> Tangents:
+    """The backward pass: a product with down transposed, the hidden activations again, one with gate_up transposed."""
+    experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
+    top_k = topk_ids.shape[1]
+    dtype = x.dtype.name
+    router = jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
+    first, second = multiplied(gate_up), multiplied(down)
+
+    def product(rows, weights, *, dtype, transposed=False):
+        (y,) = grouped_product_op(
+            rows, weights, experts, transposed=transposed, dtype=dtype, implementation=implementation
+        )
+        return y
+
+    def of_slots(rows):  # of the tokens
+        return jnp.repeat(rows.astype(jnp.float32), top_k, axis=0)
+
+    def global_scales(rows, weights, cotangent):
+        def scaled(global_scales):
+            return product(rows, dataclasses.replace(weights, global_scales=global_scales), dtype="float32")
+
+        return jax.vjp(scaled, weights.global_scales)[1](cotangent)[0]
+
+    h = _add_bias(product(x, first, dtype=dtype).astype(jnp.float32), gate_up, experts)
+    a, pull = jax.vjp(partial(_hidden, activation=activation, inner=down.padded_k), h)
+    a = a.astype(x.dtype)
+    found = dict.fromkeys(Tangents._fields)
+    if wanted.down_bias:
+        chosen = (jax.nn.one_hot(experts, down.num_experts) * router).reshape(-1, top_k, down.num_experts).sum(1)
+        found["down_bias"] = jnp.matmul(chosen.T, cotangent.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    if wanted.down_global_scales:
+        found["down_global_scales"] = global_scales(a, second, of_slots(cotangent) * router)
+    if wanted.topk_weights or wanted.x or wanted.gate_up_bias or wanted.gate_up_global_scales:
+        pulled = product(cotangent, second, dtype=dtype, transposed=True).astype(jnp.float32)
+    if wanted.topk_weights:
+        d_router = (a.astype(jnp.float32) * pulled).sum(1)
+        if down.bias is not None:
+            d_router += (of_slots(cotangent) * slot_columns(down.bias, experts)).sum(1)
+        found["topk_weights"] = jnp.where(experts >= 0, d_router, 0).reshape(topk_weights.shape)
+    if wanted.x or wanted.gate_up_bias or wanted.gate_up_global_scales:
+        (d_h,) = pull(pulled * router)
+        rounded = d_h.astype(x.dtype)
+        if wanted.gate_up_bias:
+            found["gate_up_bias"] = sum_by_expert(d_h, experts, gate_up.num_experts)
+        if wanted.gate_up_global_scales:
+            found["gate_up_global_scales"] = global_scales(x, first, d_h)
+        if wanted.x:
+            found["x"] = sum_slots(product(rounded, first, dtype=dtype, transposed=True), x.shape[0])
+    return Tangents(**found)
+
+
+fused_moe_tangent_op = define_op(
+    "fused_moe_tangent",
+    shape_rule=_shape_rule,
+    reference=_reference,
+    cpu=_form,
+    cuda=_form,
+    batching_rule=map_batch,
+    jvp=_jvp,
+    transpose=_transpose,
+)
