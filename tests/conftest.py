@@ -33,6 +33,10 @@ def cuda_is_visible() -> bool:
         return False
 
 
+def pytest_addoption(parser):
+    parser.addoption("--parity-table", help="with -m parity: the file that the table of families is written to")
+
+
 def pytest_collection_modifyitems(items):
     """Long tests first: otherwise one worker would begin them when the others have ended."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

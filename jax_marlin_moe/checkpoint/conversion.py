@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 
 import jax_marlin_moe
 from jax_marlin_moe.checkpoint import packed_form
+from jax_marlin_moe.checkpoint.families import FAMILIES
+from jax_marlin_moe.checkpoint.family import Family
 from jax_marlin_moe.checkpoint.loading import Checkpoint
 from jax_marlin_moe.checkpoint.source import Source
 from jax_marlin_moe.checkpoint.tensors import read_json
@@ -29,13 +31,15 @@ def convert(
     quantize: str | None = None,
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
+    families: Sequence[Family] = FAMILIES,
     report: Callable[[int, int], None] = lambda layer, bytes_written: None,
 ) -> None:
     """Writes all mixture-of-experts layers of a checkpoint in the packed form, and everything else as it is.
 
     One layer is in memory at a time. `load_moe_layer(destination, layer)` maps a layer back without repacking. Tensors
     beside the experts are copied bit for bit, for `Checkpoint.tensor` and `Checkpoint.linear`, and so are config.json,
-    the tokenizer and all other files of the source that are not weights, so the folder is a whole model.
+    the tokenizer and all other files of the source that are not weights, so the folder is a whole model. Layers
+    for multi-token prediction, which are loaded by name, are copied with the rest.
 
     A run that ends early (killed, interrupted, disk full) leaves the files that it has finished and a record of them;
     `load_moe_layer` says that such a folder is not finished, and another run with the same source and options checks
@@ -47,6 +51,7 @@ def convert(
         quantize: as in `load_moe_layer`, with the next two.
         group_size: see there.
         scale_dtype: see there.
+        families: see there.
         report: called with the number and the bytes of each layer when it is in place, in this run or an earlier one.
 
     Raises:
@@ -59,7 +64,9 @@ def convert(
         if not os.fspath(value):
             raise ValueError(f"{name} is {value!r}; it must be a folder")
     folder = pathlib.Path(destination)
-    checkpoint = Checkpoint(source, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype)
+    checkpoint = Checkpoint(
+        source, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype, families=families
+    )
     if isinstance(checkpoint.contents, packed_form.Manifest):
         raise ValueError(f"{source} is packed already")
     if not checkpoint.layers:

@@ -1,134 +1,13 @@
 """How model families name the tensors of a mixture-of-experts layer and what their configs say: one row each."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from jax_marlin_moe.checkpoint import routing_rules as rules
-from jax_marlin_moe.checkpoint.keys import REQUIRED, Keys
-from jax_marlin_moe.checkpoint.routing_rules import ActivationRule, Defaults, RoutingRule
-
-# What may stand before `layers.{layer}.`: text models, multimodal ones of both generations, Nemotron, DeepSeek-V4.
-_STEMS = ("model.", "model.language_model.", "language_model.model.", "backbone.", "")
-
-# Model types of whole models, whose `text_config` has the language model's keys; for some its own type counts.
-_WHOLE = ("qwen3_vl_moe", "qwen3_5_moe", "qwen3_6_moe", "minimax_m3", "minimax_m3_vl", "llama4", "gemma4")
-_WHOLE_OF_ANY_TEXT = ("kimi_vl", "kimi_k25", "kimi_k3")
-
-_NUM_LAYERS = "num_hidden_layers"
-# Sizes, which some configs have beside `text_config`. Tensors contradict wrong ones.
-SIZES = ("hidden_size", "moe_intermediate_size", "intermediate_size", _NUM_LAYERS)
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-TOP_K = (
-    "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "experts_per_token",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Stacked:
-    """Tensors that hold all experts.
-
-    Attributes:
-        gate_up: module of the fused tensor, inside the layer; `up` alone where there is no gate.
-        down: likewise.
-        interleaved: whether gate and up alternate row by row.
-        transposed: whether plain weights lie as [E, K, N] where their shape does not tell.
-    """
-
-    gate_up: str
-    down: str
-    interleaved: bool = False
-    transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Names of one family. Names are inside the layer, `layers.{layer}.`.
-
-    Attributes:
-        model_types: `model_type` in config.json, each with what missing keys mean.
-        block: the module whose tensors are all known; the layer has nothing else in it.
-        experts: the module of numbered experts.
-        gate: the expert linear (H, I) that goes through the activation; None where experts have no gate.
-        up: the expert linear (H, I) that multiplies it, or that goes through the activation itself.
-        down: the expert linear (I, H).
-        routing: the rule that is made from the config.
-        router: the router's tensor [E, H].
-        router_bias: its bias [E].
-        correction_bias: added to scores for the choice alone, [E].
-        shared: modules that shared experts may have.
-        shared_gate: the gate's tensor [1, H] of the shared expert.
-        hash_table: experts by token id, [vocabulary, top_k].
-        expert_scale: factors of the weights by expert, [E].
-        input_scale: factors of the normalised input of the router, [H].
-        stacked: tensors that hold all experts, where files may have them.
-        biased: whether experts have biases.
-        activation: likewise.
-        shared_size: keys of the shared expert's intermediate size.
-        fixed: keys with the only values that the family's block can have.
-        ignored: keys that transformers' block of the family does not look at, whatever they say.
-        others: tensors of the block that are not part of its experts or its router.
-        numbered: why experts with tensors of their own cannot be loaded; None where they can.
-
-    Tensors that a row names are there in every layer of its models; only a layer that routes by a hash table has no
-    correction bias.
-    """
-
-    model_types: Mapping[str, Defaults]
-    block: str
-    routing: RoutingRule
-    experts: str = "{block}.experts"
-    gate: str | None = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    router: str = "{block}.gate.weight"
-    router_bias: str | None = None
-    correction_bias: str | None = None
-    shared: tuple[str, ...] = ()
-    shared_gate: str | None = None
-    hash_table: str | None = None
-    expert_scale: str | None = None
-    input_scale: str | None = None
-    stacked: tuple[Stacked, ...] = ()
-    biased: bool = False
-    activation: ActivationRule = rules.HIDDEN_ACT
-    shared_size: tuple[str, ...] = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
-    others: tuple[str, ...] = ()
-    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    numbered: str | None = None
-
-    @property
-    def experts_linears(self) -> tuple[str | None, str, str]:
-        """Names of an expert's linears: gate, up, down."""
-        return self.gate, self.up, self.down
-
-    @property
-    def shared_linears(self) -> tuple[tuple[str | None, str, str], ...]:
-        """Names that a shared expert's linears may have: those of experts, or the usual ones, as in MiniMax-M3."""
-        return self.experts_linears, ("gate_proj", "up_proj", "down_proj")
-
-    @property
-    def router_module(self) -> str:
-        """What the names of the router's tensors begin with."""
-        return self.router.removesuffix(".weight")
-
-    def owned(self, layer: str) -> tuple[str, ...]:
-        """Prefixes of tensors that belong to the layer of experts: each must be known."""
-        return f"{self.name('{block}', layer)}.", f"{self.name(self.router.split('.')[0], layer)}."
-
-    def name(self, template: str, layer: str) -> str:
-        """A name inside a layer, spelt out."""
-        return f"{layer}{template.format(block=self.block)}"
-
-    def layer_pattern(self) -> re.Pattern[str]:
-        """Matches names of expert tensors: the layer's own prefix, then its number."""
-        stems = "|".join(re.escape(stem) for stem in _STEMS)
-        inner = [re.escape(self.name(self.experts, "")) + r"\.[0-9]+\."]
-        inner += [re.escape(self.name(module, "")) for row in self.stacked for module in (row.gate_up, row.down)]
-        return re.compile(rf"^((?:{stems})(?:layers|block)\.([0-9]+)\.)(?:{'|'.join(inner)})")
-
+from jax_marlin_moe.checkpoint.family import Family, StackedNames
+from jax_marlin_moe.checkpoint.keys import REQUIRED
+from jax_marlin_moe.checkpoint.routing_rules import Defaults
 
 _TWO_MEANINGS = (
     "llm-compressor up to 0.11 calls gate and up gate_proj and up_proj, later versions the halves of rows in which "
@@ -136,68 +15,176 @@ _TWO_MEANINGS = (
     "(gate_up_proj_blocks)"
 )
 _DEEPSEEK_SHARED = ("{block}.shared_experts", "{block}.shared_expert")
+_TRANSPOSED = (StackedNames("{experts}.gate_up_proj", "{experts}.down_proj", transposed=True),)
 
 _RENORMALIZED = Defaults(renormalize=True)
+_NOT_RENORMALIZED = Defaults(renormalize=False)
 _DEEPSEEK_V3 = Defaults(renormalize=True, groups=8, top_groups=4, scale=2.5)
+_SCALED = Defaults(renormalize=True, scale=2.5)
 # No class of transformers says what a missing key means.
 _UNKNOWN = Defaults(scale=REQUIRED)
 _SIGMOID_ONLY: Mapping[str, tuple[Any, ...]] = {
     "scoring_func": ("sigmoid", "noaux_tc"),  # dots1's files have the latter
     "topk_method": ("noaux_tc",),
 }
+_KIMI_ONLY: Mapping[str, tuple[Any, ...]] = {
+    **_SIGMOID_ONLY,
+    "moe_router_activation_func": ("sigmoid",),
+    "score_function": ("sigmoid",),
+    "use_grouped_topk": (True,),
+    "moe_router_enable_expert_bias": (True,),
+}
 _MINIMAX: Mapping[str, tuple[Any, ...]] = {
     "scoring_func": ("sigmoid",), "use_routing_bias": (True,), "n_group": (1,), "topk_group": (1,),
 }  # fmt: skip
 
-FAMILIES = (
+_W1_W3_W2 = ("w1", "w3", "w2")
+
+_DEEPSEEK = Family(
+    model_types={
+        **dict.fromkeys(("deepseek_v3", "deepseek_v32", "kimi_vl", "kimi_k2", "kimi_k25"), _DEEPSEEK_V3),
+        "glm4_moe": _RENORMALIZED,
+        "glm4_moe_lite": Defaults(renormalize=True, scale=1.8),
+        "glm4v_moe_text": _RENORMALIZED,
+        "glm_moe_dsa": _SCALED,
+        "glm5_next_text": Defaults(renormalize=True, scale=2.5, limit=10.0),
+        "mimo_v2_flash": _RENORMALIZED,
+        "dots1": _NOT_RENORMALIZED,
+        "solar_open": _RENORMALIZED,
+        "beam": _DEEPSEEK_V3,
+        "sarvam_mla": _SCALED,
+        "kimi_k3": _UNKNOWN,
+        "glm5_moe": _UNKNOWN,
+    },
+    wholes=("kimi_vl", "kimi_k25", "kimi_k3", "glm4v_moe", "glm5_next"),
+    block="mlp",
+    routing=rules.GROUPED_SIGMOID,
+    correction_bias="{block}.gate.e_score_correction_bias",
+    shared=_DEEPSEEK_SHARED,
+    activation=rules.clamped_silu(),
+    fixed=_SIGMOID_ONLY,
+)
+# Names that transformers' classes have beside DeepSeek's own.
+_KIMI_KEYS = {
+    "norm_topk_prob": ("moe_renormalize", "norm_topk_prob"),
+    "n_group": ("num_expert_group", "n_group"),
+}
+_GPT_OSS = Family(
+    model_types={"gpt_oss": Defaults()},
+    block="mlp",
+    routing=rules.SOFTMAX_AFTER_TOPK,
+    router="{block}.router.weight",
+    router_bias="{block}.router.bias",
+    stacked=(StackedNames("{experts}.gate_up_proj", "{experts}.down_proj", interleaved=True, transposed=True),),
+    biased=True,
+    activation=rules.swiglu_oai(("silu",)),
+    ignored=("norm_topk_prob",),
+    numbered=_TWO_MEANINGS,
+)
+_GRANITE = Family(
+    model_types=dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), Defaults()),
+    block="block_sparse_moe",
+    routing=rules.SOFTMAX_AFTER_TOPK,
+    router="{block}.router.layer.weight",
+    shared=("shared_mlp",),
+    shared_names=(("input_linear", "input_linear", "output_linear"),),
+    shared_size=("shared_intermediate_size",),
+    stacked=(StackedNames("{block}.input_linear", "{block}.output_linear"),),
+)
+_GEMMA = Family(
+    # Its dense branch stands beside the block and is left to the model.
+    model_types=dict.fromkeys(("gemma4", "gemma4_text", "diffusion_gemma_text"), Defaults()),
+    wholes=("gemma4", "diffusion_gemma"),
+    block="experts",
+    experts="{block}",
+    routing=rules.scored("softmax", renormalize=True),
+    router="router.proj.weight",
+    expert_scale="router.per_expert_scale",
+    input_scale="router.scale",
+    activation=rules.named("hidden_activation", "gelu_pytorch_tanh"),
+    fixed={"hidden_act": ("gelu_pytorch_tanh",)},
+)
+
+FAMILIES: tuple[Family, ...] = (
     Family(
-        model_types={"qwen3_moe": Defaults(renormalize=False), "olmoe": Defaults(renormalize=False)},
+        model_types={
+            "qwen3_moe": _NOT_RENORMALIZED,
+            "olmoe": _NOT_RENORMALIZED,
+            "flex_olmo": _NOT_RENORMALIZED,
+            "mellum": _RENORMALIZED,
+        },
         block="mlp",
-        routing=rules.softmax(),
-        stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj"),),
+        routing=rules.scored("softmax"),
     ),
     Family(
         # Named twice, as Qwen3.5 is: the whole model, and its text part.
         model_types=dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), Defaults()),
+        wholes=("qwen3_vl_moe",),
         block="mlp",
-        routing=rules.softmax(True),
-        stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj", transposed=True),),
+        routing=rules.scored("softmax", renormalize=True),
+        stacked=_TRANSPOSED,
         ignored=("norm_topk_prob",),
     ),
     Family(
-        model_types={"qwen2_moe": Defaults(renormalize=False), "qwen3_next": _RENORMALIZED},
+        model_types=dict.fromkeys(("qwen3_omni_moe_text",), Defaults()),
+        wholes=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
         block="mlp",
-        routing=rules.softmax(),
+        routing=rules.scored("softmax", renormalize=True),
+        ignored=("norm_topk_prob",),
+    ),
+    Family(
+        model_types={
+            "qwen2_moe": _NOT_RENORMALIZED,
+            "qwen3_next": _RENORMALIZED,
+            "qwen4_exp_text": _RENORMALIZED,
+        },
+        wholes=("qwen4_exp",),
+        block="mlp",
+        routing=rules.scored("softmax"),
         shared=("{block}.shared_expert",),
         shared_gate="{block}.shared_expert_gate.weight",
-        stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj"),),
     ),
     Family(
         model_types=dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_6_moe", "qwen3_6_moe_text"), Defaults()),
+        wholes=("qwen3_5_moe", "qwen3_6_moe"),
         block="mlp",
-        routing=rules.softmax(True),
+        routing=rules.scored("softmax", renormalize=True),
         shared=("{block}.shared_expert",),
         shared_gate="{block}.shared_expert_gate.weight",
-        stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj"),),
         ignored=("norm_topk_prob",),
+    ),
+    Family(
+        # The shared expert has no gate.
+        model_types={"lara_mini": _RENORMALIZED},
+        block="mlp",
+        routing=rules.scored("softmax"),
+        shared=("{block}.shared_expert",),
+    ),
+    Family(
+        model_types={"flint": _RENORMALIZED},
+        block="mlp",
+        routing=rules.scored("sigmoid"),
+        shared=("{block}.shared_expert",),
     ),
     Family(
         # minimax is MiniMax-Text-01.
         model_types=dict.fromkeys(("mixtral", "minimax"), Defaults()),
         block="block_sparse_moe",
-        routing=rules.softmax(True),
-        gate="w1",
-        up="w3",
-        down="w2",
+        routing=rules.scored("softmax", renormalize=True),
+        linears=_W1_W3_W2,
         ignored=("norm_topk_prob",),
+    ),
+    Family(
+        model_types={"phimoe": Defaults()},
+        block="block_sparse_moe",
+        routing=rules.SPARSEMIXER,
+        linears=_W1_W3_W2,
     ),
     Family(
         model_types={"minimax_m2": Defaults()},
         block="block_sparse_moe",
-        routing=rules.sigmoid(scaled=False),
-        gate="w1",
-        up="w3",
-        down="w2",
+        routing=rules.scored("sigmoid", renormalize=True),
+        linears=_W1_W3_W2,
         correction_bias="{block}.e_score_correction_bias",
         shared=_DEEPSEEK_SHARED,
         shared_size=("shared_intermediate_size",),
@@ -206,11 +193,10 @@ FAMILIES = (
     ),
     Family(
         model_types=dict.fromkeys(("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"), Defaults(scale=2.0)),
+        wholes=("minimax_m3", "minimax_m3_vl"),
         block="block_sparse_moe",
-        routing=rules.sigmoid(scaled=True),
-        gate="w1",
-        up="w3",
-        down="w2",
+        routing=rules.scored("sigmoid", renormalize=True, scaled=True),
+        linears=_W1_W3_W2,
         correction_bias="{block}.e_score_correction_bias",
         shared=_DEEPSEEK_SHARED,
         activation=rules.swiglu_oai(("silu", "swigluoai", "swiglu_oai")),
@@ -219,84 +205,140 @@ FAMILIES = (
         ignored=("norm_topk_prob",),
     ),
     Family(
-        model_types={"deepseek_v2": Defaults(shared=2)},
+        model_types={
+            "deepseek_v2": Defaults(shared=2),
+            "deepseek_ocr2_text": Defaults(shared=2),
+            "unlimited_ocr_text": Defaults(shared=2),
+        },
+        wholes=("deepseek_ocr2", "unlimited_ocr"),
         block="mlp",
         routing=rules.DEEPSEEK_V2,
         shared=_DEEPSEEK_SHARED,
         fixed={"scoring_func": ("softmax",)},
         ignored=("norm_topk_prob",),
     ),
-    Family(
-        model_types={
-            **dict.fromkeys(("deepseek_v3", "deepseek_v32", "kimi_vl", "kimi_k2", "kimi_k25"), _DEEPSEEK_V3),
-            "glm4_moe": _RENORMALIZED,
-            "glm4_moe_lite": Defaults(renormalize=True, scale=1.8),
-            "glm_moe_dsa": Defaults(renormalize=True, scale=2.5),
-            "mimo_v2_flash": _RENORMALIZED,
-            "dots1": Defaults(renormalize=False),
-            "kimi_k3": _UNKNOWN,
-            "glm5_moe": _UNKNOWN,
-        },
-        block="mlp",
-        routing=rules.GROUPED_SIGMOID,
-        correction_bias="{block}.gate.e_score_correction_bias",
-        shared=_DEEPSEEK_SHARED,
-        activation=rules.clamped_silu(None),
-        fixed=_SIGMOID_ONLY,
+    _DEEPSEEK,
+    dataclasses.replace(
+        # With groups, this block counts the experts of dropped groups as 0, below which a biased score may lie.
+        _DEEPSEEK,
+        model_types={"axk2": _SCALED},
+        wholes=(),
+        routing=rules.scored("sigmoid", scaled=True),
+        fixed={**_SIGMOID_ONLY, "n_group": (1,), "topk_group": (1,)},
+    ),
+    dataclasses.replace(
+        _DEEPSEEK, model_types={"axk1": _DEEPSEEK_V3}, wholes=(), output_norm="post_mlp_layernorm.weight"
+    ),
+    dataclasses.replace(
+        _DEEPSEEK, model_types={"exaone_moe": _SCALED}, wholes=(), correction_bias="{block}.e_score_correction_bias"
+    ),
+    dataclasses.replace(
+        # Ling and Ring: bailing_moe_v2 is as its authors published it.
+        _DEEPSEEK,
+        model_types={"bailing_hybrid": _DEEPSEEK_V3, "sarvam_moe": _SCALED, "bailing_moe_v2": _UNKNOWN},
+        wholes=(),
+        correction_bias="{block}.gate.expert_bias",
+        keys=_KIMI_KEYS,
+        fixed=_KIMI_ONLY,
+    ),
+    dataclasses.replace(
+        _DEEPSEEK,
+        model_types={"kimi_linear": Defaults(renormalize=True, scale=2.446)},
+        wholes=("kimi_k3",),
+        block="block_sparse_moe",
+        linears=_W1_W3_W2,
+        keys=_KIMI_KEYS,
+        fixed=_KIMI_ONLY,
+    ),
+    dataclasses.replace(
+        # Its routed experts are clamped, its shared one is not.
+        _DEEPSEEK,
+        model_types=dict.fromkeys(("hy_v4", "hy_v4_vl_text"), Defaults(renormalize=True, scale=2.827, limit=10.0)),
+        wholes=("hy_v4_vl",),
+        shared_names=(("linear_gate", "up_proj", "down_proj"),),
+        shared_activation=rules.HIDDEN_ACT,
+    ),
+    dataclasses.replace(
+        _DEEPSEEK,
+        model_types={"dots3_note_text": _RENORMALIZED},
+        wholes=("dots3_note",),
+        shared_size=("shared_experts_intermediate_size",),
+        shared_each=True,
     ),
     Family(
-        model_types={"deepseek_v4": Defaults(scale=1.5)},
+        model_types={"mistral4": _RENORMALIZED},
+        block="mlp",
+        routing=rules.scored("softmax", grouped=True, scaled=True),
+        shared=_DEEPSEEK_SHARED,
+    ),
+    Family(
+        model_types={"mistral_large4_text": Defaults()},
+        wholes=("mistral_large4",),
+        block="experts",
+        experts="{block}",
+        router="gate.weight",
+        routing=rules.scored("softmax", renormalize=True, grouped=True, scaled=True),
+        linears=_W1_W3_W2,
+        shared=("shared_experts",),
+        ignored=("norm_topk_prob",),
+    ),
+    Family(
+        model_types={"deepseek_v4": Defaults(scale=1.5, limit=10.0)},
         block="ffn",
         routing=rules.DEEPSEEK_V4,
-        gate="w1",
-        up="w3",
-        down="w2",
+        linears=_W1_W3_W2,
         correction_bias="{block}.gate.bias",
         hash_table="{block}.gate.tid2eid",
         shared=_DEEPSEEK_SHARED,
-        activation=rules.clamped_silu(10.0),
+        activation=rules.clamped_silu(),
         fixed={"topk_method": ("noaux_tc",), "n_group": (1,), "topk_group": (1,)},
         ignored=("norm_topk_prob",),
     ),
-    Family(
-        model_types={"gpt_oss": Defaults()},
-        block="mlp",
-        routing=rules.GPT_OSS,
-        router="{block}.router.weight",
-        router_bias="{block}.router.bias",
-        stacked=(
-            Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj", interleaved=True, transposed=True),
-        ),
-        biased=True,
-        activation=rules.swiglu_oai(("silu",)),
-        ignored=("norm_topk_prob",),
-        numbered=_TWO_MEANINGS,
-    ),
+    _GPT_OSS,
     Family(
         # The files that OpenAI published: get_family gives them this type.
         model_types={"gpt_oss_original": Defaults()},
         block="mlp",
-        routing=rules.GPT_OSS,
+        routing=rules.SOFTMAX_AFTER_TOPK,
         router_bias="{block}.gate.bias",
-        stacked=(Stacked("{block}.mlp1", "{block}.mlp2", interleaved=True),),
+        stacked=(StackedNames("{block}.mlp1", "{block}.mlp2", interleaved=True),),
         biased=True,
         activation=rules.swiglu_oai(("silu",)),
         numbered=_TWO_MEANINGS,
         others=("{block}.norm.scale",),
     ),
+    dataclasses.replace(_GPT_OSS, model_types={"openai_privacy_filter": Defaults()}, stacked=_TRANSPOSED),
     Family(
         model_types=dict.fromkeys(("llama4", "llama4_text"), Defaults()),
+        wholes=("llama4",),
         block="feed_forward",
         routing=rules.LLAMA4,
         router="{block}.router.weight",
         shared=("{block}.shared_expert",),
-        stacked=(Stacked("{block}.experts.gate_up_proj", "{block}.experts.down_proj", transposed=True),),
+        stacked=_TRANSPOSED,
+    ),
+    Family(
+        model_types={"jamba": Defaults()},
+        block="feed_forward",
+        routing=rules.scored("softmax", renormalize=False),
+        router="{block}.router.weight",
+        size=("intermediate_size",),
+    ),
+    Family(
+        model_types={"lfm2_moe": _RENORMALIZED},
+        block="feed_forward",
+        routing=rules.scored("sigmoid", scaled=True, renormalize_epsilon=1e-6),
+        linears=_W1_W3_W2,
+        correction_bias="{block}.expert_bias",
+        correction_if="use_expert_bias",
+        activation=rules.SILU,
     ),
     Family(
         model_types={"nemotron_h": _RENORMALIZED},
+        wholes=("nemotron_h_omni", "nemo_speechlm"),
         block="mixer",
         routing=rules.GROUPED_SIGMOID,
-        gate=None,
+        linears=(None, "up_proj", "down_proj"),
         correction_bias="{block}.gate.e_score_correction_bias",
         shared=_DEEPSEEK_SHARED,
         shared_size=("moe_shared_expert_intermediate_size",),
@@ -304,62 +346,173 @@ FAMILIES = (
         fixed=_SIGMOID_ONLY,
         ignored=("n_groups",),  # of its state-space layers
     ),
+    _GEMMA,
+    _GRANITE,
+    dataclasses.replace(
+        _GRANITE,
+        model_types={"granitemoe_swa": Defaults()},
+        router="{block}.router.weight",
+        stacked=(StackedNames("{experts}.gate_up_proj", "{experts}.down_proj"),),
+    ),
     Family(
-        # Its dense branch stands beside the block and is left to the model.
-        model_types=dict.fromkeys(("gemma4", "gemma4_text"), Defaults()),
-        block="experts",
-        experts="{block}",
-        routing=rules.softmax(True),
-        router="router.proj.weight",
-        expert_scale="router.per_expert_scale",
-        input_scale="router.scale",
-        stacked=(Stacked("{block}.gate_up_proj", "{block}.down_proj"),),
-        activation=rules.named("hidden_activation", "gelu_pytorch_tanh"),
-        fixed={"hidden_act": ("gelu_pytorch_tanh",)},
+        model_types={"jetmoe": Defaults()},
+        block="mlp",
+        routing=rules.SOFTMAX_AFTER_TOPK,
+        router="{block}.router.layer.weight",
+        output_bias="{block}.bias",
+        stacked=(StackedNames("{block}.input_linear", "{block}.output_linear"),),
+        activation=rules.named("activation_function"),
+    ),
+    Family(
+        model_types={"ernie4_5_moe": Defaults(shared=2)},
+        block="mlp",
+        routing=rules.scored("softmax", renormalize=True),
+        correction_bias="{block}.moe_statics.e_score_correction_bias",
+        shared=_DEEPSEEK_SHARED,
+        # What the sum of the chosen scores is at least: a softmax's sum is more, and this changes nothing.
+        fixed={"moe_norm_min": (1e-12,), "moe_use_aux_free": (True,), "moe_gate": ("topk", "top2_fused")},
+        ignored=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "norm_topk_prob"),
+    ),
+    Family(
+        model_types={"hunyuan_v1_moe": Defaults()},
+        block="mlp",
+        routing=rules.scored("softmax", renormalize=True),
+        router="{block}.gate.wg.weight",
+        shared=("{block}.shared_mlp",),
+        shared_size=("intermediate_size",),
+        size=("intermediate_size",),
+        by_layer=("num_experts", "moe_topk"),
+        fixed={
+            "use_mixed_mlp_moe": (True,),
+            "norm_topk_prob": (True,),
+            "group_limited_greedy": (False,),
+            "routed_scaling_factor": (1.0,),
+            "n_group": (1,),
+            "topk_group": (1,),
+            "moe_drop_tokens": (False,),
+        },
+        ignored=(
+            "num_shared_expert",
+            "moe_layer_num_skipped",
+            "moe_random_routing_dropped_token",
+            "capacity_factor",
+        ),
+    ),
+    Family(
+        model_types={"hy_v3": Defaults(scale=2.826)},
+        block="mlp",
+        routing=rules.scored("sigmoid", renormalize=True, scaled=True),
+        router="{block}.router.gate.weight",
+        correction_bias="{block}.expert_bias",
+        shared=("{block}.shared_mlp",),
+        keys={"routed_scaling_factor": ("router_scaling_factor",)},
+        fixed={"moe_router_use_sigmoid": (True,), "moe_router_enable_expert_bias": (True,), "route_norm": (True,)},
+        ignored=("enable_moe_fp32_combine",),
+    ),
+    Family(
+        model_types={"afmoe": Defaults()},
+        block="mlp",
+        routing=rules.scored("sigmoid", renormalize=True, scaled=True),
+        router="{block}.router.gate.weight",
+        correction_bias="{block}.expert_bias",
+        shared=_DEEPSEEK_SHARED,
+        keys={"routed_scaling_factor": ("route_scale",)},
+        fixed={
+            "score_func": ("sigmoid",),
+            "route_norm": (True,),
+            "n_group": (1,),
+            "topk_group": (1,),
+            "num_expert_groups": (1,),
+            "num_limited_groups": (1,),
+        },
+    ),
+    Family(
+        model_types={"laguna": Defaults()},
+        block="mlp",
+        routing=rules.with_soft_cap(rules.scored("sigmoid", renormalize=True, scaled=True)),
+        correction_bias="{experts}.e_score_correction_bias",
+        shared=("{block}.shared_expert", "{block}.shared_experts"),
+        keys={"routed_scaling_factor": ("moe_routed_scaling_factor",)},
+        fixed={"moe_apply_router_weight_on_input": (False,)},
+        ignored=("norm_topk_prob", "gating"),  # the latter is of its attention
+    ),
+    Family(
+        model_types={"kolibri1": _NOT_RENORMALIZED},
+        block="mlp",
+        routing=rules.scored("chosen_sigmoid"),
+        correction_bias="moe.router.expert_bias",
+        shared=_DEEPSEEK_SHARED,
+    ),
+    Family(
+        model_types={"cohere2_moe": _RENORMALIZED},
+        block="mlp",
+        routing=rules.COHERE,
+        shared=_DEEPSEEK_SHARED,
+        shared_scale=rules.cohere_shared_scale,
+        size=("intermediate_size",),
+    ),
+    Family(
+        model_types={"aria_text": Defaults(shared=2)},
+        wholes=("aria",),
+        block="mlp",
+        routing=rules.SOFTMAX_AFTER_TOPK,
+        router="{block}.router.weight",
+        shared=_DEEPSEEK_SHARED,
+        stacked=(StackedNames("{experts}.fc1", "{experts}.fc2", transposed=True),),
+        size=("intermediate_size",),
+        activation=rules.SILU,
+    ),
+    Family(
+        model_types={"dbrx": Defaults()},
+        block="ffn",
+        routing=rules.DBRX,
+        router="{block}.router.layer.weight",
+        stacked=(StackedNames(("{experts}.mlp.w1", "{experts}.mlp.v1"), "{experts}.mlp.w2", flat=True),),
+        size=("ffn_hidden_size",),
+        keys={"hidden_size": ("d_model",), "num_hidden_layers": ("n_layers",)},
+        merged=("ffn_config",),
+        activation=rules.DBRX_ACTIVATION,
+        ignored=("moe_jitter_eps", "moe_loss_weight"),
+    ),
+    Family(
+        model_types={"longcat_flash": Defaults(scale=6.0, identity=256)},
+        block="mlp",
+        routing=rules.with_identity_experts(rules.scored("softmax", renormalize=False, scaled=True)),
+        router="{block}.router.classifier.weight",
+        correction_bias="{block}.router.e_score_correction_bias",
+        size=("expert_ffn_hidden_size", "moe_intermediate_size"),
+        keys={"num_hidden_layers": ("num_layers", "num_hidden_layers")},
+        fixed={"zero_expert_type": ("identity",), "router_bias": (False,), "norm_topk_prob": (False,)},
+    ),
+    Family(
+        model_types={"step3p5": Defaults()},
+        wholes=("step3p7",),
+        block="moe",
+        routing=rules.scored("sigmoid", renormalize=True, scaled=True),
+        correction_bias="{block}.router_bias",
+        shared=("share_expert",),
+        shared_size=("share_expert_dim", "share_expert_dims"),
+        shared_activation=rules.step("swiglu_limits_shared"),
+        stacked=(StackedNames(("{block}.gate_proj", "{block}.up_proj"), "{block}.down_proj"),),
+        activation=rules.step("swiglu_limits"),
+        keys={"routed_scaling_factor": ("moe_router_scaling_factor",)},
+        fixed={
+            "moe_router_activation": ("sigmoid",),
+            "use_moe_router_bias": (True,),
+            "norm_expert_weight": (True,),
+            "use_moe": (True,),
+            "moe_dynamic_exp_p": (1.0,),
+        },
+        ignored=("moe_layers_enum", "moe_every_n_layer", "moe_layer_offset", "need_fp32_gate"),
+    ),
+    Family(
+        model_types=dict.fromkeys(("inkling2_text", "inkling2_loop_text"), Defaults()),
+        wholes=("inkling2", "inkling2_loop"),
+        block="mlp",
+        routing=rules.scored("sigmoid", renormalize=True, scaled=True),
+        correction_bias="{block}.gate.bias",
+        stacked=(StackedNames("{experts}.w13_weight", "{experts}.w2_weight", interleaved=True),),
+        activation=rules.SITU,
+        fixed={"scoring_func": ("sigmoid",)},
     ),
 )
-
-
-def get_family(config: Mapping[str, Any], source: object) -> tuple[Family, str, Keys]:
-    """The row for a config, the model type that says what its missing keys mean, and the keys of its text part.
-
-    Raises:
-        ValueError: no row has its `model_type`, naming `source` and the known ones; or `text_config` is not an object,
-            or is present where the model type has none.
-    """
-    whole = Keys(config, source)
-    text = whole.object("text_config", None, null=True)
-    outer = whole.text("model_type", None, null=True)
-    if outer == "minimax" and "MiniMaxM2ForCausalLM" in whole.texts("architectures", [], null=True):
-        outer = "minimax_m2"  # MiniMax-M2's first files
-    if outer is None and "model_type" not in config and "experts_per_token" in config:
-        outer = "gpt_oss_original"  # the files that OpenAI published for gpt-oss name no type
-    if text is None:
-        row = _row(outer)
-        if row is None or outer is None:
-            raise _unknown(whole)
-        return row, outer, whole
-    inner = text.text("model_type", None, null=True)
-    if outer not in (*_WHOLE, *_WHOLE_OF_ANY_TEXT) and _row(outer) is not None:
-        raise whole.fault("text_config", f"missing: {outer} has no text part")
-    found = outer if outer in _WHOLE or inner is None else inner
-    row = _row(found)
-    if row is None or found is None:
-        raise _unknown(whole if inner is None else text)
-    beside = {key: config[key] for key in (*SIZES, *NUM_EXPERTS, *TOP_K) if key in config}
-    return row, found, Keys({**beside, **text.values}, source, text.path)
-
-
-def number_of_layers(keys: Keys) -> int | None:
-    """Layers of the model, of which those for multi-token prediction are none; None where the config does not say."""
-    return keys.integer(_NUM_LAYERS, None, low=1, null=True)
-
-
-def _row(model_type: str | None) -> Family | None:
-    return next((row for row in FAMILIES if model_type in row.model_types), None)
-
-
-def _unknown(keys: Keys) -> ValueError:
-    found = repr(keys.values.get("model_type"))
-    known = ", ".join(name for row in FAMILIES for name in row.model_types)
-    return ValueError(f"{keys.source}: {keys.path}model_type is {found}; the loader knows {known}")

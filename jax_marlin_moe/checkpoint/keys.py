@@ -23,20 +23,37 @@ class Keys:
         values: the object.
         source: the file that it is in.
         path: the key of the object itself in that file with a dot behind it, "" for the outermost one.
+        names: for keys that have other names in this object, those names.
 
     Raises:
-        ValueError: `FILE: KEY is VALUE; it must be ...`, or `FILE: KEY is missing; ...`. Every reader.
+        ValueError: `FILE: KEY is VALUE; it must be ...`, or `FILE: KEY is missing; ...`, or two names of a key are
+            there and their values differ. Every reader.
     """
 
     values: Mapping[str, Any]
     source: object
     path: str = ""
+    names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __contains__(self, key: str) -> bool:
-        return key in self.values
+        return self.name(key) in self.values
+
+    def name(self, key: str) -> str:
+        """What a key is called in this object."""
+        names = self.names.get(key, (key,))
+        found = [name for name in names if name in self.values]
+        if any(self.values[name] != self.values[found[0]] for name in found[1:]):
+            both = " and ".join(f"{name} = {short(self.values[name])}" for name in found)
+            raise ValueError(f"{self.source}: {self.path or 'it'} says {both}; they mean the same and must be equal")
+        return found[0] if found else names[0]
+
+    def get(self, key: str) -> Any:
+        """The value as it is; None where the key is missing."""
+        return self.values.get(self.name(key))
 
     def boolean(self, key: str, default: Default = REQUIRED, *, null: bool = False) -> bool | Default:
         """`true` or `false` of JSON, nothing that Python takes for one."""
+        key = self.name(key)
         must = "true or false"
         if self._missing(key, default, null, must):
             return default
@@ -54,6 +71,7 @@ class Keys:
         null: bool = False,
     ) -> int | Default:
         """An integer, not `true` and not `4.0`, between two bounds that are themselves allowed."""
+        key = self.name(key)
         must = f"an integer{_bounds(low, high, None)}"
         if self._missing(key, default, null, must):
             return default
@@ -73,6 +91,7 @@ class Keys:
         null: bool = False,
     ) -> float | Default:
         """A finite number, written as an integer or not, between `low` and `high`, or greater than `above`."""
+        key = self.name(key)
         must = f"a finite number{_bounds(low, high, above)}"
         if self._missing(key, default, null, must):
             return default
@@ -87,6 +106,7 @@ class Keys:
 
     def text(self, key: str, default: Default = REQUIRED, *, null: bool = False) -> str | Default:
         """A string that is not empty."""
+        key = self.name(key)
         must = "a string that is not empty"
         if self._missing(key, default, null, must):
             return default
@@ -98,6 +118,7 @@ class Keys:
         self, key: str, options: Collection[str], default: Default = REQUIRED, *, null: bool = False
     ) -> str | Default:
         """One of some strings."""
+        key = self.name(key)
         must = ("one of " if len(options) > 1 else "") + ", ".join(map(repr, options))
         if self._missing(key, default, null, must):
             return default
@@ -107,6 +128,7 @@ class Keys:
 
     def object(self, key: str, default: Default = REQUIRED, *, null: bool = False) -> "Keys | Default":
         """An object, with readers of its own."""
+        key = self.name(key)
         must = "an object"
         if self._missing(key, default, null, must):
             return default
@@ -116,6 +138,7 @@ class Keys:
 
     def texts(self, key: str, default: Default = REQUIRED, *, null: bool = False) -> list[str] | Default:
         """A list of strings, which may be empty."""
+        key = self.name(key)
         must = "a list of strings"
         if self._missing(key, default, null, must):
             return default
@@ -132,6 +155,7 @@ class Keys:
             must: what the value must be.
             advice: more of the sentence, such as "; convert it first".
         """
+        key = self.name(key)
         found = short(self.values[key]) if key in self.values else "missing"
         return ValueError(f"{self.source}: {self.path}{key} is {found}; it must be {must}{advice}")
 

@@ -1,6 +1,7 @@
 """Reads one layer of a checkpoint as its tool wrote it."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jax_marlin_moe.checkpoint.families import Family, Stacked
+from jax_marlin_moe.checkpoint.family import Family, StackedNames
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts
@@ -32,7 +33,7 @@ class LayerReader:
 
     Attributes:
         files: the checkpoint.
-        layer: its number.
+        layer: its number, or its name.
         prefix: what the names of its tensors begin with.
         family: how they go on.
         facts: what the config says of all layers.
@@ -43,7 +44,7 @@ class LayerReader:
     """
 
     files: TensorFolder
-    layer: int
+    layer: int | str
     prefix: str
     family: Family
     facts: ModelFacts
@@ -65,7 +66,8 @@ class LayerReader:
                 raise self.files.fault(name, fault)
         first, second = self._linears(experts, hidden, size)
         gate_up, down = self._matrices(first, second, hidden, size, self.target, biased=family.biased)
-        router = self._kernel(family.router, experts, hidden)
+        routed = experts + facts.routing.identity_experts
+        router = self._kernel(family.router, routed, hidden)
         assert router is not None, "every family has a router"
         token_experts = self._token_experts(facts.routing.top_k, experts)
         layer = MoELayer(
@@ -74,14 +76,21 @@ class LayerReader:
             router=router,
             routing=facts.routing,
             activation=facts.activation,
-            router_bias=self._vector(family.router_bias, (experts,)),
-            correction_bias=None if token_experts is not None else self._vector(family.correction_bias, (experts,)),
-            expert_scale=self._vector(family.expert_scale, (experts,)),
+            router_bias=self._vector(family.router_bias, (routed,)),
+            correction_bias=None if token_experts is not None else self._correction_bias(routed),
+            expert_scale=self._vector(family.expert_scale, (routed,)),
             router_input_scale=self._vector(family.input_scale, (hidden,)),
             token_experts=token_experts,
-            shared=self._shared(hidden),
+            shared=(shared := self._shared(hidden)),
+            output_norm=self._vector(family.output_norm, (hidden,)),
             norm_epsilon=facts.norm_epsilon,
+            shared_activation=None if shared is None else facts.shared_activation,
         )
+        output_bias = self._vector(family.output_bias, (hidden,))
+        if output_bias is not None:
+            # The weights sum to 1, so that each expert may have it.
+            bias = jnp.tile(output_bias.astype(jnp.float32), (experts, 1))
+            layer = dataclasses.replace(layer, down=dataclasses.replace(layer.down, bias=bias))
         self._refuse_unknown()
         self.files.drop_pages()
         check_layer(self.source, layer)
@@ -90,45 +99,50 @@ class LayerReader:
     def _linears(self, experts: int, hidden: int, size: int) -> tuple[list[list[Linear]], list[list[Linear]]]:
         """The linears of gate and up, and of down, per expert."""
         family = self.family
-        parts = [name for name in (family.gate, family.up) if name is not None]
+        *names, last = family.linears
+        parts = [name for name in names if name is not None]
         for row in family.stacked:
-            module, down = self.name(row.gate_up), self.name(row.down)
-            if not any(module + suffix in self.files for suffix in STACKED_SUFFIXES):
-                continue
-            self._check_stack(module, experts)
-            transposed = self._transposed(row, experts, len(parts) * size, hidden, size)
-            first = [
-                [
-                    Linear(
-                        module,
-                        e,
-                        part=j,
-                        parts=len(parts),
-                        interleaved=row.interleaved,
-                        num_experts=experts,
-                        transposed=transposed,
-                    )
-                    for j in range(len(parts))
-                ]
-                for e in range(experts)
+            apart = not isinstance(row.gate_up, str)
+            modules = [
+                self.name(module) for module in ((row.gate_up,) if isinstance(row.gate_up, str) else row.gate_up)
             ]
-            return first, [[Linear(down, e, num_experts=experts, transposed=transposed)] for e in range(experts)]
+            down = self.name(row.down)
+            if not any(module + suffix in self.files for module in modules for suffix in STACKED_SUFFIXES):
+                continue
+            for module in modules:
+                self._check_stack(module, experts, experts * size if row.flat else experts)
+            transposed = self._transposed(row, experts, (1 if apart else len(parts)) * size, hidden, size)
+            make = functools.partial(
+                Linear, num_experts=experts, flat=row.flat, interleaved=row.interleaved, transposed=transposed
+            )
+            if apart:
+                first = [[make(module, e) for module in modules] for e in range(experts)]
+            else:
+                first = [
+                    [make(modules[0], e, part=j, parts=len(parts)) for j in range(len(parts))] for e in range(experts)
+                ]
+            # Of experts one below the other, all three linears lie as [I, H].
+            make = functools.partial(Linear, num_experts=experts, flat=row.flat, transposed=row.flat or transposed)
+            return first, [[make(down, e)] for e in range(experts)]
         if family.numbered is not None:
             raise ValueError(
                 f"{self.quantization.source}: the experts of {self.model_type} have tensors of their own "
                 f"(quant_method {self.quantization.method!r}); {family.numbered}"
             )
-        self._check_experts(experts)
+        self._check_experts(experts, self.facts.routing.identity_experts)
         prefix = self.name(family.experts)
 
-        def modules(*names: str) -> list[list[Linear]]:
+        def linears(*names: str) -> list[list[Linear]]:
             return [[Linear(f"{prefix}.{e}.{name}") for name in names] for e in range(experts)]
 
-        return modules(*parts), modules(family.down)
+        return linears(*parts), linears(last)
 
-    def _transposed(self, row: Stacked, experts: int, width: int, hidden: int, size: int) -> bool:
+    def _transposed(self, row: StackedNames, experts: int, width: int, hidden: int, size: int) -> bool:
         """Whether plain stacked weights lie as [E, K, N]: a shape tells, the family where all are square."""
-        for module, n, k in ((row.gate_up, width, hidden), (row.down, hidden, size)):
+        if row.flat:
+            return False
+        first = row.gate_up if isinstance(row.gate_up, str) else row.gate_up[0]
+        for module, n, k in ((first, width, hidden), (row.down, hidden, size)):
             suffix = next((s for s in ("", ".weight") if self.name(module) + s in self.files), None)
             if suffix is not None and n != k:
                 shape = self.files.info(self.name(module) + suffix).shape
@@ -178,6 +192,23 @@ class LayerReader:
             raise self.files.fault(name, "holds infinities or NaN")
         return jnp.array(value, copy=True)
 
+    def _correction_bias(self, experts: int) -> Array | None:
+        """[E], also where it lies as [1, E]; raises ValueError where the config denies or promises it."""
+        template, stated = self.family.correction_bias, self.facts.correction
+        if template is None:
+            return None
+        there = self.name(template) in self.files
+        if stated is not None and there != stated[1]:
+            found = "has a tensor" if there else "has no tensor"
+            raise ValueError(
+                f"{self.files.folder} {found} {self.name(template)}; {self.source} says {stated[0]} = {stated[1]}"
+            )
+        if not there and stated is not None:
+            return None
+        shape = self.files.info(self.name(template)).shape if there else (experts,)
+        value = self._vector(template, (1, experts) if len(shape) == 2 else (experts,))
+        return None if value is None else value.reshape(experts)
+
     def _token_experts(self, top_k: int, experts: int) -> Array | None:
         template = self.family.hash_table
         if template is None or self.name(template) not in self.files:
@@ -213,21 +244,31 @@ class LayerReader:
                 for names in family.shared_linears
                 if any(name.startswith(f"{module}.{names[2]}.") for name in files.names)
             ),
-            family.experts_linears,
+            family.linears,
         )
-        gate_up = [Linear(f"{module}.{name}") for name in names[:2] if name is not None]
+        if names[0] == names[1]:
+            gate_up = [Linear(f"{module}.{names[1]}", part=part, parts=2) for part in range(2)]
+        else:
+            gate_up = [Linear(f"{module}.{name}") for name in names[:2] if name is not None]
         down = Linear(f"{module}.{names[2]}")
         gate = self._kernel(family.shared_gate, 1, hidden)
+        scale = self.facts.shared_scale
         plain = next((part for part in (down, *gate_up) if plain_suffix(files, part) is not None), None)
         if plain is not None:
             name = plain.name(plain_suffix(files, plain) or "")
             shape = files.info(name).shape
             if self.facts.shared_size is None and len(shape) != 2:
                 raise files.fault(name, f"has shape {shape}; it must have two dimensions")
-            size = shape[plain is down] if self.facts.shared_size is None else self.facts.shared_size
+            size = shape[plain is down] // plain.parts if self.facts.shared_size is None else self.facts.shared_size
             dense = [self._dense(part, hidden, size) for part in gate_up]
             last = self._dense(down, size, hidden)
+            last = last if scale == 1 else (last.astype(np.float32) * scale).astype(last.dtype)
             return SharedExpert(jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True), gate)
+        if scale != 1:
+            raise ValueError(
+                f"{files.folder}: the shared expert {module} counts {scale} times and is quantised; such a factor is "
+                "supported for plain shared experts alone"
+            )
         size = self.facts.shared_size or self.facts.usual_shared_size
         packed_gate_up, packed_down = self._matrices([gate_up], [[down]], hidden, size, None, biased=False)
         return SharedExpert(packed_gate_up, packed_down, gate)
@@ -242,26 +283,33 @@ class LayerReader:
             raise self.files.fault(linear.name(suffix), "holds infinities or NaN")
         return value.T
 
-    def _check_experts(self, experts: int) -> None:
-        """The experts that have tensors must be those that the config counts: before anything of that size is built."""
+    def _check_experts(self, experts: int, further: int) -> None:
+        """The experts that have tensors must be those that the config counts: before anything of that size is built.
+
+        transformers saves tensors of the `further` ones, which return their input, and does not use them.
+        """
         pattern = re.compile(re.escape(self.name(self.family.experts)) + r"\.([0-9]+)\.")
         found: dict[int, str] = {}
         for name in sorted(self.files.names):
             match = pattern.match(name)
             if match is not None:
-                claim_number(found, self.files, name, match.group(1), match.group())
+                if further and len(match.group(1)) < 6 and experts <= int(match.group(1)) < experts + further:
+                    self.files.ignore(name)
+                else:
+                    claim_number(found, self.files, name, match.group(1), match.group())
         if len(found) != experts or (found and max(found) != experts - 1):
             raise ValueError(
                 f"{self.files.folder}: layer {self.layer} has tensors of {len(found)} experts; "
                 f"config.json says {experts}"
             )
 
-    def _check_stack(self, module: str, experts: int) -> None:
-        """Likewise where one tensor holds them all: its first dimension."""
+    def _check_stack(self, module: str, experts: int, rows: int) -> None:
+        """Likewise where one tensor holds them all: its first dimension, which is `rows`."""
         name = next(module + suffix for suffix in STACKED_SUFFIXES if module + suffix in self.files)
         shape = self.files.info(name).shape
-        if not shape or shape[0] != experts:
-            raise self.files.fault(name, f"has shape {shape}; its first dimension must be the {experts} experts")
+        if not shape or shape[0] != rows:
+            must = f"{rows}, the rows of the {experts} experts" if rows != experts else f"the {experts} experts"
+            raise self.files.fault(name, f"has shape {shape}; its first dimension must be {must}")
 
     def _refuse_unknown(self) -> None:
         """Every tensor of the block must have been read, or be known not to matter."""

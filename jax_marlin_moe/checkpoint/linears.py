@@ -20,6 +20,7 @@ class Linear:
         parts: how many linears a fused tensor holds.
         interleaved: whether the parts alternate row by row.
         transposed: whether a plain weight lies as [K, N].
+        flat: whether a tensor that holds all experts has them one below the other, in two dimensions.
     """
 
     module: str
@@ -29,6 +30,7 @@ class Linear:
     parts: int = 1
     interleaved: bool = False
     transposed: bool = False
+    flat: bool = False
 
     def name(self, suffix: str) -> str:
         """The name of one of its tensors; the suffix brings its own separator."""
@@ -54,7 +56,8 @@ class Linear:
             stored[columns] *= self.parts
         if self.expert is not None:
             stored.insert(0, self.num_experts)
-        view = files.read(self.name(suffix), stored, dtypes)
+        lying = [stored[0] * stored[1], *stored[2:]] if self.flat else stored
+        view = files.read(self.name(suffix), lying, dtypes).reshape(stored)
         if self.expert is not None:
             view = view[self.expert]
         if self.parts > 1:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_marlin_moe.checkpoint import packed_form
+from jax_marlin_moe.checkpoint.families import FAMILIES
+from jax_marlin_moe.checkpoint.family import Family
 from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
 from jax_marlin_moe.checkpoint.schemes.plain import Target
 from jax_marlin_moe.checkpoint.source import Source
@@ -25,11 +27,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def load_moe_layer(
     path: str | os.PathLike,
-    layer: int,
+    layer: int | str,
     *,
     quantize: str | None = None,
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> MoELayer:
     """Loads one mixture-of-experts layer of a checkpoint: bit for bit where it is quantised.
 
@@ -41,11 +44,15 @@ def load_moe_layer(
 
     Args:
         path: the folder with config.json and safetensors files, or one that `convert` wrote.
-        layer: its number, from 0.
+        layer: its number, from 0; or what the names of its tensors begin with, such as "model.layers.61" or
+            "mtp.layers.0" for a layer of multi-token prediction, which the numbers do not count;
+            `Checkpoint(path).layer_names` lists them.
         quantize: for plain bfloat16, float16 or float32 experts, the format that they shall have. Layers that are
             quantised stay as they are, where others are plain; where none is, `quantize` is refused.
         group_size: for `quantize`, as in `jax_marlin_moe.quantize`.
         scale_dtype: likewise; by default the dtype of the file.
+        families: rows of model families, of which the first that has the config's `model_type` counts. For a family
+            that the package does not know, pass `(*jax_marlin_moe.checkpoint.FAMILIES, row)`.
 
     Returns:
         The packed experts, on JAX's default device, and what routing needs.
@@ -55,7 +62,9 @@ def load_moe_layer(
         ValueError: the model, its quantisation or the layer is not supported, or a tensor is missing, not known, or
             does not fit the config. Messages name the file, the tensor, what was expected and what was found.
     """
-    return Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype).load(layer)
+    return Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype, families=families).load(
+        layer
+    )
 
 
 @overload
@@ -67,6 +76,7 @@ def load_moe_layers(
     quantize: str | None = None,
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Iterator[tuple[int, MoELayer]]: ...
 
 
@@ -79,6 +89,7 @@ def load_moe_layers(
     quantize: str | None = None,
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> StackedMoELayer: ...
 
 
@@ -90,6 +101,7 @@ def load_moe_layers(
     quantize: str | None = None,
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Iterator[tuple[int, MoELayer]] | StackedMoELayer:
     """All mixture-of-experts layers in ascending order.
 
@@ -101,6 +113,7 @@ def load_moe_layers(
         quantize: as for `load_moe_layer`.
         group_size: likewise.
         scale_dtype: likewise.
+        families: likewise.
 
     Returns:
         An iterator that loads a layer when it comes to it, and yields its number and the layer; or the stack, whose
@@ -110,7 +123,7 @@ def load_moe_layers(
         FileNotFoundError: as `load_moe_layer`.
         ValueError: likewise; or layers that are stacked differ, in what the message names.
     """
-    checkpoint = Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype)
+    checkpoint = Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype, families=families)
     numbers = list(checkpoint.layers if layers is None else layers)
     loaded = ((number, checkpoint.load(number)) for number in numbers)
     if not stacked:
@@ -129,10 +142,13 @@ class Checkpoint:
         quantize: as for `load_moe_layer`.
         group_size: likewise.
         scale_dtype: likewise.
+        families: likewise.
 
     Attributes:
         contents: the manifest of the packed form, or the folder as its tool wrote it; both have `layers` and `load`.
         layers: numbers of the layers with experts, ascending, without those for multi-token prediction.
+        layer_names: what `load` takes besides, of a folder as its tool wrote it: what the names of the tensors of each
+            layer begin with, also of those for multi-token prediction.
     """
 
     def __init__(
@@ -142,6 +158,7 @@ class Checkpoint:
         quantize: str | None = None,
         group_size: int | Literal["customary"] | None = "customary",
         scale_dtype: DTypeLike | None = None,
+        families: Sequence[Family] = FAMILIES,
     ) -> None:
         _check_folder(path)
         self.folder = pathlib.Path(path)
@@ -150,8 +167,11 @@ class Checkpoint:
             raise ValueError(f"{self.folder} is packed already; quantize={quantize!r} is for plain weights")
         scale_name = None if scale_dtype is None else jnp.dtype(scale_dtype).name
         target = None if quantize is None else Target(quantize, group_size, scale_name)
-        self.contents: packed_form.Manifest | Source = Source(self.folder, target) if manifest is None else manifest
+        self.contents: packed_form.Manifest | Source = (
+            Source(self.folder, target, families) if manifest is None else manifest
+        )
         self.layers = self.contents.layers
+        self.layer_names = self.contents.layer_names if isinstance(self.contents, Source) else []
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -198,11 +218,20 @@ class Checkpoint:
     def _tensors(self) -> ModelTensors:
         return self.contents.model_tensors()
 
-    def load(self, layer: int) -> MoELayer:
+    def load(self, layer: int | str) -> MoELayer:
         """Loads one layer; arguments and errors as for `load_moe_layer`."""
+        if isinstance(layer, str):
+            if not isinstance(self.contents, Source) or layer not in self.layer_names:
+                found = ", ".join(self.layer_names) or "none, as it is packed" * (not isinstance(self.contents, Source))
+                raise ValueError(
+                    f"{self.folder}: layer {layer!r} has no experts; names of such layers: {found or 'none'}"
+                )
+            return self.contents.load(layer)
         if layer not in self.layers:
             found = f"{self.layers[0]} to {self.layers[-1]}" if self.layers else "none"
-            raise ValueError(f"{self.folder}: layer {layer} has no experts; layers with experts: {found}")
+            further = self.layer_names[len(self.layers) :]
+            more = f"; others, by name: {', '.join(further)}" if further else ""
+            raise ValueError(f"{self.folder}: layer {layer} has no experts; layers with experts: {found}{more}")
         return self.contents.load(layer)
 
 

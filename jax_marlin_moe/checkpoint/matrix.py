@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -41,7 +40,7 @@ class StoredMatrix:
     n: int
     storage: Storage
     orders: Sequence[np.ndarray | None]
-    plain: Mapping[Linear, Storage] = MappingProxyType({})
+    plain: Mapping[Linear, Storage] = dataclasses.field(default_factory=dict)
 
     @property
     def column_orders(self) -> Sequence[np.ndarray | None] | None:

@@ -6,7 +6,6 @@ does not know may change what the tensors mean.
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from jax_marlin_moe.checkpoint.keys import Keys, short
 
@@ -36,8 +35,8 @@ class Method:
     name: str
     read: tuple[str, ...]
     harmless: Mapping[str, str]
-    fixed: Mapping[str, tuple[object, ...]] = MappingProxyType({})
-    known: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    fixed: Mapping[str, tuple[object, ...]] = dataclasses.field(default_factory=dict)
+    known: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     file: str | None = None
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jax_marlin_moe.activations import Activation, swiglu
+from jax_marlin_moe.activations import Activation, situ, swiglu, swiglu_step
 from jax_marlin_moe.checkpoint.keys import REQUIRED, Keys
 from jax_marlin_moe.routing import Routing
 
@@ -22,6 +22,8 @@ class Defaults:
         top_groups: for `topk_group`.
         scale: for `routed_scaling_factor`.
         shared: for `n_shared_experts`, where files have shared experts.
+        limit: for `swiglu_limit`; None where that means no clamp.
+        identity: for `zero_expert_num`.
     """
 
     renormalize: Any = REQUIRED
@@ -29,6 +31,8 @@ class Defaults:
     top_groups: int = 1
     scale: Any = 1.0
     shared: int = 1
+    limit: Any = None
+    identity: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,43 +45,69 @@ class RoutingRule:
 
 @dataclasses.dataclass(frozen=True)
 class ActivationRule:
-    """An activation: `read(keys)` makes it from a config, of which it reads `keys`."""
+    """An activation: `read(keys, defaults)` makes it from a config, of which it reads `keys`.
+
+    A value under a key of `by_layer` may be a list with one for each layer.
+    """
 
     keys: tuple[str, ...]
-    read: Callable[[Keys], "str | Activation"]
+    read: Callable[[Keys, Defaults], "str | Activation"]
+    by_layer: tuple[str, ...] = ()
 
 
-def softmax(renormalize: bool | None = None) -> RoutingRule:
-    """Softmax over all experts; `renormalize` None means the config's `norm_topk_prob`."""
+def scored(
+    scoring: str, *, renormalize: bool | None = None, grouped: bool = False, scaled: bool = False, **facts: Any
+) -> RoutingRule:
+    """Scores of all experts, of which the largest are chosen.
+
+    Args:
+        scoring: as in `Routing`.
+        renormalize: likewise; None means the config's `norm_topk_prob`.
+        grouped: whether the config has groups, of which those with the largest sums of two stay.
+        scaled: whether it has a `routed_scaling_factor`.
+        **facts: further fields of `Routing`.
+    """
 
     def read(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
-        if renormalize is not None:
-            return Routing(top_k, renormalize=renormalize)
-        return Routing(top_k, renormalize=keys.boolean("norm_topk_prob", defaults.renormalize))
+        groups, top_groups = _groups(keys, experts, top_k, defaults) if grouped else (1, 1)
+        return Routing(
+            top_k,
+            scoring=scoring,
+            renormalize=keys.boolean("norm_topk_prob", defaults.renormalize) if renormalize is None else renormalize,
+            num_groups=groups,
+            top_groups=top_groups,
+            scale=_scale(keys, defaults) if scaled else 1.0,
+            **facts,
+        )
 
-    return RoutingRule(() if renormalize is not None else ("norm_topk_prob",), read)
-
-
-def sigmoid(*, scaled: bool) -> RoutingRule:
-    """MiniMax's: sigmoid, always renormalised, without groups; M3 scales."""
-
-    def read(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
-        return Routing(top_k, scoring="sigmoid", scale=_scale(keys, defaults) if scaled else 1.0)
-
-    return RoutingRule(("routed_scaling_factor",) if scaled else (), read)
-
-
-def _grouped_sigmoid(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
-    groups, top_groups = _groups(keys, experts, top_k, defaults)
-    return Routing(
-        top_k,
-        scoring="sigmoid",
-        renormalize=keys.boolean("norm_topk_prob", defaults.renormalize),
-        num_groups=groups,
-        top_groups=top_groups,
-        group_score="top2",
-        scale=_scale(keys, defaults),
+    return RoutingRule(
+        (
+            *(("norm_topk_prob",) if renormalize is None else ()),
+            *(("n_group", "topk_group") if grouped else ()),
+            *(("routed_scaling_factor",) if scaled else ()),
+        ),
+        read,
     )
+
+
+def with_identity_experts(rule: RoutingRule) -> RoutingRule:
+    """A rule for routers that also choose among `zero_expert_num` experts that return their input."""
+
+    def read(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
+        extra = keys.integer("zero_expert_num", defaults.identity, low=0, null=True) or 0
+        return dataclasses.replace(rule.read(keys, experts, top_k, defaults), identity_experts=extra)
+
+    return RoutingRule((*rule.keys, "zero_expert_num"), read)
+
+
+def with_soft_cap(rule: RoutingRule) -> RoutingRule:
+    """A rule for logits that are bounded by `moe_router_logit_softcapping`, where 0 is no bound."""
+
+    def read(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
+        cap = keys.number("moe_router_logit_softcapping", 0.0, low=0)
+        return dataclasses.replace(rule.read(keys, experts, top_k, defaults), logits_soft_cap=cap or None)
+
+    return RoutingRule((*rule.keys, "moe_router_logit_softcapping"), read)
 
 
 def _deepseek_v2(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
@@ -102,21 +132,44 @@ def _deepseek_v4(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Ro
     return Routing(top_k, scoring=_V4_SCORINGS[scoring], scale=_scale(keys, defaults))
 
 
-GROUPED_SIGMOID = RoutingRule(("norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor"), _grouped_sigmoid)
+def _sparsemixer(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
+    # Its class has no other number of experts per token: their weights are made one by one, twice.
+    if top_k != 2:
+        raise ValueError(f"{keys.source}: {keys.path}it has {top_k} experts per token; sparsemixer has 2")
+    return Routing(2, scoring="sparsemixer", renormalize=False, jitter=keys.number("router_jitter_noise", 0.01, low=0))
+
+
+def cohere_shared_scale(keys: Keys) -> float:
+    """What the shared expert of Cohere's block counts: half, as the routed ones do, where the two are averaged."""
+    way = keys.choice("shared_expert_combination_strategy", ("sum", "average"), "average")
+    return 0.5 if keys.integer("num_shared_experts", 0, low=0) and way == "average" else 1.0
+
+
+def _cohere(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
+    renormalize = keys.boolean("norm_topk_prob", defaults.renormalize)
+    scale = cohere_shared_scale(keys)
+    if keys.choice("expert_selection_fn", ("softmax", "sigmoid"), "softmax") == "softmax":
+        return Routing(top_k, scoring="identity", renormalize=False, softmax_after_topk=True, scale=scale)
+    return Routing(top_k, scoring="chosen_sigmoid", renormalize=renormalize, scale=scale)
+
+
+def _dbrx(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
+    # The power of the norm that weights are divided by; null is no norm, and missing is 1.
+    key = "moe_normalize_expert_weights"
+    keys.number(key, 1.0, low=1, high=1, null=True)
+    return Routing(top_k, renormalize=key not in keys or keys.get(key) is not None)
+
+
+GROUPED_SIGMOID = scored("sigmoid", grouped=True, scaled=True)
+SPARSEMIXER = RoutingRule(("router_jitter_noise",), _sparsemixer)
+COHERE = RoutingRule(
+    ("norm_topk_prob", "num_shared_experts", "shared_expert_combination_strategy", "expert_selection_fn"), _cohere
+)
+DBRX = RoutingRule(("moe_normalize_expert_weights",), _dbrx)
 DEEPSEEK_V2 = RoutingRule(("topk_method", "n_group", "topk_group", "routed_scaling_factor"), _deepseek_v2)
 DEEPSEEK_V4 = RoutingRule(("scoring_func", "routed_scaling_factor"), _deepseek_v4)
-GPT_OSS = RoutingRule(
-    (),
-    lambda keys, experts, top_k, defaults: Routing(
-        top_k, scoring="identity", renormalize=False, softmax_after_topk=True
-    ),
-)
-LLAMA4 = RoutingRule(
-    (),
-    lambda keys, experts, top_k, defaults: Routing(
-        top_k, scoring="chosen_sigmoid", renormalize=False, apply_on_input=True
-    ),
-)
+SOFTMAX_AFTER_TOPK = scored("identity", renormalize=False, softmax_after_topk=True)
+LLAMA4 = scored("chosen_sigmoid", renormalize=False, apply_on_input=True)
 
 
 def _scale(keys: Keys, defaults: Defaults) -> float:
@@ -158,14 +211,14 @@ _GATED: dict[str, "str | Activation"] = {
 
 def named(key: str = "hidden_act", default: str = "silu") -> ActivationRule:
     """A gated activation by its name under `key`."""
-    return ActivationRule((key,), lambda keys: _GATED[keys.choice(key, tuple(_GATED), default)])
+    return ActivationRule((key,), lambda keys, defaults: _GATED[keys.choice(key, tuple(_GATED), default)])
 
 
-def clamped_silu(limit: Any) -> ActivationRule:
-    """Silu whose inputs are clamped at `swiglu_limit`; `limit` for a missing one, None where that means no clamp."""
+def clamped_silu() -> ActivationRule:
+    """Silu whose inputs are clamped at `swiglu_limit`, where there is one."""
 
-    def read(keys: Keys) -> str | Activation:
-        found = keys.number("swiglu_limit", limit, above=0, null=limit is None)
+    def read(keys: Keys, defaults: Defaults) -> str | Activation:
+        found = keys.number("swiglu_limit", defaults.limit, above=0, null=defaults.limit is None)
         name = _GATED[keys.choice("hidden_act", ("silu", "swish") if found is not None else tuple(_GATED), "silu")]
         return name if found is None else swiglu(found)
 
@@ -175,7 +228,7 @@ def clamped_silu(limit: Any) -> ActivationRule:
 def swiglu_oai(names: tuple[str, ...]) -> ActivationRule:
     """gpt-oss's activation, whatever of `names` the config calls it: transformers does not look at the name."""
 
-    def read(keys: Keys) -> Activation:
+    def read(keys: Keys, defaults: Defaults) -> Activation:
         keys.choice("hidden_act", names, "silu")
         limit = keys.number("swiglu_limit", 7.0, above=0)
         return swiglu(limit, keys.number("swiglu_alpha", 1.702, above=0), 1.0)
@@ -183,5 +236,37 @@ def swiglu_oai(names: tuple[str, ...]) -> ActivationRule:
     return ActivationRule(("hidden_act", "swiglu_limit", "swiglu_alpha"), read)
 
 
+def step(key: str) -> ActivationRule:
+    """Step's: silu, clamped afterwards where the layer's value under `key` is neither null nor 0."""
+
+    def read(keys: Keys, defaults: Defaults) -> str | Activation:
+        keys.choice("hidden_act", ("silu",), "silu")
+        limit = keys.number(key, None, low=0, null=True)
+        return swiglu_step(limit) if limit else "silu"
+
+    return ActivationRule(("hidden_act", key), read, by_layer=(key,))
+
+
+def _situ(keys: Keys, defaults: Defaults) -> Activation:
+    keys.choice("hidden_act", ("silu",), "silu")
+    return situ(keys.number("mlp_gate_softcap", 4.0, above=0), keys.number("mlp_up_softcap", 25.0, above=0))
+
+
+def _dbrx_activation(keys: Keys, defaults: Defaults) -> "str | Activation":
+    function = keys.object("ffn_act_fn", None, null=True)
+    if function is None:
+        return "silu"
+    for name in function.values:
+        if name != "name":
+            raise function.fault(name, "omitted: what it means is not known")
+    return _GATED[function.choice("name", tuple(_GATED), "silu")]
+
+
 HIDDEN_ACT = named()
-RELU2 = ActivationRule(("mlp_hidden_act",), lambda keys: keys.choice("mlp_hidden_act", ("relu2",), "relu2"))
+# Blocks that do not look at the name.
+SILU = ActivationRule(
+    ("hidden_act",), lambda keys, defaults: _GATED[keys.choice("hidden_act", ("silu", "swish"), "silu")]
+)
+RELU2 = ActivationRule(("mlp_hidden_act",), lambda keys, defaults: keys.choice("mlp_hidden_act", ("relu2",), "relu2"))
+SITU = ActivationRule(("hidden_act", "mlp_gate_softcap", "mlp_up_softcap"), _situ)
+DBRX_ACTIVATION = ActivationRule(("ffn_act_fn",), _dbrx_activation)

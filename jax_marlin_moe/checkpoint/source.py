@@ -1,11 +1,12 @@
 """A checkpoint folder as its tool wrote it: config.json and safetensors files."""
 
-import functools
+import dataclasses
 import pathlib
+from collections.abc import Sequence
 
-from jax_marlin_moe.checkpoint.families import Family, get_family, number_of_layers
+from jax_marlin_moe.checkpoint.family import Family, get_family, number_of_layers
 from jax_marlin_moe.checkpoint.layer_reader import LayerReader
-from jax_marlin_moe.checkpoint.model_facts import ModelFacts, read_facts
+from jax_marlin_moe.checkpoint.model_facts import read_facts
 from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
 from jax_marlin_moe.checkpoint.numbering import claim_number
 from jax_marlin_moe.checkpoint.quantization_config import find_quantization
@@ -14,12 +15,28 @@ from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
 from jax_marlin_moe.layer import MoELayer
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a layer of experts lies.
+
+    Attributes:
+        prefix: what the names of its tensors begin with.
+        number: its number among the model's layers; None for one that is numbered apart.
+        plain: whether some of its experts are plain floats.
+    """
+
+    prefix: str
+    number: int | None
+    plain: bool
+
+
 class Source:
     """An opened folder.
 
     Args:
         folder: the folder.
         target: what plain experts become, None where they are refused.
+        families: rows of model families.
 
     Attributes:
         folder: likewise.
@@ -29,25 +46,32 @@ class Source:
         quantization: what the config says of it.
         files: its tensors.
         layers: numbers of the layers with experts, ascending, without those for multi-token prediction.
+        layer_names: what the names of the tensors of each layer with experts begin with, those of `layers` first.
 
     Raises:
         FileNotFoundError: files are missing.
-        ValueError: the model or its quantisation is not supported.
+        ValueError: the model or its quantisation is not supported, or its tensors are named as those of another family.
     """
 
-    def __init__(self, folder: pathlib.Path, target: Target | None) -> None:
+    def __init__(self, folder: pathlib.Path, target: Target | None, families: Sequence[Family]) -> None:
         self.folder = folder
         self.config = self.folder / "config.json"
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.folder} holds no config.json; pass the folder of a checkpoint")
         whole = read_json(self.config)
-        self.family, self.model_type, self._keys = get_family(whole, self.config)
+        self.family, self.model_type, self._keys = get_family(whole, self.config, families)
         self.quantization = find_quantization(self.folder, whole)
         self._target = target
         self.files = TensorFolder(self.folder)
-        self._prefixes = _layer_prefixes(self.files, self.family)
+        numbered, further = _places(self.files, self.family)
         last = number_of_layers(self._keys)
-        self.layers = sorted(n for n in self._prefixes if last is None or n < last)
+        self.layers = [n for n in numbered if last is None or n < last]
+        self._places = {name: place for place in (*numbered.values(), *further) for name in (place.prefix[:-1],)}
+        self.layer_names = [numbered[n].prefix[:-1] for n in self.layers]
+        self.layer_names += [name for name in self._places if name not in self.layer_names]
+        self._numbered = {n: numbered[n] for n in self.layers}
+        if not self._places:
+            self._refuse_another_family(families)
 
     def model_tensors(self) -> ModelTensors:
         """All tensors by name, and linears."""
@@ -55,63 +79,68 @@ class Source:
 
     def beside_experts(self) -> dict[pathlib.Path, list[str]]:
         """By file, the tensors that no layer of `layers` reads."""
-        owned = tuple(prefix for layer in self.layers for prefix in self.family.owned(self.prefix(layer)))
-        others = {self.family.name(name, self.prefix(layer)) for layer in self.layers for name in self.family.others}
+        owned = tuple(prefix for layer in self.layers for prefix in self.family.owned(self._numbered[layer].prefix))
+        others = {
+            self.family.name(name, self._numbered[layer].prefix) for layer in self.layers for name in self.family.others
+        }
         found: dict[pathlib.Path, list[str]] = {}
         for name in sorted(self.files.names):
             if name in others or not name.startswith(owned):
                 found.setdefault(self.files.file_of(name), []).append(name)
         return dict(sorted(found.items()))
 
-    def load(self, layer: int) -> MoELayer:
-        """Loads one of `layers`; errors as for `load_moe_layer`."""
+    def load(self, layer: int | str) -> MoELayer:
+        """Loads one of `layers`, or one of `layer_names`; errors as for `load_moe_layer`."""
+        place = self._numbered[layer] if isinstance(layer, int) else self._places[layer]
         return LayerReader(
             files=self.files,
             layer=layer,
-            prefix=self.prefix(layer),
+            prefix=place.prefix,
             family=self.family,
-            facts=self.facts,
+            facts=read_facts(self.family, self.model_type, self._keys, place.number),
             quantization=self.quantization,
             source=self.config,
             model_type=self.model_type,
-            target=self._target_of(layer),
+            target=self._target_of(layer, place),
         ).load()
 
-    @functools.cached_property
-    def facts(self) -> ModelFacts:
-        """What the config says of all layers; raises ValueError where it says what the loader does not know."""
-        return read_facts(self.family, self.model_type, self._keys)
-
-    def _target_of(self, layer: int) -> Target | None:
+    def _target_of(self, layer: int | str, place: _Place) -> Target | None:
         """What plain experts of a layer become; None where it is quantised and others, which are plain, are meant."""
-        if self._target is not None and not self._plain_layers:
+        if self._target is not None and not any(other.plain for other in self._places.values()):
             raise ValueError(
                 f"{self.folder}: layer {layer} is quantised already; quantize={self._target.weight_format!r} is for "
                 "plain weights: omit it"
             )
-        return self._target if layer in self._plain_layers else None
+        return self._target if place.plain else None
 
-    @functools.cached_property
-    def _plain_layers(self) -> frozenset[int]:
-        pattern = self.family.layer_pattern()
-        found = ((name, match) for name in self.files.names if (match := pattern.match(name)))
-        return frozenset(
-            int(match.group(2))
-            for name, match in found
-            if (name.endswith(".weight") or name == match.group()) and self.files.dtype(name) in FLOATS
-        )
-
-    def prefix(self, layer: int) -> str:
-        """What the names of a layer's tensors begin with."""
-        return self._prefixes[layer]
+    def _refuse_another_family(self, families: Sequence[Family]) -> None:
+        for row in families:
+            name = next((name for name in sorted(self.files.names) if row.layer_pattern().match(name)), None)
+            if name is not None:
+                raise self.files.fault(
+                    name,
+                    f"is named as in {' or '.join(row.model_types)}; {self.config} says model_type = "
+                    f"{self.model_type!r}, whose experts are {self.family.name(self.family.experts, 'layers.N.')}.*",
+                )
 
 
-def _layer_prefixes(files: TensorFolder, family: Family) -> dict[int, str]:
-    """What the names of each layer's tensors begin with; raises ValueError where two could be one layer."""
+def _places(files: TensorFolder, family: Family) -> tuple[dict[int, _Place], list[_Place]]:
+    """The layers of experts by number, ascending, and those that are numbered apart.
+
+    Raises:
+        ValueError: two could be one layer.
+    """
     pattern = family.layer_pattern()
-    found: dict[int, str] = {}
+    numbers: dict[int, str] = {}
+    prefixes: dict[str, bool] = {}
     for name in sorted(files.names):
         match = pattern.match(name)
-        if match is not None:
-            claim_number(found, files, name, match.group(2), match.group(1))
-    return found
+        if match is None:
+            continue
+        if match.group("prediction") is None:
+            claim_number(numbers, files, name, match.group("number"), match.group(1))
+        whole = name.endswith(".weight") or name == match.group()
+        plain = whole and files.dtype(name) in FLOATS
+        prefixes[match.group(1)] = prefixes.get(match.group(1), False) or plain
+    numbered = {n: _Place(numbers[n], n, prefixes.pop(numbers[n])) for n in sorted(numbers)}
+    return numbered, [_Place(prefix, None, plain) for prefix, plain in prefixes.items()]

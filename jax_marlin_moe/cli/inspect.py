@@ -46,8 +46,8 @@ def _source(checkpoint: Source) -> Iterator[str]:
     method = quantization.method or "none"
     yield (f"{checkpoint.folder}: {checkpoint.model_type}, quant_method {method} ({quantization.source.name})")
     files = checkpoint.files
-    for number in checkpoint.layers:
-        prefix = checkpoint.prefix(number)
+    for position, module in enumerate(checkpoint.layer_names):
+        prefix = f"{module}."
         block = f"{prefix}{checkpoint.family.block}."
         kinds: dict[tuple[str, str], int] = {}
         for name in files.names:
@@ -56,6 +56,6 @@ def _source(checkpoint: Source) -> Iterator[str]:
                 short = ".".join("*" if part.isdigit() else part for part in name.removeprefix(prefix).split("."))
                 kind = (short, f"{files.info(name).dtype} {list(files.info(name).shape)}")
                 kinds[kind] = kinds.get(kind, 0) + 1
-        yield f"layer {number}"
+        yield f"layer {checkpoint.layers[position] if position < len(checkpoint.layers) else module}"
         for (name, described), count in sorted(kinds.items()):
             yield f"  {count:5d} x {name}  {described}"

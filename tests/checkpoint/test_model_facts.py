@@ -3,7 +3,8 @@
 import pytest
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.checkpoint.families import FAMILIES, get_family
+from jax_marlin_moe.checkpoint.families import FAMILIES
+from jax_marlin_moe.checkpoint.family import find_family, get_family
 from jax_marlin_moe.checkpoint.model_facts import HARMLESS, read_facts
 
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
@@ -14,8 +15,10 @@ TYPES = [name for row in FAMILIES for name in row.model_types if name != "gpt_os
 
 
 def facts(model_type, **config):
-    needed = NEEDED if model_type in GROUPED else {}
-    row, found, keys = get_family({"model_type": model_type, **SIZES, **needed, **config}, "dir/config.json")
+    family = find_family(model_type, FAMILIES)
+    needed = {"hidden_size": 128, family.size[0]: 64} | (NEEDED if model_type in GROUPED else {})
+    needed = {name: value for key, value in needed.items() for name in family.keys.get(key, (key,))[:1]}
+    row, found, keys = get_family({"model_type": model_type, **SIZES, **needed, **config}, "dir/config.json", FAMILIES)
     return read_facts(row, found, keys)
 
 
@@ -123,7 +126,8 @@ GENUINE = {
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_keys_that_change_nothing_in_the_block_change_nothing(model_type):
-    assert facts(model_type, **GENUINE) == facts(model_type)
+    read = find_family(model_type, FAMILIES).routing.keys
+    assert facts(model_type, **{key: value for key, value in GENUINE.items() if key not in read}) == facts(model_type)
 
 
 def test_every_harmless_key_has_a_reason():
@@ -142,7 +146,7 @@ def test_two_keys_of_one_meaning_that_differ_are_an_error_that_names_both(names)
 def test_a_key_must_be_there_where_no_class_says_what_a_missing_one_means(model_type, key):
     config = {"model_type": model_type, **SIZES, **NEEDED}
     del config[key]
-    row, found, keys = get_family(config, "config.json")
+    row, found, keys = get_family(config, "config.json", FAMILIES)
     with pytest.raises(ValueError, match=rf"^config\.json: {key} is missing; it must be"):
         read_facts(row, found, keys)
 
@@ -158,11 +162,11 @@ def test_a_gate_has_the_activation_that_its_config_names(name, activation):
 def test_routing_and_activation_are_read_from_the_text_part_alone():
     text = {"model_type": "qwen3_vl_moe_text", **SIZES}
     whole = {"model_type": "qwen3_vl_moe", "hidden_act": "gelu", "swiglu_limit": 3, "text_config": text}
-    row, found, keys = get_family(whole, "config.json")
+    row, found, keys = get_family(whole, "config.json", FAMILIES)
     assert read_facts(row, found, keys) == facts("qwen3_vl_moe_text")
     text["hidden_act"] = "mish"
     with pytest.raises(ValueError, match=r"^config\.json: text_config\.hidden_act is 'mish'; it must be one of"):
-        read_facts(*get_family(whole, "config.json"))
+        read_facts(*get_family(whole, "config.json", FAMILIES))
 
 
 def test_minimax_is_the_first_model_unless_the_files_are_those_of_the_second():
@@ -173,10 +177,10 @@ def test_minimax_is_the_first_model_unless_the_files_are_those_of_the_second():
 
 def test_every_type_that_a_text_part_can_have_is_named_where_it_is_not_known():
     with pytest.raises(ValueError, match=r"text_config\.model_type is 'x'; the loader knows qwen3_moe, olmoe"):
-        get_family({"model_type": "kimi_k25", "text_config": {"model_type": "x"}}, "config.json")
+        get_family({"model_type": "kimi_k25", "text_config": {"model_type": "x"}}, "config.json", FAMILIES)
 
 
 @pytest.mark.parametrize("value", [["qwen3_moe"], "", 3, {}])
 def test_a_model_type_that_is_no_text_is_refused(value):
     with pytest.raises(ValueError, match=r"^config\.json: model_type is .*; it must be a string that is not empty"):
-        get_family({"model_type": value}, "config.json")
+        get_family({"model_type": value}, "config.json", FAMILIES)

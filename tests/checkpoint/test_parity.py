@@ -1,16 +1,19 @@
 """Layers of every family beside transformers' own modules: what missing keys mean, routing, activation and layout.
 
 Tiny random models are saved by transformers and loaded here as int8, which holds their experts exactly: what is left is
-float16. Run with `-m parity` where the `parity` extra is installed.
+float16. Run with `-m parity` where the `parity` extra is installed; `--parity-table docs/families.md` writes the table.
 """
 
+import importlib
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
 
 from jax_marlin_moe.checkpoint import families, load_moe_layer
-from jax_marlin_moe.checkpoint.families import get_family
+from jax_marlin_moe.checkpoint.family import get_family
 from jax_marlin_moe.checkpoint.model_facts import read_facts
 
 # What transformers and torch warn of is theirs.
@@ -62,6 +65,26 @@ SIZES = {
     "ssm_state_size": 16,
     "n_groups": 2,
     "hidden_size_per_layer_input": 0,
+    "moe_num_experts": E,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "expert_ffn_hidden_size": I,
+    "ffn_hidden_size": 96,
+    "num_experts_per_token": 2,
+    "share_expert_dim": 96,
+    "shared_experts_intermediate_size": 96,
+    "num_layers": 2,
+    "num_dense_layers": 0,
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "linear_num_heads": 2,
+    "linear_head_dim": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 64,
+    "mamba_d_state": 16,
+    "num_nextn_predict_layers": 0,
+    "kv_channels": 32,
+    "hc_mult": 2,
 }
 EXPERTS_ARE_INTERMEDIATE = {"intermediate_size": I}
 FEW_GROUPS = {"n_group": 4, "topk_group": 2}
@@ -70,6 +93,13 @@ NEMOTRON = {"layers_block_type": ["moe", "full_attention"], "num_hidden_layers":
 GEMMA = {"enable_moe_block": True, "layer_types": ["sliding_attention", "full_attention"]}
 V4 = {"mlp_layer_types": ["moe", "moe"], "layer_types": ["sliding_attention", "sliding_attention"]}
 SHARED = {"n_shared_experts": 1}
+LFM = {"layer_types": ["full_attention", "full_attention"]}
+GLM5 = {**SPARSE, "index_topk": 16, "qk_rope_head_dim": 0}
+DBRX = {
+    "d_model": H, "n_heads": 4, "n_layers": 2, "rope_theta": 1e4,
+    "ffn_config": {"ffn_hidden_size": I, "moe_num_experts": E, "moe_top_k": 2, "hidden_size": H},
+    "attn_config": {"kv_n_heads": 4, "rope_theta": 1e4},
+}  # fmt: skip
 
 CASES = [
     # model type, what is special, values of its configuration class
@@ -124,7 +154,87 @@ CASES = [
     ("nemotron_h", "not renormalised", {**NEMOTRON, "norm_topk_prob": False}),
     ("gemma4_text", "", GEMMA),
     ("gemma4_text", "top 4", {**GEMMA, "top_k_experts": 4}),
+    ("flex_olmo", "", EXPERTS_ARE_INTERMEDIATE),
+    ("flex_olmo", "renormalised", {**EXPERTS_ARE_INTERMEDIATE, "norm_topk_prob": True}),
+    ("deepseek_ocr2_text", "", SPARSE),
+    ("diffusion_gemma_text", "", GEMMA),
+    ("qwen3_omni_moe_text", "", {}),
+    ("unlimited_ocr_text", "groups", {"topk_method": "group_limited_greedy", **FEW_GROUPS}),
+    ("inkling2_text", "", {"unpadded_vocab_size": 64}),
+    ("mellum", "", SPARSE),
+    ("mellum", "not renormalised", {**SPARSE, "norm_topk_prob": False}),
+    ("qwen4_exp_text", "", {}),
+    ("lara_mini", "", {}),
+    ("lara_mini", "not renormalised", {"norm_topk_prob": False}),
+    ("flint", "", {"mlp_only_layers": []}),
+    ("flint", "not renormalised", {"mlp_only_layers": [], "norm_topk_prob": False}),
+    ("phimoe", "", EXPERTS_ARE_INTERMEDIATE),
+    ("phimoe", "jitter 0.3", {**EXPERTS_ARE_INTERMEDIATE, "router_jitter_noise": 0.3}),
+    ("jamba", "", EXPERTS_ARE_INTERMEDIATE),
+    ("jamba", "top 3", {**EXPERTS_ARE_INTERMEDIATE, "num_experts_per_tok": 3}),
+    ("solar_open", "", SHARED),
+    ("solar_open", "groups, scale 2.5", {**SHARED, **FEW_GROUPS, "routed_scaling_factor": 2.5}),
+    ("beam", "", {**SPARSE, **FEW_GROUPS}),
+    ("beam", "not renormalised", {**SPARSE, **FEW_GROUPS, "norm_topk_prob": False}),
+    ("sarvam_mla", "", SHARED),
+    ("sarvam_moe", "", SHARED),
+    ("sarvam_moe", "groups", {**SHARED, **FEW_GROUPS}),
+    ("axk1", "", {**FEW_GROUPS, **SPARSE}),
+    ("axk2", "", SPARSE),
+    ("exaone_moe", "", {}),
+    ("exaone_moe", "groups, not renormalised", {**FEW_GROUPS, "norm_topk_prob": False}),
+    ("bailing_hybrid", "", {**FEW_GROUPS, **SPARSE}),
+    ("bailing_hybrid", "no groups, scale 1", {**SPARSE, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}),
+    ("kimi_linear", "", SPARSE),
+    ("kimi_linear", "groups", {**SPARSE, **FEW_GROUPS}),
+    ("hy_v4", "", SPARSE),
+    ("hy_v4", "small limit", {**SPARSE, "swiglu_limit": 0.25}),
+    ("dots3_note_text", "", SPARSE),
+    ("dots3_note_text", "2 shared", {**SPARSE, "n_shared_experts": 2}),
+    ("glm4v_moe_text", "", {}),
+    ("glm5_next_text", "", GLM5),
+    ("glm5_next_text", "small limit", {**GLM5, "swiglu_limit": 0.25}),
+    ("mistral4", "", SPARSE),
+    ("mistral4", "groups, not renormalised", {**SPARSE, **FEW_GROUPS, "norm_topk_prob": False}),
+    ("mistral_large4_text", "", SPARSE),
+    ("mistral_large4_text", "groups, scale 2.5", {**SPARSE, **FEW_GROUPS, "routed_scaling_factor": 2.5}),
+    ("openai_privacy_filter", "", EXPERTS_ARE_INTERMEDIATE),
+    ("openai_privacy_filter", "small limit", {**EXPERTS_ARE_INTERMEDIATE, "swiglu_limit": 0.25}),
+    ("lfm2_moe", "", LFM),
+    ("lfm2_moe", "without a bias", {**LFM, "use_expert_bias": False}),
+    ("lfm2_moe", "not renormalised, scale 2.5", {**LFM, "norm_topk_prob": False, "routed_scaling_factor": 2.5}),
+    ("granitemoe", "", EXPERTS_ARE_INTERMEDIATE),
+    ("granitemoeshared", "", EXPERTS_ARE_INTERMEDIATE),
+    ("granitemoehybrid", "", {**EXPERTS_ARE_INTERMEDIATE, "layer_types": ["full_attention"] * 2}),
+    ("granitemoe_swa", "", {**EXPERTS_ARE_INTERMEDIATE, "layer_types": ["full_attention"] * 2}),
+    ("jetmoe", "", EXPERTS_ARE_INTERMEDIATE),
+    ("ernie4_5_moe", "", {**SPARSE, "moe_num_shared_experts": 1}),
+    ("ernie4_5_moe", "2 shared", {**SPARSE, "moe_num_shared_experts": 2}),
+    ("hunyuan_v1_moe", "", EXPERTS_ARE_INTERMEDIATE),
+    ("hunyuan_v1_moe", "top 3 of every layer", {**EXPERTS_ARE_INTERMEDIATE, "moe_topk": [3, 3]}),
+    ("hy_v3", "", SPARSE),
+    ("hy_v3", "2 shared", {**SPARSE, "num_shared_experts": 2}),
+    ("afmoe", "", {}),
+    ("afmoe", "scale 2.5, 1 shared", {"route_scale": 2.5, "num_shared_experts": 1}),
+    ("laguna", "", SPARSE),
+    ("laguna", "soft cap, scale 2.5", {**SPARSE, "moe_router_logit_softcapping": 1.5,
+                                       "moe_routed_scaling_factor": 2.5}),
+    ("kolibri1", "", SPARSE),
+    ("kolibri1", "renormalised", {**SPARSE, "norm_topk_prob": True}),
+    ("cohere2_moe", "", {**EXPERTS_ARE_INTERMEDIATE, **SPARSE}),
+    ("cohere2_moe", "shared, averaged", {**EXPERTS_ARE_INTERMEDIATE, **SPARSE, "num_shared_experts": 2}),
+    ("cohere2_moe", "shared, sigmoid, summed", {**EXPERTS_ARE_INTERMEDIATE, **SPARSE, "num_shared_experts": 1,
+                                                "expert_selection_fn": "sigmoid",
+                                                "shared_expert_combination_strategy": "sum"}),
+    ("aria_text", "", EXPERTS_ARE_INTERMEDIATE),
+    ("aria_text", "1 shared", {**EXPERTS_ARE_INTERMEDIATE, "moe_num_shared_experts": 1}),
+    ("dbrx", "", DBRX),
+    ("dbrx", "not renormalised", {**DBRX, "ffn_config": {**DBRX["ffn_config"], "moe_normalize_expert_weights": None}}),
+    ("longcat_flash", "", {"zero_expert_num": 4}),
+    ("longcat_flash", "no identity experts", {"zero_expert_num": 0, "moe_topk": 3}),
 ]  # fmt: skip
+
+STEP = {**SPARSE, "layer_types": ["full_attention", "full_attention"]}
 
 # Whole models: their names of tensors and their text_config.
 WHOLE = [
@@ -134,6 +244,17 @@ WHOLE = [
     ("minimax_m3_vl", "minimax_m3_vl_text", {**EXPERTS_ARE_INTERMEDIATE, "swiglu_limit": 0.25, "swiglu_alpha": 1.1}),
     ("llama4", "llama4_text", EXPERTS_ARE_INTERMEDIATE),
     ("gemma4", "gemma4_text", GEMMA),
+    ("kimi_k25", "deepseek_v3", FEW_GROUPS),
+    ("glm4v_moe", "glm4v_moe_text", {}),
+    ("aria", "aria_text", EXPERTS_ARE_INTERMEDIATE),
+    ("dots3_note", "dots3_note_text", {**SPARSE, "per_layer_config": {}}),
+    ("glm5_next", "glm5_next_text", GLM5),
+    ("hy_v4_vl", "hy_v4_vl_text", {**SPARSE, "qk_rope_head_dim": 64}),
+    ("mistral_large4", "mistral_large4_text", SPARSE),
+    ("qwen4_exp", "qwen4_exp_text", {}),
+    ("step3p7", "step3p5", STEP),
+    ("step3p7", "step3p5", {**STEP, "swiglu_limits": [0.25, 0], "swiglu_limits_shared": [0, 0.25]}),
+    ("nemotron_h_omni", "nemotron_h", NEMOTRON),
 ]
 # Sizes of vision towers.
 VISION = {
@@ -144,17 +265,64 @@ VISION = {
 }  # fmt: skip
 
 
+TEXT_MODELS = {
+    "qwen3_omni_moe_text": "Qwen3OmniMoeThinkerTextModel", "diffusion_gemma_text": "DiffusionGemmaEncoderTextModel",
+}  # fmt: skip
+TRANSPOSED = ("llama4_text", "gpt_oss", "openai_privacy_filter", "aria_text")
+
+
 @pytest.fixture(scope="module")
 def table(request):
-    """Rows of the table that is printed at the end: family, variant, error."""
+    """Rows of the table that is printed at the end, and written where the option names a file."""
+    import transformers
+
     rows = []
     yield rows
+    lines = ["| `model_type` | variant | error |", "|---|---|---:|"]
+    lines += [f"| `{name}` | {variant} | {error:.1e} |" for name, variant, error in rows]
     write = request.config.pluginmanager.get_plugin("terminalreporter").write_line
-    write("")
-    write("| family | variant | error |")
-    write("|---|---|---:|")
-    for row in rows:
-        write("| {} | {} | {:.1e} |".format(*row))
+    for line in ["", *lines]:
+        write(line)
+    path = request.config.getoption("--parity-table")
+    if path is not None:
+        head = HEAD.format(version=transformers.__version__, limit=LIMIT)
+        tail = ["| `model_type` | why |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in REFUSED.items())]
+        apart = ", ".join(f"`{name}`" for name in sorted(WITHOUT_A_CLASS))
+        text = [head, *lines, "", f"Without a class there, and so not in the table: {apart}.", "", REFUSED_HEAD, *tail]
+        pathlib.Path(path).write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+HEAD = """# Model families beside transformers
+
+Written by `pytest -m parity --parity-table docs/families.md`: do not edit it by hand.
+
+Each row is a tiny random model of transformers {version}, saved by it and loaded here as int8, which holds its experts
+exactly. The error is that of a layer's results beside transformers' own module, relative to their norm: what is left is
+routing, activation, layout, and float16, and at most {limit} is allowed. An empty variant is the configuration class
+as it is.
+"""
+REFUSED_HEAD = """## Refused
+
+Model types of transformers that have experts, and whose layers are not of the kind that is loaded here.
+"""
+# Every other class with keys of experts is in a row.
+REFUSED = {
+    "doge": "its experts are rows of two embeddings, found by product keys: there are no matrices of experts",
+    "dots3_note_vision_encoder": "the experts of a vision tower, with routing by keys of its own",
+    "ernie4_5_vl_moe": "each layer has experts for text and others, of another size, for images",
+    "ernie4_5_vl_moe_text": "likewise",
+    "evolla": "no layers of experts",
+    "inkling_mm_model": "the weights of shared and routed experts come from one normalisation",
+    "inkling_text": "likewise",
+    "muse_spark": "a projection and norms stand between the layer's rows and its experts",
+    "muse_spark_text": "likewise",
+    "nllb-moe": "an encoder and a decoder whose experts have a capacity, beyond which tokens are dropped",
+    "qwen3_omni_moe_talker_text": "of a whole model, the thinker's layers are loaded",
+    "switch_transformers": "an encoder and a decoder whose experts have a capacity, beyond which tokens are dropped",
+    "vitpose": "experts are chosen by data set, not by a router",
+    "vitpose_backbone": "likewise",
+    "zaya": "its router is a network that reads what the router of the layer before it has left",
+}
 
 
 def values_for(kind, special):
@@ -191,6 +359,10 @@ def build(config):
         if type(config) in auto._model_mapping:
             model = auto.from_config(config, dtype=torch.float32).eval()
             break
+    else:  # the text part of a model that has no class of its own for it
+        module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+        name = TEXT_MODELS.get(config.model_type, type(config).__name__.removesuffix("Config") + "Model")
+        model = getattr(module, name)._from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
 
     def normal(shape):  # as in files: what bfloat16 holds, so that no weight is rounded on the way to float16
@@ -198,12 +370,13 @@ def build(config):
 
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if "layers." not in name or not value.dtype.is_floating_point:
+            if not re.search(r"(layers|blocks)\.", name) or not value.dtype.is_floating_point:
                 continue
-            if ".experts." in name and value.ndim == 3:
-                down = "down_proj" in name
-                rows = I if down else H
-                axis = 1 if text_type(config) in ("llama4_text", "gpt_oss") else 2  # where inputs of a product lie
+            flat = re.search(r"\.experts\.mlp\.(w1|v1|w2)$", name)
+            if flat or (value.ndim == 3 and re.search(r"\.experts\.|_linear\.weight", name)):
+                axis = 1 if text_type(config) in TRANSPOSED else 2  # where inputs of a product lie
+                axis = axis if flat is None else int(flat.group(1) != "w2")
+                rows = value.shape[axis]
                 codes = torch.randint(-127, 128, value.shape, generator=generator).float()
                 codes.index_fill_(axis, torch.arange(0, rows, 32), 127.0)
                 value.copy_(codes / 1024)
@@ -220,14 +393,18 @@ def text_type(config):
 
 
 def find_block(model):
-    """The first module with experts and a router, and its layer's number."""
+    """The first module with experts and a router, the decoder layer that it is in, and its number."""
     for name, module in model.named_modules():
-        if hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router")):
-            return module, int(name.split("layers.")[1].split(".")[0])
+        numbers = re.search(r"(?:layers|blocks)\.([0-9]+)\.", name)
+        if numbers and (
+            (hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router")))
+            or type(module).__name__ == "JetMoeMoE"
+        ):
+            return module, model.get_submodule(name.rpartition(".")[0]), int(numbers.group(1))
     raise AssertionError("the model has no block of experts")
 
 
-def theirs(block, x, ids):
+def theirs(block, around, x, ids):
     """What transformers' module makes of rows, and the rows that its router reads where those are others."""
     import torch
 
@@ -237,7 +414,9 @@ def theirs(block, x, ids):
             _, weights, chosen = block.router(rows)
             return block.experts(rows, chosen, weights).numpy()
         out = block(rows[None], torch.tensor(ids)[None]) if getattr(block, "is_hash", False) else block(rows[None])
-        return (out[0] if isinstance(out, tuple) else out).reshape(x.shape).numpy()
+        out = (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
+        # Granite's shared expert stands beside the block.
+        return (out + around.shared_mlp(rows) if hasattr(around, "shared_mlp") else out).numpy()
 
 
 def error_of(config, folder):
@@ -248,8 +427,8 @@ def error_of(config, folder):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(ROWS, H)).astype(np.float16)
     ids = rng.integers(0, 64, ROWS)
-    block, number = find_block(model)
-    expected = theirs(block, x.astype(np.float32), ids)
+    block, around, number = find_block(model)
+    expected = theirs(block, around, x.astype(np.float32), ids)
     layer = load_moe_layer(folder, number, quantize="int8", group_size=32)
     token_ids = jnp.asarray(ids, jnp.int32) if layer.token_experts is not None else None
     y = np.asarray(layer(jnp.asarray(x), token_ids, implementation="xla"), np.float32)
@@ -272,9 +451,34 @@ def test_a_layer_of_a_whole_model_is_what_transformers_makes_of_it(tmp_path, tab
     assert error <= LIMIT
 
 
+def test_every_class_with_experts_is_in_a_row_or_refused_for_a_reason():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = {name for row in families.FAMILIES for name in (*row.model_types, *row.wholes)}
+    assert not known & REFUSED.keys()
+    found = set()
+    for name in CONFIG_MAPPING:
+        try:
+            values = CONFIG_MAPPING[name]().to_dict()
+        except (TypeError, ValueError):  # classes that need arguments
+            continue
+        parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+        if any(re.search("expert|moe", key) for part in parts for key in map(str, part)):
+            found.add(name)
+    assert sorted(found - known - REFUSED.keys()) == []
+    for name in REFUSED:
+        with pytest.raises(ValueError, match="model_type is"):
+            get_family({"model_type": name}, "config.json", families.FAMILIES)
+
+
 TYPES = [name for row in families.FAMILIES for name in row.model_types]
 WITHOUT_A_CLASS = {"qwen3_6_moe", "qwen3_6_moe_text", "minimax_m3", "kimi_vl", "kimi_k2", "kimi_k3", "glm5_moe",
-                   "gpt_oss_original"}  # fmt: skip
+                   "gpt_oss_original", "bailing_moe_v2"}  # fmt: skip
+# What a class leaves to the model.
+NEEDED = {
+    "num_experts": 64, "n_routed_experts": 64, "num_experts_per_tok": 4, "top_k_experts": 4,
+    "moe_intermediate_size": 64,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -284,22 +488,19 @@ def test_a_missing_key_means_what_the_configuration_class_says(model_type):
     assert (model_type in CONFIG_MAPPING) == (model_type not in WITHOUT_A_CLASS)
     if model_type in WITHOUT_A_CLASS:
         return
-    kind = CONFIG_MAPPING[model_type]
-    needed = {"num_experts": 64, "top_k_experts": 4} if "gemma4" in model_type else {}
-    needed |= {"num_experts_per_tok": 4} if model_type in ("deepseek_v2", "dots1") else {}
-    needed |= {"n_routed_experts": 64, "n_shared_experts": 1} if model_type == "dots1" else {}
-    needed |= {"moe_intermediate_size": 64} if "gemma4" in model_type else {}
-    values = json.loads(kind().to_json_string(use_diff=False))
-    values = (
-        {**values, "text_config": {**values["text_config"], **needed}} if "text_config" in values else values | needed
-    )
-    row, found, keys = get_family(values, "config.json")
+    values = json.loads(CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
+    text = values.get("text_config") or values
+    text.update({key: value for key, value in NEEDED.items() if key in text and text[key] is None})
+    row, found, keys = get_family(values, "config.json", families.FAMILIES)
     whole = read_facts(row, found, keys)
-    read = {*row.routing.keys, *row.activation.keys, "rms_norm_eps"}
-    left = {key: value for key, value in keys.values.items() if key not in read}
+    read = {*row.routing.keys, *row.activation.keys, "rms_norm_eps", row.correction_if}
+    read |= set() if row.shared_activation is None else {*row.shared_activation.keys}
+    names = {name for key in read for name in row.keys.get(key, (key,))} - {"num_shared_experts"}
+    left = {key: value for key, value in keys.values.items() if key not in names}
     assert left.keys() != keys.values.keys()
-    short = read_facts(row, found, type(keys)(left, "config.json"))
+    short = read_facts(row, found, type(keys)(left, "config.json", names=keys.names))
     assert short.routing == whole.routing
-    assert short.activation == whole.activation
-    if row.input_scale is not None:
+    assert (short.activation, short.shared_activation) == (whole.activation, whole.shared_activation)
+    assert short.correction == whole.correction
+    if row.input_scale is not None or row.output_norm is not None:
         assert short.norm_epsilon == whole.norm_epsilon
