@@ -1,0 +1,1 @@
+"""Whole programs over the package, from a checkout: `python -m examples.generate path/to/checkpoint`."""

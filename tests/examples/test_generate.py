@@ -1,0 +1,145 @@
+"""The decoder of the examples: the logits of transformers on genuine checkpoints, its cache and loops, sampling."""
+
+import functools
+import json
+import pathlib
+
+import checkpoint_files as files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from examples import generate as command
+from examples.generate import Sampling, generate
+from examples.qwen3_moe import Cache, Sizes, load
+from jax_marlin_moe.checkpoint import convert
+
+DATA = pathlib.Path(__file__).parents[1] / "data"
+# What is rounded beside float16 rows: the parent's experts, which become int8.
+LIMIT = {"ck_q3": 2e-3}
+OPTIONS = {"ck_q3": {"quantize": "int8", "group_size": 32}}
+NAMES = [*files.GENUINE, "ck_q3"]
+QUICK = ("ck_q3_gptq_True", "ck_modelopt")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Of transformers in float32, with weights that an independent decoder dequantised: `expected_by_transformers`."""
+    with np.load(DATA / "expected_logits.npz") as file:
+        return dict(file)
+
+
+@functools.cache
+def decoder(name):
+    return load(DATA / name, dtype=jnp.float16, **OPTIONS.get(name, {}))
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def logits_of(graph, state, tokens, cache):
+    return nnx.merge(graph, state)(tokens, cache, last_only=False)
+
+
+def stepwise(model, tokens, prompt):
+    """Logits of all tokens: a prompt at once, then one by one behind the cache."""
+    graph, state = nnx.split(model)
+    cache = Cache.empty(model.sizes, len(tokens), tokens.shape[1], model.dtype)
+    parts = []
+    for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, tokens.shape[1]))]:
+        logits, cache = logits_of(graph, state, tokens[:, start:stop], cache)
+        parts.append(logits)
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.parity) for name in NAMES]
+)
+def test_logits_are_those_of_transformers(name, expected):
+    tokens = expected["tokens"]
+    found = stepwise(decoder(name), jnp.asarray(tokens), 5)
+    error = np.linalg.norm(found - expected[name], axis=-1) / np.linalg.norm(expected[name], axis=-1)
+    assert error.max() < LIMIT.get(name, 1.2e-3)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_answers_are_what_transformers_computes(tmp_path, name, expected):
+    answer = expected_by_transformers(tmp_path, name, expected["tokens"])
+    np.testing.assert_allclose(answer, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def expected_by_transformers(folder, name, tokens):
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen3MoeForCausalLM
+
+    tensors = files.read(DATA / name / "model.safetensors")
+    dense, modules = {}, set()
+    for tensor, value in tensors.items():
+        module, _, suffix = tensor.rpartition(".")
+        if suffix == "weight" and value.dtype != np.uint8:
+            dense[tensor] = value.astype(np.float32)
+        else:
+            modules.add(module)
+    for module in modules:
+        weight = files.GENUINE[name][0](tensors, module).T
+        dense[f"{module}.weight"] = np.ascontiguousarray(weight).astype(np.float32)
+    files.write(folder / "model.safetensors", dense)
+    config = json.loads((DATA / name / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    with torch.no_grad():
+        model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def test_a_packed_folder_is_the_same_model(tmp_path):
+    convert(DATA / "ck_modelopt", tmp_path / "packed")
+    packed = load(tmp_path / "packed", dtype=jnp.float16)
+    ours, theirs = (jax.tree.leaves(nnx.state(model)) for model in (packed, decoder("ck_modelopt")))
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_loops_write_what_single_steps_choose_and_end_with_the_last_sequence(expected):
+    model, prompts = decoder("ck_modelopt"), expected["tokens"][:, :5]
+    tokens = np.concatenate(list(generate(model, prompts, new_tokens=9, chunk=4)), axis=1)
+    assert tokens.shape == (1, 9)
+    logits = stepwise(model, jnp.asarray(np.concatenate([prompts, tokens[:, :5]], axis=1)), 5)
+    np.testing.assert_array_equal(logits[:, 4:].argmax(-1), tokens[:, :6])
+    end = int(tokens[0, 3])
+    chunks = list(generate(model, prompts, new_tokens=9, chunk=4, end=end))
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens[:, : tokens[0].tolist().index(end) + 1])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [(Sampling(), {2}), (Sampling(1.0, 0.5), {2}), (Sampling(1.0, 0.8), {1, 2}), (Sampling(1.0), {0, 1, 2})],
+)
+def test_sampling_draws_from_the_smallest_set_of_the_mass(sampling, allowed):
+    logits = jnp.log(jnp.asarray([[0.15, 0.25, 0.6]]))
+    drawn = jax.vmap(lambda key: sampling.draw(logits, key)[0])(jax.random.split(jax.random.key(0), 200))
+    assert set(drawn.tolist()) == allowed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mixtral"}, "model_type is 'mixtral'; this decoder is 'qwen3_moe'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+    ],
+)
+def test_models_that_it_does_not_compute_are_refused(change, message):
+    config = json.loads((DATA / "ck_q3" / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        Sizes.from_config(config | change)
+
+
+def test_the_command_streams_tokens_and_times_random_weights(capsys):
+    assert command.main([str(DATA / "ck_modelopt"), "--tokens", "5", "17", "--new-tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.split()) == 3
+    assert command.main(["--random", "tiny", "--new-tokens", "2"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
