@@ -14,18 +14,20 @@ from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.checkpoint import load_moe_layer
 from jax_marlin_moe.flax.parts import (
     PARAMS,
+    Layer,
     Structure,
     checked,
     kind_of,
     layer_of,
+    one_layer,
     parts_of,
     random_layer,
     random_part,
     statics_of,
 )
 from jax_marlin_moe.flax.serialization import register_states
-from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.routing import Routing
+from jax_marlin_moe.stacked_layer import StackedMoELayer
 
 register_states()
 
@@ -42,6 +44,10 @@ class MarlinMoE(nn.Module):
     `router_input_scale` and `output_norm`. Those of the shared expert are `shared_gate_up` and `shared_down` in
     `quantized` or, where they are dense, in `params`, and `params/shared_gate`.
 
+    A `StackedMoELayer` makes a module of all its layers, whose variables begin with an axis for the layers; calls say
+    which (`layer=`), and copy no weights. In `nn.scan`, scan over the index and broadcast the variables:
+    `nn.scan(Body, variable_broadcast=("params", "quantized", "routing"), split_rngs={"params": False})`.
+
     Attributes:
         structure: shapes of the layer's arrays, and what of it is static.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
@@ -51,7 +57,7 @@ class MarlinMoE(nn.Module):
     implementation: str | None = None
 
     @classmethod
-    def from_layer(cls, layer: MoELayer, *, implementation: str | None = None) -> tuple["MarlinMoE", Variables]:
+    def from_layer(cls, layer: Layer, *, implementation: str | None = None) -> tuple["MarlinMoE", Variables]:
         """A module and its variables from a layer.
 
         Args:
@@ -64,7 +70,7 @@ class MarlinMoE(nn.Module):
             `apply`.
 
         Raises:
-            TypeError: `layer` is not a `MoELayer`.
+            TypeError: `layer` is neither a `MoELayer` nor a `StackedMoELayer`.
             ValueError: its parts do not fit together; the message names the part.
         """
         variables: Variables = {}
@@ -156,6 +162,7 @@ class MarlinMoE(nn.Module):
         token_ids: Int32[Array, "*batch"] | None = None,
         *,
         router_input: Float[Array, "*batch H"] | None = None,
+        layer: int | Int32[Array, ""] | None = None,
     ) -> Float[Array, "*batch H"]:
         """Routes each row of x to its experts and sums their results, that of the shared expert included.
 
@@ -163,25 +170,30 @@ class MarlinMoE(nn.Module):
             x: float16 or bfloat16, any leading dimensions.
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
+            layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
 
         Returns:
             An array with the shape and dtype of x.
 
         Raises:
             TypeError: x has another dtype.
-            ValueError: the last dimension is not H, `token_ids` are missing, a collection is missing, or the
+            ValueError: the last dimension is not H, `token_ids`, `layer` or a collection are missing, or the
                 implementation cannot run.
         """
         shapes = parts_of(self.structure.layer)
         parts = {name: self._value(name, place, shape) for place, (name, shape) in enumerate(shapes.items())}
-        layer = layer_of(parts, statics_of(self.structure.layer))
-        return layer(x, token_ids, router_input=router_input, implementation=self.implementation)
+        held = layer_of(parts, statics_of(self.structure.layer), stacked=self._stacked)
+        return one_layer(held, layer)(x, token_ids, router_input=router_input, implementation=self.implementation)
+
+    @property
+    def _stacked(self) -> bool:
+        return isinstance(self.structure.layer, StackedMoELayer)
 
     def _value(self, name: str, place: int, shape: Any) -> Any:
         """The variable of a part; drawn where the module is initialising."""
         kind = kind_of(name, shape)
         if kind == PARAMS:
-            return self.param(name, lambda key: random_part(key, name, shape))
+            return self.param(name, lambda key: random_part(key, name, shape, stacked=self._stacked))
         if not self.has_variable(kind, name):
             if not self.is_initializing():
                 raise ValueError(
@@ -189,5 +201,5 @@ class MarlinMoE(nn.Module):
                     "`from_layer` returned, not `params` alone"
                 )
             key = jax.random.fold_in(self.make_rng("params"), place)
-            self.put_variable(kind, name, random_part(key, name, shape))
+            self.put_variable(kind, name, random_part(key, name, shape, stacked=self._stacked))
         return self.get_variable(kind, name)

@@ -10,10 +10,22 @@ from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.checkpoint import load_moe_layer
-from jax_marlin_moe.flax.parts import PARAMS, QUANTIZED, ROUTING, checked, kind_of, layer_of, parts_of, random_layer
+from jax_marlin_moe.flax.parts import (
+    PARAMS,
+    QUANTIZED,
+    ROUTING,
+    Layer,
+    checked,
+    kind_of,
+    layer_of,
+    one_layer,
+    parts_of,
+    random_layer,
+)
 from jax_marlin_moe.flax.serialization import register_states
-from jax_marlin_moe.layer import STATIC, MoELayer
+from jax_marlin_moe.layer import STATIC
 from jax_marlin_moe.routing import Routing
+from jax_marlin_moe.stacked_layer import StackedMoELayer
 from jax_marlin_moe.weights import MarlinWeights
 
 register_states()
@@ -47,27 +59,36 @@ class MarlinMoE(nnx.Module):
     returns all variables of its arguments from the compiled program, in case they changed, which copies the packed
     weights in each call.
 
+    A `StackedMoELayer` makes a module of all its layers, whose arrays begin with an axis for the layers; calls say
+    which (`layer=`), and copy no weights. In `nnx.scan`, scan over the index and pass the module with the axis None:
+
+        step = nnx.scan(lambda h, l, moe: h + moe(h, layer=l), in_axes=(nnx.Carry, 0, None), out_axes=nnx.Carry,
+                        graph=False)
+        y = step(x, jnp.arange(len(moe.layer)), moe)
+
     Args:
         layer: as loaded, or built from packed weights. Its leaves may be `jax.ShapeDtypeStruct`s: the module is then as
             one of `nnx.eval_shape`.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
     Raises:
-        TypeError: `layer` is not a `MoELayer`.
+        TypeError: `layer` is neither a `MoELayer` nor a `StackedMoELayer`.
         ValueError: its parts do not fit together; the message names the part.
     """
 
-    def __init__(self, layer: MoELayer, *, implementation: str | None = None) -> None:
-        parts = parts_of(checked(layer))
+    def __init__(self, layer: Layer, *, implementation: str | None = None) -> None:
+        layers = checked(layer)
+        parts = parts_of(layers)
         for name, value in parts.items():
             setattr(self, name, _VARIABLES[kind_of(name, value)](value))
         for name in STATIC:
-            setattr(self, name, getattr(layer, name))
+            setattr(self, name, getattr(layers, name))
         self.part_names = tuple(parts)
+        self.stacked = isinstance(layer, StackedMoELayer)
         self.implementation = implementation
 
     @classmethod
-    def from_layer(cls, layer: MoELayer, *, implementation: str | None = None) -> "MarlinMoE":
+    def from_layer(cls, layer: Layer, *, implementation: str | None = None) -> "MarlinMoE":
         """The module of a layer: the constructor, under the name that Linen's module has for it."""
         return cls(layer, implementation=implementation)
 
@@ -148,10 +169,10 @@ class MarlinMoE(nnx.Module):
         return cls(layer, implementation=implementation)
 
     @property
-    def layer(self) -> MoELayer:
-        """The layer of the variables' present values, a pytree."""
+    def layer(self) -> Layer:
+        """The layer, or the stack of them, of the variables' present values: a pytree."""
         parts = {name: getattr(self, name).get_value() for name in self.part_names}
-        return layer_of(parts, {name: getattr(self, name) for name in STATIC})
+        return layer_of(parts, {name: getattr(self, name) for name in STATIC}, stacked=self.stacked)
 
     def __call__(
         self,
@@ -159,6 +180,7 @@ class MarlinMoE(nnx.Module):
         token_ids: Int32[Array, "*batch"] | None = None,
         *,
         router_input: Float[Array, "*batch H"] | None = None,
+        layer: int | Int32[Array, ""] | None = None,
     ) -> Float[Array, "*batch H"]:
         """Routes each row of x to its experts and sums their results, that of the shared expert included.
 
@@ -166,12 +188,15 @@ class MarlinMoE(nnx.Module):
             x: float16 or bfloat16, any leading dimensions.
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
+            layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
 
         Returns:
             An array with the shape and dtype of x.
 
         Raises:
             TypeError: x has another dtype.
-            ValueError: the last dimension is not H, `token_ids` are missing, or the implementation cannot run.
+            ValueError: the last dimension is not H, `token_ids` or `layer` are missing, or the implementation cannot
+                run.
         """
-        return self.layer(x, token_ids, router_input=router_input, implementation=self.implementation)
+        called = one_layer(self.layer, layer)
+        return called(x, token_ids, router_input=router_input, implementation=self.implementation)

@@ -12,9 +12,11 @@ from jax.typing import DTypeLike
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.arguments import check_top_k
 from jax_marlin_moe.layer import STATIC, MoELayer, check_layer
+from jax_marlin_moe.layer_slice import count_layers
 from jax_marlin_moe.random_experts import random_experts
 from jax_marlin_moe.routing import Routing
 from jax_marlin_moe.shared_expert import SharedExpert
+from jax_marlin_moe.stacked_layer import StackedMoELayer
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 
 # What a layer's arrays are to Flax, and the names of Linen's collections: floats that gradients train, packed weights,
@@ -24,21 +26,43 @@ _WITHOUT_GRADIENT = frozenset({"correction_bias", "token_experts"})
 _SHARED = "shared_"
 
 
-def checked(layer: MoELayer) -> MoELayer:
-    """`layer`, whose leaves may be arrays or shapes.
+Layer = MoELayer | StackedMoELayer
+
+
+def checked(layer: Layer) -> MoELayer:
+    """`layer`, or the layers of a stack with their leaves [L, ...]. Leaves may be arrays or shapes.
 
     Raises:
-        TypeError: it is not a `MoELayer`.
+        TypeError: it is neither.
         ValueError: its parts do not fit together; the message names the part.
     """
+    if isinstance(layer, StackedMoELayer):
+        check_layer("layer", layer[0])
+        return layer.layers
     if not isinstance(layer, MoELayer):
-        raise TypeError(f"layer is a {type(layer).__name__}; it must be a jax_marlin_moe.MoELayer")
+        raise TypeError(f"layer is a {type(layer).__name__}; it must be a jax_marlin_moe.MoELayer or StackedMoELayer")
     check_layer("layer", layer)
     return layer
 
 
-def parts_of(layer: MoELayer) -> dict[str, Any]:
+def one_layer(layer: Layer, index: Any) -> MoELayer:
+    """What is called: the layer itself, or the one of a stack that `index` names.
+
+    Raises:
+        ValueError: a stack without an index, or an index without a stack.
+    """
+    if isinstance(layer, StackedMoELayer):
+        if index is None:
+            raise ValueError(f"layer is None; this module holds a stack of {len(layer)} layers: pass which one to call")
+        return layer[index]
+    if index is not None:
+        raise ValueError("layer is given; this module holds one layer, not a stack of them")
+    return layer
+
+
+def parts_of(layer: Layer) -> dict[str, Any]:
     """The arrays and packed weights of a layer by name; those of the shared expert begin with `shared_`."""
+    layer = layer.layers if isinstance(layer, StackedMoELayer) else layer
     found: dict[str, Any] = {}
     for field in dataclasses.fields(MoELayer):
         value = None if field.name in STATIC else getattr(layer, field.name)
@@ -49,16 +73,18 @@ def parts_of(layer: MoELayer) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def statics_of(layer: MoELayer) -> dict[str, Any]:
+def statics_of(layer: Layer) -> dict[str, Any]:
     """The fields of a layer that are not arrays, by name."""
+    layer = layer.layers if isinstance(layer, StackedMoELayer) else layer
     return {name: getattr(layer, name) for name in STATIC}
 
 
-def layer_of(parts: Mapping[str, Any], statics: Mapping[str, Any]) -> MoELayer:
+def layer_of(parts: Mapping[str, Any], statics: Mapping[str, Any], *, stacked: bool) -> Layer:
     """The layer of which these are `parts_of` and `statics_of`."""
     shared = {name.removeprefix(_SHARED): value for name, value in parts.items() if name.startswith(_SHARED)}
     own = {name: value for name, value in parts.items() if not name.startswith(_SHARED)}
-    return MoELayer(**own, **statics, shared=SharedExpert(**shared) if shared else None)
+    layer = MoELayer(**own, **statics, shared=SharedExpert(**shared) if shared else None)
+    return StackedMoELayer(layer) if stacked else layer
 
 
 def kind_of(name: str, value: Any) -> str:
@@ -76,11 +102,11 @@ class Structure:
         layer: shapes and dtypes (`jax.ShapeDtypeStruct`) in place of arrays.
     """
 
-    layer: MoELayer
+    layer: Layer
 
     @classmethod
-    def of(cls, layer: MoELayer) -> "Structure":
-        """That of a layer of arrays, tracers or shapes."""
+    def of(cls, layer: Layer) -> "Structure":
+        """That of a layer, or of a stack, of arrays, tracers or shapes."""
         return cls(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), layer))
 
 
@@ -129,11 +155,14 @@ def random_layer(
     )
 
 
-def random_part(key: jax.Array, name: str, shape: Any) -> Any:
-    """Values for a part of a layer, of which shapes and dtypes are given.
+def random_part(key: jax.Array, name: str, shape: Any, *, stacked: bool = False) -> Any:
+    """Values for a part of a layer, of which shapes and dtypes are given; `stacked`, with the layers in front.
 
     Matrices are normal with variance 1 / K, biases and tables zero, scales and norms one.
     """
+    if stacked:
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shape)
+        return jax.lax.map(lambda one_key: random_part(one_key, name, one), jax.random.split(key, count_layers(shape)))
     if isinstance(shape, MarlinWeights):
         return _random_weights(key, shape)
     if name.endswith(("scale", "norm")):
