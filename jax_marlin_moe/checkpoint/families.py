@@ -232,10 +232,35 @@ FAMILIES: tuple[Family, ...] = (
     dataclasses.replace(
         _DEEPSEEK, model_types={"exaone_moe": _SCALED}, wholes=(), correction_bias="{block}.e_score_correction_bias"
     ),
+    Family(
+        # Ling and Ring, as their authors published them (github.com/inclusionAI/Ling, models/modeling_bailing_moe.py):
+        # the first ones here, those of Ling 2.0 behind it.
+        model_types={"bailing_moe": Defaults()},
+        block="mlp",
+        routing=rules.of_several(rules.scored("softmax")),
+        shared=_DEEPSEEK_SHARED,
+        fixed={"multi_gate": (False,), "score_function": ("softmax",)},
+    ),
     dataclasses.replace(
-        # Ling and Ring: bailing_moe_v2 is as its authors published it.
         _DEEPSEEK,
-        model_types={"bailing_hybrid": _DEEPSEEK_V3, "sarvam_moe": _SCALED, "bailing_moe_v2": _UNKNOWN},
+        model_types={"bailing_moe_v2": Defaults(scale=REQUIRED, groups=REQUIRED, top_groups=REQUIRED)},
+        wholes=(),
+        routing=rules.of_several(rules.GROUPED_SIGMOID),
+        correction_bias="{block}.gate.expert_bias",
+        correction_if="moe_router_enable_expert_bias",
+        shared_each=True,
+        fixed={
+            **_SIGMOID_ONLY,
+            "score_function": ("sigmoid",),
+            "multi_gate": (False,),
+            "router_type": ("topN",),
+            "moe_router_enable_shared_expert": (True,),
+            "moe_router_enable_routed_scaling": (True,),
+        },
+    ),
+    dataclasses.replace(
+        _DEEPSEEK,
+        model_types={"bailing_hybrid": _DEEPSEEK_V3, "sarvam_moe": _SCALED},
         wholes=(),
         correction_bias="{block}.gate.expert_bias",
         keys=_KIMI_KEYS,

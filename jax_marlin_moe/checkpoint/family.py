@@ -19,6 +19,12 @@ _LAYERS = ("layers", "block", "blocks")
 # What holds layers for multi-token prediction, where they are not numbered behind the others.
 _PREDICTION = ("mtp.layers", "mtp", "mtp_layers", "nextn.layers")
 
+# Model types that files of a later model have too, with its architecture: MiniMax-M2's first ones, those of Ling 2.0.
+_RENAMED = {
+    "minimax": ("MiniMaxM2ForCausalLM", "minimax_m2"),
+    "bailing_moe": ("BailingMoeV2ForCausalLM", "bailing_moe_v2"),
+}
+
 _NUM_LAYERS = "num_hidden_layers"
 # Sizes, which some configs have beside `text_config`. Tensors contradict wrong ones.
 SIZES = ("hidden_size", "moe_intermediate_size", "intermediate_size", _NUM_LAYERS)
@@ -177,8 +183,9 @@ def get_family(config: Mapping[str, Any], source: object, families: Sequence[Fam
     """
     whole = Keys(config, source)
     outer = whole.text("model_type", None, null=True)
-    if outer == "minimax" and "MiniMaxM2ForCausalLM" in whole.texts("architectures", [], null=True):
-        outer = "minimax_m2"  # MiniMax-M2's first files
+    if outer in _RENAMED:
+        architecture, later = _RENAMED[outer]
+        outer = later if architecture in whole.texts("architectures", [], null=True) else outer
     if outer is None and "model_type" not in config and "experts_per_token" in config:
         outer = "gpt_oss_original"  # the files that OpenAI published for gpt-oss name no type
     text = whole

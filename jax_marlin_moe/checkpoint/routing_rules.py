@@ -27,8 +27,8 @@ class Defaults:
     """
 
     renormalize: Any = REQUIRED
-    groups: int = 1
-    top_groups: int = 1
+    groups: Any = 1
+    top_groups: Any = 1
     scale: Any = 1.0
     shared: int = 1
     limit: Any = None
@@ -88,6 +88,16 @@ def scored(
         ),
         read,
     )
+
+
+def of_several(rule: RoutingRule) -> RoutingRule:
+    """A rule whose weights are divided by their sum only where a token has several experts (Ling)."""
+
+    def read(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
+        made = rule.read(keys, experts, top_k, defaults)
+        return dataclasses.replace(made, renormalize=made.renormalize and top_k > 1)
+
+    return RoutingRule(rule.keys, read)
 
 
 def with_identity_experts(rule: RoutingRule) -> RoutingRule:
@@ -182,7 +192,9 @@ def _groups(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> tuple[i
     groups = keys.integer("n_group", defaults.groups, low=1, null=defaults.groups == 1)
     if experts % groups:
         raise keys.fault("n_group", f"a divisor of the {experts} experts", _meaning(keys, "n_group", groups))
-    top = keys.integer("topk_group", min(defaults.top_groups, groups), low=1, high=groups, null=groups == 1)
+    # A class's number of groups is cut to those that there are.
+    missing = min(defaults.top_groups, groups) if isinstance(defaults.top_groups, int) else defaults.top_groups
+    top = keys.integer("topk_group", 1 if groups == 1 else missing, low=1, high=groups, null=groups == 1)
     if top * (experts // groups) < top_k:
         must = f"enough groups of {experts // groups} experts for the {top_k} of each token"
         raise keys.fault("topk_group", must, _meaning(keys, "topk_group", top))

@@ -5,6 +5,7 @@ import pytest
 import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint.families import FAMILIES
 from jax_marlin_moe.checkpoint.family import find_family, get_family
+from jax_marlin_moe.checkpoint.keys import REQUIRED
 from jax_marlin_moe.checkpoint.model_facts import HARMLESS, read_facts
 
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
@@ -17,6 +18,8 @@ TYPES = [name for row in FAMILIES for name in row.model_types if name != "gpt_os
 def facts(model_type, **config):
     family = find_family(model_type, FAMILIES)
     needed = {"hidden_size": 128, family.size[0]: 64} | (NEEDED if model_type in GROUPED else {})
+    if family.model_types[model_type].renormalize is REQUIRED and "norm_topk_prob" in family.routing.keys:
+        needed["norm_topk_prob"] = True
     needed = {name: value for key, value in needed.items() for name in family.keys.get(key, (key,))[:1]}
     row, found, keys = get_family({"model_type": model_type, **SIZES, **needed, **config}, "dir/config.json", FAMILIES)
     return read_facts(row, found, keys)
