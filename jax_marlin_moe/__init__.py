@@ -20,6 +20,7 @@ from jax_marlin_moe.activations import swiglu_step as swiglu_step
 from jax_marlin_moe.checkpoint.schemes import *  # noqa: F403
 from jax_marlin_moe.formats import FORMATS as FORMATS
 from jax_marlin_moe.formats import WeightFormat as WeightFormat
+from jax_marlin_moe.intermediate import IntermediateQuantizer as IntermediateQuantizer
 from jax_marlin_moe.layer import MoELayer as MoELayer
 from jax_marlin_moe.layer_slice import take_layer as take_layer
 from jax_marlin_moe.native import CUSTOM_CALL_TARGETS as CUSTOM_CALL_TARGETS
@@ -41,6 +42,7 @@ from jax_marlin_moe.routing import route as route
 from jax_marlin_moe.shared_expert import SharedExpert as SharedExpert
 from jax_marlin_moe.stacked_layer import StackedMoELayer as StackedMoELayer
 from jax_marlin_moe.stacked_layer import stack_layers as stack_layers
+from jax_marlin_moe.tensorrt_moe import TensorRTMoE as TensorRTMoE
 from jax_marlin_moe.weights import MarlinWeights as MarlinWeights
 from jax_marlin_moe.weights import concatenate_columns as concatenate_columns
 from jax_marlin_moe.weights import stack_experts as stack_experts

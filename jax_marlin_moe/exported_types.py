@@ -11,14 +11,24 @@ from typing import Any
 import jax
 
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.checkpoint.facts import read_matrix, read_rule, refuse_unknown, write_matrix, write_rule
+from jax_marlin_moe.checkpoint.facts import (
+    read_activation,
+    read_matrix,
+    read_rule,
+    refuse_unknown,
+    write_activation,
+    write_matrix,
+    write_rule,
+)
 from jax_marlin_moe.checkpoint.keys import Keys
+from jax_marlin_moe.intermediate import KINDS, IntermediateQuantizer
 from jax_marlin_moe.layer import STATIC as LAYER_STATIC
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layer_slice import LayerSlice
 from jax_marlin_moe.ops.align import BlockAlignment
 from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.stacked_layer import StackedMoELayer
+from jax_marlin_moe.tensorrt_moe import TensorRTMoE
 from jax_marlin_moe.weights import STATIC as WEIGHTS_STATIC
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -92,3 +102,15 @@ def register() -> None:
     _register_node(MoELayer, LAYER_STATIC, _write_layer, _read_layer)
     _register_node(StackedMoELayer, (), dict, lambda keys: {})
     _register_node(LayerSlice, ("group",), _write_slice, _read_slice)
+    _register_node(
+        IntermediateQuantizer,
+        ("kind",),
+        lambda kind: {"kind": kind},
+        lambda keys: {"kind": keys.choice("kind", [*KINDS])},
+    )
+    _register_node(
+        TensorRTMoE,
+        ("activation",),
+        write_activation,
+        lambda keys: {"activation": get_activation(read_activation(keys))},
+    )

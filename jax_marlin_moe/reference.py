@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.intermediate import IntermediateQuantizer, usable
 from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
 from jax_marlin_moe.operand_types import alike
 from jax_marlin_moe.routing import Routing, route_rows
@@ -263,16 +264,21 @@ def fused_moe(
     topk_weights: Float32[Array, "tokens top_k"],
     topk_ids: Int32[Array, "tokens top_k"],
     expert_map: Int32[Array, "experts"] | None,
+    x_scale: Float32[Array, "1"] | None = None,
+    intermediate: IntermediateQuantizer | None = None,
     *,
     activation: Activation,
+    out_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "tokens H"]:
-    """The expert block of docs/formats.md, "The expert block"; the activation's result is rounded to the type of x.
+    """The expert block of docs/formats.md, "The expert block" and "Quantised intermediates".
 
-    x has a row for each token, or a row for each slot. A slot without an expert contributes nothing, whatever its
-    weight.
+    The activation's result is rounded to the type of x, or quantised. x has a row for each token, or a row for each
+    slot; its values are in units of `x_scale`. A slot without an expert contributes nothing, whatever its weight. The
+    result has the type of x, or `out_dtype`.
     """
-    y = weighted_sum(x, gate_up, down, topk_weights, topk_ids, expert_map, activation=activation)
-    return drop_column_padding(y, down).astype(x.dtype)
+    routed = topk_weights, topk_ids, expert_map
+    y = weighted_sum(x, gate_up, down, *routed, x_scale, intermediate, activation=activation)
+    return drop_column_padding(y, down).astype(x.dtype if out_dtype is None else out_dtype)
 
 
 def weighted_sum(
@@ -282,6 +288,8 @@ def weighted_sum(
     topk_weights: Float32[Array, "tokens top_k"],
     topk_ids: Int32[Array, "tokens top_k"],
     expert_map: Int32[Array, "experts"] | None,
+    x_scale: Float32[Array, "1"] | None = None,
+    intermediate: IntermediateQuantizer | None = None,
     *,
     activation: Activation,
 ) -> Float32[Array, "tokens padded_n"]:
@@ -290,13 +298,19 @@ def weighted_sum(
     expert = slot_experts(topk_ids, expert_map, gate_up.num_experts)
     rows = pad_rows(x, gate_up)
     rows = jnp.repeat(rows, tokens * top_k // x.shape[0], axis=0) if tokens else rows
+    if x_scale is not None:
+        rows = rows.astype(jnp.float32) * usable(x_scale)
     h = expert_products(rows, gate_up, expert)
     if activation.gated:
         a = activation.apply(h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :])
     else:
         a = activation.apply(h, None)
     # The halves of gate_up are padded to whole tiles of columns, the rows of down only to tiles of rows.
-    a = a[:, : down.padded_k].astype(x.dtype)
+    a = a[:, : down.padded_k]
+    if intermediate is None:
+        a = a.astype(x.dtype)
+    else:
+        a = intermediate.apply(a, intermediate.scales[jnp.clip(expert, 0, gate_up.num_experts - 1)])
     y = expert_products(a, down, expert).reshape(tokens, top_k, down.padded_n)
     return jnp.sum(y * jnp.where((expert >= 0).reshape(tokens, top_k), topk_weights, 0)[:, :, None], axis=1)
 

@@ -2,6 +2,7 @@
 #include "cpu/expert_block.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/element.h"
 #include "cpu/scratch.h"
@@ -58,6 +59,9 @@ void GateUpItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup&
     float activated[kGateChunks * kChunk];
     const float* up = block.activation->gated ? halves[1] + r * width : nullptr;
     block.activation->apply(halves[0] + r * width, up, end - begin, block.activation_parameters, activated);
+    if (block.intermediate != nullptr) {
+      block.intermediate->apply(activated, end - begin, UsableScale(block.intermediate_scales[group.expert]));
+    }
     RoundRow(activated, end - begin, block.type, out + (group.first + r) * block.inner() + begin);
   }
 }
@@ -95,7 +99,24 @@ void SumItem(const ExpertBlock& block, const RowGroups& rows, const float* produ
     const float* row = products + slot * block.down->n() + begin;
     for (int64_t c = 0; c < end - begin; ++c) sum[c] += row[c];
   }
-  RoundRow(sum, end - begin, block.type, block.y + token * block.down->n() + begin);
+  char* out = static_cast<char*>(block.y) + (token * block.down->n() + begin) * block.result_bytes();
+  if (block.float_result) {
+    std::memcpy(out, sum, static_cast<size_t>(end - begin) * sizeof(float));
+  } else {
+    RoundRow(sum, end - begin, block.type, reinterpret_cast<uint16_t*>(out));
+  }
+}
+
+// The factors of each expert's columns that make up for what its rows are in units of: those of the stack, times that.
+template <class UnitOfExpert>
+Scratch<float> FactorsWithUnits(const ExpertStack& stack, UnitOfExpert unit) {
+  const int64_t chunks = stack.n() / kChunk;
+  Scratch<float> factors(static_cast<size_t>(stack.experts * chunks));
+  for (int64_t i = 0; i < stack.experts * chunks; ++i) {
+    factors[static_cast<size_t>(i)] =
+        (stack.global_scales == nullptr ? 1.0f : stack.global_scales[i]) * unit(i / chunks);
+  }
+  return factors;
 }
 
 // The block of as many tokens as may wait at once.
@@ -142,13 +163,25 @@ void RunExpertBlock(Workers& workers, const ExpertBlock& block) {
   const int64_t tokens = block.tokens();
   const int64_t pass_tokens = std::max<int64_t>(
       1, std::min(kMaxActivated / (block.top_k * block.inner()), kMaxProducts / (block.top_k * block.down->n())));
+  ExpertStack gate_up = *block.gate_up, down = *block.down;
+  Scratch<float> gate_up_factors, down_factors;
+  if (block.x_scale != nullptr) {
+    gate_up_factors = FactorsWithUnits(gate_up, [&](int64_t) { return UsableScale(*block.x_scale); });
+    gate_up.global_scales = gate_up_factors.data();
+  }
+  if (block.intermediate != nullptr) {
+    down_factors = FactorsWithUnits(down, [&](int64_t e) { return UsableScale(block.intermediate_scales[e]); });
+    down.global_scales = down_factors.data();
+  }
   for (int64_t first = 0; first < tokens; first += pass_tokens) {
     ExpertBlock pass = block;
+    pass.gate_up = &gate_up;
+    pass.down = &down;
     pass.x += first * block.top_k / block.slots_per_row * block.gate_up->k();
     pass.topk_weights += first * block.top_k;
     pass.routing.topk_ids += first * block.top_k;
     pass.routing.slots = std::min(pass_tokens, tokens - first) * block.top_k;
-    pass.y += first * block.down->n();
+    pass.y = static_cast<char*>(block.y) + first * block.down->n() * block.result_bytes();
     RunPass(workers, pass);
   }
 }

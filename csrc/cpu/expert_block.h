@@ -8,6 +8,7 @@
 #include "cpu/activation.h"
 #include "cpu/align.h"
 #include "cpu/expert_stack.h"
+#include "cpu/intermediate.h"
 #include "cpu/phases.h"
 
 namespace jax_marlin_moe::cpu {
@@ -23,13 +24,18 @@ struct ExpertBlock {
   int64_t top_k;
   const Activation* activation;
   const float* activation_parameters;
-  uint16_t* y;  // [tokens, down's columns]
+  const float* x_scale;                       // [1], what x is in units of, or null
+  const IntermediateQuantizer* intermediate;  // or null: rounded to x's type
+  const float* intermediate_scales;           // [experts] where there is a quantiser
+  void* y;                                    // [tokens, down's columns], float if float_result, else of x's type
+  bool float_result;
 
   int64_t tokens() const { return routing.slots / top_k; }
   int64_t inner() const { return down->k(); }
   int halves() const { return activation->gated ? 2 : 1; }
   // Columns of gate, and of up: inner, or more where gate_up is padded to whole chunks and down to whole tiles.
   int64_t half() const { return gate_up->n() / halves(); }
+  int64_t result_bytes() const { return float_result ? sizeof(float) : sizeof(uint16_t); }
 };
 
 // Fills y. Everything that the block points to must hold together; top_k * k and top_k * n must fit int64.

@@ -49,8 +49,12 @@ struct Combine {
       const float4 part = reinterpret_cast<const float4*>(partials)[int64_t(token * kTopK + j) * kVectors + vector];
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
-    reinterpret_cast<uint2*>(out)[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
-                                             from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
+    if constexpr (kSame<T, float>) {
+      reinterpret_cast<float4*>(out)[i] = sum;
+    } else {
+      reinterpret_cast<uint2*>(out)[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
+                                               from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
+    }
   }
 };
 

@@ -1,39 +1,63 @@
 // What becomes of finished float32 sums: bias, activation or router weight, one rounding, the store.
 //
-// An epilogue is called for one slot and one column at a time; sums of neighbouring lanes are neighbouring columns.
+// An epilogue is called for one slot and one column at a time; sums of lanes that are four apart are neighbouring
+// columns. One that quantises gets two columns, `column` and `column + 8`: eight lanes hold a block of 16.
 // `factor(slot)` is what the slot's row is multiplied by, fetched before the product begins. The expert's type is one
 // that its offset into the biases fits. Facts: jax_marlin_moe/cuda/kernels/epilogue.py.
 #pragma once
 
 #include "activations.cuh"
+#include "intermediate.cuh"
 #include "ptx/ptx.cuh"
 
 namespace jmm {
 
-// out[slot, column] = activation(gate + bias, up + bias), rounded to T: the input of the second product. Without a
-// gate there is one half of kColumns, which the first argument has.
+// out[slot, column] = activation(gate + bias, up + bias), rounded to T or quantised: the input of the second product.
+// Without a gate there is one half of kColumns, which the first argument has.
 template <class Facts>
 struct Activated {
   using T = typename Facts::Element;  // of the result
   using Activation = typename Facts::Activation;
+  using Intermediate = typename Facts::Intermediate;
   static constexpr int kColumns = Facts::kColumns;
-  static constexpr bool kBias = Facts::kBias;  // whether there is a bias
+  static constexpr bool kBias = Facts::kBias;      // whether there is a bias
+  static constexpr bool kScaled = Facts::kScaled;  // whether x is in units of a scale
 
-  T* __restrict__ out;             // [slots, kColumns]
-  const float* __restrict__ bias;  // [experts, halves * kColumns] if kBias
+  T* __restrict__ out;                            // [slots, kColumns]
+  const float* __restrict__ bias;                 // [experts, halves * kColumns] if kBias
+  const float* __restrict__ x_scale;              // [1] if kScaled
+  const float* __restrict__ intermediate_scales;  // [experts] if the intermediate is quantised
 
   static constexpr bool kGated = Activation::kGated;
 
   __device__ __forceinline__ float factor(int) const { return 1.0f; }
 
   template <class Expert>
-  __device__ __forceinline__ void store(Expert expert, int slot, float, int column, float gate, float up) const {
+  __device__ __forceinline__ float activated(Expert expert, int column, float gate, float up) const {
+    if constexpr (kScaled) {
+      const float scale = usable_scale(x_scale[0]);
+      gate *= scale;
+      if constexpr (kGated) up *= scale;
+    }
     if constexpr (kBias) {
       const float* row = bias + expert * ((kGated ? 2 : 1) * kColumns) + column;
       gate += row[0];
       if constexpr (kGated) up += row[kColumns];
     }
-    out[int64_t(slot) * kColumns + column].bits = from_float<T>(Activation::apply(gate, up));
+    return Activation::apply(gate, up);
+  }
+
+  template <class Expert>
+  __device__ __forceinline__ void store(Expert expert, int slot, float, int column, float gate, float up) const {
+    out[int64_t(slot) * kColumns + column].bits = from_float<T>(activated(expert, column, gate, up));
+  }
+
+  template <class Expert>
+  __device__ __forceinline__ void store_pair(Expert expert, int slot, int column, float2 gate, float2 up) const {
+    float first = activated(expert, column, gate.x, up.x), second = activated(expert, column + 8, gate.y, up.y);
+    Intermediate::apply(first, second, usable_scale(intermediate_scales[expert]));
+    T* row = out + int64_t(slot) * kColumns + column;
+    row[0].bits = from_float<T>(first), row[8].bits = from_float<T>(second);
   }
 };
 
@@ -70,10 +94,12 @@ struct SlotPartials {
   static constexpr int kColumns = Facts::kColumns;
   static constexpr bool kBias = Facts::kBias;          // whether there is a bias
   static constexpr bool kWeighted = Facts::kWeighted;  // whether there are router weights
+  static constexpr bool kScaled = Facts::kScaled;      // whether rows are in units of their expert's scale
 
-  float* __restrict__ out;                 // [slots, kColumns]
-  const float* __restrict__ bias;          // [experts, kColumns] if kBias
-  const float* __restrict__ topk_weights;  // [slots] if kWeighted
+  float* __restrict__ out;                        // [slots, kColumns]
+  const float* __restrict__ bias;                 // [experts, kColumns] if kBias
+  const float* __restrict__ topk_weights;         // [slots] if kWeighted
+  const float* __restrict__ intermediate_scales;  // [experts] if kScaled
 
   static constexpr bool kGated = false;
 
@@ -84,10 +110,29 @@ struct SlotPartials {
 
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
+    if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
     if constexpr (kBias) sum += bias[expert * kColumns + column];
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
   }
 };
+
+// Whether an epilogue needs the two columns of a lane, and those of the lanes beside it, at once.
+template <class Epilogue>
+constexpr bool kQuantizes = false;
+template <class Facts>
+constexpr bool kQuantizes<Activated<Facts>> = Activated<Facts>::Intermediate::kQuantizes;
+
+// Columns `column` and `column + 8` of a slot, in x and y. The lanes of equal lane % 4 call it together.
+template <class Epilogue, class Expert>
+__device__ __forceinline__ void store_pair(const Epilogue& epilogue, Expert expert, int slot, float factor, int column,
+                                           float2 first, float2 second) {
+  if constexpr (kQuantizes<Epilogue>) {
+    epilogue.store_pair(expert, slot, column, first, second);
+  } else {
+    epilogue.store(expert, slot, factor, column, first.x, second.x);
+    epilogue.store(expert, slot, factor, column + 8, first.y, second.y);
+  }
+}
 
 }  // namespace jmm

@@ -18,11 +18,13 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
                         ffi::AnyBuffer gate_up_global_scales, ffi::AnyBuffer gate_up_bias, ffi::AnyBuffer down_packed,
                         ffi::AnyBuffer down_scales, ffi::AnyBuffer down_zeros, ffi::AnyBuffer down_global_scales,
                         ffi::AnyBuffer down_bias, ffi::AnyBuffer topk_weights, ffi::AnyBuffer topk_ids,
-                        ffi::AnyBuffer expert_map, ffi::Result<ffi::AnyBuffer> y, std::string_view activation,
-                        ffi::Span<const float> activation_parameters, std::string_view gate_up_code,
-                        std::string_view gate_up_scale, std::string_view gate_up_zeros_type, int64_t gate_up_zero_point,
-                        int64_t gate_up_group_size, std::string_view down_code, std::string_view down_scale,
-                        std::string_view down_zeros_type, int64_t down_zero_point, int64_t down_group_size) {
+                        ffi::AnyBuffer expert_map, ffi::AnyBuffer x_scale, ffi::AnyBuffer intermediate_scales,
+                        ffi::Result<ffi::AnyBuffer> y, std::string_view activation,
+                        ffi::Span<const float> activation_parameters, std::string_view intermediate,
+                        std::string_view gate_up_code, std::string_view gate_up_scale,
+                        std::string_view gate_up_zeros_type, int64_t gate_up_zero_point, int64_t gate_up_group_size,
+                        std::string_view down_code, std::string_view down_scale, std::string_view down_zeros_type,
+                        int64_t down_zero_point, int64_t down_group_size) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   Contract contract("fused_moe");
   const int64_t x_rows = contract.Extent(x, "x", 0);
@@ -35,6 +37,10 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   block.activation = cpu::FindActivation(activation);
   contract.Require(block.activation != nullptr,
                    "activation is " + Quoted(activation) + "; there are: " + cpu::ActivationNames());
+  block.intermediate = intermediate == "none" ? nullptr : cpu::FindIntermediateQuantizer(intermediate);
+  contract.Require(
+      intermediate == "none" || block.intermediate != nullptr,
+      "intermediate is " + Quoted(intermediate) + "; there are: none, " + cpu::IntermediateQuantizerNames());
   if (!contract.ok()) return contract.ToError();
   contract.Require(static_cast<int>(activation_parameters.size()) == block.activation->parameters,
                    "activation " + Quoted(activation) + " has " + std::to_string(activation_parameters.size()) +
@@ -72,7 +78,11 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   contract.HasShape(topk_weights, "topk_weights", ffi::DataType::F32, {tokens, top_k});
   contract.HasShape(topk_ids, "topk_ids", ffi::DataType::S32, {tokens, top_k});
   contract.HasShape(expert_map, "expert_map", ffi::DataType::S32, {map_length});
-  contract.HasShape(*y, "y", x.element_type(), {tokens, down.n()});
+  contract.HasShapeOrIsAbsent(x_scale, "x_scale", ffi::DataType::F32, {1});
+  contract.HasShape(intermediate_scales, "intermediate_scales", ffi::DataType::F32,
+                    {block.intermediate == nullptr ? 0 : down.experts});
+  contract.HasDtype(*y, "y", {x.element_type(), ffi::DataType::F32});
+  contract.HasExtents(*y, "y", {tokens, down.n()});
   if (!contract.ok()) return contract.ToError();
 
   const bool mapped = !Contract::IsAbsent(expert_map);
@@ -85,7 +95,10 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   block.routing.slots = slots;
   block.x = static_cast<const uint16_t*>(x.untyped_data());
   block.topk_weights = static_cast<const float*>(topk_weights.untyped_data());
-  block.y = static_cast<uint16_t*>(y->untyped_data());
+  block.x_scale = Contract::IsAbsent(x_scale) ? nullptr : static_cast<const float*>(x_scale.untyped_data());
+  block.intermediate_scales = static_cast<const float*>(intermediate_scales.untyped_data());
+  block.y = y->untyped_data();
+  block.float_result = y->element_type() == ffi::DataType::F32;
   XlaWorkers workers(pool);
   return contract.Run([&] { cpu::RunExpertBlock(workers, block); });
 }
@@ -108,9 +121,12 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
                              .Arg<ffi::AnyBuffer>()  // topk_weights [M, top_k] f32
                              .Arg<ffi::AnyBuffer>()  // topk_ids [M, top_k]
                              .Arg<ffi::AnyBuffer>()  // expert_map [global experts] or [0]
-                             .Ret<ffi::AnyBuffer>()  // y [M, N of down] of x's type
+                             .Arg<ffi::AnyBuffer>()  // x_scale [1] f32 or [0]
+                             .Arg<ffi::AnyBuffer>()  // intermediate_scales [E] f32, or [0] where intermediate is "none"
+                             .Ret<ffi::AnyBuffer>()  // y [M, N of down] of x's type or f32
                              .Attr<std::string_view>("activation")
                              .Attr<ffi::Span<const float>>("activation_parameters")
+                             .Attr<std::string_view>("intermediate")
                              .Attr<std::string_view>("gate_up_code")
                              .Attr<std::string_view>("gate_up_scale")
                              .Attr<std::string_view>("gate_up_zeros")
@@ -124,7 +140,7 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
-const CpuOp kOp("fused_moe", 1, Handle);
+const CpuOp kOp("fused_moe", 2, Handle);
 
 }  // namespace
 }  // namespace jax_marlin_moe

@@ -105,10 +105,10 @@ def write_rule(
             for field in dataclasses.fields(routing)
             if field.name in _FIRST_ROUTING or getattr(routing, field.name) != field.default
         },
-        "activation": _write_activation(activation),
+        "activation": write_activation(activation),
         "norm_epsilon": norm_epsilon,
     }
-    return rule if shared_activation is None else rule | {"shared_activation": _write_activation(shared_activation)}
+    return rule if shared_activation is None else rule | {"shared_activation": write_activation(shared_activation)}
 
 
 def write_matrix(
@@ -166,8 +166,8 @@ def read_rule(keys: Keys) -> tuple[Routing, str | Activation, float, str | Activ
     }
     norm_epsilon = keys.number("norm_epsilon", low=0, high=_LARGEST)
     shared = keys.object("shared_activation", None)
-    activation = _activation(keys.object("activation"))
-    return Routing(**rule), activation, norm_epsilon, None if shared is None else _activation(shared)
+    activation = read_activation(keys.object("activation"))
+    return Routing(**rule), activation, norm_epsilon, None if shared is None else read_activation(shared)
 
 
 def read_matrix(keys: Keys, states_group_size: bool = True) -> dict[str, Any]:
@@ -252,13 +252,15 @@ def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: 
         raise ValueError(f"{path} states no group_size: {error}; convert the source again") from None
 
 
-def _write_activation(activation: str | Activation) -> dict[str, Any]:
+def write_activation(activation: str | Activation) -> dict[str, Any]:
+    """The JSON object of an activation."""
     made = get_activation(activation)
     # JSON has no infinity.
     return {"name": made.name, "parameters": [str(value) for value in made.parameters]}
 
 
-def _activation(keys: Keys) -> str | Activation:
+def read_activation(keys: Keys) -> str | Activation:
+    """What `write_activation` wrote, as a name where it has no parameters; raises ValueError for anything else."""
     refuse_unknown(keys, ("name", "parameters"))
     name = keys.choice("name", sorted(PARAMETERS))
     texts = keys.texts("parameters")

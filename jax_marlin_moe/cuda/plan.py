@@ -298,8 +298,14 @@ def plan_fused_moe(
     activation: Activation,
     architecture: str,
     scheme: BlockScheme | None = None,
+    scaled: bool = False,
+    intermediate: str | None = None,
+    out_dtype: jnp.dtype | None = None,
 ) -> Plan:
-    """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map; y; scratch."""
+    """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map, x_scale, intermediate scales; y; scratch.
+
+    `scaled` says whether there is an x_scale, `intermediate` how the intermediate is quantised.
+    """
     capability = compute_capability(architecture)
     check_rows(x, capability)
     check_matrix("gate_up", gate_up)
@@ -308,7 +314,10 @@ def plan_fused_moe(
     check_counts(num_slots, max(num_experts, routed_experts), num_slots)
     first_matrix, second_matrix = 1, 1 + WEIGHT_OPERANDS
     topk_weights = second_matrix + WEIGHT_OPERANDS
-    topk_ids, expert_map, y = topk_weights + 1, topk_weights + 2 if mapped else None, topk_weights + 3
+    topk_ids, expert_map = topk_weights + 1, topk_weights + 2 if mapped else None
+    x_scale = topk_weights + 3 if scaled else None
+    intermediate_scales = None if intermediate is None else topk_weights + 4
+    y = topk_weights + 5
     columns = gate_up.padded_n // (2 if activation.gated else 1)  # of the activation, padding included
     overlap = capability >= 90
     first, second = gemm_shape(gate_up, activation.gated, x.dtype), gemm_shape(down, False, x.dtype)
@@ -323,11 +332,11 @@ def plan_fused_moe(
             "pass None, or what autotune finds"
         )
     block = scheme.gate_up.tokens
-    intermediate = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
+    activations = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
     partials = jax.ShapeDtypeStruct((num_slots, down.padded_n), jnp.float32)
 
     kernels: list[Kernel] = []
-    scratch = [intermediate, partials]
+    scratch = [activations, partials]
     h, sums = y + 1, y + 2
     grouped = grouped_tiles(num_slots, num_experts, routed_experts, block, topk_ids, expert_map)
     if scheme.routing == "direct":
@@ -358,13 +367,21 @@ def plan_fused_moe(
         )
 
     activate = activated(
-        activation, x.dtype.name, columns, out=h, bias=None if gate_up.bias is None else first_matrix + _BIAS
+        activation,
+        x.dtype.name,
+        columns,
+        out=h,
+        bias=None if gate_up.bias is None else first_matrix + _BIAS,
+        x_scale=x_scale,
+        intermediate=intermediate,
+        intermediate_scales=intermediate_scales,
     )
     weigh = slot_partials(
         down.padded_n,
         out=sums,
         bias=None if down.bias is None else second_matrix + _BIAS,
         topk_weights=topk_weights,
+        intermediate_scales=intermediate_scales,
     )
     kernels.append(
         gemm_kernel(
@@ -405,7 +422,7 @@ def plan_fused_moe(
             down.padded_n,
             num_experts,
             routed_experts,
-            x.dtype,
+            x.dtype if out_dtype is None else out_dtype,
             partials=sums,
             topk_ids=topk_ids,
             expert_map=expert_map,

@@ -68,8 +68,9 @@ def block_operands(
 ) -> list[list[jax.Array | None]]:
     """Operands of `plan_fused_moe` without an expert map, one list per routing; each takes the next layer."""
     x = pad_rows(x, layers[0][0])
+    absent = (None, None, None)  # map, scale of x, scales of the intermediate
     return [
-        [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jnp.asarray(topk_ids[i]), None]
+        [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jnp.asarray(topk_ids[i]), *absent]
         for i in range(len(topk_ids))
         for gate_up, down in [layers[i % len(layers)]]
     ]

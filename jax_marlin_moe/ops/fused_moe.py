@@ -3,9 +3,12 @@
 The contract is docs/formats.md, "The expert block".
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, native, reference
@@ -15,6 +18,7 @@ from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.custom_call import custom_call
+from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
@@ -22,6 +26,8 @@ from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
+
+_FP8_ROWS = jnp.bfloat16  # as what the kernels read float8_e4m3fn: it holds every value
 
 
 def fused_moe(
@@ -33,6 +39,9 @@ def fused_moe(
     *,
     activation: str | Activation = "silu",
     expert_map: Int32[Array, "experts"] | None = None,
+    x_scale: Float32[Array, ""] | None = None,
+    intermediate: IntermediateQuantizer | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
     cuda_scheme: BlockScheme | None = None,
 ) -> Float[Array, "tokens H"]:
@@ -43,7 +52,7 @@ def fused_moe(
     over j is in float32, in order, and rounded once. Experts named twice count twice.
 
     Args:
-        x: bfloat16 or float16 tokens.
+        x: bfloat16 or float16 tokens, or float8_e4m3fn ones with an `x_scale`.
         gate_up: experts of shape (H, 2 I), columns [gate | up]; (H, I) where the activation is not gated.
         down: experts of shape (I, H).
         topk_weights: float32 router weights.
@@ -51,6 +60,11 @@ def fused_moe(
         activation: a name, as "silu" (`gate * sigmoid(gate) * up`), "gelu" or "relu2" (not gated), or made by
             `jax_marlin_moe.swiglu`, `swiglu_step` or `situ`; docs/formats.md, "The expert block", has them all.
         expert_map: int32, global to local expert, -1 for experts that live elsewhere.
+        x_scale: float32, what float8_e4m3fn tokens are in units of; one that is not positive and finite counts as zero.
+        intermediate: how the activation's result is quantised, in place of its rounding to the type of x; scales are
+            those of the local experts.
+        out_dtype: of the result: that of x, which is the default, or float32. For float8_e4m3fn float32, which is the
+            default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: how CUDA cuts the block; None takes the measured or predicted best.
 
@@ -58,7 +72,7 @@ def fused_moe(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
-    arguments.check_rows("x", x)
+    x, x_scale, out_dtype = _checked_rows(x, x_scale, out_dtype)
     act = get_activation(activation)
     check_experts(x, gate_up, down, act)
     arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)
@@ -69,6 +83,8 @@ def fused_moe(
     arguments.check_expert_map(expert_map)
     routed_experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
     arguments.check_top_k(top_k, routed_experts)
+    if intermediate is not None:
+        _check_intermediate(intermediate, gate_up.num_experts)
     return expert_block(
         x,
         gate_up,
@@ -76,7 +92,10 @@ def fused_moe(
         topk_weights,
         topk_ids,
         expert_map,
+        x_scale,
+        intermediate,
         activation=act,
+        out_dtype=out_dtype,
         implementation=implementation,
         cuda_scheme=cuda_scheme,
     )
@@ -116,17 +135,74 @@ def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act
         )
 
 
-@one_program("activation", "cuda_scheme")
-def expert_block(x, gate_up, down, topk_weights, topk_ids, expert_map, **params):
+def _checked_rows(x, x_scale, out_dtype):
+    """x, its scale and the dtype of the result, where they go together."""
+    is_fp8 = hasattr(x, "dtype") and x.dtype == jnp.float8_e4m3fn
+    if is_fp8:
+        arguments.check_rank("x", x, 2)
+        if x_scale is None:
+            raise ValueError(
+                "x_scale is None; x has dtype float8_e4m3fn, whose values are in units of it: pass a float32"
+            )
+    else:
+        arguments.check_rows("x", x)
+        if x_scale is not None:
+            raise ValueError(
+                f"x_scale is not None, but x has dtype {x.dtype}; it must be None, or x float8_e4m3fn: multiply x by it"
+            )
+    if x_scale is not None:
+        x_scale = jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
+        arguments.check_array("x_scale", x_scale, ndim=0, dtype=jnp.float32)
+    rounded = jnp.dtype(_FP8_ROWS if is_fp8 else x.dtype)
+    dtype = jnp.dtype((jnp.float32 if is_fp8 else rounded) if out_dtype is None else out_dtype)
+    if dtype not in (rounded, jnp.float32):
+        raise TypeError(
+            f"out_dtype is {dtype}; for x of dtype {x.dtype} it must be {rounded} or float32: cast the result"
+        )
+    return x, x_scale, dtype
+
+
+def _check_intermediate(intermediate, num_experts):
+    if not isinstance(intermediate, IntermediateQuantizer):
+        raise TypeError(
+            f"intermediate is a {type(intermediate).__name__}; it must be made by "
+            "jax_marlin_moe.IntermediateQuantizer.static_fp8 or .dynamic_nvfp4"
+        )
+    check_kind("intermediate.kind", intermediate.kind)
+    scales = intermediate.scales
+    arguments.check_array("intermediate.scales", scales, ndim=scales.ndim and 1, dtype=jnp.float32)
+    if scales.ndim:
+        arguments.check_shape("intermediate.scales", scales, (num_experts,), "(experts,)")
+
+
+@one_program("activation", "out_dtype", "cuda_scheme")
+def expert_block(
+    x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale=None, intermediate=None, *, out_dtype=None, **params
+):
     """`fused_moe` of arguments that are checked, or that are those of `fused_moe_op`."""
     rows = x
+    if x_scale is not None:
+        rows = x.astype(_FP8_ROWS)
+        x_scale = x_scale.reshape(1)
+    if intermediate is not None:
+        scales = jnp.broadcast_to(intermediate.scales, (gate_up.num_experts,))
+        intermediate = dataclasses.replace(intermediate, scales=scales)
     if gate_up.input_order is not None:
         expert = topk_ids.reshape(-1)
         if expert_map is not None:
             expert = expert_map[jnp.clip(expert, 0, expert_map.shape[0] - 1)]
-        rows = gather_input_order(jnp.repeat(x, topk_ids.shape[1], axis=0), gate_up, expert)
+        rows = gather_input_order(jnp.repeat(rows, topk_ids.shape[1], axis=0), gate_up, expert)
     (y,) = fused_moe_op(
-        pad_rows(rows, gate_up), as_packed(gate_up), as_packed(down), topk_weights, topk_ids, expert_map, **params
+        pad_rows(rows, gate_up),
+        as_packed(gate_up),
+        as_packed(down),
+        topk_weights,
+        topk_ids,
+        expert_map,
+        x_scale,
+        intermediate,
+        out_dtype=rows.dtype if out_dtype is None else out_dtype,
+        **params,
     )
     return shard_rows_like(drop_column_padding(y, down), x)
 
@@ -134,29 +210,53 @@ def expert_block(x, gate_up, down, topk_weights, topk_ids, expert_map, **params)
 # x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
 
 
-def _shape_rule(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
-    return [replicated_type(x, (topk_ids.shape[0], down.padded_n), x.dtype)]
+def _shape_rule(x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate, *, activation, out_dtype):
+    return [replicated_type(x, (topk_ids.shape[0], down.padded_n), out_dtype)]
 
 
-def _cpu(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
-    result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.padded_n), x.dtype)
+def _cpu(x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate, *, activation, out_dtype):
+    result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.padded_n), out_dtype)
     matrices = [*cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
     return custom_call(
         "fused_moe",
         native.TARGETS["fused_moe", "cpu"],
-        [x, *matrices, topk_weights, topk_ids, or_empty(expert_map, jnp.int32)],
+        [
+            x,
+            *matrices,
+            topk_weights,
+            topk_ids,
+            or_empty(expert_map, jnp.int32),
+            or_empty(x_scale, jnp.float32),
+            or_empty(None if intermediate is None else intermediate.scales, jnp.float32),
+        ],
         [result],
         activation=activation.name,
         activation_parameters=np.asarray(activation.parameters, np.float32),
+        intermediate="none" if intermediate is None else intermediate.kind,
         **format_attributes("gate_up_", gate_up),
         **format_attributes("down_", down),
     )
 
 
-def _cuda(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, cuda_scheme):
+def _cuda(
+    x,
+    gate_up,
+    down,
+    topk_weights,
+    topk_ids,
+    expert_map,
+    x_scale,
+    intermediate,
+    *,
+    activation,
+    out_dtype,
+    cuda_scheme,
+):
+    scales = None if intermediate is None else intermediate.scales
     operands = [x, *weight_operands(gate_up), *weight_operands(down), topk_weights, topk_ids, expert_map]
+    operands += [x_scale, scales]
     tokens, top_k = topk_ids.shape
-    result = jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)
+    result = jax.ShapeDtypeStruct((tokens, down.padded_n), out_dtype)
     if tokens == 0:
         return [jnp.zeros(result.shape, result.dtype)]
     architecture = target_architecture()
@@ -171,14 +271,17 @@ def _cuda(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, c
         activation=activation,
         architecture=architecture,
         scheme=cuda_scheme,
+        scaled=x_scale is not None,
+        intermediate=None if intermediate is None else intermediate.kind,
+        out_dtype=out_dtype,
     )
     return call_program("fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
 def _batching_rule(op, leaves, dims, *, structure, **params):
     """Batched tokens become one call over all of them; batched weights or maps one call each."""
-    _, gate_up_dims, down_dims, _, _, map_dim = jax.tree.unflatten(structure, dims)
-    if jax.tree.leaves((gate_up_dims, down_dims, map_dim)):
+    _, gate_up_dims, down_dims, _, _, *shared_dims = jax.tree.unflatten(structure, dims)
+    if jax.tree.leaves((gate_up_dims, down_dims, shared_dims)):
         return map_batch(op, leaves, dims, structure=structure, **params)
     batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
 
@@ -186,9 +289,10 @@ def _batching_rule(op, leaves, dims, *, structure, **params):
         operand = jnp.broadcast_to(operand, (batch, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
         return operand.reshape(batch * operand.shape[1], operand.shape[2])
 
-    x, gate_up, down, *router, expert_map = jax.tree.unflatten(structure, leaves)
-    x_dim, _, _, *router_dims, _ = jax.tree.unflatten(structure, dims)
-    (y,) = op(flat(x, x_dim), gate_up, down, *map(flat, router, router_dims), expert_map, **params)
+    x, gate_up, down, topk_weights, topk_ids, *shared = jax.tree.unflatten(structure, leaves)
+    x_dim, _, _, weights_dim, ids_dim, *_ = jax.tree.unflatten(structure, dims)
+    router = flat(topk_weights, weights_dim), flat(topk_ids, ids_dim)
+    (y,) = op(flat(x, x_dim), gate_up, down, *router, *shared, **params)
     return [y.reshape(batch, y.shape[0] // batch, y.shape[1])], [0]
 
 

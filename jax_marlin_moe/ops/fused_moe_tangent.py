@@ -39,13 +39,22 @@ class Tangents(NamedTuple):
     topk_weights: Any
 
 
-def block_jvp(op, primals, tangents, *, activation, implementation, **options):
-    """The `jvp` of `fused_moe`."""
+def block_jvp(op, primals, tangents, *, activation, out_dtype, implementation, **options):
+    """The `jvp` of `fused_moe`; raises NotImplementedError where something is quantised on the way."""
+    *operands, x_scale, intermediate = primals
+    if x_scale is not None or intermediate is not None:
+        what = "x_scale" if intermediate is None else "intermediate"
+        raise NotImplementedError(
+            f"fused_moe cannot be differentiated with {what}: rounding "
+            "to a few bits has no derivative. Put jax.lax.stop_gradient around the arguments, before the call and not "
+            "around its result, or differentiate the call without it"
+        )
     x, gate_up, down, topk_weights, *_ = tangents
     moving = Tangents(x, gate_up.bias, gate_up.global_scales, down.bias, down.global_scales, topk_weights)
     check_not_only_frozen("fused_moe", {"gate_up": gate_up, "down": down}, *moving)
-    results = op(*primals, activation=activation, implementation=implementation, **options)
-    return results, fused_moe_tangent_op(moving, *primals, activation=activation, implementation=implementation)
+    results = op(*primals, activation=activation, out_dtype=out_dtype, implementation=implementation, **options)
+    (dot,) = fused_moe_tangent_op(moving, *operands, activation=activation, implementation=implementation)
+    return results, [dot.astype(out_dtype)]
 
 
 def _moving_operands(tangents: Tangents, operands: tuple) -> tuple:

@@ -227,9 +227,13 @@ void DrawBlock(Random& random, Case& out) {
   out.operands.push_back({XLA_FFI_DataType_F32, {tokens, top_k}});
   out.operands.push_back({XLA_FFI_DataType_S32, {tokens, top_k}, Content::kIds});
   out.operands.push_back({XLA_FFI_DataType_S32, {random.OneIn(2) ? experts + 3 : 0}, Content::kIds});
-  out.results = {{type, {tokens, columns}}};
+  const std::string intermediate = random.Of<std::string>({"none", "none", "static_fp8", "dynamic_nvfp4"});
+  out.operands.push_back({XLA_FFI_DataType_F32, {random.Below(2)}});
+  out.operands.push_back({XLA_FFI_DataType_F32, {intermediate == "none" ? 0 : experts}});
+  out.results = {{random.OneIn(3) ? XLA_FFI_DataType_F32 : type, {tokens, columns}}};
   out.attributes.insert(out.attributes.begin(), down.attributes.begin(), down.attributes.end());
   out.attributes.insert(out.attributes.begin(), {Text("activation", activation), parameters});
+  out.attributes.push_back(Text("intermediate", intermediate));
 }
 
 void DrawDispatches(Random& random, Case& out) {
@@ -338,7 +342,7 @@ void Change(Random& random, Case& out) {
           out.attributes[static_cast<size_t>(random.Below(static_cast<int64_t>(out.attributes.size())))];
       if (attribute.kind == XLA_FFI_AttrType_STRING) {
         attribute.text = random.Of<std::string>({"", "int4", "int8", "e2m1", "e4m3", "e8m0", "float", "none", "integer",
-                                                 "relu2", "silu", "swiglu", std::string("int4\0", 5)});
+                                                 "relu2", "silu", "static_fp8", "swiglu", std::string("int4\0", 5)});
       } else if (attribute.kind == XLA_FFI_AttrType_ARRAY) {
         attribute.floats.assign(static_cast<size_t>(random.Below(5)), 1e38f);
       } else if (attribute.type == XLA_FFI_DataType_PRED) {

@@ -372,6 +372,8 @@ BLOCK = [
     "topk_weights",
     "topk_ids",
     "expert_map",
+    "x_scale",
+    "intermediate_scales",
 ]
 
 
@@ -415,11 +417,14 @@ def block_operands():
         arguments["topk_weights"],
         arguments["topk_ids"],
         jnp.zeros(EXPERTS, jnp.int32),
+        jnp.ones(1),
+        jnp.ones(EXPERTS),
     ]
     results = [jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16)]
     attributes = {
         "activation": "silu",
         "activation_parameters": np.zeros(0, np.float32),
+        "intermediate": "static_fp8",
         **format_attributes("gate_up_", gate_up),
         **format_attributes("down_", down),
     }
@@ -536,6 +541,8 @@ def test_handlers_refuse_results_that_disagree(handler, result):
         ("product", {"group_size": np.int64(2**62)}, "group_size is 4611686018427387904; it must be at most"),
         ("block", {"activation": "sine"}, "activation is 'sine'; there are: none, identity, silu, .*, situ"),
         ("block", {"activation": "swiglu"}, "activation 'swiglu' has 0 parameters; it takes 3"),
+        ("block", {"intermediate": "static_int8"}, "intermediate is 'static_int8'; there are: none, static_fp8, dyn"),
+        ("block", {"intermediate": "none"}, "intermediate_scales has shape"),
         ("block", {"activation_parameters": np.ones(1, np.float32)}, "activation 'silu' has 1 parameters; it takes 0"),
         ("block", {"activation": "relu2"}, "gate_up has 128 columns, which are not 1 times the 64 rows of down"),
         ("block", {"gate_up_code": "int3"}, "gate_up code is 'int3'"),

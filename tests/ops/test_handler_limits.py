@@ -47,6 +47,8 @@ def block(*, experts=1, tokens=0, top_k=1, hidden=64, group_size=64, map_length=
         jnp.zeros((tokens, top_k), jnp.float32),
         jnp.zeros((tokens, top_k), jnp.int32),
         jnp.zeros((map_length,), jnp.int32),
+        jnp.zeros((0,), jnp.float32),
+        jnp.zeros((0,), jnp.float32),
     ]
     return call(
         native.TARGETS["fused_moe", "cpu"],
@@ -54,6 +56,7 @@ def block(*, experts=1, tokens=0, top_k=1, hidden=64, group_size=64, map_length=
         operands,
         activation="silu",
         activation_parameters=np.zeros(0, np.float32),
+        intermediate="none",
         **matrix_attributes("gate_up_", group_size),
         **matrix_attributes("down_", INNER),
     )

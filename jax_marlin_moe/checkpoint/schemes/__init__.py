@@ -8,7 +8,13 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes.awq import AwqStorage, from_awq
 from jax_marlin_moe.checkpoint.schemes.compressed_tensors import PackQuantizedStorage, from_compressed_tensors
-from jax_marlin_moe.checkpoint.schemes.fp4 import Mxfp4Storage, Nvfp4Storage, from_mxfp4, from_nvfp4
+from jax_marlin_moe.checkpoint.schemes.fp4 import (
+    Mxfp4Storage,
+    Nvfp4Storage,
+    from_mxfp4,
+    from_nvfp4,
+    from_tensorrt_nvfp4,
+)
 from jax_marlin_moe.checkpoint.schemes.fp8 import Fp8Storage, from_fp8
 from jax_marlin_moe.checkpoint.schemes.gptq import GptqStorage, from_gptq
 from jax_marlin_moe.checkpoint.schemes.hqq import HqqStorage, from_hqq
@@ -27,6 +33,7 @@ __all__ = [
     "from_mxfp4",
     "from_nvfp4",
     "from_qarray",
+    "from_tensorrt_nvfp4",
 ]
 
 # The tensors decide which one it is, so no two of them know the same tensors.

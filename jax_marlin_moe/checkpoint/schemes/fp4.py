@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from jax_marlin_moe.arguments import check_array
+from jax_marlin_moe.arguments import check_array, check_rank
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import CACHE, RECORD, RUNTIME, TENSORS_SHOW, Method
@@ -17,7 +17,7 @@ from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
 from jax_marlin_moe.formats import get_format
-from jax_marlin_moe.packing import check_stack
+from jax_marlin_moe.packing import check_stack, pack_logical
 from jax_marlin_moe.weights import MarlinWeights
 
 MODELOPT = Method(
@@ -245,6 +245,52 @@ def from_nvfp4(
     if not (dead | (np.isfinite(factors) & np.isfinite(given) & (given > 0))).all():
         raise ValueError("global_scale holds values that are not positive and finite; every expert needs one")
     return pack_stack(decode_fp4, (weight, weight_scale, factors), row, k, n, 16)
+
+
+def from_tensorrt_nvfp4(
+    weight: Shaped[Array, "experts K N"] | UInt8[Array, "experts K N/2"],
+    block_scale: Shaped[Array, "experts K/16 N"],
+    scale: Float32[Array, ""] | Float32[Array, "experts"],
+    *,
+    bias: Float[Array, "experts N"] | None = None,
+) -> MarlinWeights:
+    """Packs NVFP4 weights whose block scales are quantised themselves, input dimension first, as TensorRT has them.
+
+    `e2m1 * e4m3 * scale`, a block scale for every 16 rows of K.
+
+    Args:
+        weight: float4_e2m1fn, or two codes per byte along N, the low nibble first.
+        block_scale: float8_e4m3fn, or its bit patterns as uint8; concrete values.
+        scale: of the block scales; one, or one per expert.
+        bias: added after scaling, kept in float32.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: shapes disagree, a block scale is negative or NaN, or a scale is negative or not finite.
+    """
+    check_rank("weight", weight, 3)
+    if weight.dtype == jnp.float4_e2m1fn:
+        codes = np.asarray(weight).view(np.uint8) & 15
+    elif weight.dtype == jnp.uint8:
+        data = np.asarray(weight)
+        codes = np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:2], -1)
+    else:
+        raise TypeError(f"weight has dtype {weight.dtype}; it must be float4_e2m1fn, or uint8 with two codes per byte")
+    experts, k, n = codes.shape
+    bits = np.asarray(bit_patterns("block_scale", block_scale, "float8_e4m3fn"))
+    check_stack("block_scale", bits.shape, (experts, -(-k // 16), n))
+    refuse_block_scales("block_scale", bad_block_scales(bits, exponent=False))
+    factors = np.asarray(scale)
+    if factors.dtype != np.float32 or factors.shape not in ((), (experts,)):
+        raise TypeError(
+            f"scale is {factors.dtype} of shape {factors.shape}; it must be float32 of shape () or {(experts,)}"
+        )
+    if not ((factors >= 0) & (factors < np.inf)).all():
+        raise ValueError("scale holds values that are negative or not finite; every expert needs one that is neither")
+    factors = np.broadcast_to(factors, (experts,))
+    return pack_logical(
+        jnp.asarray(codes), jnp.asarray(bits), "nvfp4", group_size=16, global_scales=jnp.asarray(factors), bias=bias
+    )
 
 
 def from_mxfp4(

@@ -24,8 +24,9 @@ def combine_kernel(
     overlaps_predecessor: bool,
 ) -> Kernel:
     """Sums each token's slots."""
+    result = Pointer(out, dtype.name, written=True)
     facts: Facts = {
-        "element": ELEMENT_TYPES[dtype.name],
+        "element": result.cpp_element,
         "tokens": tokens,
         "top_k": top_k,
         "columns": columns,
@@ -42,7 +43,7 @@ def combine_kernel(
             "partials": Pointer(partials, "float32"),
             "topk_ids": Pointer(topk_ids, "int32"),
             "expert_map": optional(expert_map, "int32"),
-            "out": Pointer(out, dtype.name, written=True),
+            "out": result,
         },
         threads=128,
         shared_bytes=0,

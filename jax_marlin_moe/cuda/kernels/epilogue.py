@@ -1,4 +1,4 @@
-"""What becomes of a product's sums. Twin of csrc/cuda/epilogue.cuh and csrc/cuda/activations.cuh."""
+"""What becomes of a product's sums. Twin of csrc/cuda/epilogue.cuh, activations.cuh and intermediate.cuh."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, optional
+from jax_marlin_moe.intermediate import KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,33 @@ def activation_type(activation: Activation) -> str:
     return f"jmm::{activation.cpp}" + (f"<{', '.join(bits)}>" if bits else "")
 
 
-def activated(activation: Activation, dtype: str, columns: int, *, out: int, bias: int | None) -> Epilogue:
-    """The input of the second product, of `columns`."""
+def activated(
+    activation: Activation,
+    dtype: str,
+    columns: int,
+    *,
+    out: int,
+    bias: int | None,
+    x_scale: int | None = None,
+    intermediate: str | None = None,
+    intermediate_scales: int | None = None,
+) -> Epilogue:
+    """The input of the second product, of `columns`; quantised, it is in units of its scales."""
     facts: Facts = {
         "element": ELEMENT_TYPES[dtype],
         "activation": activation_type(activation),
+        "intermediate": f"jmm::{'Rounded' if intermediate is None else KINDS[intermediate].cpp}",
         "columns": columns,
         "bias": bias is not None,
+        "scaled": x_scale is not None,
     }
-    return Epilogue("Activated", facts, {"out": Pointer(out, dtype, written=True), "bias": optional(bias, "float32")})
+    pointers = {
+        "out": Pointer(out, dtype, written=True),
+        "bias": optional(bias, "float32"),
+        "x_scale": optional(x_scale, "float32"),
+        "intermediate_scales": optional(None if intermediate is None else intermediate_scales, "float32"),
+    }
+    return Epilogue("Activated", facts, pointers)
 
 
 def slot_rows(dtype: str, columns: int, *, out: int, bias: int | None, topk_weights: int | None) -> Epilogue:
@@ -61,12 +80,20 @@ def slot_rows(dtype: str, columns: int, *, out: int, bias: int | None, topk_weig
     return Epilogue("SlotRows", facts, pointers)
 
 
-def slot_partials(columns: int, *, out: int, bias: int | None, topk_weights: int | None) -> Epilogue:
+def slot_partials(
+    columns: int, *, out: int, bias: int | None, topk_weights: int | None, intermediate_scales: int | None = None
+) -> Epilogue:
     """A float32 row per slot, times its router weight if there are any, for sums that follow."""
-    facts: Facts = {"columns": columns, "bias": bias is not None, "weighted": topk_weights is not None}
+    facts: Facts = {
+        "columns": columns,
+        "bias": bias is not None,
+        "weighted": topk_weights is not None,
+        "scaled": intermediate_scales is not None,
+    }
     pointers = {
         "out": Pointer(out, "float32", written=True),
         "bias": optional(bias, "float32"),
         "topk_weights": optional(topk_weights, "float32"),
+        "intermediate_scales": optional(intermediate_scales, "float32"),
     }
     return Epilogue("SlotPartials", facts, pointers)

@@ -155,12 +155,10 @@ struct MmaExchange {
     const int even = __shfl_sync(~0u, rows.slot, row), odd = __shfl_sync(~0u, rows.slot, row + 1);
     const float even_factor = __shfl_sync(~0u, rows.factor, row), odd_factor = __shfl_sync(~0u, rows.factor, row + 1);
     if (even >= 0) {
-      epilogue.store(expert, even, even_factor, column, first.x, second.x);
-      epilogue.store(expert, even, even_factor, column + 8, first.z, second.z);
+      store_pair(epilogue, expert, even, even_factor, column, float2{first.x, first.z}, float2{second.x, second.z});
     }
     if (odd >= 0) {
-      epilogue.store(expert, odd, odd_factor, column, first.y, second.y);
-      epilogue.store(expert, odd, odd_factor, column + 8, first.w, second.w);
+      store_pair(epilogue, expert, odd, odd_factor, column, float2{first.y, first.w}, float2{second.y, second.w});
     }
   }
 };

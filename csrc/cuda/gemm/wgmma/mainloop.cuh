@@ -106,13 +106,20 @@ struct WgmmaConsumer {
         const float factor = record.factors[row];
 #pragma unroll
         for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
+          const float (&up)[kN / 2] = sums[Epilogue::kGated ? Tile::kSubTiles - Shape::kWarpSubTiles + p : p];
+          const float up_factor = factors[Shape::kHalves - 1];
+          const int column = first_column + 16 * p;
+          if constexpr (kQuantizes<Epilogue>) {
+            const int s = 4 * t + i;
+            gemm.epilogue.store_pair(expert, slot, column, float2{sums[p][s] * factors[0], sums[p][s + 2] * factors[0]},
+                                     float2{up[s] * up_factor, up[s + 2] * up_factor});
+          } else {
 #pragma unroll
-          for (int b = 0; b < 2; ++b) {
-            const int s = 4 * t + 2 * b + i;
-            gemm.epilogue.store(expert, slot, factor, first_column + 16 * p + 8 * b, sums[p][s] * factors[0],
-                                Epilogue::kGated
-                                    ? sums[Tile::kSubTiles - Shape::kWarpSubTiles + p][s] * factors[Shape::kHalves - 1]
-                                    : 0.0f);
+            for (int b = 0; b < 2; ++b) {
+              const int s = 4 * t + 2 * b + i;
+              gemm.epilogue.store(expert, slot, factor, column + 8 * b, sums[p][s] * factors[0],
+                                  Epilogue::kGated ? up[s] * up_factor : 0.0f);
+            }
           }
         }
       }
