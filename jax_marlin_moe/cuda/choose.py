@@ -94,16 +94,14 @@ def choose_rows_tile(shape: GemmShape, num_rows: int, parts: int, capability: in
 
 def choose_product_tile(
     shape: GemmShape, num_slots: int, num_experts: int, capability: int, is_transposed: bool
-) -> Tile | transposed.TransposedTile:
+) -> Tile | transposed.TransposedTile | transposed.WgmmaTransposedTile:
     """The tile of one product of slots that routing has spread over the experts.
 
     Raises:
         ValueError: no kernel supports the shape.
     """
     if is_transposed:
-        rows = num_slots / num_experts
-        tokens = next((t for t in transposed.TOKEN_TILES if rows <= t), transposed.TOKEN_TILES[-1])
-        return transposed.choose(shape, tokens, capability)
+        return transposed.choose(shape, num_slots / num_experts, capability)
     sizes = block_sizes(num_slots, num_experts, shape, capability)
     return _fastest_tile(
         shape,

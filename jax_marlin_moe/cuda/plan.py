@@ -25,8 +25,7 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
     direct_tiles,
     grouped_tiles,
 )
-from jax_marlin_moe.cuda.kernels.transposed import HEADER as TRANSPOSED_HEADER
-from jax_marlin_moe.cuda.kernels.transposed import TransposedTile
+from jax_marlin_moe.cuda.kernels.transposed import TransposedTile, WgmmaTransposedTile
 from jax_marlin_moe.cuda.limits import MOST_COUNTED, check_counts, check_matrix, check_rows, grid
 from jax_marlin_moe.cuda.program import Kernel, Plan
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile
@@ -110,7 +109,10 @@ def gemm_kernel(
     }
     if token_tiles.cpp == "GroupedTiles":
         constants["jmm::kMostGroupedSlots"] = MOST_GROUPED_SLOTS
-    header = next((kernel.header for kernel in KERNELS.values() if kernel.tile is type(tile)), TRANSPOSED_HEADER)
+    if isinstance(tile, (TransposedTile, WgmmaTransposedTile)):
+        header = tile.header
+    else:
+        header = next(kernel.header for kernel in KERNELS.values() if kernel.tile is type(tile))
     return Kernel(
         name=f"jmm_{stage}_{row.name}_m{tile.tokens}",
         headers=(header, "epilogue.cuh", "token_tiles.cuh"),

@@ -59,23 +59,24 @@ struct ScaledFragments {
     }
   }
 
-  // The fragment of 16 rows of W by the unit's columns 16 w ... 16 w + 15, from the lane's words of that sub-tile.
-  template <int w>
-  __device__ __forceinline__ void transposed(const uint32_t* words, uint32_t (&a)[4]) const {
+  // The fragment of 16 rows of W by the unit's columns 16 w ... 16 w + 15, from the lane's words of that
+  // sub-tile; w is known when loops are unrolled.
+  __device__ __forceinline__ void transposed(const uint32_t* words, int w, uint32_t (&a)[4]) const {
     uint32_t codes[4];
     Codes::fragment(words, codes);
-    a[0] = transpose_matrix(weight<w, 0>(codes[0]));
-    a[1] = transpose_matrix(weight<w, 2>(codes[2]));
-    a[2] = transpose_matrix(weight<w, 1>(codes[1]));
-    a[3] = transpose_matrix(weight<w, 3>(codes[3]));
+    a[0] = transpose_matrix(weight<0>(codes[0], w));
+    a[1] = transpose_matrix(weight<2>(codes[2], w));
+    a[2] = transpose_matrix(weight<1>(codes[1], w));
+    a[3] = transpose_matrix(weight<3>(codes[3], w));
   }
 
  private:
   __device__ __forceinline__ static uint32_t paired(float value) { return from_float<T>(value) * 0x10001u; }
 
-  template <int w, int i>
-  __device__ __forceinline__ uint32_t weight(uint32_t code) const {
-    constexpr int j = 2 * w + i % 2, kExponent = kComesBack ? kCodeExponent : Codes::exponent(i);
+  template <int i>
+  __device__ __forceinline__ uint32_t weight(uint32_t code, int w) const {
+    const int j = 2 * w + i % 2;
+    constexpr int kExponent = kComesBack ? kCodeExponent : Codes::exponent(i);
     if constexpr (Zeros::kStored) {
       code = multiply_add_pairs<T>(code, paired_power<T>(kExponent), offsets[j][i / 2]);
     } else if constexpr (Codes::kHasZero) {

@@ -1,12 +1,12 @@
-"""The product with the transposed matrices on mma.sync: its tiles. Twin of csrc/cuda/gemm/transposed."""
+"""The products with the transposed matrices: tiles. Twin of csrc/cuda/gemm/transposed and wgmma/transposed.cuh."""
 
 import dataclasses
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
 from jax_marlin_moe.cuda.kernels.problem import TILE_K, UNIT, GemmShape
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 
-HEADER = "gemm/transposed/kernel.cuh"
 TOKEN_TILES = (8, 16, 32, 64)
 
 
@@ -26,6 +26,7 @@ class TransposedTile:
     steps: int
     stages: int
 
+    header = "gemm/transposed/kernel.cuh"
     kernel = "TransposedGemm"
     cpp = "jmm::TransposedTile"
     cluster = 1
@@ -62,17 +63,77 @@ class TransposedTile:
         return grouped and get_architecture(capability).fits_shared_memory(self.shared_bytes(shape), 1)
 
 
-def choose(shape: GemmShape, tokens: int, capability: int) -> TransposedTile:
-    """The largest ring that leaves room for a second CTA; raises ValueError where there is none.
+@dataclasses.dataclass(frozen=True)
+class WgmmaTransposedTile(WgmmaTile):
+    """A tile of the wgmma kernel the other way round: tokens x (warpgroups_n * sub_tiles * 64) rows of W.
 
-    Token tiles of many rows have more sums a step, and as many warps need fewer of W's rows.
+    Its k-blocks are of N. Weights are always scaled, since scales vary along N.
     """
+
+    header = "gemm/wgmma/kernel.cuh"
+
+    @property
+    def rows(self) -> int:
+        """Rows of W of a work tile."""
+        return UNIT * self.warpgroups_n * self.sub_tiles
+
+    def stage_bytes(self, shape: GemmShape) -> int:
+        """Tokens, weights, scales and zero points of one stage."""
+        groups = 1 if shape.group_size >= shape.k else max(1, self.rows // shape.group_size)
+        bits = self.rows * shape.bits + groups * shape.group_bits
+        return self.block_k * (self.tokens * 2 + bits // 8)
+
+    def column_tiles(self, shape: GemmShape) -> int:
+        """Work tiles along the rows of W."""
+        return shape.k // self.rows
+
+    def registers(self, shape: GemmShape) -> int:
+        """Of a thread that multiplies: sums, weights being made and in use, a unit's scales, the rest."""
+        shares = shape.group_size >= self.sub_tiles * TILE_K
+        scaling = 8 * (1 + (shape.scale != shape.dtype) + 2 * (shape.zeros is not None) + (shape.zeros == "float"))
+        sums = self.sub_tiles * self.tokens // 2
+        return sums + 8 * self.sub_tiles + scaling * (1 if shares else self.sub_tiles) + 40
+
+    def fits(self, shape: GemmShape, capability: int) -> bool:
+        """Whether the kernel compiles for this shape and its CTAs fit the multiprocessor."""
+        whole = shape.k % self.rows == 0 and shape.n % self.block_k == 0
+        grouped = shape.group_size >= shape.k or shape.group_size % self.rows == 0 or self.rows % shape.group_size == 0
+        card = get_architecture(capability)
+        return (
+            "wgmma" in card.kernels
+            and whole
+            and grouped
+            and self.scales_weights
+            and self.warpgroups_k == 1
+            and card.fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm)
+            and self.registers(shape) <= self.consumer_registers
+        )
+
+
+_WGMMA_TOKENS = (16, 32, 64, 128, 256)
+
+
+def choose(shape: GemmShape, rows: float, capability: int) -> TransposedTile | WgmmaTransposedTile:
+    """The tile for so many rows of an expert; raises ValueError where none fits.
+
+    Rows of W are the more per work tile the fewer tokens there are, and stages as many as there is room for.
+    """
+    likely = rows + 2 * rows**0.5
+    if "wgmma" in get_architecture(capability).kernels:
+        tokens = next((t for t in _WGMMA_TOKENS if likely <= t), _WGMMA_TOKENS[-1])
+        for warpgroups, sub_tiles in ((2, 1), (1, 1)):
+            for stages in range(8, 1, -1):
+                ctas = 2 if tokens <= 64 else 1
+                tile = WgmmaTransposedTile(tokens, sub_tiles, warpgroups, 1, UNIT, stages, ctas, True)
+                if tile.fits(shape, capability):
+                    return tile
+    tokens = next((t for t in TOKEN_TILES if rows <= t), TOKEN_TILES[-1])
     for steps, stages in ((2, 4), (1, 4), (1, 3), (1, 2)):
         if steps > 1 and (tokens > 32 or shape.k < 4 * steps * TILE_K):
             continue
-        tile = TransposedTile(tokens, 4, steps, stages)
-        if tile.fits(shape, capability) and get_architecture(capability).fits_shared_memory(
-            tile.shared_bytes(shape), 2
+        plain = TransposedTile(tokens, 4, steps, stages)
+        if plain.fits(shape, capability) and get_architecture(capability).fits_shared_memory(
+            plain.shared_bytes(shape), 2
         ):
-            return tile
+            return plain
     raise ValueError(f"no tile of {tokens} rows supports {shape} transposed on compute capability {capability}")

@@ -184,12 +184,11 @@ struct TransposedGemm {
     return Packed::kSubTileWords == 1 ? piece : piece ^ (piece / 8 % 2);
   }
 
-  template <int w>
-  __device__ __forceinline__ static void multiply_sub_tile(uint32_t tokens, const uint32_t* words,
+  __device__ __forceinline__ static void multiply_sub_tile(uint32_t tokens, const uint32_t* words, int w,
                                                            const Fragments& fragments, int lane, int rows,
                                                            float (&sums)[kTokenFragments][4]) {
     uint32_t a[4];
-    fragments.template transposed<w>(words + w * Packed::kSubTileWords, a);
+    fragments.transposed(words, w, a);
 #pragma unroll
     for (int t = 0; t < kTokenFragments; ++t) {
       if (t > 0 && t * 8 >= rows) break;
@@ -223,10 +222,10 @@ struct TransposedGemm {
         words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
       }
       const uint32_t tokens = stage + kTokensAt;
-      multiply_sub_tile<0>(tokens, words, fragments, lane, rows, sums[s]);
-      multiply_sub_tile<1>(tokens, words, fragments, lane, rows, sums[s]);
-      multiply_sub_tile<2>(tokens, words, fragments, lane, rows, sums[s]);
-      multiply_sub_tile<3>(tokens, words, fragments, lane, rows, sums[s]);
+#pragma unroll
+      for (int w = 0; w < kSubTiles; ++w) {
+        multiply_sub_tile(tokens, words + w * Packed::kSubTileWords, w, fragments, lane, rows, sums[s]);
+      }
     }
   }
 };

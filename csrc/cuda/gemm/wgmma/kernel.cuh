@@ -12,13 +12,23 @@
 #include "epilogue.cuh"
 #include "gemm/wgmma/mainloop.cuh"
 #include "gemm/wgmma/producer.cuh"
+#include "gemm/wgmma/transposed.cuh"
 #include "token_tiles.cuh"
 
 namespace jmm {
 
 template <class Problem, class Tile, class TokenTiles, class Epilogue>
+struct WgmmaShapeOf {
+  using Type = typename Select<Problem::kTransposed, WgmmaTransposedShape<Problem, Tile, TokenTiles, Epilogue>,
+                               WgmmaShape<Problem, Tile, TokenTiles, Epilogue>>::Type;
+};
+
+template <class Problem, class Tile, class TokenTiles, class Epilogue>
 struct WgmmaGroupedGemm {
-  using Shape = WgmmaShape<Problem, Tile, TokenTiles, Epilogue>;
+  using Shape = typename WgmmaShapeOf<Problem, Tile, TokenTiles, Epilogue>::Type;
+  using Weights = typename Select<Problem::kTransposed, WgmmaTransposedWeights<Shape>, WgmmaWeights<Shape>>::Type;
+  using WeightCopies =
+      typename Select<Problem::kTransposed, WgmmaTransposedCopies<Shape>, WgmmaWeightCopies<Shape>>::Type;
   using Storage = WgmmaStorage<Shape>;
   using RowOffset = typename Shape::RowOffset;
   using ScaleElement = typename Problem::ScaleElement;

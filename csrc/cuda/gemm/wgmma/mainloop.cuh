@@ -27,7 +27,7 @@ struct WgmmaConsumer {
   using Storage = WgmmaStorage<Shape>;
   using Shared = WgmmaShared<Shape>;
   using Record = typename Storage::Record;
-  using Weights = WgmmaWeights<Shape>;
+  using Weights = typename Gemm::Weights;
   using Lane = WgmmaLane<Shape>;
   using Stage = Cursor<Tile::kStages>;
 
@@ -88,7 +88,7 @@ struct WgmmaConsumer {
 #pragma unroll
     for (int h = 0; h < Shape::kHalves; ++h) {
       factors[h] = Weights::kResidualScale;
-      if constexpr (Problem::kGlobalScales) {
+      if constexpr (Shape::kScalesSums) {
         factors[h] *=
             gemm.operands
                 .global_scales[expert * (Problem::kUnits) + Shape::packed_unit(record.column_tile, lane.unit(h))];
@@ -146,9 +146,10 @@ struct WgmmaConsumer {
       for (int i = 0; i < lane.share; ++i) stage.advance();
     }
     // The first batch.
+    scaling.begin(gemm.operands, record.expert);
     acquire(shared, stage);
     Weights::load(words, scaling, shared.weights(stage.at), 0, lane);
-    Weights::make(a[0], words, scaling);
+    Weights::make(a[0], words, scaling, 0);
     bool fresh = true;  // the next product begins a sum
 #pragma unroll 1
     for (int k_block = Tile::kWarpgroupsK > 1 ? lane.share : 0; k_block < KBlocks::kCount;
@@ -179,11 +180,11 @@ struct WgmmaConsumer {
         wgmma_wait<1>();  // the other half of `a` is free
         // Dequantise the next batch.
         if (batch + 1 < Weights::kBatches) {
-          Weights::make(a[(batch + 1) % 2], words, scaling);
+          Weights::make(a[(batch + 1) % 2], words, scaling, batch + 1);
         } else if (k_block + Tile::kWarpgroupsK < KBlocks::kCount) {
           acquire(shared, stage);
           Weights::load(words, scaling, shared.weights(stage.at), 0, lane);
-          Weights::make(a[0], words, scaling);
+          Weights::make(a[0], words, scaling, 0);
         }
         // Scale the sums of a group that ends.
         if constexpr (!Tile::kScalesWeights) {

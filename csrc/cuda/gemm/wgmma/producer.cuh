@@ -10,29 +10,16 @@
 
 namespace jmm {
 
-// Gemm is the kernel.
-template <class Gemm>
-struct WgmmaProducer {
-  using Shape = typename Gemm::Shape;
+// The weights of a stage: the k-block's rows of the work tile's columns.
+template <class Shape>
+struct WgmmaWeightCopies {
   using Problem = typename Shape::Problem;
   using Tile = typename Shape::Tile;
-  using TokenTiles = typename Shape::TokenTiles;
   using KBlocks = typename Shape::KBlocks;
   using Packed = typename Shape::Packed;
   using Scales = typename Shape::Scales;
   using Zeros = typename Shape::Zeros;
-  using Reader = typename Shape::Reader;
   using Storage = WgmmaStorage<Shape>;
-  using Shared = WgmmaShared<Shape>;
-  using Record = typename Storage::Record;
-  using Stage = Cursor<Tile::kStages>;
-
-  static constexpr int kRowsOfThread = (Tile::kTokens + 127) / 128;  // of a record
-  static constexpr int kPieces = Tile::kBlockK / 8;                  // 16-byte pieces of a token's row in a k_block
-  static constexpr int kRowStep = 128 / kPieces;                     // rows that the warpgroup copies at once
-  static constexpr int kCopiedRows = (Tile::kTokens + kRowStep - 1) / kRowStep;  // of a thread
-  static_assert(kCopiedRows <= 32, "one bit each");
-  static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
   static constexpr int kStoredZeroBytes = Zeros::kStored ? Zeros::kUnitBytes : 16;  // of a type that is unused if none
 
   // What a stage has of one operand: kRows rows of kUnitBytes for each unit, of an expert's kRowsOfExpert. The units of
@@ -67,6 +54,47 @@ struct WgmmaProducer {
     }
   };
 
+  const Runs<Packed::kBytes, Problem::kK / kStepRows, KBlocks::kSteps> weights;
+  const Runs<kUnitColumns * Scales::kBytes, Problem::kGroups, KBlocks::kScaleRows> scales;
+  const Runs<kStoredZeroBytes, Problem::kGroups, KBlocks::kScaleRows> zeros;
+
+  __device__ __forceinline__ WgmmaWeightCopies(const Operands<Problem>& operands, int expert, int column_tile, int warp)
+      : weights(operands.packed, expert, column_tile, warp),
+        scales(operands.scales, expert, column_tile, warp),
+        zeros(operands.zeros, expert, column_tile, warp) {}
+
+  __device__ __forceinline__ void copy(uint32_t stage, int k_block, uint32_t barrier, uint64_t policy) const {
+    int step = k_block * KBlocks::kSteps, group = k_block * Tile::kBlockK / Problem::kGroup;
+    if constexpr (KBlocks::kMissingRows > 0) {
+      step = min(step, Problem::kK / kStepRows - KBlocks::kSteps);
+      group = min(group, Problem::kGroups - KBlocks::kScaleRows);
+    }
+    weights.copy(stage, step, barrier, policy);
+    scales.copy(stage + Storage::kScalesAt, group, barrier, policy);
+    if constexpr (Zeros::kStored) zeros.copy(stage + Storage::kZerosAt, group, barrier, policy);
+  }
+};
+
+// Gemm is the kernel.
+template <class Gemm>
+struct WgmmaProducer {
+  using Shape = typename Gemm::Shape;
+  using Problem = typename Shape::Problem;
+  using Tile = typename Shape::Tile;
+  using TokenTiles = typename Shape::TokenTiles;
+  using KBlocks = typename Shape::KBlocks;
+  using Reader = typename Shape::Reader;
+  using Storage = WgmmaStorage<Shape>;
+  using Shared = WgmmaShared<Shape>;
+  using Record = typename Storage::Record;
+  using Stage = Cursor<Tile::kStages>;
+
+  static constexpr int kRowsOfThread = (Tile::kTokens + 127) / 128;  // of a record
+  static constexpr int kPieces = Tile::kBlockK / 8;                  // 16-byte pieces of a token's row in a k_block
+  static constexpr int kRowStep = 128 / kPieces;                     // rows that the warpgroup copies at once
+  static constexpr int kCopiedRows = (Tile::kTokens + kRowStep - 1) / kRowStep;  // of a thread
+  static_assert(kCopiedRows <= 32, "one bit each");
+  static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
   __device__ __forceinline__ static void run(const Gemm& gemm, const Shared& shared, const Reader& token_tiles,
                                              int thread) {
     const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for the whole warp
@@ -109,23 +137,9 @@ struct WgmmaProducer {
       const int column_tile = work_tile % Shape::kColumnTiles;
 
       // Where the weights are.
-      const Runs<Packed::kBytes, Problem::kK / kStepRows, KBlocks::kSteps> weight_runs(gemm.operands.packed, expert,
-                                                                                       column_tile, warp);
-      const Runs<kUnitColumns * Scales::kBytes, Problem::kGroups, KBlocks::kScaleRows> scale_runs(
-          gemm.operands.scales, expert, column_tile, warp);
-      const Runs<kStoredZeroBytes, Problem::kGroups, KBlocks::kScaleRows> zero_runs(gemm.operands.zeros, expert,
-                                                                                    column_tile, warp);
+      const typename Gemm::WeightCopies copies(gemm.operands, expert, column_tile, warp);
       const auto copy_weights = [&](int s, int k_block) {
-        if (!elected) return;
-        int step = k_block * KBlocks::kSteps, group = k_block * Tile::kBlockK / Problem::kGroup;
-        if constexpr (KBlocks::kMissingRows > 0) {
-          step = min(step, Problem::kK / kStepRows - KBlocks::kSteps);
-          group = min(group, Problem::kGroups - KBlocks::kScaleRows);
-        }
-        weight_runs.copy(shared.weights(s), step, shared.full(s), policy);
-        scale_runs.copy(shared.weights(s) + Storage::kScalesAt, group, shared.full(s), policy);
-        if constexpr (Zeros::kStored)
-          zero_runs.copy(shared.weights(s) + Storage::kZerosAt, group, shared.full(s), policy);
+        if (elected) copies.copy(shared.weights(s), k_block, shared.full(s), policy);
       };
       if (!waited) {
 #pragma unroll 1

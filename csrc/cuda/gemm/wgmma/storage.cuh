@@ -28,17 +28,17 @@ struct WgmmaStorage {
 
   static constexpr int kSlabBytes = Tile::kTokens * 128;  // the tokens' rows of 64 values of K
   static constexpr int kStepBytes = Shape::kTileUnits * Shape::Packed::kBytes;
-  static constexpr int kScaleRowUnits = KBlocks::kScaleRows * Shape::kTileUnits;
+  static constexpr int kScaleUnits = Shape::kStageScaleUnits;
 
   struct TokenStage {
     unsigned char slabs[Tile::kBlockK / 64][kSlabBytes];  // 16-byte pieces of row r swizzled by r % 8
   };
   struct StageWithoutZeros {
-    unsigned char packed[KBlocks::kSteps][kStepBytes];  // units side by side
-    unsigned char scales[kScaleRowUnits * kUnitColumns * Shape::Scales::kBytes];
+    unsigned char packed[Shape::kStageTiles * Shape::Packed::kBytes];
+    unsigned char scales[kScaleUnits * kUnitColumns * Shape::Scales::kBytes];
   };
   struct StageWithZeros : StageWithoutZeros {
-    unsigned char zeros[kScaleRowUnits * (Zeros::kStored ? Zeros::kUnitBytes : 1)];
+    unsigned char zeros[kScaleUnits * (Zeros::kStored ? Zeros::kUnitBytes : 1)];
   };
   using WeightStage = typename Select<Zeros::kStored, StageWithZeros, StageWithoutZeros>::Type;
 

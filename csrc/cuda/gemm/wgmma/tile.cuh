@@ -50,6 +50,7 @@ struct WgmmaShape {
   using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
   using Packed = PackedTile<Code>;
   using KBlocks = jmm::KBlocks<Problem, Tile::kBlockK>;
+  static constexpr bool kScalesSums = Problem::kGlobalScales;  // whether sums are multiplied by global scales
   using Columns = ProductColumns<Problem, TokenTiles, Epilogue>;
   using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
   using ExpertIndex = typename Problem::ExpertIndex;
@@ -68,6 +69,9 @@ struct WgmmaShape {
   static constexpr int kTileUnits = kHalves * kHalfUnits;
   static constexpr int kColumnTiles = Columns::kUnits / kHalfUnits;
   using Scales = ColumnScales<typename Problem::Scale, 2 * kWarpSubTiles>;
+  // Of a stage: packed tiles, by step and then by unit, and units that have scales, by group and then by unit.
+  static constexpr int kStageTiles = KBlocks::kSteps * kTileUnits;
+  static constexpr int kStageScaleUnits = KBlocks::kScaleRows * kTileUnits;
   static_assert(Tile::kSubTiles % kHalves == 0, "gate and up come in pairs");
   static_assert(Columns::kCount % (kUnitColumns * kHalfUnits) == 0, "column tiles are whole");
   static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");

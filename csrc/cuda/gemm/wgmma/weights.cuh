@@ -77,6 +77,8 @@ struct WgmmaWeights {
     uint32_t low_scales[Tile::kSubTiles][2];  // their low parts
     uint32_t zeros[Tile::kSubTiles][2];       // the zero point's fraction, as a weight
 
+    __device__ __forceinline__ void begin(const Operands<Problem>&, int) {}
+
     __device__ __forceinline__ void load(uint32_t weights, int row, const Lane& lane) {
 #pragma unroll
       for (int h = 0; h < Shape::kHalves; ++h) {
@@ -181,7 +183,7 @@ struct WgmmaWeights {
     if (step % KBlocks::kStepsPerScale == 0) scaling.load(weights, step / KBlocks::kStepsPerScale, lane);
   }
 
-  __device__ __forceinline__ static void make(Fragments& a, const Words& words, const Scaling& scaling) {
+  __device__ __forceinline__ static void make(Fragments& a, const Words& words, const Scaling& scaling, int) {
 #pragma unroll
     for (int s = 0; s < kBatch; ++s) {
 #pragma unroll
