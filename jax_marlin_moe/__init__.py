@@ -31,6 +31,7 @@ from jax_marlin_moe.ops.fused_moe import fused_moe as fused_moe
 from jax_marlin_moe.ops.linear import linear as linear
 from jax_marlin_moe.ops.moe_gemm import moe_gemm as moe_gemm
 from jax_marlin_moe.ops.moe_layer import moe_layer as moe_layer
+from jax_marlin_moe.ops.ragged_dot import ragged_dot as ragged_dot
 from jax_marlin_moe.ops.workspace import workspace_size as workspace_size
 from jax_marlin_moe.packing import dense_weights as dense_weights
 from jax_marlin_moe.packing import dequantize as dequantize

@@ -148,18 +148,44 @@ def listed_experts(
 def grouped_product(
     rows: Float[Array, "rows C"],
     weights: MarlinWeights,
-    experts: Int32[Array, "slots"],
+    experts: Int32[Array, "slots"] | None,
+    group_sizes: Int32[Array, "groups"] | None = None,
+    group_offset: Int32[Array, "1"] | None = None,
     *,
     transposed: bool,
     dtype: str,
 ) -> Float[Array, "slots D"]:
     """Row s is `rows[s // (slots // rows)] @ W[experts[s]]`, or `@ W.T`; zero where the expert is not in [0, E).
 
-    W has its padding, and neither a bias nor an order of rows.
+    W has its padding, and neither a bias nor an order of rows. Without `experts` rows are sorted by group.
     """
+    if experts is None:
+        experts = ragged_experts(group_sizes, group_offset, num_rows=rows.shape[0], num_experts=weights.num_experts)
     slots_per_row = experts.shape[0] // max(1, rows.shape[0])
     y = expert_products(jnp.repeat(rows, slots_per_row, axis=0), weights, experts, transposed=transposed)
     return y.astype(dtype)
+
+
+def ragged_experts(
+    group_sizes: Int32[Array, "groups"] | None,
+    group_offset: Int32[Array, "1"] | None,
+    *,
+    num_rows: int,
+    num_experts: int,
+) -> Int32[Array, "rows"]:
+    """The expert of each row, where rows are sorted by group and expert e has those of group `group_offset + e`.
+
+    -1 for rows of other groups and past the last one. Negative sizes count as 0.
+    """
+    assert group_sizes is not None
+    sizes = jnp.clip(group_sizes, 0, num_rows).astype(jnp.uint32)
+    limit = jnp.uint32(num_rows)  # sums stay below it, whatever the sizes are
+    ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, limit), sizes).astype(jnp.int32)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+    offset = 0 if group_offset is None else jnp.clip(group_offset[0], -num_experts, group_sizes.shape[0])
+    expert = group - offset
+    return jnp.where((group < group_sizes.shape[0]) & (expert >= 0) & (expert < num_experts), expert, -1)
 
 
 def slot_experts(

@@ -24,6 +24,7 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
     aligned_tiles,
     direct_tiles,
     grouped_tiles,
+    ragged_tiles,
 )
 from jax_marlin_moe.cuda.kernels.transposed import TransposedTile, WgmmaTransposedTile
 from jax_marlin_moe.cuda.limits import MOST_COUNTED, check_counts, check_matrix, check_rows, grid
@@ -223,22 +224,37 @@ def plan_moe_gemm(
 
 
 def plan_grouped_product(
-    x: jax.Array, weights: MarlinWeights, num_slots: int, *, transposed: bool, dtype: jnp.dtype, architecture: str
+    x: jax.Array,
+    weights: MarlinWeights,
+    num_slots: int,
+    *,
+    transposed: bool,
+    dtype: jnp.dtype,
+    architecture: str,
+    num_groups: int | None = None,
+    offset: bool = False,
 ) -> Plan:
-    """Buffers: x, the matrix (5), experts; y, whose rows without an expert are not written; scratch."""
+    """Buffers: x, the matrix (5), experts, None; y, whose rows without an expert are not written; scratch.
+
+    With `num_groups`, rows are sorted by group. Buffers: x, the matrix (5), group sizes, group offset; y, all of it.
+    """
     capability = compute_capability(architecture)
     check_rows(x, capability)
     check_matrix("weights", weights)
     num_experts = weights.num_experts
     check_counts(num_slots, num_experts, num_slots)
     shape = gemm_shape(weights, False, x.dtype)
-    tile = choose_product_tile(shape, num_slots, num_experts, capability, transposed)
+    routed = num_experts if num_groups is None else num_groups
+    tile = choose_product_tile(shape, num_slots, routed, capability, transposed)
     first_matrix, experts = 1, 1 + WEIGHT_OPERANDS
-    y = experts + 1
+    y = experts + 2
     kernels: list[Kernel] = []
     scratch: list[jax.ShapeDtypeStruct] = []
     token_tiles = grouped_tiles(num_slots, num_experts, num_experts, tile.tokens, experts, None)
-    if num_slots > MOST_GROUPED_SLOTS or not _hosts(tile, shape, token_tiles, capability):
+    if num_groups is not None:
+        group_offset = experts + 1 if offset else None
+        token_tiles = ragged_tiles(num_slots, num_experts, num_groups, tile.tokens, experts, group_offset)
+    elif num_slots > MOST_GROUPED_SLOTS or not _hosts(tile, shape, token_tiles, capability):
         list_length = reference.padded_size(num_slots, num_experts, tile.tokens)
         listed = (y + 1, y + 2, y + 3)
         token_tiles = aligned_tiles(

@@ -14,6 +14,8 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
+from jax_marlin_moe.ops.frozen import check_not_only_frozen
+from jax_marlin_moe.ops.grouped_product import product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -149,6 +151,19 @@ def _batching_rule(op, leaves, dims, *, structure, num_out_rows, **params):
     return [y.reshape(batch, num_out_rows, -1), jnp.broadcast_to(skipped[:, None], (batch, 1))], [0, 0]
 
 
+def _jvp(op, primals, tangents, *, num_out_rows, implementation):
+    (x, stack, dispatches), (d_x, d_stack, _) = primals, tangents
+    check_not_only_frozen("expert_gemm", {"stack": d_stack}, d_x, d_stack.bias, d_stack.global_scales)
+    results = op(*primals, num_out_rows=num_out_rows, implementation=implementation)
+    sizes = {"num_rows": x.shape[0], "num_out_rows": num_out_rows, "num_experts": stack.num_experts}
+    experts, sources, _ = reference.dispatched_rows(dispatches, **sizes)
+    rows, d_rows = (
+        None if operand is None else operand.at[sources].get(mode="fill", fill_value=0) for operand in (x, d_x)
+    )
+    dots = product_dots(rows, d_rows, stack, d_stack, experts, implementation)
+    return results, [sum(dots[1:], dots[0]).astype(x.dtype), None]
+
+
 expert_gemm_op = define_op(
     "expert_gemm",
     shape_rule=_shape_rule,
@@ -156,4 +171,5 @@ expert_gemm_op = define_op(
     cpu=_cpu,
     cuda=_cuda,
     batching_rule=_batching_rule,
+    jvp=_jvp,
 )

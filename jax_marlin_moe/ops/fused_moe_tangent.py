@@ -92,9 +92,9 @@ def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, 
     """The block as a composition of grouped products."""
     experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
     product = partial(grouped_product_op, transposed=False, dtype="float32", implementation=implementation)
-    (h,) = product(x, multiplied(gate_up), experts)
+    (h,) = product(x, multiplied(gate_up), experts, None, None)
     a = _hidden(_add_bias(h, gate_up, experts), activation, down.padded_k).astype(x.dtype)
-    (y,) = product(a, multiplied(down), experts)
+    (y,) = product(a, multiplied(down), experts, None, None)
     y = _add_bias(y, down, experts) * jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
     return y.reshape(*topk_ids.shape, -1).sum(1).astype(x.dtype)
 
@@ -146,7 +146,7 @@ def _cotangents(
 
     def product(rows, weights, *, dtype, transposed=False):
         (y,) = grouped_product_op(
-            rows, weights, experts, transposed=transposed, dtype=dtype, implementation=implementation
+            rows, weights, experts, None, None, transposed=transposed, dtype=dtype, implementation=implementation
         )
         return y
 

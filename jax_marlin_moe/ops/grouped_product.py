@@ -4,7 +4,6 @@ It is linear in the rows, and its transpose is itself the other way round: deriv
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +29,17 @@ def multiplied(weights: MarlinWeights) -> MarlinWeights:
 
 
 def _result(rows, weights, experts, transposed, dtype):
-    return (experts.shape[0], weights.padded_k if transposed else weights.padded_n), jnp.dtype(dtype)
+    slots = rows.shape[0] if experts is None else experts.shape[0]
+    return (slots, weights.padded_k if transposed else weights.padded_n), jnp.dtype(dtype)
 
 
-def _shape_rule(rows, weights, experts, *, transposed, dtype):
+def _shape_rule(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype):
     return [replicated_type(rows, *_result(rows, weights, experts, transposed, dtype))]
 
 
-def _cpu(rows, weights, experts, *, transposed, dtype):
+def _cpu(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype):
+    if experts is None:
+        experts = row_experts(group_sizes, group_offset, rows, weights)
     return custom_call(
         "grouped_product",
         native.TARGETS["grouped_product", "cpu"],
@@ -49,31 +51,39 @@ def _cpu(rows, weights, experts, *, transposed, dtype):
     )
 
 
-def _cuda(rows, weights, experts, *, transposed, dtype):
+def _cuda(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype):
     result = jax.ShapeDtypeStruct(*_result(rows, weights, experts, transposed, dtype))
-    if experts.shape[0] == 0:
+    if result.shape[0] == 0:
         return [jnp.zeros(result.shape, result.dtype)]
     architecture = target_architecture()
     plan = plan_grouped_product(
         rows,
         weights,
-        experts.shape[0],
+        result.shape[0],
+        num_groups=None if experts is not None else group_sizes.shape[0],
+        offset=group_offset is not None,
         transposed=transposed,
         dtype=result.dtype,
         architecture=architecture,
     )
-    operands = [rows, *weight_operands(weights), experts]
+    operands = [rows, *weight_operands(weights), experts if group_sizes is None else group_sizes, group_offset]
     results = [result, *plan.scratch]
     y = call_program("grouped_product", operands, results, plan.kernels, plan.source, architecture)[0]
-    has_expert = (experts >= 0) & (experts < weights.num_experts)
-    return [jnp.where(has_expert[:, None], y, 0)]
+    if experts is None:
+        return [y]
+    # Of slots without an expert, the kernels write nothing. What comes next usually takes the selection in.
+    return [jnp.where(_have_experts(experts, weights)[:, None], y, 0)]
+
+
+def _have_experts(experts, weights):
+    return (experts >= 0) & (experts < weights.num_experts)
 
 
 def _batching_rule(op, leaves, dims, *, structure, **params):
-    """Batched rows become one call over all of them; batched weights one call each."""
-    rows, weights, experts = jax.tree.unflatten(structure, leaves)
-    rows_dim, weights_dims, experts_dim = jax.tree.unflatten(structure, dims)
-    if jax.tree.leaves(weights_dims):
+    """Batched rows of slots become one call over all of them; anything else that is batched one call each."""
+    rows, weights, experts, *groups = jax.tree.unflatten(structure, leaves)
+    rows_dim, weights_dims, experts_dim, *_ = jax.tree.unflatten(structure, dims)
+    if experts is None or jax.tree.leaves(weights_dims):
         return map_batch(op, leaves, dims, structure=structure, **params)
     batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
 
@@ -81,50 +91,80 @@ def _batching_rule(op, leaves, dims, *, structure, **params):
         operand = jnp.broadcast_to(operand, (batch, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
         return operand.reshape(batch * operand.shape[1], *operand.shape[2:])
 
-    (y,) = op(flat(rows, rows_dim), weights, flat(experts, experts_dim), **params)
+    (y,) = op(flat(rows, rows_dim), weights, flat(experts, experts_dim), *groups, **params)
     return [y.reshape(batch, y.shape[0] // batch, y.shape[1])], [0]
 
 
 def _jvp(op, primals, tangents, **params):
-    (rows, weights, experts), (d_rows, d_weights, _) = primals, tangents
+    (rows, weights, *row_map), (d_rows, d_weights, *_) = primals, tangents
     check_not_only_frozen("grouped_product", {"weights": d_weights}, d_rows, d_weights.global_scales)
     results, dots = op(*primals, **params), []
     if d_rows is not None:
-        dots += op(d_rows, weights, experts, **params)
+        dots += op(d_rows, weights, *row_map, **params)
     if d_weights.global_scales is not None:
-        dots.append(_along_global_scales(op, rows, weights, experts, d_weights.global_scales, **params))
+        dots.append(_along_global_scales(op, rows, weights, row_map, d_weights.global_scales, **params))
     return results, [sum(dots[1:], dots[0])]
 
 
-def _along_global_scales(op, rows, weights, experts, moving, *, transposed, dtype, **params):
+def _along_global_scales(op, rows, weights, row_map, moving, *, transposed, dtype, **params):
     """The product with `moving` in the place of the global scales."""
+    experts, *groups = row_map
+    if experts is None:
+        experts = row_experts(*groups, rows, weights)
     of_slots = slot_columns(moving, experts, TILE_N)
     unscaled = dataclasses.replace(weights, global_scales=jnp.ones_like(weights.global_scales))
     params |= {"transposed": transposed}
     if not transposed:
-        (y,) = op(rows, unscaled, experts, dtype="float32", **params)
+        (y,) = op(rows, unscaled, *row_map, dtype="float32", **params)
         return (y * of_slots).astype(dtype)
     slots = jnp.repeat(rows, experts.shape[0] // max(1, rows.shape[0]), axis=0)
-    return op((slots * of_slots).astype(rows.dtype), unscaled, experts, dtype=dtype, **params)[0]
+    return op((slots * of_slots).astype(rows.dtype), unscaled, experts, None, None, dtype=dtype, **params)[0]
 
 
 def _transpose(op, cotangents, operands, *, transposed, dtype, **params):
-    (cotangent,), (rows, weights, experts) = cotangents, operands
+    (cotangent,), (rows, weights, *row_map) = cotangents, operands
     if cotangent is None or not ad.is_undefined_primal(rows):
-        return None, None, None
-    return (
-        pulled_back(op, cotangent, rows.aval, weights, experts, transposed=not transposed, **params),
-        None,
-        None,
+        return (None,) * len(operands)
+    aval = rows.aval
+    (slots,) = op(
+        cotangent.astype(aval.dtype), weights, *row_map, transposed=not transposed, dtype=aval.dtype.name, **params
     )
+    return sum_slots(slots, aval.shape[0]), *(None,) * (len(operands) - 1)
 
 
-def pulled_back(
-    op: Any, cotangent: jax.Array, rows: Any, weights: MarlinWeights, experts: jax.Array, **params: Any
-) -> jax.Array:
-    """The cotangent of rows of this type: slots that read one row are summed in float32."""
-    (slots,) = op(cotangent.astype(rows.dtype), weights, experts, dtype=rows.dtype.name, **params)
-    return sum_slots(slots, rows.shape[0])
+def row_experts(
+    group_sizes: jax.Array, group_offset: jax.Array | None, rows: jax.Array, weights: MarlinWeights
+) -> Int32[Array, "rows"]:
+    """The expert of each of rows that are sorted by group."""
+    return reference.ragged_experts(group_sizes, group_offset, num_rows=rows.shape[0], num_experts=weights.num_experts)
+
+
+def product_dots(
+    x: jax.Array,
+    d_x: jax.Array | None,
+    weights: MarlinWeights,
+    d_weights: MarlinWeights,
+    experts: Int32[Array, "slots"],
+    implementation: str | None,
+) -> list[Float32[Array, "slots N"]]:
+    """What the tangents of the rows, the global scales and the bias add to that of a product, in float32."""
+    matrix, dots = multiplied(weights), []
+
+    def product(rows, matrix):
+        params = {"transposed": False, "dtype": "float32", "implementation": implementation}
+        return grouped_product_op(rows, matrix, experts, None, None, **params)[0]
+
+    if d_x is not None:
+        dots.append(product(d_x, matrix))
+    if d_weights.global_scales is not None:
+
+        def scaled(global_scales):
+            return product(x, dataclasses.replace(matrix, global_scales=global_scales))
+
+        dots.append(jax.jvp(scaled, (matrix.global_scales,), (d_weights.global_scales,))[1])
+    if d_weights.bias is not None:
+        dots.append(slot_columns(d_weights.bias, experts))
+    return dots
 
 
 def sum_slots(slots: jax.Array, num_rows: int) -> jax.Array:

@@ -13,6 +13,8 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import alike, replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
+from jax_marlin_moe.ops.frozen import check_not_only_frozen
+from jax_marlin_moe.ops.grouped_product import product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_columns, pad_rows
@@ -133,6 +135,22 @@ def _batching_rule(op, leaves, dims, *, structure, **params):
     return [y.reshape(*rows.shape[:2], -1)], [0]
 
 
+def _jvp(op, primals, tangents, *, implementation):
+    (x, weights, expert), (d_x, d_weights, _) = primals, tangents
+    check_not_only_frozen("linear", {"weights": d_weights}, d_x, d_weights.bias, d_weights.global_scales)
+    results = op(*primals, implementation=implementation)
+    number = jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, weights.num_experts - 1)
+    experts = jnp.broadcast_to(number, x.shape[:1])
+    dots = product_dots(x, d_x, weights, d_weights, experts, implementation)
+    return results, [sum(dots[1:], dots[0]).astype(x.dtype)]
+
+
 linear_op = define_op(
-    "linear", shape_rule=_shape_rule, reference=reference.linear, cpu=_cpu, cuda=_cuda, batching_rule=_batching_rule
+    "linear",
+    shape_rule=_shape_rule,
+    reference=reference.linear,
+    cpu=_cpu,
+    cuda=_cuda,
+    batching_rule=_batching_rule,
+    jvp=_jvp,
 )

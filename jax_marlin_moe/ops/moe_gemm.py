@@ -1,7 +1,5 @@
 """`moe_gemm`: one grouped product over packed experts, with the classic contract of aligned slots."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
@@ -15,7 +13,7 @@ from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.align import BlockAlignment
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
-from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, slot_columns
+from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, product_dots, slot_columns
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -194,29 +192,13 @@ def _jvp(op, primals, tangents, *, top_k, block_size, implementation):
         *alignment, num_slots=x.shape[0] * top_k, num_experts=weights.num_experts, block_size=block_size
     )
 
-    def product(rows, matrix):
-        (y,) = grouped_product_op(
-            rows, matrix, experts, transposed=False, dtype="float32", implementation=implementation
-        )
-        return y
-
     def weighted(y, of_slots):
         return y if of_slots is None else y * jnp.where(experts >= 0, of_slots, 0)[:, None]
 
-    matrix, dots = multiplied(weights), []
-    if d_x is not None:
-        dots.append(weighted(product(d_x, matrix), router))
-    if d_weights.global_scales is not None:
-
-        def scaled(global_scales):
-            return product(x, dataclasses.replace(matrix, global_scales=global_scales))
-
-        moved = jax.jvp(scaled, (matrix.global_scales,), (d_weights.global_scales,))[1]
-        dots.append(weighted(moved, router))
-    if d_weights.bias is not None:
-        dots.append(weighted(slot_columns(d_weights.bias, experts), router))
+    dots = [weighted(dot, router) for dot in product_dots(x, d_x, weights, d_weights, experts, implementation)]
     if d_router is not None:
-        y = product(x, matrix)
+        params = {"transposed": False, "dtype": "float32", "implementation": implementation}
+        (y,) = grouped_product_op(x, multiplied(weights), experts, None, None, **params)
         dots.append(weighted(y if weights.bias is None else y + slot_columns(weights.bias, experts), d_router))
     return results, [sum(dots[1:], dots[0]).astype(x.dtype)]
 

@@ -165,7 +165,7 @@ def define_op(
         operands, moving = _read_moving(*(jax.tree.unflatten(structure, leaves) for leaves in (primals, moving)))
         results, dots = jvp(op, operands, moving, **params)
         pairs = zip(results, dots, strict=True)
-        return results, [ad.Zero.from_primal_value(result) if dot is None else dot for result, dot in pairs]
+        return results, [ad.Zero(jax.typeof(result).to_tangent_aval()) if dot is None else dot for result, dot in pairs]
 
     def transposed(cotangents, *leaves, structure, **params):
         linear = [leaf if ad.is_undefined_primal(leaf) else None for leaf in leaves]

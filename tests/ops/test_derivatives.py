@@ -224,6 +224,43 @@ def test_second_derivatives_are_those_of_the_reference():
         assert_close(jax.jit(second, static_argnums=0)(None), jax.jit(second, static_argnums=0)("xla"), factor=2)
 
 
+def test_gradients_of_dispatches_and_of_one_matrix_are_those_of_the_reference():
+    x, gate_up, *_ = silu_block("nvfp4")
+    table = jnp.asarray([[1, 0, 2, 3], [4, 2, 5, 2], [9, 0, 0, 2], [0, 6, 0, 1]], jnp.int32)
+
+    def loss(x, bias, global_scales, implementation):
+        stack = dataclasses.replace(gate_up, bias=bias, global_scales=global_scales)
+        y, _ = jmm.expert_gemm(x, stack, table, num_out_rows=8, implementation=implementation)
+        z = jmm.linear(x, stack, expert=jnp.int32(2), implementation=implementation)
+        return jnp.sin(y.astype(jnp.float32)).sum() + jnp.cos(z.astype(jnp.float32)).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
+    moving = (x, gate_up.bias, gate_up.global_scales)
+    assert_close(gradient(*moving, None), gradient(*moving, "xla"))
+
+
+def test_a_layer_trains_but_for_its_packed_leaves():
+    x, gate_up, down, _, _ = silu_block()
+    router = jax.random.normal(jax.random.key(0), (HIDDEN, EXPERTS)) * 0.1
+    layer = jmm.MoELayer(gate_up, down, router, jmm.Routing(top_k=TOP_K))
+
+    def loss(layer, x):
+        return (layer(x).astype(jnp.float32) * PROBE).sum()
+
+    def by_hand(layer, x):
+        weights, ids = jmm.route(x.astype(jnp.float32) @ layer.router, top_k=TOP_K)
+        parts = (layer.gate_up.bias, layer.down.bias)
+        return block_loss(x, weights, parts, layer.gate_up, layer.down, ids)
+
+    (ours, d_x), (wanted, wanted_d_x) = (
+        jax.jit(jax.grad(function, (0, 1), allow_int=True))(layer, x) for function in (loss, by_hand)
+    )
+    trained = [(g.router, g.gate_up.bias, g.down.bias) for g in (ours, wanted)]
+    assert_close((trained[0], d_x), (trained[1], wanted_d_x))
+    assert ours.gate_up.packed.dtype == jax.dtypes.float0
+    assert not np.any(ours.gate_up.scales)
+
+
 def test_a_router_trains_through_route():
     x, gate_up, down, _, _ = silu_block()
     kernel = jax.random.normal(jax.random.key(0), (HIDDEN, EXPERTS)) * 0.1
@@ -323,11 +360,11 @@ def test_the_product_with_transposed_matrices(weight_format, dtype, rows, k, n):
     chosen = rng.integers(-1, EXPERTS + 1, rows * 2).astype(np.int32)
     x = jnp.asarray(oracle.random_rows(rng, rows, n, jnp.dtype(dtype)))
     params = {"transposed": True, "dtype": "float32", "implementation": None}
-    (y,) = grouped_product_op(x, matrix, jnp.asarray(chosen), **params)
+    (y,) = grouped_product_op(x, matrix, jnp.asarray(chosen), None, None, **params)
     dense = np.asarray(dequantize(matrix), np.float64)
     has_expert = ((chosen >= 0) & (chosen < EXPERTS))[:, None]
     wide = np.repeat(np.asarray(x, np.float64), 2, axis=0)
     expected = has_expert * np.einsum("sn,skn->sk", wide, dense[np.clip(chosen, 0, EXPERTS - 1)])
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4)
-    (rounded,) = grouped_product_op(x, matrix, jnp.asarray(chosen), **(params | {"dtype": dtype}))
+    (rounded,) = grouped_product_op(x, matrix, jnp.asarray(chosen), None, None, **(params | {"dtype": dtype}))
     np.testing.assert_array_equal(rounded, y.astype(dtype))

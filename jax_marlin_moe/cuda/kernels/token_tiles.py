@@ -118,3 +118,20 @@ def one_expert_tiles(num_rows: int, num_experts: int, rows: int, expert: int | N
     """All rows are of one expert: the first, or the one that a buffer names."""
     facts: Facts = {"slots": num_rows, "experts": num_experts, "rows": rows, "named": expert is not None}
     return TokenTiles("OneExpertTiles", facts, {"named": optional(expert, "int32")}, -(-num_rows // rows))
+
+
+def ragged_tiles(
+    num_rows: int, num_experts: int, num_groups: int, rows: int, group_sizes: int, group_offset: int | None
+) -> TokenTiles:
+    """Rows sorted by group; every CTA finds from the sizes where the experts' begin and end."""
+    facts: Facts = {
+        "slots": num_rows,
+        "experts": num_experts,
+        "groups": num_groups,
+        "rows": rows,
+        "offset": group_offset is not None,
+    }
+    pointers = {"group_sizes": Pointer(group_sizes, "int32"), "group_offset": optional(group_offset, "int32")}
+    most = min(num_rows, num_experts + num_rows // rows)
+    table = 4 * (3 * num_experts + 3)
+    return TokenTiles("RaggedTiles", facts, pointers, most, shared_bytes=-(-table // 16) * 16)

@@ -45,6 +45,7 @@ struct GroupedGemm {
     if constexpr (TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
     const typename Shape::Reader reader(token_tiles, shared_bytes + Storage::kTokenTilesAt, shared_bytes);
+    clear_gaps<kThreads, TokenTiles>(reader, epilogue);
     const int work_tiles = reader.count() * Shape::kColumnTiles;
     const int share = Shape::cta_of_cluster() * Tile::kWarpsK + warp_k;  // of K
     const int k_blocks = Shape::k_blocks_of(share);

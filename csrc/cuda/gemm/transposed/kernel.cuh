@@ -73,6 +73,7 @@ struct TransposedGemm {
     wait_for_previous_kernel();
     allow_next_kernel();
     const Reader reader(token_tiles, shared_bytes + kTokenTilesAt, shared_bytes);
+    clear_gaps<kThreads, TokenTiles>(reader, epilogue);
     const int token_tile = blockIdx.x / kColumnTiles, column_tile = blockIdx.x % kColumnTiles;
     if (token_tile >= reader.count()) return;
     const int expert = reader.expert(token_tile);

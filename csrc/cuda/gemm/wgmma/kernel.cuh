@@ -58,6 +58,7 @@ struct WgmmaGroupedGemm {
     if constexpr (TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
     const typename Shape::Reader reader(token_tiles, shared_bytes + Storage::kTokenTilesAt, shared_bytes);
+    clear_gaps<kThreads, TokenTiles>(reader, epilogue);
     fence_async_proxy();  // bulk copies see the barriers, and the ring that was lent
     __syncthreads();
 
