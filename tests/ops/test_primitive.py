@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.interpreters import ad
 
+import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
