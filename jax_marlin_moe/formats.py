@@ -9,10 +9,11 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8, UInt16
 
 # Values of the codes 0 ... 7 of e2m1; bit 3 is the sign.
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -55,6 +56,16 @@ def _encode_e4m3(values: Float32[Array, "..."]) -> UInt8[Array, "..."]:
     return jax.lax.bitcast_convert_type(saturated, jnp.uint8)
 
 
+def _decode_whole(dtype: Any, bits: UInt16[Array, "..."]) -> Float32[Array, "..."]:
+    return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
+
+
+def _encode_whole(dtype: Any, values: Float32[Array, "..."]) -> UInt16[Array, "..."]:
+    """Nearest numbers of a type of 16 bits as bit patterns, saturating."""
+    most = float(jnp.finfo(dtype).max)
+    return jax.lax.bitcast_convert_type(jnp.clip(values, -most, most).astype(dtype), jnp.uint16)
+
+
 def decode_e8m0(bits: UInt8[Array, "..."]) -> Float32[Array, "..."]:
     """`2^(bits - 127)`; NaN for 255."""
     exponent = bits.astype(jnp.uint32)
@@ -76,6 +87,7 @@ class CodeType:
         largest: the largest value.
         decode: codes to float32 values, before zero point and scale.
         encode: float32 values to the nearest codes, saturating.
+        is_scaled: whether scales are chosen for the weights; those of other codes are 1, and the codes the weights.
     """
 
     name: str
@@ -85,12 +97,28 @@ class CodeType:
     largest: float
     decode: Callable[[Array], Array] = dataclasses.field(compare=False, repr=False)
     encode: Callable[[Array], Array] = dataclasses.field(compare=False, repr=False)
+    is_scaled: bool = True
+
+    @property
+    def dtype(self) -> Any:
+        """Of arrays of codes that are not packed."""
+        return jnp.uint8 if self.bits <= 8 else jnp.uint16
 
 
 INT4 = CodeType("int4", 4, "jmm::Int4", False, 15, _decode_integer, partial(_encode_integer, 15))
 INT8 = CodeType("int8", 8, "jmm::Int8", False, 255, _decode_integer, partial(_encode_integer, 255))
 E2M1 = CodeType("e2m1", 4, "jmm::E2M1", True, _E2M1_VALUES[-1], _decode_e2m1, _encode_e2m1)
 E4M3 = CodeType("e4m3", 8, "jmm::E4M3", True, _E4M3_MAX, decode_e4m3, _encode_e4m3)
+
+
+def _whole(name: str, cpp: str, dtype: Any) -> CodeType:
+    most = float(jnp.finfo(dtype).max)
+    decode, encode = partial(_decode_whole, dtype), partial(_encode_whole, dtype)
+    return CodeType(name, 16, cpp, True, most, decode, encode, is_scaled=False)
+
+
+BF16 = _whole("bf16", "jmm::BF16", jnp.bfloat16)
+FP16 = _whole("fp16", "jmm::FP16", jnp.float16)
 
 
 def _decode_float_scales(scales: Float[Array, "..."]) -> Float32[Array, "..."]:
@@ -219,6 +247,11 @@ class WeightFormat:
         return 2**self.code.bits - 1
 
     @property
+    def customary_group_size(self) -> int | None:
+        """Rows of K that share a scale unless something else is said; None for one group."""
+        return self.group_sizes[-1] if self.code.is_scaled else None
+
+    @property
     def reach(self) -> float:
         """The largest value, less the zero point that is baked into the codes: how far they reach to both sides."""
         return self.code.largest - (self.zero_point or 0)
@@ -248,6 +281,8 @@ _ROWS = (
     WeightFormat("nvfp4", E2M1, 0, None, E4M3_SCALES, (16,), per_channel=False, has_global_scales=True),
     WeightFormat("mxfp4", E2M1, 0, None, E8M0_SCALES, (32,), per_channel=False),
     WeightFormat("mxfp8", E4M3, 0, None, E8M0_SCALES, (32,), per_channel=False),
+    WeightFormat("bf16", BF16, 0, None, FLOAT_SCALES, (128,), per_channel=True),
+    WeightFormat("fp16", FP16, 0, None, FLOAT_SCALES, (128,), per_channel=True),
 )
 
 FORMATS: dict[str, WeightFormat] = {row.name: row for row in _ROWS}

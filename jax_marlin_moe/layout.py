@@ -1,8 +1,8 @@
 """The Marlin order as closed forms: packed words to and from logical codes.
 
-Every function is jittable, takes any leading batch dimensions (experts) and is exact. Codes are uint8 arrays of
-the logical matrix (K, N); words are int32 bit patterns. The index formulas are those of docs/formats.md, "Marlin
-layout" and "Scales, zero points and bias".
+Every function is jittable, takes any leading batch dimensions (experts) and is exact. Codes are uint8 arrays, or uint16
+where they have 16 bits, of the logical matrix (K, N); words are int32 bit patterns. The index formulas are those of
+docs/formats.md, "Marlin layout" and "Scales, zero points and bias".
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ TILE_N = 64  # columns of a Marlin tile, one 16-byte load a lane
 
 # Bit position, in units of a code, of the i-th code in MMA-fragment order. The interleave lets one mask extract
 # the two halves of a 16-bit pair.
-_PAIR_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}
+_PAIR_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3), 16: (0, 1)}
 
 
 def _fold_words(codes: Array, order: tuple[int, ...], bits: int) -> Array:
@@ -27,14 +27,16 @@ def _fold_words(codes: Array, order: tuple[int, ...], bits: int) -> Array:
 
 
 def split_words(words: Array, order: tuple[int, ...], bits: int) -> Array:
-    """The inverse of `_fold_words`: appends an axis of uint8 codes."""
+    """The inverse of `_fold_words`: appends an axis of codes, uint8 or, of 16 bits, uint16."""
     shifts = jnp.asarray([bits * position for position in order], jnp.uint32)
     unsigned = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    return ((unsigned[..., None] >> jnp.expand_dims(shifts, range(words.ndim))) & (2**bits - 1)).astype(jnp.uint8)
+    return ((unsigned[..., None] >> jnp.expand_dims(shifts, range(words.ndim))) & (2**bits - 1)).astype(
+        jnp.uint8 if bits <= 8 else jnp.uint16
+    )
 
 
 @partial(jax.jit, static_argnames="bits")
-def pack(codes: UInt8[Array, "*batch K N"], bits: int = 4) -> Int32[Array, "*batch K/16 N*16*bits/32"]:
+def pack(codes: Shaped[Array, "*batch K N"], bits: int = 4) -> Int32[Array, "*batch K/16 N*16*bits/32"]:
     """Marlin packing for 16-bit activations: tiles of 16 (k) x 64 (n), docs/formats.md, "Marlin layout".
 
     Raises:
@@ -45,14 +47,15 @@ def pack(codes: UInt8[Array, "*batch K N"], bits: int = 4) -> Int32[Array, "*bat
     d = len(batch)
     # k = (kt, k_half, t, k_odd); n = (nt, w, b, col)
     tiles = codes.reshape(*batch, k // 16, 2, 4, 2, n // 64, 4, 2, 8)
-    # 4 bit: word = (col, t, w), code = (b, k_half, k_odd); 8 bit: word = (col, t, w, b), code = (k_half, k_odd)
+    # 4 bit: word = (col, t, w), code = (b, k_half, k_odd); 8 bit: word = (col, t, w, b), code = (k_half, k_odd);
+    # 16 bit: word = (col, t, w, b, k_half), code = (k_odd)
     tiles = tiles.transpose(*range(d), *(d + a for a in (0, 4, 7, 2, 5, 6, 1, 3)))
     fields = tiles.reshape(*batch, k // 16, n * 16 * bits // 32, 32 // bits)
     return _fold_words(fields, _PAIR_ORDER[bits], bits)
 
 
 @partial(jax.jit, static_argnames="bits")
-def unpack(packed: Int32[Array, "*batch K/16 words"], bits: int = 4) -> UInt8[Array, "*batch K N"]:
+def unpack(packed: Int32[Array, "*batch K/16 words"], bits: int = 4) -> Shaped[Array, "*batch K N"]:
     """The codes of a Marlin-packed matrix: the inverse of `pack`."""
     *batch, k_tiles, words = packed.shape
     n = words * 32 // (16 * bits)

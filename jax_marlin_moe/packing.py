@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Shaped
 
 from jax_marlin_moe import layout, reference
 from jax_marlin_moe.arguments import check_array, check_rank, check_weights
@@ -18,7 +18,7 @@ from jax_marlin_moe.weights import MarlinWeights, drop_column_padding
 
 
 def pack_logical(
-    codes: UInt8[Array, "experts K N"],
+    codes: Shaped[Array, "experts K N"],
     scales: Shaped[Array, "experts groups N"],
     weight_format: str,
     *,
@@ -30,7 +30,7 @@ def pack_logical(
     """Packs codes and scales that are already chosen, bit for bit; what every importer ends in.
 
     Args:
-        codes: one byte per code, of any K and N.
+        codes: of any K and N, one byte per code, or uint16 where codes have 16 bits.
         scales: in a dtype that the format allows; bit patterns (e4m3, e8m0) as uint8.
         weight_format: a name of `jax_marlin_moe.FORMATS`.
         group_size: rows of K that share a scale. May be None where the shapes leave no choice: with one group, groups
@@ -44,7 +44,7 @@ def pack_logical(
         ValueError: shapes disagree, the format has no such group size, or the shapes do not determine it.
     """
     row = get_format(weight_format)
-    check_array("codes", codes, ndim=3, dtype=jnp.uint8)
+    check_array("codes", codes, ndim=3, dtype=row.code.dtype)
     check_rank("scales", scales, 3)
     experts, k, n = codes.shape
     check_stack("scales", scales.shape, (experts, scales.shape[1], n))

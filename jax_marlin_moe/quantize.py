@@ -25,10 +25,11 @@ def quantize(
     """Quantises dense experts by rounding to nearest. Codes are chosen for the scale as stored.
 
     Integer codes: symmetric formats have `scale = max|w| / (zero_point - 1)` a group; those with zero points map the
-    range [min(w, 0), max(w, 0)] to all codes, with a rounded ("_zp") or an exact zero point ("_fzp"). "fp8":
-    `scale = max|w| / 448`. "nvfp4": a global scale `max|w| / (448 * 6)` an expert, then e4m3 block scales
-    `max|w| / 6`. "mxfp4" and "mxfp8": the power of two that brings the largest value of a block into the top binade
-    of the code (OCP microscaling formats 1.0, section 6.3).
+    range [min(w, 0), max(w, 0)] to all codes, with a rounded ("_zp") or an exact zero point ("_fzp"). "fp8": `scale =
+    max|w| / 448`. "nvfp4": a global scale `max|w| / (448 * 6)` an expert, then e4m3 block scales `max|w| / 6`. "mxfp4"
+    and "mxfp8": the power of two that brings the largest value of a block into the top binade of the code (OCP
+    microscaling formats 1.0, section 6.3). "bf16" and "fp16" keep the weights, rounded to 16 bits where they have more;
+    their scales are 1.
 
     Args:
         dense: weights with the input dimension second. Any K and N: the packed matrix is padded to whole tiles.
@@ -46,7 +47,7 @@ def quantize(
     if not hasattr(dense, "dtype") or not jnp.issubdtype(dense.dtype, jnp.floating):
         raise TypeError(f"dense has dtype {getattr(dense, 'dtype', type(dense))}; it must be floating point")
     if group_size == "customary":
-        group_size = row.group_sizes[-1]
+        group_size = row.customary_group_size
     _, k, n = dense.shape
     check_group_size("group_size", group_size, k, row)
     if 0 in dense.shape:
@@ -93,6 +94,8 @@ def quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: j
         most = extents.max()
         global_scale = jnp.where(most == 0, 1.0, most / (row.scale.largest * reach))
     unit = 1.0 if global_scale is None else global_scale
+    if not row.code.is_scaled:
+        return row.code.encode(w.astype(jnp.float32)), jnp.ones((len(groups), n), scale_dtype), None, None
     scales = row.scale.encode(extents, reach, unit, scale_dtype)
     step = row.decode_scales(scales) * unit
     step = jnp.where(step == 0, 1.0, step)

@@ -53,7 +53,7 @@ def random_experts(
     """
     row = get_format(weight_format)
     if group_size == "customary":
-        group_size = row.group_sizes[-1]
+        group_size = row.customary_group_size
     check_group_size("group_size", group_size, k, row)
     return _random_experts(key, num_experts, k, n, weight_format, group_size, jnp.dtype(scale_dtype), draw, gain)
 

@@ -35,6 +35,18 @@ def _e8m0_values():
     return np.where(np.arange(256) == 255, np.nan, 2.0 ** (np.arange(256) - 127.0))
 
 
+def _float_values(exponent_bits, mantissa_bits):
+    """Of 16 bits: sign, exponent and mantissa as IEEE 754 has them."""
+    code = np.arange(1 << 16)
+    exponent, mantissa = code >> mantissa_bits & (1 << exponent_bits) - 1, code & (1 << mantissa_bits) - 1
+    bias = (1 << exponent_bits - 1) - 1
+    fraction = np.where(exponent == 0, 0, 1) + mantissa / 2.0**mantissa_bits
+    magnitude = fraction * 2.0 ** (np.maximum(exponent, 1) - float(bias))
+    magnitude[exponent == (1 << exponent_bits) - 1] = np.nan  # infinities too: no weight is one
+    return np.where(code >> 15, -magnitude, magnitude)
+
+
+BF16, FP16 = _float_values(8, 7), _float_values(5, 10)
 E2M1, E4M3, E8M0 = _e2m1_values(), _e4m3_values(), _e8m0_values()
 
 
@@ -63,6 +75,8 @@ FACTS = {
     "nvfp4": Facts(4, E2M1, 0, None, E4M3, (16,), False, has_global_scales=True),
     "mxfp4": Facts(4, E2M1, 0, None, E8M0, (32,), False),
     "mxfp8": Facts(8, E4M3, 0, None, E8M0, (32,), False),
+    "bf16": Facts(16, BF16, 0, None, None, (128,), True),
+    "fp16": Facts(16, FP16, 0, None, None, (128,), True),
 }
 
 
@@ -75,7 +89,7 @@ def group_sizes(weight_format: str) -> tuple[int | None, ...]:
     return (*facts.group_sizes, None) if facts.per_channel else facts.group_sizes
 
 
-_PAIR_ORDER = {4: np.asarray([0, 4, 1, 5, 2, 6, 3, 7]), 8: np.asarray([0, 2, 1, 3])}
+_PAIR_ORDER = {4: np.asarray([0, 4, 1, 5, 2, 6, 3, 7]), 8: np.asarray([0, 2, 1, 3]), 16: np.asarray([0, 1])}
 
 
 def _fold(fields: np.ndarray, bits: int) -> np.ndarray:
@@ -93,9 +107,11 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     lane, i = 4 * col + r % 8 // 2, r % 2 + 2 * (r // 8) + 4 * b
     if bits == 4:
         word, position = n // 64 * 128 + lane * 4 + w, _PAIR_ORDER[4][i]
-    else:
+    elif bits == 8:
         word, position = n // 64 * 256 + lane * 8 + 2 * w + b, _PAIR_ORDER[8][i % 4]
-    fields = np.zeros((experts, rows // 16, columns * bits // 2, 32 // bits), np.uint8)
+    else:
+        word, position = n // 64 * 512 + lane * 16 + 4 * w + i // 2, i % 2
+    fields = np.zeros((experts, rows // 16, columns * bits // 2, 32 // bits), codes.dtype)
     fields[:, k // 16, word, position] = codes
     return _fold(fields, bits)
 
@@ -234,9 +250,12 @@ def random_experts(
     facts = FACTS[weight_format]
     groups = -(-k // (group_size or k))
     shape = (num_experts, groups, n)
-    codes = rng.integers(0, 2**facts.bits, (num_experts, k, n), dtype=np.uint8)
+    codes = rng.integers(0, 2**facts.bits, (num_experts, k, n), dtype=np.uint8 if facts.bits <= 8 else np.uint16)
     if facts.values is E4M3:
         codes &= 0xBF  # magnitudes below 2: no NaN, and the small ones count
+    if facts.bits == 16:  # of normal numbers: hardly any pattern is one that weights have
+        numbers = rng.normal(size=codes.shape).astype(jnp.bfloat16 if facts.values is BF16 else np.float16)
+        codes = numbers.view(np.uint16)
     target = 1 / (facts.values[codes].std() * np.sqrt(k))
     global_scales = None
     if facts.scale_bytes is E4M3:

@@ -54,8 +54,8 @@ def block_of_values(activation, gate, up, dtype):
     halves = (gate, up) if activation.gated else (gate,)
     bias = jnp.concatenate([half.reshape(rows, COLUMNS) for half in halves], axis=1)
     nothing = jnp.zeros((rows, COLUMNS, bias.shape[1]), jnp.float32)
-    gate_up = jmm.quantize(nothing, "int8", group_size=None, bias=bias)
-    down = jmm.quantize(jnp.broadcast_to(jnp.eye(COLUMNS), (rows, COLUMNS, COLUMNS)), "int8", group_size=None)
+    gate_up = jmm.quantize(nothing, "fp16", bias=bias)
+    down = jmm.quantize(jnp.broadcast_to(jnp.eye(COLUMNS), (rows, COLUMNS, COLUMNS)), "fp16")
     x, ids = jnp.zeros((rows, COLUMNS), dtype), jnp.arange(rows, dtype=jnp.int32)[:, None]
     return x, gate_up, down, jnp.ones((rows, 1), jnp.float32), ids
 

@@ -2,8 +2,9 @@
 //
 // A packed line is 64 bytes of the words of one col of a chunk: columns 16 * w + 8 * b + col. With 4-bit codes one line
 // is a col, lanes [t = 0..3][w = 0..3], both halves b inside a word; with 8-bit codes two lines are, lanes
-// [t % 2][w = 0..3][b = 0..1]. Lanes are multiplied by x expanded to the same order and accumulated apart; only at the
-// end of a segment are the lanes of a column added and the scale applied.
+// [t % 2][w = 0..3][b = 0..1]; with 16-bit codes four, one for each t, lanes [w = 0..3][b = 0..1][half of k]. Lanes are
+// multiplied by x expanded to the same order and accumulated apart; only at the end of a segment are the lanes of a
+// column added and the scale applied.
 //
 // Math provides
 //   kBits, kCenter                of a code: its width, and the zero point that its value has already subtracted

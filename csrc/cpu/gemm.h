@@ -21,10 +21,10 @@ enum class Element { kBf16, kF16 };
 // else depends on the type follows from this list.
 #define JMM_FLOAT_BYTES(X) X(E4M3, "e4m3", 4)
 
-// What a code means before its zero point and scale. Patterns of NaN and infinity read on as numbers, those of
-// e4m3 as +-480.
+// What a code means before its zero point and scale; of 16 bits, the weight itself. Patterns of NaN and infinity of 8
+// bits read on as numbers, those of e4m3 as +-480.
 #define JMM_CODE(name, call_name, exponent_bits) , k##name
-enum class Code { kInt4, kInt8, kE2M1 JMM_FLOAT_BYTES(JMM_CODE) };
+enum class Code { kInt4, kInt8, kE2M1, kBf16, kFp16 JMM_FLOAT_BYTES(JMM_CODE) };
 #undef JMM_CODE
 
 // How scales are stored: floats, or bit patterns of one byte (e8m0 is 2^(bits - 127), 255 is NaN).

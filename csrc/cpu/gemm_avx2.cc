@@ -193,6 +193,60 @@ struct ByteMath {
   }
 };
 
+// Words of 16-bit codes: for each t two vectors [w % 2][b][half of k], a word a pair of rows 2t and 2t + 1.
+template <Element kType>
+struct WholeMath {
+  static constexpr int kBits = 16;
+  static constexpr float kCenter = 0;
+  static constexpr int kParts = 8;           // [t][w / 2]
+  static constexpr int kTileX = 8 * kLanes;  // [t][odd], lanes [half] four times
+
+  template <int R>
+  static JMM_INLINE void Expand(const uint16_t* x, Element type, float* out, int r, __m256* sum) {
+    const __m256 low = LoadElements(x, type);
+    const __m256 high = LoadElements(x + 8, type);
+    *sum = _mm256_add_ps(*sum, _mm256_add_ps(low, high));
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+      const __m256i index = _mm256_set1_epi32(v);
+      const __m256 even = _mm256_permutevar8x32_ps(low, index), odd = _mm256_permutevar8x32_ps(high, index);
+      _mm256_store_ps(out + (v * R + r) * kLanes, _mm256_blend_ps(even, odd, 0xAA));
+    }
+  }
+
+  template <int R>
+  static JMM_INLINE void AddPart(const int32_t* words, int part, const float* x, __m256 (&acc)[R][2]) {
+    const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + part * kLanes));
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m256 values = Values(line, odd);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const float* vector = x + ((part / 2 * 2 + odd) * R + r) * kLanes;
+        acc[r][part % 2] = _mm256_fmadd_ps(values, _mm256_load_ps(vector), acc[r][part % 2]);
+      }
+    }
+  }
+
+  static JMM_INLINE __m256 SumColumn(const __m256 (&acc)[2]) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);  // from [w % 2][w / 2][b]
+    return _mm256_permutevar8x32_ps(_mm256_hadd_ps(acc[0], acc[1]), order);
+  }
+
+ private:
+  // The lower or the upper halves of words.
+  static JMM_INLINE __m256 Values(__m256i words, int odd) {
+    if constexpr (kType == Element::kBf16) {
+      const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+      return _mm256_castsi256_ps(odd ? _mm256_and_si256(words, upper) : _mm256_slli_epi32(words, 16));
+    } else {
+      const __m256i low = odd ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(0xFFFF));
+      const __m256i narrow = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0xD8);
+      return _mm256_cvtph_ps(_mm256_castsi256_si128(narrow));
+    }
+  }
+};
+
 // Eight consecutive floats of type `type` as float32, from entry `index` on.
 JMM_INLINE __m256 LoadFloats(const void* values, Scale type, int64_t index) {
   if (type == Scale::kBf16) return LoadElements(static_cast<const uint16_t*>(values) + index, Element::kBf16);
@@ -366,6 +420,10 @@ void Avx2Panel(const Panel& panel) {
       return RunPanel<NibbleMath<E2M1>>(panel);
     case Code::kInt8:
       return RunPanel<ByteMath<Int8>>(panel);
+    case Code::kBf16:
+      return RunPanel<WholeMath<Element::kBf16>>(panel);
+    case Code::kFp16:
+      return RunPanel<WholeMath<Element::kF16>>(panel);
 #define JMM_RUN(name, call_name, exponent_bits) \
   case Code::k##name:                           \
     return RunPanel<ByteMath<FloatByte<exponent_bits>>>(panel);

@@ -131,6 +131,64 @@ struct ByteMath {
   }
 };
 
+// Weights of 16 bits, converted. A line is the [w][b][half of k] of one t, a word a pair of rows 2t and 2t + 1.
+template <Element kType>
+struct WholeMath {
+  static constexpr int kBits = 16;
+  static constexpr float kCenter = 0;
+  static constexpr int kSegmentTiles = 8;  // or x of four rows would fill the first-level cache
+  static constexpr int kVectors = 8;       // [t][odd], lanes [half] eight times
+  static constexpr int kSumWeight = 1;     // `sum` is over the row before it is expanded
+
+  static JMM_INLINE void Expand(const uint16_t* x, Element type, float* out, int stride, __m512* sum) {
+    const __m512 values = LoadElements(x, type);
+    const __m512i halves = _mm512_setr_epi32(0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512i index = _mm512_add_epi32(halves, _mm512_set1_epi32(v));
+      _mm512_store_ps(out + v * stride, _mm512_permutexvar_ps(index, values));
+    }
+    *sum = _mm512_add_ps(*sum, values);
+  }
+
+  template <int R>
+  static JMM_INLINE void AddColumn(const int32_t* lines, const float* x, __m512 (&acc)[R][2]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      const __m512i words = _mm512_loadu_si512(lines + t * kLineWords);
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        const __m512 values = Values(words, odd);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const float* vector = x + ((2 * t + odd) * R + r) * kVectorFloats;
+          acc[r][odd] = _mm512_fmadd_ps(values, _mm512_load_ps(vector), acc[r][odd]);
+        }
+      }
+    }
+  }
+
+  // Lanes of an accumulator are [w][b][half].
+  static JMM_INLINE __m512 SumColumns(const __m512 (&first)[2], const __m512 (&second)[2]) {
+    const __m512 a = _mm512_add_ps(first[0], first[1]);
+    const __m512 b = _mm512_add_ps(second[0], second[1]);
+    const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 16, 20, 24, 28, 18, 22, 26, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+  }
+
+ private:
+  // The lower or the upper halves of words.
+  static JMM_INLINE __m512 Values(__m512i words, int odd) {
+    if constexpr (kType == Element::kBf16) {
+      const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+      return _mm512_castsi512_ps(odd ? _mm512_and_si512(words, upper) : _mm512_slli_epi32(words, 16));
+    } else {
+      return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(odd ? _mm512_srli_epi32(words, 16) : words));
+    }
+  }
+};
+
 }  // namespace
 
 void Avx512Panel(const Panel& panel) {
@@ -141,6 +199,10 @@ void Avx512Panel(const Panel& panel) {
       return RunPanel<NibbleMath<E2M1>>(panel);
     case Code::kInt8:
       return RunPanel<ByteMath<Int8>>(panel);
+    case Code::kBf16:
+      return RunPanel<WholeMath<Element::kBf16>>(panel);
+    case Code::kFp16:
+      return RunPanel<WholeMath<Element::kF16>>(panel);
 #define JMM_RUN(name, call_name, exponent_bits) \
   case Code::k##name:                           \
     return RunPanel<ByteMath<FloatByte<exponent_bits>>>(panel);

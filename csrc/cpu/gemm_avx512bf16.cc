@@ -114,6 +114,8 @@ void Avx512Bf16Panel(const Panel& panel) {
     case Code::kE2M1:
       return RunNibbles<E2M1>(panel);
     case Code::kInt8:
+    case Code::kBf16:
+    case Code::kFp16:
 #define JMM_CASE(name, call_name, exponent_bits) case Code::k##name:
       JMM_FLOAT_BYTES(JMM_CASE)
 #undef JMM_CASE

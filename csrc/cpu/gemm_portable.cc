@@ -32,6 +32,14 @@ struct Bytes {
   }
 };
 
+// A 16-bit word holds one half of k of one half b, in the order [t][w][b][j / 2]: code j at bit 16 * (j % 2).
+struct Halfwords {
+  static constexpr int kBits = 16;
+  static uint32_t Extract(const int32_t* line, int lane, int b, int j) {
+    return static_cast<uint32_t>(line[4 * lane + 2 * b + j / 2]) >> (16 * (j % 2)) & 0xFFFF;
+  }
+};
+
 // A code type: Value is its float32 less kCenter.
 struct Int4 : Nibbles {
   static constexpr int kCenter = 8;
@@ -49,6 +57,12 @@ template <int kExponentBits>
 struct FloatByte : Bytes {
   static constexpr int kCenter = 0;
   static float Value(uint32_t code) { return FloatFromFloatByte<kExponentBits>(code); }
+};
+
+template <Element kType>
+struct Whole : Halfwords {
+  static constexpr int kCenter = 0;
+  static float Value(uint32_t code) { return FloatFromElement(static_cast<uint16_t>(code), kType); }
 };
 
 // Entry `index` of an array of floats of some type.
@@ -184,6 +198,10 @@ void PortablePanel(const Panel& panel) {
       return RunPanel<Int8>(panel);
     case Code::kE2M1:
       return RunPanel<E2M1>(panel);
+    case Code::kBf16:
+      return RunPanel<Whole<Element::kBf16>>(panel);
+    case Code::kFp16:
+      return RunPanel<Whole<Element::kF16>>(panel);
 #define JMM_RUN(name, call_name, exponent_bits) \
   case Code::k##name:                           \
     return RunPanel<FloatByte<exponent_bits>>(panel);

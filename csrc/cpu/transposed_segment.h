@@ -40,6 +40,12 @@ struct Bytes {  // in the order [t][w][b]
     return static_cast<uint32_t>(line[2 * lane + b]) >> kShift[j] & 255;
   }
 };
+struct Halfwords {  // in the order [t][w][b][j / 2]
+  static constexpr int kBits = 16;
+  static uint32_t Extract(const int32_t* line, int lane, int b, int j) {
+    return static_cast<uint32_t>(line[4 * lane + 2 * b + j / 2]) >> (16 * (j % 2)) & 0xFFFF;
+  }
+};
 struct Int4 : Nibbles {
   static float Value(uint32_t code) { return static_cast<float>(static_cast<int32_t>(code) - CenterOf(Code::kInt4)); }
 };
@@ -55,6 +61,17 @@ struct FloatByte : Bytes {
   static float Value(uint32_t code) {
     constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
     return BitsAsFloat((code & 128) << 24 | (code & 127) << (16 + kExponentBits)) * (0x1p127f / (1u << kBias));
+  }
+};
+
+struct Bf16 : Halfwords {
+  static float Value(uint32_t code) { return BitsAsFloat(code << 16); }
+};
+struct Fp16 : Halfwords {
+  static float Value(uint32_t code) {
+    const uint32_t sign = (code & 0x8000) << 16, magnitude = (code & 0x7FFF) << 13;
+    const float number = BitsAsFloat(sign | magnitude) * 0x1p112f;
+    return magnitude < 0x7C00u << 13 ? number : BitsAsFloat(sign | 0x7F800000 | magnitude);  // infinities and NaN
   }
 };
 
@@ -133,6 +150,10 @@ void RunSegment(const TransposedSegment& segment) {
       return RunTyped<Int8>(segment);
     case Code::kE2M1:
       return RunTyped<E2M1>(segment);
+    case Code::kBf16:
+      return RunTyped<Bf16>(segment);
+    case Code::kFp16:
+      return RunTyped<Fp16>(segment);
 #define JMM_RUN(name, call_name, exponent_bits) \
   case Code::k##name:                           \
     return RunTyped<FloatByte<exponent_bits>>(segment);

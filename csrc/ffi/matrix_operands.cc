@@ -26,8 +26,11 @@ struct CodeWidth {
 
 #define JMM_CODE(name, call_name, exponent_bits) \
   , { call_name, {Code::k##name, 8} }
-constexpr Spelling<CodeWidth> kCodes[] = {
-    {"int4", {Code::kInt4, 4}}, {"int8", {Code::kInt8, 8}}, {"e2m1", {Code::kE2M1, 4}} JMM_FLOAT_BYTES(JMM_CODE)};
+constexpr Spelling<CodeWidth> kCodes[] = {{"int4", {Code::kInt4, 4}},
+                                          {"int8", {Code::kInt8, 8}},
+                                          {"e2m1", {Code::kE2M1, 4}},
+                                          {"bf16", {Code::kBf16, 16}},
+                                          {"fp16", {Code::kFp16, 16}} JMM_FLOAT_BYTES(JMM_CODE)};
 #undef JMM_CODE
 constexpr Spelling<Zeros> kZeros[] = {{"none", Zeros::kNone}, {"integer", Zeros::kInteger}, {"float", Zeros::kFloat}};
 

@@ -25,7 +25,7 @@ struct MatrixOperands {
 
 // The attributes that say what they mean.
 struct MatrixFormat {
-  std::string_view code;   // int4, int8, e2m1, e4m3
+  std::string_view code;   // int4, int8, e2m1, bf16, fp16, e4m3
   std::string_view scale;  // float, e4m3, e8m0
   std::string_view zeros;  // none, integer, float
   int64_t zero_point;      // of every group, where zeros is none

@@ -459,7 +459,12 @@ def test_plain_layers_beside_quantised_ones(save, rng, stacked):
     layers = dict(load_moe_layers(path, quantize="mxfp8"))
     assert [layers[number].gate_up.format.name for number in (0, 1)] == ["int4", "mxfp8"]
     check(layers[0], *dense)
-    with pytest.raises(ValueError, match=r"is plain BF16; .* pass quantize="):
+    kept = load_moe_layer(path, 1, quantize="bf16")
+    if stacked:
+        for matrix, name in ((kept.gate_up, "gate_up_proj"), (kept.down, "down_proj")):
+            stored = plain[f"{module}.{name}"].swapaxes(1, 2).astype(np.float32)
+            np.testing.assert_array_equal(jmm.dense_weights(matrix), stored)
+    with pytest.raises(ValueError, match=r"is plain BF16; .* pass quantize=.*'bf16' and 'fp16' keep"):
         load_moe_layer(path, 1)
     del tensors["model.layers.1.mlp.gate.weight"]
     with pytest.raises(ValueError, match="is quantised already; quantize='mxfp8' is for plain weights"):
@@ -529,6 +534,10 @@ def test_one_plain_matrix_beside_quantised_ones(save, rng):
     layer = load_moe_layer(path, 0, quantize="int8", group_size=32)
     assert (layer.gate_up.format.name, layer.down.format.name) == ("int4", "int8")
     check(layer, *dense[:2], jmm.dense_weights(jmm.quantize(np.stack(plain).swapaxes(1, 2), "int8", group_size=32)))
+    kept = load_moe_layer(path, 0, quantize="bf16")
+    assert (kept.gate_up.format.name, kept.down.format.name) == ("int4", "bf16")
+    np.testing.assert_array_equal(jmm.dense_weights(kept.down), np.stack(plain).swapaxes(1, 2).astype(np.float32))
+    check(kept, *dense[:2], jmm.dense_weights(kept.down))
 
 
 def test_plain_rows_take_the_order_of_the_quantised_linears_beside_them(save, rng):

@@ -16,5 +16,12 @@ struct E2M1 {
 struct E4M3 {
   static constexpr int kBits = 8, kExponentBits = 4;
 };
+// The weights themselves, in 16 bits.
+struct BF16 {
+  static constexpr int kBits = 16;
+};
+struct FP16 {
+  static constexpr int kBits = 16;
+};
 
 }  // namespace jmm

@@ -33,7 +33,7 @@ struct EvenFragments {
 template <class T>
 constexpr int kLeastExponent = 1 - T::kExponentBias - T::kMantissaBits;
 
-// From the words of a sub-tile that a lane holds: one of 4-bit codes, two of 8-bit codes.
+// From the words of a sub-tile that a lane holds: one of 4-bit codes, two of 8-bit codes, four of 16-bit ones.
 //
 // Floats of 8 bits at the low end of the exponent of T: the value times 2^(their bias - bias of T), subnormal codes as
 // subnormals. Other codes have a specialisation each.
@@ -126,5 +126,32 @@ struct RawFragments<E2M1, BFloat> : EvenFragments<BFloat, 1 - BFloat::kExponentB
     }
   }
 };
+
+// Weights of 16 bits are the pairs of the fragment, of their own type or rounded to that of the tokens.
+template <class Stored, class T>
+struct WholeFragments {
+  static constexpr int kExponent = 0;
+  static constexpr float kFactor = 1.0f;
+
+  __device__ static constexpr int token_exponent(int) { return 0; }
+  __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      a[b] = pair(words[2 * b]);
+      a[2 + b] = pair(words[2 * b + 1]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t pair(uint32_t word) {
+    if constexpr (kSame<Stored, T>) return word;
+    const float low = to_float<Stored>(static_cast<uint16_t>(word)), high = to_float<Stored>(word >> 16);
+    return from_float<T>(low) | uint32_t(from_float<T>(high)) << 16;
+  }
+};
+template <class T>
+struct RawFragments<BF16, T> : WholeFragments<BFloat, T> {};
+template <class T>
+struct RawFragments<FP16, T> : WholeFragments<Half, T> {};
 
 }  // namespace jmm

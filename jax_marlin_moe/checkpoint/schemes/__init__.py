@@ -68,8 +68,8 @@ def find_storage(
             name = linear.name(plain_suffix(files, linear) or "")
             raise files.fault(
                 name,
-                f"is plain {files.info(name).dtype}; the loader needs quantised experts: pass quantize=, the name of a "
-                "format for what is plain; what is quantised stays as it is",
+                f"is plain {files.info(name).dtype}; say what becomes of it: pass quantize=, the name of a "
+                "format ('bf16' and 'fp16' keep 16 bits); what is quantised stays as it is",
             )
         return PlainStorage.to(target, files, linear, k)
     for scheme in SCHEMES:

@@ -49,7 +49,7 @@ class PlainStorage(Storage):
         suffix = plain_suffix(files, linear)
         assert suffix is not None
         row = get_format(target.weight_format)
-        size = row.group_sizes[-1] if target.group_size == "customary" else target.group_size
+        size = row.customary_group_size if target.group_size == "customary" else target.group_size
         check_group_size("group_size", size, k, row)
         if row.scale != FLOAT_SCALES:
             dtype = "uint8"

@@ -10,7 +10,7 @@ TILE_K = 16  # rows of one
 # The cost models' constants, fitted to 1100 timed kernels on an H200 (Qwen3-30B and Mixtral, 1 to 64 tokens): 17 %
 # root mean square error, and tiles chosen with it were 7 % slower than the best timed ones on average. (Integer codes
 # took more instructions then; the other constants are as they were.) Measured tables (cuda/tables.py) come before it.
-_WORD_INSTRUCTIONS = {"int4": 5, "int8": 6, "e2m1": 15, "e4m3": 14}  # dequantisation of 8 weights
+_WORD_INSTRUCTIONS = {"int4": 5, "int8": 6, "e2m1": 15, "e4m3": 14, "bf16": 2, "fp16": 2}  # dequantisation of 8 weights
 LAUNCH_MICROSECONDS = 2.2
 
 

@@ -52,10 +52,10 @@ struct MmaStorage {
   static constexpr int kTokenTilesAt = sizeof(Bytes);  // the table of grouped token tiles
   static constexpr int kSharedBytes = kTokenTilesAt + Shape::TokenTiles::kSharedBytes;
 
-  // Where the 16-byte piece `p` of a unit lies in a stage. A lane reads one piece per word of a sub-tile; with two,
-  // every other row of 128 bytes has its pieces exchanged in pairs, so that eight lanes hit no bank twice.
+  // Where the 16-byte piece `p` of a unit lies in a stage. A lane reads one piece per word of a sub-tile; with two or
+  // four, the rows of 128 bytes have theirs exchanged in turn, so that eight lanes hit no bank twice.
   __device__ __forceinline__ static uint32_t packed_piece(int p) {
-    return (Packed::kSubTileWords == 1 ? p : p ^ (p / 8 % 2)) * 16;
+    return (Packed::kSubTileWords == 1 ? p : p ^ (p / 8 % Packed::kSubTileWords)) * 16;
   }
 
   // Where a piece of a token's row lies in a stage. The 8 rows that ldmatrix reads at once fall into 8 different groups

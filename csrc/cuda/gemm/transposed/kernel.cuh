@@ -182,7 +182,7 @@ struct TransposedGemm {
 
   // Where a piece of a packed tile lies, so that no two lanes of eight hit a bank: see MmaStorage.
   __device__ __forceinline__ static int packed_piece(int piece) {
-    return Packed::kSubTileWords == 1 ? piece : piece ^ (piece / 8 % 2);
+    return Packed::kSubTileWords == 1 ? piece : piece ^ (piece / 8 % Packed::kSubTileWords);
   }
 
   __device__ __forceinline__ static void multiply_sub_tile(uint32_t tokens, const uint32_t* words, int w,
