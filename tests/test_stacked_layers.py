@@ -85,7 +85,9 @@ def test_on_a_card_a_scan_is_equal_to_the_layers_one_by_one(tokens):
     x = wanted = jax.random.normal(jax.random.key(8), (tokens, HIDDEN), jnp.bfloat16)
     for layer in layers():
         wanted = one(layer, wanted, implementation="cuda")
-    assert_equal(jax.jit(functools.partial(scanned, implementation="cuda"))(stacked(), x), wanted)
+    program = jax.jit(functools.partial(scanned, implementation="cuda")).lower(stacked(), x).compile()
+    assert_equal(program(stacked(), x), wanted)
+    assert_copies_no_weights(program)
     for layer in stacked():
         x = one(layer, x, implementation="cuda")
     assert_equal(x, wanted)
@@ -113,18 +115,22 @@ def weights_of(stack):
     return jax.tree.leaves([stack.layers.gate_up, stack.layers.down, stack.layers.shared.gate_up])
 
 
-def test_a_scan_copies_and_gathers_no_weights():
-    """In the program that XLA makes of it, weights go from parameters to calls, through the loop, and nowhere else."""
-    text = jax.jit(scanned).lower(stacked(), rows()).compile().as_text()
+def assert_copies_no_weights(program):
+    """Weights go from parameters to calls, through the loop, and nowhere else."""
+    text = program.as_text()
     for leaf in weights_of(stacked()):
         spelled = {"int32": "s32", "bfloat16": "bf16", "float32": "f32", "uint8": "u8"}[leaf.dtype.name]
         for shape in (leaf.shape, leaf.shape[1:], (1, *leaf.shape[1:])):
             array = rf"{spelled}\[{','.join(map(str, shape))}\]"
             made = set(re.findall(rf" = {array}\S* ([\w-]+)\(", text))
             assert made <= {"parameter", "get-tuple-element"}, f"{array} is made by {made}"
-    assert set(re.findall(r'custom_call_target="(jax_marlin_moe[^"]*)"', text)) == {
-        "jax_marlin_moe.layer_of_stack.cpu.v1"
-    }
+
+
+def test_a_scan_copies_and_gathers_no_weights():
+    program = jax.jit(scanned).lower(stacked(), rows()).compile()
+    assert_copies_no_weights(program)
+    targets = set(re.findall(r'custom_call_target="(jax_marlin_moe[^"]*)"', program.as_text()))
+    assert targets == {"jax_marlin_moe.layer_of_stack.cpu.v1"}
 
 
 def block(x, gate_up, down, **options):
@@ -179,6 +185,24 @@ def test_vmap_over_rows_and_over_layers():
     assert_equal(by_rows[1], block(batch[1], *jmm.take_layer(stack, 1)))
     by_layers = jax.vmap(lambda l: block(rows(), *jmm.take_layer(stack, l)))(jnp.arange(LAYERS))
     assert_equal(by_layers[2], block(rows(), layers()[2].gate_up, layers()[2].down))
+
+
+def test_derivatives_are_those_of_the_layer():
+    matrices = (layers()[1].gate_up, layers()[1].down)
+    stack = (stacked().layers.gate_up, stacked().layers.down)
+
+    def gradients(bias, x, gate_up, down, layer=None):
+        gate_up = dataclasses.replace(gate_up, bias=bias)
+        taken = (gate_up, down) if layer is None else jmm.take_layer((gate_up, down), layer)
+        return block(x, *taken).astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(gradients, (0, 1)))
+    of_bias, of_rows = program(stack[0].bias, rows(), *stack, 1)
+    wanted_of_bias, wanted_of_rows = program(matrices[0].bias, rows(), *matrices)
+    assert_equal(of_rows, wanted_of_rows)
+    assert_equal(of_bias[1], wanted_of_bias)
+    assert not of_bias[0].any()
+    assert of_bias[1].any()
 
 
 def test_a_stack_is_a_sequence_and_a_pytree():
