@@ -108,6 +108,7 @@ struct Attribute {
   int64_t number = 0;
   std::string text;
   std::vector<float> floats;
+  std::vector<int64_t> places;  // of an array of int64
 };
 
 Attribute Number(std::string name, int64_t value) {
@@ -262,12 +263,39 @@ void DrawProduct(Random& random, Case& out) {
   out.attributes.insert(out.attributes.begin() + 3, {Number("slots_per_row", slots_per_row), transposed});
 }
 
-const Op kOps[] = {{"moe_align_block_size", DrawAlign},
-                   {"moe_gemm", DrawGemm},
-                   {"fused_moe", DrawBlock},
-                   {"expert_gemm", DrawDispatches},
-                   {"grouped_product", DrawProduct}};
-constexpr int kOpCount = 5;
+std::string TargetOf(const char* name) {
+  for (const CpuOp* op = CpuOp::First(); op != nullptr; op = op->next) {
+    if (std::strcmp(op->name, name) == 0)
+      return std::string("jax_marlin_moe.") + name + ".cpu.v" + std::to_string(op->version);
+  }
+  std::abort();
+}
+
+// A product or a block, some of whose operands are stacks of layers.
+void DrawStacks(Random& random, Case& out) {
+  const bool block = random.OneIn(2);
+  (block ? DrawBlock : DrawGemm)(random, out);
+  const int64_t layers = random.Of<int64_t>({1, 2, 3});
+  Attribute operands;
+  operands.name = "layer_operands";
+  operands.kind = XLA_FFI_AttrType_ARRAY;
+  const auto count = static_cast<int64_t>(out.operands.size());
+  for (int64_t place = 0; place < count; ++place) {
+    if (place != 1 && random.OneIn(2)) continue;
+    std::vector<int64_t>& shape = out.operands[static_cast<size_t>(place)].shape;
+    shape.insert(shape.begin(), layers);
+    operands.places.insert(operands.places.end(), {place, count + random.Below(2)});
+  }
+  out.operands.insert(out.operands.end(), 2, {XLA_FFI_DataType_S32, {}, Content::kIds});
+  // One index of the two may have no stack: then it is an operand of the op, which refuses it.
+  out.attributes.insert(out.attributes.end(),
+                        {operands, Text("layer_target", TargetOf(block ? "fused_moe" : "moe_gemm"))});
+}
+
+const Op kOps[] = {
+    {"moe_align_block_size", DrawAlign}, {"moe_gemm", DrawGemm},           {"fused_moe", DrawBlock},
+    {"expert_gemm", DrawDispatches},     {"grouped_product", DrawProduct}, {"layer_of_stack", DrawStacks}};
+constexpr int kOpCount = 6;
 
 XLA_FFI_Handler* HandlerOf(const char* name) {
   for (const CpuOp* op = CpuOp::First(); op != nullptr; op = op->next) {
@@ -345,6 +373,13 @@ void Change(Random& random, Case& out) {
                                                  "relu2", "silu", "static_fp8", "swiglu", std::string("int4\0", 5)});
       } else if (attribute.kind == XLA_FFI_AttrType_ARRAY) {
         attribute.floats.assign(static_cast<size_t>(random.Below(5)), 1e38f);
+        if (!attribute.places.empty()) {
+          const size_t place = static_cast<size_t>(random.Below(static_cast<int64_t>(attribute.places.size())));
+          if (random.OneIn(3))
+            attribute.places.pop_back();
+          else
+            attribute.places[place] = random.OneIn(2) ? random.Below(16) - 1 : OtherExtent(random, 3);
+        }
       } else if (attribute.type == XLA_FFI_DataType_PRED) {
         attribute.number ^= 1;
       } else {
@@ -469,6 +504,9 @@ std::string Call(const XLA_FFI_Api& api, Pool& pool, const Case& call, std::vect
     numbers[i] = attribute.number;
     scalars[i] = {attribute.type, &numbers[i]};
     arrays[i] = {attribute.type, attribute.floats.size(), const_cast<float*>(attribute.floats.data())};
+    if (!attribute.places.empty()) {
+      arrays[i] = {attribute.type, attribute.places.size(), const_cast<int64_t*>(attribute.places.data())};
+    }
     values.push_back(attribute.kind == XLA_FFI_AttrType_STRING   ? static_cast<void*>(&texts[i])
                      : attribute.kind == XLA_FFI_AttrType_SCALAR ? static_cast<void*>(&scalars[i])
                                                                  : static_cast<void*>(&arrays[i]));
