@@ -138,9 +138,12 @@ def generate(
         left -= steps
 
 
-def random_decoder(name: str, key: Array, *, weight_format: str = "int4", dtype: Any = jnp.bfloat16) -> Decoder:
+def random_decoder(
+    name: str, key: Array, *, layers: int | None = None, weight_format: str = "int4", dtype: Any = jnp.bfloat16
+) -> Decoder:
     """A decoder of random weights: experts and attention packed, embedding, head, norms and routers dense."""
     sizes, (experts, top_k, intermediate) = RANDOM[name]
+    sizes = dataclasses.replace(sizes, layers=layers or sizes.layers)
     widths = {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
 
     def draw(text: str) -> Array:
@@ -209,11 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quantize", help="format for plain experts, such as int4")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of the rows")
     parser.add_argument("--random", choices=sorted(RANDOM), help="times random weights in place of a checkpoint")
+    parser.add_argument("--layers", type=int, help="with --random: the first layers alone")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences at once, with --random")
     options = parser.parse_args(arguments)
     dtype = jnp.dtype(options.dtype)
     if options.random:
-        model = random_decoder(options.random, jax.random.key(0), dtype=dtype)
+        model = random_decoder(options.random, jax.random.key(0), layers=options.layers, dtype=dtype)
         for batch in options.batch:
             measure(model, batch, options.new_tokens)
         return 0

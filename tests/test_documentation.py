@@ -23,7 +23,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted(
     [
         *ROOT.glob("*.md"),
-        *(path for folder in ("docs", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.md")),
+        *(
+            path
+            for folder in ("docs", "benchmarks", "tests")
+            for path in (ROOT / folder).rglob("*.md")
+            if "_generated" not in path.parts  # of the site, where it was built here
+        ),
     ],
     key=lambda path: path.relative_to(ROOT).as_posix(),
 )
@@ -34,8 +39,9 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob(suffix)
 )
 BITS = pytest.mark.parametrize("bits", [4, 8])
-README, FORMATS_PAGE, CHECKPOINTS_PAGE, KERNELS_PAGE = (
-    ROOT / name for name in ("README.md", "docs/formats.md", "docs/checkpoints.md", "docs/kernels.md")
+README, SUPPORT, FORMATS_PAGE, CHECKPOINTS_PAGE, KERNELS_PAGE = (
+    ROOT / name
+    for name in ("README.md", "docs/support.md", "docs/formats.md", "docs/checkpoints.md", "docs/kernels.md")
 )
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -217,7 +223,7 @@ def test_both_tables_of_formats_are_the_registry():
             "yes" if fact else "no" for fact in (fmt.per_channel, fmt.has_global_scales)
         ), name
 
-    rows = {names_in(row["weights"])[0]: row for row in table(README, "weights", "codes")}
+    rows = {names_in(row["weights"])[0]: row for row in table(SUPPORT, "weights", "codes")}
     assert list(rows) == list(FORMATS)
     for name, row in rows.items():
         fmt = FORMATS[name]
@@ -230,7 +236,7 @@ def test_both_tables_of_formats_are_the_registry():
         assert row["group sizes"] == ", ".join([*map(str, fmt.group_sizes), *(["K"] if fmt.per_channel else [])]), name
 
 
-@pytest.mark.parametrize("path", [README, FORMATS_PAGE], ids=name_of)
+@pytest.mark.parametrize("path", [SUPPORT, FORMATS_PAGE], ids=name_of)
 def test_tables_of_activations_are_the_registry(path):
     found = {names_in(row["activation"])[0]: row["gated"] for row in table(path, "activation", "gated")}
     made = (jmm.swiglu(), jmm.swiglu_step(7), jmm.situ(4))
@@ -247,7 +253,7 @@ def test_the_table_of_schemes_is_the_registry():
 
 
 def test_quant_methods_in_the_documents_are_those_that_the_loader_takes():
-    listed = [name for row in table(README, "scheme", "`quant_method`") for name in names_in(row["`quant_method`"])]
+    listed = [name for row in table(SUPPORT, "scheme", "`quant_method`") for name in names_in(row["`quant_method`"])]
     assert sorted(listed) == sorted(METHODS)
     sentence = re.search(
         r"`quant_method` values are ([^.]+)\.", flowing(CHECKPOINTS_PAGE.read_text(encoding="utf-8"))
@@ -256,7 +262,7 @@ def test_quant_methods_in_the_documents_are_those_that_the_loader_takes():
 
 
 def test_the_table_of_models_lists_model_types_that_there_are():
-    listed = [name for row in table(README, "models", "`model_type`") for name in names_in(row["`model_type`"])]
+    listed = [name for row in table(SUPPORT, "models", "`model_type`") for name in names_in(row["`model_type`"])]
     assert len(listed) == len(set(listed)) > 30
     assert set(listed) <= {name for family in FAMILIES for name in family.model_types}
 

@@ -36,11 +36,11 @@ def load_moe_layer(
 ) -> MoELayer:
     """Loads one mixture-of-experts layer of a checkpoint: bit for bit where it is quantised.
 
-    Which layers have experts, and how they are stored, is decided by the tensors that exist; README lists the schemes
-    and the model families. Float scales keep the dtype that they have on disk. Only this layer's tensors are read, one
-    linear at a time, so the host needs little more memory than the packed layer. An act-order of the down matrices is
-    folded into the columns of gate and up. Shared experts are packed where the file has them quantised, and stay dense
-    arrays where it has not.
+    Which layers have experts, and how they are stored, is decided by the tensors that exist; docs/support.md lists the
+    schemes and the model families. Float scales keep the dtype that they have on disk. Only this layer's tensors are
+    read, one linear at a time, so the host needs little more memory than the packed layer. An act-order of the down
+    matrices is folded into the columns of gate and up. Shared experts are packed where the file has them quantised, and
+    stay dense arrays where it has not.
 
     Args:
         path: the folder with config.json and safetensors files, or one that `convert` wrote.

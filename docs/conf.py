@@ -1,0 +1,151 @@
+"""The documentation site: `sphinx-build -W docs build/site`, with the `docs` extra."""
+
+import inspect
+import pathlib
+import re
+import types
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe import checkpoint
+from jax_marlin_moe.checkpoint.families import FAMILIES
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+project = "jax_marlin_moe"
+copyright = "the authors of jax_marlin_moe"
+release = jmm.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"jax_marlin_moe {release}"
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+autodoc_typehints = "none"  # shapes in jaxtyping's strings are read where they stand, in the signature
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_use_ivar = True
+nitpicky = False
+suppress_warnings = ["myst.header"]
+
+_OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "_generated/changelog.md"}
+_OUTSIDE["CONTRIBUTING.md"] = "_generated/contributing.md"
+_GENERATED = ROOT / "docs" / "_generated"
+
+
+def site_links(app, name, source):
+    """Links of a page that leave docs/ lead to their copies in the site, or become the name of the file."""
+    folder = (ROOT / "docs" / name).parent
+
+    def replaced(match):
+        text, target = match.groups()
+        path = target.partition("#")[0]
+        if re.match(r"\w+:", target) or not path:
+            return match.group()
+        linked = (folder / path).resolve()
+        if linked.is_relative_to(ROOT / "docs") or not linked.exists():
+            return match.group()
+        up = "../" * len(pathlib.PurePosixPath(name).parent.parts)
+        inside = _OUTSIDE.get(linked.name)
+        return f"[{text}]({up}{inside})" if inside else f"{text} (`{linked.relative_to(ROOT).as_posix()}`)"
+
+    source[0] = re.sub(r"(?<!!)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^)\s]+)\)", replaced, source[0])
+
+
+def as_rst(app, what, name, obj, options, lines):
+    """Docstrings are in Markdown's manner: `code` in single backticks, code blocks behind a colon and a blank line."""
+    for number, line in enumerate(lines):
+        line = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line)
+        line = re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", line)
+        ahead = next((other for other in lines[number + 2 :] if other.strip()), "")
+        blank = number + 1 < len(lines) and not lines[number + 1].strip()
+        if line.endswith(":") and blank and ahead.startswith("    "):
+            line += ":"
+        lines[number] = line
+
+
+def included(name):
+    """A document of the repository's root, as a page whose links are those of a page in docs/_generated."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(r"\]\(docs/", "](../", text)
+    return re.sub(r"\]\((?=benchmarks/|README|CHANGELOG|CONTRIBUTING)", "](../../", text)
+
+
+def api_pages():
+    """The public names in groups, each with its docstring."""
+    public = {
+        name: value
+        for name, value in vars(jmm).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
+    groups = {
+        "Importers": [name for name in functions if name.startswith("from_")],
+        "Functions": [name for name in functions if not name.startswith("from_")],
+        "Classes": [name for name, value in public.items() if inspect.isclass(value)],
+    }
+    lines = ["# jax_marlin_moe", "", "The names of `import jax_marlin_moe as jmm`.", ""]
+    for title in ("Functions", "Importers", "Classes"):
+        lines += [f"## {title}", ""]
+        for name in sorted(groups[title]):
+            kind = "autoclass" if title == "Classes" else "autofunction"
+            lines += ["```{eval-rst}", f".. {kind}:: {public[name].__module__}.{name}"]
+            lines += ["   :members:", "   :special-members: __call__"] * (title == "Classes") + ["```", ""]
+    yield "api", "\n".join(lines)
+    lines = ["# jax_marlin_moe.checkpoint", ""]
+    for name in checkpoint.__all__:
+        value = getattr(checkpoint, name)
+        if name in public or not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue  # as `MoELayer`, which stands in the page before, and tables
+        kind = "autoclass" if inspect.isclass(value) else "autofunction"
+        lines += ["```{eval-rst}", f".. {kind}:: {value.__module__}.{name}"]
+        lines += ["   :members:"] * inspect.isclass(value) + ["```", ""]
+    yield "api_checkpoint", "\n".join(lines)
+    for module in ("jax_marlin_moe.sharding", "jax_marlin_moe.flax.nnx", "jax_marlin_moe.flax.linen"):
+        body = f"# {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n"
+        yield "api_" + module.removeprefix("jax_marlin_moe.").replace(".", "_"), body
+
+
+def recipes():
+    """A recipe per family, from the registry of families."""
+    lines = [
+        "# Recipes by family", "",
+        "What differs from one model family to the next is a row of a registry; the call is the same for all of them.",
+        "Every name below is a `model_type` of config.json.", "",
+    ]  # fmt: skip
+    for family in FAMILIES:
+        types_ = ", ".join(f"`{name}`" for name in family.model_types)
+        parts = [f"experts in `{family.name(family.experts, '')}`", f"router `{family.name(family.router, '')}`"]
+        if family.shared:
+            parts.append("a shared expert")
+        if family.correction_bias:
+            parts.append("a bias for the choice")
+        if family.hash_table:
+            parts.append("experts by token in its first layers: pass `token_ids`")
+        if family.input_scale:
+            parts.append("a router that may read other rows than the experts: pass `router_input`")
+        call = "layer(x)"
+        if family.hash_table:
+            call = "layer(x, token_ids)"
+        elif family.input_scale:
+            call = "layer(x, router_input=h)"
+        lines += [
+            f"## {next(iter(family.model_types))}", "", f"{types_}: {'; '.join(parts)}.", "", "```python",
+            'layer = load_moe_layer("path/to/checkpoint", layer=4)', f"y = {call}", "```", "",
+        ]  # fmt: skip
+    yield "recipes", "\n".join(lines)
+
+
+def generate(app):
+    """Writes the pages that follow from the code."""
+    _GENERATED.mkdir(exist_ok=True)
+    for name, text in (*api_pages(), *recipes()):
+        (_GENERATED / f"{name}.md").write_text(text, encoding="utf-8")
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        (_GENERATED / name.lower()).write_text(included(name), encoding="utf-8")
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("builder-inited", generate)
+    app.connect("source-read", site_links)
+    app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon

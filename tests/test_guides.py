@@ -1,0 +1,40 @@
+"""The Python of the guides runs, page by page, on small genuine checkpoints; tables of variables are complete."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "docs" / "start.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+DATA = ROOT / "tests" / "data"
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def code_of(page):
+    """All Python blocks of a page, lines where they are on the page, with paths of checkpoints that there are."""
+    text, code = page.read_text(encoding="utf-8"), []
+    for match in FENCE.finditer(text):
+        code += [""] * (text[: match.start(1)].count("\n") - len(code)) + match.group(1).splitlines()
+    joined = "\n".join(code).replace('"path/to/plain/checkpoint"', repr(str(DATA / "ck_q3")))
+    return re.sub(r'"path/to/[^"]+"', repr(str(DATA / "ck_llmc_W4A16")), joined)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
+def test_code_of_a_guide_runs(page, capsys):
+    exec(compile(code_of(page), str(page), "exec"), {"__name__": page.stem})
+
+
+def test_every_variable_is_in_the_table():
+    used = set()
+    for path in (ROOT / "jax_marlin_moe").rglob("*.py"):
+        used |= set(re.findall(r'"(JAX_MARLIN_MOE_\w+)"', path.read_text(encoding="utf-8")))
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert len(used) >= 3
+    assert set(re.findall(r"^\| `(JAX_MARLIN_MOE_\w+)`", page, re.MULTILINE)) == used
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = set(re.findall(r"^([\w/]+)$", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in pages if not page.startswith("_generated/")} - {"index"} <= listed
