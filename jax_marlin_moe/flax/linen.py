@@ -17,6 +17,7 @@ from jax_marlin_moe.flax.parts import (
     Layer,
     Structure,
     checked,
+    expert_axes,
     kind_of,
     layer_of,
     one_layer,
@@ -51,19 +52,26 @@ class MarlinMoE(nn.Module):
     Attributes:
         structure: shapes of the layer's arrays, and what of it is static.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
+        expert_axis: the logical axis over which the routed experts are. The leaves of `gate_up` and `down` are boxes
+            then (`nn.LogicallyPartitioned`), which `nn.get_partition_spec` reads and `apply` takes off. Calls on
+            sharded experts belong into `jax.shard_map`.
     """
 
     structure: Structure
     implementation: str | None = None
+    expert_axis: str | None = None
 
     @classmethod
-    def from_layer(cls, layer: Layer, *, implementation: str | None = None) -> tuple["MarlinMoE", Variables]:
+    def from_layer(
+        cls, layer: Layer, *, implementation: str | None = None, expert_axis: str | None = None
+    ) -> tuple["MarlinMoE", Variables]:
         """A module and its variables from a layer.
 
         Args:
             layer: as loaded, or built from packed weights. Its leaves may be `jax.ShapeDtypeStruct`s, and so are the
                 variables then.
             implementation: as the attribute.
+            expert_axis: as the attribute.
 
         Returns:
             The module, and `{"params": ..., "quantized": ...}`, with "routing" where it has such arrays, for its
@@ -73,10 +81,11 @@ class MarlinMoE(nn.Module):
             TypeError: `layer` is neither a `MoELayer` nor a `StackedMoELayer`.
             ValueError: its parts do not fit together; the message names the part.
         """
+        module = cls(Structure.of(layer), implementation, expert_axis)
         variables: Variables = {}
         for name, value in parts_of(checked(layer)).items():
-            variables.setdefault(kind_of(name, value), {})[name] = value
-        return cls(Structure.of(layer), implementation), variables
+            variables.setdefault(kind_of(name, value), {})[name] = module._boxed(name, value)
+        return module, variables
 
     @classmethod
     def from_checkpoint(
@@ -201,5 +210,15 @@ class MarlinMoE(nn.Module):
                     "`from_layer` returned, not `params` alone"
                 )
             key = jax.random.fold_in(self.make_rng("params"), place)
-            self.put_variable(kind, name, random_part(key, name, shape, stacked=self._stacked))
-        return self.get_variable(kind, name)
+            value = random_part(key, name, shape, stacked=self._stacked)
+            self.put_variable(kind, name, self._boxed(name, value))
+        return nn.unbox(self.get_variable(kind, name))
+
+    def _boxed(self, name: str, value: Any) -> Any:
+        """The part with boxes around its leaves, where their axes have names."""
+        axes = expert_axes(name, self.expert_axis, stacked=self._stacked)
+        if not axes:
+            return value
+        return jax.tree.map(
+            lambda leaf: nn.LogicallyPartitioned(leaf, (*axes, *[None] * (len(leaf.shape) - len(axes)))), value
+        )

@@ -16,6 +16,7 @@ from jax_marlin_moe.flax.parts import (
     ROUTING,
     Layer,
     checked,
+    expert_axes,
     kind_of,
     layer_of,
     one_layer,
@@ -70,27 +71,35 @@ class MarlinMoE(nnx.Module):
         layer: as loaded, or built from packed weights. Its leaves may be `jax.ShapeDtypeStruct`s: the module is then as
             one of `nnx.eval_shape`.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
+        expert_axis: a logical axis, or one of the mesh, over which the routed experts are: metadata `out_sharding` of
+            `gate_up` and `down`, which `nnx.get_partition_spec` and `nnx.get_named_sharding` read. Calls on sharded
+            experts belong into `jax.shard_map`.
 
     Raises:
         TypeError: `layer` is neither a `MoELayer` nor a `StackedMoELayer`.
         ValueError: its parts do not fit together; the message names the part.
     """
 
-    def __init__(self, layer: Layer, *, implementation: str | None = None) -> None:
+    def __init__(self, layer: Layer, *, implementation: str | None = None, expert_axis: str | None = None) -> None:
         layers = checked(layer)
+        self.stacked = isinstance(layer, StackedMoELayer)
         parts = parts_of(layers)
         for name, value in parts.items():
-            setattr(self, name, _VARIABLES[kind_of(name, value)](value))
+            axes = expert_axes(name, expert_axis, stacked=self.stacked)
+            # Flax constrains a variable at once if it may, which fails for an array that has its device.
+            metadata: dict[str, Any] = {"out_sharding": axes, "eager_sharding": False} if axes else {}
+            setattr(self, name, _VARIABLES[kind_of(name, value)](value, **metadata))
         for name in STATIC:
             setattr(self, name, getattr(layers, name))
         self.part_names = tuple(parts)
-        self.stacked = isinstance(layer, StackedMoELayer)
         self.implementation = implementation
 
     @classmethod
-    def from_layer(cls, layer: Layer, *, implementation: str | None = None) -> "MarlinMoE":
+    def from_layer(
+        cls, layer: Layer, *, implementation: str | None = None, expert_axis: str | None = None
+    ) -> "MarlinMoE":
         """The module of a layer: the constructor, under the name that Linen's module has for it."""
-        return cls(layer, implementation=implementation)
+        return cls(layer, implementation=implementation, expert_axis=expert_axis)
 
     @classmethod
     def from_checkpoint(

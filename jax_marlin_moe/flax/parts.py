@@ -94,6 +94,13 @@ def kind_of(name: str, value: Any) -> str:
     return ROUTING if name in _WITHOUT_GRADIENT else PARAMS
 
 
+def expert_axes(name: str, expert_axis: str | None, *, stacked: bool) -> tuple[str | None, ...]:
+    """Names of the leading axes of a part's arrays, where one is named: all those of routed experts begin with them."""
+    if expert_axis is None or name not in ("gate_up", "down"):
+        return ()
+    return (None, expert_axis) if stacked else (expert_axis,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Structure:
     """A layer without its values, hashable and of no arrays.
