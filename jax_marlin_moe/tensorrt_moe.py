@@ -153,9 +153,10 @@ class TensorRTMoE:
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.hidden_scale is None:
             return rows, None
+        scale = jnp.asarray(self.hidden_scale)  # of a stack of layers it may be a slice
         if dtype != jnp.float8_e4m3fn:
-            rows = in_units(rows.astype(jnp.float32), usable(self.hidden_scale)).astype(jnp.float8_e4m3fn)
-        return rows, self.hidden_scale
+            rows = in_units(rows.astype(jnp.float32), usable(scale)).astype(jnp.float8_e4m3fn)
+        return rows, scale
 
 
 jax.tree_util.register_dataclass(

@@ -138,6 +138,26 @@ def test_layers_are_arguments_of_jitted_and_exported_functions():
     assert "TensorRTMoE(" in repr(layer)
 
 
+@IMPLEMENTATIONS
+def test_layers_of_a_stack(implementation):
+    """Weights are read where they lie in the stack, scales of their layer with them."""
+    layers = [sample("static_fp8", 1.0), sample("static_fp8", 1024 / 448)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    hidden_states, *routing = tokens()
+
+    @jax.jit
+    def results(stack):
+        def step(carry, index):
+            return carry, jmm.take_layer(stack, index)(hidden_states, *routing, implementation=implementation)
+
+        return jax.lax.scan(step, None, jnp.arange(2))[1]
+
+    with default_device(implementation):
+        y = np.asarray(results(stack))
+    np.testing.assert_array_equal(y[0], 57344)
+    np.testing.assert_array_equal(y[1], 131072)
+
+
 ONES, BLOCKS = np.ones((E, H, I), ml_dtypes.float4_e2m1fn), np.full((E, H // 16, I), 0x38, np.uint8)
 BAD = [
     (lambda: jmm.from_tensorrt_nvfp4(ONES.astype(np.float32), BLOCKS, np.float32(1)), TypeError, "weight has dtype"),
