@@ -40,7 +40,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def draw(self, logits: Float[Array, "batch vocabulary"], key: Array) -> Int32[Array, "batch"]:
+    def draw(self, logits: Float[Array, "batch vocabulary"], key: Array) -> Int32[Array, " batch"]:
         """One token for each sequence."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -58,7 +58,7 @@ class Sampling:
 class Progress:
     """Sequences that are being written: the last token of each, which have ended, and what `steps` need."""
 
-    last: Int32[Array, "batch"]
+    last: Int32[Array, " batch"]
     ended: Array
     cache: Cache
     key: Array

@@ -96,7 +96,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """In float32, as the model was trained."""
 
-    def __init__(self, scale: Float[Array, "H"], epsilon: float) -> None:
+    def __init__(self, scale: Float[Array, " H"], epsilon: float) -> None:
         self.scale, self.epsilon = nnx.Param(scale.astype(jnp.float32)), epsilon
 
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
@@ -142,7 +142,7 @@ def attend(
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, "tokens"], theta: float
+    x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, " tokens"], theta: float
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Rotary positions, first half against second half."""
     half = x.shape[-1] // 2

@@ -107,7 +107,7 @@ class IntermediateQuantizer:
         kind: "static_fp8" or "dynamic_nvfp4".
     """
 
-    scales: Float32[Array, "experts"] | Float32[Array, ""]
+    scales: Float32[Array, " experts"] | Float32[Array, ""]
     kind: str
 
     @classmethod
@@ -136,7 +136,7 @@ class IntermediateQuantizer:
         """
         return cls(_checked_scales("scale", scale), "dynamic_nvfp4")
 
-    def apply(self, values: Float32[Array, "rows columns"], scales: Float32[Array, "rows"]) -> Array:
+    def apply(self, values: Float32[Array, "rows columns"], scales: Float32[Array, " rows"]) -> Array:
         """Rows of the intermediate as the second product sees them, in float32; `scales` are those of the rows."""
         scales = usable(scales)[:, None]
         return KINDS[self.kind].apply(values, scales) * scales

@@ -40,13 +40,13 @@ class MoELayer:
     router: Float[Array, "H E"]
     routing: Routing
     activation: str | Activation = "silu"
-    router_bias: Float[Array, "E"] | None = None
-    correction_bias: Float[Array, "E"] | None = None
-    expert_scale: Float[Array, "E"] | None = None
-    router_input_scale: Float[Array, "H"] | None = None
+    router_bias: Float[Array, " E"] | None = None
+    correction_bias: Float[Array, " E"] | None = None
+    expert_scale: Float[Array, " E"] | None = None
+    router_input_scale: Float[Array, " H"] | None = None
     token_experts: Int32[Array, "vocabulary top_k"] | None = None
     shared: SharedExpert | None = None
-    output_norm: Float[Array, "H"] | None = None
+    output_norm: Float[Array, " H"] | None = None
     norm_epsilon: float = 1e-6
     shared_activation: str | Activation | None = None
 
@@ -55,7 +55,7 @@ class MoELayer:
         return summary(self)
 
     def route(
-        self, x: Float[Array, "tokens H"], token_ids: Int32[Array, "tokens"] | None = None
+        self, x: Float[Array, "tokens H"], token_ids: Int32[Array, " tokens"] | None = None
     ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
         """Router weights and expert ids of each row of x, in float32 from the logits on.
 
@@ -119,7 +119,7 @@ class MoELayer:
             y = (rms_normalized(y.astype(jnp.float32), self.norm_epsilon) * scale).astype(x.dtype)
         return y.reshape(x.shape)
 
-    def _given(self, token_ids: Int32[Array, "tokens"] | None) -> Int32[Array, "tokens top_k"] | None:
+    def _given(self, token_ids: Int32[Array, " tokens"] | None) -> Int32[Array, "tokens top_k"] | None:
         """The experts of each row, where they follow from its token."""
         if self.token_experts is None:
             return None

@@ -28,7 +28,7 @@ class LayerSlice:
         group: equal for slices of one index, where `share_indices` has numbered them; else None.
     """
 
-    stack: Shaped[Array, "layers *shape"]
+    stack: Shaped[Array, " layers *shape"]
     index: Int32[Array, ""] | None
     group: int | None = None
 

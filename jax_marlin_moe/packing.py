@@ -24,7 +24,7 @@ def pack_logical(
     *,
     group_size: int | None = None,
     zeros: Shaped[Array, "experts groups N"] | None = None,
-    global_scales: Float32[Array, "experts"] | Float32[Array, "experts N/64"] | None = None,
+    global_scales: Float32[Array, " experts"] | Float32[Array, "experts N/64"] | None = None,
     bias: Float[Array, "experts N"] | None = None,
 ) -> MarlinWeights:
     """Packs codes and scales that are already chosen, bit for bit; what every importer ends in.

@@ -43,11 +43,11 @@ def padded_size(num_slots: int, num_experts: int, block_size: int) -> int:
 
 def moe_align_block_size(
     topk_ids: Int32[Array, "tokens top_k"],
-    expert_map: Int32[Array, "experts"] | None,
+    expert_map: Int32[Array, " experts"] | None,
     *,
     block_size: int,
     num_experts: int,
-) -> tuple[Int32[Array, "P"], Int32[Array, "blocks"], Int32[Array, "1"]]:
+) -> tuple[Int32[Array, " P"], Int32[Array, " blocks"], Int32[Array, "1"]]:
     """Groups the slots by expert, each group padded to whole blocks."""
     slots = topk_ids.reshape(-1)
     numel = slots.shape[0]
@@ -78,7 +78,7 @@ def moe_align_block_size(
 def expert_products(
     rows: Float[Array, "slots padded_k"],
     weights: MarlinWeights,
-    expert: Int32[Array, "slots"],
+    expert: Int32[Array, " slots"],
     *,
     block_size: int = 16,
     transposed: bool = False,
@@ -124,14 +124,14 @@ def expert_products(
 
 
 def listed_experts(
-    sorted_token_ids: Int32[Array, "P"],
-    expert_ids: Int32[Array, "blocks"],
+    sorted_token_ids: Int32[Array, " P"],
+    expert_ids: Int32[Array, " blocks"],
     num_tokens_post_padded: Int32[Array, "1"],
     *,
     num_slots: int,
     num_experts: int,
     block_size: int,
-) -> Int32[Array, "slots"]:
+) -> Int32[Array, " slots"]:
     """The expert of the block that lists a slot, -1 where none does.
 
     Blocks with an expert outside [0, num_experts) list nothing; the first of several listings counts.
@@ -148,8 +148,8 @@ def listed_experts(
 def grouped_product(
     rows: Float[Array, "rows C"],
     weights: MarlinWeights,
-    experts: Int32[Array, "slots"] | None,
-    group_sizes: Int32[Array, "groups"] | None = None,
+    experts: Int32[Array, " slots"] | None,
+    group_sizes: Int32[Array, " groups"] | None = None,
     group_offset: Int32[Array, "1"] | None = None,
     *,
     transposed: bool,
@@ -167,12 +167,12 @@ def grouped_product(
 
 
 def ragged_experts(
-    group_sizes: Int32[Array, "groups"] | None,
+    group_sizes: Int32[Array, " groups"] | None,
     group_offset: Int32[Array, "1"] | None,
     *,
     num_rows: int,
     num_experts: int,
-) -> Int32[Array, "rows"]:
+) -> Int32[Array, " rows"]:
     """The expert of each row, where rows are sorted by group and expert e has those of group `group_offset + e`.
 
     -1 for rows of other groups and past the last one. Negative sizes count as 0.
@@ -189,8 +189,8 @@ def ragged_experts(
 
 
 def slot_experts(
-    topk_ids: Int32[Array, "tokens top_k"], expert_map: Int32[Array, "experts"] | None, num_experts: int
-) -> Int32[Array, "slots"]:
+    topk_ids: Int32[Array, "tokens top_k"], expert_map: Int32[Array, " experts"] | None, num_experts: int
+) -> Int32[Array, " slots"]:
     """The local expert of each slot, -1 where it has none."""
     expert = topk_ids.reshape(-1)
     if expert_map is not None:
@@ -202,9 +202,9 @@ def slot_experts(
 def moe_gemm(
     x: Float[Array, "tokens K"],
     weights: MarlinWeights,
-    topk_weights: Float32[Array, "slots"] | None,
-    sorted_token_ids: Int32[Array, "P"],
-    expert_ids: Int32[Array, "blocks"],
+    topk_weights: Float32[Array, " slots"] | None,
+    sorted_token_ids: Int32[Array, " P"],
+    expert_ids: Int32[Array, " blocks"],
     num_tokens_post_padded: Int32[Array, "1"],
     *,
     top_k: int,
@@ -240,7 +240,7 @@ def are_in_range(
 
 def dispatched_rows(
     dispatches: Int32[Array, "dispatches 4"], *, num_rows: int, num_out_rows: int, num_experts: int
-) -> tuple[Int32[Array, "out_rows"], Int32[Array, "out_rows"], Int32[Array, ""]]:
+) -> tuple[Int32[Array, " out_rows"], Int32[Array, " out_rows"], Int32[Array, ""]]:
     """Of each row of the result, the expert (-1: none) and the row of x; and how many dispatches are out of range.
 
     The last dispatch in range that has the row counts. Where there is none, the row of x is `num_rows`.
@@ -289,7 +289,7 @@ def fused_moe(
     down: MarlinWeights,
     topk_weights: Float32[Array, "tokens top_k"],
     topk_ids: Int32[Array, "tokens top_k"],
-    expert_map: Int32[Array, "experts"] | None,
+    expert_map: Int32[Array, " experts"] | None,
     x_scale: Float32[Array, "1"] | None = None,
     intermediate: IntermediateQuantizer | None = None,
     *,
@@ -313,7 +313,7 @@ def weighted_sum(
     down: MarlinWeights,
     topk_weights: Float32[Array, "tokens top_k"],
     topk_ids: Int32[Array, "tokens top_k"],
-    expert_map: Int32[Array, "experts"] | None,
+    expert_map: Int32[Array, " experts"] | None,
     x_scale: Float32[Array, "1"] | None = None,
     intermediate: IntermediateQuantizer | None = None,
     *,
@@ -347,13 +347,13 @@ def moe_layer(
     gate_up: MarlinWeights,
     down: MarlinWeights,
     shared: SharedExpert | None,
-    router_bias: Float[Array, "experts"] | None,
-    correction_bias: Float[Array, "experts"] | None,
-    expert_scale: Float[Array, "experts"] | None,
+    router_bias: Float[Array, " experts"] | None,
+    correction_bias: Float[Array, " experts"] | None,
+    expert_scale: Float[Array, " experts"] | None,
     router_input: Float[Array, "tokens H"] | None,
-    router_input_scale: Float[Array, "H"] | None,
+    router_input_scale: Float[Array, " H"] | None,
     topk_ids: Int32[Array, "tokens top_k"] | None,
-    expert_map: Int32[Array, "experts"] | None,
+    expert_map: Int32[Array, " experts"] | None,
     *,
     routing: Routing,
     activation: Activation,

@@ -1,5 +1,7 @@
 """Into `MarlinWeights` and back: rounding of dense weights, AWQ and GPTQ tensors, row orders."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,7 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FACTS, Experts, Joined, assert_block_close, expert_block, random_experts, random_routing, random_rows
+from oracle import (
+    FACTS,
+    Experts,
+    Joined,
+    assert_block_close,
+    expert_block,
+    random_experts,
+    random_routing,
+    random_rows,
+    unpacked,
+)
 
 import jax_marlin_moe as jmm
 
@@ -48,9 +60,10 @@ GROUPS = pytest.mark.parametrize("group_size", [16, 32, 64, 128, None])
 def group_steps(dense, weights):
     """|dense - weights| and the scale of each element, both [E, G, g, N]."""
     shape = (dense.shape[0], weights.num_groups, -1, dense.shape[2])
-    error = np.abs(np.asarray(jmm.dense_weights(weights)) - dense.astype(np.float32)).reshape(shape)
-    scales = jmm.layout.unpermute_scales(weights.scales)
-    return error, np.asarray(scales).astype(np.float32)[:, :, None]
+    experts = unpacked(weights)
+    return np.abs(experts.dense() - dense.astype(np.float32)).reshape(shape), experts.scales.astype(np.float32)[
+        :, :, None
+    ]
 
 
 EVERY_FORMAT = pytest.mark.parametrize("weight_format", FACTS)
@@ -58,23 +71,11 @@ EVERY_FORMAT = pytest.mark.parametrize("weight_format", FACTS)
 
 def stored(weights) -> Experts:
     """Codes, scales and zero points of packed weights, for the oracle's arithmetic."""
-    row, columns = weights.format, weights.column_padding or (0,)
-
-    def logical(array):
-        return np.asarray(array)[..., : array.shape[-1] - columns[0]]
-
-    zeros = None
-    if row.zeros == "integer":
-        zeros = logical(jmm.layout.unpack_zeros(weights.zeros, bits=row.bits))
-    elif row.zeros == "float":
-        zeros = logical(jmm.layout.unpermute_scales(weights.zeros))
-    return Experts(
-        weight_format=row.name,
-        group_size=weights.group_size,
-        codes=logical(jmm.layout.unpack(weights.packed, bits=row.bits))[:, : weights.k],
-        scales=logical(jmm.layout.unpermute_scales(weights.scales)),
-        zeros=zeros,
-        global_scales=None if weights.global_scales is None else np.asarray(weights.global_scales),
+    experts, padding = unpacked(weights), (weights.column_padding or (0,))[0]
+    columns = slice(experts.n - padding)
+    zeros = None if experts.zeros is None else experts.zeros[..., columns]
+    return dataclasses.replace(
+        experts, codes=experts.codes[..., columns], scales=experts.scales[..., columns], zeros=zeros
     )
 
 

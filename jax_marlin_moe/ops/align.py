@@ -32,8 +32,8 @@ class BlockAlignment:
         num_experts: experts that ids may name; static.
     """
 
-    sorted_token_ids: Int32[Array, "P"]
-    expert_ids: Int32[Array, "blocks"]
+    sorted_token_ids: Int32[Array, " P"]
+    expert_ids: Int32[Array, " blocks"]
     num_tokens_post_padded: Int32[Array, "1"]
     block_size: int
     num_experts: int
@@ -51,7 +51,7 @@ def moe_align_block_size(
     *,
     block_size: int,
     num_experts: int,
-    expert_map: Int32[Array, "experts"] | None = None,
+    expert_map: Int32[Array, " experts"] | None = None,
     implementation: str | None = None,
 ) -> BlockAlignment:
     """Groups routed slots by expert, padded to blocks, in a reproducible order.

@@ -38,7 +38,7 @@ def fused_moe(
     topk_ids: Int32[Array, "tokens top_k"],
     *,
     activation: str | Activation = "silu",
-    expert_map: Int32[Array, "experts"] | None = None,
+    expert_map: Int32[Array, " experts"] | None = None,
     x_scale: Float32[Array, ""] | None = None,
     intermediate: IntermediateQuantizer | None = None,
     out_dtype: DTypeLike | None = None,

@@ -134,7 +134,7 @@ def _transpose(op, cotangents, operands, *, transposed, dtype, **params):
 
 def row_experts(
     group_sizes: jax.Array, group_offset: jax.Array | None, rows: jax.Array, weights: MarlinWeights
-) -> Int32[Array, "rows"]:
+) -> Int32[Array, " rows"]:
     """The expert of each of rows that are sorted by group."""
     return reference.ragged_experts(group_sizes, group_offset, num_rows=rows.shape[0], num_experts=weights.num_experts)
 
@@ -144,7 +144,7 @@ def product_dots(
     d_x: jax.Array | None,
     weights: MarlinWeights,
     d_weights: MarlinWeights,
-    experts: Int32[Array, "slots"],
+    experts: Int32[Array, " slots"],
     implementation: str | None,
 ) -> list[Float32[Array, "slots N"]]:
     """What the tangents of the rows, the global scales and the bias add to that of a product, in float32."""
@@ -175,7 +175,7 @@ def sum_slots(slots: jax.Array, num_rows: int) -> jax.Array:
 
 
 def slot_columns(
-    by_expert: Float32[Array, "E N"], experts: Int32[Array, "slots"], repeats: int = 1
+    by_expert: Float32[Array, "E N"], experts: Int32[Array, " slots"], repeats: int = 1
 ) -> Float32[Array, "slots N"]:
     """The row of each slot's expert, its entries repeated; zeros where there is no expert."""
     has_expert = (experts >= 0) & (experts < by_expert.shape[0])
@@ -184,7 +184,7 @@ def slot_columns(
 
 
 def sum_by_expert(
-    slots: Float32[Array, "slots N"], experts: Int32[Array, "slots"], num_experts: int
+    slots: Float32[Array, "slots N"], experts: Int32[Array, " slots"], num_experts: int
 ) -> Float32[Array, "E N"]:
     """The transpose of `slot_columns`: sums in an order that does not change from run to run, unlike a scatter's."""
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32, axis=0)

@@ -7,7 +7,7 @@ from jax_marlin_moe.weights import MarlinWeights
 
 
 def gather_input_order(
-    rows: Shaped[Array, "slots K"], weights: MarlinWeights, expert: Int32[Array, "slots"]
+    rows: Shaped[Array, "slots K"], weights: MarlinWeights, expert: Int32[Array, " slots"]
 ) -> Shaped[Array, "slots K"]:
     """Row s of `rows` with its columns in the packed order of `expert[s]`; experts out of range read anything."""
     assert weights.input_order is not None

@@ -23,7 +23,7 @@ from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding
 def linear(
     x: Float[Array, "*batch K"],
     weights: MarlinWeights,
-    bias: Float[Array, "N"] | None = None,
+    bias: Float[Array, " N"] | None = None,
     *,
     expert: int | Int32[Array, ""] | None = None,
     implementation: str | None = None,

@@ -16,7 +16,7 @@ from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 def ragged_dot(
     lhs: Float[Array, "m K"],
     rhs: MarlinWeights,
-    group_sizes: Int32[Array, "groups"],
+    group_sizes: Int32[Array, " groups"],
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     group_offset: Int32[Array, ""] | None = None,

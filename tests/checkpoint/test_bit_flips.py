@@ -5,9 +5,9 @@ import shutil
 
 import checkpoint_files as files
 import numpy as np
+import oracle
 import pytest
 
-import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import load_moe_layer
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -53,10 +53,10 @@ def test_flipped_bits_are_refused_or_decoded(tmp_path, name):
         linears = [[f"{module}.experts.{e}.{part}" for part in ("gate_proj", "up_proj", "down_proj")] for e in range(4)]
         with np.errstate(over="ignore", invalid="ignore"):
             dense = [[DECODERS[name](tensors, linear) for linear in expert] for expert in linears]
+            found = [oracle.dense(matrix) for matrix in (layer.gate_up, layer.down)]
         gate_up = np.stack([np.concatenate(expert[:2], axis=1) for expert in dense])
-        for loaded, expected in ((layer.gate_up, gate_up), (layer.down, np.stack([expert[2] for expert in dense]))):
-            found = np.asarray(jmm.dense_weights(loaded), np.float64)
-            compare(found, expected, name)
+        for ours, expected in zip(found, (gate_up, np.stack([expert[2] for expert in dense])), strict=True):
+            compare(ours, expected, name)
         np.testing.assert_array_equal(np.asarray(layer.router.T, np.float64), tensors[f"{module}.gate.weight"])
     assert LOADS / 10 < refused < LOADS  # most of a header is noticed, and most data are values
 

@@ -6,6 +6,7 @@ import checkpoint_files as files
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 
 import jax_marlin_moe as jmm
@@ -44,8 +45,8 @@ def router(rng, name="model.layers.0.mlp.gate.weight"):
 def check(layer, gate, up, down):
     """Dense [E, K, N] in float64 against the packed weights."""
     gate_up = np.concatenate([gate, up], axis=2) if gate is not None else up
-    np.testing.assert_allclose(jmm.dense_weights(layer.gate_up), gate_up, rtol=2**-22, atol=0)
-    np.testing.assert_allclose(jmm.dense_weights(layer.down), down, rtol=2**-22, atol=0)
+    np.testing.assert_allclose(oracle.dense(layer.gate_up), gate_up, rtol=2**-22, atol=0)
+    np.testing.assert_allclose(oracle.dense(layer.down), down, rtol=2**-22, atol=0)
 
 
 def expected_block(layer, x, gate, up, down, activation, biases=(0.0, 0.0, 0.0)):
@@ -830,7 +831,7 @@ def test_quantised_shared_experts_stay_packed(save, rng):
     tensors |= {"model.layers.0.mlp.gate.e_score_correction_bias": np.zeros(E, np.float32)}
     layer = load_moe_layer(save(config, tensors | shared | router(rng)), 0)
     assert layer.shared.gate_up.num_experts == 1
-    np.testing.assert_array_equal(jmm.dense_weights(layer.shared.down)[0], one[2])
+    np.testing.assert_array_equal(oracle.dense(layer.shared.down)[0], one[2])
 
 
 def test_hash_layers_of_deepseek_v4(save, rng):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 
 import jax_marlin_moe as jmm
@@ -22,7 +23,7 @@ def rng():
 
 def same(weights, expected):
     assert (weights.k, weights.n) == expected.shape[1:]
-    np.testing.assert_allclose(jmm.dense_weights(weights), expected, rtol=2**-22, atol=0)
+    np.testing.assert_allclose(oracle.dense(weights), expected, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -212,7 +212,7 @@ def _check_block_scales(files: TensorFolder, name: str, scale: np.ndarray, *, ex
 def from_nvfp4(
     weight: UInt8[Array, "experts N K/2"],
     weight_scale: UInt8[Array, "experts N K/16"],
-    global_scale: Float32[Array, "experts"],
+    global_scale: Float32[Array, " experts"],
     *,
     divides: bool = False,
 ) -> MarlinWeights:
@@ -250,7 +250,7 @@ def from_nvfp4(
 def from_tensorrt_nvfp4(
     weight: Shaped[Array, "experts K N"] | UInt8[Array, "experts K N/2"],
     block_scale: Shaped[Array, "experts K/16 N"],
-    scale: Float32[Array, ""] | Float32[Array, "experts"],
+    scale: Float32[Array, ""] | Float32[Array, " experts"],
     *,
     bias: Float[Array, "experts N"] | None = None,
 ) -> MarlinWeights:

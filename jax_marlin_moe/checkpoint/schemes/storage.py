@@ -22,7 +22,7 @@ class LogicalLinear(NamedTuple):
     zeros: Shaped[Array, "groups N"] | None = None
     global_scale: Float32[Array, ""] | None = None
 
-    def columns(self, order: Int32[Array, "N"]) -> "LogicalLinear":
+    def columns(self, order: Int32[Array, " N"]) -> "LogicalLinear":
         """The same with columns taken in another order."""
         zeros = None if self.zeros is None else self.zeros[:, order]
         return self._replace(codes=self.codes[:, order], scales=self.scales[:, order], zeros=zeros)
