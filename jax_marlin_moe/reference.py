@@ -326,7 +326,8 @@ def weighted_sum(
     rows = jnp.repeat(rows, tokens * top_k // x.shape[0], axis=0) if tokens else rows
     if x_scale is not None:
         rows = rows.astype(jnp.float32) * usable(x_scale)
-    h = expert_products(rows, gate_up, expert)
+    with jax.named_scope("gate_up"):
+        h = expert_products(rows, gate_up, expert)
     if activation.gated:
         a = activation.apply(h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :])
     else:
@@ -337,8 +338,10 @@ def weighted_sum(
         a = a.astype(x.dtype)
     else:
         a = intermediate.apply(a, intermediate.scales[jnp.clip(expert, 0, gate_up.num_experts - 1)])
-    y = expert_products(a, down, expert).reshape(tokens, top_k, down.padded_n)
-    return jnp.sum(y * jnp.where((expert >= 0).reshape(tokens, top_k), topk_weights, 0)[:, :, None], axis=1)
+    with jax.named_scope("down"):
+        y = expert_products(a, down, expert).reshape(tokens, top_k, down.padded_n)
+    with jax.named_scope("combine"):
+        return jnp.sum(y * jnp.where((expert >= 0).reshape(tokens, top_k), topk_weights, 0)[:, :, None], axis=1)
 
 
 def moe_layer(

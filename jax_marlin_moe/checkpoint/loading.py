@@ -1,9 +1,11 @@
 """`load_moe_layer` and `load_moe_layers`: layers of a checkpoint, as its tool wrote it or as `convert` did."""
 
 import functools
+import logging
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
@@ -22,6 +24,7 @@ from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.stacked_layer import StackedMoELayer, stack_layers
 from jax_marlin_moe.weights import MarlinWeights
 
+_LOGGER = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -227,7 +230,10 @@ class Checkpoint:
                 raise ValueError(
                     f"{self.folder}: layer {layer!r} has no experts; names of such layers: {found or 'none'}"
                 )
-            return self.contents.load(layer)
+            start = time.perf_counter()
+        loaded = self.contents.load(layer)
+        _LOGGER.info("layer %d of %s in %.2f s: %r", layer, self.folder, time.perf_counter() - start, loaded)
+        return loaded
         if layer not in self.layers:
             found = f"{self.layers[0]} to {self.layers[-1]}" if self.layers else "none"
             further = self.layer_names[len(self.layers) :]

@@ -10,11 +10,13 @@ compute capability or a later one).
 
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import jax
@@ -26,6 +28,7 @@ ARCHITECTURE_VARIABLE = "JAX_MARLIN_MOE_CUDA_ARCH"
 
 _ARCHITECTURE = re.compile(r"(?:sm|compute)_([0-9]{2,3})[af]?")
 
+_LOGGER = logging.getLogger(__name__)
 _IMPORT_LOCK = threading.Lock()
 
 _INSTALL_HINT = "install jax_marlin_moe[cuda13] (or [cuda12])"
@@ -156,8 +159,12 @@ def compile_cubin(source: str, architecture: str) -> bytes:
     key = hashlib.sha256(_headers_digest() + options.encode() + b"\0" + source.encode()).hexdigest()
     cubin = cache.load(key)
     if cubin is None:
+        start = time.perf_counter()
         cubin = _compile(source, architecture)
+        _LOGGER.info("compiled %s for %s in %.2f s", key[:12], architecture, time.perf_counter() - start)
         cache.store(key, cubin)
+    else:
+        _LOGGER.debug("%s for %s is in the kernel cache", key[:12], architecture)
     return cubin
 
 
