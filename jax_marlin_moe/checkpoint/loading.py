@@ -230,16 +230,16 @@ class Checkpoint:
                 raise ValueError(
                     f"{self.folder}: layer {layer!r} has no experts; names of such layers: {found or 'none'}"
                 )
-            start = time.perf_counter()
-        loaded = self.contents.load(layer)
-        _LOGGER.info("layer %d of %s in %.2f s: %r", layer, self.folder, time.perf_counter() - start, loaded)
-        return loaded
+            return self.contents.load(layer)
         if layer not in self.layers:
             found = f"{self.layers[0]} to {self.layers[-1]}" if self.layers else "none"
             further = self.layer_names[len(self.layers) :]
             more = f"; others, by name: {', '.join(further)}" if further else ""
             raise ValueError(f"{self.folder}: layer {layer} has no experts; layers with experts: {found}{more}")
-        return self.contents.load(layer)
+        start = time.perf_counter()
+        loaded = self.contents.load(layer)
+        _LOGGER.info("layer %d of %s in %.2f s: %r", layer, self.folder, time.perf_counter() - start, loaded)
+        return loaded
 
 
 def _check_folder(path: str | os.PathLike) -> None:
