@@ -53,6 +53,7 @@ def dense_block(x, gate_up, down, weights, ids):
 
 
 def packed_block(x, gate_up, down, weights, ids):
+    """The block of this package."""
     return jmm.fused_moe(x, gate_up, down, weights, ids)
 
 
@@ -73,15 +74,15 @@ class Bench:
 
     def time(self, function, *arguments, memory: bool = False) -> dict:
         """Microseconds, and with `memory` the megabytes beyond arguments and results."""
-        lowered = jax.jit(function).lower(*arguments)
+        call = jax.jit(function)
         if self.only_lowers:
+            call.lower(*arguments)
             return {}
-        compiled = lowered.compile()
-        seconds_of_calls(lambda: compiled(*arguments), 3, 0.0)
-        found = {"us": min(seconds_of_calls(lambda: compiled(*arguments), _CALLS, 0.05) for _ in range(self.samples))}
-        found["us"] *= 1e6
+        seconds_of_calls(lambda: call(*arguments), 3, 0.0)
+        seconds = min(seconds_of_calls(lambda: call(*arguments), _CALLS, 0.05) for _ in range(self.samples))
+        found = {"us": seconds * 1e6}
         if memory:
-            found["temp_mb"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+            found["temp_mb"] = call.lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 1e6
         return found
 
 
@@ -122,6 +123,7 @@ def block_row(bench: Bench, shape: ModelShape, packed, dense, tokens: int) -> di
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(MODELS))
     parser.add_argument("--formats", nargs="+", default=["int4", "nvfp4"])

@@ -8,7 +8,7 @@ from jax_marlin_moe.formats import ACTIVATION_DTYPES, FORMATS
 from jax_marlin_moe.layout import TILE_K, TILE_N
 from jax_marlin_moe.weights import MarlinWeights
 
-BLOCK_SIZES = (8, 16, 32, 48, 64)
+BLOCK_SIZES = (8, 16, 32, 48, 64, 128, 256)
 
 
 def check_array(name: str, value: jax.Array, *, ndim: int, dtype: DTypeLike) -> None:

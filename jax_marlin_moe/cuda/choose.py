@@ -3,16 +3,19 @@
 import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.kernels import mma, transposed
+from jax_marlin_moe.cuda.kernels import mma, transposed, wgmma
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile
 
 # Over 143 pairs of tiles, timed with and without an overlap (benchmarks/NOTES.md), what `overlaps` chooses loses 0.2 %
 # to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
 _LONGEST_OVERLAPPED_MICROSECONDS = 250
+
+# Rows of a token tile that pay in one product of very many rows; a block's tiles are measured without them.
+_LARGE_TOKEN_TILES = (192, 256)
 
 
 def choose_token_tile(num_slots: int, num_experts: int) -> int:
@@ -102,13 +105,30 @@ def choose_product_tile(
     """
     if is_transposed:
         return transposed.choose(shape, num_slots / num_experts, capability)
-    sizes = block_sizes(num_slots, num_experts, shape, capability)
-    return _fastest_tile(
-        shape,
-        {tokens: expected_blocks(num_slots, num_experts, num_experts, tokens) for tokens in sizes},
-        num_slots,
-        capability,
-    )
+    sizes = set(block_sizes(num_slots, num_experts, shape, capability))
+    if num_slots > num_experts * wgmma.TOKEN_TILES[-1]:
+        sizes |= set(_LARGE_TOKEN_TILES)
+    return _fastest_tile(shape, _expected(sizes, num_slots, num_experts), num_slots, capability)
+
+
+def choose_listed_tile(shape: GemmShape, num_slots: int, num_experts: int, list_block: int, capability: int) -> Tile:
+    """The tile of a product whose slots are listed in blocks of so many: rows of a token tile divide them.
+
+    Where experts have few rows, those of mma.sync.
+
+    Raises:
+        ValueError: no kernel supports the shape.
+    """
+    few = max(t for t in mma.TOKEN_TILES if list_block % t == 0)
+    sizes = {few}
+    if num_slots > num_experts * few:
+        sizes |= {t for t in (*wgmma.TOKEN_TILES, *_LARGE_TOKEN_TILES) if t > few and list_block % t == 0}
+    return _fastest_tile(shape, _expected(sizes, num_slots, num_experts), num_slots, capability)
+
+
+def _expected(sizes: Iterable[int], num_slots: int, num_experts: int) -> dict[int, float]:
+    """Blocks of each size that uniform routing fills."""
+    return {tokens: expected_blocks(num_slots, num_experts, num_experts, tokens) for tokens in sorted(sizes)}
 
 
 def _fastest_tile(shape: GemmShape, blocks: Mapping[int, float], num_rows: int, capability: int) -> Tile:

@@ -11,7 +11,7 @@ from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.choose import choose_product_tile, choose_tile, predicted_scheme
+from jax_marlin_moe.cuda.choose import choose_listed_tile, choose_product_tile, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, nested, optional
 from jax_marlin_moe.cuda.kernels.align import align_kernel
@@ -172,21 +172,20 @@ def plan_moe_gemm(
     num_slots = x.shape[0] * top_k
     check_counts(num_slots, weights.num_experts, list_length)
     shape = gemm_shape(weights, False, x.dtype)
-    block = {8: 8, 16: 16, 32: 32, 48: 24, 64: 32}[block_size]
+    tile = choose_listed_tile(shape, num_slots, weights.num_experts, block_size, capability)
     first_matrix, router = 1, 1 + WEIGHT_OPERANDS
     listed, y = (router + 1, router + 2, router + 3), router + 4
     first_rows = y + 1
     token_tiles = aligned_tiles(
         num_slots,
         weights.num_experts,
-        block,
+        tile.tokens,
         block_size,
         list_length,
         listed,
         from_previous=False,
         first_rows=first_rows,
     )
-    tile = choose_tile(shape, block, min(num_slots, token_tiles.most), capability)
     clear = clear_kernel(num_slots, weights.padded_n, x.dtype, out=y, first_rows=first_rows)
     find = find_first_rows_kernel(
         num_slots,

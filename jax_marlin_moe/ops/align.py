@@ -58,7 +58,7 @@ def moe_align_block_size(
 
     Args:
         topk_ids: chosen experts, int32. Ids outside [0, num_experts) are dropped.
-        block_size: 8, 16, 32, 48 or 64.
+        block_size: 8, 16, 32, 48, 64, 128 or 256.
         num_experts: experts that ids may name, over all devices.
         expert_map: int32, global to local id, -1 for experts that live elsewhere: their slots vanish.
         implementation: None (the best that works), "cuda", "cpu" or "xla".

@@ -16,7 +16,7 @@ def workspace_size(*, num_slots: int, num_experts: int, n: int, block_size: int,
         num_slots: tokens * top_k.
         num_experts: experts that ids may name.
         n: columns of the matrix, a multiple of 64.
-        block_size: 8, 16, 32, 48 or 64.
+        block_size: 8, 16, 32, 48, 64, 128 or 256.
         multiprocessors: of the card.
     """
     check_block_size(block_size)

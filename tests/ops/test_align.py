@@ -11,7 +11,7 @@ from oracle import random_routing
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 
-BLOCK_SIZES = [8, 16, 32, 48, 64]
+BLOCK_SIZES = [8, 16, 32, 48, 64, 128, 256]
 
 
 def align_slowly(ids, block_size, num_experts, expert_map=None):

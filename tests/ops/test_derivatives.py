@@ -368,3 +368,44 @@ def test_the_product_with_transposed_matrices(weight_format, dtype, rows, k, n):
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4)
     (rounded,) = grouped_product_op(x, matrix, jnp.asarray(chosen), None, None, **(params | {"dtype": dtype}))
     np.testing.assert_array_equal(rounded, y.astype(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_format", sorted(oracle.FACTS))
+@pytest.mark.parametrize(("dtype", "slots", "k", "n"), [("bfloat16", 40, 144, 128), ("float16", 900, 256, 192)])
+def test_the_card_agrees_on_products_with_transposed_matrices(weight_format, dtype, slots, k, n):
+    rng = np.random.default_rng(slots)
+    group = oracle.FACTS[weight_format].group_sizes[0 if slots < 100 else -1]
+    matrix = multiplied(
+        oracle.random_experts(rng, EXPERTS, k, n, weight_format=weight_format, group_size=group).packed()
+    )
+    chosen = jnp.asarray(rng.integers(-1, EXPERTS + 1, slots).astype(np.int32))
+    x = jnp.asarray(oracle.random_rows(rng, slots // 2, n, jnp.dtype(dtype)))
+    params = {"transposed": True, "dtype": dtype}
+    ours, theirs = (
+        np.asarray(grouped_product_op(x, matrix, chosen, None, None, implementation=name, **params)[0], np.float64)
+        for name in ("cuda", "xla")
+    )
+    assert np.linalg.norm(ours - theirs) <= LIMITS[dtype] / 4 * np.linalg.norm(theirs)
+    np.testing.assert_array_equal(ours.any(axis=1), theirs.any(axis=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [7, 600])
+def test_the_card_agrees_on_gradients_of_the_block(tokens):
+    rng = np.random.default_rng(tokens)
+    gate_up, down = (
+        oracle.random_experts(rng, EXPERTS, k, n, weight_format="nvfp4", group_size=16, bias=True).packed()
+        for k, n in ((HIDDEN, 2 * INNER), (INNER, HIDDEN))
+    )
+    x = jnp.asarray(oracle.random_rows(rng, tokens, HIDDEN, jnp.bfloat16))
+    weights, ids = map(jnp.asarray, oracle.random_routing(rng, tokens, TOP_K, EXPERTS, "holes"))
+    probe = jax.random.normal(jax.random.key(0), x.shape)
+
+    def loss(x, weights, parts, implementation):
+        y = jmm.fused_moe(x, *replaced(gate_up, down, parts), weights, ids, implementation=implementation)
+        return (y.astype(jnp.float32) * probe).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
+    moving = (x, weights, trainable(gate_up, down))
+    assert_close(gradient(*moving, "cuda"), gradient(*moving, "xla"))
