@@ -213,6 +213,26 @@ def test_derivatives_are_those_of_the_layer():
     assert of_bias[1].any()
 
 
+def test_exports_take_stacks_and_layers_of_them():
+    checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in jmm.CUSTOM_CALL_TARGETS]
+    stack = (stacked().layers.gate_up, stacked().layers.down)
+
+    def exported(function, *arguments):
+        return jax.export.deserialize(
+            jax.export.export(jax.jit(function), disabled_checks=checks)(*arguments).serialize()
+        )
+
+    def of_stack(whole, layer, x):
+        taken = whole[layer]
+        return block(x, taken.gate_up, taken.down)
+
+    wanted = block(rows(), layers()[1].gate_up, layers()[1].down)
+    arguments = (stacked(), jnp.int32(1), rows())
+    assert_equal(exported(of_stack, *arguments).call(*arguments), wanted)
+    taken = (rows(), *jmm.take_layer(stack, 1))
+    assert_equal(exported(block, *taken).call(*taken), wanted)
+
+
 def test_a_stack_is_a_sequence_and_a_pytree():
     stack = stacked()
     assert len(stack) == LAYERS == len(list(stack))

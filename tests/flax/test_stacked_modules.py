@@ -1,5 +1,6 @@
 """Flax modules of stacked layers: scans of both APIs give the bits of the layers, and copy no weights."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.checkpoint import load_moe_layer, load_moe_layers
+from jax_marlin_moe.checkpoint import load_moe_layer, load_moe_layers, with_facts, without_facts
 from jax_marlin_moe.flax.linen import MarlinMoE as LinenMoE
 from jax_marlin_moe.flax.nnx import MarlinMoE
 
@@ -121,6 +122,18 @@ def test_a_stack_needs_the_number_of_a_layer_and_a_layer_takes_none(x):
         MarlinMoE(layers()[0])(x, layer=1)
     with pytest.raises(IndexError, match="index is 3"):
         MarlinMoE(stacked())(x, layer=3)
+
+
+def test_stacks_are_saved_and_restored():
+    empty = jax.tree.map(jnp.zeros_like, stacked())
+    restored = serialization.from_bytes(empty, serialization.to_bytes(stacked()))
+    assert jax.tree.structure(restored) == jax.tree.structure(stacked())
+    jax.tree.map(np.testing.assert_array_equal, restored, stacked())
+    other = jmm.StackedMoELayer(dataclasses.replace(empty.layers, routing=jmm.Routing(1)))
+    with pytest.raises(ValueError, match=r"routing.* in the target MoELayer"):
+        serialization.from_bytes(other, serialization.to_bytes(stacked()))
+    with pytest.raises(ValueError, match=r"routing.* in the template"):
+        without_facts(with_facts(other) | {"facts": with_facts(stacked())["facts"]})
 
 
 def test_layers_of_a_checkpoint_load_into_one_stack():
