@@ -18,6 +18,15 @@ constexpr int kSumColumns = 512;  // most columns of a work item of the final su
 constexpr int64_t kMaxActivated = int64_t{1} << 26;  // 16-bit inputs of the down matrix
 constexpr int64_t kMaxProducts = int64_t{1} << 24;   // float32 results of the down matrix, which are summed
 
+// An expert of the block, of its own stack or of the shared one.
+void MultiplyOne(const ExpertStack& own, const ExpertStack* shared, int64_t expert, const Panel& panel) {
+  if (expert < own.experts) {
+    MultiplyExpert(own, expert, panel);
+  } else {
+    MultiplyExpert(*shared, expert - own.experts, panel);
+  }
+}
+
 // Rows in expert order, without padding.
 RowGroups GroupByExpert(const ExpertBlock& block) {
   const int64_t slots = block.routing.slots;
@@ -25,7 +34,7 @@ RowGroups GroupByExpert(const ExpertBlock& block) {
   Scratch<int32_t> experts(static_cast<size_t>(slots));
   int32_t count = 0;
   AlignBlocks(block.routing, 1, {sorted.data(), slots, experts.data(), &count});
-  return GroupRows(sorted.data(), count, experts.data(), 1, slots, block.down->experts, kPanelRows);
+  return GroupRows(sorted.data(), count, experts.data(), 1, slots, block.experts(), kPanelRows);
 }
 
 // Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` [rows, inner]. One
@@ -53,7 +62,7 @@ void GateUpItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup&
       panel.chunk[panel.chunks++] = chunk;
     }
   }
-  MultiplyExpert(*block.gate_up, group.expert, panel);
+  MultiplyOne(*block.gate_up, block.shared_gate_up, group.expert, panel);
   const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
   for (int r = 0; r < group.count; ++r) {
     float activated[kGateChunks * kChunk];
@@ -80,7 +89,7 @@ void DownItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup& g
   panel.chunks = static_cast<int>(end_chunk - first_chunk);
   for (int i = 0; i < panel.chunks; ++i) panel.chunk[i] = first_chunk + i;
   panel.out = product;
-  MultiplyExpert(*block.down, group.expert, panel);
+  MultiplyOne(*block.down, block.shared_down, group.expert, panel);
   const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
   for (int r = 0; r < group.count; ++r) {
     const int64_t slot = rows.slots[static_cast<size_t>(group.first + r)];

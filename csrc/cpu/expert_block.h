@@ -18,7 +18,10 @@ struct ExpertBlock {
   int64_t slots_per_row;  // consecutive slots that read one row of x: top_k, or 1
   Element type;
   const ExpertStack* gate_up;
-  const ExpertStack* down;    // of as many experts
+  const ExpertStack* down;  // of as many experts
+  // Experts behind those, of the same sizes, or null.
+  const ExpertStack* shared_gate_up = nullptr;
+  const ExpertStack* shared_down = nullptr;
   const float* topk_weights;  // [tokens, top_k]
   Routing routing;            // of tokens * top_k slots
   int64_t top_k;
@@ -30,6 +33,7 @@ struct ExpertBlock {
   void* y;                                    // [tokens, down's columns], float if float_result, else of x's type
   bool float_result;
 
+  int64_t experts() const { return down->experts + (shared_down == nullptr ? 0 : shared_down->experts); }
   int64_t tokens() const { return routing.slots / top_k; }
   int64_t inner() const { return down->k(); }
   int halves() const { return activation->gated ? 2 : 1; }

@@ -11,8 +11,8 @@
 
 namespace jmm {
 
-constexpr int kNoRow = 0x7FFFFFFF;  // of a list
-constexpr int kMostGroupedSlots = 128;
+constexpr int kNoRow = 0x7FFFFFFF;      // of a list
+constexpr int kMostGroupedSlots = 128;  // and those of shared experts
 
 // The classic contract: sorted_token_ids in list blocks of kListBlock entries of one expert, taken kRows at a time.
 // Values are not trusted. kFromPreviousKernel: the list is written by the kernel before this one, not by an earlier
@@ -84,7 +84,7 @@ struct DirectTiles {
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
 
-  static constexpr bool kNeedsPreviousKernel = false;
+  static constexpr bool kNeedsPreviousKernel = Facts::kFromPreviousKernel;  // whether it writes topk_ids
   static constexpr int kSharedBytes = 0, kScratchBytes = 0;
 
   template <int kThreads>
@@ -116,7 +116,7 @@ struct GroupedTiles {
 
   static constexpr int kWords = (kSlots + 31) / 32;  // of a set of slots
   static constexpr int kNoSlot = 255;
-  static_assert(kSlots <= kMostGroupedSlots, "a slot is a byte, a set of slots a few words");
+  static_assert(kSlots - Facts::kSharedSlots <= kMostGroupedSlots && kSlots < kNoSlot, "a slot is a byte");
   static_assert(kExperts <= 1 << 16, "an expert is 16 bits");
   static constexpr int kMaxTiles = kSlots < kExperts + kSlots / kRows ? kSlots : kExperts + kSlots / kRows;
 
@@ -124,10 +124,10 @@ struct GroupedTiles {
     unsigned char slots[(kMaxTiles * kRows + 15) / 16 * 16];  // kNoSlot where the row is padding
     uint16_t experts[(kMaxTiles + 7) / 8 * 8];
     unsigned char first_tiles[32 * kWords];  // at an expert's first slot: its first tile, less those of words before
-    uint32_t tiles_of_word[4];               // that the experts whose first slots are in a word have
+    uint32_t tiles_of_word[kWords > 4 ? 8 : 4];  // that the experts whose first slots are in a word have
   };
 
-  static constexpr bool kNeedsPreviousKernel = false;
+  static constexpr bool kNeedsPreviousKernel = Facts::kFromPreviousKernel;  // whether it writes topk_ids
   static constexpr int kSharedBytes = sizeof(Table);
   static constexpr int kScratchBytes = kExperts * kWords * 4;  // the set of each expert's slots
 

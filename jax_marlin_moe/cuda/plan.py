@@ -4,6 +4,8 @@ Pointers are the kernels' only run-time parameters: every extent is a compile-ti
 spelled here.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +22,7 @@ from jax_marlin_moe.cuda.kernels.epilogue import Epilogue, activated, slot_parti
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import (
     MOST_GROUPED_SLOTS,
+    MOST_SLOTS_OF_A_BYTE,
     TokenTiles,
     aligned_tiles,
     direct_tiles,
@@ -73,11 +76,14 @@ def gemm_kernel(
     epilogue: Epilogue,
     overlaps_predecessor: bool,
     transposed: bool = False,
+    shared: int | None = None,
+    shared_experts: int = 0,
 ) -> Kernel:
     """A grouped GEMM.
 
     `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
-    buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`.
+    buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`, and those of
+    shared experts, packed alike, from `shared`.
     """
     work_tiles = token_tiles.most * tile.column_tiles(shape)
     if work_tiles > MOST_COUNTED:
@@ -97,11 +103,23 @@ def gemm_kernel(
         "k": shape.k,
         "n": shape.n,
         "experts": shape.num_experts,
+        "shared_experts": shared_experts,
         "group": shape.group_size,
         "row_stride": row_stride,
         "slots_per_row": slots_per_row,
         "transposed": transposed,
     }
+
+    def operands(first: int | None) -> dict[str, Pointer | None]:
+        if first is None:
+            return dict.fromkeys(("packed", "scales", "zeros", "global_scales"))
+        return {
+            "packed": Pointer(first + _PACKED, "int32"),
+            "scales": Pointer(first + _SCALES, scale_dtype, element="ScaleElement"),
+            "zeros": Pointer(first + _ZEROS, zeros_dtype, element="ZeroElement") if zeros_dtype else None,
+            "global_scales": optional(first + _GLOBAL_SCALES if row.has_global_scales else None, "float32"),
+        }
+
     found_tiles = f"jmm::{token_tiles.cpp}<TokenTiles>"
     constants = {
         f"{found_tiles}::kMaxTiles": token_tiles.most,
@@ -127,14 +145,8 @@ def gemm_kernel(
         constants=constants,
         pointers={
             "operands.x": Pointer(x, dtype.name),
-            "operands.packed": Pointer(first_operand + _PACKED, "int32"),
-            "operands.scales": Pointer(first_operand + _SCALES, scale_dtype, element="ScaleElement"),
-            "operands.zeros": Pointer(first_operand + _ZEROS, zeros_dtype, element="ZeroElement")
-            if zeros_dtype
-            else None,
-            "operands.global_scales": optional(
-                first_operand + _GLOBAL_SCALES if row.has_global_scales else None, "float32"
-            ),
+            **nested("operands", operands(first_operand)),
+            **nested("operands", {f"shared_{name}": pointer for name, pointer in operands(shared).items()}),
             **nested("token_tiles", token_tiles.pointers),
             **nested("epilogue", epilogue.pointers),
         },
@@ -303,6 +315,41 @@ def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tables
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockBuffers:
+    """Where an expert block has its arrays among a call's buffers.
+
+    Attributes:
+        x: a row for each token, or for each slot.
+        gate_up: the first operand of the matrix.
+        down: likewise.
+        topk_weights: a weight for each slot.
+        topk_ids: an expert for each slot.
+        expert_map: or None.
+        y: the result.
+        scratch: the first of those that the block needs for itself.
+        ids_from_previous: whether the kernel before the block writes ids and weights.
+        shared_gate_up: the first operand of the shared experts' matrix, or None.
+        shared_down: likewise.
+        x_scale: of rows in FP8, or None.
+        intermediate_scales: of a quantised intermediate, or None.
+    """
+
+    x: int
+    gate_up: int
+    down: int
+    topk_weights: int
+    topk_ids: int
+    expert_map: int | None
+    y: int
+    scratch: int
+    ids_from_previous: bool = False
+    shared_gate_up: int | None = None
+    shared_down: int | None = None
+    x_scale: int | None = None
+    intermediate_scales: int | None = None
+
+
 def plan_fused_moe(
     x: jax.Array,
     gate_up: MarlinWeights,
@@ -323,18 +370,60 @@ def plan_fused_moe(
 
     `scaled` says whether there is an x_scale, `intermediate` how the intermediate is quantised.
     """
+    router = 1 + 2 * WEIGHT_OPERANDS
+    buffers = BlockBuffers(
+        x=0,
+        gate_up=1,
+        down=1 + WEIGHT_OPERANDS,
+        topk_weights=router,
+        topk_ids=router + 1,
+        expert_map=router + 2 if mapped else None,
+        x_scale=router + 3 if scaled else None,
+        intermediate_scales=None if intermediate is None else router + 4,
+        y=router + 5,
+        scratch=router + 6,
+    )
+    return plan_block(
+        x,
+        gate_up,
+        down,
+        buffers,
+        tokens=tokens,
+        top_k=top_k,
+        routed_experts=routed_experts,
+        activation=activation,
+        architecture=architecture,
+        scheme=scheme,
+        intermediate=intermediate,
+        out_dtype=out_dtype,
+    )
+
+
+def plan_block(
+    x: jax.Array,
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    buffers: BlockBuffers,
+    *,
+    tokens: int,
+    top_k: int,
+    routed_experts: int,
+    activation: Activation,
+    architecture: str,
+    scheme: BlockScheme | None,
+    shared: int = 0,
+    intermediate: str | None = None,
+    out_dtype: jnp.dtype | None = None,
+) -> Plan:
+    """The kernels of an expert block, over these buffers. Each token visits `shared` experts beside `top_k` others."""
     capability = compute_capability(architecture)
     check_rows(x, capability)
     check_matrix("gate_up", gate_up)
     check_matrix("down", down)
-    num_slots, num_experts = tokens * top_k, gate_up.num_experts
+    slots, num_slots = top_k + shared, tokens * (top_k + shared)
+    num_experts, routed_experts = gate_up.num_experts + shared, routed_experts + shared
     check_counts(num_slots, max(num_experts, routed_experts), num_slots)
-    first_matrix, second_matrix = 1, 1 + WEIGHT_OPERANDS
-    topk_weights = second_matrix + WEIGHT_OPERANDS
-    topk_ids, expert_map = topk_weights + 1, topk_weights + 2 if mapped else None
-    x_scale = topk_weights + 3 if scaled else None
-    intermediate_scales = None if intermediate is None else topk_weights + 4
-    y = topk_weights + 5
+    topk_ids, expert_map = buffers.topk_ids, buffers.expert_map
     columns = gate_up.padded_n // (2 if activation.gated else 1)  # of the activation, padding included
     overlap = capability >= 90
     first, second = gemm_shape(gate_up, activation.gated, x.dtype), gemm_shape(down, False, x.dtype)
@@ -342,7 +431,7 @@ def plan_fused_moe(
     if scheme is None:
         scheme = tables.lookup(block_key(gate_up, down, top_k), tokens, architecture)
         if scheme is None or not scheme.fits(first, second, capability):
-            scheme = predicted_scheme(first, second, num_slots, top_k, routed_experts, capability)
+            scheme = predicted_scheme(first, second, num_slots, slots, routed_experts, capability)
     elif not scheme.fits(first, second, capability):
         raise ValueError(
             f"cuda_scheme is {scheme}, which does not fit {first} and {second} on compute capability {capability}; "
@@ -354,20 +443,30 @@ def plan_fused_moe(
 
     kernels: list[Kernel] = []
     scratch = [activations, partials]
-    h, sums = y + 1, y + 2
-    grouped = grouped_tiles(num_slots, num_experts, routed_experts, block, topk_ids, expert_map)
+    h, sums = buffers.scratch, buffers.scratch + 1
+    # The second product may read at once what the kernel before the block has written: the first one lets it in only
+    # when it has waited for that kernel.
+    from_previous = (buffers.ids_from_previous, False)
+    grouped = [
+        grouped_tiles(num_slots, num_experts, routed_experts, block, topk_ids, expert_map, previous, tokens * shared)
+        for previous in from_previous
+    ]
     if scheme.routing == "direct":
-        first_tiles = second_tiles = direct_tiles(num_slots, num_experts, routed_experts, topk_ids, expert_map)
+        first_tiles, second_tiles = (
+            direct_tiles(num_slots, num_experts, routed_experts, topk_ids, expert_map, previous)
+            for previous in from_previous
+        )
     elif (
         scheme.routing == "grouped"
-        and num_slots <= MOST_GROUPED_SLOTS
-        and _hosts(scheme.gate_up, first, grouped, capability)
-        and _hosts(scheme.down, second, grouped, capability)
+        and tokens * top_k <= MOST_GROUPED_SLOTS
+        and num_slots <= MOST_SLOTS_OF_A_BYTE
+        and _hosts(scheme.gate_up, first, grouped[0], capability)
+        and _hosts(scheme.down, second, grouped[1], capability)
     ):
-        first_tiles = second_tiles = grouped
+        first_tiles, second_tiles = grouped
     else:
         list_length = reference.padded_size(num_slots, routed_experts, block)
-        listed = (y + 3, y + 4, y + 5)
+        listed = (sums + 1, sums + 2, sums + 3)
         first_tiles, second_tiles = (
             aligned_tiles(num_slots, num_experts, block, block, list_length, listed, from_previous=from_previous)
             for from_previous in (True, False)
@@ -379,7 +478,14 @@ def plan_fused_moe(
         ]
         kernels.append(
             align_kernel(
-                num_slots, routed_experts, block, capability, topk_ids=topk_ids, expert_map=expert_map, outputs=listed
+                num_slots,
+                routed_experts,
+                block,
+                capability,
+                topk_ids=topk_ids,
+                expert_map=expert_map,
+                outputs=listed,
+                overlaps_predecessor=overlap and buffers.ids_from_previous,
             )
         )
 
@@ -388,17 +494,17 @@ def plan_fused_moe(
         x.dtype.name,
         columns,
         out=h,
-        bias=None if gate_up.bias is None else first_matrix + _BIAS,
-        x_scale=x_scale,
+        bias=None if gate_up.bias is None else buffers.gate_up + _BIAS,
+        x_scale=buffers.x_scale,
         intermediate=intermediate,
-        intermediate_scales=intermediate_scales,
+        intermediate_scales=buffers.intermediate_scales,
     )
     weigh = slot_partials(
         down.padded_n,
         out=sums,
-        bias=None if down.bias is None else second_matrix + _BIAS,
-        topk_weights=topk_weights,
-        intermediate_scales=intermediate_scales,
+        bias=None if down.bias is None else buffers.down + _BIAS,
+        topk_weights=buffers.topk_weights,
+        intermediate_scales=buffers.intermediate_scales,
     )
     kernels.append(
         gemm_kernel(
@@ -409,11 +515,13 @@ def plan_fused_moe(
             x.dtype,
             slots_per_row=num_slots // x.shape[0],
             row_stride=first.k,
-            x=0,
-            first_operand=first_matrix,
+            x=buffers.x,
+            first_operand=buffers.gate_up,
             token_tiles=first_tiles,
             epilogue=activate,
-            overlaps_predecessor=overlap and bool(kernels),
+            overlaps_predecessor=overlap and (bool(kernels) or buffers.ids_from_previous),
+            shared=buffers.shared_gate_up,
+            shared_experts=shared,
         )
     )
     kernels.append(
@@ -426,16 +534,18 @@ def plan_fused_moe(
             slots_per_row=1,
             row_stride=columns,
             x=h,
-            first_operand=second_matrix,
+            first_operand=buffers.down,
             token_tiles=second_tiles,
             epilogue=weigh,
             overlaps_predecessor=overlap and scheme.overlaps,
+            shared=buffers.shared_down,
+            shared_experts=shared,
         )
     )
     kernels.append(
         combine_kernel(
             tokens,
-            top_k,
+            slots,
             down.padded_n,
             num_experts,
             routed_experts,
@@ -443,7 +553,7 @@ def plan_fused_moe(
             partials=sums,
             topk_ids=topk_ids,
             expert_map=expert_map,
-            out=y,
+            out=buffers.y,
             overlaps_predecessor=overlap,
         )
     )

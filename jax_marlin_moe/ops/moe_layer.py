@@ -8,19 +8,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe import arguments, reference
+from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.cuda.compiler import compute_capability, target_architecture
+from jax_marlin_moe.cuda.kernels.router import RULE_OPTIONS, Router
+from jax_marlin_moe.cuda.layer_plan import ROUTER_OPERANDS, choice_buffers, plan_moe_layer
+from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
 from jax_marlin_moe.layer_slice import is_slice
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
+from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.fused_moe import check_experts, expert_block
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.routing import Routing, check_routing, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert
-from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
+from jax_marlin_moe.weights import LEAVES, MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 ROUTER_DTYPES = (*ACTIVATION_DTYPES, jnp.dtype(jnp.float32))
 
@@ -260,12 +267,149 @@ def _shape_rule(x, router, gate_up, down, *rest, routing, **params):
     ]
 
 
-def _cpu(*operands, **params):
-    return composition(*operands, implementation="cpu", **params)
+# What the handler of csrc/ffi/moe_layer_cpu.cc knows.
+_CPU_SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid")
+_NUMBERS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
-def _cuda(*operands, **params):
-    return composition(*operands, implementation="cuda", **params)
+def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_activation, **params):
+    bias, correction_bias, expert_scale, router_input, input_scale, given, expert_map = rest
+    gate = None if shared is None else shared.gate
+    vectors = (router, router_input, bias, correction_bias, expert_scale, gate)
+    known = Routing(**{name: getattr(routing, name) for name in (*RULE_OPTIONS, "apply_on_input")})
+    if (
+        known != routing
+        or routing.scoring not in _CPU_SCORINGS
+        or input_scale is not None
+        or not all(vector is None or vector.dtype in _NUMBERS for vector in vectors)
+        or (shared is not None and (activation != shared_activation or not _sized_alike(gate_up, down, shared)))
+    ):
+        rules = {"routing": routing, "activation": activation, "shared_activation": shared_activation, **params}
+        return composition(x, router, gate_up, down, shared, *rest, **rules, implementation="cpu")
+    matrices = {"gate_up": gate_up, "down": down}
+    operands = [x, *cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
+    if shared is None:
+        operands += [or_empty(None, jnp.int32)] * (2 * WEIGHT_OPERANDS)
+    else:
+        matrices |= {"shared_gate_up": shared.gate_up, "shared_down": shared.down}
+        operands += [*cpu_weight_operands(shared.gate_up), *cpu_weight_operands(shared.down)]
+    operands += [or_empty(expert_map, jnp.int32), router]
+    operands += [or_empty(array, jnp.float32) for array in (router_input, bias, correction_bias, expert_scale)]
+    operands += [or_empty(given, jnp.int32), or_empty(gate, jnp.float32)]
+    formats: dict[str, Any] = {}
+    for name, matrix in matrices.items():
+        formats |= format_attributes(f"{name}_", matrix)
+    choice = (x.shape[0], routing.top_k)
+    return custom_call(
+        "moe_layer",
+        native.TARGETS["moe_layer", "cpu"],
+        operands,
+        [
+            jax.ShapeDtypeStruct((x.shape[0], down.padded_n), x.dtype),
+            jax.ShapeDtypeStruct(choice, jnp.float32),
+            jax.ShapeDtypeStruct(choice, jnp.int32),
+        ],
+        activation=activation.name,
+        activation_parameters=np.asarray(activation.parameters, np.float32),
+        scoring=routing.scoring,
+        top_k=np.int64(routing.top_k),
+        renormalize=bool(routing.renormalize),
+        softmax_after_topk=bool(routing.softmax_after_topk),
+        num_groups=np.int64(routing.num_groups),
+        top_groups=np.int64(routing.top_groups),
+        top2=routing.group_score == "top2",
+        scale=np.float32(routing.scale),
+        renormalize_epsilon=np.float32(routing.renormalize_epsilon),
+        soft_cap=np.float32(routing.logits_soft_cap or 0),
+        apply_on_input=bool(routing.apply_on_input),
+        **formats,
+    )
+
+
+def _sized_alike(gate_up: MarlinWeights, down: MarlinWeights, shared: SharedExpert) -> bool:
+    """Whether the shared experts are packed, and as large as the others."""
+    return all(
+        isinstance(one, MarlinWeights) and (one.padded_k, one.padded_n) == (other.padded_k, other.padded_n)
+        for one, other in ((shared.gate_up, gate_up), (shared.down, down))
+    )
+
+
+def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_activation, cuda_scheme, **params):
+    bias, correction_bias, expert_scale, router_input, input_scale, given, expert_map = rest
+    architecture = target_architecture()
+    # One launch has the shared experts if they are packed as the others, have their activation, and read what the
+    # router reads; an expert map has no place for them.
+    one_launch = (
+        shared is not None
+        and activation == shared_activation
+        and router_input is None
+        and expert_map is None
+        and _packed_alike(gate_up, shared.gate_up)
+        and _packed_alike(down, shared.down)
+    )
+    rule = Router(
+        x if router_input is None else router_input,
+        router,
+        routing,
+        bias=bias,
+        correction_bias=correction_bias,
+        expert_scale=expert_scale,
+        given=given,
+        gate=shared.gate if one_launch else None,
+        shared=shared.gate_up.num_experts if one_launch else 0,
+    )
+    if (
+        x.shape[0] == 0
+        or input_scale is not None
+        or not rule.fits(compute_capability(architecture))
+        or not (shared is None or one_launch)
+    ):
+        rules = {"routing": routing, "activation": activation, "shared_activation": shared_activation, **params}
+        rules |= {"cuda_scheme": cuda_scheme, "implementation": "cuda"}
+        return composition(x, router, gate_up, down, shared, *rest, **rules)
+    plan = plan_moe_layer(
+        x,
+        gate_up,
+        down,
+        rule,
+        own_input=router_input is not None,
+        mapped=expert_map is not None,
+        activation=activation,
+        architecture=architecture,
+        scheme=cuda_scheme,
+    )
+    placed = {
+        "x": x,
+        "router": router,
+        "router_input": router_input,
+        "router_bias": bias,
+        "correction_bias": correction_bias,
+        "expert_scale": expert_scale,
+        "gate": rule.gate,
+        "given": given,
+    }
+    operands = [placed[name] for name in ROUTER_OPERANDS]
+    for matrix in (gate_up, down, *((shared.gate_up, shared.down) if one_launch else (None, None))):
+        operands += [None] * WEIGHT_OPERANDS if matrix is None else weight_operands(matrix)
+    operands.append(expert_map)
+    results = [jax.ShapeDtypeStruct((x.shape[0], down.padded_n), x.dtype), *choice_buffers(rule)]
+    y, *choice = call_program(
+        "moe_layer", operands, [*results, *plan.scratch], plan.kernels, plan.source, architecture
+    )[:3]
+    return [y, *(slots[:, : routing.top_k] for slots in choice)]
+
+
+def _packed_alike(routed: MarlinWeights, shared: MarlinWeights | jax.Array) -> bool:
+    """Whether the kernels may read a shared expert as one more of the others."""
+    if not isinstance(shared, MarlinWeights) or routed.bias is not None or shared.bias is not None:
+        return False
+
+    def facts(weights: MarlinWeights) -> list:
+        leaves = [getattr(weights, name) for name in LEAVES]
+        shapes = [None if leaf is None else (leaf.shape[1:], leaf.dtype) for leaf in leaves]
+        return [weights.format, weights.group_size, weights.layout, *shapes]
+
+    return facts(routed) == facts(shared)
 
 
 def _batching_rule(op, leaves, dims, *, structure, **params):

@@ -292,10 +292,83 @@ void DrawStacks(Random& random, Case& out) {
                         {operands, Text("layer_target", TargetOf(block ? "fused_moe" : "moe_gemm"))});
 }
 
-const Op kOps[] = {
-    {"moe_align_block_size", DrawAlign}, {"moe_gemm", DrawGemm},           {"fused_moe", DrawBlock},
-    {"expert_gemm", DrawDispatches},     {"grouped_product", DrawProduct}, {"layer_of_stack", DrawStacks}};
-constexpr int kOpCount = 6;
+Attribute Flag(std::string name, bool value) {
+  Attribute attribute = Number(std::move(name), value);
+  attribute.type = XLA_FFI_DataType_PRED;
+  return attribute;
+}
+
+// A float32 by its bits.
+Attribute Float(std::string name, int64_t bits) {
+  Attribute attribute = Number(std::move(name), bits);
+  attribute.type = XLA_FFI_DataType_F32;
+  return attribute;
+}
+
+void DrawLayer(Random& random, Case& out) {
+  const int64_t tokens = random.Of<int64_t>({0, 1, 5, 20}), experts = random.Of<int64_t>({2, 4, 12});
+  const int64_t top_k = random.Of<int64_t>({1, 2}), shared = random.Of<int64_t>({0, 1, 3});
+  const int64_t hidden = 64 * random.Of<int64_t>({1, 2}), rows = hidden - 16 * random.Below(2);
+  const int64_t inner = 16 * random.Of<int64_t>({1, 4, 5}), half = 64 * CeilDiv(inner, 64);
+  const bool mapped = random.OneIn(3);
+  const int64_t local = mapped ? random.Of<int64_t>({1, 3}) : experts;
+  const XLA_FFI_DataType type = random.OneIn(2) ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F16;
+  const auto numbers = [&](bool there, std::vector<int64_t> shape) {
+    const auto float_type =
+        random.Of<XLA_FFI_DataType>({XLA_FFI_DataType_BF16, XLA_FFI_DataType_F16, XLA_FFI_DataType_F32});
+    return Tensor{float_type, there ? std::move(shape) : std::vector<int64_t>{0}};
+  };
+  Attribute parameters;
+  parameters.name = "activation_parameters";
+  parameters.kind = XLA_FFI_AttrType_ARRAY;
+  parameters.type = XLA_FFI_DataType_F32;
+  out.operands = {{type, {tokens, hidden}}};
+  AddMatrix(random, local, hidden, 2 * half, "gate_up_", out);
+  AddMatrix(random, local, inner, hidden, "down_", out);
+  if (shared > 0) {
+    AddMatrix(random, shared, hidden, 2 * half, "shared_gate_up_", out);
+    AddMatrix(random, shared, inner, hidden, "shared_down_", out);
+  } else {
+    for (int i = 0; i < 10; ++i) out.operands.push_back({XLA_FFI_DataType_S32, {0}});
+  }
+  out.operands.push_back({XLA_FFI_DataType_S32, {mapped ? experts : 0}, Content::kIds});
+  out.operands.push_back(numbers(true, {rows, experts}));
+  out.operands.push_back(numbers(random.OneIn(3), {tokens, rows}));
+  for (int i = 0; i < 3; ++i) out.operands.push_back(numbers(random.OneIn(2), {experts}));
+  out.operands.push_back(random.OneIn(3) ? Tensor{XLA_FFI_DataType_S32, {tokens, top_k}, Content::kIds}
+                                         : Tensor{XLA_FFI_DataType_S32, {0}});
+  out.operands.push_back(numbers(random.OneIn(2), {rows, 1}));
+  out.results = {
+      {type, {tokens, hidden}}, {XLA_FFI_DataType_F32, {tokens, top_k}}, {XLA_FFI_DataType_S32, {tokens, top_k}}};
+  const std::string scoring =
+      random.Of<std::string>({"softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid"});
+  const int64_t groups = random.Of<int64_t>({1, 2});
+  const std::vector<Attribute> rule = {Text("activation", "silu"),
+                                       parameters,
+                                       Flag("apply_on_input", random.OneIn(3)),
+                                       Number("num_groups", groups),
+                                       Flag("renormalize", random.OneIn(2)),
+                                       Float("renormalize_epsilon", random.OneIn(2) ? 0 : 0x1E3CE508),
+                                       Float("scale", 0x40200000),
+                                       Text("scoring", scoring),
+                                       Float("soft_cap", random.OneIn(2) ? 0 : 0x40200000),
+                                       Flag("softmax_after_topk", random.OneIn(3)),
+                                       Flag("top2", random.OneIn(2)),
+                                       Number("top_groups", 1 + random.Below(groups)),
+                                       Number("top_k", top_k)};
+  out.attributes.insert(out.attributes.end(), rule.begin(), rule.end());
+  std::sort(out.attributes.begin(), out.attributes.end(),
+            [](const Attribute& a, const Attribute& b) { return a.name < b.name; });
+}
+
+const Op kOps[] = {{"moe_align_block_size", DrawAlign},
+                   {"moe_gemm", DrawGemm},
+                   {"fused_moe", DrawBlock},
+                   {"expert_gemm", DrawDispatches},
+                   {"grouped_product", DrawProduct},
+                   {"layer_of_stack", DrawStacks},
+                   {"moe_layer", DrawLayer}};
+constexpr int kOpCount = 7;
 
 XLA_FFI_Handler* HandlerOf(const char* name) {
   for (const CpuOp* op = CpuOp::First(); op != nullptr; op = op->next) {

@@ -46,6 +46,7 @@ class Case:
     expert_map: bool = False
     reordered: bool = False
     weight_format: str = "int4"
+    group_size: int = 32
     bias: bool = False
 
 
@@ -61,6 +62,9 @@ CASES = [
     Case("rows of its own, normed", vectors=("expert_scale", "router_input_scale"), own_input=True),
     Case("experts elsewhere", "sigmoid", expert_map=True, shared="alike"),
     Case("a shared expert", "sigmoid", shared="alike", tokens=40),
+    Case("a shared expert beside 120 slots", shared="alike", tokens=30),
+    Case("a shared expert and many tokens", "sigmoid", shared="alike", tokens=700, vectors=("correction_bias",)),
+    Case("a shared expert with global scales", shared="alike", weight_format="nvfp4", group_size=16),
     Case("a shared expert with a gate", shared="alike", gated=True, router_dtype="float32"),
     Case("two shared experts with a gate", shared="alike", shared_experts=2, gated=True),
     Case("a shared expert of another format", shared="int8", gated=True),
@@ -79,7 +83,7 @@ def make(case):
     experts = 12 if case.expert_map else EXPERTS
 
     def stack(count, k, n, **options):
-        usual = {"weight_format": case.weight_format, "group_size": 32, "bias": case.bias}
+        usual = {"weight_format": case.weight_format, "group_size": case.group_size, "bias": case.bias}
         return random_experts(rng, count, k, n, **(usual | options))
 
     routed = stack(experts, HIDDEN, 2 * INNER, reordered=case.reordered), stack(experts, INNER, HIDDEN)
@@ -225,6 +229,22 @@ def test_the_layer_and_its_op_agree_on_every_implementation():
     expected_weights, expected_ids = layer.route(x)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_array_equal(weights, expected_weights)
+
+
+def test_a_shared_expert_split_into_narrower_ones_is_the_same():
+    case = Case("split", shared="wide", gated=True)
+    x, router, routed, _, _, options = make(case)
+    whole = call(case, x, router, routed, options)
+    shared = options["shared"].split(2)
+    assert [matrix.packed.shape[1:] for matrix in (shared.gate_up, shared.down)] == [
+        matrix.packed().packed.shape[1:] for matrix in routed
+    ]
+    y = call(case, x, router, routed, options | {"shared": shared})
+    np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(whole, np.float32), rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match="down has 2 experts; only a single one is split"):
+        shared.split(2)
+    with pytest.raises(ValueError, match="experts is 3; it must divide the 128 rows of down"):
+        options["shared"].split(3)
 
 
 def test_batches_of_rows_are_one_call(platform):

@@ -22,10 +22,11 @@ struct Problem {
   static constexpr bool kGlobalScales = Facts::kGlobalScales;  // float32 factors of each 64 columns
   static constexpr int kK = Facts::kK, kN = Facts::kN;         // of the packed matrix
   static constexpr int kExperts = Facts::kExperts;
-  static constexpr int kGroup = Facts::kGroup;              // rows of K that share a scale; the last may be shorter
-  static constexpr int kRowStride = Facts::kRowStride;      // elements from a row of x to the next
-  static constexpr int kSlotsPerRow = Facts::kSlotsPerRow;  // slot s reads row s / kSlotsPerRow of x
-  static constexpr bool kTransposed = Facts::kTransposed;   // whether rows of x have kN columns, and results kK
+  static constexpr int kSharedExperts = Facts::kSharedExperts;  // behind them, in arrays of their own
+  static constexpr int kGroup = Facts::kGroup;                  // rows of K that share a scale; the last may be shorter
+  static constexpr int kRowStride = Facts::kRowStride;          // elements from a row of x to the next
+  static constexpr int kSlotsPerRow = Facts::kSlotsPerRow;      // slot s reads row s / kSlotsPerRow of x
+  static constexpr bool kTransposed = Facts::kTransposed;       // whether rows of x have kN columns, and results kK
   static constexpr int kUnits = kN / kUnitColumns;
   static constexpr int kGroups = (kK + kGroup - 1) / kGroup;
   using ExpertIndex = Index<int64_t(kExperts) * kN>;  // of a column among those of all experts
@@ -42,6 +43,24 @@ struct Operands {
   const unsigned char* __restrict__ scales;   // [experts, groups, N] of ScaleElement, in Marlin order
   const unsigned char* __restrict__ zeros;    // [experts, groups, N] of ZeroElement, in Marlin order, if stored
   const float* __restrict__ global_scales;    // [experts, N / 64] if kGlobalScales
+  // The same of shared experts, if there are any.
+  const int32_t* __restrict__ shared_packed;
+  const unsigned char* __restrict__ shared_scales;
+  const unsigned char* __restrict__ shared_zeros;
+  const float* __restrict__ shared_global_scales;
+};
+
+// An array and an expert's place in it: the first one, or, for shared experts, the second.
+template <class Problem, class Element>
+struct ExpertArray {
+  const Element* elements;
+  int expert;
+
+  __device__ __forceinline__ ExpertArray(const Element* own, const Element* shared, int e) : elements(own), expert(e) {
+    if constexpr (Problem::kSharedExperts > 0) {
+      if (e >= Problem::kExperts) elements = shared, expert = e - Problem::kExperts;
+    }
+  }
 };
 
 // The codes of a packed tile.
@@ -71,7 +90,7 @@ struct ProductColumns {
   static constexpr int kCount = Problem::kN / kHalves;
   static constexpr int kUnits = kCount / kUnitColumns;
   static_assert(kCount == Epilogue::kColumns, "the epilogue has the product's columns");
-  static_assert(TokenTiles::kExperts == Problem::kExperts, "token tiles are of the matrix's experts");
+  static_assert(TokenTiles::kExperts == Problem::kExperts + Problem::kSharedExperts, "token tiles are of its experts");
 };
 
 }  // namespace jmm

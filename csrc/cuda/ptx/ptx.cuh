@@ -26,6 +26,18 @@ __device__ __forceinline__ void copy16(uint32_t shared, const void* global) {
 #endif
 }
 
+// Copies kBytes, 4, 8 or 16, likewise. (Of an architecture with cp.async.)
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+#if JMM_HAS_CP_ASYNC
+  if constexpr (kBytes == 16) {
+    copy16(shared, global);
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes) : "memory");
+  }
+#endif
+}
+
 // The same, for bytes that are read once: they leave L2 first.
 __device__ __forceinline__ void copy16_streamed(uint32_t shared, const void* global, uint64_t policy) {
 #if JMM_HAS_CP_ASYNC
@@ -164,6 +176,49 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t pairs) {
   uint32_t transposed;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pairs));
   return transposed;
+}
+
+// Of four; lanes 8 i to 8 i + 7 address the rows of the i-th.
+__device__ __forceinline__ void load_matrices_x4(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row));
+}
+
+// Of four, each transposed.
+__device__ __forceinline__ void load_transposed_x4(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row));
+}
+
+// d (16 x 8, float32) += a (16 x 8) * b (8 x 8), both of 32-bit floats whose last 13 bits do not count.
+__device__ __forceinline__ void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Rounded to the 11 bits that such a product reads.
+__device__ __forceinline__ float round_to_tf32(float value) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+#else
+  return value;
+#endif
+}
+
+// The largest of a warp's values.
+__device__ __forceinline__ uint32_t maximum_of_warp(uint32_t value) {
+  uint32_t most = value;
+#if __CUDA_ARCH__ >= 800
+  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(most) : "r"(value));
+#endif
+  return most;
 }
 
 // d (16 x 8, float32) += a (16 x 16) * b (16 x 8).

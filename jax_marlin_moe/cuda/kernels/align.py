@@ -17,6 +17,7 @@ def align_kernel(
     topk_ids: int,
     expert_map: int | None,
     outputs: tuple[int, int, int],
+    overlaps_predecessor: bool = False,
 ) -> Kernel:
     """One CTA that groups the slots by expert.
 
@@ -62,6 +63,7 @@ def align_kernel(
         threads=32 * warps,
         shared_bytes=size(warps),
         max_ctas=1,
+        overlaps_predecessor=overlaps_predecessor,
     )
 
 

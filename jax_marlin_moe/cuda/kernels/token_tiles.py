@@ -5,6 +5,7 @@ import dataclasses
 from jax_marlin_moe.cuda.facts import Facts, Pointer, optional
 
 MOST_GROUPED_SLOTS = 128
+MOST_SLOTS_OF_A_BYTE = 254
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,14 @@ def aligned_tiles(
 
 
 def direct_tiles(
-    num_slots: int, num_experts: int, routed_experts: int, topk_ids: int, expert_map: int | None
+    num_slots: int, num_experts: int, routed_experts: int, topk_ids: int, expert_map: int | None, from_previous: bool
 ) -> TokenTiles:
     """Every slot is a token tile of one row."""
     facts: Facts = {
         "slots": num_slots,
         "experts": num_experts,
         "routed_experts": routed_experts,
+        "from_previous_kernel": from_previous,
         "mapped": expert_map is not None,
     }
     pointers = {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": optional(expert_map, "int32")}
@@ -76,13 +78,22 @@ def direct_tiles(
 
 
 def grouped_tiles(
-    num_slots: int, num_experts: int, routed_experts: int, rows: int, topk_ids: int, expert_map: int | None
+    num_slots: int,
+    num_experts: int,
+    routed_experts: int,
+    rows: int,
+    topk_ids: int,
+    expert_map: int | None,
+    from_previous: bool = False,
+    shared_slots: int = 0,
 ) -> TokenTiles:
-    """Every CTA groups the slots by expert for itself, at most `MOST_GROUPED_SLOTS` of them."""
+    """Every CTA groups the slots by expert for itself: at most `MOST_GROUPED_SLOTS`, and those of shared experts."""
     facts: Facts = {
         "slots": num_slots,
         "experts": num_experts,
         "routed_experts": routed_experts,
+        "from_previous_kernel": from_previous,
+        "shared_slots": shared_slots,
         "rows": rows,
         "mapped": expert_map is not None,
     }
@@ -93,7 +104,7 @@ def grouped_tiles(
         facts,
         pointers,
         most,
-        shared_bytes=-(-most * rows // 16) * 16 + -(-most // 8) * 16 + 32 * words + 16,
+        shared_bytes=-(-most * rows // 16) * 16 + -(-most // 8) * 16 + 32 * words + (32 if words > 4 else 16),
         scratch_bytes=num_experts * words * 4,
     )
 

@@ -27,7 +27,8 @@ struct MmaRows {
       global_scales[u] = 1.0f;
       if constexpr (Problem::kGlobalScales) {
         const int unit = Shape::first_unit(work_tile, warp_n) + u * Shape::kUnitStride;
-        global_scales[u] = operands.global_scales[typename Shape::ExpertIndex(max(expert, 0)) * Problem::kUnits + unit];
+        const ExpertArray<Problem, float> scales(operands.global_scales, operands.shared_global_scales, max(expert, 0));
+        global_scales[u] = scales.elements[typename Shape::ExpertIndex(scales.expert) * Problem::kUnits + unit];
       }
     }
     slot = lane < Tile::kTokens ? token_tiles.slot(token_tile, lane) : -1;

@@ -78,11 +78,13 @@ struct MmaLoader {
   // Scales and zero points are wanted when a group closes.
   __device__ __forceinline__ void load_scales(uint32_t stage) const {
     if (expert < 0 || (rows_left > Tile::kBlockK && k_block < Shape::k_blocks_of(share) - 1)) return;
-    const int64_t first = int64_t(expert) * Problem::kGroups + group;
+    const ExpertArray<Problem, unsigned char> scales(operands.scales, operands.shared_scales, expert);
+    const int64_t first = int64_t(scales.expert) * Problem::kGroups + group;
     const int unit = Shape::first_unit(work_tile, warp_n);
-    copy_rows<Storage::kUnitScaleBytes>(stage + Storage::kScalesAt, operands.scales, first, unit);
+    copy_rows<Storage::kUnitScaleBytes>(stage + Storage::kScalesAt, scales.elements, first, unit);
     if constexpr (Zeros::kStored) {
-      copy_rows<Zeros::kUnitBytes>(stage + Storage::kZerosAt, operands.zeros, first, unit);
+      const ExpertArray<Problem, unsigned char> zeros(operands.zeros, operands.shared_zeros, expert);
+      copy_rows<Zeros::kUnitBytes>(stage + Storage::kZerosAt, zeros.elements, first, unit);
     }
   }
 
@@ -122,8 +124,9 @@ struct MmaLoader {
   __device__ __forceinline__ void begin_tile() {
     const int k = Shape::first_row(share);
     const int unit = Shape::first_unit(work_tile, warp_n);
-    weights = reinterpret_cast<const uint32_t*>(operands.packed) +
-              (int64_t(max(expert, 0)) * (Problem::kK / kStepRows) + k / kStepRows) * Shape::kStepWords +
+    const ExpertArray<Problem, int32_t> packed(operands.packed, operands.shared_packed, max(expert, 0));
+    weights = reinterpret_cast<const uint32_t*>(packed.elements) +
+              (int64_t(packed.expert) * (Problem::kK / kStepRows) + k / kStepRows) * Shape::kStepWords +
               unit * Packed::kWords + lane * 4;
     tokens = operands.x + k + copy_lane() % Shape::kPieces * 8;
     token_copies = 0;

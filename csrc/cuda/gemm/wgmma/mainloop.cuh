@@ -89,9 +89,10 @@ struct WgmmaConsumer {
     for (int h = 0; h < Shape::kHalves; ++h) {
       factors[h] = Weights::kResidualScale;
       if constexpr (Shape::kScalesSums) {
-        factors[h] *=
-            gemm.operands
-                .global_scales[expert * (Problem::kUnits) + Shape::packed_unit(record.column_tile, lane.unit(h))];
+        const ExpertArray<Problem, float> scales(gemm.operands.global_scales, gemm.operands.shared_global_scales,
+                                                 record.expert);
+        factors[h] *= scales.elements[typename Shape::ExpertIndex(scales.expert) * (Problem::kUnits) +
+                                      Shape::packed_unit(record.column_tile, lane.unit(h))];
       }
     }
     const int first_column = record.column_tile * Shape::kHalfUnits * kUnitColumns + lane.unit(0) * kUnitColumns +

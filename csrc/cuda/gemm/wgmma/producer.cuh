@@ -38,6 +38,9 @@ struct WgmmaWeightCopies {
           source(static_cast<const unsigned char*>(operand) +
                  (int64_t(expert) * kRowsOfExpert + w / Shape::kHalves) * kRowBytes +
                  Shape::packed_unit(column_tile, w % Shape::kHalves * Shape::kHalfUnits) * kUnitBytes) {}
+    template <class Element>
+    __device__ __forceinline__ Runs(const ExpertArray<Problem, Element>& array, int column_tile, int w)
+        : Runs(array.elements, array.expert, column_tile, w) {}
 
     // One lane's: copies the warp's runs of the rows from `row` on, and has the barrier wait for them.
     __device__ __forceinline__ void copy(uint32_t target, int row, uint32_t barrier, uint64_t policy) const {
@@ -59,9 +62,9 @@ struct WgmmaWeightCopies {
   const Runs<kStoredZeroBytes, Problem::kGroups, KBlocks::kScaleRows> zeros;
 
   __device__ __forceinline__ WgmmaWeightCopies(const Operands<Problem>& operands, int expert, int column_tile, int warp)
-      : weights(operands.packed, expert, column_tile, warp),
-        scales(operands.scales, expert, column_tile, warp),
-        zeros(operands.zeros, expert, column_tile, warp) {}
+      : weights(ExpertArray<Problem, int32_t>(operands.packed, operands.shared_packed, expert), column_tile, warp),
+        scales(ExpertArray<Problem, unsigned char>(operands.scales, operands.shared_scales, expert), column_tile, warp),
+        zeros(ExpertArray<Problem, unsigned char>(operands.zeros, operands.shared_zeros, expert), column_tile, warp) {}
 
   __device__ __forceinline__ void copy(uint32_t stage, int k_block, uint32_t barrier, uint64_t policy) const {
     int step = k_block * KBlocks::kSteps, group = k_block * Tile::kBlockK / Problem::kGroup;

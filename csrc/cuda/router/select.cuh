@@ -1,0 +1,301 @@
+// From logits to experts and weights, as `route` has it (jax_marlin_moe/routing.py): one token per warp.
+//
+// The slices of K that the product left are added in their order. A lane has consecutive experts, so that among equal
+// scores the lowest lane has the lowest expert. Scores are compared as integers in the order of their bits, which is
+// that of the numbers, with NaN at both ends: whatever the logits are, the ids are distinct and in range.
+#pragma once
+
+#include "router/element.cuh"
+#include "router/scoring.cuh"
+
+namespace jmm {
+
+// Facts: jax_marlin_moe/cuda/kernels/router.py.
+template <class Facts>
+struct RouterSelect {
+  using Scores = typename Facts::Scores;
+  using RouterBias = typename Facts::RouterBias;          // elements
+  using CorrectionBias = typename Facts::CorrectionBias;  // elements
+  using ExpertScale = typename Facts::ExpertScale;        // elements
+  static constexpr int kTokens = Facts::kTokens, kExperts = Facts::kExperts, kTopK = Facts::kTopK;
+  static constexpr int kSlots = Facts::kSlots;  // of a token: its choice, and the shared experts
+  static constexpr int kSlices = Facts::kSlices, kStride = Facts::kStride;
+  static constexpr int kGroups = Facts::kGroups, kTopGroups = Facts::kTopGroups;
+  static constexpr bool kTop2 = Facts::kTop2;  // what a group is worth: its best two, or its best
+  static constexpr bool kGiven = Facts::kGiven, kGated = Facts::kGated;
+  static constexpr bool kRouterBiased = Facts::kRouterBiased, kBiased = Facts::kBiased, kScaled = Facts::kScaled;
+  static constexpr bool kCapped = Facts::kCapped, kChosenSigmoid = Facts::kChosenSigmoid;
+  static constexpr bool kSoftmaxOfChosen = Facts::kSoftmaxOfChosen, kRenormalized = Facts::kRenormalized;
+  static constexpr int kWarps = Facts::kWarps, kWarpsOfToken = Facts::kWarpsOfToken;  // that add slices
+  static constexpr int kThreads = 32 * kWarps, kTokensOfCta = kWarps / kWarpsOfToken;
+  static constexpr int kMaxCtas = (kTokens + kTokensOfCta - 1) / kTokensOfCta;
+  static constexpr int kCount = (kExperts + 31) / 32;  // experts of a lane
+  static constexpr int kVectors = kStride / 4, kLaneVectors = (kVectors + 31) / 32;
+  static constexpr int kThreadsOfToken = 32 * kWarpsOfToken;
+  static constexpr int kOfThread = (kStride + kThreadsOfToken - 1) / kThreadsOfToken;  // logits to be made scores
+  static_assert(kStride % 4 == 0, "logits are read four at a time");
+  static_assert(kSlots <= 32 && kGroups <= 32 && kCount <= 32, "a lane for each slot and group, a bit for each expert");
+  static_assert(kExperts % kGroups == 0, "groups are equal");
+
+  struct Shared {
+    float logits[kWarps][kStride];         // of a part of the slices; the first row of a token becomes its scores
+    float choices[kTokensOfCta][kStride];  // scores with the correction bias; or that alone, where scores are of all
+  };
+  static constexpr int kSharedBytes = sizeof(Shared);
+
+  const float* logits;                                 // [kSlices, kTokens, kStride], from the kernel before
+  const RouterBias* __restrict__ router_bias;          // [kExperts] if kRouterBiased
+  const CorrectionBias* __restrict__ correction_bias;  // [kExperts] if kBiased
+  const ExpertScale* __restrict__ expert_scale;        // [kExperts] if kScaled
+  const int32_t* __restrict__ given;                   // [kTokens, kTopK] if kGiven
+  float* __restrict__ topk_weights;                    // [kTokens, kSlots]
+  int32_t* __restrict__ topk_ids;                      // [kTokens, kSlots]
+
+  __device__ void run(unsigned char* shared_bytes) const {
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int thread = threadIdx.x % kThreadsOfToken, token_of_cta = warp / kWarpsOfToken;
+    const int token = blockIdx.x * kTokensOfCta + token_of_cta;
+    float biases[kOfThread], corrections[kOfThread];
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int e = min(i * kThreadsOfToken + thread, kExperts - 1);
+      biases[i] = corrections[i] = 0.0f;
+      if constexpr (kRouterBiased) biases[i] = number(router_bias[e]);
+      if constexpr (kBiased) corrections[i] = number(correction_bias[e]);
+    }
+    // The next kernel reads nothing of the call before it has waited for this one.
+    allow_next_kernel();
+    wait_for_previous_kernel();
+
+    if (token < kTokens) add_slices(shared.logits[warp], token, warp % kWarpsOfToken, lane);
+    sync_token();
+    float* const row = shared.logits[token_of_cta * kWarpsOfToken];
+    float* const choice = shared.choices[token_of_cta];
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int e = i * kThreadsOfToken + thread;
+      if (e >= kStride) break;
+      float value = row[e];
+#pragma unroll
+      for (int w = 1; w < kWarpsOfToken; ++w) value += row[w * kStride + e];
+      if (e < kExperts) {
+        value += biases[i];
+        if constexpr (kCapped) {
+          constexpr uint32_t kCap = Facts::kCap;
+          value = tanhf(value / __uint_as_float(kCap)) * __uint_as_float(kCap);
+        }
+        if constexpr (!Scores::kOfAll) value = Scores::of(value);
+        choice[e] = Scores::kOfAll ? corrections[i] : value + corrections[i];
+      }
+      row[e] = value;
+    }
+    sync_token();
+    if (token < kTokens && warp % kWarpsOfToken == 0) choose(row, choice, token, lane);
+  }
+
+ private:
+  static constexpr uint32_t kMinusInfinity = 0xFF800000u;
+  static constexpr int kGroupSize = kExperts / kGroups;
+  static constexpr int kLanesOfGroup = kGroupSize % kCount == 0 ? kGroupSize / kCount : 0;
+  // Whether a group is what some neighbouring lanes have, a power of two of them.
+  static constexpr bool kGroupsOfLanes = kLanesOfGroup > 0 && (kLanesOfGroup & (kLanesOfGroup - 1)) == 0;
+
+  __device__ __forceinline__ static void sync_token() {
+    if constexpr (kWarpsOfToken > 1) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ void add_slices(float* row, int token, int part, int lane) const {
+    constexpr int kSlicesOfWarp = (kSlices + kWarpsOfToken - 1) / kWarpsOfToken;
+    constexpr int kAtOnce = kSlicesOfWarp < 8 ? kSlicesOfWarp : 8;  // on their way together
+    float4 sums[kLaneVectors];
+#pragma unroll
+    for (int v = 0; v < kLaneVectors; ++v) sums[v] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int first = 0; first < kSlicesOfWarp; first += kAtOnce) {
+      float4 parts[kAtOnce][kLaneVectors];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int slice = part * kSlicesOfWarp + first + i;
+        const bool there = first + i < kSlicesOfWarp && slice < kSlices;
+        const float* const source = logits + (int64_t(there ? slice : 0) * kTokens + token) * kStride;
+#pragma unroll
+        for (int v = 0; v < kLaneVectors; ++v) {
+          parts[i][v] = {0.0f, 0.0f, 0.0f, 0.0f};
+          if (there && v * 32 + lane < kVectors) parts[i][v] = reinterpret_cast<const float4*>(source)[v * 32 + lane];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int v = 0; v < kLaneVectors; ++v) {
+          sums[v].x += parts[i][v].x, sums[v].y += parts[i][v].y;
+          sums[v].z += parts[i][v].z, sums[v].w += parts[i][v].w;
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < kLaneVectors; ++v) {
+      if (v * 32 + lane < kVectors) reinterpret_cast<float4*>(row)[v * 32 + lane] = sums[v];
+    }
+  }
+
+  // Larger for larger numbers, and never 0.
+  __device__ __forceinline__ static uint32_t key(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
+  }
+
+  __device__ __forceinline__ void choose(float* row, float* choice, int token, int lane) const {
+    const float gate = kGated ? exact_sigmoid(row[kExperts]) : 1.0f;
+    float values[kCount];
+    if constexpr (Scores::kOfAll) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int e = lane * kCount + i;
+        values[i] = e < kExperts ? row[e] : __uint_as_float(kMinusInfinity);
+      }
+      Scores::apply(values);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int e = lane * kCount + i;
+        if (e < kExperts) {
+          row[e] = values[i];
+          choice[e] = values[i] += choice[e];
+        }
+      }
+      __syncwarp();
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] = choice[min(lane * kCount + i, kExperts - 1)];
+    }
+
+    int id = 0;
+    bool there = lane < kTopK;
+    if constexpr (kGiven) {
+      if (there) id = given[int64_t(token) * kTopK + lane];
+      there = there && id >= 0 && id < kExperts;
+    } else {
+      uint32_t keys[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) keys[i] = lane * kCount + i < kExperts ? key(values[i]) : 0;
+      if constexpr (kTopGroups < kGroups) {
+        const uint32_t kept = best_groups(choice, values, keys, lane);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const int group = min((lane * kCount + i) / kGroupSize, kGroups - 1);
+          if (keys[i] != 0 && !(kept >> group & 1)) keys[i] = key(__uint_as_float(kMinusInfinity));
+        }
+      }
+      id = best_experts(keys, lane);
+    }
+    weigh(row, gate, id, there, token, lane);
+  }
+
+  // The best two of a group: their keys, and the numbers.
+  struct BestTwo {
+    uint32_t first_key = 0, second_key = 0;
+    float first = 0.0f, second = 0.0f;
+
+    __device__ __forceinline__ void take(uint32_t k, float value) {
+      const bool leads = k > first_key, follows = k > second_key;
+      second = leads ? first : follows ? value : second;
+      second_key = leads ? first_key : follows ? k : second_key;
+      first = leads ? value : first;
+      first_key = leads ? k : first_key;
+    }
+  };
+
+  // The bits of the kTopGroups groups of the largest worth, from all lanes' values, or from a row of them.
+  __device__ __forceinline__ static uint32_t best_groups(const float* choice, const float (&values)[kCount],
+                                                         const uint32_t (&keys)[kCount], int lane) {
+    BestTwo best;
+    if constexpr (kGroupsOfLanes) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) best.take(keys[i], values[i]);
+#pragma unroll
+      for (int distance = 1; distance < kLanesOfGroup; distance *= 2) {
+        const uint32_t first_key = __shfl_xor_sync(~0u, best.first_key, distance);
+        const uint32_t second_key = __shfl_xor_sync(~0u, best.second_key, distance);
+        const float first = __shfl_xor_sync(~0u, best.first, distance);
+        const float second = __shfl_xor_sync(~0u, best.second, distance);
+        best.take(first_key, first);
+        best.take(second_key, second);
+      }
+    } else if (lane < kGroups) {
+#pragma unroll 8
+      for (int i = 0; i < kGroupSize; ++i) {
+        const float value = choice[lane * kGroupSize + i];
+        best.take(key(value), value);
+      }
+    }
+    const float worth = kTop2 && kGroupSize > 1 ? best.first + best.second : best.first;
+    const int group = kGroupsOfLanes ? lane / kLanesOfGroup : lane;  // that this lane knows
+    const uint32_t mine = key(worth);
+    int better = 0;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const uint32_t theirs = __shfl_sync(~0u, mine, kGroupsOfLanes ? g * kLanesOfGroup : g);
+      better += theirs > mine || (theirs == mine && g < group);
+    }
+    const bool kept = group < kGroups && better < kTopGroups;
+    uint32_t bits = kept ? 1u << group : 0;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) bits |= __shfl_xor_sync(~0u, bits, distance);
+    return bits;
+  }
+
+  // Lane j gets the expert of the j-th largest key.
+  __device__ __forceinline__ static int best_experts(uint32_t (&keys)[kCount], int lane) {
+    int id = 0;
+#pragma unroll 1
+    for (int j = 0; j < kTopK; ++j) {
+      uint32_t best[kCount];
+      int at[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) best[i] = keys[i], at[i] = i;
+      // Pairs, pairs of pairs, and so on: the lower one stays where keys are equal.
+#pragma unroll
+      for (int distance = 1; distance < kCount; distance *= 2)
+#pragma unroll
+        for (int i = 0; i + distance < kCount; i += 2 * distance) {
+          if (best[i + distance] > best[i]) best[i] = best[i + distance], at[i] = at[i + distance];
+        }
+      const uint32_t most = maximum_of_warp(best[0]);
+      const int owner = __ffs(__ballot_sync(~0u, best[0] == most)) - 1;
+      const int chosen = __shfl_sync(~0u, lane * kCount + at[0], owner);
+      if (lane == j) id = chosen;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (lane * kCount + i == chosen) keys[i] = 0;
+      }
+    }
+    return id;
+  }
+
+  __device__ __forceinline__ void weigh(const float* row, float gate, int id, bool there, int token, int lane) const {
+    constexpr uint32_t kScale = Facts::kScale, kEpsilon = Facts::kEpsilon;
+    float weight = there ? row[id] : 0.0f;
+    if constexpr (kChosenSigmoid) weight = there ? exact_sigmoid(weight) : 0.0f;
+    if constexpr (kSoftmaxOfChosen) {
+      const float most = largest_of_warp(there ? weight : __uint_as_float(0xFF800000u));
+      weight = there ? expf(weight - most) : 0.0f;
+      weight /= sum_of_warp(weight);
+    } else if constexpr (kRenormalized) {
+      weight /= sum_of_warp(weight) + __uint_as_float(kEpsilon);
+    }
+    if constexpr (kScale != 0x3F800000u) weight *= __uint_as_float(kScale);
+    if constexpr (kScaled) weight *= there ? number(expert_scale[id]) : 1.0f;
+    if (!there) weight = 0.0f;
+    if (lane >= kTopK) id = kExperts + lane - kTopK, weight = gate;
+    if (lane < kSlots) {
+      topk_ids[int64_t(token) * kSlots + lane] = id;
+      topk_weights[int64_t(token) * kSlots + lane] = weight;
+    }
+  }
+};
+
+}  // namespace jmm

@@ -1,0 +1,99 @@
+"""The kernels of a whole layer: the router before the expert block, in one call."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.cuda.compiler import compute_capability
+from jax_marlin_moe.cuda.kernels.router import Router, logits_buffer, product_kernel, router_tile, select_kernel
+from jax_marlin_moe.cuda.plan import BlockBuffers, plan_block
+from jax_marlin_moe.cuda.program import Plan
+from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.operands import WEIGHT_OPERANDS
+from jax_marlin_moe.weights import MarlinWeights
+
+# Operands before the matrices, in this order.
+ROUTER_OPERANDS = ("x", "router", "router_input", "router_bias", "correction_bias", "expert_scale", "gate", "given")
+
+
+def plan_moe_layer(
+    x: jax.Array,
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    router: Router,
+    *,
+    own_input: bool,
+    mapped: bool,
+    activation: Activation,
+    architecture: str,
+    scheme: BlockScheme | None = None,
+) -> Plan:
+    """Buffers: `ROUTER_OPERANDS`, gate_up (5), down (5), those shared (10), expert_map; y, weights, ids; scratch."""
+    capability = compute_capability(architecture)
+    place = {name: at for at, name in enumerate(ROUTER_OPERANDS)}
+    first = len(ROUTER_OPERANDS)
+    expert_map = first + 4 * WEIGHT_OPERANDS
+    y, topk_weights, topk_ids, logits = (expert_map + i for i in range(1, 5))
+    tile = router_tile(router, capability)
+
+    def present(name: str, array: jax.Array | None) -> int | None:
+        return None if array is None else place[name]
+
+    product = product_kernel(
+        router,
+        tile,
+        rows=place["router_input" if own_input else "x"],
+        kernel=place["router"],
+        gate=present("gate", router.gate),
+        out=logits,
+    )
+    select = select_kernel(
+        router,
+        tile,
+        logits=logits,
+        bias=present("router_bias", router.bias),
+        correction_bias=present("correction_bias", router.correction_bias),
+        expert_scale=present("expert_scale", router.expert_scale),
+        given=present("given", router.given),
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        overlaps_predecessor=capability >= 90,
+    )
+    block = plan_block(
+        x,
+        gate_up,
+        down,
+        BlockBuffers(
+            x=place["x"],
+            gate_up=first,
+            down=first + WEIGHT_OPERANDS,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            expert_map=expert_map if mapped else None,
+            y=y,
+            scratch=logits + 1,
+            ids_from_previous=True,
+            shared_gate_up=first + 2 * WEIGHT_OPERANDS if router.shared else None,
+            shared_down=first + 3 * WEIGHT_OPERANDS if router.shared else None,
+        ),
+        tokens=x.shape[0],
+        top_k=router.routing.top_k,
+        routed_experts=router.experts,
+        activation=activation,
+        architecture=architecture,
+        scheme=scheme,
+        shared=router.shared,
+    )
+    return dataclasses.replace(
+        block,
+        kernels=(product, select, *block.kernels),
+        scratch=(logits_buffer(router, tile), *block.scratch),
+    )
+
+
+def choice_buffers(router: Router) -> list[jax.ShapeDtypeStruct]:
+    """Weights and ids of all slots."""
+    shape = (router.rows.shape[0], router.slots)
+    return [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)]
