@@ -194,6 +194,27 @@ def test_a_million_choices_are_those_of_route_ties_included(platform):
         assert len(differ) <= tokens / 1000, name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("router_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [5, 60, 200, 700])
+def test_routers_of_many_experts_choose_as_exact_logits_do(tokens, router_dtype):
+    """Every way in which the kernels cut a router; where the next score is close, either expert may be chosen."""
+    rng = np.random.default_rng(tokens)
+    experts, hidden, rule = 256, 512, jmm.Routing(8, "sigmoid", num_groups=8, top_groups=4, scale=2.5)
+    x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.bfloat16)
+    router = jnp.asarray(rng.normal(size=(hidden, experts)) * hidden**-0.5, router_dtype)
+    bias = jnp.asarray(rng.normal(size=experts) / 8, jnp.float32)
+    matrices = [
+        jmm.quantize(jnp.zeros((experts, k, n)), "int4", group_size=64) for k, n in ((hidden, 128), (64, hidden))
+    ]
+    options = {"routing": rule, "correction_bias": bias, "return_routing": True, "implementation": "cuda"}
+    _, weights, ids = jmm.moe_layer(x, router, *matrices, **options)
+    expected_weights, expected = expected_choice(x, router, options)
+    same = (np.asarray(ids) == np.asarray(expected)).all(1)
+    assert same.mean() > 0.99
+    np.testing.assert_allclose(np.asarray(weights)[same], np.asarray(expected_weights)[same], rtol=2e-5)
+
+
 def test_rows_that_are_not_numbers_choose_distinct_experts_and_change_no_others(platform):
     for rule, given in (("softmax", False), ("top 2 of groups", False), ("sqrtsoftplus", True)):
         case = Case("faulty rows", rule, given=given)
