@@ -50,9 +50,14 @@ TOGETHER = ("test_cpu_handlers_fuzz.py", "test_cuda_handlers.py", "test_large_ar
 def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
+    few = len(config.getoption("tx")) <= 4
+
     class TogetherScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return next((name for name in TOGETHER if name in nodeid), nodeid)
+            # Few workers have time for whole tests, whose cases share compiled functions.
+            name = nodeid.partition("[")[0] if few else nodeid
+            return next((shared for shared in TOGETHER if shared in nodeid), name)
 
     return TogetherScheduling(config, log)
 

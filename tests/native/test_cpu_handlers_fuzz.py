@@ -1,6 +1,7 @@
 """CPU handlers under sanitizers for some seconds, and the proof that the sanitizers would see a missing check.
 
-`.ci/run` runs the same program for longer, with the kernels of every instruction set.
+Where FUZZ_SECONDS is set, as by `.ci/run`, the fuzzer runs for so long, with the kernels of every
+instruction set.
 """
 
 import os
@@ -9,6 +10,7 @@ import subprocess
 import pytest
 from native import cpu_handlers_fuzz
 
+SECONDS = os.environ.get("FUZZ_SECONDS")
 CALLS = 3000
 SANITIZERS = "address,undefined"
 SCALES_CHECK = '  contract.HasExtents(operands.scales, prefix + "scales", {experts, groups, n});\n'
@@ -19,10 +21,10 @@ pytestmark = [
 ]
 
 
-def run(program, calls=CALLS):
-    environment = os.environ | {"JAX_MARLIN_MOE_CPU_ISA": "portable"}
+def run(program, calls, seconds="30"):
+    environment = os.environ if SECONDS else os.environ | {"JAX_MARLIN_MOE_CPU_ISA": "portable"}
     return subprocess.run(
-        [program, "30", str(calls), "1", "1"], env=environment, capture_output=True, text=True, timeout=600
+        [program, seconds, str(calls), "1", "1"], env=environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -31,12 +33,13 @@ def objects(tmp_path_factory):
     """Compiled once for both tests: the second one replaces the object that it changes."""
     folder = tmp_path_factory.mktemp("objects")
     return cpu_handlers_fuzz.compile_objects(
-        SANITIZERS, folder, cpu_handlers_fuzz.sources(only_portable=True), only_portable=True
+        SANITIZERS, folder, cpu_handlers_fuzz.sources(only_portable=not SECONDS), only_portable=not SECONDS
     )
 
 
 def test_handlers_have_no_memory_errors_and_no_undefined_behaviour(objects, tmp_path):
-    result = run(cpu_handlers_fuzz.link(SANITIZERS, tmp_path / "fuzz", objects.values()))
+    program = cpu_handlers_fuzz.link(SANITIZERS, tmp_path / "fuzz", objects.values())
+    result = run(program, 1_000_000, SECONDS) if SECONDS else run(program, CALLS)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
