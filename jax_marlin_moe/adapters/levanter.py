@@ -1,0 +1,55 @@
+"""`moe_mlp`: in the manner of levanter's function of that name."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.adapters.names import activation_named
+from jax_marlin_moe.ops.fused_moe import fused_moe
+from jax_marlin_moe.weights import MarlinWeights
+
+
+def moe_mlp(
+    x: Float[Array, "tokens D"],
+    selected_experts: Int[Array, "tokens top_k"],
+    combine_weights: Float[Array, "tokens top_k"],
+    w_up_gate: MarlinWeights,
+    w_down: MarlinWeights,
+    *,
+    activation: str | Activation | Callable[[Array], Array] = jax.nn.silu,
+    token_valid: Bool[Array, " tokens"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "tokens D"]:
+    """Chosen experts of each token, combined. No token is dropped for want of capacity.
+
+    Args:
+        x: bfloat16 or float16 rows; those of another float are multiplied as bfloat16 and come back as they were.
+        selected_experts: their experts.
+        combine_weights: of the sum.
+        w_up_gate: packed experts (D, 2 I), gate in the first half of the columns, as this package has it.
+        w_down: packed experts (I, D).
+        activation: of gate, a name or a function of jax.nn.
+        token_valid: tokens that are no padding; the others come back as zeros.
+        implementation: as for `jax_marlin_moe.fused_moe`.
+
+    Raises:
+        TypeError: an argument has the wrong dtype or type.
+        ValueError: shapes disagree, or the activation is not known.
+    """
+    ids = selected_experts.astype(jnp.int32)
+    if token_valid is not None:
+        ids = jnp.where(token_valid[:, None], ids, -1)
+    rows = x if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.bfloat16)
+    y = fused_moe(
+        rows,
+        w_up_gate,
+        w_down,
+        combine_weights.astype(jnp.float32),
+        ids,
+        activation=activation_named(activation),
+        implementation=implementation,
+    )
+    return y.astype(x.dtype)

@@ -1,0 +1,83 @@
+"""`fused_moe_func`: the signature of tpu-inference's function, which MaxText calls too."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.adapters.names import activation_named
+from jax_marlin_moe.ops.fused_moe import fused_moe
+from jax_marlin_moe.routing import route
+from jax_marlin_moe.sharding import partition_specs
+from jax_marlin_moe.weights import MarlinWeights
+
+
+def fused_moe_func(
+    hidden_states: Float[Array, "tokens H"],
+    w1: MarlinWeights,
+    w2: MarlinWeights,
+    w1_scale: None,
+    w2_scale: None,
+    w1_bias: None,
+    w2_bias: None,
+    gating_output: Float[Array, "tokens experts"],
+    topk: int,
+    renormalize: bool,
+    mesh: Mesh | None,
+    use_ep: bool,
+    activation: str | Activation,
+    scoring_fn: str = "softmax",
+    *,
+    expert_axis: str | tuple[str, ...] = "expert",
+) -> Float[Array, "tokens H"]:
+    """Routes tokens by their logits and runs their experts.
+
+    Args:
+        hidden_states: bfloat16 or float16 rows.
+        w1: packed experts (H, 2 I), columns [gate | up].
+        w2: packed experts (I, H).
+        w1_scale: None: packed weights hold their scales.
+        w2_scale: likewise.
+        w1_bias: None: packed weights hold their bias.
+        w2_bias: likewise.
+        gating_output: the logits.
+        topk: experts per token.
+        renormalize: whether the chosen weights are divided by their sum.
+        mesh: whose `expert_axis` the experts are over, with `use_ep`.
+        use_ep: whether experts are over the mesh; a mesh of more than one device without it is refused.
+        activation: a name, as tpu-inference or this package spells it.
+        scoring_fn: "softmax" or "sigmoid".
+        expert_axis: of the mesh.
+
+    Raises:
+        ValueError: an argument is not what it must be.
+    """
+    for name, value in (("w1_scale", w1_scale), ("w2_scale", w2_scale), ("w1_bias", w1_bias), ("w2_bias", w2_bias)):
+        if value is not None:
+            raise ValueError(f"{name} is given; it must be None: packed weights hold scales and bias")
+    if scoring_fn not in ("softmax", "sigmoid"):
+        raise ValueError(f"scoring_fn is {scoring_fn!r}; it must be 'softmax' or 'sigmoid'")
+    act = activation_named(activation)
+    weights, ids = route(gating_output.astype(jnp.float32), top_k=topk, scoring=scoring_fn, renormalize=renormalize)
+    if mesh is None or mesh.size == 1:
+        return fused_moe(hidden_states, w1, w2, weights, ids, activation=act)
+    if not use_ep:
+        raise ValueError(
+            f"use_ep is False and mesh has {mesh.size} devices; it must be True: for tensor parallelism see "
+            "jax_marlin_moe.sharding.tensor_parallel"
+        )
+    experts = w1.num_experts
+    specs = [partition_specs(matrix, "experts", expert_axis) for matrix in (w1, w2)]
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), *specs, P(), P()), out_specs=P())
+    def share(x: Array, first: MarlinWeights, second: MarlinWeights, weights: Array, ids: Array) -> Array:
+        local = jnp.arange(experts, dtype=jnp.int32) - jax.lax.axis_index(expert_axis) * first.num_experts
+        here = jnp.where((local >= 0) & (local < first.num_experts), local, -1)
+        y = fused_moe(x, first, second, weights, ids, activation=act, expert_map=here)
+        return jax.lax.psum(y.astype(jnp.float32), expert_axis).astype(x.dtype)
+
+    return share(hidden_states, w1, w2, weights, ids)
