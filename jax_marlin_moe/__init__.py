@@ -37,6 +37,7 @@ from jax_marlin_moe.packing import dense_weights as dense_weights
 from jax_marlin_moe.packing import dequantize as dequantize
 from jax_marlin_moe.packing import fold_input_order as fold_input_order
 from jax_marlin_moe.packing import pack_logical as pack_logical
+from jax_marlin_moe.quantize import fake_quantize as fake_quantize
 from jax_marlin_moe.quantize import quantize as quantize
 from jax_marlin_moe.routing import Routing as Routing
 from jax_marlin_moe.routing import route as route

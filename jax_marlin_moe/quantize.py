@@ -31,6 +31,9 @@ def quantize(
     microscaling formats 1.0, section 6.3). "bf16" and "fp16" keep the weights, rounded to 16 bits where they have more;
     their scales are 1.
 
+    Weights that change, as those of a policy that is trained, are packed again without compiling anything and into the
+    memory of the old ones: `jax.jit(lambda old, dense: quantize(dense, ...), donate_argnums=0, keep_unused=True)`.
+
     Args:
         dense: weights with the input dimension second. Any K and N: the packed matrix is padded to whole tiles.
         weight_format: a name of `jax_marlin_moe.FORMATS`.
@@ -42,16 +45,83 @@ def quantize(
         TypeError: an argument has the wrong dtype.
         ValueError: the format has no such group size, or a shape is off.
     """
-    row = get_format(weight_format)
     check_rank("dense", dense, 3)
+    row, size, dtype = _choice("dense", dense, weight_format, group_size, scale_dtype)
+    _, k, n = dense.shape
+    return assemble(_quantize_and_pack(dense, row, size, dtype), k, n, row, size, bias=bias)
+
+
+def fake_quantize(
+    w: Float[Array, "*batch K N"],
+    weight_format: str = "int4",
+    group_size: int | Literal["customary"] | None = "customary",
+    *,
+    scale_dtype: DTypeLike | None = None,
+) -> Float[Array, "*batch K N"]:
+    """Weights rounded to what `quantize` would pack, with the derivative of the identity (straight-through).
+
+    A float32 `w` becomes `dequantize(quantize(w, ...))`, bit for bit: what is trained is what is served. Other types
+    are rounded once more, to their own.
+
+    Args:
+        w: weights with the input dimension last but one; any leading dimensions, each matrix by itself.
+        weight_format: a name of `jax_marlin_moe.FORMATS`.
+        group_size: as for `quantize`.
+        scale_dtype: as for `quantize`.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: the format has no such group size, or a shape is off.
+    """
+    if getattr(w, "ndim", 0) < 2:
+        check_rank("w", w, 2)
+    return _straight_through(w, *_choice("w", w, weight_format, group_size, scale_dtype))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _straight_through(w, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
+    return _round_to_grid(w, row, group_size, scale_dtype)
+
+
+@_straight_through.defjvp
+def _identity(row, group_size, scale_dtype, primals, tangents):
+    return _straight_through(*primals, row, group_size, scale_dtype), tangents[0]
+
+
+@partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
+def _round_to_grid(w, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
+    k, n = w.shape[-2:]
+
+    def one_expert(matrix):
+        codes, scales, zeros, global_scale = quantize_expert(matrix, row, group_size, scale_dtype)
+        values = row.code.decode(codes)
+        if row.zeros == "integer":
+            zeros = row.code.decode(zeros)
+        elif zeros is None and row.zero_point:
+            zeros = jnp.full_like(scales, row.zero_point, jnp.float32)
+        group = jnp.arange(k) // group_size
+        if zeros is not None:
+            values -= zeros.astype(jnp.float32)[group]
+        dense = values * row.decode_scales(scales)[group]
+        return (dense if global_scale is None else dense * global_scale).astype(w.dtype)
+
+    return jax.lax.map(one_expert, w.reshape(-1, k, n)).reshape(w.shape)
+
+
+def _choice(
+    name: str, dense: Array, weight_format: str, group_size: int | str | None, scale_dtype: DTypeLike | None
+) -> tuple[WeightFormat, int, jnp.dtype]:
+    """The format, rows under one scale and the scales' dtype for weights whose last two dimensions are K and N."""
+    row = get_format(weight_format)
     if not hasattr(dense, "dtype") or not jnp.issubdtype(dense.dtype, jnp.floating):
-        raise TypeError(f"dense has dtype {getattr(dense, 'dtype', type(dense))}; it must be floating point")
+        raise TypeError(f"{name} has dtype {getattr(dense, 'dtype', type(dense))}; it must be floating point")
     if group_size == "customary":
         group_size = row.customary_group_size
-    _, k, n = dense.shape
+    k = dense.shape[-2]
+    assert not isinstance(group_size, str)
     check_group_size("group_size", group_size, k, row)
     if 0 in dense.shape:
-        raise ValueError(f"dense has shape {dense.shape}; it must not be empty")
+        raise ValueError(f"{name} has shape {dense.shape}; it must not be empty")
     if row.scale != FLOAT_SCALES:
         dtype = jnp.dtype(jnp.uint8)
     elif scale_dtype is not None:
@@ -64,13 +134,12 @@ def quantize(
         dtype = jnp.dtype(dense.dtype)
         if dtype.name not in row.scale_dtypes:
             raise TypeError(
-                f"dense has dtype {dtype}, which the scales of format {row.name} cannot have; it must be "
+                f"{name} has dtype {dtype}, which the scales of format {row.name} cannot have; it must be "
                 f"{' or '.join(row.scale_dtypes)}: cast it, or pass scale_dtype"
             )
     if dtype.name not in row.scale_dtypes:
         raise TypeError(f"scale_dtype is {dtype}; format {row.name} takes {' or '.join(row.scale_dtypes)}")
-    size = group_size or k
-    return assemble(_quantize_and_pack(dense, row, size, dtype), k, n, row, size, bias=bias)
+    return row, group_size or k, dtype
 
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))

@@ -40,21 +40,19 @@ class Tangents(NamedTuple):
 
 
 def block_jvp(op, primals, tangents, *, activation, out_dtype, implementation, **options):
-    """The `jvp` of `fused_moe`; raises NotImplementedError where something is quantised on the way."""
-    *operands, x_scale, intermediate = primals
-    if x_scale is not None or intermediate is not None:
-        what = "x_scale" if intermediate is None else "intermediate"
-        raise NotImplementedError(
-            f"fused_moe cannot be differentiated with {what}: rounding "
-            "to a few bits has no derivative. Put jax.lax.stop_gradient around the arguments, before the call and not "
-            "around its result, or differentiate the call without it"
-        )
+    """The `jvp` of `fused_moe`."""
     x, gate_up, down, topk_weights, *_ = tangents
     moving = Tangents(x, gate_up.bias, gate_up.global_scales, down.bias, down.global_scales, topk_weights)
+    *operands, x_scale, intermediate = primals
+    for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
+        if value is not None:
+            raise NotImplementedError(
+                f"fused_moe cannot be differentiated where {name} is not None: what it rounds has no derivative. Pass "
+                "rows of bfloat16 or float16 without it, or put jax.lax.stop_gradient around the arguments"
+            )
     check_not_only_frozen("fused_moe", {"gate_up": gate_up, "down": down}, *moving)
-    results = op(*primals, activation=activation, out_dtype=out_dtype, implementation=implementation, **options)
-    (dot,) = fused_moe_tangent_op(moving, *operands, activation=activation, implementation=implementation)
-    return results, [dot.astype(out_dtype)]
+    params = {"activation": activation, "out_dtype": out_dtype, "implementation": implementation}
+    return op(*primals, **params, **options), fused_moe_tangent_op(moving, *operands, **params)
 
 
 def _moving_operands(tangents: Tangents, operands: tuple) -> tuple:
@@ -71,9 +69,9 @@ def _moving_operands(tangents: Tangents, operands: tuple) -> tuple:
     )
 
 
-def _reference(tangents, x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
+def _reference(tangents, x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, out_dtype):
     operands = (x, gate_up, down, topk_weights, topk_ids, expert_map)
-    block = partial(reference.fused_moe, activation=activation)
+    block = partial(reference.fused_moe, activation=activation, out_dtype=out_dtype)
     return jvp_of(block, operands, _moving_operands(tangents, operands))[1]
 
 
@@ -88,7 +86,7 @@ def _add_bias(products: Float32[Array, "slots N"], weights: MarlinWeights, exper
     return products if weights.bias is None else products + slot_columns(weights.bias, experts)
 
 
-def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, implementation):
+def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, out_dtype, implementation):
     """The block as a composition of grouped products."""
     experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
     product = partial(grouped_product_op, transposed=False, dtype="float32", implementation=implementation)
@@ -96,35 +94,33 @@ def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, 
     a = _hidden(_add_bias(h, gate_up, experts), activation, down.padded_k).astype(x.dtype)
     (y,) = product(a, multiplied(down), experts, None, None)
     y = _add_bias(y, down, experts) * jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
-    return y.reshape(*topk_ids.shape, -1).sum(1).astype(x.dtype)
+    return y.reshape(*topk_ids.shape, -1).sum(1).astype(out_dtype)
 
 
-def _composed(tangents, *operands, activation, implementation=None):
-    block = partial(_block, activation=activation, implementation=implementation)
+def _composed(tangents, *operands, implementation=None, **params):
+    block = partial(_block, implementation=implementation, **params)
     return jvp_of(block, operands, _moving_operands(tangents, operands))[1]
 
 
-def _form(tangents, *operands, activation):
-    return [_composed(tangents, *operands, activation=activation)]
+def _form(tangents, *operands, **params):
+    return [_composed(tangents, *operands, **params)]
 
 
-def _shape_rule(tangents, x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation):
-    return [replicated_type(x, (topk_ids.shape[0], down.padded_n), x.dtype)]
+def _shape_rule(tangents, x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, out_dtype):
+    return [replicated_type(x, (topk_ids.shape[0], down.padded_n), out_dtype)]
 
 
-def _jvp(op, primals, tangents, *, implementation, activation):
+def _jvp(op, primals, tangents, **params):
     if not jax.tree.leaves(tangents[1:]):
         zeros = jax.tree.map(
             lambda moving, tangent: jnp.zeros_like(moving) if tangent is None else tangent, primals[0], tangents[0]
         )
-        results = op(*primals, activation=activation, implementation=implementation)
-        return results, op(zeros, *primals[1:], activation=activation, implementation=implementation)
-    composed = partial(_composed, activation=activation, implementation=implementation)
-    results, dots = jvp_of(composed, primals, tangents)
+        return op(*primals, **params), op(zeros, *primals[1:], **params)
+    results, dots = jvp_of(partial(_composed, **params), primals, tangents)
     return [results], [dots]
 
 
-def _transpose(op, cotangents, operands, *, implementation, activation):
+def _transpose(op, cotangents, operands, *, implementation, activation, out_dtype):
     (cotangent,), (tangents, *operands) = cotangents, operands
     if cotangent is None:
         return (None,) * (1 + len(operands))
@@ -169,7 +165,7 @@ def _cotangents(
     if wanted.down_global_scales:
         found["down_global_scales"] = global_scales(a, second, of_slots(cotangent) * router)
     if wanted.topk_weights or wanted.x or wanted.gate_up_bias or wanted.gate_up_global_scales:
-        pulled = product(cotangent, second, dtype=dtype, transposed=True).astype(jnp.float32)
+        pulled = product(cotangent.astype(x.dtype), second, dtype=dtype, transposed=True).astype(jnp.float32)
     if wanted.topk_weights:
         d_router = (a.astype(jnp.float32) * pulled).sum(1)
         if down.bias is not None:

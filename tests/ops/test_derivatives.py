@@ -261,6 +261,18 @@ def test_a_layer_trains_but_for_its_packed_leaves():
     assert not np.any(ours.gate_up.scales)
 
 
+def test_float32_results_have_derivatives_and_quantised_rows_none():
+    x, gate_up, down, weights, ids = silu_block()
+
+    def loss(x, **options):
+        return (jmm.fused_moe(x, gate_up, down, weights, ids, **options).astype(jnp.float32) * PROBE).sum()
+
+    assert_close(jax.grad(partial(loss, out_dtype=jnp.float32))(x), jax.grad(loss)(x))
+    quantizer = jmm.IntermediateQuantizer.static_fp8(jnp.float32(0.1))
+    with pytest.raises(NotImplementedError, match="cannot be differentiated where intermediate is not None"):
+        jax.grad(partial(loss, intermediate=quantizer))(x)
+
+
 def test_a_router_trains_through_route():
     x, gate_up, down, _, _ = silu_block()
     kernel = jax.random.normal(jax.random.key(0), (HIDDEN, EXPERTS)) * 0.1
