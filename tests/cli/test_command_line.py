@@ -1,4 +1,4 @@
-"""The commands: they run, say what they promise, and their exit status tells success from failure."""
+"""Commands as they are called: arguments, sizes, caches, outputs that close, names."""
 
 import argparse
 import ast
@@ -23,83 +23,11 @@ from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.cli import bench, demo, precompile, shape_options, tune
 from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.cuda import cache, compiler
-from jax_marlin_moe.measure.models import ModelShape
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
 CHECKPOINT = ROOT / "tests" / "data" / "ck_llmc_W4A16"
-
-
-def test_demo(capsys):
-    assert main(["demo", "--small"]) == 0
-    output = capsys.readouterr().out
-    rows = [line.split() for line in output.splitlines() if line.startswith("AWQ checkpoint")]
-    tokens_and_names = [(row[4], row[5]) for row in rows]
-    best = {"gpu": "cuda", "cpu": "cpu"}[jax.default_backend()]
-    assert tokens_and_names == [("1", best), ("1", "xla"), ("16", best), ("16", "xla")]
-    assert all(0 < float(row[6]) < 1e-2 for row in rows)
-    assert "WRONG" not in output
-
-
-@pytest.mark.long
-def test_demo_of_a_real_size(capsys, monkeypatch):
-    small = ModelShape("small", 8, 2, 256, 128)
-    monkeypatch.setitem(demo.MODELS, demo._LARGE_MODEL, small)
-    assert main(["demo", "--dtype", "float16"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("small")]
-    assert len(rows) == 4
-    assert all(row[-1].endswith("%") for row in rows)
-
-
-def test_demo_fails_on_wrong_numbers(capsys, monkeypatch):
-    monkeypatch.setitem(demo._ERROR_LIMIT, "bfloat16", 1e-9)
-    assert main(["demo", "--small"]) == 1
-    assert "WRONG" in capsys.readouterr().err
-
-
-def test_demo_without_the_native_module(capsys, monkeypatch):
-    """It shows what the reference does, and fails: that is not what was asked for."""
-    monkeypatch.setattr(native, "unavailable_reason", lambda: "it was left out")
-    assert main(["demo", "--small"]) == 1
-    captured = capsys.readouterr()
-    assert re.search("only the reference ran: c.* cannot be used: it was left out", captured.err)
-    assert {line.split()[5] for line in captured.out.splitlines() if line.startswith("AWQ")} == {"xla"}
-
-
-def test_demo_without_a_device(capsys, monkeypatch):
-    def no_device(*_):
-        raise AssertionError  # as JAX_PLATFORMS=cuda ends where the plugin is not installed
-
-    monkeypatch.setattr(jax, "devices", no_device)
-    assert main(["demo", "--small"]) == 1
-    assert "cannot run: JAX finds no device" in capsys.readouterr().err
-
-
-def test_doctor(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "not" / "yet"))
-    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_80")
-    assert main(["doctor"]) == 0
-    output = capsys.readouterr().out
-    for line in (
-        f"jax, jaxlib     {jax.__version__}",
-        "native module   built for XLA FFI",
-        "sm_80 (from JAX_MARLIN_MOE_CUDA_ARCH)",
-        "not/yet: 0 kernels, writable",
-        "runs on cpu     yes",
-    ):
-        assert line in output
-    assert not (tmp_path / "not").exists()
-
-
-def test_doctor_says_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.setattr(native, "unavailable_reason", lambda: "it was left out")
-    monkeypatch.setattr(compiler, "unavailable_reason", lambda: "NVRTC was not found; install something")
-    assert main(["doctor"]) == 0
-    output = capsys.readouterr().out
-    assert "native module   cannot be used: it was left out" in output
-    assert "NVRTC           missing: NVRTC was not found; install something" in output
-    assert "kernel cache    off: JAX_MARLIN_MOE_CACHE_DIR is empty; set it to a folder" in output
-    assert "runs on cpu     no: it was left out" in output
 
 
 @pytest.fixture(params=["other users write", "unknown home", "no home"])
@@ -130,48 +58,6 @@ def test_commands_say_why_there_is_no_cache(capsys, monkeypatch, refused_cache):
     monkeypatch.setattr(tune, "shapes_to_measure", lambda *_: ([], 0))
     assert main(["tune", *_SIZES]) == 1
     assert f"cannot tune: the kernel cache is off: {refused_cache}" in capsys.readouterr().err
-
-
-def test_doctor_fails_without_a_device(capsys, monkeypatch):
-    def no_device(*_):
-        raise RuntimeError("no backend")
-
-    monkeypatch.setattr(jax, "devices", no_device)
-    monkeypatch.setattr(jax, "local_devices", no_device)
-    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_80")
-    assert main(["doctor"]) == 1
-    captured = capsys.readouterr()
-    reason = r"JAX finds no device( with JAX_PLATFORMS=\S+)?: no backend"  # names the platforms that were chosen
-    assert re.search(rf"^device {{10}}none: {reason}$", captured.out, re.MULTILINE)
-    assert re.search(rf"nothing works: {reason}; reinstall jax", captured.err)
-
-
-def test_doctor_names_unknown_values(capsys, monkeypatch):
-    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "x")
-    monkeypatch.setenv(native.CPU_ISA_VARIABLE, "sse9")
-    monkeypatch.setattr(native, "shadowed_installation", lambda: pathlib.Path("/somewhere/jax_marlin_moe"))
-    assert main(["doctor"]) == 0
-    output = capsys.readouterr().out
-    assert "architecture    none: JAX_MARLIN_MOE_CUDA_ARCH is 'x'; it must" in output
-    assert "CPU kernels     JAX_MARLIN_MOE_CPU_ISA is 'sse9'; it must be one of portable, avx2," in output
-    assert f"{jax_marlin_moe.__version__} in {pathlib.Path(jax_marlin_moe.__file__).parent}" in output
-    assert "SHADOWS the package that is installed in /somewhere, which is not what runs here" in output
-    monkeypatch.setenv(native.CPU_ISA_VARIABLE, "portable")
-    assert main(["doctor"]) == 0
-    assert "CPU kernels     portable (from JAX_MARLIN_MOE_CPU_ISA)" in capsys.readouterr().out
-
-
-def test_instruction_sets_are_those_of_the_native_module(monkeypatch):
-    source = (ROOT / "csrc" / "cpu" / "gemm_dispatch.cc").read_text()
-    assert set(re.findall(r'\{"(\w+)", \w+Panel,', source)) == set(native.CPU_ISAS)
-    for name in native.CPU_ISAS:
-        monkeypatch.setenv(native.CPU_ISA_VARIABLE, name)
-        complaint = native.cpu_isa_complaint()
-        assert complaint is None or "and this CPU lacks" in complaint
-    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
-    assert "'avx512bf16', and this CPU lacks avx512_bf16, avx512bw" in native.cpu_isa_complaint()
-    monkeypatch.setenv(native.CPU_ISA_VARIABLE, "avx2")
-    assert native.cpu_isa_complaint() is None
 
 
 @pytest.mark.long
@@ -216,87 +102,6 @@ def test_what_measures_an_implementation_names_it():
                 assert "implementation" in named, f"{path}:{node.lineno}"
                 assert ast.unparse(named["implementation"]) != "None", f"{path}:{node.lineno}"
     assert calls >= 8
-
-
-@pytest.fixture
-def kernels(tmp_path, monkeypatch):
-    """A cache of its own, and no compiled kernels left in memory."""
-    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path))
-    compiler.compile_cubin.cache_clear()
-    return tmp_path
-
-
-def test_precompile(capsys, kernels):
-    command = ["precompile", "--models", "qwen3-30b-a3b", "--tokens", "1", "--arch"]
-    assert main([*command, "sm_90a", "sm_80"]) == 0
-    assert f"{kernels}: 2 programs, 2 of them new" in capsys.readouterr().out
-    assert len(list(kernels.glob("*.cubin"))) == 2
-    compiler.compile_cubin.cache_clear()
-    assert main([*command, "sm_80"]) == 0
-    assert "2 programs, 0 of them new" in capsys.readouterr().out
-
-
-def test_precompile_reports_failures(capsys, kernels):
-    arguments = ["--arch", "sm_75", "--models", "qwen3-30b-a3b", "--tokens", "1"]
-    assert main(["precompile", *arguments]) == 1
-    captured = capsys.readouterr()
-    assert "FAILED: x has dtype bfloat16" in captured.out
-    assert captured.err == "1 programs were not compiled\n"  # and nothing of a folder that cannot be written
-    assert main(["precompile", *arguments, "--dtype", "float16", "--format", "int4_zp", "--group-size", "64"]) == 0
-    assert main(["precompile", *arguments, "--group-size", "96"]) == 1
-
-
-@pytest.mark.parametrize("option", [["--tokens", "-1"], ["--tokens", "0"], ["--tokens", "x"], ["--group-size", "0"]])
-def test_precompile_takes_positive_numbers(capsys, option):
-    with pytest.raises(SystemExit) as stopped:
-        main(["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", *option])
-    assert stopped.value.code == 2
-    assert f"argument {option[0]}: '{option[1]}' is not a positive integer" in capsys.readouterr().err
-
-
-def test_precompile_fails_where_nothing_can_be_kept(capsys, kernels, monkeypatch):
-    """Also beside an old kernel."""
-    (kernels / "old.cubin").write_bytes(b"")
-    arguments = ["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", "--tokens", "1"]
-
-    def full(*_):
-        raise OSError(28, "No space left on device")  # as `write` does, without a name
-
-    monkeypatch.setattr(cache, "write_file", full)
-    assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert f"cannot keep kernels: [Errno 28] No space left on device: '{kernels}'; set JAX_MARLIN_MOE_CACHE" in error
-    monkeypatch.undo()
-    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(kernels / "old.cubin" / "below"))
-    assert main(arguments) == 1
-    assert "cannot keep kernels: " in capsys.readouterr().err
-    assert [path.name for path in kernels.iterdir()] == ["old.cubin"]
-
-
-def test_precompile_needs_a_cache_and_a_compiler(capsys, monkeypatch):
-    arguments = ["precompile", "--arch", "sm_80", "--models", "qwen3-30b-a3b", "--tokens", "1"]
-    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
-    assert main(arguments) == 1
-    assert "the kernel cache is off" in capsys.readouterr().err
-    monkeypatch.setattr(compiler, "unavailable_reason", lambda: "NVRTC was not found")
-    assert main(arguments) == 1
-    assert "cannot compile: NVRTC was not found" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [
-        ("sm_999", "it must be one of sm_75, sm_80, .*, or compute_ in place of sm_ for PTX"),
-        ("compute_60", "it must be one of sm_75, sm_80, .*, or compute_ in place of sm_ for PTX"),
-        ("90a", "it must look like sm_90a, or compute_80 for PTX"),
-    ],
-)
-def test_precompile_refuses_an_architecture_before_it_compiles_for_others(capsys, kernels, name, complaint):
-    with pytest.raises(SystemExit) as stopped:
-        main(["precompile", "--arch", "sm_80", name, "--models", "qwen3-30b-a3b", "--tokens", "1"])
-    assert stopped.value.code == 2
-    assert re.search(f"argument --arch: the architecture is '{name}'; {complaint}", capsys.readouterr().err)
-    assert not list(kernels.iterdir())
 
 
 def test_a_command_is_needed():
