@@ -77,6 +77,7 @@ class Case:
     x_scale: float | None = None
     dtype: str = "bfloat16"
     experts: int = 5
+    expert_map: tuple[int, ...] | None = None
 
 
 CASES = [
@@ -86,6 +87,7 @@ CASES = [
     Case("not gated", "dynamic_nvfp4", activation="identity", bias=True),
     *(Case(f"{kind}, x in FP8", kind, bias=True, x_scale=0.375) for kind in KINDS),
     Case("x in FP8 alone", None, bias=True, x_scale=0.375),
+    Case("scales of local experts", expert_map=(2, -1, 0, 4, 1, 3)),
 ]
 
 
@@ -110,17 +112,19 @@ def run_block(case, platform, **options):
     packed = gate_up.packed() if gate_up.n % 64 == 0 else halved(gate_up, halves)
     intermediate = None if case.kind is None else getattr(jmm.IntermediateQuantizer, case.kind)(scales)
     rows = jnp.asarray(x, jnp.float8_e4m3fn if case.x_scale else case.dtype)
+    expert_map = None if case.expert_map is None else np.asarray(case.expert_map, np.int32)
     y = jmm.fused_moe(
         rows, packed, down.packed(), router, ids, activation=case.activation, x_scale=case.x_scale,
-        intermediate=intermediate, out_dtype=jnp.float32, implementation=platform, **options,
+        intermediate=intermediate, out_dtype=jnp.float32, expert_map=expert_map, implementation=platform, **options,
     )  # fmt: skip
-    served = local_experts(ids, case.experts)
+    served = local_experts(ids, case.experts, case.expert_map)
     h = products((x * np.float64(case.x_scale or 1)).repeat(3, axis=0), gate_up, served)
     a = h if halves == 1 else np.multiply(*np.split(h, 2, axis=1))
     assert np.abs(a).max() < 2**24
-    a = a.astype(np.float32).astype(rows.dtype if case.x_scale is None else jnp.bfloat16) if case.kind is None else (
-        quantized(a, case.kind, scales[np.maximum(served, 0)])
-    )  # fmt: skip
+    if case.kind is None:
+        a = a.astype(np.float32).astype(jnp.bfloat16 if case.x_scale else rows.dtype)
+    else:
+        a = quantized(a, case.kind, scales[np.maximum(served, 0)])
     expected = products(a, down, served) * router.reshape(-1, 1)
     return y, expected.reshape(case.tokens, 3, case.hidden).sum(1)
 
@@ -278,16 +282,22 @@ def test_scales_that_are_one_for_all_or_batched(platform):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("architecture", "tokens"), [("sm_90a", 512), ("sm_80", 4)])
-def test_quantising_kernels_compile(architecture, tokens):
+@pytest.mark.parametrize(
+    ("architecture", "tile", "kind", "name"),
+    [
+        ("sm_90a", WgmmaTile(8, 2, 1, 1, 64, 4, 1, True), "dynamic_nvfp4", "DynamicNvfp4"),
+        ("sm_80", MmaTile(8, 2, 1, 1, 64, 2, 2), "static_fp8", "StaticFp8"),
+    ],
+)
+def test_quantising_kernels_compile(architecture, tile, kind, name):
     weights = jax.eval_shape(lambda: identity(4, 256))
-    x = jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16)
+    gate_up = jax.eval_shape(lambda w: jmm.concatenate_columns([w, w]), weights)
     planned = plan.plan_fused_moe(
-        x, jax.eval_shape(lambda w: jmm.concatenate_columns([w, w]), weights), weights, tokens=tokens, top_k=2,
-        routed_experts=4, mapped=False, activation=get_activation("silu"), architecture=architecture, scaled=True,
-        intermediate=KINDS[tokens == 512], out_dtype=jnp.dtype("float32"),
+        jax.ShapeDtypeStruct((40, 256), jnp.bfloat16), gate_up, weights, tokens=40, top_k=2, routed_experts=4,
+        mapped=False, activation=get_activation("silu"), architecture=architecture,
+        scheme=BlockScheme("aligned", tile, tile), scaled=True, intermediate=kind, out_dtype=jnp.dtype("float32"),
     )  # fmt: skip
-    assert ("DynamicNvfp4" if tokens == 512 else "StaticFp8") in planned.source
+    assert name in planned.source
     compiler.compile_cubin(planned.source, architecture)
 
 
