@@ -82,6 +82,17 @@ def test_leading_dimensions_are_a_batch():
     assert jmm.linear(x[:0].reshape(2, 0, K), weights).shape == (2, 0, N)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_the_number_of_rows_may_be_symbolic(implementation):
+    x, experts = arrays(7)
+    weights = experts.packed().expert(1)
+    (t,) = jax.export.symbolic_shape("t")
+    function = jax.jit(lambda x: jmm.linear(x, weights, implementation=implementation))
+    safe = [jax.export.DisabledSafetyCheck.custom_call(target) for target in jmm.CUSTOM_CALL_TARGETS]
+    exported = jax.export.export(function, disabled_checks=safe)(jax.ShapeDtypeStruct((t, K), x.dtype))
+    assert_product_close(exported.call(x), expected(x, experts, 1))
+
+
 def test_batches_of_rows_weights_and_numbers():
     x, experts = arrays(12)
     weights = experts.packed()
