@@ -103,6 +103,7 @@ CASES = {"linear": linears, "expert_gemm": dispatches, "bf16 block": unquantised
 
 
 def main() -> None:
+    """Prints a row for every case, and writes them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--tokens", nargs="+", type=int, default=_TOKENS)
