@@ -18,29 +18,39 @@ LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, TOKENS = 3, 4, 64, 64, 2, 5
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape) / shape[-2] ** 0.5
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / shape[-2] ** 0.5, jnp.float32)
+
+
+def matrix(seed, k, n, experts=EXPERTS, *, bias=False):
+    """Zero points and a bias, or scales of two levels: together all leaves that matrices have. Nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    words = functools.partial(rng.integers, -(2**31), 2**31, dtype=np.int32)
+    packed = words((experts, k // 16, 2 * n))
+    if bias:
+        scales = rng.uniform(0.01, 0.03, (experts, k // 32, n)).astype(jnp.bfloat16)
+        zeros, biases = words((experts, k // 32, n // 8)), rng.normal(size=(experts, n)).astype(np.float32)
+        made = jmm.MarlinWeights(packed, scales, zeros, biases, None, jmm.FORMATS["int4_zp"], 32)
+    else:
+        scales = rng.integers(0x28, 0x38, (experts, k // 16, n), dtype=np.uint8)
+        factors = rng.uniform(0.05, 0.1, (experts, n // 64)).astype(np.float32)
+        made = jmm.MarlinWeights(packed, scales, None, None, None, jmm.FORMATS["nvfp4"], 16, global_scales=factors)
+    return jax.tree.map(jnp.asarray, made)
 
 
 @functools.cache
 def layers():
-    """Biases, zero points, one global scale for each 64 columns: all leaves that matrices have."""
     made = []
     for seed in range(0, 100 * LAYERS, 100):
-        bias = normal(seed, EXPERTS, 2 * INTERMEDIATE)
-        gate_up = jmm.quantize(normal(seed + 1, EXPERTS, HIDDEN, 2 * INTERMEDIATE), "int4_zp", group_size=32, bias=bias)
-        down = jmm.quantize(normal(seed + 2, EXPERTS, INTERMEDIATE, HIDDEN), "nvfp4")
-        shared = jmm.SharedExpert(
-            dataclasses.replace(gate_up.expert(0), bias=None), down.expert(1), normal(seed + 3, HIDDEN, 1)
-        )
+        one = matrix(seed + 1, HIDDEN, 2 * INTERMEDIATE, 1), matrix(seed + 2, INTERMEDIATE, HIDDEN, 1)
         made.append(
             jmm.MoELayer(
-                gate_up,
-                down,
-                normal(seed + 4, HIDDEN, EXPERTS),
+                matrix(seed + 3, HIDDEN, 2 * INTERMEDIATE, bias=True),
+                matrix(seed + 4, INTERMEDIATE, HIDDEN),
+                normal(seed + 5, HIDDEN, EXPERTS),
                 jmm.Routing(TOP_K, "sigmoid", scale=1.5),
-                router_bias=normal(seed + 5, 1, EXPERTS)[0],
-                correction_bias=normal(seed + 6, 1, EXPERTS)[0],
-                shared=shared,
+                router_bias=normal(seed + 6, 1, EXPERTS)[0],
+                correction_bias=normal(seed + 7, 1, EXPERTS)[0],
+                shared=jmm.SharedExpert(*one, normal(seed + 8, HIDDEN, 1)),
             )
         )
     return made
@@ -150,13 +160,19 @@ def test_on_a_card_a_scan_is_equal_to_the_layers_one_by_one(tokens):
 def test_ops_take_packed_weights_of_a_layer(implementation):
     stack = (stacked().layers.gate_up, stacked().layers.down)
     options = {"implementation": implementation}
+    wanted = block(rows(), layers()[1].gate_up, layers()[1].down, **options)
     for index in (1, jnp.int32(1), -2):
-        wanted = block(rows(), layers()[1].gate_up, layers()[1].down, **options)
         assert_equal(block(rows(), *jmm.take_layer(stack, index), **options), wanted)
+
+
+def test_products_take_packed_weights_of_a_layer():
     _, ids = jmm.route(normal(9, TOKENS, EXPERTS), top_k=TOP_K)
-    alignment = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS, **options)
-    product = jmm.moe_gemm(rows(), jmm.take_layer(stack[0], 1), alignment, top_k=TOP_K, **options)
-    assert_equal(product, jmm.moe_gemm(rows(), layers()[1].gate_up, alignment, top_k=TOP_K, **options))
+    alignment = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS)
+    taken = jmm.take_layer(stacked().layers.gate_up, 1)
+    wanted = jmm.moe_gemm(rows(), layers()[1].gate_up, alignment, top_k=TOP_K)
+    assert_equal(jmm.moe_gemm(rows(), taken, alignment, top_k=TOP_K), wanted)
+    down = jmm.take_layer(stacked().layers.down, 2)
+    assert_equal(jmm.linear(rows(), down, expert=1), jmm.linear(rows(), layers()[2].down, expert=1))
 
 
 def test_layers_may_differ_within_a_call_and_pass_through_functions():
