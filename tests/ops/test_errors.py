@@ -1,4 +1,4 @@
-"""Bad input: refused where the call is traced, by name; and what the handlers say to operands that disagree."""
+"""Public functions refuse bad arguments by name, when the call is traced."""
 
 import dataclasses
 from functools import partial
@@ -7,58 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import FACTS, random_experts
+from accepted_calls import (
+    HIDDEN,
+    INNER,
+    TOKENS,
+    TOP_K,
+    block_arguments,
+    cast,
+    constant,
+    experts,
+    gemm_arguments,
+    replaced,
+    shaped,
+)
+from oracle import FACTS
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
-from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.operands import cpu_weight_operands, format_attributes
-
-TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 5, 2, 4, 128, 64
-
-
-def experts(k, n, **options):
-    return random_experts(np.random.default_rng(0), EXPERTS, k, n, **options).packed()
-
-
-def gemm_arguments():
-    alignment = jmm.moe_align_block_size(jnp.zeros((TOKENS, TOP_K), jnp.int32), block_size=8, num_experts=EXPERTS)
-    return {
-        "x": jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16),
-        "weights": experts(HIDDEN, 64, group_size=32, weight_format="int4_zp", bias=True),
-        "alignment": alignment,
-        "top_k": TOP_K,
-    }
-
-
-def block_arguments():
-    return {
-        "x": jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16),
-        "gate_up": experts(HIDDEN, 2 * INNER, group_size=32),
-        "down": experts(INNER, HIDDEN, group_size=32),
-        "topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.float32),
-        "topk_ids": jnp.zeros((TOKENS, TOP_K), jnp.int32),
-    }
-
-
-def replaced(weights, **leaves):
-    """Fields of a MarlinWeights, given as functions of what they were."""
-    return dataclasses.replace(weights, **{name: change(getattr(weights, name)) for name, change in leaves.items()})
-
-
-def cast(dtype):
-    return lambda leaf: jnp.zeros(leaf.shape, dtype)
-
-
-def shaped(*shape):
-    return lambda leaf: jnp.zeros(shape, leaf.dtype)
-
-
-def constant(value):
-    return lambda _: value
-
 
 BAD_WEIGHTS = {
     "dense array": (constant(jnp.zeros((4, 128, 64))), TypeError, r"{} is a .*; it must be a MarlinWeights"),
@@ -358,263 +325,3 @@ def test_reverse_mode_says_that_it_is_missing():
     x = arguments.pop("x").astype(jnp.float32)
     with pytest.raises(NotImplementedError, match="fused_moe"):
         jax.grad(lambda rows: jmm.fused_moe(rows.astype(jnp.bfloat16), **arguments).astype(jnp.float32).sum())(x)
-
-
-# The handlers, called as a corrupted or hand-written program would: operands in order, then results.
-
-ALIGN = ["topk_ids", "expert_map"]
-MATRIX = ["packed", "scales", "zeros", "global_scales", "bias"]
-DISPATCHES = ["x", *MATRIX, "dispatches"]
-GEMM = ["x", *MATRIX, "topk_weights", "sorted_token_ids", "expert_ids", "count"]
-BLOCK = [
-    "x",
-    *(f"{matrix} {leaf}" for matrix in ("gate_up", "down") for leaf in MATRIX),
-    "topk_weights",
-    "topk_ids",
-    "expert_map",
-    "x_scale",
-    "intermediate_scales",
-]
-
-
-def align_operands():
-    operands = [jnp.zeros((TOKENS, TOP_K), jnp.int32), jnp.zeros(EXPERTS, jnp.int32)]
-    # P = 10 + 4 * 7.
-    results = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((38,), (5,), (1,))]
-    return dict(zip(ALIGN, operands, strict=True)), results, {"block_size": 8, "num_experts": EXPERTS}
-
-
-def with_every_operand(k, n):
-    """int4 with zero points, bias and what no format has beside them: global scales."""
-    weights = experts(k, n, group_size=32, weight_format="int4_zp", bias=True)
-    return dataclasses.replace(weights, global_scales=jnp.ones((EXPERTS, n // 64)))
-
-
-def gemm_operands():
-    arguments = gemm_arguments()
-    alignment = arguments["alignment"]
-    weights = with_every_operand(HIDDEN, 64)
-    operands = [
-        arguments["x"],
-        *cpu_weight_operands(weights),
-        jnp.zeros(TOKENS * TOP_K),
-        alignment.sorted_token_ids,
-        alignment.expert_ids,
-        alignment.num_tokens_post_padded,
-    ]
-    results = [jax.ShapeDtypeStruct((TOKENS * TOP_K, 64), jnp.bfloat16)]
-    attributes = {"top_k": TOP_K, "block_size": 8, "mul_topk_weights": True, **format_attributes("", weights)}
-    return dict(zip(GEMM, operands, strict=True)), results, attributes
-
-
-def block_operands():
-    arguments = block_arguments()
-    gate_up, down = with_every_operand(HIDDEN, 2 * INNER), with_every_operand(INNER, HIDDEN)
-    operands = [
-        arguments["x"],
-        *cpu_weight_operands(gate_up),
-        *cpu_weight_operands(down),
-        arguments["topk_weights"],
-        arguments["topk_ids"],
-        jnp.zeros(EXPERTS, jnp.int32),
-        jnp.ones(1),
-        jnp.ones(EXPERTS),
-    ]
-    results = [jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16)]
-    attributes = {
-        "activation": "silu",
-        "activation_parameters": np.zeros(0, np.float32),
-        "intermediate": "static_fp8",
-        **format_attributes("gate_up_", gate_up),
-        **format_attributes("down_", down),
-    }
-    return dict(zip(BLOCK, operands, strict=True)), results, attributes
-
-
-def dispatch_operands():
-    weights = with_every_operand(HIDDEN, 64)
-    operands = [jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16), *cpu_weight_operands(weights), jnp.zeros((3, 4), jnp.int32)]
-    results = [jax.ShapeDtypeStruct((7, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.int32)]
-    return dict(zip(DISPATCHES, operands, strict=True)), results, format_attributes("", weights)
-
-
-HANDLERS = {
-    "align": (native.TARGETS["moe_align_block_size", "cpu"], align_operands),
-    "product": (native.TARGETS["moe_gemm", "cpu"], gemm_operands),
-    "block": (native.TARGETS["fused_moe", "cpu"], block_operands),
-    "dispatches": (native.TARGETS["expert_gemm", "cpu"], dispatch_operands),
-}
-
-
-def run_handler(handler, operand_changes=None, attribute_changes=None, result_changes=None):
-    target, make = HANDLERS[handler]
-    operands, results, attributes = make()
-    for name, change in (operand_changes or {}).items():
-        operands[name] = change(operands[name])
-    for index, result in (result_changes or {}).items():
-        results[index] = result
-    call = jax.ffi.ffi_call(target, results, vmap_method=None)
-    with jax.default_device(jax.devices("cpu")[0]):
-        outputs = jax.jit(lambda *arrays: call(*arrays, **(attributes | (attribute_changes or {}))))(*operands.values())
-        return jax.block_until_ready(outputs)
-
-
-@pytest.mark.parametrize("handler", HANDLERS)
-def test_handlers_accept_what_agrees(handler):
-    assert len(run_handler(handler)) == {"align": 3, "product": 1, "block": 1, "dispatches": 2}[handler]
-
-
-def rank_three(leaf):
-    return jnp.zeros((1, *leaf.shape), leaf.dtype)
-
-
-def scalar(leaf):
-    return jnp.zeros((), leaf.dtype)
-
-
-def longer(leaf):
-    return jnp.zeros((leaf.shape[0] + 8, *leaf.shape[1:]), leaf.dtype)
-
-
-def another_type(leaf):
-    return jnp.zeros(leaf.shape, jnp.int32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
-
-
-DISAGREEMENTS = [
-    (handler, operand, change)
-    for handler, operands in (("align", ALIGN), ("product", GEMM), ("block", BLOCK), ("dispatches", DISPATCHES))
-    for operand in operands
-    for change in (rank_three, scalar, longer, another_type)
-    # The block takes maps of any length: it is the number of experts that ids may name. Dispatches name rows.
-    if (handler, operand, change)
-    not in {("block", "expert_map", longer), ("dispatches", "x", longer), ("dispatches", "dispatches", longer)}
-]
-
-
-@pytest.mark.parametrize(("handler", "operand", "change"), DISAGREEMENTS)
-def test_handlers_refuse_operands_that_disagree(handler, operand, change):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT"):
-        run_handler(handler, {operand: change})
-
-
-def test_block_takes_maps_of_any_length():
-    (y,) = run_handler("block", {"expert_map": longer})
-    assert y.shape == (TOKENS, HIDDEN)
-
-
-@pytest.mark.parametrize("handler", HANDLERS)
-@pytest.mark.parametrize(
-    "result", [jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((TOKENS, 7), jnp.bfloat16)]
-)
-def test_handlers_refuse_results_that_disagree(handler, result):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT"):
-        run_handler(handler, result_changes={0: result})
-
-
-@pytest.mark.parametrize(
-    ("handler", "attributes", "message"),
-    [
-        ("align", {"block_size": 0}, "block_size is 0"),
-        ("align", {"block_size": 16}, "sorted_token_ids has shape"),
-        ("align", {"block_size": 2**40}, "does not fit in int32"),
-        ("align", {"num_experts": 0}, "num_experts is 0"),
-        ("align", {"num_experts": -(2**62)}, "num_experts is -"),
-        ("align", {"num_experts": 5}, "expert_map has shape"),
-        ("product", {"top_k": 0}, "top_k is 0"),
-        ("product", {"top_k": 2**62}, "top_k is"),
-        ("product", {"top_k": 3}, "topk_weights has shape"),
-        ("product", {"block_size": -8}, "block_size is -8"),
-        ("product", {"block_size": 16}, "expert_ids has shape"),
-        ("product", {"code": "int3"}, "code is 'int3'; there are: int4, int8, e2m1, e4m3"),
-        ("product", {"code": "int8"}, "packed has 128 words a row, not a multiple of 256"),
-        ("product", {"code": "e2m1"}, "zeros is 'integer', but only integer codes have zero points"),
-        ("product", {"scale": "e5m2"}, "scale is 'e5m2'"),
-        ("product", {"scale": "e8m0"}, "scales have dtype code .*, in which 'e8m0' scales are not stored"),
-        ("product", {"zeros": "some"}, "zeros is 'some'; there are: none, integer, float"),
-        ("product", {"zeros": "none"}, "zeros has shape"),
-        ("product", {"zeros": "float"}, "zeros has dtype code"),
-        ("product", {"zero_point": np.int64(-1)}, "zero_point is -1, which is no code"),
-        ("product", {"zero_point": np.int64(16)}, "zero_point is 16, which is no code"),
-        ("product", {"group_size": np.int64(0)}, "group_size is 0, not a multiple of 16"),
-        ("product", {"group_size": np.int64(24)}, "group_size is 24, not a multiple of 16"),
-        ("product", {"group_size": np.int64(64)}, "scales has shape"),
-        ("product", {"group_size": np.int64(2**62)}, "group_size is 4611686018427387904; it must be at most"),
-        ("block", {"activation": "sine"}, "activation is 'sine'; there are: none, identity, silu, .*, situ"),
-        ("block", {"activation": "swiglu"}, "activation 'swiglu' has 0 parameters; it takes 3"),
-        ("block", {"intermediate": "static_int8"}, "intermediate is 'static_int8'; there are: none, static_fp8, dyn"),
-        ("block", {"intermediate": "none"}, "intermediate_scales has shape"),
-        ("block", {"activation_parameters": np.ones(1, np.float32)}, "activation 'silu' has 1 parameters; it takes 0"),
-        ("block", {"activation": "relu2"}, "gate_up has 128 columns, which are not 1 times the 64 rows of down"),
-        ("block", {"gate_up_code": "int3"}, "gate_up code is 'int3'"),
-        ("block", {"down_code": "int3"}, "down code is 'int3'"),
-        ("block", {"down_group_size": np.int64(16)}, "down scales has shape"),
-    ],
-)
-def test_handlers_refuse_attributes_that_disagree(handler, attributes, message):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*{message}"):
-        run_handler(handler, attribute_changes=attributes)
-
-
-@pytest.mark.parametrize("rows", [1, TOKENS - 1, TOKENS + 1, TOKENS * TOP_K - 1, 0])
-def test_block_rows_are_one_per_token_or_per_slot(rows):
-    def change(leaf):
-        return jnp.zeros((rows, HIDDEN), leaf.dtype)
-
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*x has {rows} rows"):
-        run_handler("block", {"x": change})
-
-
-@pytest.mark.parametrize("weight_format", FACTS)
-def test_handlers_refuse_leaves_of_another_format(weight_format):
-    """Attributes of every format with the operands of every other: all but those that are one format to the kernels."""
-    own = experts(HIDDEN, 64, weight_format=weight_format, group_size=FACTS[weight_format].group_sizes[-1])
-    attributes = format_attributes("", own)
-    for name, facts in FACTS.items():
-        weights = experts(HIDDEN, 64, weight_format=name, group_size=facts.group_sizes[-1])
-        leaves = {leaf: constant(value) for leaf, value in zip(MATRIX, cpu_weight_operands(weights), strict=True)}
-        same_shapes = [
-            a.shape == b.shape and a.dtype == b.dtype
-            for a, b in zip(cpu_weight_operands(own), cpu_weight_operands(weights), strict=True)
-        ]
-        if all(same_shapes[:3]):
-            run_handler("product", leaves, attributes)
-            continue
-        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
-            run_handler("product", leaves, attributes)
-
-
-def test_handlers_refuse_router_weights_that_are_missing():
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*mul_topk_weights needs topk_weights"):
-        run_handler("product", {"topk_weights": lambda leaf: leaf[:0]})
-
-
-class Louder(Activation):
-    def apply(self, gate, up):
-        return 2 * super().apply(gate, up)
-
-
-@pytest.mark.parametrize("implementation", [None, "xla"])
-def test_an_activation_of_a_class_of_its_own_is_refused(implementation):
-    with pytest.raises(TypeError, match=r"activation is a Louder; it must be a name, or made by one of .*swiglu"):
-        jmm.fused_moe(**block_arguments() | {"activation": Louder("silu"), "implementation": implementation})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("mine",), "name is 'mine'; it must be one of gelu, .*silu, .*swiglu"),
-        (("silu", (1.0,)), r"parameters is \(1.0,\); 'silu' takes 0 of them"),
-        (("swiglu", (0.0, 1.0, 0.0)), "limit is 0.0; it must be positive"),
-        (("swiglu_step", (-1.0,)), "limit is -1.0; it must be positive"),
-        (("situ", (4.0, 0.0)), "linear_beta is 0.0; it must be positive"),
-        (("situ", (float("nan"), 1.0)), "beta is nan; it must be positive"),
-    ],
-)
-def test_activations_that_the_kernels_do_not_know_cannot_be_made(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Activation(*arguments)
-
-
-def test_an_activation_computes_what_its_name_says():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'apply'"):
-        Activation("silu", apply=lambda gate, up: gate)
