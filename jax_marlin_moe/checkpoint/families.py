@@ -105,6 +105,17 @@ _GEMMA = Family(
     fixed={"hidden_act": ("gelu_pytorch_tanh",)},
 )
 
+_ERNIE = Family(
+    model_types={"ernie4_5_moe": Defaults(shared=2)},
+    block="mlp",
+    routing=rules.scored("softmax", renormalize=True),
+    correction_bias="{block}.moe_statics.e_score_correction_bias",
+    shared=_DEEPSEEK_SHARED,
+    # What the sum of the chosen scores is at least: a softmax's sum is more, and this changes nothing.
+    fixed={"moe_norm_min": (1e-12,), "moe_use_aux_free": (True,), "moe_gate": ("topk", "top2_fused")},
+    ignored=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "norm_topk_prob"),
+)
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         model_types={
@@ -388,15 +399,14 @@ FAMILIES: tuple[Family, ...] = (
         stacked=(StackedNames("{block}.input_linear", "{block}.output_linear"),),
         activation=rules.named("activation_function"),
     ),
-    Family(
-        model_types={"ernie4_5_moe": Defaults(shared=2)},
-        block="mlp",
-        routing=rules.scored("softmax", renormalize=True),
-        correction_bias="{block}.moe_statics.e_score_correction_bias",
-        shared=_DEEPSEEK_SHARED,
-        # What the sum of the chosen scores is at least: a softmax's sum is more, and this changes nothing.
-        fixed={"moe_norm_min": (1e-12,), "moe_use_aux_free": (True,), "moe_gate": ("topk", "top2_fused")},
-        ignored=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "norm_topk_prob"),
+    _ERNIE,
+    dataclasses.replace(
+        _ERNIE,
+        model_types={"ernie4_5_vl_moe_text": Defaults(shared=2)},
+        wholes=("ernie4_5_vl_moe",),
+        modalities=2,
+        router_transposed=True,
+        others=("{block}.gate.weight_1",),
     ),
     Family(
         model_types={"hunyuan_v1_moe": Defaults()},
@@ -531,13 +541,15 @@ FAMILIES: tuple[Family, ...] = (
         ignored=("moe_layers_enum", "moe_every_n_layer", "moe_layer_offset", "need_fp32_gate"),
     ),
     Family(
-        model_types=dict.fromkeys(("inkling2_text", "inkling2_loop_text"), Defaults()),
+        model_types=dict.fromkeys(("inkling2_text", "inkling2_loop_text"), Defaults(scale=8.0)),
         wholes=("inkling2", "inkling2_loop"),
         block="mlp",
         routing=rules.scored("sigmoid", renormalize=True, scaled=True),
         correction_bias="{block}.gate.bias",
         stacked=(StackedNames("{experts}.w13_weight", "{experts}.w2_weight", interleaved=True),),
         activation=rules.SITU,
+        keys={"routed_scaling_factor": ("route_scale",)},
         fixed={"scoring_func": ("sigmoid",)},
+        ignored=("qk_l2_clip_threshold", "rel_l2_clip_threshold", "loop_gate_rank"),  # beside the block
     ),
 )

@@ -74,6 +74,7 @@ class Family:
         linears: names of an expert's linears: gate (H, I), which goes through the activation, or None where experts
             have no gate; up (H, I), which multiplies it, or goes through the activation itself; down (I, H).
         router: the router's tensor [E, H].
+        router_transposed: whether that lies as [H, E].
         router_bias: its bias [E].
         correction_bias: added to scores for the choice alone, [E].
         correction_if: the key that says whether there is one (`true` where it is missing); None where there always is.
@@ -95,6 +96,8 @@ class Family:
         size: keys of the intermediate size of an expert, the first that is there.
         keys: other names of keys, by the name that the rules have for them; where they are given, no others count.
         by_layer: keys whose value may be a list with one for each layer.
+        modalities: how many groups of experts lie one behind the other, the first of which, for text, is loaded. Lists
+            of the config have a value for each, and so have rows of the correction bias (Ernie 4.5 VL).
         merged: objects of the config whose keys count as its own.
         wholes: model types of whole models, whose text part is of this family.
         fixed: keys with the only values that the family's block can have.
@@ -112,6 +115,7 @@ class Family:
     experts: str = "{block}.experts"
     linears: Linears = _USUAL
     router: str = "{block}.gate.weight"
+    router_transposed: bool = False
     router_bias: str | None = None
     correction_bias: str | None = None
     correction_if: str | None = None
@@ -133,6 +137,7 @@ class Family:
     size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
     keys: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     by_layer: tuple[str, ...] = ()
+    modalities: int = 1
     merged: tuple[str, ...] = ()
     wholes: tuple[str, ...] = ()
     others: tuple[str, ...] = ()

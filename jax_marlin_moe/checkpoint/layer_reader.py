@@ -19,7 +19,7 @@ from jax_marlin_moe.checkpoint.numbering import claim_number
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
-from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.checkpoint.tensors import FLOATS, ShapeError, TensorFolder
 from jax_marlin_moe.layer import MoELayer, check_layer
 from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights
@@ -59,6 +59,19 @@ class LayerReader:
 
     def load(self) -> MoELayer:
         """The layer; errors as for `load_moe_layer`."""
+        try:
+            return self._load()
+        except ShapeError as error:
+            facts = self.facts
+            shared = (
+                "" if facts.shared_size is None else f", intermediate size {facts.shared_size} of the shared expert"
+            )
+            raise ValueError(
+                f"{error}; {self.source} says hidden size {facts.hidden}, intermediate size {facts.size}{shared} and "
+                f"{facts.experts} experts"
+            ) from None
+
+    def _load(self) -> MoELayer:
         family, facts = self.family, self.facts
         hidden, size, experts = facts.hidden, facts.size, facts.experts
         for suffix, fault in BROKEN.items():
@@ -129,7 +142,7 @@ class LayerReader:
                 f"{self.quantization.source}: the experts of {self.model_type} have tensors of their own "
                 f"(quant_method {self.quantization.method!r}); {family.numbered}"
             )
-        self._check_experts(experts, self.facts.routing.identity_experts)
+        self._check_experts(experts, self.facts.routing.identity_experts + experts * (family.modalities - 1))
         prefix = self.name(family.experts)
 
         def linears(*names: str) -> list[list[Linear]]:
@@ -179,6 +192,8 @@ class LayerReader:
             and self.files.dtype(f"{module}.weight") not in FLOATS
         ):
             return jnp.asarray(read_dense(self.files, Linear(module), k, n, self.quantization))
+        if template == self.family.router and self.family.router_transposed:
+            return self._vector(template, (k, n))
         value = self._vector(template, (n, k))
         return None if value is None else value.T
 
@@ -193,7 +208,7 @@ class LayerReader:
         return jnp.array(value, copy=True)
 
     def _correction_bias(self, experts: int) -> Array | None:
-        """[E], also where it lies as [1, E]; raises ValueError where the config denies or promises it."""
+        """[E], also where it is the first row of several; raises ValueError where the config denies or promises it."""
         template, stated = self.family.correction_bias, self.facts.correction
         if template is None:
             return None
@@ -206,8 +221,8 @@ class LayerReader:
         if not there and stated is not None:
             return None
         shape = self.files.info(self.name(template)).shape if there else (experts,)
-        value = self._vector(template, (1, experts) if len(shape) == 2 else (experts,))
-        return None if value is None else value.reshape(experts)
+        value = self._vector(template, (self.family.modalities, experts) if len(shape) == 2 else (experts,))
+        return value if value is None or value.ndim == 1 else value[0]
 
     def _token_experts(self, top_k: int, experts: int) -> Array | None:
         template = self.family.hash_table
@@ -286,7 +301,8 @@ class LayerReader:
     def _check_experts(self, experts: int, further: int) -> None:
         """The experts that have tensors must be those that the config counts: before anything of that size is built.
 
-        transformers saves tensors of the `further` ones, which return their input, and does not use them.
+        The `further` ones behind them are not read: those of other modalities, and identity experts, of which
+        transformers saves tensors that it does not use.
         """
         pattern = re.compile(re.escape(self.name(self.family.experts)) + r"\.([0-9]+)\.")
         found: dict[int, str] = {}

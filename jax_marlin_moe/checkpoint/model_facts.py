@@ -27,7 +27,7 @@ _BEHAVIOUR = re.compile(
 
 # Keys with such words that change nothing in a block: patterns, each with the reason.
 HARMLESS = {
-    r"(attn|attention|rope|rotary|index|indexer|mamba|swa|linear_attn|sparse_attention|query_pre_attn)_.*"
+    r"(attn|attention|rope|rotary|index|indexer|mamba|swa|linear_attn|sparse_attention|query_pre_attn|log_scaling)_.*"
     r"|clip_qkv|floor_scale|time_step_limit": "attention, positions and state-space layers, not the block",
     r"final_logit_softcapping|logits?_scal(e|ing)|embedding_scale|scale_embeddings?": "embeddings and logits",
     r"router_(aux|z)_loss_coef|(router|input)_jitter_noise|output_router_logits|moe_aux_loss_coeff?": "training alone",
@@ -140,6 +140,13 @@ def _of_layer(family: Family, keys: Keys, layer: int | None) -> Keys:
         if (layer or 0) >= len(value):
             raise keys.fault(key, f"a list with a value for layer {layer}", f", and has {len(value)}")
         values[keys.name(key)] = value[layer or 0]
+    if family.modalities > 1:
+        for key in (*NUM_EXPERTS, *TOP_K, *family.size):
+            value = keys.get(key)
+            if isinstance(value, list):
+                if len(value) != family.modalities:
+                    raise keys.fault(key, f"one value, or {family.modalities}, for text and for images")
+                values[keys.name(key)] = value[0]
     return dataclasses.replace(keys, values=values)
 
 

@@ -137,6 +137,10 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
+class ShapeError(ValueError):
+    """A tensor has another shape than its reader expects, who knows what says so."""
+
+
 class TensorFolder:
     """Reads tensors by name, whichever file of the folder they are in.
 
@@ -217,7 +221,7 @@ class TensorFolder:
         path = self.file_of(name)
         found = self._file(path).info(name)
         if found.shape != tuple(shape):
-            raise ValueError(f"{path}: tensor {name} has shape {found.shape}; it must be {tuple(shape)}")
+            raise ShapeError(f"{path}: tensor {name} has shape {found.shape}; it must be {tuple(shape)}")
         if found.dtype not in dtypes:
             raise ValueError(f"{path}: tensor {name} has dtype {found.dtype}; it must be {' or '.join(dtypes)}")
         self.seen.add(name)

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import re
 
 import checkpoint_files as files
 import numpy as np
@@ -141,12 +142,40 @@ def test_a_bias_that_the_config_denies_or_promises_is_an_error_with_both_facts(t
     np.testing.assert_array_equal(load(folder).correction_bias, np.arange(E))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "tensor"),
+    [("hidden_size", 128, "gate_proj"), ("moe_intermediate_size", 64, "gate_proj"), ("num_experts", 3, "4 experts")],
+)
+def test_a_size_that_tensors_contradict_is_an_error_with_both_facts(tmp_path, key, value, tensor):
+    folder = write(tmp_path, QWEN, **{"model_type": "qwen3_moe", key: value})
+    with pytest.raises(ValueError, match=rf"{tensor}.*; .*config\.json says .*{value}"):
+        load(folder)
+
+
 def test_two_names_of_a_key_that_differ_are_an_error_that_names_both(tmp_path):
     folder = write(tmp_path, {}, model_type="kimi_linear", moe_renormalize=True, norm_topk_prob=False)
     with pytest.raises(ValueError, match="says moe_renormalize = True and norm_topk_prob = False; they mean the same"):
         jmm.checkpoint.family.get_family(json.loads((folder / "config.json").read_text()), "config.json", FAMILIES)[
             2
         ].boolean("norm_topk_prob")
+
+
+def test_experts_for_images_behind_those_for_text_are_not_read(tmp_path):
+    block = "model.layers.0.mlp"
+    images = {name: value[:16] if value.shape == (I, H) else value[:, :16] for name, value in experts(block).items()}
+    images = {re.sub(r"experts\.([0-9])", lambda m: f"experts.{int(m.group(1)) + E}", n): v for n, v in images.items()}
+    bias = {f"{block}.moe_statics.e_score_correction_bias": np.arange(2 * E, dtype=np.float32).reshape(2, E)}
+    gate = {name: value.T for name, value in router(f"{block}.gate.weight").items()}
+    tensors = QWEN | images | bias | gate | {f"{block}.gate.weight_1": np.zeros((H, E), np.float32)}
+    config = {"model_type": "ernie4_5_vl_moe_text", "moe_intermediate_size": [I, 16], "moe_num_experts": [E, E]}
+    config |= {"num_experts": None}
+    layer = load(write(tmp_path, tensors, **config))
+    assert (layer.gate_up.num_experts, layer.down.k) == (E, I)
+    np.testing.assert_array_equal(layer.correction_bias, np.arange(E))
+    with pytest.raises(
+        ValueError, match=r"moe_num_experts is \[4\]; it must be one value, or 2, for text and for images"
+    ):
+        load(write(tmp_path, tensors, **config | {"moe_num_experts": [E]}))
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ CASES = [
     ("qwen3_omni_moe_text", "", {}),
     ("unlimited_ocr_text", "groups", {"topk_method": "group_limited_greedy", **FEW_GROUPS}),
     ("inkling2_text", "", {"unpadded_vocab_size": 64}),
+    ("inkling2_text", "small caps", {"unpadded_vocab_size": 64, "mlp_gate_softcap": 0.25, "mlp_up_softcap": 0.5}),
     ("mellum", "", SPARSE),
     ("mellum", "not renormalised", {**SPARSE, "norm_topk_prob": False}),
     ("qwen4_exp_text", "", {}),
@@ -234,6 +235,13 @@ CASES = [
     ("longcat_flash", "no identity experts", {"zero_expert_num": 0, "moe_topk": 3}),
 ]  # fmt: skip
 
+ERNIE_VL = {
+    **SPARSE,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "moe_intermediate_size": [I, 32],
+    "moe_num_shared_experts": 1,
+}
 STEP = {**SPARSE, "layer_types": ["full_attention", "full_attention"]}
 
 # Whole models: their names of tensors and their text_config.
@@ -247,7 +255,11 @@ WHOLE = [
     ("kimi_k25", "deepseek_v3", FEW_GROUPS),
     ("glm4v_moe", "glm4v_moe_text", {}),
     ("aria", "aria_text", EXPERTS_ARE_INTERMEDIATE),
-    ("dots3_note", "dots3_note_text", {**SPARSE, "per_layer_config": {}}),
+    (
+        "ernie4_5_vl_moe",
+        "ernie4_5_vl_moe_text",
+        {**SPARSE, "moe_intermediate_size": [I, 32], "moe_num_shared_experts": 1},
+    ),
     ("glm5_next", "glm5_next_text", GLM5),
     ("hy_v4_vl", "hy_v4_vl_text", {**SPARSE, "qk_rope_head_dim": 64}),
     ("mistral_large4", "mistral_large4_text", SPARSE),
@@ -261,7 +273,7 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1, "num_heads": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "out_hidden_size": H, "patch_size": 14,
     "image_size": 28, "deepstack_visual_indexes": [0], "vision_output_dim": 32, "projector_input_dim": 32,
-    "projector_output_dim": 32, "num_position_embeddings": 16,
+    "projector_output_dim": 32, "num_position_embeddings": 16, "video_temporal_patch_size": 2,
 }  # fmt: skip
 
 
@@ -309,8 +321,6 @@ Model types of transformers that have experts, and whose layers are not of the k
 REFUSED = {
     "doge": "its experts are rows of two embeddings, found by product keys: there are no matrices of experts",
     "dots3_note_vision_encoder": "the experts of a vision tower, with routing by keys of its own",
-    "ernie4_5_vl_moe": "each layer has experts for text and others, of another size, for images",
-    "ernie4_5_vl_moe_text": "likewise",
     "evolla": "no layers of experts",
     "inkling_mm_model": "the weights of shared and routed experts come from one normalisation",
     "inkling_text": "likewise",
@@ -395,9 +405,10 @@ def text_type(config):
 def find_block(model):
     """The first module with experts and a router, the decoder layer that it is in, and its number."""
     for name, module in model.named_modules():
-        numbers = re.search(r"(?:layers|blocks)\.([0-9]+)\.", name)
+        numbers = re.search(r"(?:layers|blocks)\.([0-9]+)(?:\.|$)", name)
         if numbers and (
-            (hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router")))
+            hasattr(module, "text_moe")
+            or (hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router")))
             or type(module).__name__ == "JetMoeMoE"
         ):
             return module, model.get_submodule(name.rpartition(".")[0]), int(numbers.group(1))
