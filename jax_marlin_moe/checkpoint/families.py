@@ -113,7 +113,7 @@ _ERNIE = Family(
     shared=_DEEPSEEK_SHARED,
     # What the sum of the chosen scores is at least: a softmax's sum is more, and this changes nothing.
     fixed={"moe_norm_min": (1e-12,), "moe_use_aux_free": (True,), "moe_gate": ("topk", "top2_fused")},
-    ignored=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "norm_topk_prob"),
+    ignored=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "moe_capacity", "norm_topk_prob"),
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -541,8 +541,8 @@ FAMILIES: tuple[Family, ...] = (
         ignored=("moe_layers_enum", "moe_every_n_layer", "moe_layer_offset", "need_fp32_gate"),
     ),
     Family(
-        model_types=dict.fromkeys(("inkling2_text", "inkling2_loop_text"), Defaults(scale=8.0)),
-        wholes=("inkling2", "inkling2_loop"),
+        model_types={"inkling2_text": Defaults(scale=8.0)},
+        wholes=("inkling2",),
         block="mlp",
         routing=rules.scored("sigmoid", renormalize=True, scaled=True),
         correction_bias="{block}.gate.bias",
@@ -550,6 +550,6 @@ FAMILIES: tuple[Family, ...] = (
         activation=rules.SITU,
         keys={"routed_scaling_factor": ("route_scale",)},
         fixed={"scoring_func": ("sigmoid",)},
-        ignored=("qk_l2_clip_threshold", "rel_l2_clip_threshold", "loop_gate_rank"),  # beside the block
+        ignored=("qk_l2_clip_threshold", "rel_l2_clip_threshold"),  # beside the block
     ),
 )

@@ -37,7 +37,8 @@ HARMLESS = {
     r"(moe_)?ep_size|moe_shared_expert_overlap|experts_implementation": "how work is spread and overlapped",
     r"top_k|output_scores": "sampling of tokens",
     r"(num_)?mtp_.*": "multi-token prediction, whose layers are loaded by name",
-    r"(use_)?(head_wise|attn|output)_.*gate.*|gated_norm_rank|kda_.*|hc_.*|router_dtype": "beside the block",
+    r"(use_)?(head_wise|attn|output)_.*gate.*|gated_(norm_rank|attention_.*)|kda_.*|hc_.*": "beside the block",
+    r"router_dtype": "the router's products are in float32 here",
 }
 
 # What is said of keys that are refused for what they mean.

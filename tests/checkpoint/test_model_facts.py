@@ -7,6 +7,7 @@ from jax_marlin_moe.checkpoint.families import FAMILIES
 from jax_marlin_moe.checkpoint.family import find_family, get_family
 from jax_marlin_moe.checkpoint.keys import REQUIRED
 from jax_marlin_moe.checkpoint.model_facts import HARMLESS, read_facts
+from jax_marlin_moe.routing import Routing
 
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
 # What types without a class of transformers, or with groups that do not fit 8 experts, need beside the sizes.
@@ -131,6 +132,54 @@ GENUINE = {
 def test_keys_that_change_nothing_in_the_block_change_nothing(model_type):
     read = find_family(model_type, FAMILIES).routing.keys
     assert facts(model_type, **{key: value for key, value in GENUINE.items() if key not in read}) == facts(model_type)
+
+
+# Keys of published configs, beside the sizes, and what they make.
+PUBLISHED = {
+    "afmoe": (  # Trinity
+        {"route_norm": True, "route_scale": 2.826, "score_func": "sigmoid", "n_group": 1, "topk_group": 1,
+         "num_expert_groups": 1, "num_limited_groups": 1, "num_shared_experts": 1, "use_grouped_mm": True},
+        Routing(2, scoring="sigmoid", scale=2.826),
+    ),
+    "step3p5": (
+        {"use_moe": True, "moe_num_experts": 8, "moe_top_k": 2, "share_expert_dim": 64, "moe_layer_offset": 0,
+         "moe_every_n_layer": 1, "moe_layers_enum": "1,2,3", "moe_router_activation": "sigmoid",
+         "moe_router_scaling_factor": 3.0, "use_moe_router_bias": True, "need_fp32_gate": True,
+         "norm_expert_weight": True, "use_head_wise_attn_gate": True, "swiglu_limits": [0.0] * 4,
+         "swiglu_limits_shared": [0.0] * 4, "num_nextn_predict_layers": 3},
+        Routing(2, scoring="sigmoid", scale=3.0),
+    ),
+    "hunyuan_v1_moe": (
+        {"moe_topk": [2] * 4, "moe_intermediate_size": [64] * 4, "num_shared_expert": [1] * 4, "n_group": None,
+         "use_mixed_mlp_moe": True, "norm_topk_prob": True, "group_limited_greedy": False, "moe_layer_num_skipped": 0,
+         "routed_scaling_factor": 1.0, "capacity_factor": 1.0, "moe_drop_tokens": False},
+        Routing(2),
+    ),
+    "ernie4_5_moe": (
+        {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+         "moe_layer_end_index": 27, "moe_layer_interval": 1, "moe_capacity": [64, 64, 64], "moe_gate": "topk",
+         "moe_use_aux_free": True, "moe_norm_min": 1e-12},
+        Routing(2),
+    ),
+    "bailing_moe_v2": (  # Ling 2.0
+        {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "score_function": "sigmoid",
+         "moe_router_enable_expert_bias": True, "num_shared_experts": 1, "moe_shared_expert_intermediate_size": 64,
+         "norm_topk_prob": True, "router_dtype": "fp32", "first_k_dense_replace": 1, "mtp_loss_scaling_factor": 0},
+        Routing(2, scoring="sigmoid", num_groups=4, top_groups=2, scale=2.5),
+    ),
+    "kimi_linear": (
+        {"num_experts_per_token": 2, "moe_renormalize": True, "num_expert_group": 1, "topk_group": 1,
+         "routed_scaling_factor": 2.446, "moe_router_activation_func": "sigmoid", "use_grouped_topk": True,
+         "num_shared_experts": 1, "moe_layer_freq": 1},
+        Routing(2, scoring="sigmoid", scale=2.446),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_keys_of_published_configs_are_known(model_type):
+    config, routing = PUBLISHED[model_type]
+    assert facts(model_type, **config).routing == routing
 
 
 def test_every_harmless_key_has_a_reason():

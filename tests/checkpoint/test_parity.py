@@ -322,6 +322,8 @@ REFUSED = {
     "doge": "its experts are rows of two embeddings, found by product keys: there are no matrices of experts",
     "dots3_note_vision_encoder": "the experts of a vision tower, with routing by keys of its own",
     "evolla": "no layers of experts",
+    "inkling2_loop": "files have experts in two quantisations of their own",
+    "inkling2_loop_text": "likewise",
     "inkling_mm_model": "the weights of shared and routed experts come from one normalisation",
     "inkling_text": "likewise",
     "muse_spark": "a projection and norms stand between the layer's rows and its experts",
