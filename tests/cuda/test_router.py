@@ -46,6 +46,7 @@ FULL = {
     "shared": 2,
 }
 GROUPS = jmm.Routing(4, "sigmoid", num_groups=5, top_groups=3, scale=2.5, logits_soft_cap=30.0)
+GROUPS_OF_16 = jmm.Routing(4, "sigmoid", num_groups=4, top_groups=2)
 COMPILED = [
     *((name, router(rule=GROUPS, **FULL)) for name in ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")),
     ("sm_90a", router(700, router_dtype="float32", rule=jmm.Routing(4, "sqrtsoftplus"))),
@@ -105,3 +106,22 @@ def test_tiles_fit_every_architecture(tokens, router_dtype):
             assert rows * tile.warps_t * 8 == tile.tokens
             assert rows == 1 or rows % 2 == 0
             assert tile.experts % (16 * tile.warps_n) == 0
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_a_layer_with_a_shared_expert_is_one_call(architecture, monkeypatch):
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, architecture)
+
+    def stack(experts, k, n):
+        dense = jax.ShapeDtypeStruct((experts, k, n), jnp.bfloat16)
+        return jax.eval_shape(lambda w: jmm.quantize(w, "int4", group_size=64), dense)
+
+    shared = jmm.SharedExpert(stack(1, 128, 128), stack(1, 64, 128), array((128, 1), jnp.bfloat16))
+    parts = stack(16, 128, 128), stack(16, 64, 128), array((128, 16), jnp.bfloat16)
+    layer = jmm.MoELayer(*parts, GROUPS_OF_16, correction_bias=array((16,)), shared=shared)
+    traced = jax.jit(lambda layer, x: layer(x)).trace(layer, array((3, 128), jnp.bfloat16))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @jax_marlin_moe") == 1
+    for stage in ("router", "select", "gate_up", "down", "combine"):
+        assert f"jmm_{stage}_" in text

@@ -252,6 +252,24 @@ def test_the_layer_and_its_op_agree_on_every_implementation():
     np.testing.assert_array_equal(weights, expected_weights)
 
 
+def test_derivatives_are_those_of_the_reference():
+    case = Case("derivatives", "top 2 of groups", vectors=("correction_bias",), shared="alike", gated=True)
+    x, router, routed, _, _, options = make(case)
+    wish = jnp.asarray(np.random.default_rng(5).normal(size=x.shape), jnp.float32)
+
+    def loss(x, router, gate, implementation):
+        shared = dataclasses.replace(options["shared"], gate=gate)
+        y = call(case, x, router, routed, options | {"shared": shared}, implementation=implementation)
+        return jnp.sum(y.astype(jnp.float32) * wish)
+
+    arguments = x, router.astype(jnp.float32), options["shared"].gate.astype(jnp.float32)
+    ours, expected = (jax.grad(loss, (0, 1, 2))(*arguments, name) for name in ("cpu", "xla"))
+    for one, other in zip(ours, expected, strict=True):
+        one, other = (np.asarray(array, np.float64) for array in (one, other))
+        assert np.linalg.norm(other) > 0
+        assert np.linalg.norm(one - other) <= 0.01 * np.linalg.norm(other)
+
+
 def test_a_shared_expert_split_into_narrower_ones_is_the_same():
     case = Case("split", shared="wide", gated=True)
     x, router, routed, _, _, options = make(case)
