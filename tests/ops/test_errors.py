@@ -318,10 +318,3 @@ def test_without_a_choice_the_reference_steps_in_and_says_so(monkeypatch):
         text = jax.jit(lambda: jmm.fused_moe(**arguments)).trace().lower(lowering_platforms=("cpu",)).as_text()
     assert native.TARGETS["fused_moe", "cpu"] not in text
     assert expected.shape == (TOKENS, HIDDEN)
-
-
-def test_reverse_mode_says_that_it_is_missing():
-    arguments = block_arguments()
-    x = arguments.pop("x").astype(jnp.float32)
-    with pytest.raises(NotImplementedError, match="fused_moe"):
-        jax.grad(lambda rows: jmm.fused_moe(rows.astype(jnp.bfloat16), **arguments).astype(jnp.float32).sum())(x)
