@@ -160,7 +160,12 @@ def block(x, gate_up, down, **options):
 def test_on_a_card_a_scan_is_equal_to_the_layers_one_by_one(tokens):
     """Of the block: between blocks, XLA may compile two programs to other roundings."""
     x = wanted = jax.random.normal(jax.random.key(8), (tokens, HIDDEN), jnp.bfloat16)
-    run = jax.jit(functools.partial(block, implementation="cuda"))
+    weights, ids = jmm.route(normal(9, tokens, EXPERTS), top_k=TOP_K)
+
+    @jax.jit
+    def run(x, gate_up, down):
+        return jmm.fused_moe(x, gate_up, down, weights, ids, implementation="cuda")
+
     for layer in layers():
         wanted = run(wanted, layer.gate_up, layer.down)
     stack = (stacked().layers.gate_up, stacked().layers.down)
