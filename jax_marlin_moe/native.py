@@ -76,7 +76,7 @@ def _cpu_flags() -> frozenset[str]:
 
 @functools.cache
 def shadowed_installation() -> pathlib.Path | None:
-    """The installed package, where this module is of a source tree that stands before it on the path; else None."""
+    """The installed package, where this module is of a source tree that precedes it on the path; else None."""
     try:
         installed = importlib.metadata.distribution("jax_marlin_moe").locate_file("jax_marlin_moe/native.py")
     except importlib.metadata.PackageNotFoundError:

@@ -102,7 +102,7 @@ def assemble(
         name: of the weights, for errors.
         bias: [experts, parts * n], or None.
         input_order: as in `MarlinWeights`.
-        parts: how many matrices stand side by side.
+        parts: how many matrices are side by side.
 
     Raises:
         TypeError, ValueError: what makes up the weights does not fit together.

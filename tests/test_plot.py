@@ -31,7 +31,7 @@ def test_lines_and_panels(plot):
         lines = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
         of_model = [row for row in rows if row["model"] == model]
         assert lines.keys() == {"limit"} | {row["implementation"] for row in of_model}
-        assert len(lines) > 2  # a peer stands beside ours
+        assert len(lines) > 2  # ours, and a peer
         for row in of_model:
             assert lines[row["implementation"]][row["M"]] == row["block_us"]
             assert lines["limit"][row["M"]] == row["limit_us"]

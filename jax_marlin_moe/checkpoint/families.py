@@ -92,7 +92,7 @@ _GRANITE = Family(
     stacked=(StackedNames("{block}.input_linear", "{block}.output_linear"),),
 )
 _GEMMA = Family(
-    # Its dense branch stands beside the block and is left to the model.
+    # Its dense branch, beside the block, is left to the model.
     model_types=dict.fromkeys(("gemma4", "gemma4_text", "diffusion_gemma_text"), Defaults()),
     wholes=("gemma4", "diffusion_gemma"),
     block="experts",

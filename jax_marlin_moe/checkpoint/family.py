@@ -9,7 +9,7 @@ from jax_marlin_moe.checkpoint import routing_rules as rules
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.routing_rules import ActivationRule, Defaults, RoutingRule
 
-# What may stand before `layers.{layer}.`: text models, multimodal ones of both generations, Nemotron, DBRX, Qwen3-Omni,
+# What may precede `layers.{layer}.`: text models, multimodal ones of both generations, Nemotron, DBRX, Qwen3-Omni,
 # DeepSeek-V4.
 _STEMS = (
     "model.", "model.language_model.", "language_model.model.", "backbone.", "transformer.", "thinker.model.",

@@ -19,7 +19,7 @@ from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.packing import assemble, dense_weights, pack_expert
 from jax_marlin_moe.weights import MarlinWeights
 
-Experts = Sequence[Sequence[Linear]]  # per expert the linears (k, n) that stand side by side
+Experts = Sequence[Sequence[Linear]]  # per expert the linears (k, n) that are side by side
 
 
 @dataclasses.dataclass(frozen=True)

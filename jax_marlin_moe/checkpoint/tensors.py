@@ -149,7 +149,7 @@ class TensorFolder:
 
     Args:
         folder: holds `model.safetensors.index.json` with the files that it names, or safetensors files alone.
-        among: the files that count, where others stand beside them.
+        among: the files that count, where the folder has others.
         check: called with each file before it is opened.
 
     Raises:

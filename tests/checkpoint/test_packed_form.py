@@ -79,7 +79,7 @@ def test_a_layer_is_shown_in_one_line(tmp_path):
     assert repr(layer.down).endswith(f"row_padding=8, column_padding=(24,), {layer.down.nbytes} bytes)")
     large = jax.ShapeDtypeStruct((128, 128, 4096), jnp.int32)
     assert repr(dataclasses.replace(layer.gate_up, packed=large)).endswith("268.4 MB)")
-    # What stands in the place of arrays under transformations is shown as well.
+    # What takes the place of arrays under transformations is shown as well.
     assert "packed=P('x',)" in repr(jax.tree.map(lambda _: jax.sharding.PartitionSpec("x"), layer.gate_up))
     assert repr(jax.eval_shape(lambda parts: parts, layer)) == text
     (tokens,) = jax.export.symbolic_shape("t")

@@ -424,7 +424,7 @@ def theirs(block, around, x, ids):
             return block.experts(rows, chosen, weights).numpy()
         out = block(rows[None], torch.tensor(ids)[None]) if getattr(block, "is_hash", False) else block(rows[None])
         out = (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
-        # Granite's shared expert stands beside the block.
+        # Granite's shared expert is beside the block.
         return (out + around.shared_mlp(rows) if hasattr(around, "shared_mlp") else out).numpy()
 
 

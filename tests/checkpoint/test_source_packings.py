@@ -41,7 +41,7 @@ def test_unpacking_is_the_closed_form(unpack, pack, order, bits):
 
 @given(shape=st.sampled_from([(16, 8), (2, 16, 8), (2, 3, 8, 16)]), bits=st.sampled_from([4, 8]), seed=st.integers(0))
 def test_every_word_is_a_packing_of_something(shape, bits, seed):
-    """Unpacking loses no bit of a checkpoint, whatever dimensions stand in front."""
+    """Unpacking loses no bit of a checkpoint, whatever dimensions come first."""
     words = np.random.default_rng(seed).integers(-(2**31), 2**31, shape, dtype=np.int32)
     for unpack, pack, order in PACKINGS:
         codes = np.asarray(unpack(jnp.asarray(words), bits=bits))

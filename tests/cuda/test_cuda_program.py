@@ -214,7 +214,7 @@ def test_a_malformed_contract_is_refused(case):
 )
 def test_a_launch_for_which_the_kernel_was_not_compiled_is_refused(field, value, message):
     operands, cubin, contract = alignment_program()
-    first = len(contract) - 4 - 7  # four parameters; seven fields stand before them
+    first = len(contract) - 4 - 7  # four parameters; seven fields precede them
     assert contract[first] == 256
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*kernel jmm_align_m8 {message}"):
         execute(operands, **attributes_of(cubin, at(first + field, value)(contract)))

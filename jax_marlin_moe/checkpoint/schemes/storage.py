@@ -53,7 +53,7 @@ class Storage(abc.ABC):
         return self
 
     def row_order(self, files: TensorFolder, linear: Linear, k: int) -> np.ndarray | None:
-        """The order in which rows stand in groups, int32 [k]; None for ascending."""
+        """The order of the rows in their groups, int32 [k]; None for ascending."""
         return None
 
     @abc.abstractmethod
