@@ -24,10 +24,21 @@ except ImportError as error:  # a source tree that was never built
 # CUDA ops are.
 _HANDLERS = {} if _native is None else _native.handlers()
 
+
+class _Targets(dict[tuple[str, str], str]):
+    """By (op, platform). An editable install does not build the module again when its sources change."""
+
+    def __missing__(self, key: tuple[str, str]) -> str:
+        raise RuntimeError(
+            f"the native module {getattr(_native, '__file__', None)} has no handler of {key[0]} on {key[1]}: it was "
+            "built from other sources; install the package again"
+        )
+
+
 # The custom calls' targets: process-global names, and the persistent ABI of exported programs.
-TARGETS = {
-    (op, platform): f"jax_marlin_moe.{op}.{platform}.v{_HANDLERS[op, platform][0]}" for op, platform in _HANDLERS
-}
+TARGETS = _Targets(
+    {(op, platform): f"jax_marlin_moe.{op}.{platform}.v{_HANDLERS[op, platform][0]}" for op, platform in _HANDLERS}
+)
 
 # What `jax.export` must be told: pass `[jax.export.DisabledSafetyCheck.custom_call(t) for t in CUSTOM_CALL_TARGETS]`.
 CUSTOM_CALL_TARGETS = tuple(TARGETS.values())

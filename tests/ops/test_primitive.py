@@ -133,3 +133,8 @@ def test_a_layer_of_a_stack_is_an_operand_of_derivatives_too():
     moving = scaled_op(jvp=jvp)
     gradient = jax.grad(lambda scale: call(moving, X, jmm.take_layer(stack | {"scale": scale}, 1)).sum())
     np.testing.assert_array_equal(gradient(stack["scale"]), [np.zeros(4), 6 * X])
+
+
+def test_a_module_of_other_sources_is_named():
+    with pytest.raises(RuntimeError, match=r"native module .* has no handler of no_op on cpu: it was built from other"):
+        native.TARGETS["no_op", "cpu"]
