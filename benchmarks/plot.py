@@ -1,9 +1,11 @@
 """Draws block time and limit over the number of tokens, both logarithmic, one panel per model.
 
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --out decode.svg
+    python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --dark --out decode_dark.svg
 
-Takes any number of result files of `benchmarks.blocks`. A line is an implementation; where a model was timed in several
-formats, group sizes, dtypes or routings, each has lines of its own. Needs matplotlib.
+Lines are medians, bands reach from the 10th to the 90th percentile of the samples. Takes any number of result files of
+`benchmarks.blocks`. A line is an implementation; where a model was timed in several formats, group sizes, dtypes or
+routings, each has lines of its own. Needs matplotlib.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import pathlib
 from collections import defaultdict
 
 import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
@@ -44,7 +47,24 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
     return list(rows.values())
 
 
-def draw(rows: list[dict]) -> Figure:
+def read_caption(paths: list[pathlib.Path]) -> str:
+    """What a reader must know who sees the figure alone: the cards, what is timed, and what the limit is."""
+    results = [json.loads(path.read_text()) for path in paths]
+    cards = ", ".join(dict.fromkeys(result.get("card", "a card that is not stated") for result in results))
+    rows = [row for result in results for row in result.get("rows", [])]
+    kinds = ", ".join(
+        dict.fromkeys(f"{row['format']} in groups of {row['group_size']}, {row['dtype']}" for row in rows)
+    )
+    speeds = sorted(result["read_tb_s"] for result in results if "read_tb_s" in result)
+    measured = f" ({speeds[0]:.2f} TB/s here)" if speeds else ""
+    return (
+        f"{cards}; {', '.join(kinds)}. Device time of one block of experts with cold L2: lower is better.\n"
+        f"Limit: bytes of the experts that are hit, over the read bandwidth measured in the same run{measured}. "
+        "Bands: 10th to 90th percentile."
+    )
+
+
+def draw(rows: list[dict], caption: str = "") -> Figure:
     """The figure; colours and markers mean the same implementation in every panel."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -57,15 +77,19 @@ def draw(rows: list[dict]) -> Figure:
         _draw_panel(panel, model, [row for row in rows if row["model"] == model], names)
     for panel in axes.flat[len(models) :]:
         panel.set_axis_off()
+    if caption:
+        figure.suptitle(caption, fontsize="medium")
     return figure
 
 
 def _draw_panel(axes: Axes, model: str, rows: list[dict], names: list[str]) -> None:
     varying = [name for name in _VARIANT if len({row[name] for row in rows}) > 1]
-    lines, limits = defaultdict(list), defaultdict(dict)
+    lines, limits, bands = defaultdict(list), defaultdict(dict), defaultdict(list)
     for row in rows:
         variant = tuple(str(row[name]) for name in varying)
         lines[row["implementation"], variant].append((row["M"], row["block_us"]))
+        if "block_p10_us" in row:
+            bands[row["implementation"]].append((row["M"], row["block_p10_us"], row["block_p90_us"], variant))
         limits[variant][row["M"]] = row["limit_us"]
     variants = list(limits)
     for (name, variant), points in lines.items():
@@ -77,9 +101,14 @@ def _draw_panel(axes: Axes, model: str, rows: list[dict], names: list[str]) -> N
             linestyle=("-", "--", "-.", ":")[variants.index(variant) % 4],
             label=" ".join([name, *variant]),
         )
+    for name, spread in bands.items():
+        for variant in variants:
+            points = sorted(point[:3] for point in spread if point[3] == variant)
+            if points:
+                axes.fill_between(*zip(*points, strict=True), color=f"C{names.index(name)}", alpha=0.25, linewidth=0)
     for variant, points in limits.items():
         label = " ".join(["limit", *variant])
-        axes.plot(*zip(*sorted(points.items()), strict=True), color="0.4", linewidth=1, linestyle=":", label=label)
+        axes.plot(*zip(*sorted(points.items()), strict=True), color="0.5", linewidth=1.5, linestyle=":", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted({row["M"] for row in rows}))
@@ -101,16 +130,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=pathlib.Path, help="JSON files of benchmarks.blocks")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a name that ends in .svg or .png")
+    parser.add_argument("--dark", action="store_true", help="for a dark page")
     args = parser.parse_args(arguments)
     if args.out.suffix not in (".svg", ".png"):
         parser.error(f"argument --out: {args.out} must end in .svg or .png")
+    style = "dark_background" if args.dark else "default"
     try:
-        figure = draw(read_rows(args.results))
+        with matplotlib.style.context(style):
+            figure = draw(read_rows(args.results), read_caption(args.results))
     except ValueError as error:
         parser.error(str(error))
     # No date in the file: it would change with every drawing of the same numbers.
     metadata = {"Date": None} if args.out.suffix == ".svg" else None
-    with matplotlib.rc_context(_SVG):
+    with matplotlib.style.context(style), matplotlib.rc_context(_SVG):
         figure.savefig(args.out, dpi=150, metadata=metadata)
 
 

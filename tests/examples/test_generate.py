@@ -1,8 +1,10 @@
 """The decoder of the examples: the logits of transformers on genuine checkpoints, its cache and loops, sampling."""
 
 import functools
+import importlib
 import json
 import pathlib
+import sys
 
 import checkpoint_files as files
 import jax
@@ -11,12 +13,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples import generate as command
-from examples.generate import Sampling, generate
-from examples.qwen3_moe import Cache, Sizes, load
 from jax_marlin_moe.checkpoint import convert
 
-DATA = pathlib.Path(__file__).parents[1] / "data"
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # at the end: the package itself is the one that is installed
+command, model_file = (importlib.import_module(f"examples.{name}") for name in ("generate", "qwen3_moe"))
+Sampling, generate = command.Sampling, command.generate
+Cache, Sizes, load = model_file.Cache, model_file.Sizes, model_file.load
+
+DATA = ROOT / "tests" / "data"
 # What is rounded beside float16 rows: the parent's experts, which become int8.
 LIMIT = {"ck_q3": 2e-3}
 OPTIONS = {"ck_q3": {"quantize": "int8", "group_size": 32}}
