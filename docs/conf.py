@@ -53,9 +53,10 @@ def site_links(app, name, source):
 
 def as_rst(app, what, name, obj, options, lines):
     """Docstrings are in Markdown's manner: `code` in single backticks, code blocks behind a colon and a blank line."""
+    text = re.sub(r"(?<!`)`((?:[^`\n]|\n(?!\s*\n))+)`(?!`)", r"``\1``", "\n".join(lines))
+    text = re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", text)
+    lines[:] = text.split("\n")
     for number, line in enumerate(lines):
-        line = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line)
-        line = re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", line)
         ahead = next((other for other in lines[number + 2 :] if other.strip()), "")
         blank = number + 1 < len(lines) and not lines[number + 1].strip()
         if line.endswith(":") and blank and ahead.startswith("    "):
