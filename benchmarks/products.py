@@ -12,6 +12,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def linears(args: argparse.Namespace, tokens: int) -> dict[str, float]:
 
     def ours(x, layers):
         for weights in layers:
-            x = jmm.linear(x, weights)
+            x = jmm.linear(x, weights, implementation=args.implementation)
         return x
 
     def dots(x, dense):
@@ -68,10 +69,16 @@ def dispatches(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     table = jnp.asarray([(e, e * rows, e * rows, rows) for e in range(args.experts)], jnp.int32)
     ids = jnp.repeat(jnp.arange(args.experts, dtype=jnp.int32), rows)[:, None]
     block = next((size for size in (8, 16, 32, 48, 64) if rows <= size), 64)
-    lists = jmm.moe_align_block_size(ids, block_size=block, num_experts=args.experts)
+    lists = jmm.moe_align_block_size(
+        ids, block_size=block, num_experts=args.experts, implementation=args.implementation
+    )
+
+    def aligned(x, stack, lists):
+        return jmm.moe_gemm(x, stack, lists, top_k=1, implementation=args.implementation)
+
     return {
-        "us": microseconds(jmm.expert_gemm, x, stack, table),
-        "moe_gemm_us": microseconds(lambda x, stack, lists: jmm.moe_gemm(x, stack, lists, top_k=1), x, stack, lists),
+        "us": microseconds(partial(jmm.expert_gemm, implementation=args.implementation), x, stack, table),
+        "moe_gemm_us": microseconds(aligned, x, stack, lists),
     }
 
 
@@ -94,7 +101,7 @@ def unquantised(args: argparse.Namespace, tokens: int) -> dict[str, float]:
         return jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(y).astype(x.dtype)
 
     return {
-        "us": microseconds(jmm.fused_moe, x, gate_up, down, weights, ids),
+        "us": microseconds(partial(jmm.fused_moe, implementation=args.implementation), x, gate_up, down, weights, ids),
         "ragged_dot_us": microseconds(ragged, x, *dense, weights, ids),
     }
 
@@ -111,6 +118,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--chain", type=int, default=8, help="linear calls in a row")
     parser.add_argument("--format", default="int4")
+    parser.add_argument(
+        "--implementation", choices=("cuda", "cpu"), default=jax.default_backend(), help="that is timed"
+    )
     parser.add_argument("--commit", default=None, help="of what is measured; by default git's HEAD")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     args = parser.parse_args()
