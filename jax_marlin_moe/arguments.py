@@ -44,6 +44,32 @@ def check_float_rows(name: str, x: jax.Array) -> None:
         raise TypeError(f"{name} has dtype {found}; it must be bfloat16 or float16: cast it before the call")
 
 
+def is_float32(x: jax.Array) -> bool:
+    """Whether `x` has float32 values, which ops take as bfloat16 ones and return as float32."""
+    return getattr(x, "dtype", None) == jnp.float32
+
+
+def has_batch(x: jax.Array) -> bool:
+    """Whether the rows of `x` have leading dimensions beside that of the rows."""
+    return getattr(x, "ndim", 0) > 2
+
+
+def batch_rows(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
+    """`value`, whose leading dimensions are those of x, with a row for each row of x; ValueError where they differ."""
+    found = tuple(getattr(value, "shape", ()))
+    if found[:-1] != tuple(x.shape[:-1]):
+        raise ValueError(f"{name} has shape {found}; x has shape {tuple(x.shape)}, and all but the last must be alike")
+    return value.reshape(-1, found[-1])
+
+
+def as_router_weights(name: str, value: jax.Array) -> jax.Array:
+    """Router weights in float32; TypeError unless they are floats."""
+    if not hasattr(value, "dtype") or value.dtype not in (*ACTIVATION_DTYPES, jnp.dtype(jnp.float32)):
+        found = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"{name} has dtype {found}; it must be a float32 array, or float16 or bfloat16")
+    return value.astype(jnp.float32)
+
+
 def check_weights(name: str, weights: MarlinWeights) -> None:
     """Raises unless `weights` is a consistent stack of packed experts for 16-bit activations."""
     if not isinstance(weights, MarlinWeights):

@@ -1,5 +1,5 @@
-// The transposed kernel in standard C++. Its inner loops run over the words of a packed line, which compilers vectorise
-// for the instruction set of the file that includes this one.
+// The transposed kernel. Its vectors are the words of a packed line, which the compiler of the file that includes this
+// one puts into the registers of its instruction set.
 //
 // A line has the words of one col of a chunk: columns 16 * w + 8 * b + col in lanes [t = 0..3][w = 0..3]. Lanes are
 // multiplied by x, which depends on w, and accumulated apart; at the end of a tile the lanes of a row of W, which are
@@ -19,91 +19,108 @@ constexpr int kSharers = 4;               // rows that share one dequantisation
 constexpr int kOffset[4] = {0, 1, 8, 9};  // code j of a column in the words of one t has k = 2t + kOffset[j]
 constexpr int kLines = kChunk / 4;        // vectors of x, [col][b]
 
-inline float BitsAsFloat(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+// Vectors of a compiler's own: registers of the instruction set, or as many as it takes.
+using Floats = float __attribute__((vector_size(4 * kLine)));
+using Words = uint32_t __attribute__((vector_size(4 * kLine)));
+using Integers = int32_t __attribute__((vector_size(4 * kLine)));
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between functions of this file alone
+#endif
+#define JMM_INLINE __attribute__((always_inline)) inline
 
-// Code j of half b in a lane, as float32 less its center.
+JMM_INLINE Floats AsFloats(Words bits) { return reinterpret_cast<Floats>(bits); }
+
+// The words of a col as kWordVectors vectors of its 16 lanes, and code j of half b in them.
 struct Nibbles {
-  static constexpr int kBits = 4;
-  static uint32_t Extract(const int32_t* line, int lane, int b, int j) {
+  static constexpr int kBits = 4, kWordVectors = 1;
+  static JMM_INLINE Words Extract(const Words* words, int b, int j) {
     constexpr int kShift[4] = {0, 16, 4, 20};
-    return static_cast<uint32_t>(line[lane]) >> (kShift[j] + 8 * b) & 15;
+    return words[0] >> (kShift[j] + 8 * b) & 15;
   }
 };
 struct Bytes {  // in the order [t][w][b]
-  static constexpr int kBits = 8;
-  static uint32_t Extract(const int32_t* line, int lane, int b, int j) {
+  static constexpr int kBits = 8, kWordVectors = 2;
+  static JMM_INLINE Words Extract(const Words* words, int b, int j) {
     constexpr int kShift[4] = {0, 16, 8, 24};
-    return static_cast<uint32_t>(line[2 * lane + b]) >> kShift[j] & 255;
+    return words[b] >> kShift[j] & 255;
   }
 };
 struct Halfwords {  // in the order [t][w][b][j / 2]
-  static constexpr int kBits = 16;
-  static uint32_t Extract(const int32_t* line, int lane, int b, int j) {
-    return static_cast<uint32_t>(line[4 * lane + 2 * b + j / 2]) >> (16 * (j % 2)) & 0xFFFF;
-  }
-};
-struct Int4 : Nibbles {
-  static float Value(uint32_t code) { return static_cast<float>(static_cast<int32_t>(code) - CenterOf(Code::kInt4)); }
-};
-struct Int8 : Bytes {
-  static float Value(uint32_t code) { return static_cast<float>(static_cast<int32_t>(code) - CenterOf(Code::kInt8)); }
-};
-// Sign and magnitude where a float32 has them, times what its exponent is too wide by.
-struct E2M1 : Nibbles {
-  static float Value(uint32_t code) { return BitsAsFloat((code & 8) << 28 | (code & 7) << 22) * 0x1p126f; }
-};
-template <int kExponentBits>
-struct FloatByte : Bytes {
-  static float Value(uint32_t code) {
-    constexpr int kBias = (1 << (kExponentBits - 1)) - 1;
-    return BitsAsFloat((code & 128) << 24 | (code & 127) << (16 + kExponentBits)) * (0x1p127f / (1u << kBias));
+  static constexpr int kBits = 16, kWordVectors = 4;
+  static JMM_INLINE Words Extract(const Words* words, int b, int j) {
+    return words[2 * b + j / 2] >> (16 * (j % 2)) & 0xFFFF;
   }
 };
 
+// Values of codes as float32, less their center.
+template <class Fields, Code code>
+struct Integer : Fields {
+  static JMM_INLINE Floats Value(Words codes) {
+    return __builtin_convertvector(reinterpret_cast<Integers>(codes) - CenterOf(code), Floats);
+  }
+};
+using Int4 = Integer<Nibbles, Code::kInt4>;
+using Int8 = Integer<Bytes, Code::kInt8>;
+// Sign and magnitude where a float32 has them, times what its exponent is too wide by.
+struct E2M1 : Nibbles {
+  static JMM_INLINE Floats Value(Words codes) { return AsFloats((codes & 8) << 28 | (codes & 7) << 22) * 0x1p126f; }
+};
+template <int kExponentBits>
+struct FloatByte : Bytes {
+  static JMM_INLINE Floats Value(Words codes) {
+    constexpr float kScale = 0x1p127f / (1u << ((1 << (kExponentBits - 1)) - 1));
+    return AsFloats((codes & 128) << 24 | (codes & 127) << (16 + kExponentBits)) * kScale;
+  }
+};
 struct Bf16 : Halfwords {
-  static float Value(uint32_t code) { return BitsAsFloat(code << 16); }
+  static JMM_INLINE Floats Value(Words codes) { return AsFloats(codes << 16); }
 };
 struct Fp16 : Halfwords {
-  static float Value(uint32_t code) {
-    const uint32_t sign = (code & 0x8000) << 16, magnitude = (code & 0x7FFF) << 13;
-    const float number = BitsAsFloat(sign | magnitude) * 0x1p112f;
-    return magnitude < 0x7C00u << 13 ? number : BitsAsFloat(sign | 0x7F800000 | magnitude);  // infinities and NaN
+  static JMM_INLINE Floats Value(Words codes) {
+    const Words sign = (codes & 0x8000) << 16, magnitude = (codes & 0x7FFF) << 13;
+    // What a comparison is true for has all bits set: the exponent of infinities and NaN.
+    const Words special = reinterpret_cast<Words>((codes & 0x7C00) == 0x7C00) & 0x7F800000;
+    return AsFloats(reinterpret_cast<Words>(AsFloats(sign | magnitude) * 0x1p112f) | special);
   }
 };
 
 // x of one chunk, every w four times.
 struct ExpandedChunk {
-  float x[kLines][kLine];
+  Floats x[kLines];
 };
 
 template <class Type, int R>
-void AddTile(const int32_t* words, const ExpandedChunk* x, float* const* out) {
-  constexpr int kColWords = kTileK * 8 * Type::kBits / 32;
-  float sums[4][R][kLine] = {};
+JMM_INLINE void AddTile(const int32_t* tile, const ExpandedChunk* x, float* const* out) {
+  constexpr int kVectors = Type::kWordVectors;
+  Floats sums[4][R] = {};
+#pragma GCC unroll 1
   for (int col = 0; col < 8; ++col) {
+    Words words[kVectors];
+    const int32_t* line = tile + col * (kVectors * kLine);
+    if constexpr (kVectors == 1) {
+      __builtin_memcpy(words, line, sizeof(words));
+    } else {
+      for (int lane = 0; lane < kLine; ++lane) {
+        for (int v = 0; v < kVectors; ++v) words[v][lane] = static_cast<uint32_t>(line[kVectors * lane + v]);
+      }
+    }
+#pragma GCC unroll 2
     for (int b = 0; b < 2; ++b) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        float values[kLine];
-        for (int lane = 0; lane < kLine; ++lane) {
-          values[lane] = Type::Value(Type::Extract(words + col * kColWords, lane, b, j));
-        }
+        const Floats values = Type::Value(Type::Extract(words, b, j));
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          for (int lane = 0; lane < kLine; ++lane) sums[j][r][lane] += values[lane] * x[r].x[2 * col + b][lane];
-        }
+        for (int r = 0; r < R; ++r) sums[j][r] += values * x[r].x[2 * col + b];
       }
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < 4; ++j) {
-      const float* lanes = sums[j][r];
-      for (int t = 0; t < 4; ++t, lanes += 4) {
-        out[r][2 * t + kOffset[j]] += (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+      float lanes[kLine];
+      __builtin_memcpy(lanes, &sums[j][r], sizeof(lanes));
+      for (int t = 0; t < 4; ++t) {
+        const float* four = lanes + 4 * t;
+        out[r][2 * t + kOffset[j]] += (four[0] + four[1]) + (four[2] + four[3]);
       }
     }
   }

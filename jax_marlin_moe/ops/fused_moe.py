@@ -5,6 +5,8 @@ The contract is docs/formats.md, "The expert block".
 
 import dataclasses
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,10 +54,11 @@ def fused_moe(
     over j is in float32, in order, and rounded once. Experts named twice count twice.
 
     Args:
-        x: bfloat16 or float16 tokens, or float8_e4m3fn ones with an `x_scale`.
+        x: bfloat16 or float16 tokens, or float8_e4m3fn ones with an `x_scale`; float32 ones are multiplied as bfloat16,
+            and the result is float32. There may be further leading dimensions, which router weights and ids share.
         gate_up: experts of shape (H, 2 I), columns [gate | up]; (H, I) where the activation is not gated.
         down: experts of shape (I, H).
-        topk_weights: float32 router weights.
+        topk_weights: router weights, float32 or rounded to fewer bits.
         topk_ids: int32 experts. Slots whose id is outside [0, E), or is mapped to -1, contribute nothing.
         activation: a name, as "silu" (`gate * sigmoid(gate) * up`), "gelu" or "relu2" (not gated), or made by
             `jax_marlin_moe.swiglu`, `swiglu_step` or `situ`; docs/formats.md, "The expert block", has them all.
@@ -72,7 +75,20 @@ def fused_moe(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
+    if arguments.has_batch(x):
+        options: dict[str, Any] = {"activation": activation, "expert_map": expert_map}
+        options |= {"x_scale": x_scale, "intermediate": intermediate}
+        options |= {"out_dtype": out_dtype, "implementation": implementation, "cuda_scheme": cuda_scheme}
+        topk_weights, topk_ids = (
+            arguments.batch_rows(name, operand, x)
+            for name, operand in (("topk_weights", topk_weights), ("topk_ids", topk_ids))
+        )
+        y = fused_moe(x.reshape(-1, x.shape[-1]), gate_up, down, topk_weights, topk_ids, **options)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    if x_scale is None and arguments.is_float32(x):
+        x, out_dtype = x.astype(jnp.bfloat16), jnp.float32 if out_dtype is None else out_dtype
     x, x_scale, out_dtype = _checked_rows(x, x_scale, out_dtype)
+    topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
     act = get_activation(activation)
     check_experts(x, gate_up, down, act)
     arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)

@@ -36,11 +36,12 @@ def moe_gemm(
     slots that no block lists are zero.
 
     Args:
-        x: bfloat16 or float16 rows.
+        x: bfloat16 or float16 rows; float32 ones are multiplied as bfloat16 and the result is cast back.
         weights: packed experts.
         alignment: of `moe_align_block_size` over ids of shape (tokens, top_k).
         top_k: slots per row of x; 1 where x already has a row for each slot.
-        topk_weights: float32 router weights, (tokens, top_k) or flat; needed if `mul_topk_weights`.
+        topk_weights: router weights, (tokens, top_k) or flat, float32 or rounded to fewer bits; needed if
+            `mul_topk_weights`.
         mul_topk_weights: whether to multiply by them.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
@@ -48,6 +49,16 @@ def moe_gemm(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
+    if arguments.is_float32(x):
+        return moe_gemm(
+            x.astype(jnp.bfloat16),
+            weights,
+            alignment,
+            top_k=top_k,
+            topk_weights=topk_weights,
+            mul_topk_weights=mul_topk_weights,
+            implementation=implementation,
+        ).astype(jnp.float32)
     arguments.check_rows("x", x)
     arguments.check_weights("weights", weights)
     arguments.check_shape("x", x, (x.shape[0], weights.k), "(tokens, K)")
@@ -64,7 +75,7 @@ def moe_gemm(
     if mul_topk_weights:
         if topk_weights is None:
             raise ValueError("topk_weights is None; it must be given where mul_topk_weights is True")
-        arguments.check_array("topk_weights", topk_weights, ndim=topk_weights.ndim, dtype=jnp.float32)
+        topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
         if topk_weights.size != slots:
             raise ValueError(
                 f"topk_weights has shape {tuple(topk_weights.shape)}; it must hold tokens * top_k = {slots} values"

@@ -273,6 +273,23 @@ def test_float32_results_have_derivatives_and_quantised_rows_none():
         jax.grad(partial(loss, intermediate=quantizer))(x)
 
 
+def test_rows_and_router_weights_come_in_other_types_and_in_batches():
+    x, gate_up, down, weights, ids = silu_block()
+    y = jmm.fused_moe(x.astype(jnp.float32), gate_up, down, weights, ids)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y.astype(x.dtype), jmm.fused_moe(x, gate_up, down, weights, ids))
+    narrow = weights.astype(jnp.bfloat16)
+    batch = [jnp.stack([leaf, leaf]) for leaf in (x, narrow, ids)]
+    stacked = jmm.fused_moe(batch[0], gate_up, down, *batch[1:])
+    np.testing.assert_array_equal(stacked[1], jmm.fused_moe(x, gate_up, down, narrow.astype(jnp.float32), ids))
+    gradient = jax.grad(lambda w: jmm.fused_moe(x, gate_up, down, w, ids).astype(jnp.float32).sum())(narrow)
+    assert gradient.dtype == jnp.bfloat16
+    assert np.any(gradient)
+    alignment = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS)
+    rows = jmm.moe_gemm(x.astype(jnp.float32), gate_up, alignment, top_k=TOP_K)
+    np.testing.assert_array_equal(rows, jmm.moe_gemm(x, gate_up, alignment, top_k=TOP_K).astype(jnp.float32))
+
+
 def test_a_router_trains_through_route():
     x, gate_up, down, _, _ = silu_block()
     kernel = jax.random.normal(jax.random.key(0), (HIDDEN, EXPERTS)) * 0.1

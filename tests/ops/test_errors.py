@@ -139,7 +139,7 @@ def alignment_with(**leaves):
 
 
 BAD_PRODUCTS = {
-    "float32 rows": ({"x": jnp.zeros((TOKENS, HIDDEN))}, TypeError, "x has dtype float32; .*bfloat16 or float16"),
+    "integer rows": ({"x": jnp.zeros((TOKENS, HIDDEN), int)}, TypeError, "x has dtype int32; .*bfloat16 or float16"),
     "flat rows": ({"x": jnp.zeros(HIDDEN, jnp.bfloat16)}, ValueError, "x has shape .*2 dimensions"),
     "rows of another width": ({"x": jnp.zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
     "a list": ({"x": [[0.0]]}, TypeError, "x has dtype list"),
@@ -163,10 +163,10 @@ BAD_PRODUCTS = {
         r"alignment\.num_tokens_post_padded has shape \(2,\)",
     ),
     "weights to multiply by": ({"mul_topk_weights": True}, ValueError, "topk_weights is None"),
-    "half router weights": (
-        {"mul_topk_weights": True, "topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.float16)},
+    "integer router weights": (
+        {"mul_topk_weights": True, "topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.int32)},
         TypeError,
-        "topk_weights has dtype float16; it must be a float32",
+        "topk_weights has dtype int32; it must be a float32",
     ),
     "too few router weights": (
         {"mul_topk_weights": True, "topk_weights": jnp.zeros(TOKENS)},
@@ -185,8 +185,12 @@ def test_bad_products_are_refused(bad):
 
 
 BAD_BLOCKS = {
-    "float32 rows": ({"x": jnp.zeros((TOKENS, HIDDEN))}, TypeError, "x has dtype float32"),
-    "a batch of rows": ({"x": jnp.zeros((1, TOKENS, HIDDEN), jnp.bfloat16)}, ValueError, "x has shape .*2 dimensions"),
+    "integer rows": ({"x": jnp.zeros((TOKENS, HIDDEN), int)}, TypeError, "x has dtype int32"),
+    "a batch of rows alone": (
+        {"x": jnp.zeros((1, TOKENS, HIDDEN), jnp.bfloat16)},
+        ValueError,
+        r"topk_weights has shape \(5, 2\); x has shape \(1, 5, 128\)",
+    ),
     "rows of another width": ({"x": jnp.zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
     "down with too many rows": (
         {"down": experts(128, HIDDEN)},
@@ -224,10 +228,10 @@ BAD_BLOCKS = {
     "ids in a list": ({"topk_ids": [[0, 1]]}, TypeError, "topk_ids has dtype list"),
     "flat ids": ({"topk_ids": jnp.zeros(TOKENS, jnp.int32)}, ValueError, "topk_ids has shape .*2 dimensions"),
     "ids of other tokens": ({"topk_ids": jnp.zeros((4, TOP_K), jnp.int32)}, ValueError, r"topk_ids has shape \(4, 2\)"),
-    "half router weights": (
-        {"topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.bfloat16)},
+    "integer router weights": (
+        {"topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.int32)},
         TypeError,
-        "topk_weights has dtype bfloat16; it must be a float32",
+        "topk_weights has dtype int32; it must be a float32",
     ),
     "router weights of other shape": (
         {"topk_weights": jnp.zeros((TOKENS, 3))},
