@@ -14,15 +14,22 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kLine = 16;                 // lanes [t][w]
-constexpr int kSharers = 4;               // rows that share one dequantisation
-constexpr int kOffset[4] = {0, 1, 8, 9};  // code j of a column in the words of one t has k = 2t + kOffset[j]
-constexpr int kLines = kChunk / 4;        // vectors of x, [col][b]
+constexpr int kLine = 16;  // lanes [t][w]
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;  // of a vector: a line, or a part of it with some of the t
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kSharers = kLanes == 16 ? 4 : 2;  // rows that share one dequantisation
+constexpr int kOffset[4] = {0, 1, 8, 9};        // code j of a column in the words of one t has k = 2t + kOffset[j]
+constexpr int kLines = kChunk / 4;              // vectors of x, [col][b]
 
 // Vectors of a compiler's own: registers of the instruction set, or as many as it takes.
-using Floats = float __attribute__((vector_size(4 * kLine)));
-using Words = uint32_t __attribute__((vector_size(4 * kLine)));
-using Integers = int32_t __attribute__((vector_size(4 * kLine)));
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Integers = int32_t __attribute__((vector_size(4 * kLanes)));
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between functions of this file alone
 #endif
@@ -30,7 +37,7 @@ using Integers = int32_t __attribute__((vector_size(4 * kLine)));
 
 JMM_INLINE Floats AsFloats(Words bits) { return reinterpret_cast<Floats>(bits); }
 
-// The words of a col as kWordVectors vectors of its 16 lanes, and code j of half b in them.
+// The words of some lanes of a col as kWordVectors vectors, and code j of half b in them.
 struct Nibbles {
   static constexpr int kBits = 4, kWordVectors = 1;
   static JMM_INLINE Words Extract(const Words* words, int b, int j) {
@@ -89,18 +96,19 @@ struct ExpandedChunk {
   Floats x[kLines];
 };
 
+// The lanes from `first` on of each line.
 template <class Type, int R>
-JMM_INLINE void AddTile(const int32_t* tile, const ExpandedChunk* x, float* const* out) {
+JMM_INLINE void AddLanes(const int32_t* tile, int first, const ExpandedChunk* x, float* const* out) {
   constexpr int kVectors = Type::kWordVectors;
   Floats sums[4][R] = {};
 #pragma GCC unroll 1
   for (int col = 0; col < 8; ++col) {
     Words words[kVectors];
-    const int32_t* line = tile + col * (kVectors * kLine);
+    const int32_t* line = tile + (col * kLine + first) * kVectors;
     if constexpr (kVectors == 1) {
       __builtin_memcpy(words, line, sizeof(words));
     } else {
-      for (int lane = 0; lane < kLine; ++lane) {
+      for (int lane = 0; lane < kLanes; ++lane) {
         for (int v = 0; v < kVectors; ++v) words[v][lane] = static_cast<uint32_t>(line[kVectors * lane + v]);
       }
     }
@@ -116,11 +124,11 @@ JMM_INLINE void AddTile(const int32_t* tile, const ExpandedChunk* x, float* cons
   }
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < 4; ++j) {
-      float lanes[kLine];
+      float lanes[kLanes];
       __builtin_memcpy(lanes, &sums[j][r], sizeof(lanes));
-      for (int t = 0; t < 4; ++t) {
+      for (int t = 0; t < kLanes / 4; ++t) {
         const float* four = lanes + 4 * t;
-        out[r][2 * t + kOffset[j]] += (four[0] + four[1]) + (four[2] + four[3]);
+        out[r][2 * (first / 4 + t) + kOffset[j]] += (four[0] + four[1]) + (four[2] + four[3]);
       }
     }
   }
@@ -133,12 +141,14 @@ void AddRows(const TransposedSegment& segment, int row) {
   for (int r = 0; r < R; ++r) {
     const float* source = segment.x + (row + r) * kChunk;
     for (int line = 0; line < kLines; ++line) {
-      for (int lane = 0; lane < kLine; ++lane) x[r].x[line][lane] = source[line / 2 * 8 + lane % 4 * 2 + line % 2];
+      for (int lane = 0; lane < kLanes; ++lane) x[r].x[line][lane] = source[line / 2 * 8 + lane % 4 * 2 + line % 2];
     }
     out[r] = segment.out + (row + r) * segment.out_stride;
   }
   for (int tile = 0; tile < segment.tiles; ++tile) {
-    AddTile<Type, R>(segment.words + tile * segment.tile_stride, x, out);
+    for (int first = 0; first < kLine; first += kLanes) {
+      AddLanes<Type, R>(segment.words + tile * segment.tile_stride, first, x, out);
+    }
     for (int r = 0; r < R; ++r) out[r] += kTileK;
   }
 }
@@ -147,16 +157,7 @@ template <class Type>
 void RunTyped(const TransposedSegment& segment) {
   int row = 0;
   for (; row + kSharers <= segment.rows; row += kSharers) AddRows<Type, kSharers>(segment, row);
-  switch (segment.rows - row) {
-    case 3:
-      return AddRows<Type, 3>(segment, row);
-    case 2:
-      return AddRows<Type, 2>(segment, row);
-    case 1:
-      return AddRows<Type, 1>(segment, row);
-    default:
-      return;
-  }
+  for (; row < segment.rows; ++row) AddRows<Type, 1>(segment, row);
 }
 
 void RunSegment(const TransposedSegment& segment) {
