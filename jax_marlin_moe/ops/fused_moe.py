@@ -4,7 +4,6 @@ The contract is docs/formats.md, "The expert block".
 """
 
 import dataclasses
-
 from typing import Any
 
 import jax
