@@ -14,6 +14,7 @@ least of several samples of ten calls that are waited for once. Group sizes are 
 import argparse
 import json
 import pathlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def dense_block(x, gate_up, down, weights, ids):
 
 def packed_block(x, gate_up, down, weights, ids):
     """The block of this package."""
-    return jmm.fused_moe(x, gate_up, down, weights, ids)
+    return jmm.fused_moe(x, gate_up, down, weights, ids, implementation="cuda")
 
 
 def step(block):
@@ -76,7 +77,7 @@ class Bench:
         """Microseconds, and with `memory` the megabytes beyond arguments and results."""
         call = jax.jit(function)
         if self.only_lowers:
-            call.lower(*arguments)
+            call.trace(*arguments).lower(lowering_platforms=("cuda",))
             return {}
         seconds_of_calls(lambda: call(*arguments), 3, 0.0)
         seconds = min(seconds_of_calls(lambda: call(*arguments), _CALLS, 0.05) for _ in range(self.samples))
@@ -94,7 +95,8 @@ def product_row(bench: Bench, shape: ModelShape, matrix, dense, rows: int) -> di
     x = jax.random.normal(jax.random.key(1), (total, shape.hidden), jnp.bfloat16)
     cotangent = jax.random.normal(jax.random.key(2), (total, 2 * shape.intermediate), jnp.bfloat16)
     row = {"rows_per_expert": rows}
-    for name, product, weights in (("packed", jmm.ragged_dot, matrix), ("dense", jax.lax.ragged_dot, dense)):
+    ours = partial(jmm.ragged_dot, implementation="cuda")
+    for name, product, weights in (("packed", ours, matrix), ("dense", jax.lax.ragged_dot, dense)):
         if weights is None:
             continue
         row[f"{name}_us"] = bench.time(product, x, weights, sizes).get("us")
