@@ -96,6 +96,24 @@ struct ExpandedChunk {
   Floats x[kLines];
 };
 
+// Code j of half b. Both are template arguments, so that sums have registers of their own.
+template <class Type, int R, int b, int j>
+JMM_INLINE void AddCode(const Words* words, int col, const ExpandedChunk* x, Floats (&sums)[4][R]) {
+  const Floats values = Type::Value(Type::Extract(words, b, j));
+  sums[j][0] += values * x[0].x[2 * col + b];
+  if constexpr (R > 1) sums[j][1] += values * x[1].x[2 * col + b];
+  if constexpr (R > 2) sums[j][2] += values * x[2].x[2 * col + b];
+  if constexpr (R > 3) sums[j][3] += values * x[3].x[2 * col + b];
+}
+
+template <class Type, int R, int b>
+JMM_INLINE void AddCodes(const Words* words, int col, const ExpandedChunk* x, Floats (&sums)[4][R]) {
+  AddCode<Type, R, b, 0>(words, col, x, sums);
+  AddCode<Type, R, b, 1>(words, col, x, sums);
+  AddCode<Type, R, b, 2>(words, col, x, sums);
+  AddCode<Type, R, b, 3>(words, col, x, sums);
+}
+
 // The lanes from `first` on of each line.
 template <class Type, int R>
 JMM_INLINE void AddLanes(const int32_t* tile, int first, const ExpandedChunk* x, float* const* out) {
@@ -112,15 +130,8 @@ JMM_INLINE void AddLanes(const int32_t* tile, int first, const ExpandedChunk* x,
         for (int v = 0; v < kVectors; ++v) words[v][lane] = static_cast<uint32_t>(line[kVectors * lane + v]);
       }
     }
-#pragma GCC unroll 2
-    for (int b = 0; b < 2; ++b) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const Floats values = Type::Value(Type::Extract(words, b, j));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[j][r] += values * x[r].x[2 * col + b];
-      }
-    }
+    AddCodes<Type, R, 0>(words, col, x, sums);
+    AddCodes<Type, R, 1>(words, col, x, sums);
   }
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < 4; ++j) {
