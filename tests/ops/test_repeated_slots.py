@@ -35,9 +35,11 @@ def repeating_alignment(rng, tokens, block_size):
 
 
 def first_tile_of(kind):
-    """In place of `choose_tile`."""
+    """In place of `choose_listed_tile`."""
 
-    def choose(shape, tokens, expected_blocks, capability, rows=None):
+    def choose(shape, num_slots, num_experts, list_block, capability):
+        sizes = [rows for rows in range(8, list_block + 1, 8) if list_block % rows == 0]
+        tokens = sizes[-1] if kind is WgmmaTile else max(rows for rows in sizes if rows <= 32)
         return next(tile for tile in candidates(shape, tokens, capability) if isinstance(tile, kind))
 
     return choose
@@ -50,7 +52,7 @@ def first_tile_of(kind):
 def test_the_first_row_of_a_slot_counts_on_the_card(monkeypatch, tokens, weighted, block_size, kind):
     if kind is WgmmaTile and compiler.compute_capability(compiler.target_architecture()) != 90:
         pytest.skip("wgmma is Hopper's")
-    monkeypatch.setattr(plan, "choose_tile", first_tile_of(kind))
+    monkeypatch.setattr(plan, "choose_listed_tile", first_tile_of(kind))
     rng = np.random.default_rng(tokens + block_size)
     experts = random_experts(rng, EXPERTS, 256, 192, group_size=64, bias=True, scale_dtype=jnp.dtype("bfloat16"))
     x = random_rows(rng, tokens, 256, jnp.dtype("bfloat16"))
@@ -102,7 +104,7 @@ def test_a_weight_of_nan_in_a_dropped_slot_is_of_no_account_on_the_card(tokens):
 @pytest.mark.parametrize("tokens", [5, 900])
 def test_a_product_finds_first_rows_and_stores_no_others(monkeypatch, architecture, kind, tokens):
     """The kernels of `moe_gemm` read what the kernel before found."""
-    monkeypatch.setattr(plan, "choose_tile", first_tile_of(kind))
+    monkeypatch.setattr(plan, "choose_listed_tile", first_tile_of(kind))
     weights = jax.eval_shape(
         lambda dense: jmm.quantize(dense, "int4", group_size=64), jax.ShapeDtypeStruct((EXPERTS, 256, 192), jnp.float16)
     )
