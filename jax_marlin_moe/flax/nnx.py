@@ -27,13 +27,12 @@ from jax_marlin_moe.flax.serialization import register_states
 from jax_marlin_moe.layer import STATIC
 from jax_marlin_moe.routing import Routing
 from jax_marlin_moe.stacked_layer import StackedMoELayer
-from jax_marlin_moe.weights import MarlinWeights
 
 register_states()
 
 
-class QuantizedParam(nnx.Variable[MarlinWeights]):
-    """Packed weights: a variable whose value is a `MarlinWeights`.
+class QuantizedParam(nnx.Variable[Any]):
+    """Packed weights: a variable whose value is a `MarlinWeights`, or a pytree around one.
 
     Not an `nnx.Param`: optimisers and gradients with `wrt=nnx.Param` do not see it. `nnx.split(layer, nnx.Param,
     QuantizedParam, RoutingState)` tells the kinds apart.

@@ -296,7 +296,7 @@ def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_ac
     operands += [or_empty(expert_map, jnp.int32), router]
     operands += [or_empty(array, jnp.float32) for array in (router_input, bias, correction_bias, expert_scale)]
     operands += [or_empty(given, jnp.int32), or_empty(gate, jnp.float32)]
-    formats: dict[str, Any] = {}
+    formats = {}
     for name, matrix in matrices.items():
         formats |= format_attributes(f"{name}_", matrix)
     choice = (x.shape[0], routing.top_k)
