@@ -1,7 +1,6 @@
 // Scores of all experts from a token's logits, as jax_marlin_moe/routing.py has them.
 //
-// Most are a function of one logit. The softmax is of all: a warp has those of a token, each lane kCount of them, and
-// -infinity in place of experts that do not exist.
+// A warp has the logits of one token, each lane kCount of them; those of experts that do not exist are -infinity.
 #pragma once
 
 #include "types.cuh"
@@ -27,8 +26,6 @@ __device__ __forceinline__ float largest_of_warp(float value) {
 }
 
 struct SoftmaxScores {
-  static constexpr bool kOfAll = true;
-
   template <int kCount>
   __device__ __forceinline__ static void apply(float (&values)[kCount]) {
     float most = values[0], sum = 0.0f;
@@ -44,23 +41,27 @@ struct SoftmaxScores {
 };
 
 struct SigmoidScores {
-  static constexpr bool kOfAll = false;
-
-  __device__ __forceinline__ static float of(float logit) { return exact_sigmoid(logit); }
+  template <int kCount>
+  __device__ __forceinline__ static void apply(float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = exact_sigmoid(values[i]);
+  }
 };
 
 struct SqrtSoftplusScores {
-  static constexpr bool kOfAll = false;
-
-  __device__ __forceinline__ static float of(float logit) {
-    return sqrtf((logit > 0.0f || logit != logit ? logit : 0.0f) + log1pf(expf(-fabsf(logit))));
+  template <int kCount>
+  __device__ __forceinline__ static void apply(float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float v = values[i];
+      values[i] = sqrtf((v > 0.0f || v != v ? v : 0.0f) + log1pf(expf(-fabsf(v))));
+    }
   }
 };
 
 struct IdentityScores {
-  static constexpr bool kOfAll = false;
-
-  __device__ __forceinline__ static float of(float logit) { return logit; }
+  template <int kCount>
+  __device__ __forceinline__ static void apply(float (&)[kCount]) {}
 };
 
 }  // namespace jmm

@@ -257,7 +257,7 @@ def select_kernel(
             "topk_ids": Pointer(topk_ids, "int32", written=True),
         },
         threads=256,
-        shared_bytes=(8 + 8 // warps_of_token) * router.stride * 4,
+        shared_bytes=8 * router.stride * 4,
         max_ctas=grid(-(-tokens // (8 // warps_of_token)), "the choice of experts"),
         overlaps_predecessor=overlaps_predecessor,
     )
