@@ -5,7 +5,9 @@ XLA reads the number of devices when it starts, so `test_sharding.py` runs this 
 
 import json
 import os
+import re
 import traceback
+from functools import partial
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,7 +15,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -187,21 +188,16 @@ def parallel_tensors(weight_format, group_size, activation="silu"):
     assert_close(run(x, *placed, w, ids), wanted)
 
 
+def collectives(compiled):
+    return re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
+
+
+def on_rows(array):
+    return jax.device_put(array, NamedSharding(MESH, P("d")))
+
+
 def partitioned_op():
-    """An op with a partitioning rule: rows are shared out, and nothing is gathered."""
-
-    def partition(call, x, table, **_):
-        shared = custom_partitioning(lambda x, table: call(x, table)[0])
-
-        def local(mesh, arguments, result):
-            rows = NamedSharding(mesh, P(arguments[0].sharding.spec[0], None))
-            return mesh, lambda x, table: call(x, table)[0], rows, (rows, NamedSharding(mesh, P()))
-
-        shared.def_partition(
-            partition=local, infer_sharding_from_operands=None, sharding_rule="t h, k -> t h",
-            need_replication_factors=("h", "k"),
-        )  # fmt: skip
-        return [shared(x, table)]
+    """An op that names its rows: they are shared out, and nothing is gathered."""
 
     def doubled(x, table):
         return 2 * x + table[0]
@@ -213,19 +209,81 @@ def partitioned_op():
         cpu=lambda x, table: [doubled(x, table) + 1],
         cuda=lambda x, table: [doubled(x, table)],
         batching_rule=lambda op, leaves, dims, **params: map_batch(op, leaves, dims, **params),
-        partition=partition,
+        rows=("x",),
     )
     x, table = jnp.arange(32.0).reshape(8, 4), jnp.ones(3)
     run = jax.jit(lambda x, table: op(x, table, implementation=None)[0])
     np.testing.assert_array_equal(run(x, table), 2 * x + 2)
-    rows = jax.device_put(x, NamedSharding(MESH, P("d")))
+    rows = on_rows(x)
     np.testing.assert_array_equal(run(rows, table), 2 * x + 2)
-    assert "all-gather" not in run.lower(rows, table).compile().as_text()
+    assert not collectives(run.lower(rows, table).compile())
     assert run(rows, table).sharding.spec[0] == "d"
+    columns = jax.device_put(x, NamedSharding(MESH, P(None, "d")))
+    np.testing.assert_array_equal(run(columns, table), 2 * x + 2)
+    abstract = NamedSharding(MESH.abstract_mesh, P("d"))
+    traced = run.trace(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=abstract), table)
+    traced.lower(lowering_platforms=("cpu",))
+    exported = jax.export.export(run)(rows, table)
+    assert "CustomSPMDPartitioning" not in exported.mlir_module()
+    np.testing.assert_array_equal(exported.call(rows, table), 2 * x + 2)
+
+
+def sharded_tokens():
+    """Plain `jit`, compiled ahead of time: each device computes its tokens, with the bits of one device."""
+    x, gate_up, down, w, ids = block()
+    run = jax.jit(jmm.fused_moe)
+    wanted = run(x, gate_up, down, w, ids)
+    placed = on_rows(x), gate_up, down, on_rows(w), on_rows(ids)
+    compiled = run.lower(*placed).compile()
+    assert not collectives(compiled), collectives(compiled)
+    whole = jax.device_put((gate_up, down), NamedSharding(MESH, P()))
+    y = compiled(placed[0], *whole, *placed[3:])
+    assert y.sharding.spec[0] == "d", y.sharding
+    np.testing.assert_array_equal(y, wanted)
+    # Other parameters are another program, whatever the shapes.
+    other = jax.jit(partial(jmm.fused_moe, activation="gelu"))
+    np.testing.assert_array_equal(other(*placed), other(x, gate_up, down, w, ids))
+
+
+def sharded_tokens_in_scan():
+    x, gate_up, down, w, ids = block()
+    stacks = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), (gate_up, down))
+
+    def loop(x, stacks, w, ids):
+        def layer(h, index):
+            return jmm.fused_moe(h, *jmm.take_layer(stacks, index), w, ids), None
+
+        return jax.lax.scan(layer, x, jnp.arange(2))[0]
+
+    run = jax.jit(loop)
+    compiled = run.lower(on_rows(x), stacks, on_rows(w), on_rows(ids)).compile()
+    assert not collectives(compiled), collectives(compiled)
+    y = run(on_rows(x), stacks, on_rows(w), on_rows(ids))
+    assert y.sharding.spec[0] == "d", y.sharding
+    np.testing.assert_array_equal(y, run(x, stacks, w, ids))
+
+
+def sharded_layer():
+    x, gate_up, down, *_ = block()
+    router = jax.random.normal(jax.random.key(9), (HIDDEN, EXPERTS)) * HIDDEN**-0.5
+
+    @jax.jit
+    def run(x, router, gate_up, down):
+        routing = jmm.Routing(top_k=TOP_K)
+        return jmm.moe_layer(x, router, gate_up, down, routing=routing, return_routing=True)
+
+    compiled = run.lower(on_rows(x), router, gate_up, down).compile()
+    assert not collectives(compiled), collectives(compiled)
+    for sharded, wanted in zip(run(on_rows(x), router, gate_up, down), run(x, router, gate_up, down), strict=True):
+        assert sharded.sharding.spec[0] == "d", sharded.sharding
+        np.testing.assert_array_equal(sharded, wanted)
 
 
 CHECKS = {
     "partitioned op": (partitioned_op,),
+    "sharded tokens": (sharded_tokens,),
+    "sharded tokens in scan": (sharded_tokens_in_scan,),
+    "sharded layer": (sharded_layer,),
     **{
         f"{check.__name__} {implementation}": (check, implementation)
         for check in (parallel_experts, shuffled_experts, varying_ids, batches, explicit_tokens)

@@ -320,4 +320,5 @@ fused_moe_op = define_op(
     batching_rule=_batching_rule,
     cuda_options=("cuda_scheme",),
     jvp=block_jvp,
+    rows=("x", "topk_weights", "topk_ids"),
 )

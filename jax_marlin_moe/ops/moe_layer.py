@@ -457,4 +457,5 @@ moe_layer_op = define_op(
     batching_rule=_batching_rule,
     cuda_options=("cuda_scheme",),
     jvp=_jvp,
+    rows=("x", "router_input", "topk_ids"),
 )

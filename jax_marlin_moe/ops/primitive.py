@@ -20,6 +20,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax_marlin_moe.layer_slice import is_slice, read_slices, share_indices, spread_indices
 from jax_marlin_moe.operand_types import alike
 from jax_marlin_moe.ops.implementation import becomes_custom_call, check_implementation, refuse_named
+from jax_marlin_moe.ops.partition import over_rows, with_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def define_op(
     cuda_options: Sequence[str] = (),
     jvp: Callable | None = None,
     transpose: Callable | None = None,
-    partition: Callable | None = None,
+    rows: Sequence[str] = (),
 ) -> Op:
     """Registers a primitive. All rules take the operands as the op does, and its parameters by name.
 
@@ -108,12 +109,10 @@ def define_op(
             to a tuple like the operands. Cotangents are one per result, None where zero; the leaves in which the op is
             linear are `jax.interpreters.ad.UndefinedPrimal`. The tuple has their cotangents in their places, or None
             in the place of a leaf or of a whole operand. Without it, transposition raises NotImplementedError.
-        partition: how devices share a call, `(call, *operands, **params)` to the list of results. It surrounds the
-            forms `cpu` and `cuda`, not the reference, whose operations XLA partitions. `call` takes operands of any
-            extents, so the rule is a `jax.experimental.custom_partitioning` of it, with a sharding rule (which
-            dimensions are tokens, which experts) and what a shard adds to its local call (its part of the expert map, a
-            psum). It applies to automatic axes; explicit ones are gathered before the primitive is bound. Without it,
-            XLA gathers all operands on every device.
+        rows: operands, by their names, whose first dimension is that of all results, and whose rows depend on no other
+            rows. Over the automatic axes of a mesh each device then computes the rows that it has, in the forms `cpu`
+            and `cuda`, which get operands of any extents; XLA partitions the reference by itself. Explicit axes are
+            gathered before the primitive is bound. Without it, XLA gathers all operands on every device.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -130,20 +129,35 @@ def define_op(
     def abstract(*leaves, structure, implementation, **params):
         return shape_rule(*jax.tree.unflatten(structure, leaves), **shared(params))
 
+    names = list(inspect.signature(reference).parameters)
+
     def lowered(form: Callable, platform: str | None):
-        def rule(*leaves, structure, implementation, **params):
-            operands = spread_indices(jax.tree.unflatten(structure, leaves))
+        def rule(*leaves, structure, implementation, over=None, **params):
+            def computed(function: Callable, *leaves, **params):
+                return function(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
+
             with jax.named_scope(name):
                 if platform is None:
                     refuse_named(implementation)
                 elif becomes_custom_call(platform, implementation):
                     params = params if platform == "cuda" else shared(params)
-                    if partition is not None:
-                        return partition(partial(form, **params), *operands, **params)
-                    return form(*operands, **params)
-                return specified(*operands, **params)
+                    if over is None:
+                        return computed(form, *leaves, **params)
+                    return over_rows(
+                        partial(computed, form, **params),
+                        over,
+                        leaves,
+                        [place for place, operand in enumerate(_operands(structure)) if names[operand] in rows],
+                        identity=(name, structure, params),
+                    )
+                return computed(specified, *leaves, **params)
 
-        return mlir.lower_fun(rule, multiple_results=True)
+        def partitioned(ctx, *values, **params):
+            named = with_devices(ctx, platform) if rows and platform is not None else None
+            over = None if named is None else ctx.avals_out
+            return mlir.lower_fun(partial(rule, over=over), multiple_results=True)(named or ctx, *values, **params)
+
+        return partitioned
 
     def batched(leaves, dims, *, structure, **params):
         leaves = alike(leaves)
@@ -186,11 +200,6 @@ def define_op(
     batching.primitive_batchers[primitive] = batched
     ad.primitive_jvps[primitive] = differentiated
     ad.primitive_transposes[primitive] = transposed
-    if partition is not None:
-        # A custom partitioning is lowered only where the devices are known; JAX has no public way to say so.
-        from jax._src import dispatch
-
-        dispatch.prim_requires_devices_during_lowering.add(primitive)
     return op
 
 
@@ -249,6 +258,12 @@ def map_batch(
 
     outputs = jax.lax.map(one, batched)
     return outputs, [0] * len(outputs)
+
+
+def _operands(structure: Any) -> list[int]:
+    """The operand of each leaf."""
+    operands = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return [path[0].idx for path, _ in jax.tree.leaves_with_path(operands)]
 
 
 def _places(reference: Callable, structure: Any, leaves: Sequence[Any]) -> list[str]:
