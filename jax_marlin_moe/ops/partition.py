@@ -81,9 +81,7 @@ def over_rows(
 
     shared = custom_partitioning(partial(_unpartitioned.bind, types=tuple(types)))
     rule, whole = _sharding_rule(leaves, rows, types)
-    shared.def_partition(
-        partition=local, sharding_rule=rule, need_replication_factors=whole, decode_shardings=False
-    )
+    shared.def_partition(partition=local, sharding_rule=rule, need_replication_factors=whole, decode_shardings=False)
     # XLA's text of the program has no trace of the function, and JAX's cache of compiled programs knows the text alone.
     text = re.sub(r" at 0x[0-9a-f]+", "", repr(identity))
     with set_xla_metadata(jax_marlin_moe=hashlib.sha256(text.encode()).hexdigest()):
