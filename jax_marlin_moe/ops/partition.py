@@ -34,7 +34,7 @@ def with_devices(ctx: mlir.LoweringRuleContext, platform: str) -> mlir.LoweringR
     the partitioning and back, and any of the platform do.
     """
     module = ctx.module_context
-    axes = module.axis_context
+    axes: Any = module.axis_context
     if getattr(axes, "num_devices", 1) == 1 or module.lowering_parameters.for_export or len(module.platforms) != 1:
         return None
     if axes.device_assignment is not None:
