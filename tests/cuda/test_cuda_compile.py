@@ -236,10 +236,17 @@ def test_blocks_of_models_have_shapes(shape, tokens):
     assert (y.shape, y.dtype) == ((tokens, shape.hidden), jnp.bfloat16)
 
 
+def blocks_of_models():
+    """Every model at every number of tokens; each run has a third of them, and of every model and every number some."""
+    for i, shape in enumerate(MODELS.values()):
+        for j, tokens in enumerate(DECODE_TOKENS + PREFILL_TOKENS):
+            marks = () if (i + j) % 3 == 0 else pytest.mark.exhaustive
+            yield pytest.param(shape, tokens, marks=marks, id=f"{shape.name}-{tokens}")
+
+
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.parametrize("tokens", DECODE_TOKENS + PREFILL_TOKENS)
-@pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
+@pytest.mark.parametrize(("shape", "tokens"), list(blocks_of_models()))
 def test_blocks_of_models_compile(lower, shape, tokens):
     text = lower("sm_90a", jmm.fused_moe, *model_block(shape, tokens))
     assert text.count(CALL) == 1
