@@ -31,22 +31,29 @@ def check_shape(name: str, value: jax.Array, shape: tuple[int, ...], meaning: st
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {meaning} = {tuple(shape)}")
 
 
-def check_rows(name: str, x: jax.Array) -> None:
-    """Raises unless `x` is a float16 or bfloat16 matrix."""
-    check_float_rows(name, x)
-    check_rank(name, x, 2)
+def as_rows(name: str, x: jax.Array, preferred_element_type: DTypeLike | None = None) -> tuple[jax.Array, jnp.dtype]:
+    """The values of `x` as the products read them, float32 ones rounded to bfloat16, and the type of the result.
 
-
-def check_float_rows(name: str, x: jax.Array) -> None:
-    """Raises unless `x` has float16 or bfloat16 values."""
-    if not hasattr(x, "dtype") or jnp.dtype(x.dtype) not in ACTIVATION_DTYPES:
+    Raises TypeError on other types of x, and on results in another type than float32 or that of the products' rows.
+    """
+    if not hasattr(x, "dtype") or jnp.dtype(x.dtype) not in (*ACTIVATION_DTYPES, jnp.dtype(jnp.float32)):
         found = getattr(x, "dtype", type(x).__name__)
-        raise TypeError(f"{name} has dtype {found}; it must be bfloat16 or float16: cast it before the call")
+        raise TypeError(f"{name} has dtype {found}; it must be bfloat16, float16 or float32: cast it before the call")
+    rows = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+    return rows, as_result_type(name, x, rows.dtype, x.dtype, preferred_element_type)
 
 
-def is_float32(x: jax.Array) -> bool:
-    """Whether `x` has float32 values, which ops take as bfloat16 ones and return as float32."""
-    return getattr(x, "dtype", None) == jnp.float32
+def as_result_type(
+    name: str, x: jax.Array, rounded: DTypeLike, default: DTypeLike, preferred_element_type: DTypeLike | None
+) -> jnp.dtype:
+    """The type of the result for rows `x`: `rounded`, float32, or else TypeError."""
+    wanted = jnp.dtype(default if preferred_element_type is None else preferred_element_type)
+    if wanted not in (jnp.dtype(rounded), jnp.dtype(jnp.float32)):
+        raise TypeError(
+            f"preferred_element_type is {wanted}; for {name} of dtype {x.dtype} it must be {jnp.dtype(rounded)} or "
+            "float32: cast the result"
+        )
+    return wanted
 
 
 def has_batch(x: jax.Array) -> bool:

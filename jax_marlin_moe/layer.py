@@ -89,7 +89,7 @@ class MoELayer:
         """The whole layer: routed experts plus the shared one.
 
         Args:
-            x: float16 or bfloat16.
+            x: float16 or bfloat16; float32 rows as in `jax_marlin_moe.moe_layer`.
             token_ids: as for `route`.
             router_input: rows that the router reads, where they are not those of the experts (Gemma-4 norms them
                 apart).

@@ -135,7 +135,7 @@ class TensorRTMoE:
             activation=self.activation,
             x_scale=scale,
             intermediate=self.intermediate,
-            out_dtype=jnp.float32 if scale is not None else result,
+            preferred_element_type=jnp.float32 if scale is not None else result,
             implementation=implementation,
         )
         return y.astype(result).reshape(*batch, -1)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jax_marlin_moe.checkpoint.schemes import from_qarray
 from jax_marlin_moe.ops.ragged_dot import ragged_dot as packed_ragged_dot
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -57,9 +56,8 @@ def ragged_dot(
     if others.get("fuse_gateup_activation") is not None:
         raise NotImplementedError("fuse_gateup_activation is for tokamax's own kernels")
     try:
-        packed = rhs if isinstance(rhs, MarlinWeights) else from_qarray(rhs)
         y = packed_ragged_dot(
-            lhs, packed, jnp.asarray(group_sizes, jnp.int32), precision, preferred_element_type, group_offset
+            lhs, rhs, jnp.asarray(group_sizes, jnp.int32), precision, preferred_element_type, group_offset
         )
     except (TypeError, ValueError) as error:
         raise NotImplementedError(str(error)) from error

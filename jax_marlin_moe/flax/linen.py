@@ -176,7 +176,7 @@ class MarlinMoE(nn.Module):
         """Routes each row of x to its experts and sums their results, that of the shared expert included.
 
         Args:
-            x: float16 or bfloat16, any leading dimensions.
+            x: float16 or bfloat16, any leading dimensions; float32 rows as in `jax_marlin_moe.moe_layer`.
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.

@@ -5,6 +5,7 @@ The contract is docs/formats.md, "Dispatches".
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe import arguments, native, reference
@@ -15,7 +16,7 @@ from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
-from jax_marlin_moe.ops.grouped_product import product_dots
+from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -27,6 +28,7 @@ def expert_gemm(
     dispatches: Int32[Array, "dispatches 4"],
     *,
     num_out_rows: int | None = None,
+    preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "out_rows N"], Int32[Array, ""]]:
     """Multiplies runs of rows by experts of a stack, as a table says that may be made on the device.
@@ -36,13 +38,15 @@ def expert_gemm(
     several dispatches have is of the last of them. Rows that none has are zero.
 
     A dispatch that is not whole in range (an expert outside [0, E), rows outside x or the result, a negative m) writes
-    nothing and is counted. With m = 0 it is empty, never out of range.
+    nothing and is counted. With m = 0 it is empty, never out of range. For batches of rows with tables of their own,
+    use `jax.vmap`.
 
     Args:
-        x: bfloat16 or float16 rows.
+        x: bfloat16 or float16 rows; float32 ones are multiplied as bfloat16, and the result is float32.
         stack: packed experts.
         dispatches: int32, traced or not; there may be none.
         num_out_rows: rows of the result, static; None takes as many as x has.
+        preferred_element_type: of the result: that of x, which is the default, or float32, which is not rounded.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
     Returns:
@@ -52,7 +56,8 @@ def expert_gemm(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
-    arguments.check_rows("x", x)
+    x, dtype = arguments.as_rows("x", x, preferred_element_type)
+    arguments.check_rank("x", x, 2)
     arguments.check_weights("stack", stack)
     arguments.check_shape("x", x, (x.shape[0], stack.k), "(rows, K)")
     arguments.check_array("dispatches", dispatches, ndim=2, dtype=jnp.int32)
@@ -61,12 +66,16 @@ def expert_gemm(
         num_out_rows = x.shape[0]
     elif not jax.export.is_symbolic_dim(num_out_rows) and not (type(num_out_rows) is int and num_out_rows >= 0):
         raise ValueError(f"num_out_rows is {num_out_rows!r}; it must be an int of at least 0: the result's shape")
-    return _product(x, stack, dispatches, num_out_rows=num_out_rows, implementation=implementation)
+    return _product(x, stack, dispatches, num_out_rows=num_out_rows, dtype=dtype, implementation=implementation)
 
 
-@one_program("num_out_rows")
-def _product(x, stack, dispatches, *, num_out_rows, implementation):
+@one_program("num_out_rows", "dtype")
+def _product(x, stack, dispatches, *, num_out_rows, dtype, implementation):
     rows, table = x, dispatches
+    if dtype != x.dtype:
+        rows, experts, skipped = _gathered(x, stack, dispatches, num_out_rows)
+        y = float32_product(pad_rows(rows, stack), stack, experts, implementation)
+        return drop_column_padding(y, stack), skipped
     if stack.input_order is not None:
         rows, table, out_of_range = _reordered(x, stack, dispatches, num_out_rows)
     y, skipped = expert_gemm_op(
@@ -76,14 +85,20 @@ def _product(x, stack, dispatches, *, num_out_rows, implementation):
     return drop_column_padding(y, stack), skipped
 
 
-def _reordered(x, stack, dispatches, num_out_rows):
-    """A row for each of the result, columns in its expert's packed order; their table, and how many it lacks."""
+def _gathered(x, stack, dispatches, num_out_rows):
+    """A row for each of the result, columns in its expert's packed order; their experts; how many the table lacks."""
     sizes = {"num_rows": x.shape[0], "num_out_rows": num_out_rows, "num_experts": stack.num_experts}
-    expert, source, skipped = reference.dispatched_rows(dispatches, **sizes)
+    experts, source, skipped = reference.dispatched_rows(dispatches, **sizes)
     rows = jnp.concatenate([x, jnp.zeros_like(x, shape=(1, x.shape[1]))])[source]
+    return rows if stack.input_order is None else gather_input_order(rows, stack, experts), experts, skipped
+
+
+def _reordered(x, stack, dispatches, num_out_rows):
+    """The rows of `_gathered`, their table, and how many it lacks."""
+    rows, _, skipped = _gathered(x, stack, dispatches, num_out_rows)
+    sizes = {"num_rows": x.shape[0], "num_out_rows": num_out_rows, "num_experts": stack.num_experts}
     table = _without_misfits(dispatches, **sizes)
-    table = table.at[:, 1].set(table[:, 2])
-    return gather_input_order(rows, stack, expert), table, skipped
+    return rows, table.at[:, 1].set(table[:, 2]), skipped
 
 
 def _without_misfits(dispatches, **sizes):

@@ -42,7 +42,7 @@ def fused_moe(
     expert_map: Int32[Array, " experts"] | None = None,
     x_scale: Float32[Array, ""] | None = None,
     intermediate: IntermediateQuantizer | None = None,
-    out_dtype: DTypeLike | None = None,
+    preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
     cuda_scheme: BlockScheme | None = None,
 ) -> Float[Array, "tokens H"]:
@@ -65,8 +65,8 @@ def fused_moe(
         x_scale: float32, what float8_e4m3fn tokens are in units of; one that is not positive and finite counts as zero.
         intermediate: how the activation's result is quantised, in place of its rounding to the type of x; scales are
             those of the local experts.
-        out_dtype: of the result: that of x, which is the default, or float32. For float8_e4m3fn float32, which is the
-            default, or bfloat16.
+        preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
+            are summed again. For float8_e4m3fn float32, which is the default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: how CUDA cuts the block; None takes the measured or predicted best.
 
@@ -77,16 +77,15 @@ def fused_moe(
     if arguments.has_batch(x):
         options: dict[str, Any] = {"activation": activation, "expert_map": expert_map}
         options |= {"x_scale": x_scale, "intermediate": intermediate}
-        options |= {"out_dtype": out_dtype, "implementation": implementation, "cuda_scheme": cuda_scheme}
+        options |= {"preferred_element_type": preferred_element_type}
+        options |= {"implementation": implementation, "cuda_scheme": cuda_scheme}
         topk_weights, topk_ids = (
             arguments.batch_rows(name, operand, x)
             for name, operand in (("topk_weights", topk_weights), ("topk_ids", topk_ids))
         )
         y = fused_moe(x.reshape(-1, x.shape[-1]), gate_up, down, topk_weights, topk_ids, **options)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    if x_scale is None and arguments.is_float32(x):
-        x, out_dtype = x.astype(jnp.bfloat16), jnp.float32 if out_dtype is None else out_dtype
-    x, x_scale, out_dtype = _checked_rows(x, x_scale, out_dtype)
+    x, x_scale, out_dtype = _checked_rows(x, x_scale, preferred_element_type)
     topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
     act = get_activation(activation)
     check_experts(x, gate_up, down, act)
@@ -150,8 +149,8 @@ def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act
         )
 
 
-def _checked_rows(x, x_scale, out_dtype):
-    """x, its scale and the dtype of the result, where they go together."""
+def _checked_rows(x, x_scale, preferred_element_type):
+    """The rows of products, their scale and the dtype of the result, where they go together."""
     is_fp8 = hasattr(x, "dtype") and x.dtype == jnp.float8_e4m3fn
     if is_fp8:
         arguments.check_rank("x", x, 2)
@@ -159,21 +158,18 @@ def _checked_rows(x, x_scale, out_dtype):
             raise ValueError(
                 "x_scale is None; x has dtype float8_e4m3fn, whose values are in units of it: pass a float32"
             )
+        dtype = arguments.as_result_type("x", x, _FP8_ROWS, jnp.float32, preferred_element_type)
     else:
-        arguments.check_rows("x", x)
+        rows, dtype = arguments.as_rows("x", x, preferred_element_type)
         if x_scale is not None:
             raise ValueError(
                 f"x_scale is not None, but x has dtype {x.dtype}; it must be None, or x float8_e4m3fn: multiply x by it"
             )
+        x = rows
+        arguments.check_rank("x", x, 2)
     if x_scale is not None:
         x_scale = jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
         arguments.check_array("x_scale", x_scale, ndim=0, dtype=jnp.float32)
-    rounded = jnp.dtype(_FP8_ROWS if is_fp8 else x.dtype)
-    dtype = jnp.dtype((jnp.float32 if is_fp8 else rounded) if out_dtype is None else out_dtype)
-    if dtype not in (rounded, jnp.float32):
-        raise TypeError(
-            f"out_dtype is {dtype}; for x of dtype {x.dtype} it must be {rounded} or float32: cast the result"
-        )
     return x, x_scale, dtype
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
@@ -165,6 +165,18 @@ def product_dots(
     if d_weights.bias is not None:
         dots.append(slot_columns(d_weights.bias, experts))
     return dots
+
+
+def float32_product(
+    rows: Float[Array, "rows K"], weights: MarlinWeights, experts: Int32[Array, " slots"], implementation: str | None
+) -> Float32[Array, "slots N"]:
+    """The product of each slot with its expert's matrix, and the bias, not rounded; zeros where there is no expert.
+
+    Rows have the padding and the order of the packed matrices.
+    """
+    params = {"transposed": False, "dtype": "float32", "implementation": implementation}
+    (y,) = grouped_product_op(rows, multiplied(weights), experts, None, None, **params)
+    return y if weights.bias is None else y + slot_columns(weights.bias, experts)
 
 
 def sum_slots(slots: jax.Array, num_rows: int) -> jax.Array:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe import arguments, native, reference
@@ -14,7 +15,7 @@ from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import alike, replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
-from jax_marlin_moe.ops.grouped_product import product_dots
+from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_columns, pad_rows
@@ -26,6 +27,7 @@ def linear(
     bias: Float[Array, " N"] | None = None,
     *,
     expert: int | Int32[Array, ""] | None = None,
+    preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch N"]:
     """`x @ W + bias` with one packed matrix, accumulated in float32 and rounded once.
@@ -34,10 +36,12 @@ def linear(
     stack by its number. Slices are copies where the stack is an argument of a compiled function; a number is not.
 
     Args:
-        x: bfloat16 or float16 rows, with any leading dimensions.
+        x: bfloat16 or float16 rows, with any leading dimensions; float32 ones are multiplied as bfloat16, and the
+            result is float32.
         weights: one packed matrix, or a stack of them together with `expert`.
         bias: float, where the weights have none; [E, N] with `expert`.
         expert: which matrix of the stack, traced or not; the nearest that there is where a traced one is out of range.
+        preferred_element_type: of the result: that of x, which is the default, or float32, which is not rounded.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
     Raises:
@@ -45,7 +49,7 @@ def linear(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
-    arguments.check_float_rows("x", x)
+    x, dtype = arguments.as_rows("x", x, preferred_element_type)
     arguments.check_weights("weights", weights)
     if x.ndim < 1 or x.shape[-1] != weights.k:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {weights.k}")
@@ -68,11 +72,11 @@ def linear(
             raise TypeError(f"bias has dtype {getattr(bias, 'dtype', type(bias).__name__)}; it must be floating point")
         shape, meaning = ((weights.n,), "(N,)") if expert is None else ((experts, weights.n), "(E, N)")
         arguments.check_shape("bias", bias, shape, meaning)
-    return _product(x, weights, bias, expert, implementation=implementation)
+    return _product(x, weights, bias, expert, dtype=dtype, implementation=implementation)
 
 
-@one_program()
-def _product(x, weights, bias, expert, *, implementation):
+@one_program("dtype")
+def _product(x, weights, bias, expert, *, dtype, implementation):
     rows = x.reshape(-1, x.shape[-1])
     if bias is not None:
         bias = pad_columns(bias.reshape(-1, weights.n).astype(jnp.float32), weights)
@@ -83,14 +87,22 @@ def _product(x, weights, bias, expert, *, implementation):
         ordered = gather_input_order(ordered, weights, jnp.broadcast_to(number, rows.shape[:1]))
     else:
         ordered = rows
-    (y,) = linear_op(
-        pad_rows(ordered, weights),
-        as_packed(weights),
-        None if expert is None else expert.reshape(1),
-        implementation=implementation,
-    )
+    expert = None if expert is None else expert.reshape(1)
+    if dtype == x.dtype:
+        (y,) = linear_op(pad_rows(ordered, weights), as_packed(weights), expert, implementation=implementation)
+    else:
+        y = float32_product(pad_rows(ordered, weights), weights, _experts(rows, weights, expert), implementation)
     y = shard_rows_like(drop_column_padding(y, weights), rows)
     return y.reshape(*x.shape[:-1], weights.n)
+
+
+def _experts(x, weights, expert):
+    """The expert of each row."""
+    return jnp.broadcast_to(_number(weights, expert), x.shape[:1])
+
+
+def _number(weights, expert):
+    return jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, weights.num_experts - 1)
 
 
 def _shape_rule(x, weights, expert):
@@ -99,7 +111,7 @@ def _shape_rule(x, weights, expert):
 
 def _cpu(x, weights, expert):
     """A dispatch of all rows."""
-    number = jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, weights.num_experts - 1)
+    number = _number(weights, expert)
     table = jnp.zeros((1, 4), jnp.int32).at[0, 0].set(number[0]).at[0, 3].set(x.shape[0])
     results = [
         jax.ShapeDtypeStruct((x.shape[0], weights.padded_n), x.dtype),
@@ -139,9 +151,7 @@ def _jvp(op, primals, tangents, *, implementation):
     (x, weights, expert), (d_x, d_weights, _) = primals, tangents
     check_not_only_frozen("linear", {"weights": d_weights}, d_x, d_weights.bias, d_weights.global_scales)
     results = op(*primals, implementation=implementation)
-    number = jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, weights.num_experts - 1)
-    experts = jnp.broadcast_to(number, x.shape[:1])
-    dots = product_dots(x, d_x, weights, d_weights, experts, implementation)
+    dots = product_dots(x, d_x, weights, d_weights, _experts(x, weights, expert), implementation)
     return results, [sum(dots[1:], dots[0]).astype(x.dtype)]
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jax_marlin_moe import arguments, native, reference
@@ -13,7 +14,7 @@ from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.align import BlockAlignment
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
-from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, product_dots, slot_columns
+from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -27,6 +28,7 @@ def moe_gemm(
     top_k: int,
     topk_weights: Float32[Array, "tokens top_k"] | None = None,
     mul_topk_weights: bool = False,
+    preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "tokens*top_k N"]:
     """Multiplies each routed slot's row of x by its expert's matrix.
@@ -36,30 +38,35 @@ def moe_gemm(
     slots that no block lists are zero.
 
     Args:
-        x: bfloat16 or float16 rows; float32 ones are multiplied as bfloat16 and the result is cast back.
+        x: bfloat16 or float16 rows; float32 ones are multiplied as bfloat16, and the result is float32. With further
+            leading dimensions, tokens count through all of them, and the result is [..., tokens * top_k, N].
         weights: packed experts.
         alignment: of `moe_align_block_size` over ids of shape (tokens, top_k).
         top_k: slots per row of x; 1 where x already has a row for each slot.
         topk_weights: router weights, (tokens, top_k) or flat, float32 or rounded to fewer bits; needed if
             `mul_topk_weights`.
         mul_topk_weights: whether to multiply by them.
+        preferred_element_type: of the result: that of x, which is the default, or float32, which is not rounded.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
-    if arguments.is_float32(x):
-        return moe_gemm(
-            x.astype(jnp.bfloat16),
+    if arguments.has_batch(x):
+        y = moe_gemm(
+            x.reshape(-1, x.shape[-1]),
             weights,
             alignment,
             top_k=top_k,
             topk_weights=topk_weights,
             mul_topk_weights=mul_topk_weights,
+            preferred_element_type=preferred_element_type,
             implementation=implementation,
-        ).astype(jnp.float32)
-    arguments.check_rows("x", x)
+        )
+        return y.reshape(*x.shape[:-2], x.shape[-2] * top_k, y.shape[-1])
+    x, dtype = arguments.as_rows("x", x, preferred_element_type)
+    arguments.check_rank("x", x, 2)
     arguments.check_weights("weights", weights)
     arguments.check_shape("x", x, (x.shape[0], weights.k), "(tokens, K)")
     if not isinstance(alignment, BlockAlignment):
@@ -86,15 +93,22 @@ def moe_gemm(
         topk_weights if mul_topk_weights else None,
         alignment,
         top_k=top_k,
+        dtype=dtype,
         implementation=implementation,
     )
 
 
-@one_program("top_k")
-def _product(x, weights, topk_weights, alignment, *, top_k, implementation):
+@one_program("top_k", "dtype")
+def _product(x, weights, topk_weights, alignment, *, top_k, dtype, implementation):
     rows, slots_per_row = x, top_k
     if weights.input_order is not None:
         rows, slots_per_row = _reordered_rows(x, weights, alignment, top_k), 1
+    if dtype != x.dtype:
+        experts = _experts(x, weights, alignment, top_k)
+        y = float32_product(pad_rows(rows, weights), weights, experts, implementation)
+        if topk_weights is not None:
+            y = _weighted(y, topk_weights.reshape(-1), experts)
+        return shard_rows_like(drop_column_padding(y, weights), x)
     (y,) = moe_gemm_op(
         pad_rows(rows, weights),
         as_packed(weights),
@@ -111,7 +125,12 @@ def _product(x, weights, topk_weights, alignment, *, top_k, implementation):
 
 def _reordered_rows(x, weights, alignment, top_k):
     """One row per slot, columns in the packed order of the slot's expert."""
-    expert = reference.listed_experts(
+    return gather_input_order(jnp.repeat(x, top_k, axis=0), weights, _experts(x, weights, alignment, top_k))
+
+
+def _experts(x, weights, alignment, top_k):
+    """The expert of each slot, -1 where no block lists it."""
+    return reference.listed_experts(
         alignment.sorted_token_ids,
         alignment.expert_ids,
         alignment.num_tokens_post_padded,
@@ -119,7 +138,11 @@ def _reordered_rows(x, weights, alignment, top_k):
         num_experts=weights.num_experts,
         block_size=alignment.block_size,
     )
-    return gather_input_order(jnp.repeat(x, top_k, axis=0), weights, expert)
+
+
+def _weighted(y, of_slots, experts):
+    """Each row times its slot's weight; zero where there is no expert, whatever the weight."""
+    return y * jnp.where(experts >= 0, of_slots, 0)[:, None]
 
 
 def _shape_rule(x, weights, *_, top_k, block_size):
@@ -202,15 +225,11 @@ def _jvp(op, primals, tangents, *, top_k, block_size, implementation):
     experts = reference.listed_experts(
         *alignment, num_slots=x.shape[0] * top_k, num_experts=weights.num_experts, block_size=block_size
     )
-
-    def weighted(y, of_slots):
-        return y if of_slots is None else y * jnp.where(experts >= 0, of_slots, 0)[:, None]
-
-    dots = [weighted(dot, router) for dot in product_dots(x, d_x, weights, d_weights, experts, implementation)]
+    dots = product_dots(x, d_x, weights, d_weights, experts, implementation)
+    if router is not None:
+        dots = [_weighted(dot, router, experts) for dot in dots]
     if d_router is not None:
-        params = {"transposed": False, "dtype": "float32", "implementation": implementation}
-        (y,) = grouped_product_op(x, multiplied(weights), experts, None, None, **params)
-        dots.append(weighted(y if weights.bias is None else y + slot_columns(weights.bias, experts), d_router))
+        dots.append(_weighted(float32_product(x, weights, experts, implementation), d_router, experts))
     return results, [sum(dots[1:], dots[0]).astype(x.dtype)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, native, reference
@@ -51,6 +52,7 @@ def moe_layer(
     topk_ids: Int32[Array, "tokens top_k"] | None = None,
     expert_map: Int32[Array, " experts"] | None = None,
     return_routing: bool = False,
+    preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
     cuda_scheme: BlockScheme | None = None,
 ) -> Any:
@@ -61,7 +63,9 @@ def moe_layer(
     distinct ones, and change no other row.
 
     Args:
-        x: bfloat16 or float16 tokens.
+        x: bfloat16 or float16 tokens; of float32 ones the experts multiply a rounding to bfloat16, the router reads all
+            bits, and the result is float32. There may be further leading dimensions, which `router_input` and
+            `topk_ids` share.
         router: bfloat16, float16 or float32, input dimension first.
         gate_up: as for `fused_moe`.
         down: as for `fused_moe`.
@@ -79,18 +83,49 @@ def moe_layer(
         topk_ids: int32 experts that are chosen already; their weights follow from the router as usual.
         expert_map: as for `fused_moe`; the router then has a column for each expert that ids may name.
         return_routing: whether router weights and expert ids are returned beside the result.
+        preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
+            are summed again. The router, the experts and the shared one are then custom calls of their own.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: as for `fused_moe`.
 
     Returns:
-        The rows' results, [tokens, H] of the type of x; with `return_routing` a tuple of them, the router weights
+        The rows' results, [tokens, H]; with `return_routing` a tuple of them, the router weights
         (float32, [tokens, top_k]) and the expert ids (int32).
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
-    arguments.check_rows("x", x)
+    if arguments.has_batch(x):
+        rows = x.reshape(-1, x.shape[-1])
+        results = moe_layer(
+            rows,
+            router,
+            gate_up,
+            down,
+            routing=routing,
+            activation=activation,
+            shared=shared,
+            shared_activation=shared_activation,
+            router_bias=router_bias,
+            correction_bias=correction_bias,
+            expert_scale=expert_scale,
+            router_input=None if router_input is None else arguments.batch_rows("router_input", router_input, x),
+            router_input_scale=router_input_scale,
+            norm_epsilon=norm_epsilon,
+            topk_ids=None if topk_ids is None else arguments.batch_rows("topk_ids", topk_ids, x),
+            expert_map=expert_map,
+            return_routing=return_routing,
+            preferred_element_type=preferred_element_type,
+            implementation=implementation,
+            cuda_scheme=cuda_scheme,
+        )
+        return jax.tree.map(lambda result: result.reshape(*x.shape[:-1], result.shape[-1]), results)
+    rows, dtype = arguments.as_rows("x", x, preferred_element_type)
+    if router_input is None and rows.dtype != x.dtype:
+        router_input = x
+    x = rows
+    arguments.check_rank("x", x, 2)
     act = get_activation(activation)
     shared_act = act if shared_activation is None else get_activation(shared_activation)
     check_experts(x, gate_up, down, act)
@@ -134,6 +169,7 @@ def moe_layer(
         activation=act,
         shared_activation=shared_act,
         norm_epsilon=float(norm_epsilon),
+        out_dtype=dtype,
         implementation=implementation,
         cuda_scheme=cuda_scheme,
     )
@@ -177,11 +213,12 @@ def _check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) ->
         _check_floats("shared.gate", shared.gate, (hidden, 1), "(H, 1)")
 
 
-@one_program("routing", "activation", "shared_activation", "norm_epsilon", "cuda_scheme")
-def _layer(x, router, gate_up, down, shared, *rest, **params):
-    if gate_up.input_order is not None or (shared is not None and _has_order(shared)):
-        # Experts that read x in orders of their own need a row per slot, which follows from the choice.
-        return composition(x, router, gate_up, down, shared, *rest, **params)
+@one_program("routing", "activation", "shared_activation", "norm_epsilon", "out_dtype", "cuda_scheme")
+def _layer(x, router, gate_up, down, shared, *rest, out_dtype, **params):
+    if out_dtype != x.dtype or gate_up.input_order is not None or (shared is not None and _has_order(shared)):
+        # The kernels of whole layers round once, to the type of x. Experts that read x in orders of their own need a
+        # row per slot, which follows from the choice.
+        return composition(x, router, gate_up, down, shared, *rest, out_dtype=out_dtype, **params)
     packed = shared
     if shared is not None and isinstance(shared.gate_up, MarlinWeights):
         packed = dataclasses.replace(shared, gate_up=as_packed(shared.gate_up), down=as_packed(shared.down))
@@ -214,11 +251,14 @@ def composition(
     norm_epsilon: float,
     implementation: str | None,
     cuda_scheme: BlockScheme | None = None,
+    out_dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """The layer of `route_rows` and `fused_moe`, each with its own derivative and partitioning, and the shared expert.
 
-    The operands are those of `moe_layer_op`, or, with orders of their rows and paddings, those of `moe_layer`.
+    The operands are those of `moe_layer_op`, or, with orders of their rows and paddings, those of `moe_layer`. The
+    result has the type of x, or `out_dtype`.
     """
+    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     topk_weights, ids = route_rows(
         x[:, : router.shape[0]] if router_input is None else router_input,
         router,
@@ -231,16 +271,17 @@ def composition(
         ids=topk_ids,
     )
     routed: dict[str, Any] = {"activation": activation, "implementation": implementation, "cuda_scheme": cuda_scheme}
+    routed["out_dtype"] = dtype
     if routing.apply_on_input:
         rows = reference.weighted_rows(x, topk_weights)
         ones = jnp.ones((rows.shape[0], 1), jnp.float32)
         y = expert_block(rows, gate_up, down, ones, ids.reshape(-1, 1), expert_map, **routed)
-        y = y.reshape(x.shape[0], routing.top_k, -1).astype(jnp.float32).sum(1).astype(x.dtype)
+        y = y.reshape(x.shape[0], routing.top_k, -1).astype(jnp.float32).sum(1).astype(dtype)
     else:
         y = expert_block(x, gate_up, down, topk_weights, ids, expert_map, **routed)
     if routing.identity_experts:
         kept = reference.identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
-        y = (y.astype(jnp.float32) + kept).astype(x.dtype)
+        y = (y.astype(jnp.float32) + kept).astype(dtype)
     if shared is None:
         return y, topk_weights, ids
     if isinstance(shared.gate_up, MarlinWeights):
@@ -251,7 +292,7 @@ def composition(
         routed |= {"activation": shared_activation, "cuda_scheme": None}
         extra = expert_block(x, shared.gate_up, shared.down, ones, all_ids, None, **routed)
     else:
-        extra = reference.shared_sum(x, shared, shared_activation).astype(x.dtype)
+        extra = reference.shared_sum(x, shared, shared_activation).astype(dtype)
     return y + jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1]))), topk_weights, ids
 
 

@@ -1,5 +1,7 @@
 """`ragged_dot`: rows sorted by group times the packed matrix of their group, with the arguments of JAX's own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -10,12 +12,13 @@ from jax_marlin_moe.operand_types import shard_rows_like
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, row_experts, slot_columns
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import one_program
+from jax_marlin_moe.qarray import from_qarray
 from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 
 
 def ragged_dot(
     lhs: Float[Array, "m K"],
-    rhs: MarlinWeights,
+    rhs: MarlinWeights | Any,
     group_sizes: Int32[Array, " groups"],
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
@@ -28,25 +31,27 @@ def ragged_dot(
     The first `group_sizes[0]` rows of lhs are of group 0, the next `group_sizes[1]` of group 1, and so on; group g is
     multiplied by `rhs[g - group_offset]`, and its bias is added if there is one. Rows of groups that rhs does not
     have, and rows past the last group, are zero. Negative sizes count as 0, and rows that sizes claim past the end of
-    lhs do not exist. Differentiable with respect to lhs, and to biases and global scales of rhs.
+    lhs do not exist. Differentiable with respect to lhs, and to biases and global scales of rhs. For batches of rows
+    with sizes of their own, use `jax.vmap`.
 
     Args:
         lhs: rows sorted by group. bfloat16 or float16; float32 is multiplied as bfloat16 and returned as float32.
-        rhs: packed experts, as many as there are groups or fewer.
+        rhs: packed experts, as many as there are groups or fewer; or a QArray of qwix, which `from_qarray` packs in
+            every call: pack experts that stay once, before.
         group_sizes: int32.
         precision: None or the default. Products accumulate in float32; there is no other precision.
-        preferred_element_type: of the result, float32 or the type of lhs, which is the default.
-        group_offset: int32, the group that `rhs[0]` is; None is 0.
+        preferred_element_type: of the result: that of lhs, which is the default, or float32, which is not rounded.
+        group_offset: an int or int32, the group that `rhs[0]` is; None is 0.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
+    if hasattr(rhs, "qvalue"):
+        rhs = _packed(rhs)
     arguments.check_weights("rhs", rhs)
-    if not hasattr(lhs, "dtype") or not jnp.issubdtype(lhs.dtype, jnp.floating) or lhs.dtype == jnp.float64:
-        found = getattr(lhs, "dtype", type(lhs).__name__)
-        raise TypeError(f"lhs has dtype {found}; it must be bfloat16, float16 or float32")
+    lhs, dtype = arguments.as_rows("lhs", lhs, preferred_element_type)
     arguments.check_rank("lhs", lhs, 2)
     arguments.check_shape("lhs", lhs, (lhs.shape[0], rhs.k), "(m, K)")
     arguments.check_array("group_sizes", group_sizes, ndim=1, dtype=jnp.int32)
@@ -59,21 +64,31 @@ def ragged_dot(
     if groups < 1:
         raise ValueError("group_sizes has 0 groups; it must have at least one")
     if group_offset is not None:
-        group_offset = jnp.asarray(group_offset)
+        group_offset = jnp.asarray(group_offset, jnp.int32 if isinstance(group_offset, int) else None)
         arguments.check_array("group_offset", group_offset, ndim=group_offset.ndim, dtype=jnp.int32)
         if group_offset.size != 1:
             raise ValueError(f"group_offset has shape {tuple(group_offset.shape)}; it must be one number")
     if precision not in (None, jax.lax.Precision.DEFAULT, "default"):
         raise ValueError(f"precision is {precision}; it must be None: products are of 16-bit rows, summed in float32")
-    wanted = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
-    if wanted not in (lhs.dtype, jnp.float32):
-        raise TypeError(f"preferred_element_type is {wanted}; it must be float32 or the type of lhs, {lhs.dtype}")
-    return _ragged_dot(lhs, rhs, group_sizes, group_offset, dtype=wanted.name, implementation=implementation)
+    return _ragged_dot(lhs, rhs, group_sizes, group_offset, dtype=dtype.name, implementation=implementation)
+
+
+def _packed(array: Any) -> MarlinWeights:
+    """A QArray, packed; what `from_qarray` raises, with the argument's name."""
+    try:
+        return from_qarray(array)
+    except jax.errors.TracerArrayConversionError as error:
+        raise TypeError(
+            "rhs is a QArray that is traced, and packing it looks at the values of its zero points or 8-bit scales: "
+            "pack it before the traced function, with jax_marlin_moe.from_qarray"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"rhs is a QArray that no format holds: {error}") from error
 
 
 @one_program("dtype")
 def _ragged_dot(lhs, rhs, group_sizes, group_offset, *, dtype, implementation):
-    rows = lhs.astype(jnp.bfloat16) if lhs.dtype == jnp.float32 else lhs
+    rows = lhs
     offset = None if group_offset is None else group_offset.reshape(1)
     experts = None
     if rhs.input_order is not None or rhs.bias is not None:

@@ -149,7 +149,7 @@ def test_a_table_and_rows_are_arguments_of_an_exported_function():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": np.zeros((4, K), np.float32)}, TypeError, "x has dtype float32; it must be bfloat16 or float16"),
+        ({"x": np.zeros((4, K), np.int8)}, TypeError, "x has dtype int8; it must be bfloat16, float16 or float32"),
         ({"x": jnp.zeros((4, 64), jnp.bfloat16)}, ValueError, r"x has shape \(4, 64\); it must be \(rows, K\)"),
         ({"stack": jnp.zeros((4, 64))}, TypeError, "stack is a .*; it must be a MarlinWeights"),
         ({"dispatches": np.zeros((2, 4), np.int64)}, TypeError, "dispatches has dtype int64; it must be a int32"),

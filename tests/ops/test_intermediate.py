@@ -115,7 +115,8 @@ def run_block(case, platform, **options):
     expert_map = None if case.expert_map is None else np.asarray(case.expert_map, np.int32)
     y = jmm.fused_moe(
         rows, packed, down.packed(), router, ids, activation=case.activation, x_scale=case.x_scale,
-        intermediate=intermediate, out_dtype=jnp.float32, expert_map=expert_map, implementation=platform, **options,
+        intermediate=intermediate, preferred_element_type=jnp.float32, expert_map=expert_map, implementation=platform,
+        **options,
     )  # fmt: skip
     served = local_experts(ids, case.experts, case.expert_map)
     h = products((x * np.float64(case.x_scale or 1)).repeat(3, axis=0), gate_up, served)
@@ -206,7 +207,7 @@ def through_the_block(x, quantizer, implementation):
     ids = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] % experts.num_experts
     return jmm.fused_moe(
         x, experts, experts, jnp.ones_like(ids, jnp.float32), ids, activation="identity", intermediate=quantizer,
-        out_dtype=jnp.float32, implementation=implementation,
+        preferred_element_type=jnp.float32, implementation=implementation,
     )  # fmt: skip
 
 
@@ -328,7 +329,11 @@ BAD = [
     (lambda q: call(x_scale=ONE), ValueError, "x_scale is not None, but x has dtype bfloat16"),
     (lambda q: call(jnp.float8_e4m3fn), ValueError, "x_scale is None; x has dtype float8_e4m3fn"),
     (lambda q: call(jnp.float8_e4m3fn, x_scale=jnp.ones(1)), ValueError, r"x_scale has shape \(1,\)"),
-    (lambda q: call(out_dtype=jnp.float16), TypeError, "out_dtype is float16; for x of dtype bfloat16 it must be"),
+    (
+        lambda q: call(preferred_element_type=jnp.float16),
+        TypeError,
+        "preferred_element_type is float16; for x of dtype bfloat16 it must be",
+    ),
 ]
 
 
@@ -350,9 +355,8 @@ def test_rounding_is_not_differentiated_without_a_word(implementation, kind):
     packed = gate_up.packed(), down.packed()
 
     def total(rows, out_dtype, intermediate):
-        y = jmm.fused_moe(
-            rows, *packed, router, ids, intermediate=intermediate, out_dtype=out_dtype, implementation=implementation
-        )
+        options = {"intermediate": intermediate, "implementation": implementation}
+        y = jmm.fused_moe(rows, *packed, router, ids, preferred_element_type=out_dtype, **options)
         return y.astype(jnp.float32).sum()
 
     rows, quantizer = jnp.asarray(x, jnp.bfloat16), getattr(jmm.IntermediateQuantizer, kind)(scales)

@@ -111,7 +111,7 @@ def test_batches_of_rows_weights_and_numbers():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": np.zeros((4, K), np.float32)}, TypeError, "x has dtype float32; it must be bfloat16 or float16"),
+        ({"x": np.zeros((4, K), np.int8)}, TypeError, "x has dtype int8; it must be bfloat16, float16 or float32"),
         (
             {"x": jnp.zeros((4, 64), jnp.bfloat16)},
             ValueError,

@@ -19,9 +19,9 @@ from jax_marlin_moe.checkpoint.schemes.fp8 import Fp8Storage, from_fp8
 from jax_marlin_moe.checkpoint.schemes.gptq import GptqStorage, from_gptq
 from jax_marlin_moe.checkpoint.schemes.hqq import HqqStorage, from_hqq
 from jax_marlin_moe.checkpoint.schemes.plain import PlainStorage, Target, plain_suffix
-from jax_marlin_moe.checkpoint.schemes.qwix import from_qarray
 from jax_marlin_moe.checkpoint.schemes.storage import Scheme, Storage
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
+from jax_marlin_moe.qarray import from_qarray
 
 # The public importers, which the package exports as they are listed here.
 __all__ = [

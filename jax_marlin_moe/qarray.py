@@ -8,11 +8,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jax_marlin_moe.arguments import check_rank
-from jax_marlin_moe.checkpoint.schemes.stacks import integer_format, pack_stack, refuse_block_scales
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear
-from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
 from jax_marlin_moe.formats import E4M3_SCALES, E8M0_SCALES, FLOAT_SCALES, WeightFormat, get_format
-from jax_marlin_moe.packing import resolve_group_size
+from jax_marlin_moe.packing import pack_logical, resolve_group_size
 from jax_marlin_moe.weights import MarlinWeights
 
 # The formats of float values, by the rows of K in a tile; None for all other sizes.
@@ -58,7 +55,7 @@ def from_qarray(array: Any, *, bias: Array | None = None) -> MarlinWeights:
     elif dtype in ("int4", "int8"):
         bits = 4 if dtype == "int4" else 8
         middle = 2 ** (bits - 1)
-        row = integer_format(bits, zeros=zero_point is not None)
+        row = get_format(f"int{bits}" if zero_point is None else f"int{bits}_zp")
         codes = (qvalue.astype(jnp.int16) + middle).astype(jnp.uint8)
         if zero_point is not None:
             shifted = np.asarray(zero_point).astype(np.int32) + middle
@@ -72,7 +69,7 @@ def from_qarray(array: Any, *, bias: Array | None = None) -> MarlinWeights:
         raise TypeError(f"scale has dtype {scales.dtype}; it must be {' or '.join(row.scale_dtypes)}")
     size = resolve_group_size(None, k, groups, row)
     factors = jnp.ones(experts, jnp.float32) if row.has_global_scales else None
-    return pack_stack(LogicalLinear, (codes, scales, zeros, factors), row, k, n, size, bias=bias)
+    return pack_logical(codes, scales, row.name, group_size=size, zeros=zeros, global_scales=factors, bias=bias)
 
 
 def _exact_bits(name: str, scales: Array, row: WeightFormat) -> np.ndarray:
@@ -82,6 +79,6 @@ def _exact_bits(name: str, scales: Array, row: WeightFormat) -> np.ndarray:
     stored = values.astype(dtype)
     if not (stored.astype(np.float32) == values).all():
         raise ValueError(f"{name} holds values that {dtype.name} does not, the type of the scales of format {row.name}")
-    bits = stored.view(np.uint8)
-    refuse_block_scales(name, bad_block_scales(bits, exponent=row.scale == E8M0_SCALES))
-    return bits
+    if (values < 0).any():
+        raise ValueError(f"{name} holds negative values; every block scale must be a number that is not negative")
+    return stored.view(np.uint8)
