@@ -174,8 +174,16 @@ def float32_product(
 
     Rows have the padding and the order of the packed matrices.
     """
-    params = {"transposed": False, "dtype": "float32", "implementation": implementation}
-    (y,) = grouped_product_op(rows, multiplied(weights), experts, None, None, **params)
+    (y,) = grouped_product_op(
+        rows,
+        multiplied(weights),
+        experts,
+        None,
+        None,
+        transposed=False,
+        dtype="float32",
+        implementation=implementation,
+    )
     return y if weights.bias is None else y + slot_columns(weights.bias, experts)
 
 
