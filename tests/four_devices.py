@@ -245,6 +245,21 @@ def sharded_tokens():
     np.testing.assert_array_equal(other(*placed), other(x, gate_up, down, w, ids))
 
 
+def uneven_tokens():
+    """What a program shards in unequal parts is gathered."""
+    x, gate_up, down, w, ids = block()
+
+    @jax.jit
+    def run(x, w, ids):
+        y = jmm.fused_moe(x[:6], gate_up, down, w[:6], ids[:6])
+        return jax.lax.with_sharding_constraint(jnp.concatenate([y, y]), NamedSharding(MESH, P("d")))
+
+    wanted = jmm.fused_moe(x, gate_up, down, w, ids)[:6]
+    np.testing.assert_array_equal(run(x, w, ids), jnp.concatenate([wanted, wanted]))
+    y = jax.jit(lambda x: jmm.fused_moe(x[:10], gate_up, down, w[:10], ids[:10]))(on_rows(x))
+    np.testing.assert_array_equal(y[:6], wanted)
+
+
 def sharded_tokens_in_scan():
     x, gate_up, down, w, ids = block()
     stacks = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), (gate_up, down))
@@ -282,6 +297,7 @@ def sharded_layer():
 CHECKS = {
     "partitioned op": (partitioned_op,),
     "sharded tokens": (sharded_tokens,),
+    "uneven tokens": (uneven_tokens,),
     "sharded tokens in scan": (sharded_tokens_in_scan,),
     "sharded layer": (sharded_layer,),
     **{

@@ -89,8 +89,11 @@ def over_rows(
 
 
 def _only_rows(choice: jax.ShapeDtypeStruct) -> bool:
-    """Whether the rows of a matrix are sharded, and nothing else."""
-    local = choice.sharding.shard_shape(choice.shape)
+    """Whether the rows of a matrix are sharded, in equal parts, and nothing else."""
+    try:
+        local = choice.sharding.shard_shape(choice.shape)
+    except ValueError:  # parts that are not equal
+        return False
     return local[0] < choice.shape[0] and local[1] == choice.shape[1]
 
 
