@@ -3,6 +3,7 @@
 XLA reads the number of devices when it starts, so `test_sharding.py` runs this in a process of its own.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -148,6 +149,30 @@ def batches(implementation):
         mesh=MESH, in_specs=P("d"), out_specs=P("d"),
     )  # fmt: skip
     assert jax.eval_shape(run, x, w, ids).shape == (0, 1, HIDDEN)
+
+
+def gradients(implementation):
+    """Of rows and router weights that all devices have, and of the biases that each has of its own experts."""
+    x, gate_up, down, w, ids = block()
+    specs = (P(), *(partition_specs(matrix, "experts", "d") for matrix in (gate_up, down)), P(), P())
+
+    def share(x, gate_up, down, w, ids):
+        return summed(jmm.fused_moe(x, gate_up, down, w, ids, expert_map=local_map(), implementation=implementation), x)
+
+    def one(x, gate_up, down, w, ids):
+        return jmm.fused_moe(x, gate_up, down, w, ids, implementation="xla")
+
+    def gradient(block):
+        def loss(x, first, second, w):
+            matrices = (dataclasses.replace(matrix, bias=bias) for matrix, bias in ((gate_up, first), (down, second)))
+            return jnp.sin(block(x, *matrices, w, ids).astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(loss, range(4)))(x, gate_up.bias, down.bias, w)
+
+    ours = gradient(jax.shard_map(share, mesh=MESH, in_specs=specs, out_specs=P()))
+    for found, wanted in zip(ours, gradient(one), strict=True):
+        assert found.dtype == wanted.dtype
+        assert_close(found, wanted, 2e-2)
 
 
 def explicit_tokens(implementation):
@@ -305,6 +330,7 @@ CHECKS = {
         for check in (parallel_experts, shuffled_experts, varying_ids, batches, explicit_tokens)
         for implementation in ("cpu", "xla")
     },
+    "gradients": (gradients, "cpu"),
     "tensors int4": (parallel_tensors, "int4", 64),
     "tensors int4 in one group": (parallel_tensors, "int4", None),
     "tensors int4_zp": (parallel_tensors, "int4_zp", 128),

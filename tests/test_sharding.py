@@ -16,6 +16,7 @@ OPS = ("parallel_experts", "shuffled_experts", "varying_ids", "batches", "explic
 MATRICES = ("int4", "int4 in one group", "int4_zp", "int8_fzp", "nvfp4", "mxfp4", "mxfp8", "fp8", "relu2")
 CHECKS = ["partitioned op", "sharded tokens", "uneven tokens", "sharded tokens in scan", "sharded layer"]
 CHECKS += [f"{op} {implementation}" for op in OPS for implementation in ("cpu", "xla")]
+CHECKS += ["gradients"]
 CHECKS += [f"tensors {name}" for name in MATRICES]
 
 

@@ -343,3 +343,25 @@ def test_shapes_of_models(model, tokens):
     )
     call = make_call(case, "cuda")
     assert_product_close(call.run(), call.expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_format": "int4_zp", "bias": True},
+        {"dtype": "float16", "scale_dtype": "float16", "weighted": True},
+        {"experts": 3, "expert_map": (1, -1, 2, -1, 0), "routing": "holes", "top_k": 3},
+    ],
+    ids=["zero points and biases", "weighted", "experts elsewhere"],
+)
+def test_blocks_as_large_as_the_largest_tiles(block_size, options):
+    """Enough slots for whole blocks of each expert, and for one that is partly full."""
+    call = make_call(Case("", tokens=900, k=256, n=192, group_size=64, block_size=block_size, **options), "cuda")
+    y = call.run()
+    assert_product_close(y, call.expected)
+    assert not np.asarray(y)[call.served < 0].any()
+    exact = call.run(preferred_element_type=jnp.float32)
+    assert exact.dtype == jnp.float32
+    assert_product_close(exact.astype(y.dtype), call.expected)
