@@ -14,7 +14,14 @@ from jax_marlin_moe.sharding import partition_specs, tensor_parallel
 
 OPS = ("parallel_experts", "shuffled_experts", "varying_ids", "batches", "explicit_tokens")
 MATRICES = ("int4", "int4 in one group", "int4_zp", "int8_fzp", "nvfp4", "mxfp4", "mxfp8", "fp8", "relu2")
-CHECKS = ["partitioned op", "sharded tokens", "uneven tokens", "sharded tokens in scan", "sharded layer"]
+CHECKS = [
+    "partitioned op",
+    "sharded tokens",
+    "sharded derivatives",
+    "uneven tokens",
+    "sharded tokens in scan",
+    "sharded layer",
+]
 CHECKS += [f"{op} {implementation}" for op in OPS for implementation in ("cpu", "xla")]
 CHECKS += ["gradients"]
 CHECKS += [f"tensors {name}" for name in MATRICES]

@@ -220,4 +220,6 @@ grouped_product_op = define_op(
     batching_rule=_batching_rule,
     jvp=_jvp,
     transpose=_transpose,
+    rows=("rows", "experts"),
+    gathered_with=("group_sizes",),
 )

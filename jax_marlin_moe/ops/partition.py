@@ -6,6 +6,7 @@ may be sharded (the rows, by a rule for Shardy), and traces the call again with 
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Mesh
+
+from jax_marlin_moe.operand_types import replicated_type
 
 # What a partitioning has in place of the whole call: types. There is no lowering, since it is never run.
 _unpartitioned = Primitive("unpartitioned")
@@ -61,31 +64,47 @@ def over_rows(
 
     Args:
         call: gets leaves that have as many rows as one device has.
-        types: of the results, one at least, all matrices.
+        types: of the results, one at least.
         leaves: the operands.
-        rows: places of the leaves whose first dimension is that of the results.
+        rows: places of the leaves whose first dimension is that of rows, or of a fixed number of slots for each.
         identity: what beside shapes distinguishes the call, by its `repr`.
     """
-    extents = {leaves[place].shape[0] for place in rows}
-    if len(extents) != 1 or extents == {0} or any(leaves[place].ndim != 2 for place in rows):
+    count = min(leaves[place].shape[0] for place in rows)
+    shapes = {place: leaves[place].shape for place in rows}
+    if count == 0 or any(shape[0] % count for shape in [*shapes.values(), *(type_.shape for type_ in types)]):
         return call(*leaves)
+
+    def of_slots(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        found = list(leaves)
+        for place, (extent, *rest) in shapes.items():
+            found[place] = found[place].reshape(extent // count * found[place].shape[0], *rest)
+        return found
+
+    def of_rows(*leaves: jax.Array) -> list[jax.Array]:
+        local = leaves[rows[0]].shape[0]
+        return [result.reshape(local, -1) for result in call(*of_slots(leaves))]
 
     def local(mesh: Mesh, arguments: Sequence[Any], found: Sequence[Any]) -> tuple:
         # Operands with rows and results are all matrices, so what shards the rows of one does so for the others.
         choices = [found[0], *(arguments[place] for place in rows)]
         whole = type(found[0].sharding).get_replicated(found[0].sharding._device_assignment)
-        of_rows = next((choice.sharding for choice in choices if _only_rows(choice)), whole)
-        placed = [of_rows if place in rows else whole for place in range(len(leaves))]
+        shared = next((choice.sharding for choice in choices if _only_rows(choice)), whole)
+        placed = [shared if place in rows else whole for place in range(len(leaves))]
         devices = Mesh(np.asarray(found[0].sharding._device_assignment), ("devices",))
-        return devices, call, [of_rows] * len(types), tuple(placed)
+        return devices, of_rows, [shared] * len(types), tuple(placed)
 
-    shared = custom_partitioning(partial(_unpartitioned.bind, types=tuple(types)))
-    rule, whole = _sharding_rule(leaves, rows, types)
-    shared.def_partition(partition=local, sharding_rule=rule, need_replication_factors=whole, decode_shardings=False)
+    matrices = [leaf.reshape(count, -1) if place in rows else leaf for place, leaf in enumerate(leaves)]
+    results = [replicated_type(type_, (count, math.prod(type_.shape) // count), type_.dtype) for type_ in types]
+    partitioned = custom_partitioning(partial(_unpartitioned.bind, types=tuple(results)))
+    rule, whole = _sharding_rule(matrices, rows, results)
+    partitioned.def_partition(
+        partition=local, sharding_rule=rule, need_replication_factors=whole, decode_shardings=False
+    )
     # XLA's text of the program has no trace of the function, and JAX's cache of compiled programs knows the text alone.
-    text = re.sub(r" at 0x[0-9a-f]+", "", repr(identity))
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr((identity, [type_.shape for type_ in types], shapes)))
     with set_xla_metadata(jax_marlin_moe=hashlib.sha256(text.encode()).hexdigest()):
-        return shared(*leaves)
+        found = partitioned(*matrices)
+    return [result.reshape(type_.shape) for result, type_ in zip(found, types, strict=True)]
 
 
 def _only_rows(choice: jax.ShapeDtypeStruct) -> bool:

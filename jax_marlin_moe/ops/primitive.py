@@ -82,6 +82,7 @@ def define_op(
     jvp: Callable | None = None,
     transpose: Callable | None = None,
     rows: Sequence[str] = (),
+    gathered_with: Sequence[str] = (),
 ) -> Op:
     """Registers a primitive. All rules take the operands as the op does, and its parameters by name.
 
@@ -109,10 +110,12 @@ def define_op(
             to a tuple like the operands. Cotangents are one per result, None where zero; the leaves in which the op is
             linear are `jax.interpreters.ad.UndefinedPrimal`. The tuple has their cotangents in their places, or None
             in the place of a leaf or of a whole operand. Without it, transposition raises NotImplementedError.
-        rows: operands, by their names, whose first dimension is that of all results, and whose rows depend on no other
-            rows. Over the automatic axes of a mesh each device then computes the rows that it has, in the forms `cpu`
-            and `cuda`, which get operands of any extents; XLA partitions the reference by itself. Explicit axes are
-            gathered before the primitive is bound. Without it, XLA gathers all operands on every device.
+        rows: operands, by their names, whose first dimension is that of rows, or of a fixed number of slots for each,
+            as that of all results is, where rows depend on no others. Over the automatic axes of a mesh each device
+            then computes the rows that it has, in the forms `cpu` and `cuda`, which get operands of any extents; XLA
+            partitions the reference by itself. Explicit axes are gathered before the primitive is bound. Without it,
+            XLA gathers all operands on every device.
+        gathered_with: operands that relate rows to each other: calls that have one are gathered.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -141,13 +144,14 @@ def define_op(
                     refuse_named(implementation)
                 elif becomes_custom_call(platform, implementation):
                     params = params if platform == "cuda" else shared(params)
-                    if over is None:
+                    operands = [names[operand] for operand in _operands(structure)]
+                    if over is None or not set(operands).isdisjoint(gathered_with):
                         return computed(form, *leaves, **params)
                     return over_rows(
                         partial(computed, form, **params),
                         over,
                         leaves,
-                        [place for place, operand in enumerate(_operands(structure)) if names[operand] in rows],
+                        [place for place, operand in enumerate(operands) if operand in rows],
                         identity=(name, structure, params),
                     )
                 return computed(specified, *leaves, **params)
