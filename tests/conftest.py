@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import tempfile
+import zlib
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; numpy looks when it is imported
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -37,8 +38,14 @@ def pytest_addoption(parser):
     parser.addoption("--parity-table", help="with -m parity: the file that the table of families is written to")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Long tests first: otherwise one worker would begin them when the others have ended."""
+    """Marks what ordinary runs skip of sampled tests, and puts long ones first, before the workers are busy."""
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        # By the name, so that neither a neighbour's cases nor the order of parameters decide.
+        if sampled and not item.get_closest_marker("gpu") and zlib.crc32(item.name.encode()) % sampled.args[0]:
+            item.add_marker(pytest.mark.exhaustive)
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -85,6 +85,7 @@ def test_schemes(save, rng, scheme):
 GROUPS = [(bits, group) for bits, sizes in ((4, (16, 32, 64, 128, -1)), (8, (32, 64, 128, -1))) for group in sizes]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("tool", ["gptq", "gptq_v2", "compressed-tensors"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group"), GROUPS)

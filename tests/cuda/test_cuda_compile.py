@@ -36,6 +36,7 @@ def test_alignment_compiles(lower, architecture, mapped):
 
 
 # Blocks of 8, 16, 48 and 64 have token tiles of 8, 16, 24 and 32.
+@pytest.mark.sampled(3)
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("architecture", "dtype", "block_size", "zeros"),
@@ -60,6 +61,7 @@ def test_product_compiles(lower, architecture, dtype, block_size, zeros):
     assert text.count(CALL) == 2
 
 
+@pytest.mark.sampled(3)
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("architecture", "dtype", "tokens", "zeros"),
@@ -93,6 +95,7 @@ def test_every_group_size_compiles(lower, architecture, group_size):
 EVERY_ACTIVATION = (*ACTIVATIONS.values(), jmm.swiglu(7.0, 1.702, 1.0), jmm.swiglu_step(7.0), jmm.situ(4.0, 25.0))
 
 
+@pytest.mark.sampled(3)
 @needs_nvrtc
 @pytest.mark.parametrize("name", jmm.FORMATS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -236,23 +239,18 @@ def test_blocks_of_models_have_shapes(shape, tokens):
     assert (y.shape, y.dtype) == ((tokens, shape.hidden), jnp.bfloat16)
 
 
-def blocks_of_models():
-    """Every model at every number of tokens; each run has a third of them, and of every model and every number some."""
-    for i, shape in enumerate(MODELS.values()):
-        for j, tokens in enumerate(DECODE_TOKENS + PREFILL_TOKENS):
-            marks = () if (i + j) % 3 == 0 else pytest.mark.exhaustive
-            yield pytest.param(shape, tokens, marks=marks, id=f"{shape.name}-{tokens}")
-
-
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.parametrize(("shape", "tokens"), list(blocks_of_models()))
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("tokens", DECODE_TOKENS + PREFILL_TOKENS)
+@pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
 def test_blocks_of_models_compile(lower, shape, tokens):
     text = lower("sm_90a", jmm.fused_moe, *model_block(shape, tokens))
     assert text.count(CALL) == 1
     assert "dot_general" not in text
 
 
+@pytest.mark.sampled(3)
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_86", "sm_120a"])
 @pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)

@@ -116,10 +116,8 @@ def shape_of(k, n, *, gated=False, dtype="bfloat16", **facts):
 
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if i % 3 == 0 else pytest.mark.exhaustive) for i, name in enumerate(SCHEMES)],
-)
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_products_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like)."""
     from cuda.core import Program, ProgramOptions

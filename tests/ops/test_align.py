@@ -82,6 +82,7 @@ def assert_contract(implementation, block_size, tokens, top_k, experts, kind):
     assert_alignment(alignment, align_slowly(ids, block_size, experts))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_alignment_is_that_of_the_contract(platform, block_size, case):

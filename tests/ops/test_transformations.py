@@ -110,6 +110,7 @@ CALLS = [
 wanted_of = functools.cache(lambda call, implementation: call(implementation))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("call", "implementation"), CALLS, ids=lambda value: getattr(value, "__name__", value))
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_of_jax_change_nothing(mode, call, implementation):
@@ -146,6 +147,7 @@ def test_eager_calls_transfer_nothing(implementation):
         module(x)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", jmm.FORMATS)
 def test_eager_packing_transfers_nothing(weight_format):
     dense = jax.random.normal(jax.random.key(0), (2, 128, 64))
