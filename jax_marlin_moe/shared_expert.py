@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
-from jax_marlin_moe.weights import MarlinWeights, concatenate_columns, stack_experts, summary
+from jax_marlin_moe.weights import LEAVES, MarlinWeights, concatenate_columns, stack_experts, summary
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -63,3 +63,47 @@ class SharedExpert:
 
 
 jax.tree_util.register_dataclass(SharedExpert, data_fields=["gate_up", "down", "gate"], meta_fields=[])
+
+
+def packed_alike(routed: MarlinWeights, shared: MarlinWeights | jax.Array) -> bool:
+    """Whether the kernels may read a shared expert as one more of the others."""
+    if not isinstance(shared, MarlinWeights) or routed.bias is not None or shared.bias is not None:
+        return False
+
+    def facts(weights: MarlinWeights) -> list:
+        leaves = [getattr(weights, name) for name in LEAVES]
+        shapes = [None if leaf is None else (leaf.shape[1:], leaf.dtype) for leaf in leaves]
+        return [weights.format, weights.group_size, weights.layout, *shapes]
+
+    return facts(routed) == facts(shared)
+
+
+def split_like(shared: SharedExpert, gate_up: MarlinWeights, down: MarlinWeights) -> tuple[SharedExpert, str | None]:
+    """The shared expert cut into experts like the routed ones, so that one launch runs all of them.
+
+    Returns:
+        `shared.split` where its shares are packed as the routed experts are, with None; else the shared expert as it
+        is, with the reason why it is not one more of them (None where it is).
+    """
+    first, second = shared.gate_up, shared.down
+    if not isinstance(first, MarlinWeights) or not isinstance(second, MarlinWeights):
+        return shared, "it is not quantised"
+    if (first.format, second.format) != (gate_up.format, down.format):
+        found, wanted = (f"{a.format.name}, {b.format.name}" for a, b in ((first, second), (gate_up, down)))
+        return shared, f"its matrices are of formats {found}, those of the others of {wanted}"
+    if gate_up.input_order is not None or first.input_order is not None:
+        return shared, "gate_up has an input_order: rows are reordered expert by expert"
+    experts, rest = divmod(second.k, down.k)
+    if rest or not experts:
+        return shared, f"its intermediate size {second.k} is not a multiple of that of the others, {down.k}"
+    try:
+        narrow = shared if experts == 1 else shared.split(experts)
+    except ValueError as error:
+        return shared, str(error)
+    for name, ours, theirs in (("gate_up", narrow.gate_up, gate_up), ("down", narrow.down, down)):
+        if not packed_alike(theirs, ours):
+            return (
+                shared,
+                f"its {name} differs in bias, groups, padding or type of scales: {ours!r}; others: {theirs!r}",
+            )
+    return narrow, None

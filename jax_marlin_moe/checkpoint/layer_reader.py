@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import pathlib
 import re
 import sys
@@ -21,9 +22,10 @@ from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.tensors import FLOATS, ShapeError, TensorFolder
 from jax_marlin_moe.layer import MoELayer, check_layer
-from jax_marlin_moe.shared_expert import SharedExpert
+from jax_marlin_moe.shared_expert import SharedExpert, split_like
 from jax_marlin_moe.weights import MarlinWeights
 
+_LOGGER = logging.getLogger(__name__)
 _PROGRESS_AFTER = 2.0  # seconds before a progress bar appears
 
 
@@ -106,6 +108,8 @@ class LayerReader:
             layer = dataclasses.replace(layer, down=dataclasses.replace(layer.down, bias=bias))
         self._refuse_unknown()
         self.files.drop_pages()
+        if layer.shared is not None:
+            layer = dataclasses.replace(layer, shared=self._in_one_launch(layer, layer.shared))
         check_layer(self.source, layer)
         return layer
 
@@ -287,6 +291,23 @@ class LayerReader:
         size = self.facts.shared_size or self.facts.usual_shared_size
         packed_gate_up, packed_down = self._matrices([gate_up], [[down]], hidden, size, None, biased=False)
         return SharedExpert(packed_gate_up, packed_down, gate)
+
+    def _in_one_launch(self, layer: MoELayer, shared: SharedExpert) -> SharedExpert:
+        """The shared expert as experts like the others, where the kernels can then run all of them at once."""
+        if layer.shared_activation not in (None, layer.activation):
+            reason: str | None = (
+                f"its activation is {layer.shared_activation!r}, that of the others {layer.activation!r}"
+            )
+        else:
+            shared, reason = split_like(shared, layer.gate_up, layer.down)
+        if reason is not None:
+            _LOGGER.info(
+                "layer %s of %s: the shared expert is not in the launch of the others: %s",
+                self.layer,
+                self.files.folder,
+                reason,
+            )
+        return shared
 
     def _dense(self, linear: Linear, k: int, n: int) -> np.ndarray:
         """A linear that stays dense, [k, n], or becomes so; raises ValueError where it holds infinities or NaN."""

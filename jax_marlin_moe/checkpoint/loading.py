@@ -43,7 +43,9 @@ def load_moe_layer(
     schemes and the model families. Float scales keep the dtype that they have on disk. Only this layer's tensors are
     read, one linear at a time, so the host needs little more memory than the packed layer. An act-order of the down
     matrices is folded into the columns of gate and up. Shared experts are packed where the file has them quantised, and
-    stay dense arrays where it has not.
+    stay dense arrays where it has not. A packed one that is n times as wide as an expert, and packed alike, becomes a
+    stack of n (`SharedExpert.split`), so that one launch runs all experts; where it does not, the log of level INFO has
+    the reason.
 
     Args:
         path: the folder with config.json and safetensors files, or one that `convert` wrote.

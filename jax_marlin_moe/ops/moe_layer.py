@@ -27,8 +27,8 @@ from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format
 from jax_marlin_moe.ops.fused_moe import check_experts, expert_block
 from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
 from jax_marlin_moe.routing import Routing, check_routing, route_rows
-from jax_marlin_moe.shared_expert import SharedExpert
-from jax_marlin_moe.weights import LEAVES, MarlinWeights, as_packed, drop_column_padding, pad_rows
+from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
+from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 ROUTER_DTYPES = (*ACTIVATION_DTYPES, jnp.dtype(jnp.float32))
 
@@ -385,8 +385,8 @@ def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_a
         and activation == shared_activation
         and router_input is None
         and expert_map is None
-        and _packed_alike(gate_up, shared.gate_up)
-        and _packed_alike(down, shared.down)
+        and packed_alike(gate_up, shared.gate_up)
+        and packed_alike(down, shared.down)
     )
     rule = Router(
         x if router_input is None else router_input,
@@ -438,19 +438,6 @@ def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_a
         "moe_layer", operands, [*results, *plan.scratch], plan.kernels, plan.source, architecture
     )[:3]
     return [y, *(slots[:, : routing.top_k] for slots in choice)]
-
-
-def _packed_alike(routed: MarlinWeights, shared: MarlinWeights | jax.Array) -> bool:
-    """Whether the kernels may read a shared expert as one more of the others."""
-    if not isinstance(shared, MarlinWeights) or routed.bias is not None or shared.bias is not None:
-        return False
-
-    def facts(weights: MarlinWeights) -> list:
-        leaves = [getattr(weights, name) for name in LEAVES]
-        shapes = [None if leaf is None else (leaf.shape[1:], leaf.dtype) for leaf in leaves]
-        return [weights.format, weights.group_size, weights.layout, *shapes]
-
-    return facts(routed) == facts(shared)
 
 
 def _batching_rule(op, leaves, dims, *, structure, **params):

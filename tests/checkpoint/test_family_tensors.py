@@ -1,6 +1,7 @@
 """Families without a genuine file: tiny checkpoints with their names, against numpy on their tensors."""
 
 import checkpoint_files as files
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -25,7 +26,7 @@ from scheme_tensors import (
 )
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.checkpoint import load_moe_layer, load_moe_layers
+from jax_marlin_moe.checkpoint import convert, load_moe_layer, load_moe_layers
 
 
 def gpt_oss_tensors(rng, module, blocks, scales, bias, names):
@@ -229,6 +230,59 @@ def test_quantised_shared_experts_stay_packed(save, rng):
     layer = load_moe_layer(save(config, tensors | shared | router(rng)), 0)
     assert layer.shared.gate_up.num_experts == 1
     np.testing.assert_array_equal(oracle.dense(layer.shared.down)[0], one[2])
+
+
+def with_wide_shared(save, rng, scheme, *, width, family):
+    """A checkpoint whose shared expert has this width, the values of its experts, and of the shared one."""
+    tensors, dense = expert_tensors(rng, scheme)
+    module = "model.layers.0.mlp.shared_expert" + ("s" if family == "deepseek_v2" else "")
+    shared = []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        found, value = scheme(rng, *((H, width) if name == "down_proj" else (width, H)))
+        tensors |= {f"{module}.{name}{suffix}": tensor for suffix, tensor in found.items()}
+        shared.append(value)
+    config = {"model_type": family, "quantization_config": ct_config()}
+    gate = None
+    if family == "qwen2_moe":
+        config["shared_expert_intermediate_size"] = width
+        gate = rng.normal(size=(1, H)).astype(BF16)
+        tensors[f"{module}_gate.weight"] = gate
+    else:
+        config |= {"n_shared_experts": width // I}
+    return save(config, tensors | router(rng)), dense, shared, gate
+
+
+@pytest.mark.parametrize(("family", "count"), [("deepseek_v2", 2), ("qwen2_moe", 3)])
+def test_a_shared_expert_as_wide_as_several_becomes_as_many(save, rng, family, count, caplog, tmp_path):
+    scheme = compressed(4, 32, True, np.float16)
+    folder, dense, shared, gate = with_wide_shared(save, rng, scheme, width=count * I, family=family)
+    with caplog.at_level("INFO", logger="jax_marlin_moe"):
+        layer = load_moe_layer(folder, 0)
+    assert "not in the launch" not in caplog.text
+    assert (layer.shared.down.num_experts, layer.shared.down.k, layer.shared.gate_up.n) == (count, I, 2 * I)
+    np.testing.assert_array_equal(oracle.dense(layer.shared.down).reshape(count * I, H), shared[2])
+    gate_up = oracle.dense(layer.shared.gate_up)
+    for half, wanted in zip((gate_up[..., :I], gate_up[..., I:]), shared, strict=False):
+        np.testing.assert_array_equal(np.concatenate(list(half), axis=1), wanted)
+
+    def extra(x):
+        y = (silu(x @ shared[0], x @ shared[1])) @ shared[2]
+        return y if gate is None else y / (1 + np.exp(-x @ gate.astype(np.float64).T))
+
+    run_and_compare(layer, rng, *dense, silu, extra=extra)
+    convert(folder, tmp_path / "packed")
+    again = load_moe_layer(tmp_path / "packed", 0)
+    assert jax.tree.structure(again) == jax.tree.structure(layer)
+    jax.tree.map(np.testing.assert_array_equal, again, layer)
+
+
+def test_the_log_says_why_a_shared_expert_is_not_split(save, rng, caplog):
+    scheme = compressed(4, 32, True, np.float16)
+    folder, *_ = with_wide_shared(save, rng, scheme, width=I + I // 2, family="qwen2_moe")
+    with caplog.at_level("INFO", logger="jax_marlin_moe"):
+        layer = load_moe_layer(folder, 0)
+    assert layer.shared.down.num_experts == 1
+    assert "not in the launch of the others: its intermediate size 96 is not a multiple of that of the" in caplog.text
 
 
 def test_hash_layers_of_deepseek_v4(save, rng):

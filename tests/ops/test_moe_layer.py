@@ -11,6 +11,7 @@ from oracle import activate, assert_block_close, expert_block, random_experts
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.ops.moe_layer import composition
+from jax_marlin_moe.shared_expert import split_like
 
 HIDDEN, INNER, EXPERTS = 128, 64, 16
 RULES = {
@@ -269,6 +270,42 @@ def test_derivatives_are_those_of_the_reference():
         one, other = (np.asarray(array, np.float64) for array in (one, other))
         assert np.linalg.norm(other) > 0
         assert np.linalg.norm(one - other) <= 0.01 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "reason"),
+    [
+        ({}, {}, None),
+        ({"weight_format": "nvfp4", "group_size": 16}, {}, None),
+        ({"group_size": None, "weight_format": "int8"}, {}, None),
+        ({}, {"weight_format": "int8"}, "its matrices are of formats int8, int8, those of the others of int4, int4"),
+        ({}, {"group_size": 64}, "its gate_up differs in bias, groups, padding or type of scales"),
+        ({}, {"scale_dtype": jnp.float16}, "its gate_up differs in bias, groups, padding or type of scales"),
+        ({}, {"inner": 3 * INNER // 2}, "its intermediate size 96 is not a multiple of that of the others, 64"),
+        ({"bias": True}, {}, "down.bias is not None"),
+        ({}, {"reordered": True}, "gate_up has an input_order"),
+    ],
+)
+def test_wide_shared_experts_are_split_where_they_are_packed_as_the_others(options, changes, reason):
+    rng = np.random.default_rng(0)
+    usual = {"weight_format": "int4", "group_size": 32, "scale_dtype": jnp.bfloat16} | options
+
+    def pair(experts, inner=INNER, reordered=False, **options):
+        options = usual | options
+        first = random_experts(rng, experts, HIDDEN, 2 * inner, reordered=reordered, **options)
+        return first.packed(), random_experts(rng, experts, inner, HIDDEN, **options).packed()
+
+    shared = jmm.SharedExpert(*pair(1, **({"inner": 2 * INNER} | changes)))
+    found, why = split_like(shared, *pair(2))
+    if reason is None:
+        assert why is None
+        assert found.down.num_experts == 2
+        np.testing.assert_array_equal(
+            jmm.dequantize(found.down).reshape(2 * INNER, HIDDEN), jmm.dequantize(shared.down)[0]
+        )
+    else:
+        assert why.startswith(reason)
+        assert found is shared
 
 
 def test_a_shared_expert_split_into_narrower_ones_is_the_same():
