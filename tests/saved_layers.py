@@ -7,8 +7,10 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import MoELayer, SharedExpert
 
 
-def full_layer() -> MoELayer:
-    """Every field set."""
+def full_layer(*, of_version_1: bool = False) -> MoELayer:
+    """Every field set, or those that the first version of the packed form knows."""
+    later = {} if of_version_1 else {"renormalize_epsilon": 1e-6, "identity_experts": 2}
+    experts = 4 if of_version_1 else 6
     rng = np.random.default_rng(0)
 
     def dense(*shape):
@@ -24,25 +26,16 @@ def full_layer() -> MoELayer:
     return MoELayer(
         gate_up=gate_up,
         down=down,
-        router=dense(40, 6),
-        routing=jmm.Routing(
-            2,
-            "sigmoid",
-            num_groups=2,
-            top_groups=1,
-            scale=2.5,
-            apply_on_input=True,
-            renormalize_epsilon=1e-6,
-            identity_experts=2,
-        ),
+        router=dense(40, experts),
+        routing=jmm.Routing(2, "sigmoid", num_groups=2, top_groups=1, scale=2.5, apply_on_input=True, **later),
         activation=jmm.swiglu(float("inf"), 1.702, 1.0),
-        router_bias=dense(6),
-        correction_bias=dense(6),
-        expert_scale=dense(6),
+        router_bias=dense(experts),
+        correction_bias=dense(experts),
+        expert_scale=dense(experts),
         router_input_scale=dense(40),
         token_experts=jnp.zeros((9, 2), jnp.int32),
         shared=SharedExpert(*pair(1), dense(40, 1)),
-        output_norm=dense(40),
+        output_norm=None if of_version_1 else dense(40),
         norm_epsilon=1e-5,
-        shared_activation="gelu_tanh",
+        shared_activation=None if of_version_1 else "gelu_tanh",
     )

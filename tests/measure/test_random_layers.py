@@ -13,6 +13,7 @@ from jax_marlin_moe.measure.random_layers import layers_to_rotate, random_layers
 SHAPE = ModelShape("small", 8, 4, 512, 256, group_size=64)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("weight_format", sorted(FORMATS))
 def test_layers(weight_format, dtype):
