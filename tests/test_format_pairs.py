@@ -13,7 +13,7 @@ from oracle import assert_product_close, grouped_product, random_experts, random
 import jax_marlin_moe as jmm
 from jax_marlin_moe import activations, formats
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.cuda import compiler, plan
+from jax_marlin_moe.cuda import choose, compiler, plan
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.formats import E2M1, E4M3_SCALES, E8M0_SCALES, FLOAT_SCALES, INT4, INT8, WeightFormat
 
@@ -196,5 +196,5 @@ def test_what_the_cuda_kernels_lack_is_refused_by_name(monkeypatch, architecture
 def test_the_cost_model_knows_every_code():
     for code in {row.code.name for row in jmm.FORMATS.values()}:
         shape = GemmShape(512, 512, 8, 128, False, code, 4, "bfloat16", None, "bfloat16")
-        assert plan.choose_tile(shape, 8, 8.0, 90)
+        assert choose.choose_tile(shape, 8, 8.0, 90)
     assert formats.get_format("int4").reach == 7

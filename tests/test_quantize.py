@@ -264,7 +264,7 @@ def test_quantize_traces():
         ((1, 256, 64), {"weight_format": "fp8", "group_size": 64}, r"takes None \(one group\) or one of \(128,\)"),
         ((1, 64, 64), {"group_size": 0}, "group_size is 0"),
         ((64, 64), {}, "dense has shape"),
-        ((1, 128, 64), {"weight_format": "int3"}, "format is 'int3'; it must be one of fp8, int4, int4_fzp"),
+        ((1, 128, 64), {"weight_format": "int3"}, "format is 'int3'; it must be one of bf16, fp16, fp8, int4"),
         ((1, 128, 64), {"bias": np.zeros((1, 63), np.float32)}, "bias has shape"),
     ],
 )
