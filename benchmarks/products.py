@@ -10,7 +10,6 @@ same: a dot of bfloat16 for `linear`, `moe_gemm` over slots that were aligned be
 import argparse
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_marlin_moe as jmm
+from benchmarks.chain import seconds_of_calls
 from benchmarks.record import recorded_run
 
 _TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
@@ -28,12 +28,7 @@ def microseconds(call: Callable[..., Any], *arguments: Any) -> float:
     """Of one call, the best of three means."""
     run = jax.jit(call)
     jax.block_until_ready(run(*arguments))
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        jax.block_until_ready([run(*arguments) for _ in range(10)])
-        times.append((time.perf_counter() - begin) / 10)
-    return min(times) * 1e6
+    return min(seconds_of_calls(lambda: run(*arguments), 10, 0.0) for _ in range(3)) * 1e6
 
 
 def normal(*shape: int) -> jax.Array:

@@ -25,7 +25,7 @@ from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
 from jax_marlin_moe.ops.input_order import gather_input_order
-from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.ops.primitive import define_op, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 _FP8_ROWS = jnp.bfloat16  # as what the kernels read float8_e4m3fn: it holds every value
@@ -289,31 +289,12 @@ def _cuda(
     return call_program("fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
-def _batching_rule(op, leaves, dims, *, structure, **params):
-    """Batched tokens become one call over all of them; batched weights or maps one call each."""
-    _, gate_up_dims, down_dims, _, _, *shared_dims = jax.tree.unflatten(structure, dims)
-    if jax.tree.leaves((gate_up_dims, down_dims, shared_dims)):
-        return map_batch(op, leaves, dims, structure=structure, **params)
-    batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
-
-    def flat(operand: jax.Array, dim: int | None) -> jax.Array:
-        operand = jnp.broadcast_to(operand, (batch, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
-        return operand.reshape(batch * operand.shape[1], operand.shape[2])
-
-    x, gate_up, down, topk_weights, topk_ids, *shared = jax.tree.unflatten(structure, leaves)
-    x_dim, _, _, weights_dim, ids_dim, *_ = jax.tree.unflatten(structure, dims)
-    router = flat(topk_weights, weights_dim), flat(topk_ids, ids_dim)
-    (y,) = op(flat(x, x_dim), gate_up, down, *router, *shared, **params)
-    return [y.reshape(batch, y.shape[0] // batch, y.shape[1])], [0]
-
-
 fused_moe_op = define_op(
     "fused_moe",
     shape_rule=_shape_rule,
     reference=reference.fused_moe,
     cpu=_cpu,
     cuda=_cuda,
-    batching_rule=_batching_rule,
     cuda_options=("cuda_scheme",),
     jvp=block_jvp,
     rows=("x", "topk_weights", "topk_ids"),

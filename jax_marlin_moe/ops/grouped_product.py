@@ -19,7 +19,7 @@ from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
-from jax_marlin_moe.ops.primitive import define_op, map_batch
+from jax_marlin_moe.ops.primitive import define_op
 from jax_marlin_moe.weights import MarlinWeights, as_packed
 
 
@@ -77,22 +77,6 @@ def _cuda(rows, weights, experts, group_sizes, group_offset, *, transposed, dtyp
 
 def _have_experts(experts, weights):
     return (experts >= 0) & (experts < weights.num_experts)
-
-
-def _batching_rule(op, leaves, dims, *, structure, **params):
-    """Batched rows of slots become one call over all of them; anything else that is batched one call each."""
-    rows, weights, experts, *groups = jax.tree.unflatten(structure, leaves)
-    rows_dim, weights_dims, experts_dim, *_ = jax.tree.unflatten(structure, dims)
-    if experts is None or jax.tree.leaves(weights_dims):
-        return map_batch(op, leaves, dims, structure=structure, **params)
-    batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
-
-    def flat(operand: jax.Array, dim: int | None) -> jax.Array:
-        operand = jnp.broadcast_to(operand, (batch, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
-        return operand.reshape(batch * operand.shape[1], *operand.shape[2:])
-
-    (y,) = op(flat(rows, rows_dim), weights, flat(experts, experts_dim), *groups, **params)
-    return [y.reshape(batch, y.shape[0] // batch, y.shape[1])], [0]
 
 
 def _jvp(op, primals, tangents, **params):
@@ -217,7 +201,6 @@ grouped_product_op = define_op(
     reference=reference.grouped_product,
     cpu=_cpu,
     cuda=_cuda,
-    batching_rule=_batching_rule,
     jvp=_jvp,
     transpose=_transpose,
     rows=("rows", "experts"),

@@ -4,6 +4,7 @@ The contract is docs/formats.md, "The layer".
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,11 +22,10 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
-from jax_marlin_moe.layer_slice import is_slice
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.fused_moe import check_experts, expert_block
-from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.ops.primitive import define_op, jvp_of, one_program
 from jax_marlin_moe.routing import Routing, check_routing, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -270,8 +270,8 @@ def composition(
         norm_epsilon=norm_epsilon,
         ids=topk_ids,
     )
-    routed: dict[str, Any] = {"activation": activation, "implementation": implementation, "cuda_scheme": cuda_scheme}
-    routed["out_dtype"] = dtype
+    common: dict[str, Any] = {"implementation": implementation, "out_dtype": dtype}
+    routed = common | {"activation": activation, "cuda_scheme": cuda_scheme}
     if routing.apply_on_input:
         rows = reference.weighted_rows(x, topk_weights)
         ones = jnp.ones((rows.shape[0], 1), jnp.float32)
@@ -289,8 +289,10 @@ def composition(
         all_ids = reference.every_expert(x.shape[0], shared.gate_up.num_experts)
         gate = jnp.float32(1) if shared.gate is None else reference.shared_gate(x, shared.gate)
         ones = jnp.broadcast_to(gate, all_ids.shape)
-        routed |= {"activation": shared_activation, "cuda_scheme": None}
-        extra = expert_block(x, shared.gate_up, shared.down, ones, all_ids, None, **routed)
+        matrices = shared.gate_up, shared.down
+        extra = expert_block(
+            x, *matrices, ones, all_ids, None, activation=shared_activation, cuda_scheme=None, **common
+        )
     else:
         extra = reference.shared_sum(x, shared, shared_activation).astype(dtype)
     return y + jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1]))), topk_weights, ids
@@ -310,7 +312,6 @@ def _shape_rule(x, router, gate_up, down, *rest, routing, **params):
 
 # What the handler of csrc/ffi/moe_layer_cpu.cc knows.
 _CPU_SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid")
-_NUMBERS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_activation, **params):
@@ -322,7 +323,7 @@ def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_ac
         known != routing
         or routing.scoring not in _CPU_SCORINGS
         or input_scale is not None
-        or not all(vector is None or vector.dtype in _NUMBERS for vector in vectors)
+        or not all(vector is None or vector.dtype in ROUTER_DTYPES for vector in vectors)
         or (shared is not None and (activation != shared_activation or not _sized_alike(gate_up, down, shared)))
     ):
         rules = {"routing": routing, "activation": activation, "shared_activation": shared_activation, **params}
@@ -440,39 +441,9 @@ def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_a
     return [y, *(slots[:, : routing.top_k] for slots in choice)]
 
 
-def _batching_rule(op, leaves, dims, *, structure, **params):
-    """Batched rows, with their ids, become one call over all of them; anything else that is batched one call each."""
-    operands, places = jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, dims)
-    by_row = {"x": 0, "router_input": 8, "topk_ids": 10}
-    if any(jax.tree.leaves(place) for at, place in enumerate(places) if at not in by_row.values()):
-        return map_batch(op, leaves, dims, structure=structure, **params)
-    batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
-
-    def flat(operand: jax.Array | None, dim: int | None) -> jax.Array | None:
-        if operand is None:
-            return None
-        operand = jnp.broadcast_to(operand, (batch, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
-        return operand.reshape(batch * operand.shape[1], operand.shape[2])
-
-    flattened = [
-        flat(operand, place) if at in by_row.values() else operand
-        for at, (operand, place) in enumerate(zip(operands, places, strict=True))
-    ]
-    results = op(*flattened, **params)
-    return [y.reshape(batch, y.shape[0] // batch, y.shape[1]) for y in results], [0] * len(results)
-
-
 def _jvp(op, primals, tangents, *, implementation, **params):
     """Those of the composition, whose ops have rules of their own; ids have none."""
-    leaves, structure = jax.tree.flatten(primals, is_leaf=is_slice)
-    moving = {at: dot for at, dot in enumerate(structure.flatten_up_to(tangents)) if dot is not None}
-
-    def of_moving(*values):
-        placed = dict(zip(moving, values, strict=True))
-        operands = jax.tree.unflatten(structure, [placed.get(at, leaf) for at, leaf in enumerate(leaves)])
-        return composition(*operands, implementation=implementation, **params)
-
-    results, dots = jax.jvp(of_moving, [leaves[at] for at in moving], list(moving.values()))
+    results, dots = jvp_of(partial(composition, implementation=implementation, **params), primals, tangents)
     return list(results), [*dots[:2], None]
 
 
@@ -482,7 +453,6 @@ moe_layer_op = define_op(
     reference=reference.moe_layer,
     cpu=_cpu,
     cuda=_cuda,
-    batching_rule=_batching_rule,
     cuda_options=("cuda_scheme",),
     jvp=_jvp,
     rows=("x", "router_input", "topk_ids"),

@@ -77,7 +77,7 @@ def define_op(
     reference: Callable,
     cpu: Callable,
     cuda: Callable,
-    batching_rule: Callable,
+    batching_rule: Callable | None = None,
     cuda_options: Sequence[str] = (),
     jvp: Callable | None = None,
     transpose: Callable | None = None,
@@ -98,7 +98,9 @@ def define_op(
         cpu: the native CPU form, written with `jax_marlin_moe.custom_call`.
         cuda: the CUDA form, likewise; it compiles the kernels when it is traced, that is, at lowering.
         batching_rule: gets the op, the leaves and their batch dimensions, `structure`, and the parameters; returns
-            results and their batch dimensions. The batch is not empty.
+            results and their batch dimensions. The batch is not empty. Without it, batched `rows` become one call over
+            all of them; where anything else is batched, or a call has an operand of `gathered_with`, each element is a
+            call.
         cuda_options: parameters that only `cuda` takes.
         jvp: forward derivatives, `(op, primals, tangents, *, implementation, **params)` to `(results, tangents)`.
             Primals and tangents are tuples of operands; a leaf without a tangent (integers always) is None among the
@@ -115,7 +117,8 @@ def define_op(
             then computes the rows that it has, in the forms `cpu` and `cuda`, which get operands of any extents; XLA
             partitions the reference by itself. Explicit axes are gathered before the primitive is bound. Without it,
             XLA gathers all operands on every device.
-        gathered_with: operands that relate rows to each other: calls that have one are gathered.
+        gathered_with: operands that relate rows to each other: calls that have one are neither shared by devices nor
+            joined over a batch.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -174,7 +177,14 @@ def define_op(
             types = jax.eval_shape(partial(primitive.bind, structure=structure, **params), *elements)
             empty = [jnp.zeros((0, *type_.shape), type_.dtype) for type_ in types]
             return alike((empty, leaves))[0], [0] * len(empty)
-        return batching_rule(op, leaves, dims, structure=structure, **params)
+        if batching_rule is not None:
+            return batching_rule(op, leaves, dims, structure=structure, **params)
+        operands = [names[operand] for operand in _operands(structure)]
+        moving = {name for name, dim in zip(operands, dims, strict=True) if dim is not None}
+        if moving <= set(rows) and set(operands).isdisjoint(gathered_with):
+            of_rows = [name in rows for name in operands]
+            return _join_batch(op, leaves, dims, of_rows, structure=structure, **params)
+        return map_batch(op, leaves, dims, structure=structure, **params)
 
     def differentiated(primals, tangents, *, structure, **params):
         moving = [None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents]
@@ -262,6 +272,28 @@ def map_batch(
 
     outputs = jax.lax.map(one, batched)
     return outputs, [0] * len(outputs)
+
+
+def _join_batch(
+    op: Op,
+    leaves: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    of_rows: Sequence[bool],
+    *,
+    structure: Any,
+    **params: Any,
+) -> tuple[list[jax.Array], list[int]]:
+    """A batching rule for leaves of rows, the only batched ones: one call over the rows of all elements."""
+    batch = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+
+    def flat(leaf: jax.Array, dim: int | None) -> jax.Array:
+        leaf = jnp.broadcast_to(leaf, (batch, *leaf.shape)) if dim is None else jnp.moveaxis(leaf, dim, 0)
+        return leaf.reshape(batch * leaf.shape[1], *leaf.shape[2:])
+
+    places = zip(leaves, dims, of_rows, strict=True)
+    joined = [flat(leaf, dim) if has_rows else leaf for leaf, dim, has_rows in places]
+    results = op(*jax.tree.unflatten(structure, joined), **params)
+    return [y.reshape(batch, y.shape[0] // batch, *y.shape[1:]) for y in results], [0] * len(results)
 
 
 def _operands(structure: Any) -> list[int]:
