@@ -73,4 +73,12 @@ RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32
   return result;
 }
 
+RowGroups GroupByExpert(const Routing& routing, int64_t num_local_experts, int max_rows) {
+  Scratch<int32_t> sorted(static_cast<size_t>(routing.slots));
+  Scratch<int32_t> experts(static_cast<size_t>(routing.slots));
+  int32_t count = 0;
+  AlignBlocks(routing, 1, {sorted.data(), routing.slots, experts.data(), &count});
+  return GroupRows(sorted.data(), count, experts.data(), 1, routing.slots, num_local_experts, max_rows);
+}
+
 }  // namespace jax_marlin_moe::cpu

@@ -51,6 +51,9 @@ struct RowGroups {
 RowGroups GroupRows(const int32_t* sorted_token_ids, int64_t length, const int32_t* expert_ids, int64_t block_size,
                     int64_t slots, int64_t num_local_experts, int max_rows);
 
+// All rows of a routing in expert order, without padding, in groups of at most `max_rows`.
+RowGroups GroupByExpert(const Routing& routing, int64_t num_local_experts, int max_rows);
+
 }  // namespace jax_marlin_moe::cpu
 
 #endif  // JAX_MARLIN_MOE_CPU_ALIGN_H_

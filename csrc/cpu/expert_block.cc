@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/element.h"
+#include "cpu/row_items.h"
 #include "cpu/scratch.h"
 
 namespace jax_marlin_moe::cpu {
@@ -25,16 +26,6 @@ void MultiplyOne(const ExpertStack& own, const ExpertStack* shared, int64_t expe
   } else {
     MultiplyExpert(*shared, expert - own.experts, panel);
   }
-}
-
-// Rows in expert order, without padding.
-RowGroups GroupByExpert(const ExpertBlock& block) {
-  const int64_t slots = block.routing.slots;
-  Scratch<int32_t> sorted(static_cast<size_t>(slots));
-  Scratch<int32_t> experts(static_cast<size_t>(slots));
-  int32_t count = 0;
-  AlignBlocks(block.routing, 1, {sorted.data(), slots, experts.data(), &count});
-  return GroupRows(sorted.data(), count, experts.data(), 1, slots, block.experts(), kPanelRows);
 }
 
 // Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` [rows, inner]. One
@@ -132,38 +123,24 @@ Scratch<float> FactorsWithUnits(const ExpertStack& stack, UnitOfExpert unit) {
 void RunPass(Workers& workers, const ExpertBlock& block) {
   const int64_t columns = block.down->n();
   const int64_t inner = block.inner();
-  const RowGroups rows = GroupByExpert(block);
-  const int64_t groups = static_cast<int64_t>(rows.groups.size());
+  const RowGroups rows = GroupByExpert(block.routing, block.experts(), kPanelRows);
   Scratch<uint16_t> activated(rows.slots.size() * static_cast<size_t>(inner));
   Scratch<float> products(static_cast<size_t>(block.routing.slots) * static_cast<size_t>(columns));
 
-  // Small enough items keep every thread busy to the end of a phase; larger ones expand x less often.
-  auto item_chunks = [&](int64_t chunks, int64_t most) {
-    return std::clamp<int64_t>(groups * chunks / (8 * workers.count()), 1, most);
+  auto gate_up = [&](const RowGroup& group, int64_t first, int64_t last) {
+    GateUpItem(block, rows, group, first * kChunk, std::min(last * kChunk, inner), activated.data());
   };
-  const int64_t gate_width = item_chunks(CeilDiv(inner, kChunk), kGateChunks) * kChunk;
-  const int64_t gate_splits = CeilDiv(inner, gate_width);
-  const int64_t down_all = columns / kChunk;
-  const int64_t down_chunks = item_chunks(down_all, kDownChunks);
-  const int64_t down_splits = CeilDiv(down_all, down_chunks);
+  auto down = [&](const RowGroup& group, int64_t first, int64_t last) {
+    DownItem(block, rows, group, activated.data(), first, last, products.data());
+  };
   const int64_t sum_splits = CeilDiv(columns, kSumColumns);
-
-  auto gate_up = [&](int64_t item) {
-    const int64_t begin = item % gate_splits * gate_width;
-    GateUpItem(block, rows, rows.groups[static_cast<size_t>(item / gate_splits)], begin,
-               std::min(begin + gate_width, inner), activated.data());
-  };
-  auto down = [&](int64_t item) {
-    const int64_t first = item % down_splits * down_chunks;
-    DownItem(block, rows, rows.groups[static_cast<size_t>(item / down_splits)], activated.data(), first,
-             std::min(first + down_chunks, down_all), products.data());
-  };
   auto sum = [&](int64_t item) {
     const int64_t begin = item % sum_splits * kSumColumns;
     SumItem(block, rows, products.data(), item / sum_splits, begin, std::min<int64_t>(begin + kSumColumns, columns));
   };
-  RunPhases(workers,
-            {{groups * gate_splits, gate_up}, {groups * down_splits, down}, {block.tokens() * sum_splits, sum}});
+  RunPhases(workers, {RowPhase(rows, CeilDiv(inner, kChunk), kGateChunks, workers.count(), gate_up),
+                      RowPhase(rows, columns / kChunk, kDownChunks, workers.count(), down),
+                      {block.tokens() * sum_splits, sum}});
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "cpu/align.h"
 #include "cpu/element.h"
+#include "cpu/row_items.h"
 
 namespace jax_marlin_moe::cpu {
 namespace {
@@ -48,17 +49,10 @@ void RunGroupedGemm(Workers& workers, const GroupedGemm& gemm) {
     if (!rows.scheduled[static_cast<size_t>(slot)]) std::fill_n(gemm.y + slot * n, n, uint16_t{0});
   }
 
-  const int64_t all_chunks = n / kChunk;
-  const int64_t groups = static_cast<int64_t>(rows.groups.size());
-  const int64_t item_chunks = std::clamp<int64_t>(groups * all_chunks / (8 * workers.count()), 1, kItemChunks);
-  const int64_t splits = CeilDiv(all_chunks, item_chunks);
-  auto run = [&](int64_t item) {
-    const RowGroup& group = rows.groups[static_cast<size_t>(item / splits)];
-    const int64_t first_chunk = item % splits * item_chunks;
-    const int chunks = static_cast<int>(std::min(item_chunks, all_chunks - first_chunk));
-    Item(gemm, group, rows.slots.data() + group.first, first_chunk, chunks);
+  auto item = [&](const RowGroup& group, int64_t first, int64_t last) {
+    Item(gemm, group, rows.slots.data() + group.first, first, static_cast<int>(last - first));
   };
-  RunPhases(workers, {{groups * splits, run}});
+  RunPhases(workers, {RowPhase(rows, n / kChunk, kItemChunks, workers.count(), item)});
 }
 
 }  // namespace jax_marlin_moe::cpu

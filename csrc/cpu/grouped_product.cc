@@ -6,7 +6,7 @@
 #include "cpu/align.h"
 #include "cpu/element.h"
 #include "cpu/group_scales.h"
-#include "cpu/scratch.h"
+#include "cpu/row_items.h"
 #include "cpu/transposed.h"
 
 namespace jax_marlin_moe::cpu {
@@ -14,16 +14,6 @@ namespace {
 
 constexpr int kItemChunks = 8;  // most column chunks of a work item
 constexpr int kItemTiles = 16;  // most tiles along k of a work item of a transposed product
-
-// Rows in expert order, without padding.
-RowGroups GroupByExpert(const GroupedProduct& product) {
-  Scratch<int32_t> sorted(static_cast<size_t>(product.slots));
-  Scratch<int32_t> experts(static_cast<size_t>(product.slots));
-  int32_t count = 0;
-  const Routing routing{product.experts, product.slots, product.stack->experts, nullptr};
-  AlignBlocks(routing, 1, {sorted.data(), product.slots, experts.data(), &count});
-  return GroupRows(sorted.data(), count, experts.data(), 1, product.slots, product.stack->experts, kPanelRows);
-}
 
 const uint16_t* RowOf(const GroupedProduct& product, int32_t slot) {
   return product.x + slot / product.slots_per_row * product.inputs();
@@ -110,31 +100,25 @@ void TransposedItem(const GroupedProduct& product, const RowGroup& group, const 
 }  // namespace
 
 void RunGroupedProduct(Workers& workers, const GroupedProduct& product) {
-  const RowGroups rows = GroupByExpert(product);
+  const Routing routing{product.experts, product.slots, product.stack->experts, nullptr};
+  const RowGroups rows = GroupByExpert(routing, product.stack->experts, kPanelRows);
   const int64_t row_bytes = product.outputs() * (product.float_results ? 4 : 2);
   for (int64_t slot = 0; slot < product.slots; ++slot) {
     if (rows.scheduled[static_cast<size_t>(slot)]) continue;
     std::fill_n(static_cast<char*>(product.y) + slot * row_bytes, row_bytes, '\0');
   }
 
-  const int64_t unit = product.transposed ? kTileK : kChunk;
-  const int64_t all_units = product.outputs() / unit;
-  const int64_t groups = static_cast<int64_t>(rows.groups.size());
-  const int64_t most = product.transposed ? kItemTiles : kItemChunks;
-  const int64_t item_units = std::clamp<int64_t>(groups * all_units / (8 * workers.count()), 1, most);
-  const int64_t splits = CeilDiv(all_units, item_units);
-  auto run = [&](int64_t item) {
-    const RowGroup& group = rows.groups[static_cast<size_t>(item / splits)];
-    const int64_t first = item % splits * item_units;
-    const int units = static_cast<int>(std::min(item_units, all_units - first));
+  auto item = [&](const RowGroup& group, int64_t first, int64_t last) {
     const int32_t* slots = rows.slots.data() + group.first;
     if (product.transposed) {
-      TransposedItem(product, group, slots, first, units);
+      TransposedItem(product, group, slots, first, static_cast<int>(last - first));
     } else {
-      Item(product, group, slots, first, units);
+      Item(product, group, slots, first, static_cast<int>(last - first));
     }
   };
-  RunPhases(workers, {{groups * splits, run}});
+  const int64_t units = product.outputs() / (product.transposed ? kTileK : kChunk);
+  const int64_t most = product.transposed ? kItemTiles : kItemChunks;
+  RunPhases(workers, {RowPhase(rows, units, most, workers.count(), item)});
 }
 
 }  // namespace jax_marlin_moe::cpu
