@@ -1,4 +1,4 @@
-"""Generates text with a Qwen3-MoE checkpoint, or times random weights of its sizes.
+"""Generates text with a Qwen3-MoE, gpt-oss or DeepSeek-V3 checkpoint, or times random weights of Qwen3-MoE's sizes.
 
 python -m examples.generate path/to/Qwen3-30B-A3B-AWQ --prompt "Grouped products are"
 python -m examples.generate --random qwen3-30b-a3b --batch 1 16 64
@@ -21,15 +21,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 import jax_marlin_moe as jmm
-from examples.qwen3_moe import Cache, Decoder, Sizes, load
+from examples.decoder import Cache, Decoder, Reader
+from examples.models import load
+from examples.qwen3_moe import Sizes
+from examples.rotary import Rotary
 from jax_marlin_moe.random_experts import random_experts
 
 NEVER = -1  # a token that no model has
 
 # Models of random weights: sizes, then experts, experts per token and their intermediate size.
 RANDOM = {
-    "qwen3-30b-a3b": (Sizes(48, 2048, 32, 4, 128, 151936, 1e-6, 1e6), (128, 8, 768)),
-    "tiny": (Sizes(2, 128, 4, 2, 32, 256, 1e-6, 1e4), (8, 2, 64)),
+    "qwen3-30b-a3b": (Sizes(48, 2048, 151936, 1e-6, False, 32, 4, 128, Rotary.of({}, 128, theta=1e6)), (128, 8, 768)),
+    "tiny": (Sizes(2, 128, 256, 1e-6, False, 4, 2, 32, Rotary.of({}, 32, theta=1e4)), (8, 2, 64)),
 }
 
 
@@ -176,7 +179,7 @@ def random_decoder(
             jmm.Routing(top_k),
         )
 
-    return Decoder(tensor, linear, layer, sizes, dtype)
+    return Decoder(Reader(tensor, linear, dtype), layer, sizes)
 
 
 def measure(model: Decoder, batch: int, steps: int, say: Callable[[str], None] = print) -> float:

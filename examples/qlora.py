@@ -23,7 +23,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 import jax_marlin_moe as jmm
-from examples.qwen3_moe import Cache, Decoder, Linear, load
+from examples.decoder import Cache, Decoder, Linear
+from examples.models import load
+from examples.qwen3_moe import Sizes
 from jax_marlin_moe.flax.nnx import MarlinMoE
 
 ATTENTION = ("q", "k", "v", "o")
@@ -77,7 +79,14 @@ class AdaptedExperts(nnx.Module):
 
 
 def adapt(model: Decoder, rank: int, seed: int = 0) -> Decoder:
-    """The decoder with adapters in the place of its linears and experts."""
+    """The decoder with adapters in the place of its linears and experts.
+
+    Raises:
+        ValueError: it is not a Qwen3-MoE; the experts of other models have biases, activations or shared experts that
+            `AdaptedExperts` does not compute.
+    """
+    if not isinstance(model.sizes, Sizes):
+        raise ValueError(f"model is of {type(model.sizes).__module__}; adapters are for examples.qwen3_moe alone")
     rngs, sizes = nnx.Rngs(seed), model.sizes
     queries, pairs = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     columns = {

@@ -17,16 +17,19 @@ from jax_marlin_moe.checkpoint import convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # at the end: the package itself is the one that is installed
-command, model_file = (importlib.import_module(f"examples.{name}") for name in ("generate", "qwen3_moe"))
+command, models, decoder_file = (
+    importlib.import_module(f"examples.{name}") for name in ("generate", "models", "decoder")
+)
 Sampling, generate = command.Sampling, command.generate
-Cache, Sizes, load = model_file.Cache, model_file.Sizes, model_file.load
+Cache, SIZES, load = decoder_file.Cache, models.SIZES, models.load
 
 DATA = ROOT / "tests" / "data"
-# What is rounded beside float16 rows: the parent's experts, which become int8.
-LIMIT = {"ck_q3": 2e-3}
+# What is rounded beside float16 rows: the parent's experts, which become int8, and latents, which are float16 too.
+LIMIT = {"ck_q3": 2e-3, "gpt_oss": 1.5e-3, "deepseek_v3": 2e-3}
 OPTIONS = {"ck_q3": {"quantize": "int8", "group_size": 32}}
-NAMES = [*files.GENUINE, "ck_q3"]
-QUICK = ("ck_q3_gptq_True", "ck_modelopt")
+OTHER_MODELS = ("gpt_oss", "deepseek_v3")  # on tokens of their own, beyond the window of gpt-oss
+NAMES = [*files.GENUINE, "ck_q3", *OTHER_MODELS]
+QUICK = ("ck_q3_gptq_True", "ck_modelopt", *OTHER_MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,8 @@ def stepwise(model, tokens, prompt):
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.parity) for name in NAMES]
 )
 def test_logits_are_those_of_transformers(name, expected):
-    tokens = expected["tokens"]
-    found = stepwise(decoder(name), jnp.asarray(tokens), 5)
+    tokens = expected[f"tokens_{name}" if name in OTHER_MODELS else "tokens"]
+    found = stepwise(decoder(name), jnp.asarray(tokens), tokens.shape[1] - 5)
     error = np.linalg.norm(found - expected[name], axis=-1) / np.linalg.norm(expected[name], axis=-1)
     assert error.max() < LIMIT.get(name, 1.2e-3)
 
@@ -71,32 +74,51 @@ def test_logits_are_those_of_transformers(name, expected):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answers_are_what_transformers_computes(tmp_path, name, expected):
-    answer = expected_by_transformers(tmp_path, name, expected["tokens"])
+    tokens = expected[f"tokens_{name}" if name in OTHER_MODELS else "tokens"]
+    answer = expected_by_transformers(tmp_path, name, tokens)
     np.testing.assert_allclose(answer, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def fp8_blocks(tensors, module):
+    """[K, N] of a linear in FP8 whose scales are those of blocks of 128 by 128."""
+    weight = tensors[f"{module}.weight"].astype(np.float64)
+    scales = tensors[f"{module}.weight_scale_inv"].astype(np.float64).repeat(128, 0).repeat(128, 1)
+    return (weight * scales[: weight.shape[0], : weight.shape[1]]).T
 
 
 def expected_by_transformers(folder, name, tokens):
     torch = pytest.importorskip("torch")
-    from transformers import Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM, Mxfp4Config
 
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if name == "gpt_oss":  # which it decodes itself
+        model = AutoModelForCausalLM.from_pretrained(
+            DATA / name, quantization_config=Mxfp4Config(dequantize=True), **options
+        ).float()
+    else:
+        write_dequantised(folder, name)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def write_dequantised(folder, name):
     tensors = files.read(DATA / name / "model.safetensors")
     dense, modules = {}, set()
     for tensor, value in tensors.items():
         module, _, suffix = tensor.rpartition(".")
-        if suffix == "weight" and value.dtype != np.uint8:
+        if suffix in ("weight", "e_score_correction_bias") and value.dtype.itemsize > 1:
             dense[tensor] = value.astype(np.float32)
         else:
             modules.add(module)
+    decode = fp8_blocks if name == "deepseek_v3" else files.GENUINE[name][0] if modules else None
     for module in modules:
-        weight = files.GENUINE[name][0](tensors, module).T
+        weight = decode(tensors, module).T
         dense[f"{module}.weight"] = np.ascontiguousarray(weight).astype(np.float32)
     files.write(folder / "model.safetensors", dense)
     config = json.loads((DATA / name / "config.json").read_text())
     config.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    with torch.no_grad():
-        model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
 def test_a_packed_folder_is_the_same_model(tmp_path):
@@ -133,14 +155,14 @@ def test_sampling_draws_from_the_smallest_set_of_the_mass(sampling, allowed):
     ("change", "message"),
     [
         ({"model_type": "mixtral"}, "model_type is 'mixtral'; this decoder is 'qwen3_moe'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type is 'linear'"),
         ({"attention_bias": True}, "attention_bias is True"),
     ],
 )
 def test_models_that_it_does_not_compute_are_refused(change, message):
     config = json.loads((DATA / "ck_q3" / "config.json").read_text())
     with pytest.raises(ValueError, match=message):
-        Sizes.from_config(config | change)
+        SIZES["qwen3_moe"].from_config(config | change)
 
 
 def test_the_command_streams_tokens_and_times_random_weights(capsys):

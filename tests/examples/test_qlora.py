@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from examples import qlora
-from examples.qwen3_moe import load
+from examples.models import load
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "data" / "ck_q3_gptq_True"
 
