@@ -16,7 +16,7 @@ from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.choose import choose_listed_tile, choose_product_tile, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, nested, optional
-from jax_marlin_moe.cuda.kernels.align import align_kernel
+from jax_marlin_moe.cuda.kernels.align import align_kernels
 from jax_marlin_moe.cuda.kernels.combine import clear_kernel, combine_kernel, find_first_rows_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import Epilogue, activated, slot_partials, slot_rows
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
@@ -271,12 +271,19 @@ def plan_grouped_product(
         token_tiles = aligned_tiles(
             num_slots, num_experts, tile.tokens, tile.tokens, list_length, listed, from_previous=True
         )
-        scratch += [jax.ShapeDtypeStruct(extents, jnp.int32) for extents in ((list_length,), (token_tiles.most,), (1,))]
-        kernels.append(
-            align_kernel(
-                num_slots, num_experts, tile.tokens, capability, topk_ids=experts, expert_map=None, outputs=listed
-            )
+        aligning, counts = align_kernels(
+            num_slots,
+            num_experts,
+            tile.tokens,
+            capability,
+            topk_ids=experts,
+            expert_map=None,
+            outputs=listed,
+            counts=y + 4,
         )
+        kernels += aligning
+        scratch += [jax.ShapeDtypeStruct(extents, jnp.int32) for extents in ((list_length,), (token_tiles.most,), (1,))]
+        scratch += counts
     columns = shape.k if transposed else shape.n
     epilogue = (
         slot_partials(columns, out=y, bias=None, topk_weights=None)
@@ -471,23 +478,24 @@ def plan_block(
             aligned_tiles(num_slots, num_experts, block, block, list_length, listed, from_previous=from_previous)
             for from_previous in (True, False)
         )
+        aligning, counts = align_kernels(
+            num_slots,
+            routed_experts,
+            block,
+            capability,
+            topk_ids=topk_ids,
+            expert_map=expert_map,
+            outputs=listed,
+            counts=sums + 4,
+            ids_from_previous=buffers.ids_from_previous,
+        )
+        kernels += aligning
         scratch += [
             jax.ShapeDtypeStruct((list_length,), jnp.int32),
             jax.ShapeDtypeStruct((first_tiles.most,), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
+            *counts,
         ]
-        kernels.append(
-            align_kernel(
-                num_slots,
-                routed_experts,
-                block,
-                capability,
-                topk_ids=topk_ids,
-                expert_map=expert_map,
-                outputs=listed,
-                overlaps_predecessor=overlap and buffers.ids_from_previous,
-            )
-        )
 
     activate = activated(
         activation,

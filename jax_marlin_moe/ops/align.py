@@ -122,8 +122,13 @@ def _cuda(topk_ids, expert_map, *, block_size, num_experts):
     plan = plan_align(topk_ids.size, num_experts, block_size, expert_map is not None, architecture)
     results = _results(topk_ids, block_size, num_experts)
     return call_program(
-        "moe_align_block_size", [topk_ids, expert_map], results, plan.kernels, plan.source, architecture
-    )
+        "moe_align_block_size",
+        [topk_ids, expert_map],
+        [*results, *plan.scratch],
+        plan.kernels,
+        plan.source,
+        architecture,
+    )[: len(results)]
 
 
 def _batching_rule(op, leaves, dims, **params):

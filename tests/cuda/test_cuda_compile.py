@@ -17,7 +17,8 @@ from abstract_calls import (
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import ACTIVATIONS, get_activation
-from jax_marlin_moe.cuda import plan
+from jax_marlin_moe.cuda import compiler, plan
+from jax_marlin_moe.cuda.kernels.align import plan_align
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
@@ -177,6 +178,15 @@ def test_a_scheme_says_who_finds_the_slots_and_what_overlaps(routing, tokens, fo
 @pytest.mark.parametrize(("tokens", "aligns"), [(1, False), (8, False), (17, True)])
 def test_few_slots_need_no_alignment_kernel(tokens, aligns):
     assert ("AlignBlockSize" in planned_block(tokens).source) == aligns
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("slots", "kernels"), [(4096, ["align"]), (4097, ["count_slots", "align"])])
+def test_many_slots_are_aligned_by_many_ctas(slots, kernels):
+    planned = plan_align(slots, 60, 16, False, "sm_90a")
+    assert [kernel.name for kernel in planned.kernels] == [f"jmm_{stage}_m16" for stage in kernels]
+    assert len(planned.scratch) == len(kernels) - 1
+    compiler.compile_cubin(planned.source, "sm_90a")
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,30 @@ def test_alignment_is_that_of_the_contract(platform, block_size, case):
 
 @pytest.mark.parametrize(
     ("block_size", "case"),
+    # Slots past 4096, which CUDA gives to several CTAs: three, all 64 with parts that are short, experts in turns.
+    [
+        (8, (2100, 2, 60, "distinct")),
+        (64, (70001, 2, 7, "holes")),
+        (128, (4097, 1, 5, "one")),
+        (16, (900, 5, 700, "few")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_many_slots(platform, block_size, case, mapped):
+    tokens, top_k, experts, kind = case
+    rng = np.random.default_rng(tokens)
+    _, ids = random_routing(rng, tokens, top_k, experts, kind)
+    expert_map = rng.permutation(np.where(np.arange(experts) % 3 == 1, -1, np.arange(experts))) if mapped else None
+    expert_map = None if expert_map is None else expert_map.astype(np.int32)
+    alignment = jmm.moe_align_block_size(
+        ids, block_size=block_size, num_experts=experts, expert_map=expert_map, implementation=platform
+    )
+    assert_alignment(alignment, align_slowly(ids, block_size, experts, expert_map))
+
+
+@pytest.mark.parametrize(
+    ("block_size", "case"),
     # XLA compiles for half a second per case, and treats all block sizes alike.
     [(BLOCK_SIZES[i % len(BLOCK_SIZES)], case) for i, case in enumerate(CASES)]
     + [(size, (40, 3, 7, "holes")) for size in BLOCK_SIZES if size != BLOCK_SIZES[3]],

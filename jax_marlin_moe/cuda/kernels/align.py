@@ -1,14 +1,21 @@
-"""The kernel that groups slots by expert, and the call of that kernel alone. Twin of csrc/cuda/align.cuh."""
+"""The kernels that group slots by expert, and the call of them alone. Twin of csrc/cuda/align.cuh."""
+
+import jax
+import jax.numpy as jnp
 
 from jax_marlin_moe import reference
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.compiler import compute_capability
-from jax_marlin_moe.cuda.facts import Facts, Pointer, optional
+from jax_marlin_moe.cuda.facts import Facts, Pointer, nested, optional
 from jax_marlin_moe.cuda.limits import check_counts
 from jax_marlin_moe.cuda.program import Kernel, Plan
 
+# Up to here one CTA is done before two kernels are; beyond, each CTA of the second one reads the counts of all.
+MOST_SLOTS_OF_ONE_CTA = 4096
+_SLOTS_OF_A_CTA, _MOST_CTAS, _WARPS_OF_A_CTA = 2048, 64, 16
 
-def align_kernel(
+
+def align_kernels(
     num_slots: int,
     num_experts: int,
     block_size: int,
@@ -17,59 +24,94 @@ def align_kernel(
     topk_ids: int,
     expert_map: int | None,
     outputs: tuple[int, int, int],
-    overlaps_predecessor: bool = False,
-) -> Kernel:
-    """One CTA that groups the slots by expert.
+    counts: int,
+    ids_from_previous: bool = False,
+) -> tuple[tuple[Kernel, ...], tuple[jax.ShapeDtypeStruct, ...]]:
+    """What groups the slots by expert: one CTA, or for many slots a kernel that counts before one that places.
+
+    Args:
+        num_slots: of the ids.
+        num_experts: that ids may name.
+        block_size: of the list.
+        capability: of the card.
+        topk_ids: the buffer of the ids.
+        expert_map: of the map, or None.
+        outputs: of the list, the experts of its blocks, and its length.
+        counts: of the scratch that is asked for.
+        ids_from_previous: whether the kernel before writes the ids.
+
+    Returns:
+        The kernels, and the scratch that they need at `counts`: an array or none.
 
     Raises:
-        ValueError: there are more slots or experts than the kernel counts.
+        ValueError: there are more slots or experts than the kernels count.
     """
     list_length = reference.padded_size(num_slots, num_experts, block_size)
     check_counts(num_slots, num_experts, list_length)
-
-    def size(warps: int) -> int:
-        return 4 * (warps * num_experts + warps + num_experts)
-
-    # A lane for every slot, within what a CTA and its per-warp counters leave room for; 8 warps to clear the list.
-    warps = max(8, min(32, -(-num_slots // 32)))
-    room = get_architecture(capability).most_shared_kib * 1024
-    while warps > 1 and size(warps) > room:
-        warps -= 1
-    if size(warps) > room:
-        most = (room // 4 - 1) // 2
-        raise ValueError(
-            f"num_experts is {num_experts}; the alignment kernel counts the slots of at most {most} in the shared "
-            f"memory of compute capability {capability}: shard the experts, or pass implementation='xla'"
-        )
+    ctas = 1 if num_slots <= MOST_SLOTS_OF_ONE_CTA else min(_MOST_CTAS, -(-num_slots // _SLOTS_OF_A_CTA))
+    # Of one CTA: a lane for every slot, within what a CTA has room for; 8 warps to clear the list.
+    wanted = max(8, min(32, -(-num_slots // 32))) if ctas == 1 else _WARPS_OF_A_CTA
+    warps = _most_warps(wanted, num_experts, capability)
     facts: Facts = {
         "slots": num_slots,
         "experts": num_experts,
         "block": block_size,
         "list_length": list_length,
         "warps": warps,
+        "ctas": ctas,
         "mapped": expert_map is not None,
     }
+    parts = nested("parts", {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": optional(expert_map, "int32")})
     listed = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
-    return Kernel(
-        name=f"jmm_align_m{block_size}",
-        headers=("align.cuh",),
-        body="AlignBlockSize<Facts>",
-        structs={"Facts": facts},
-        pointers={
-            "topk_ids": Pointer(topk_ids, "int32"),
-            "expert_map": optional(expert_map, "int32"),
-            **{name: Pointer(buffer, "int32", written=True) for name, buffer in zip(listed, outputs, strict=True)},
-        },
-        threads=32 * warps,
-        shared_bytes=size(warps),
-        max_ctas=1,
-        overlaps_predecessor=overlaps_predecessor,
-    )
+    written = {name: Pointer(buffer, "int32", written=True) for name, buffer in zip(listed, outputs, strict=True)}
+
+    def kernel(stage: str, body: str, pointers: dict[str, Pointer | None], size: int, overlaps: bool) -> Kernel:
+        return Kernel(
+            name=f"jmm_{stage}_m{block_size}",
+            headers=("align.cuh",),
+            body=body,
+            structs={"Facts": facts},
+            pointers={**parts, **pointers},
+            threads=32 * warps,
+            shared_bytes=size,
+            max_ctas=ctas,
+            overlaps_predecessor=overlaps and capability >= 90,
+        )
+
+    def align(counted: Pointer | None, overlaps: bool) -> Kernel:
+        size = _shared_bytes(warps, num_experts)
+        return kernel("align", "AlignBlockSize<Facts>", {"counts": counted, **written}, size, overlaps)
+
+    if ctas == 1:
+        return (align(None, ids_from_previous),), ()
+    found = {"sorted_token_ids": written["sorted_token_ids"], "counts": Pointer(counts, "int32", written=True)}
+    count = kernel("count_slots", "CountSlots<Facts>", found, 4 * num_experts, ids_from_previous)
+    scratch = jax.ShapeDtypeStruct((ctas * num_experts,), jnp.int32)
+    return (count, align(Pointer(counts, "int32"), True)), (scratch,)
+
+
+def _shared_bytes(warps: int, num_experts: int) -> int:
+    return 4 * (warps * num_experts + warps + num_experts)
+
+
+def _most_warps(wanted: int, num_experts: int, capability: int) -> int:
+    """As many of them as a CTA has room for."""
+    warps = wanted
+    room = get_architecture(capability).most_shared_kib * 1024
+    while warps > 1 and _shared_bytes(warps, num_experts) > room:
+        warps -= 1
+    if _shared_bytes(warps, num_experts) > room:
+        most = (room // 4 - 1) // 2
+        raise ValueError(
+            f"num_experts is {num_experts}; the alignment kernel counts the slots of at most {most} in the shared "
+            f"memory of compute capability {capability}: shard the experts, or pass implementation='xla'"
+        )
+    return warps
 
 
 def plan_align(num_slots: int, num_experts: int, block_size: int, mapped: bool, architecture: str) -> Plan:
-    """Buffers: topk_ids, expert_map; sorted_token_ids, expert_ids, num_tokens_post_padded."""
-    kernel = align_kernel(
+    """Buffers: topk_ids, expert_map; sorted_token_ids, expert_ids, num_tokens_post_padded; scratch."""
+    kernels, scratch = align_kernels(
         num_slots,
         num_experts,
         block_size,
@@ -77,5 +119,6 @@ def plan_align(num_slots: int, num_experts: int, block_size: int, mapped: bool, 
         topk_ids=0,
         expert_map=1 if mapped else None,
         outputs=(2, 3, 4),
+        counts=5,
     )
-    return Plan((kernel,))
+    return Plan(kernels, scratch)
