@@ -20,7 +20,7 @@ import numpy as np
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda.choose import choose_tile
-from jax_marlin_moe.cuda.plan import gemm_shape
+from jax_marlin_moe.cuda.grouped_gemm import gemm_shape
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import ModelShape
 from jax_marlin_moe.measure.random_layers import random_layers

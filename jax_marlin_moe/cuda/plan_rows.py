@@ -5,11 +5,11 @@ import jax.numpy as jnp
 
 from jax_marlin_moe.cuda.choose import choose_rows_tile
 from jax_marlin_moe.cuda.compiler import compute_capability
+from jax_marlin_moe.cuda.grouped_gemm import gemm_kernel, gemm_shape
 from jax_marlin_moe.cuda.kernels.dispatches import resolve_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import slot_rows
 from jax_marlin_moe.cuda.kernels.token_tiles import dispatch_tiles, one_expert_tiles
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
-from jax_marlin_moe.cuda.plan import gemm_kernel, gemm_shape
 from jax_marlin_moe.cuda.program import Plan
 from jax_marlin_moe.operands import WEIGHT_LEAVES, WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights

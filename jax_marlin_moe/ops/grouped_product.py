@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
-from jax_marlin_moe.cuda.plan import plan_grouped_product
+from jax_marlin_moe.cuda.plan_products import plan_grouped_product
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layout import TILE_N

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32
 
 from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
-from jax_marlin_moe.cuda.plan import plan_moe_gemm
+from jax_marlin_moe.cuda.plan_products import plan_moe_gemm
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like

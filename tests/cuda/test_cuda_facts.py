@@ -8,7 +8,7 @@ import pytest
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import compiler, plan
+from jax_marlin_moe.cuda import compiler, plan, plan_products
 from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
@@ -53,7 +53,7 @@ def block(slots, tiles):
 
 
 def product():
-    return plan.plan_moe_gemm(
+    return plan_products.plan_moe_gemm(
         array((24, 512), jnp.bfloat16),
         experts(512, 640),
         top_k=3,

@@ -15,7 +15,7 @@ import pytest
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import cache, compiler, limits, plan
+from jax_marlin_moe.cuda import cache, compiler, limits, plan, plan_products
 from jax_marlin_moe.cuda.kernels.align import plan_align
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
@@ -61,7 +61,7 @@ def block_plan(tokens, hidden, inner, scheme=None, *, num_experts=8, top_k=2, ro
 
 
 def gemm_plan(tokens, k, n, *, list_length=None, num_experts=8, top_k=2):
-    return plan.plan_moe_gemm(
+    return plan_products.plan_moe_gemm(
         array((tokens, k), jnp.bfloat16),
         experts(num_experts, k, n),
         top_k=top_k,

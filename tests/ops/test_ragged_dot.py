@@ -11,7 +11,7 @@ import pytest
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.cuda.plan import plan_grouped_product
+from jax_marlin_moe.cuda.plan_products import plan_grouped_product
 
 EXPERTS, K, N = 5, 80, 192
 ROWS = 37

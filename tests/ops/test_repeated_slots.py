@@ -7,7 +7,7 @@ import pytest
 from oracle import assert_product_close, grouped_product, random_experts, random_rows
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.cuda import compiler, plan
+from jax_marlin_moe.cuda import compiler, plan_products
 from jax_marlin_moe.cuda.choose import candidates
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
@@ -52,7 +52,7 @@ def first_tile_of(kind):
 def test_the_first_row_of_a_slot_counts_on_the_card(monkeypatch, tokens, weighted, block_size, kind):
     if kind is WgmmaTile and compiler.compute_capability(compiler.target_architecture()) != 90:
         pytest.skip("wgmma is Hopper's")
-    monkeypatch.setattr(plan, "choose_listed_tile", first_tile_of(kind))
+    monkeypatch.setattr(plan_products, "choose_listed_tile", first_tile_of(kind))
     rng = np.random.default_rng(tokens + block_size)
     experts = random_experts(rng, EXPERTS, 256, 192, group_size=64, bias=True, scale_dtype=jnp.dtype("bfloat16"))
     x = random_rows(rng, tokens, 256, jnp.dtype("bfloat16"))
@@ -104,11 +104,11 @@ def test_a_weight_of_nan_in_a_dropped_slot_is_of_no_account_on_the_card(tokens):
 @pytest.mark.parametrize("tokens", [5, 900])
 def test_a_product_finds_first_rows_and_stores_no_others(monkeypatch, architecture, kind, tokens):
     """The kernels of `moe_gemm` read what the kernel before found."""
-    monkeypatch.setattr(plan, "choose_listed_tile", first_tile_of(kind))
+    monkeypatch.setattr(plan_products, "choose_listed_tile", first_tile_of(kind))
     weights = jax.eval_shape(
         lambda dense: jmm.quantize(dense, "int4", group_size=64), jax.ShapeDtypeStruct((EXPERTS, 256, 192), jnp.float16)
     )
-    planned = plan.plan_moe_gemm(
+    planned = plan_products.plan_moe_gemm(
         jax.ShapeDtypeStruct((tokens, 256), jnp.float16),
         weights,
         top_k=TOP_K,

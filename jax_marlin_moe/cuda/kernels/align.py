@@ -84,7 +84,10 @@ def align_kernels(
 
     if ctas == 1:
         return (align(None, ids_from_previous),), ()
-    found = {"sorted_token_ids": written["sorted_token_ids"], "counts": Pointer(counts, "int32", written=True)}
+    found: dict[str, Pointer | None] = {
+        "sorted_token_ids": written["sorted_token_ids"],
+        "counts": Pointer(counts, "int32", written=True),
+    }
     count = kernel("count_slots", "CountSlots<Facts>", found, 4 * num_experts, ids_from_previous)
     scratch = jax.ShapeDtypeStruct((ctas * num_experts,), jnp.int32)
     return (count, align(Pointer(counts, "int32"), True)), (scratch,)

@@ -1,0 +1,146 @@
+"""One grouped GEMM as a launch: a matrix, a tile, who finds the rows of a token tile, and what becomes of the sums."""
+
+import jax.numpy as jnp
+
+from jax_marlin_moe.cuda.architectures import get_architecture
+from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, nested, optional
+from jax_marlin_moe.cuda.kernels.epilogue import Epilogue
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
+from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS, TokenTiles
+from jax_marlin_moe.cuda.kernels.transposed import TransposedTile, WgmmaTransposedTile
+from jax_marlin_moe.cuda.limits import MOST_COUNTED, grid
+from jax_marlin_moe.cuda.program import Kernel
+from jax_marlin_moe.cuda.scheme import KERNELS, Tile
+from jax_marlin_moe.formats import FLOAT_SCALES
+from jax_marlin_moe.operands import WEIGHT_LEAVES
+from jax_marlin_moe.weights import MarlinWeights
+
+_CPP_ZEROS = {"integer": "jmm::IntegerZeros", "float": "jmm::FloatZeros"}
+
+# The places of a matrix's arrays among the operands, from its first one.
+_PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, BIAS = (
+    WEIGHT_LEAVES.index(leaf) for leaf in ("packed", "scales", "zeros", "global_scales", "bias")
+)
+
+
+def gemm_shape(weights: MarlinWeights, gated: bool, dtype: jnp.dtype) -> GemmShape:
+    """The facts about a matrix that tiles depend on."""
+    row = weights.format
+    return GemmShape(
+        k=weights.padded_k,
+        n=weights.padded_n,
+        num_experts=weights.num_experts,
+        group_size=weights.rows_per_scale,
+        gated=gated,
+        code=row.code.name,
+        bits=row.bits,
+        scale=weights.scales.dtype.name if row.scale == FLOAT_SCALES else row.scale.name,
+        zeros=row.zeros,
+        dtype=dtype.name,
+    )
+
+
+def gemm_kernel(
+    stage: str,
+    shape: GemmShape,
+    tile: Tile | TransposedTile,
+    weights: MarlinWeights,
+    dtype: jnp.dtype,
+    *,
+    slots_per_row: int,
+    row_stride: int,
+    x: int,
+    first_operand: int,
+    token_tiles: TokenTiles,
+    epilogue: Epilogue,
+    overlaps_predecessor: bool,
+    transposed: bool = False,
+    shared: int | None = None,
+    shared_experts: int = 0,
+) -> Kernel:
+    """A grouped GEMM.
+
+    `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
+    buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`, and those of
+    shared experts, packed alike, from `shared`.
+    """
+    work_tiles = token_tiles.most * tile.column_tiles(shape)
+    if work_tiles > MOST_COUNTED:
+        raise ValueError(
+            f"{token_tiles.most} token tiles by {tile.column_tiles(shape)} of columns are {work_tiles} work "
+            f"tiles; the CUDA kernels take at most {MOST_COUNTED}: split the tokens"
+        )
+    row = weights.format
+    scale_dtype = weights.scales.dtype.name
+    zeros_dtype = {None: None, "integer": "int32", "float": scale_dtype}[row.zeros]
+    problem: Facts = {
+        "element": ELEMENT_TYPES[dtype.name],
+        "code": row.code.cpp,
+        "scale": row.scale.cpp or ELEMENT_TYPES[scale_dtype],
+        "zeros": _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
+        "global_scales": row.has_global_scales,
+        "k": shape.k,
+        "n": shape.n,
+        "experts": shape.num_experts,
+        "shared_experts": shared_experts,
+        "group": shape.group_size,
+        "row_stride": row_stride,
+        "slots_per_row": slots_per_row,
+        "transposed": transposed,
+    }
+
+    def operands(first: int | None) -> dict[str, Pointer | None]:
+        if first is None:
+            return dict.fromkeys(("packed", "scales", "zeros", "global_scales"))
+        return {
+            "packed": Pointer(first + _PACKED, "int32"),
+            "scales": Pointer(first + _SCALES, scale_dtype, element="ScaleElement"),
+            "zeros": Pointer(first + _ZEROS, zeros_dtype, element="ZeroElement") if zeros_dtype else None,
+            "global_scales": optional(first + _GLOBAL_SCALES if row.has_global_scales else None, "float32"),
+        }
+
+    found_tiles = f"jmm::{token_tiles.cpp}<TokenTiles>"
+    constants = {
+        f"{found_tiles}::kMaxTiles": token_tiles.most,
+        f"{found_tiles}::kSharedBytes": token_tiles.shared_bytes,
+        f"{found_tiles}::kScratchBytes": token_tiles.scratch_bytes,
+    }
+    if token_tiles.cpp == "GroupedTiles":
+        constants["jmm::kMostGroupedSlots"] = MOST_GROUPED_SLOTS
+    if isinstance(tile, (TransposedTile, WgmmaTransposedTile)):
+        header = tile.header
+    else:
+        header = next(kernel.header for kernel in KERNELS.values() if kernel.tile is type(tile))
+    return Kernel(
+        name=f"jmm_{stage}_{row.name}_m{tile.tokens}",
+        headers=(header, "epilogue.cuh", "token_tiles.cuh"),
+        body=(f"{tile.kernel}<jmm::Problem<Problem>, {tile.cpp}<Tile>, {found_tiles}, jmm::{epilogue.cpp}<Epilogue>>"),
+        structs={
+            "Problem": problem,
+            "Tile": tile.facts,
+            "TokenTiles": token_tiles.facts,
+            "Epilogue": epilogue.facts,
+        },
+        constants=constants,
+        pointers={
+            "operands.x": Pointer(x, dtype.name),
+            **nested("operands", operands(first_operand)),
+            **nested("operands", {f"shared_{name}": pointer for name, pointer in operands(shared).items()}),
+            **nested("token_tiles", token_tiles.pointers),
+            **nested("epilogue", epilogue.pointers),
+        },
+        threads=tile.threads,
+        shared_bytes=tile.shared_bytes(shape) + token_tiles.shared_bytes,
+        max_ctas=grid(max(1, work_tiles) * tile.cluster, "the product"),
+        ctas_per_sm=tile.ctas_per_sm,
+        cluster=tile.cluster,
+        overlaps_predecessor=overlaps_predecessor,
+    )
+
+
+def hosts(tile: Tile | TransposedTile, shape: GemmShape, token_tiles: TokenTiles, capability: int) -> bool:
+    """Whether a multiprocessor has the shared memory to find token tiles in as many CTAs as the tile wants."""
+    size = tile.shared_bytes(shape)
+    ctas = max(1, tile.ctas_per_sm)
+    resident = get_architecture(capability).fits_shared_memory(size + token_tiles.shared_bytes, ctas)
+    return resident and token_tiles.scratch_bytes <= size
