@@ -102,8 +102,8 @@ class Plan:
         """The place among `kernels` of a stage.
 
         Args:
-            stage: "align", "gate_up", "down", "combine"; "clear", "first_rows", "moe_gemm"; "dispatches",
-                "expert_gemm"; "linear".
+            stage: "count_slots", "align", "gate_up", "down", "combine"; "clear", "first_rows", "moe_gemm";
+                "dispatches", "expert_gemm"; "linear".
 
         Raises:
             ValueError: if the plan has no such stage.
