@@ -54,11 +54,11 @@ def make_case(shape: ModelShape, layers: list, tokens: int, repeats: int, routin
     return Case(shape, tokens, dtype, layers, ids, weights / weights.sum(-1, keepdims=True), x)
 
 
-def relative_error(case: Case) -> float:
+def relative_error(case: Case, batch_invariant: bool) -> float:
     """Relative L2 error of one block of the CUDA kernels against the reference."""
     gate_up, down = case.layers[0]
     arguments = (case.x, gate_up, down, case.weights[0], jnp.asarray(case.ids[0]))
-    ours = jax.jit(lambda *a: jmm.fused_moe(*a, implementation="cuda"))(*arguments)
+    ours = jax.jit(lambda *a: jmm.fused_moe(*a, implementation="cuda", batch_invariant=batch_invariant))(*arguments)
     expected = jax.jit(lambda *a: jmm.fused_moe(*a, implementation="xla"))(*arguments)
     ours, expected = (np.asarray(a, np.float64) for a in (ours, expected))
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
@@ -70,7 +70,8 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
     read_tb_s, bf16_tflop_s = ceilings
     expert_bytes = (gate_up.nbytes + down.nbytes) / shape.num_experts
     limit = block_limit(shape, case.ids, expert_bytes=expert_bytes, read_tb_s=read_tb_s, bf16_tflop_s=bf16_tflop_s)
-    kernels = replayed_block(case.x, case.layers, case.weights, case.ids)
+    scheme = "batch_invariant" if args.batch_invariant else None
+    kernels = replayed_block(case.x, case.layers, case.weights, case.ids, scheme=scheme)
     times = kernels.microseconds(samples=args.samples, pause_seconds=args.pause)
     sm_mhz = clock.mhz()
     gemm1_us, gemm2_us = (
@@ -80,7 +81,9 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
     kernels.close()
     block_us = statistics.median(times)
     chain = chain_microseconds(
-        lambda x, layer, weights, ids: jmm.fused_moe(x, *layer, weights, ids, implementation="cuda"),
+        lambda x, layer, weights, ids: jmm.fused_moe(
+            x, *layer, weights, ids, implementation="cuda", batch_invariant=args.batch_invariant
+        ),
         case.x,
         case.layers,
         case.weights,
@@ -100,6 +103,7 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
         "dtype": args.dtype,
         "activation_dtype": args.dtype,
         "routing": routing,
+        "batch_invariant": args.batch_invariant,
         "implementation": f"jax_marlin_moe {jmm.__version__}",
         "hit_experts": limit.hit_experts,
         "block_us": block_us,
@@ -111,7 +115,7 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
         "limit_us": limit.microseconds,
         "tb_s": limit.weight_bytes / block_us / 1e6,
         "tflop_s": limit.flops / block_us / 1e6,
-        "rel_l2": relative_error(case),
+        "rel_l2": relative_error(case, args.batch_invariant),
         "sm_mhz": sm_mhz,
     }
 
@@ -162,6 +166,9 @@ def main() -> None:
                         help="rest before each of them, so that the card stays out of its power limit")  # fmt: skip
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), metavar="PEER",
                         help=f"also time, on the same routings: {', '.join(sorted(PEERS))}")  # fmt: skip
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="with schemes that give a row the same bits always"
+    )
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()

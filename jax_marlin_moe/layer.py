@@ -85,6 +85,7 @@ class MoELayer:
         *,
         router_input: Float[Array, "*batch H"] | None = None,
         implementation: str | None = None,
+        batch_invariant: bool = False,
     ) -> Float[Array, "*batch H"]:
         """The whole layer: routed experts plus the shared one.
 
@@ -94,6 +95,7 @@ class MoELayer:
             router_input: rows that the router reads, where they are not those of the experts (Gemma-4 norms them
                 apart).
             implementation: as for `jax_marlin_moe.fused_moe`.
+            batch_invariant: as for `jax_marlin_moe.moe_layer`.
         """
         rows = x.reshape(-1, x.shape[-1])
         y = moe_layer(
@@ -113,6 +115,7 @@ class MoELayer:
             norm_epsilon=self.norm_epsilon,
             topk_ids=self._given(None if token_ids is None else token_ids.reshape(-1)),
             implementation=implementation,
+            batch_invariant=batch_invariant,
         )
         if self.output_norm is not None:
             scale = self.output_norm.astype(jnp.float32)[None]

@@ -185,3 +185,51 @@ def predicted_scheme(
     if not found:
         raise ValueError(f"no kernel tile supports {first} and {second} on compute capability {capability}")
     return min(found, key=lambda predicted: predicted[0])[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def invariant_scheme(
+    first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
+) -> BlockScheme:
+    """The cost model's choice among schemes that give a row the same bits, whatever the number of rows.
+
+    Instructions and their order along K depend on the shapes alone. Rows of a tile, columns and stages are free: no sum
+    crosses them.
+
+    Raises:
+        ValueError: no kernel has such tiles for the shapes.
+    """
+    blocks_of = {
+        tokens: expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
+        for tokens in sorted({*mma.TOKEN_TILES, *wgmma.TOKEN_TILES})
+    }
+    for kernel in ("wgmma", "mma"):
+        found = []
+        for tokens, blocks in blocks_of.items():
+            rows = num_slots * first.num_experts / routed_experts / blocks
+            tiles, microseconds = [], 0.0
+            for shape in (first, second):
+                fitting = _tiles_in_order(kernel, shape, tokens, capability)
+                if fitting:
+                    costs = [tile.predicted_microseconds(shape, blocks, rows, capability) for tile in fitting]
+                    tiles.append(fitting[costs.index(min(costs))])
+                    microseconds += min(costs)
+            if len(tiles) == 2:
+                overlapping = overlaps(second, tiles[1], microseconds, capability)
+                found.append((microseconds, BlockScheme("grouped", *tiles, overlaps=overlapping)))
+        # Which kernel has tiles depends on the shapes alone.
+        if found:
+            return min(found, key=lambda predicted: predicted[0])[1]
+    raise ValueError(
+        f"batch_invariant is True; no kernel of compute capability {capability} adds up {first} and {second} in one "
+        "order for all numbers of rows"
+    )
+
+
+def _tiles_in_order(kernel: str, shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
+    if kernel not in get_architecture(capability).kernels:
+        return []
+    if kernel == "mma":
+        return [tile for tile in mma.candidates(shape, tokens, capability) if mma.adds_in_order(tile)]
+    tiles = wgmma.candidates(shape, tokens, capability, all_scaling=True)
+    return [tile for tile in tiles if wgmma.adds_in_order(shape, tile)]

@@ -10,7 +10,7 @@ from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.kernels.router import Router, logits_buffer, product_kernel, router_tile, select_kernel
 from jax_marlin_moe.cuda.plan import BlockBuffers, plan_block
 from jax_marlin_moe.cuda.program import Plan
-from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -28,7 +28,7 @@ def plan_moe_layer(
     mapped: bool,
     activation: Activation,
     architecture: str,
-    scheme: BlockScheme | None = None,
+    scheme: BlockScheme | BatchInvariant | None = None,
 ) -> Plan:
     """Buffers: `ROUTER_OPERANDS`, gate_up (5), down (5), those shared (10), expert_map; y, weights, ids; scratch."""
     capability = compute_capability(architecture)
@@ -36,7 +36,7 @@ def plan_moe_layer(
     first = len(ROUTER_OPERANDS)
     expert_map = first + 4 * WEIGHT_OPERANDS
     y, topk_weights, topk_ids, logits = (expert_map + i for i in range(1, 5))
-    tile = router_tile(router, capability)
+    tile = router_tile(router, capability, batch_invariant=scheme == "batch_invariant")
 
     def present(name: str, array: jax.Array | None) -> int | None:
         return None if array is None else place[name]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda import tables
-from jax_marlin_moe.cuda.choose import predicted_scheme
+from jax_marlin_moe.cuda.choose import invariant_scheme, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts
 from jax_marlin_moe.cuda.kernels.align import align_kernels
@@ -27,7 +27,7 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
 )
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
 from jax_marlin_moe.cuda.program import Kernel, Plan
-from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -90,7 +90,7 @@ def plan_fused_moe(
     mapped: bool,
     activation: Activation,
     architecture: str,
-    scheme: BlockScheme | None = None,
+    scheme: BlockScheme | BatchInvariant | None = None,
     scaled: bool = False,
     intermediate: str | None = None,
     out_dtype: jnp.dtype | None = None,
@@ -139,7 +139,7 @@ def plan_block(
     routed_experts: int,
     activation: Activation,
     architecture: str,
-    scheme: BlockScheme | None,
+    scheme: BlockScheme | BatchInvariant | None,
     shared: int = 0,
     intermediate: str | None = None,
     out_dtype: jnp.dtype | None = None,
@@ -157,7 +157,9 @@ def plan_block(
     overlap = capability >= 90
     first, second = gemm_shape(gate_up, activation.gated, x.dtype), gemm_shape(down, False, x.dtype)
 
-    if scheme is None:
+    if scheme == "batch_invariant":
+        scheme = invariant_scheme(first, second, num_slots, slots, routed_experts, capability)
+    elif scheme is None:
         scheme = tables.lookup(block_key(gate_up, down, top_k), tokens, architecture)
         if scheme is None or not scheme.fits(first, second, capability):
             scheme = predicted_scheme(first, second, num_slots, slots, routed_experts, capability)

@@ -8,6 +8,8 @@ from jax_marlin_moe.cuda.kernels import mma, wgmma
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 
 SlotRouting = Literal["direct", "grouped", "aligned"]  # of BlockScheme
+# In place of a scheme: tiles that add up K in one order, whatever the number of rows.
+BatchInvariant = Literal["batch_invariant"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +61,23 @@ class BlockScheme:
         """Whether both tiles fit the products, and each other."""
         alike = self.gate_up.tokens == self.down.tokens
         return alike and self.gate_up.fits(first, capability) and self.down.fits(second, capability)
+
+
+def requested_scheme(
+    cuda_scheme: BlockScheme | None, batch_invariant: bool, implementation: str | None
+) -> BlockScheme | BatchInvariant | None:
+    """What a call asks of the plan of its block.
+
+    Raises:
+        ValueError: `batch_invariant` does not go with the other arguments.
+    """
+    if not batch_invariant:
+        return cuda_scheme
+    if cuda_scheme is not None:
+        raise ValueError("cuda_scheme is given and batch_invariant is True, which chooses one itself; pass one of them")
+    if implementation == "xla":
+        raise ValueError(
+            "batch_invariant is True and implementation 'xla', whose products add up in orders that XLA chooses by "
+            "shape; pass 'cuda' or 'cpu'"
+        )
+    return "batch_invariant"

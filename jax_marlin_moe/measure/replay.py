@@ -20,7 +20,7 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import Plan
-from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
 from jax_marlin_moe.operands import weight_operands
 from jax_marlin_moe.weights import MarlinWeights, pad_rows
 
@@ -43,7 +43,7 @@ def plan_block(
     *,
     top_k: int,
     activation: str | Activation,
-    scheme: BlockScheme | None,
+    scheme: BlockScheme | BatchInvariant | None,
 ) -> Plan:
     """`plan_fused_moe` for the card at hand, with a row of x for each token and every expert in the matrices."""
     return plan_fused_moe(
@@ -219,7 +219,7 @@ def replayed_block(
     topk_ids: np.ndarray,
     *,
     activation: str = "silu",
-    scheme: BlockScheme | None = None,
+    scheme: BlockScheme | BatchInvariant | None = None,
 ) -> ReplayedPlan:
     """The kernels of `fused_moe` over the routings, each with the next of the layers; see `ReplayedPlan`.
 

@@ -17,7 +17,7 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
-from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind
 from jax_marlin_moe.layout import TILE_N
@@ -45,6 +45,7 @@ def fused_moe(
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
     cuda_scheme: BlockScheme | None = None,
+    batch_invariant: bool = False,
 ) -> Float[Array, "tokens H"]:
     """A mixture-of-experts block over packed experts.
 
@@ -69,6 +70,9 @@ def fused_moe(
             are summed again. For float8_e4m3fn float32, which is the default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: how CUDA cuts the block; None takes the measured or predicted best.
+        batch_invariant: whether a token has the same bits whatever else is in the batch, and wherever it stands. On
+            CUDA that takes a scheme whose sums depend on the matrices alone, slower than the best; CPUs always do so,
+            and "xla" does not.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
@@ -78,7 +82,7 @@ def fused_moe(
         options: dict[str, Any] = {"activation": activation, "expert_map": expert_map}
         options |= {"x_scale": x_scale, "intermediate": intermediate}
         options |= {"preferred_element_type": preferred_element_type}
-        options |= {"implementation": implementation, "cuda_scheme": cuda_scheme}
+        options |= {"implementation": implementation, "cuda_scheme": cuda_scheme, "batch_invariant": batch_invariant}
         topk_weights, topk_ids = (
             arguments.batch_rows(name, operand, x)
             for name, operand in (("topk_weights", topk_weights), ("topk_ids", topk_ids))
@@ -111,7 +115,7 @@ def fused_moe(
         activation=act,
         out_dtype=out_dtype,
         implementation=implementation,
-        cuda_scheme=cuda_scheme,
+        cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
     )
 
 

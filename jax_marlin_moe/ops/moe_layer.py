@@ -19,7 +19,7 @@ from jax_marlin_moe.cuda.compiler import compute_capability, target_architecture
 from jax_marlin_moe.cuda.kernels.router import RULE_OPTIONS, Router
 from jax_marlin_moe.cuda.layer_plan import ROUTER_OPERANDS, choice_buffers, plan_moe_layer
 from jax_marlin_moe.cuda.program import call_program
-from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
@@ -55,6 +55,7 @@ def moe_layer(
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
     cuda_scheme: BlockScheme | None = None,
+    batch_invariant: bool = False,
 ) -> Any:
     """A whole mixture-of-experts layer in one custom call.
 
@@ -87,6 +88,7 @@ def moe_layer(
             are summed again. The router, the experts and the shared one are then custom calls of their own.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: as for `fused_moe`.
+        batch_invariant: as for `fused_moe`, of the router too.
 
     Returns:
         The rows' results, [tokens, H]; with `return_routing` a tuple of them, the router weights
@@ -119,6 +121,7 @@ def moe_layer(
             preferred_element_type=preferred_element_type,
             implementation=implementation,
             cuda_scheme=cuda_scheme,
+            batch_invariant=batch_invariant,
         )
         return jax.tree.map(lambda result: result.reshape(*x.shape[:-1], result.shape[-1]), results)
     rows, dtype = arguments.as_rows("x", x, preferred_element_type)
@@ -171,7 +174,7 @@ def moe_layer(
         norm_epsilon=float(norm_epsilon),
         out_dtype=dtype,
         implementation=implementation,
-        cuda_scheme=cuda_scheme,
+        cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
     )
     return results if return_routing else results[0]
 
@@ -250,14 +253,23 @@ def composition(
     shared_activation: Activation,
     norm_epsilon: float,
     implementation: str | None,
-    cuda_scheme: BlockScheme | None = None,
+    cuda_scheme: BlockScheme | BatchInvariant | None = None,
     out_dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """The layer of `route_rows` and `fused_moe`, each with its own derivative and partitioning, and the shared expert.
 
     The operands are those of `moe_layer_op`, or, with orders of their rows and paddings, those of `moe_layer`. The
     result has the type of x, or `out_dtype`.
+
+    Raises:
+        ValueError: the same bits in every batch are asked for: XLA chooses how the router's product adds up by shape.
     """
+    if cuda_scheme == "batch_invariant":
+        raise ValueError(
+            "batch_invariant is True; a layer has it where one custom call is the whole layer, which is not so for "
+            "this routing, shared expert, type of the result, order of columns or derivative: route, then pass "
+            "batch_invariant to fused_moe"
+        )
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     topk_weights, ids = route_rows(
         x[:, : router.shape[0]] if router_input is None else router_input,

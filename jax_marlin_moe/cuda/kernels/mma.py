@@ -128,6 +128,11 @@ class MmaTile:
         return LAUNCH_MICROSECONDS + rounds * (chunks * chunk + ends) / card.cycles_per_microsecond
 
 
+def adds_in_order(tile: MmaTile) -> bool:
+    """Whether the tile is one of those that give a row the same bits, however many rows there are: no shares of K."""
+    return tile.shares_k == 1
+
+
 def candidates(shape: GemmShape, tokens: int, capability: int) -> list[MmaTile]:
     """Every tile worth considering: it fits."""
     card = get_architecture(capability)

@@ -38,6 +38,7 @@ RULE_OPTIONS = (
 _MOST_LANES = 32
 _MOST_EXPERTS = 1024
 _MOST_SLICES = 64
+_INVARIANT_SLICES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,7 @@ class RouterTile:
         stages: of a CTA.
         warps_n: along the experts.
         warps_t: along the tokens.
+        warps_of_token: of the selection that add up a token's slices.
     """
 
     tokens: int
@@ -120,27 +122,34 @@ class RouterTile:
     stages: int
     warps_n: int
     warps_t: int
+    warps_of_token: int
 
 
-def router_tile(router: Router, capability: int) -> RouterTile:
-    """Few tokens: slices of K for all multiprocessors. Many: tiles so large that rows and router are seldom read."""
+def router_tile(router: Router, capability: int, *, batch_invariant: bool = False) -> RouterTile:
+    """Few tokens: slices of K for all multiprocessors. Many: tiles so large that rows and router are seldom read.
+
+    With `batch_invariant`, what decides the order of a logit's sum does not depend on the number of tokens.
+    """
     tokens, experts = router.rows.shape[0], router.experts
     many = tokens > 512
     tile = 128 if many else next((size for size in (8, 16, 32) if tokens <= max(size, size // 32 * 128)), 64)
     columns = min(128 if many else 64, max(16, 1 << math.ceil(math.log2(experts))))
     warps_n = min(4, columns // 16)
     warps_t = min((4 if tile <= 32 else 8) // warps_n, tile // 8)
-    block = 32 if router.kernel.dtype.itemsize == 4 and many else 64
+    block = 32 if router.kernel.dtype.itemsize == 4 and (many or batch_invariant) else 64
     blocks = -(-router.kernel.shape[0] // block)
     tiles = -(-tokens // tile) * -(-experts // columns)
     # What a slice leaves is written and read again, which few tokens do not feel.
     most = min(_MOST_SLICES, blocks if tokens <= 16 else -(-blocks // 2))
     slices = max(1, min(most, get_architecture(capability).multiprocessors // tiles))
+    if batch_invariant:
+        slices = min(_INVARIANT_SLICES, blocks)
+    warps_of_token = 1 << min(3, slices.bit_length() - 1) if batch_invariant or tokens <= 512 else 1
     width = router.kernel.dtype.itemsize
     stage = block * (columns * width + 16) + tile * (block * 2 + 16)
     room = get_architecture(capability).most_shared_kib * 1024
     stages = min(-(-blocks // slices) + 1, 5, room // stage)
-    return RouterTile(tile, columns, slices, block, max(2, stages), warps_n, warps_t)
+    return RouterTile(tile, columns, slices, block, max(2, stages), warps_n, warps_t, warps_of_token)
 
 
 def logits_buffer(router: Router, tile: RouterTile) -> jax.ShapeDtypeStruct:
@@ -205,7 +214,6 @@ def select_kernel(
     """Experts and weights from logits."""
     tokens, rule = router.rows.shape[0], router.routing
     scores, chosen_sigmoid = _SCORES[rule.scoring]
-    warps_of_token = 1 << min(3, tile.slices.bit_length() - 1) if tokens <= 512 else 1
 
     def elements(vector: jax.Array | None) -> str:
         return "float" if vector is None else _NUMBERS[vector.dtype.name]
@@ -240,7 +248,7 @@ def select_kernel(
         "softmax_of_chosen": rule.softmax_after_topk,
         "renormalized": rule.renormalize,
         "warps": 8,
-        "warps_of_token": warps_of_token,
+        "warps_of_token": tile.warps_of_token,
     }
     return Kernel(
         name=f"jmm_select_m{tokens}",
@@ -258,7 +266,7 @@ def select_kernel(
         },
         threads=256,
         shared_bytes=8 * router.stride * 4,
-        max_ctas=grid(-(-tokens // (8 // warps_of_token)), "the choice of experts"),
+        max_ctas=grid(-(-tokens // (8 // tile.warps_of_token)), "the choice of experts"),
         overlaps_predecessor=overlaps_predecessor,
     )
 

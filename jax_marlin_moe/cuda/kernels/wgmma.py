@@ -168,10 +168,20 @@ def _sums_can_be_scaled(shape: GemmShape) -> bool:
     return shape.zeros != "float" and shape.scale != "e4m3"
 
 
-def candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaTile]:
-    """Every tile worth considering: it fits."""
+def adds_in_order(shape: GemmShape, tile: WgmmaTile) -> bool:
+    """Whether the tile is one of those that give a row the same bits, however many rows there are.
+
+    One warpgroup goes through K, and what is scaled depends on the shape alone: weights, which leaves room for sums of
+    many rows, unless a single scale closes the sums once.
+    """
+    scales_weights = _weights_can_be_scaled(shape) and not (shape.group_size >= shape.k and _sums_can_be_scaled(shape))
+    return tile.warpgroups_k == 1 and tile.scales_weights == scales_weights
+
+
+def candidates(shape: GemmShape, tokens: int, capability: int, *, all_scaling: bool = False) -> list[WgmmaTile]:
+    """Every tile worth considering: it fits. With `all_scaling` also those that scale what costs more."""
     found = []
-    exact = shape.scale in ("e4m3", "e8m0")
+    exact = all_scaling or shape.scale in ("e4m3", "e8m0")
     for sub_tiles, (warpgroups_n, warpgroups_k), block_k, ctas_per_sm, scales_weights in itertools.product(
         (1, 2, 4), ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)), (64, 128), (1, 2), (False, True)
     ):
