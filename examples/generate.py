@@ -6,11 +6,12 @@ python -m examples.generate --random qwen3-30b-a3b --batch 1 16 64
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,11 +50,19 @@ class Sampling:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits / self.temperature
         if self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
+            logits = within_mass(logits, self.top_p)
         return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def within_mass(
+    logits: Float[Array, "batch vocabulary"], top_p: float | Float[Array, "batch 1"]
+) -> Float[Array, "batch vocabulary"]:
+    """The logits of the smallest set of tokens of that mass; -inf for the others."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
 
 
 @jax.tree_util.register_dataclass
@@ -79,9 +88,9 @@ def prefill(
 
 @partial(jax.jit, static_argnames=("graph", "steps", "sampling"), donate_argnames="progress")
 def decode(
-    graph: Any, state: Any, progress: Progress, end: Int32[Array, ""], *, steps: int, sampling: Sampling
+    graph: Any, state: Any, progress: Progress, ends: Int32[Array, " ends"], *, steps: int, sampling: Sampling
 ) -> tuple[Progress, Int32[Array, "batch steps"], Int32[Array, ""]]:
-    """Up to `steps` tokens under one loop, which ends early once all sequences have.
+    """Up to `steps` tokens under one loop, which ends early once all sequences have come to one of `ends`.
 
     Returns:
         The progress, the tokens, and how many steps were taken.
@@ -97,8 +106,8 @@ def decode(
         logits, cache = model(now.last[:, None], now.cache)
         key, draw = jax.random.split(now.key)
         token = sampling.draw(logits[:, -1], draw)
-        token = jnp.where(now.ended, end, token)
-        ended = now.ended | (token == end)
+        token = jnp.where(now.ended, ends[0], token)
+        ended = now.ended | (token[:, None] == ends).any(axis=1)
         written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], count, axis=1)
         return Progress(token, ended, cache, key), written, count + 1
 
@@ -111,7 +120,7 @@ def generate(
     *,
     new_tokens: int,
     sampling: Sampling = Sampling(),
-    end: int | None = None,
+    ends: Sequence[int] = (),
     seed: int = 0,
     chunk: int = 8,
 ) -> Iterator[np.ndarray]:
@@ -122,7 +131,7 @@ def generate(
         prompts: token ids, all of one length.
         new_tokens: how many at most.
         sampling: how they are drawn.
-        end: the token that ends a sequence, which goes on with it while others are not at their end.
+        ends: tokens that end a sequence, which goes on with the first of them while others are not at their end.
         seed: of the draws.
         chunk: tokens under one compiled loop; the first one comes by itself.
     """
@@ -131,8 +140,8 @@ def generate(
     cache = Cache.empty(model.sizes, batch, length + new_tokens, model.dtype)
     progress = prefill(graph, state, jnp.asarray(prompts), cache, jax.random.key(seed), sampling=sampling)
     yield np.asarray(progress.last)[:, None]
-    ends_with = jnp.asarray(NEVER if end is None else end, jnp.int32)
-    progress = dataclasses.replace(progress, ended=progress.last == ends_with)
+    ends_with = jnp.asarray(ends or [NEVER], jnp.int32)
+    progress = dataclasses.replace(progress, ended=(progress.last[:, None] == ends_with).any(axis=1))
     left = new_tokens - 1
     while left > 0 and not bool(progress.ended.all()):
         steps = min(chunk, left)
@@ -182,24 +191,26 @@ def random_decoder(
     return Decoder(Reader(tensor, linear, dtype), layer, sizes)
 
 
-def measure(model: Decoder, batch: int, steps: int, say: Callable[[str], None] = print) -> float:
+def measure(model: Decoder, batch: int, steps: int) -> dict[str, float]:
     """Tokens per second of all sequences together, over `steps` steps under one loop behind one compiled before."""
     graph, state = nnx.split(model)
     cache = Cache.empty(model.sizes, batch, 3 * steps + 1, model.dtype)
     first = jnp.arange(batch, dtype=jnp.int32) * 97 % model.sizes.vocabulary
     progress = Progress(first, jnp.zeros(batch, bool), cache, jax.random.key(0))
-    seconds = []
+    never, seconds = jnp.asarray([NEVER], jnp.int32), []
     for _ in range(3):
         start = time.perf_counter()
-        progress, written, _ = decode(graph, state, progress, jnp.int32(NEVER), steps=steps, sampling=Sampling())
+        progress, written, _ = decode(graph, state, progress, never, steps=steps, sampling=Sampling())
         jax.block_until_ready(written)
         seconds.append(time.perf_counter() - start)
     best = min(seconds[1:])
-    say(
-        f"batch {batch:3d}: {batch * steps / best:9.1f} tokens/s, {1e3 * best / steps:7.3f} ms per step "
-        f"({seconds[0]:.1f} s with compilation)"
-    )
-    return batch * steps / best
+    return {
+        "layers": model.sizes.layers,
+        "batch": batch,
+        "tokens_per_s": round(batch * steps / best, 1),
+        "ms_per_step": round(1e3 * best / steps, 3),
+        "first_call_s": round(seconds[0], 1),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -222,26 +233,31 @@ def main(arguments: list[str] | None = None) -> int:
     if options.random:
         model = random_decoder(options.random, jax.random.key(0), layers=options.layers, dtype=dtype)
         for batch in options.batch:
-            measure(model, batch, options.new_tokens)
+            row = measure(model, batch, options.new_tokens)
+            print(
+                f"{row['layers']} layers, batch {batch:3d}: {row['tokens_per_s']:9.1f} tokens/s, "
+                f"{row['ms_per_step']:7.3f} ms per step ({row['first_call_s']:.1f} s with compilation)",
+                flush=True,
+            )
         return 0
     if options.path is None:
         parser.error("a path is missing; pass the folder of a checkpoint, or --random")
     model = load(options.path, dtype=dtype, **({"quantize": options.quantize} if options.quantize else {}))
     sampling = Sampling(options.temperature, options.top_p)
     if options.tokens:
-        prompt, end, text = options.tokens, None, lambda ids: "".join(f"{token} " for token in ids)
+        prompt, ends, text = options.tokens, [], lambda ids: "".join(f"{token} " for token in ids)
     else:
         from tokenizers import Tokenizer  # which nothing else here needs
 
         tokenizer = Tokenizer.from_file(str(pathlib.Path(options.path) / "tokenizer.json"))
-        prompt, text, end = tokenizer.encode(options.prompt).ids, tokenizer.decode, end_of(options.path)
+        prompt, text, ends = tokenizer.encode(options.prompt).ids, tokenizer.decode, ends_of(options.path)
         sys.stdout.write(options.prompt)
     shown, ids = "", []
     for chunk in generate(
-        model, np.asarray([prompt], np.int32), new_tokens=options.new_tokens, sampling=sampling, end=end,
+        model, np.asarray([prompt], np.int32), new_tokens=options.new_tokens, sampling=sampling, ends=ends,
         seed=options.seed,
     ):  # fmt: skip
-        ids += [token for token in chunk[0].tolist() if token != end]
+        ids += [token for token in chunk[0].tolist() if token not in ends]
         whole = text(ids)  # a token may be part of a character
         sys.stdout.write(whole.removeprefix(shown))
         sys.stdout.flush()
@@ -250,12 +266,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def end_of(path: str) -> int | None:
-    """The token that ends a text, by config.json."""
+def ends_of(path: str) -> list[int]:
+    """The tokens that end a text, by generation_config.json where there is one, else by config.json."""
     from jax_marlin_moe.checkpoint import Checkpoint
 
-    end = Checkpoint(path).config.get("eos_token_id")
-    return end[0] if isinstance(end, list) else end
+    file = pathlib.Path(path) / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    end = settings.get("eos_token_id", Checkpoint(path).config.get("eos_token_id"))
+    return [] if end is None else end if isinstance(end, list) else [end]
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_loops_write_what_single_steps_choose_and_end_with_the_last_sequence(exp
     logits = stepwise(model, jnp.asarray(np.concatenate([prompts, tokens[:, :5]], axis=1)), 5)
     np.testing.assert_array_equal(logits[:, 4:].argmax(-1), tokens[:, :6])
     end = int(tokens[0, 3])
-    chunks = list(generate(model, prompts, new_tokens=9, chunk=4, end=end))
+    chunks = list(generate(model, prompts, new_tokens=9, chunk=4, ends=[end, 300]))
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens[:, : tokens[0].tolist().index(end) + 1])
 
 
