@@ -172,6 +172,7 @@ class MarlinMoE(nn.Module):
         *,
         router_input: Float[Array, "*batch H"] | None = None,
         layer: int | Int32[Array, ""] | None = None,
+        batch_invariant: bool = False,
     ) -> Float[Array, "*batch H"]:
         """Routes each row of x to its experts and sums their results, that of the shared expert included.
 
@@ -180,6 +181,7 @@ class MarlinMoE(nn.Module):
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
+            batch_invariant: as for `jax_marlin_moe.moe_layer`.
 
         Returns:
             An array with the shape and dtype of x.
@@ -192,7 +194,8 @@ class MarlinMoE(nn.Module):
         shapes = parts_of(self.structure.layer)
         parts = {name: self._value(name, place, shape) for place, (name, shape) in enumerate(shapes.items())}
         held = layer_of(parts, statics_of(self.structure.layer), stacked=self._stacked)
-        return one_layer(held, layer)(x, token_ids, router_input=router_input, implementation=self.implementation)
+        options: dict[str, Any] = {"implementation": self.implementation, "batch_invariant": batch_invariant}
+        return one_layer(held, layer)(x, token_ids, router_input=router_input, **options)
 
     @property
     def _stacked(self) -> bool:

@@ -189,6 +189,7 @@ class MarlinMoE(nnx.Module):
         *,
         router_input: Float[Array, "*batch H"] | None = None,
         layer: int | Int32[Array, ""] | None = None,
+        batch_invariant: bool = False,
     ) -> Float[Array, "*batch H"]:
         """Routes each row of x to its experts and sums their results, that of the shared expert included.
 
@@ -197,6 +198,7 @@ class MarlinMoE(nnx.Module):
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
+            batch_invariant: as for `jax_marlin_moe.moe_layer`.
 
         Returns:
             An array with the shape and dtype of x.
@@ -207,4 +209,5 @@ class MarlinMoE(nnx.Module):
                 run.
         """
         called = one_layer(self.layer, layer)
-        return called(x, token_ids, router_input=router_input, implementation=self.implementation)
+        options: dict[str, Any] = {"implementation": self.implementation, "batch_invariant": batch_invariant}
+        return called(x, token_ids, router_input=router_input, **options)

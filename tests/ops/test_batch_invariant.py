@@ -12,6 +12,7 @@ from jax_marlin_moe.cuda.grouped_gemm import gemm_shape
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.flax.nnx import MarlinMoE
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 512, 256
 ALL = 600  # tokens; blocks of 144 rows are worth considering
@@ -75,9 +76,9 @@ def test_a_layer(platform):
     gate_up, down = weights_of("int4")
     x, *_ = rows()
     router = jax.random.normal(jax.random.key(2), (HIDDEN, EXPERTS), "bfloat16") / HIDDEN**0.5
-    layer = jmm.MoELayer(gate_up, down, router, jmm.Routing(top_k=TOP_K))
+    layer = MarlinMoE(jmm.MoELayer(gate_up, down, router, jmm.Routing(top_k=TOP_K)), implementation=platform)
     assert_same_bits(
-        lambda part: layer(x[part], implementation=platform, batch_invariant=True),
+        lambda part: layer(x[part], batch_invariant=True),
         PARTS if platform == "cuda" else PARTS[1:3],
     )
 
