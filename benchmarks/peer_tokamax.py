@@ -12,6 +12,7 @@ Needs `tokamax`, hence Python 3.12, and JAX as recent as it asks for.
 
 import logging
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,33 @@ def expert_block(x, layer, weights, ids, implementation: str):
     rows = product(jax.nn.silu(gate) * up, down)
     rows = rows[jnp.argsort(order)].reshape(*ids.shape, -1)
     return jnp.einsum("tk,tkh->th", weights, rows, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def installed() -> bool:
+    """Whether the library is."""
+    return tokamax is not None
+
+
+def random_gate_up(shape: ModelShape) -> tuple:
+    """Codes [E, N, K] and scales of one layer's first matrix."""
+    return _random_layer(shape, 0, jnp.dtype(jnp.bfloat16))[0]
+
+
+def quantised_product(rows, matrix, sizes):
+    """`tokamax.ragged_dot` on int4 weights of `random_gate_up`."""
+    codes, scales = matrix
+    return tokamax.ragged_dot(
+        rows,
+        qwix.QArray(codes.mT, scales),
+        group_sizes=sizes,
+        preferred_element_type=rows.dtype,
+        implementation="mosaic",
+    )
+
+
+def dense_products() -> dict[str, Callable]:
+    """The library's grouped product of dense weights, by the name of the peer; nothing where it is not installed."""
+    return {"tokamax_dense": partial(tokamax.ragged_dot, implementation="mosaic")} if installed() else {}
 
 
 def float32_block(x, layer, weights, ids) -> np.ndarray:

@@ -1,33 +1,54 @@
-"""Times what training through packed experts takes on this machine's GPU, and writes one JSON file.
+"""Times what training through packed experts needs, and writes one JSON file.
 
     python -m benchmarks.train --models qwen3-30b-a3b mixtral-8x7b --rows 48 256 1024 --out train.json
 
 For each model, format and mean rows per expert: the first product by `jax_marlin_moe.ragged_dot`, and the product of
-its derivative with respect to the rows (`dx`), beside `jax.lax.ragged_dot` on the dequantised weights and its own
-derivative. For each model and format: the expert block at `--tokens` tokens, forward and backward, beside the same of
-`jax.lax.ragged_dot`, and the memory that XLA reserves for both beyond arguments and results. Times are a user's: the
-least of several samples of ten calls that are waited for once. Group sizes are those of a uniform routing.
+its derivative with respect to the rows (`dx`). `kernel_us` is the device time of that product's kernel, beside that of
+the first kernel of a block with as many rows (`block_kernel_us`), both replayed with a cold L2. For each model and
+format: the expert block at `--tokens` tokens, forward, and forward and backward (`step`), with the memory that they
+take beyond arguments and results: `peak_mb` by the statistics of the device, `temp_mb` by XLA's plan.
+
+Peers compute the same, for the first of the formats, where they are installed: `jax.lax.ragged_dot` on the dequantised
+weights ("lax"), with its own derivative; `tokamax.ragged_dot` on int4 ("tokamax", forward) and on the dequantised
+weights ("tokamax_dense"). Dequantising before a step is timed as a part of it. What a peer cannot run, or what would
+take more memory than the card has, has its error instead of a time. They come after all rows of this package.
+
+Times are a user's: the least of several samples of calls in a row that are waited for once. Group sizes are those of a
+uniform routing.
 
 `--lower` only compiles the kernels, into the cache on disk: several processes may do that at once, before one measures.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import pathlib
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_marlin_moe as jmm
+from benchmarks import peer_tokamax
 from benchmarks.chain import seconds_of_calls
+from benchmarks.memory import peak_bytes
 from benchmarks.record import recorded_run
+from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
+from jax_marlin_moe.cuda.plan import plan_grouped_product
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import MODELS, ModelShape
-from jax_marlin_moe.measure.random_layers import random_layers
+from jax_marlin_moe.measure.random_layers import random_layers, random_routings
+from jax_marlin_moe.measure.replay import ReplayedPlan, plan_block, replayed_block
+from jax_marlin_moe.operands import weight_operands
+from jax_marlin_moe.ops.grouped_product import multiplied
 
-_CALLS = 10
+_SAMPLE_SECONDS = 0.02
+_MOST_CALLS = 10
+_MOST_PEER_BYTES = 90e9  # beside packed and dense weights
 
 
 @jax.jit
@@ -41,16 +62,21 @@ def pulled(product):
     return lambda cotangent, rows, *rest: jax.vjp(lambda x: product(x, *rest), rows)[1](cotangent)[0]
 
 
-def dense_block(x, gate_up, down, weights, ids):
-    """The block that a JAX user writes: slots sorted by expert, two `jax.lax.ragged_dot`, the weighted sum."""
+def sorted_block(product, x, gate_up, down, weights, ids):
+    """The block that a JAX user writes: slots sorted by expert, two grouped products, the weighted sum."""
     tokens, top_k = ids.shape
     order = jnp.argsort(ids.reshape(-1), stable=True)
     sizes = jnp.bincount(ids.reshape(-1), length=gate_up.shape[0]).astype(jnp.int32)
-    h = jax.lax.ragged_dot(x[order // top_k], gate_up, sizes, preferred_element_type=jnp.float32)
-    gate, up = jnp.split(h, 2, axis=1)
-    y = jax.lax.ragged_dot((jax.nn.silu(gate) * up).astype(x.dtype), down, sizes)
-    slots = jnp.zeros_like(y).at[order].set(y).reshape(tokens, top_k, -1)
+    h = product(x[order // top_k], gate_up, sizes)
+    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=1)
+    y = product((jax.nn.silu(gate) * up).astype(x.dtype), down, sizes)
+    slots = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(tokens, top_k, -1)
     return (slots.astype(jnp.float32) * weights[..., None]).sum(1).astype(x.dtype)
+
+
+def dequantized_block(product, x, gate_up, down, weights, ids):
+    """The same from packed weights, which are dequantised first."""
+    return sorted_block(product, x, dequantized(gate_up), dequantized(down), weights, ids)
 
 
 def packed_block(x, gate_up, down, weights, ids):
@@ -59,69 +85,149 @@ def packed_block(x, gate_up, down, weights, ids):
 
 
 def step(block):
-    """Gradients of x and of the router weights."""
+    """The loss, and the gradients of x and of the router weights."""
 
     def loss(x, weights, gate_up, down, ids, probe):
         return (block(x, gate_up, down, weights, ids).astype(jnp.float32) * probe).sum()
 
-    return jax.grad(loss, (0, 1))
+    return jax.value_and_grad(loss, (0, 1))
 
 
+@dataclasses.dataclass
 class Bench:
-    """Compiles, times, and knows what compiled code needs."""
+    """Compiles, times, and measures memory.
 
-    def __init__(self, samples: int, only_lowers: bool):
-        self.samples, self.only_lowers = samples, only_lowers
+    Attributes:
+        samples: of each time.
+        only_lowers: whether nothing runs.
+    """
 
-    def time(self, function, *arguments, memory: bool = False) -> dict:
-        """Microseconds, and with `memory` the megabytes beyond arguments and results."""
+    samples: int
+    only_lowers: bool
+
+    def time(self, function: Callable, *arguments: Any, memory: bool = False, most_bytes: float = np.inf) -> dict:
+        """Microseconds, and with `memory` megabytes beyond arguments and results; or an error.
+
+        Args:
+            function: is compiled.
+            *arguments: of the call.
+            memory: whether to measure it.
+            most_bytes: a program that plans with more is not run.
+        """
         call = jax.jit(function)
         if self.only_lowers:
             call.trace(*arguments).lower(lowering_platforms=("cuda",))
             return {}
-        seconds_of_calls(lambda: call(*arguments), 3, 0.0)
-        seconds = min(seconds_of_calls(lambda: call(*arguments), _CALLS, 0.05) for _ in range(self.samples))
-        found = {"us": seconds * 1e6}
+        compiled = call.lower(*arguments).compile()
+        planned = compiled.memory_analysis().temp_size_in_bytes
+        found = {"temp_mb": planned / 1e6} if memory else {}
+        if planned > most_bytes:
+            return found | {"error": f"plans with {planned / 1e9:.0f} GB"}
         if memory:
-            found["temp_mb"] = call.lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 1e6
-        return found
+            found["peak_mb"] = peak_bytes(lambda: compiled(*arguments)) / 1e6
+        once = min(seconds_of_calls(lambda: compiled(*arguments), 1, 0.0) for _ in range(2))
+        calls = int(np.clip(_SAMPLE_SECONDS / once, 1, _MOST_CALLS))
+        samples = 1 if once > 1 else self.samples
+        seconds = min(seconds_of_calls(lambda: compiled(*arguments), calls, 0.01) for _ in range(samples))
+        return found | {"us": seconds * 1e6}
+
+    def peer(self, function: Callable, *arguments: Any, memory: bool = False) -> dict:
+        """The same of a peer: what it raises is a line of the result."""
+        try:
+            return self.time(function, *arguments, memory=memory, most_bytes=_MOST_PEER_BYTES)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
-def product_row(bench: Bench, shape: ModelShape, matrix, dense, rows: int) -> dict:
+def named(prefix: str, found: dict) -> dict:
+    """Entries of a row."""
+    return {f"{prefix}_{key}": value for key, value in found.items()}
+
+
+@dataclasses.dataclass
+class Product:
+    """The rows of one product and of a block with as many, sorted where the product wants them so."""
+
+    shape: ModelShape
+    rows: int  # per expert
+
+    def __post_init__(self) -> None:
+        experts, total = self.shape.num_experts, self.rows * self.shape.num_experts
+        self.ids = random_routings(experts, self.shape.top_k, total // self.shape.top_k, 1, seed=self.rows)
+        self.sizes = jnp.asarray(np.bincount(self.ids.reshape(-1), minlength=experts), jnp.int32)
+        self.x = jax.random.normal(jax.random.key(1), (total, self.shape.hidden), jnp.bfloat16)
+        self.cotangent = jax.random.normal(jax.random.key(2), (total, 2 * self.shape.intermediate), jnp.bfloat16)
+
+    def times(self, found: dict) -> dict:
+        """With the speeds that belong to times."""
+        flop = 2 * self.x.size * self.cotangent.shape[1]
+        return found | {key.replace("_us", "_tflop_s"): flop / us / 1e6 for key, us in found.items() if "_us" in key}
+
+
+def kernel_row(bench: Bench, product: Product, packed) -> dict:
+    """Device microseconds of the kernels of both products, the least of several samples."""
+    matrix, x = multiplied(packed[0]), product.x
+    tokens = x[: product.ids.shape[1]]
+    plan = plan_grouped_product(
+        x,
+        matrix,
+        x.shape[0],
+        transposed=False,
+        dtype=x.dtype,
+        architecture=target_architecture(),
+        num_groups=matrix.num_experts,
+    )
+    if bench.only_lowers:
+        of_block = plan_block(tokens, *packed, top_k=product.shape.top_k, activation="silu", scheme=None)
+        for source in (plan.source, of_block.source):
+            compile_cubin(source, target_architecture())
+        return {}
+    result = jax.ShapeDtypeStruct((x.shape[0], matrix.padded_n), x.dtype)
+    kernels = ReplayedPlan(plan, [[x, *weight_operands(matrix), product.sizes, None]] * 2, [result])
+    found = {"kernel": plan.kernels[-1].name, "kernel_us": kernels.microseconds(samples=5)[0]}
+    kernels.close()
+    weights = jnp.full(product.ids.shape, 1 / product.shape.top_k, jnp.float32)
+    block = replayed_block(tokens, [packed], weights, product.ids)
+    block.microseconds(samples=1)
+    first = block.plan.position("gate_up")
+    found |= {"block_kernel": block.plan.kernels[first].name}
+    found |= {"block_kernel_us": block.microseconds([first], samples=5)[0]}
+    block.close()
+    return found
+
+
+def product_row(bench: Bench, shape: ModelShape, packed, rows: int) -> dict:
     """One product at so many rows per expert."""
-    experts, total = shape.num_experts, rows * shape.num_experts
-    ids = np.random.default_rng(rows).integers(0, experts, total)
-    sizes = jnp.asarray(np.bincount(ids, minlength=experts), jnp.int32)
-    x = jax.random.normal(jax.random.key(1), (total, shape.hidden), jnp.bfloat16)
-    cotangent = jax.random.normal(jax.random.key(2), (total, 2 * shape.intermediate), jnp.bfloat16)
-    row = {"rows_per_expert": rows}
+    product = Product(shape, rows)
     ours = partial(jmm.ragged_dot, implementation="cuda")
-    for name, product, weights in (("packed", ours, matrix), ("dense", jax.lax.ragged_dot, dense)):
-        if weights is None:
-            continue
-        row[f"{name}_us"] = bench.time(product, x, weights, sizes).get("us")
-        row[f"{name}_dx_us"] = bench.time(pulled(product), cotangent, x, weights, sizes).get("us")
-    if not bench.only_lowers:
-        flop = 2 * total * shape.hidden * 2 * shape.intermediate
-        row |= {key.replace("_us", "_tflop_s"): flop / us / 1e6 for key, us in row.items() if key.endswith("_us")}
-    return row
+    row = named("packed", bench.time(ours, product.x, packed[0], product.sizes))
+    row |= named("packed_dx", bench.time(pulled(ours), product.cotangent, product.x, packed[0], product.sizes))
+    return product.times(row | kernel_row(bench, product, packed))
 
 
-def block_row(bench: Bench, shape: ModelShape, packed, dense, tokens: int) -> dict:
-    """A block and its derivatives at so many tokens."""
+def product_peers(bench: Bench, shape: ModelShape, dense, quantised, rows: int) -> dict:
+    """The same of the peers that there are weights for."""
+    product, row = Product(shape, rows), {}
+    for name, multiply in ({"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()).items():
+        row |= named(name, bench.peer(multiply, product.x, dense, product.sizes))
+        row |= named(f"{name}_dx", bench.peer(pulled(multiply), product.cotangent, product.x, dense, product.sizes))
+    if quantised is not None:
+        row |= named("tokamax", bench.peer(peer_tokamax.quantised_product, product.x, quantised, product.sizes))
+    return product.times(row)
+
+
+def block_arguments(shape: ModelShape, tokens: int) -> tuple:
+    """x, router weights, ids, and what the result is multiplied with."""
     x = jax.random.normal(jax.random.key(1), (tokens, shape.hidden), jnp.bfloat16)
-    probe = jax.random.normal(jax.random.key(2), x.shape)
     logits = jax.random.normal(jax.random.key(3), (tokens, shape.num_experts))
-    weights, ids = jmm.route(logits, top_k=shape.top_k)
-    row = {"tokens": tokens, "two_hidden_buffers_mb": 2 * ids.size * 2 * shape.intermediate * 2 / 1e6}
-    for name, block, matrices in (("packed", packed_block, packed), ("dense", dense_block, dense)):
-        if matrices is None:
-            continue
-        forward = bench.time(block, x, *matrices, weights, ids, memory=True)
-        backward = bench.time(step(block), x, weights, *matrices, ids, probe, memory=True)
-        row |= {f"{name}_{key}": value for key, value in forward.items()}
-        row |= {f"{name}_step_{key}": value for key, value in backward.items()}
-    return row
+    return x, *jmm.route(logits, top_k=shape.top_k), jax.random.normal(jax.random.key(2), x.shape)
+
+
+def block_times(run: Callable, name: str, block: Callable, shape: ModelShape, packed, tokens: int) -> dict:
+    """A block and its derivatives at so many tokens, timed by `run`."""
+    x, weights, ids, probe = block_arguments(shape, tokens)
+    row = named(name, run(block, x, *packed, weights, ids, memory=True))
+    return row | named(f"{name}_step", run(step(block), x, weights, *packed, ids, probe, memory=True))
 
 
 def main() -> None:
@@ -129,8 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(MODELS))
     parser.add_argument("--formats", nargs="+", default=["int4", "nvfp4"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[48, 256, 1024])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[4096])
+    parser.add_argument("--rows", nargs="*", type=int, default=[48, 256, 1024])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[4096])
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--lower", action="store_true")
@@ -138,24 +244,44 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     bench = Bench(args.samples, args.lower)
-    run = recorded_run("benchmarks.train", args.commit) | {"products": [], "blocks": []}
+    run: dict = recorded_run("benchmarks.train", args.commit) | {"products": [], "blocks": []}
+
+    def add(kind: str, head: dict, found: dict) -> None:
+        row = next((row for row in run[kind] if head.items() <= row.items()), None)
+        if row is None:
+            row = head
+            run[kind].append(row)
+        row |= found
+        print(json.dumps(head | found), flush=True)
+        if not args.lower:
+            args.out.write_text(json.dumps(run, indent=1) + "\n")
+
+    for model, weight_format in itertools.product(args.models, args.formats):
+        shape = MODELS[model].grouped(get_format(weight_format))
+        (packed,) = random_layers(shape, weight_format, jnp.bfloat16, 1)
+        head = {"model": model, "format": weight_format}
+        for tokens in args.tokens:
+            hidden = 2 * tokens * shape.top_k * 2 * shape.intermediate * 2 / 1e6
+            found = block_times(bench.time, "packed", packed_block, shape, packed, tokens)
+            add("blocks", head | {"tokens": tokens}, {"two_hidden_buffers_mb": hidden} | found)
+        for rows in args.rows:
+            add("products", head | {"rows_per_expert": rows}, product_row(bench, shape, packed, rows))
+        del packed
+    if args.no_peers or args.lower:
+        return
     for model in args.models:
-        for weight_format in args.formats:
-            shape = MODELS[model].grouped(get_format(weight_format))
-            (packed,) = random_layers(shape, weight_format, jnp.bfloat16, 1)
-            peers = not (args.no_peers or args.lower)
-            dense = [dequantized(matrix) for matrix in packed] if peers else None
-            head = {"model": model, "format": weight_format}
-            for rows in args.rows:
-                row = head | product_row(bench, shape, packed[0], dense and dense[0], rows)
-                run["products"].append(row)
-                print(json.dumps(row), flush=True)
-            for tokens in args.tokens:
-                row = head | block_row(bench, shape, packed, dense, tokens)
-                run["blocks"].append(row)
-                print(json.dumps(row), flush=True)
-            if not args.lower:
-                args.out.write_text(json.dumps(run, indent=1) + "\n")
+        shape, head = MODELS[model].grouped(get_format(args.formats[0])), {"model": model, "format": args.formats[0]}
+        (packed,) = random_layers(shape, args.formats[0], jnp.bfloat16, 1)
+        for tokens in args.tokens:
+            for name, product in ({"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()).items():
+                block = partial(dequantized_block, product)
+                found = block_times(bench.peer, name, block, shape, packed, tokens)
+                add("blocks", head | {"tokens": tokens}, found)
+        dense = dequantized(packed[0])
+        del packed
+        quantised = peer_tokamax.random_gate_up(shape) if peer_tokamax.installed() else None
+        for rows in args.rows:
+            add("products", head | {"rows_per_expert": rows}, product_peers(bench, shape, dense, quantised, rows))
 
 
 if __name__ == "__main__":
