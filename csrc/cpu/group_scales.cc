@@ -58,4 +58,18 @@ void GroupScales::Load(const ExpertMatrix& matrix, int64_t group, int64_t chunk)
   }
 }
 
+void GroupScales::MultiplyBy(float global_scale) {
+  for (float& value : scale) value *= global_scale;
+}
+
+float GroupScales::Apply(const float* x, float* scaled) const {
+  for (int i = 0; i < kChunk; ++i) scaled[i] = x[i] * scale[i];
+  if (!has_excess) return 0;
+  float lanes[8] = {};  // sums of their own, so that compilers may use vectors
+  for (int i = 0; i < kChunk; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += scaled[i + lane] * excess[i + lane];
+  }
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
 }  // namespace jax_marlin_moe::cpu

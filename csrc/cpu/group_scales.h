@@ -17,6 +17,12 @@ struct GroupScales {
   bool has_excess;
 
   void Load(const ExpertMatrix& matrix, int64_t group, int64_t chunk);
+
+  // Scales times a global scale.
+  void MultiplyBy(float global_scale);
+
+  // scaled[i] = x[i] * scale[i]; the sum of excess[i] * scaled[i], 0 without excess.
+  float Apply(const float* x, float* scaled) const;
 };
 
 }  // namespace jax_marlin_moe::cpu

@@ -13,7 +13,7 @@ namespace jax_marlin_moe::cpu {
 namespace {
 
 constexpr int kItemChunks = 8;  // most column chunks of a work item
-constexpr int kItemTiles = 16;  // most tiles along k of a work item of a transposed product
+constexpr int kItemTiles = 32;  // most tiles along k of a work item of a transposed product
 
 const uint16_t* RowOf(const GroupedProduct& product, int32_t slot) {
   return product.x + slot / product.slots_per_row * product.inputs();
@@ -46,6 +46,15 @@ void Item(const GroupedProduct& product, const RowGroup& group, const int32_t* s
   for (int r = 0; r < group.count; ++r) Store(product, slots[r], first_chunk * kChunk, width, out + r * width);
 }
 
+// One chunk of a row, in Marlin's grouped order.
+void LoadGroupedOrder(const uint16_t* row, Element type, float* out) {
+  float values[kChunk];
+  for (int i = 0; i < kChunk; ++i) values[i] = FloatFromElement(row[i], type);
+  for (int col = 0; col < 8; ++col) {
+    for (int i = 0; i < 8; ++i) out[8 * col + i] = values[8 * i + col];
+  }
+}
+
 // `tiles` tiles along k from `first_tile` on of one group's rows, through all columns.
 void TransposedItem(const GroupedProduct& product, const RowGroup& group, const int32_t* slots, int64_t first_tile,
                     int tiles) {
@@ -64,34 +73,36 @@ void TransposedItem(const GroupedProduct& product, const RowGroup& group, const 
   segment.code = matrix.code;
   segment.rows = group.count;
   segment.out_stride = width;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    float rows[kPanelRows][kChunk];  // in the order of the kernel
+  for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += segment.chunks) {
+    segment.chunks = static_cast<int>(std::min<int64_t>(kSegmentChunks, chunks - first_chunk));
+    float rows[kPanelRows][kSegmentChunks * kChunk];  // in the order of the kernel
     for (int r = 0; r < group.count; ++r) {
-      const uint16_t* row = RowOf(product, slots[r]) + chunk * kChunk;
-      for (int i = 0; i < kChunk; ++i) rows[r][i] = FloatFromElement(row[ColumnOfGroupedOrder(i)], product.type);
+      for (int c = 0; c < segment.chunks; ++c) {
+        LoadGroupedOrder(RowOf(product, slots[r]) + (first_chunk + c) * kChunk, product.type, rows[r] + c * kChunk);
+      }
     }
-    const float global_scale = global_scales == nullptr ? 1.0f : global_scales[chunk];
     for (int64_t tile = first_tile; tile < first_tile + tiles; tile += segment.tiles) {
       const int64_t scale_group = tile / group_tiles;
       segment.tiles = static_cast<int>(std::min((scale_group + 1) * group_tiles, first_tile + tiles) - tile);
-      GroupScales scales;
-      scales.Load(matrix, scale_group, chunk);
-      alignas(64) float x[kPanelRows * kChunk];
-      float* segment_out = out + (tile - first_tile) * kTileK;
-      for (int r = 0; r < group.count; ++r) {
-        float* scaled = x + r * kChunk;
-        float excess = 0;  // of the zero points
-        for (int i = 0; i < kChunk; ++i) {
-          scaled[i] = rows[r][i] * (scales.scale[i] * global_scale);
-          if (scales.has_excess) excess += scaled[i] * scales.excess[i];
+      alignas(64) float x[kPanelRows * kSegmentChunks * kChunk];
+      float excess[kPanelRows] = {};  // of the zero points
+      for (int c = 0; c < segment.chunks; ++c) {
+        GroupScales scales;
+        scales.Load(matrix, scale_group, first_chunk + c);
+        if (global_scales != nullptr) scales.MultiplyBy(global_scales[first_chunk + c]);
+        for (int r = 0; r < group.count; ++r) {
+          float* scaled = x + (r * segment.chunks + c) * kChunk;
+          excess[r] += scales.Apply(rows[r] + c * kChunk, scaled);
         }
-        if (!scales.has_excess) continue;
-        for (int k = 0; k < segment.tiles * kTileK; ++k) segment_out[r * width + k] -= excess;
       }
-      segment.words = matrix.packed + tile * segment.tile_stride + chunk * tile_words;
+      segment.words = matrix.packed + tile * segment.tile_stride + first_chunk * tile_words;
       segment.x = x;
-      segment.out = segment_out;
+      segment.out = out + (tile - first_tile) * kTileK;
       kernel(segment);
+      for (int r = 0; r < group.count; ++r) {
+        if (excess[r] == 0) continue;
+        for (int k = 0; k < segment.tiles * kTileK; ++k) segment.out[r * width + k] -= excess[r];
+      }
     }
   }
   for (int r = 0; r < group.count; ++r) Store(product, slots[r], first_tile * kTileK, width, out + r * width);

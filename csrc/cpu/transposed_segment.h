@@ -1,9 +1,10 @@
-// The transposed kernel. Its vectors are the words of a packed line, which the compiler of the file that includes this
-// one puts into the registers of its instruction set.
+// The transposed kernel. Its vectors are consecutive words of a packed line, which the compiler of the file that includes
+// this one puts into the registers of its instruction set.
 //
-// A line has the words of one col of a chunk: columns 16 * w + 8 * b + col in lanes [t = 0..3][w = 0..3]. Lanes are
-// multiplied by x, which depends on w, and accumulated apart; at the end of a tile the lanes of a row of W, which are
-// those of one t, are added.
+// A line has the words of one col of a chunk, those of one t after those of another: 4-bit codes [t][w], with columns
+// 16 * w + 8 * b + col for both b in a word; 8-bit ones [t][w][b]; 16-bit ones [t][w][b][half of k]. Lanes are multiplied
+// by x, which depends on w and b, and accumulated apart through all chunks of a segment; at the end the lanes of a row of
+// W are added.
 //
 // Everything has internal linkage: a shared template instance could be kept from the wrong file.
 #ifndef JAX_MARLIN_MOE_CPU_TRANSPOSED_SEGMENT_H_
@@ -11,20 +12,22 @@
 
 #include "cpu/transposed.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kLine = 16;  // lanes [t][w]
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;  // of a vector: a line, or a part of it with some of the t
+constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kSharers = kLanes == 16 ? 4 : 2;  // rows that share one dequantisation
-constexpr int kOffset[4] = {0, 1, 8, 9};        // code j of a column in the words of one t has k = 2t + kOffset[j]
-constexpr int kLines = kChunk / 4;              // vectors of x, [col][b]
+constexpr int kSharers = 4;               // rows that share one dequantisation
+constexpr int kOffset[4] = {0, 1, 8, 9};  // code j of a column in the words of one t has k = 2t + kOffset[j]
 
 // Vectors of a compiler's own: registers of the instruction set, or as many as it takes.
 using Floats = float __attribute__((vector_size(4 * kLanes)));
@@ -36,110 +39,178 @@ using Integers = int32_t __attribute__((vector_size(4 * kLanes)));
 #define JMM_INLINE __attribute__((always_inline)) inline
 
 JMM_INLINE Floats AsFloats(Words bits) { return reinterpret_cast<Floats>(bits); }
+JMM_INLINE Floats Converted(Words bits) {
+  return __builtin_convertvector(reinterpret_cast<Integers>(bits), Floats);
+}
 
-// The words of some lanes of a col as kWordVectors vectors, and code j of half b in them.
+// How wide codes lie in words:
+//   kBits
+//   kHalves         values of b in one word
+//   kCodes          codes of one b in it: j, or j % 2 where words have half of k
+//   Column(lane)    of words of one t: which x of a col, b aside
+//   Row(lane, c)    j of code c
 struct Nibbles {
-  static constexpr int kBits = 4, kWordVectors = 1;
-  static JMM_INLINE Words Extract(const Words* words, int b, int j) {
-    constexpr int kShift[4] = {0, 16, 4, 20};
-    return words[0] >> (kShift[j] + 8 * b) & 15;
-  }
+  static constexpr int kBits = 4, kHalves = 2, kCodes = 4;
+  static constexpr int Column(int lane) { return 2 * lane; }
+  static constexpr int Row(int, int c) { return c; }
 };
-struct Bytes {  // in the order [t][w][b]
-  static constexpr int kBits = 8, kWordVectors = 2;
-  static JMM_INLINE Words Extract(const Words* words, int b, int j) {
-    constexpr int kShift[4] = {0, 16, 8, 24};
-    return words[b] >> kShift[j] & 255;
-  }
+struct Bytes {
+  static constexpr int kBits = 8, kHalves = 1, kCodes = 4;
+  static constexpr int Column(int lane) { return lane; }
+  static constexpr int Row(int, int c) { return c; }
 };
-struct Halfwords {  // in the order [t][w][b][j / 2]
-  static constexpr int kBits = 16, kWordVectors = 4;
-  static JMM_INLINE Words Extract(const Words* words, int b, int j) {
-    return words[2 * b + j / 2] >> (16 * (j % 2)) & 0xFFFF;
-  }
+struct Halfwords {
+  static constexpr int kBits = 16, kHalves = 1, kCodes = 2;
+  static constexpr int Column(int lane) { return lane / 2; }
+  static constexpr int Row(int lane, int c) { return lane % 2 * 2 + c; }
 };
 
-// Values of codes as float32, less their center.
-template <class Fields, Code code>
-struct Integer : Fields {
-  static JMM_INLINE Floats Value(Words codes) {
-    return __builtin_convertvector(reinterpret_cast<Integers>(codes) - CenterOf(code), Floats);
-  }
+// What a code of words means, less its center, and what sums of it are to be multiplied with. `Ready` is applied to words
+// of half b before.
+
+// Masked and converted where they stand.
+struct Int4 : Nibbles {
+  static constexpr int Shift(int c) { return c % 2 * 16 + c / 2 * 4; }
+  static constexpr float Unit(int c) { return 1.0f / static_cast<float>(1u << Shift(c)); }
+  static JMM_INLINE Words Ready(Words words, int b) { return b == 0 ? words : words >> 8; }
+  static JMM_INLINE Floats Value(Words words, int c) { return Converted(words & (15u << Shift(c))); }
 };
-using Int4 = Integer<Nibbles, Code::kInt4>;
-using Int8 = Integer<Bytes, Code::kInt8>;
 // Sign and magnitude where a float32 has them, times what its exponent is too wide by.
 struct E2M1 : Nibbles {
-  static JMM_INLINE Floats Value(Words codes) { return AsFloats((codes & 8) << 28 | (codes & 7) << 22) * 0x1p126f; }
+  static constexpr float Unit(int) { return 1; }
+  static JMM_INLINE Words Ready(Words words, int b) { return b == 0 ? words : words >> 8; }
+  static JMM_INLINE Floats Value(Words words, int c) {
+    constexpr int kPlaces = static_cast<int>(0x80000000u | 7u << 22);
+    const Words top = words << (28 - Int4::Shift(c));
+    return AsFloats(reinterpret_cast<Words>((reinterpret_cast<Integers>(top) >> 6) & kPlaces)) * 0x1p126f;
+  }
+};
+struct Int8 : Bytes {
+  static constexpr float Unit(int) { return 1; }
+  // Flipping the top bit makes q - 128 in two's complement.
+  static JMM_INLINE Words Ready(Words words, int) { return words ^ 0x80808080u; }
+  static JMM_INLINE Floats Value(Words words, int c) {
+    const Words top = words << (24 - (c % 2 * 16 + c / 2 * 8));
+    return __builtin_convertvector(reinterpret_cast<Integers>(top) >> 24, Floats);
+  }
 };
 template <int kExponentBits>
 struct FloatByte : Bytes {
-  static JMM_INLINE Floats Value(Words codes) {
+  static constexpr float Unit(int) { return 1; }
+  static JMM_INLINE Words Ready(Words words, int) { return words; }
+  static JMM_INLINE Floats Value(Words words, int c) {
     constexpr float kScale = 0x1p127f / (1u << ((1 << (kExponentBits - 1)) - 1));
-    return AsFloats((codes & 128) << 24 | (codes & 127) << (16 + kExponentBits)) * kScale;
+    constexpr int kDown = 8 - kExponentBits;
+    constexpr int kPlaces = static_cast<int>(0x80000000u | 0x7Fu << (24 - kDown));
+    const Words top = words << (24 - (c % 2 * 16 + c / 2 * 8));
+    return AsFloats(reinterpret_cast<Words>((reinterpret_cast<Integers>(top) >> kDown) & kPlaces)) * kScale;
   }
 };
 struct Bf16 : Halfwords {
-  static JMM_INLINE Floats Value(Words codes) { return AsFloats(codes << 16); }
+  static constexpr float Unit(int) { return 1; }
+  static JMM_INLINE Words Ready(Words words, int) { return words; }
+  static JMM_INLINE Floats Value(Words words, int c) { return AsFloats(c == 0 ? words << 16 : words & 0xFFFF0000u); }
 };
 struct Fp16 : Halfwords {
-  static JMM_INLINE Floats Value(Words codes) {
-    const Words sign = (codes & 0x8000) << 16, magnitude = (codes & 0x7FFF) << 13;
+  static constexpr float Unit(int) { return 1; }
+  static JMM_INLINE Words Ready(Words words, int) { return words; }
+  static JMM_INLINE Floats Value(Words words, int c) {
+    const Words code = c == 0 ? words & 0xFFFF : words >> 16;
+    const Words sign = (code & 0x8000) << 16, magnitude = (code & 0x7FFF) << 13;
     // What a comparison is true for has all bits set: the exponent of infinities and NaN.
-    const Words special = reinterpret_cast<Words>((codes & 0x7C00) == 0x7C00) & 0x7F800000;
+    const Words special = reinterpret_cast<Words>((code & 0x7C00) == 0x7C00) & 0x7F800000;
     return AsFloats(reinterpret_cast<Words>(AsFloats(sign | magnitude) * 0x1p112f) | special);
   }
 };
 
-// x of one chunk, every w four times.
-struct ExpandedChunk {
-  Floats x[kLines];
+// How lines of a type are cut into vectors. A part is what has sums of its own: vectors of one t, or one of several t.
+template <class Type>
+struct Cut {
+  static constexpr int kWordsOfT = Type::kBits;  // 4, 8 or 16
+  static constexpr int kVectors = kWordsOfT > kLanes ? kWordsOfT / kLanes : 1;  // of a part
+  static constexpr int kPartWords = kVectors * kLanes;
+  static constexpr int kLineWords = 4 * kWordsOfT;
+  static constexpr int kParts = kLineWords / kPartWords;
+  static constexpr int kColX = kVectors * Type::kHalves;  // vectors of x of a col
+  static constexpr int kChunkX = 8 * kColX;
 };
 
-// Code j of half b. Both are template arguments, so that sums have registers of their own.
-template <class Type, int R, int b, int j>
-JMM_INLINE void AddCode(const Words* words, int col, const ExpandedChunk* x, Floats (&sums)[4][R]) {
-  const Floats values = Type::Value(Type::Extract(words, b, j));
-  sums[j][0] += values * x[0].x[2 * col + b];
-  if constexpr (R > 1) sums[j][1] += values * x[1].x[2 * col + b];
-  if constexpr (R > 2) sums[j][2] += values * x[2].x[2 * col + b];
-  if constexpr (R > 3) sums[j][3] += values * x[3].x[2 * col + b];
+// Of the eight floats of a col, those of these columns.
+JMM_INLINE Floats Gathered(const float* eight, Integers column) {
+#if defined(__AVX512F__)
+  const __m512 values = _mm512_castps256_ps512(_mm256_loadu_ps(eight));
+  return reinterpret_cast<Floats>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(column), values));
+#elif defined(__AVX2__)
+  const __m256 values = _mm256_loadu_ps(eight);
+  return reinterpret_cast<Floats>(_mm256_permutevar8x32_ps(values, reinterpret_cast<__m256i>(column)));
+#else
+  Floats lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = eight[column[lane]];
+  return lanes;
+#endif
 }
 
-template <class Type, int R, int b>
-JMM_INLINE void AddCodes(const Words* words, int col, const ExpandedChunk* x, Floats (&sums)[4][R]) {
-  AddCode<Type, R, b, 0>(words, col, x, sums);
-  AddCode<Type, R, b, 1>(words, col, x, sums);
-  AddCode<Type, R, b, 2>(words, col, x, sums);
-  AddCode<Type, R, b, 3>(words, col, x, sums);
-}
-
-// The lanes from `first` on of each line.
+// x as lanes take it: chunk after chunk, each [col][vector of a part][b], then rows.
 template <class Type, int R>
-JMM_INLINE void AddLanes(const int32_t* tile, int first, const ExpandedChunk* x, float* const* out) {
-  constexpr int kVectors = Type::kWordVectors;
-  Floats sums[4][R] = {};
-#pragma GCC unroll 1
-  for (int col = 0; col < 8; ++col) {
-    Words words[kVectors];
-    const int32_t* line = tile + (col * kLine + first) * kVectors;
-    if constexpr (kVectors == 1) {
-      __builtin_memcpy(words, line, sizeof(words));
-    } else {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        for (int v = 0; v < kVectors; ++v) words[v][lane] = static_cast<uint32_t>(line[kVectors * lane + v]);
+JMM_INLINE void Expand(const TransposedSegment& segment, int row, Floats* out) {
+  using C = Cut<Type>;
+  for (int r = 0; r < R; ++r) {
+    const float* source = segment.x + static_cast<int64_t>(row + r) * segment.chunks * kChunk;
+    for (int col = 0; col < 8 * segment.chunks; ++col, source += 8) {
+#pragma GCC unroll 4
+      for (int v = 0; v < C::kVectors; ++v) {
+#pragma GCC unroll 2
+        for (int b = 0; b < Type::kHalves; ++b) {
+          Floats& lanes = out[((col * C::kVectors + v) * Type::kHalves + b) * R + r];
+          Integers column;
+#pragma GCC unroll 16
+          for (int lane = 0; lane < kLanes; ++lane) {
+            column[lane] = Type::Column((v * kLanes + lane) % C::kWordsOfT) + b;
+          }
+          lanes = Gathered(source, column);
+        }
       }
     }
-    AddCodes<Type, R, 0>(words, col, x, sums);
-    AddCodes<Type, R, 1>(words, col, x, sums);
   }
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < 4; ++j) {
-      float lanes[kLanes];
-      __builtin_memcpy(lanes, &sums[j][r], sizeof(lanes));
-      for (int t = 0; t < kLanes / 4; ++t) {
-        const float* four = lanes + 4 * t;
-        out[r][2 * (first / 4 + t) + kOffset[j]] += (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+// Adds the lanes of code c of a part to the rows of W that they are of.
+template <class Type>
+JMM_INLINE void AddLanes(Floats sums, int part, int c, float* out) {
+  using C = Cut<Type>;
+  constexpr int kOfT = C::kWordsOfT < kLanes ? C::kWordsOfT : kLanes;  // lanes of one t
+  constexpr int kRows = Type::kCodes == 2 ? 2 : 1;                     // rows of W in them, one beside the other
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &sums, sizeof(lanes));
+  for (int t = 0; t < kLanes / kOfT; ++t) {
+    float* row = out + 2 * (part * (kLanes / kOfT) + t);
+    for (int i = 0; i < kRows; ++i) {
+      float sum = 0;
+      for (int lane = i; lane < kOfT; lane += kRows) sum += lanes[t * kOfT + lane];
+      row[kOffset[Type::Row(i, c)]] += sum * Type::Unit(c);
+    }
+  }
+}
+
+// Codes c = first ... first + count - 1 of one part of a tile times R rows of x, through all chunks.
+template <class Type, int R, int first, int count>
+JMM_INLINE void AddPart(const int32_t* words, int chunks, const Floats* x, Floats (&sums)[Type::kCodes][R]) {
+  using C = Cut<Type>;
+#pragma GCC unroll 1
+  for (int col = 0; col < 8 * chunks; ++col, words += C::kLineWords, x += C::kColX * R) {
+#pragma GCC unroll 4
+    for (int v = 0; v < C::kVectors; ++v) {
+      Words line;
+      __builtin_memcpy(&line, words + v * kLanes, sizeof(line));
+#pragma GCC unroll 2
+      for (int b = 0; b < Type::kHalves; ++b) {
+        const Words ready = Type::Ready(line, b);
+#pragma GCC unroll 4
+        for (int c = first; c < first + count; ++c) {
+          const Floats values = Type::Value(ready, c);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sums[c][r] += values * x[(v * Type::kHalves + b) * R + r];
+        }
       }
     }
   }
@@ -147,20 +218,26 @@ JMM_INLINE void AddLanes(const int32_t* tile, int first, const ExpandedChunk* x,
 
 template <class Type, int R>
 void AddRows(const TransposedSegment& segment, int row) {
-  ExpandedChunk x[R];
-  float* out[R];
-  for (int r = 0; r < R; ++r) {
-    const float* source = segment.x + (row + r) * kChunk;
-    for (int line = 0; line < kLines; ++line) {
-      for (int lane = 0; lane < kLanes; ++lane) x[r].x[line][lane] = source[line / 2 * 8 + lane % 4 * 2 + line % 2];
+  using C = Cut<Type>;
+  // Sums that fit the registers beside what they are made of.
+  constexpr int kAtOnce = R > 2 && kLanes < 16 ? 2 : Type::kCodes;
+  constexpr int kTileWords = 8 * C::kLineWords;
+  Floats x[kSegmentChunks * C::kChunkX * R];
+  Expand<Type, R>(segment, row, x);
+  float* out = segment.out + row * segment.out_stride;
+  for (int tile = 0; tile < segment.tiles; ++tile, out += kTileK) {
+    const int32_t* words = segment.words + tile * segment.tile_stride;
+    const char* next = reinterpret_cast<const char*>(words + (tile + 1 < segment.tiles ? segment.tile_stride : 0));
+    for (int byte = 0; byte < segment.chunks * kTileWords * 4; byte += 64) __builtin_prefetch(next + byte);
+    for (int part = 0; part < C::kParts; ++part) {
+      Floats sums[Type::kCodes][R] = {};
+      const int32_t* first = words + part * C::kPartWords;
+      AddPart<Type, R, 0, kAtOnce>(first, segment.chunks, x, sums);
+      if constexpr (kAtOnce < Type::kCodes) AddPart<Type, R, kAtOnce, kAtOnce>(first, segment.chunks, x, sums);
+      for (int r = 0; r < R; ++r) {
+        for (int c = 0; c < Type::kCodes; ++c) AddLanes<Type>(sums[c][r], part, c, out + r * segment.out_stride);
+      }
     }
-    out[r] = segment.out + (row + r) * segment.out_stride;
-  }
-  for (int tile = 0; tile < segment.tiles; ++tile) {
-    for (int first = 0; first < kLine; first += kLanes) {
-      AddLanes<Type, R>(segment.words + tile * segment.tile_stride, first, x, out);
-    }
-    for (int r = 0; r < R; ++r) out[r] += kTileK;
   }
 }
 
@@ -168,7 +245,16 @@ template <class Type>
 void RunTyped(const TransposedSegment& segment) {
   int row = 0;
   for (; row + kSharers <= segment.rows; row += kSharers) AddRows<Type, kSharers>(segment, row);
-  for (; row < segment.rows; ++row) AddRows<Type, 1>(segment, row);
+  switch (segment.rows - row) {
+    case 1:
+      return AddRows<Type, 1>(segment, row);
+    case 2:
+      return AddRows<Type, 2>(segment, row);
+    case 3:
+      return AddRows<Type, 3>(segment, row);
+    default:
+      return;
+  }
 }
 
 void RunSegment(const TransposedSegment& segment) {
