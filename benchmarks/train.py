@@ -38,7 +38,7 @@ from benchmarks.chain import seconds_of_calls
 from benchmarks.memory import peak_bytes
 from benchmarks.record import recorded_run
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
-from jax_marlin_moe.cuda.plan import plan_grouped_product
+from jax_marlin_moe.cuda.plan_products import plan_grouped_product
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import MODELS, ModelShape
 from jax_marlin_moe.measure.random_layers import random_layers, random_routings
