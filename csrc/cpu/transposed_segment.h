@@ -1,10 +1,10 @@
-// The transposed kernel. Its vectors are consecutive words of a packed line, which the compiler of the file that includes
-// this one puts into the registers of its instruction set.
+// The transposed kernel. Its vectors are consecutive words of a packed line, which the compiler of the file that
+// includes this one puts into the registers of its instruction set.
 //
 // A line has the words of one col of a chunk, those of one t after those of another: 4-bit codes [t][w], with columns
-// 16 * w + 8 * b + col for both b in a word; 8-bit ones [t][w][b]; 16-bit ones [t][w][b][half of k]. Lanes are multiplied
-// by x, which depends on w and b, and accumulated apart through all chunks of a segment; at the end the lanes of a row of
-// W are added.
+// 16 * w + 8 * b + col for both b in a word; 8-bit ones [t][w][b]; 16-bit ones [t][w][b][half of k]. Lanes are
+// multiplied by x, which depends on w and b, and accumulated apart through all chunks of a segment; at the end the
+// lanes of a row of W are added.
 //
 // Everything has internal linkage: a shared template instance could be kept from the wrong file.
 #ifndef JAX_MARLIN_MOE_CPU_TRANSPOSED_SEGMENT_H_
@@ -39,9 +39,7 @@ using Integers = int32_t __attribute__((vector_size(4 * kLanes)));
 #define JMM_INLINE __attribute__((always_inline)) inline
 
 JMM_INLINE Floats AsFloats(Words bits) { return reinterpret_cast<Floats>(bits); }
-JMM_INLINE Floats Converted(Words bits) {
-  return __builtin_convertvector(reinterpret_cast<Integers>(bits), Floats);
-}
+JMM_INLINE Floats Converted(Words bits) { return __builtin_convertvector(reinterpret_cast<Integers>(bits), Floats); }
 
 // How wide codes lie in words:
 //   kBits
@@ -65,8 +63,8 @@ struct Halfwords {
   static constexpr int Row(int lane, int c) { return lane % 2 * 2 + c; }
 };
 
-// What a code of words means, less its center, and what sums of it are to be multiplied with. `Ready` is applied to words
-// of half b before.
+// What a code of words means, less its center, and what sums of it are to be multiplied with. `Ready` is applied to
+// words of half b before.
 
 // Masked and converted where they stand.
 struct Int4 : Nibbles {
@@ -126,7 +124,7 @@ struct Fp16 : Halfwords {
 // How lines of a type are cut into vectors. A part is what has sums of its own: vectors of one t, or one of several t.
 template <class Type>
 struct Cut {
-  static constexpr int kWordsOfT = Type::kBits;  // 4, 8 or 16
+  static constexpr int kWordsOfT = Type::kBits;                                 // 4, 8 or 16
   static constexpr int kVectors = kWordsOfT > kLanes ? kWordsOfT / kLanes : 1;  // of a part
   static constexpr int kPartWords = kVectors * kLanes;
   static constexpr int kLineWords = 4 * kWordsOfT;
