@@ -7,9 +7,7 @@ import re
 import tempfile
 import zlib
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; numpy looks when it is imported
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
     # What XLA compiles is compiled once for all workers and processes of a run, unless the environment names a cache.
     # JAX looks when it is imported; the workers have the environment of this process, which starts them.
     xla_cache = tempfile.TemporaryDirectory(prefix="jax_marlin_moe_xla_")
@@ -32,6 +30,13 @@ def cuda_is_visible() -> bool:
         return bool(jax.devices("cuda"))
     except RuntimeError:
         return False
+
+
+def pytest_configure(config):
+    # The workers share the cores, and each would have its BLAS spin on all of them. numpy looks when it is imported,
+    # which other plugins of a worker may do before this file is read: the workers inherit what is set here.
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):

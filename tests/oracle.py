@@ -373,10 +373,10 @@ def products(rows, experts: Experts | Joined, served, weights_dtype=np.float64) 
     """`rows[s] @ W[served[s]] + bias[served[s]]`, zero where nothing serves: [slots, N]."""
     dense = experts.dense().astype(weights_dtype).astype(np.float64)
     out = np.zeros((len(served), experts.n))
-    for slot, e in enumerate(served):
-        if e >= 0:
-            out[slot] = rows[slot].astype(np.float64) @ dense[e]
-            out[slot] += 0 if experts.bias is None else experts.bias[e]
+    for e in np.unique(served[served >= 0]):
+        of_expert = served == e
+        out[of_expert] = rows[of_expert].astype(np.float64) @ dense[e]
+        out[of_expert] += 0 if experts.bias is None else experts.bias[e]
     return out
 
 
