@@ -15,6 +15,7 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
+from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
@@ -179,6 +180,30 @@ def _jvp(op, primals, tangents, *, num_out_rows, implementation):
     return results, [sum(dots[1:], dots[0]).astype(x.dtype), None]
 
 
+def _division(*, num_out_rows):
+    return Division(
+        matrices={"stack": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n", None), summed=("k",)
+    )
+
+
+def _share(call, part, x, stack, dispatches, *, num_out_rows, implementation, **_):
+    """The dispatches of the experts here; of rows that several dispatches have, those whose last is one of them."""
+    count = stack.num_experts
+    sizes = {"num_rows": x.shape[0], "num_out_rows": num_out_rows}
+    everywhere = part.experts or count
+    stack = part.with_bias_once(stack)
+    experts, sources, skipped = reference.dispatched_rows(dispatches, **sizes, num_experts=everywhere)
+    local = part.local(experts, count)
+    if part.divides_products:
+        rows = x.at[sources].get(mode="fill", fill_value=0)
+        y = float32_product(rows, stack, local, implementation)
+    else:
+        of_here = part.local(dispatches[:, 0], count)
+        table = _without_misfits(dispatches.at[:, 0].set(of_here), **sizes, num_experts=count)
+        y, _ = call(x, stack, table)
+    return [part.total(jnp.where(local[:, None] >= 0, y, 0), x.dtype), skipped[None]]
+
+
 expert_gemm_op = define_op(
     "expert_gemm",
     shape_rule=_shape_rule,
@@ -187,4 +212,5 @@ expert_gemm_op = define_op(
     cuda=_cuda,
     batching_rule=_batching_rule,
     jvp=_jvp,
+    division=_division,
 )

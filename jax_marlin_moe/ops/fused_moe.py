@@ -23,6 +23,7 @@ from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
+from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, one_program
@@ -293,6 +294,42 @@ def _cuda(
     return call_program("fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
+INTERLEAVED = (
+    "a range of its columns is not one of gate and of up: lay the block out with jax_marlin_moe.sharding.tensor_parallel "
+    "and call it in jax.shard_map"
+)
+
+
+def block_division(activation: Activation) -> Division:
+    """What devices may divide of a block, or of a layer that has one."""
+    columns = None if activation.gated else "i"
+    reasons = {("gate_up", "rows"): "the activation needs whole sums over the rows of gate_up"}
+    if activation.gated:
+        reasons["gate_up", "columns"] = INTERLEAVED
+        reasons["down", "rows"] = "its rows go with columns of gate and up: " + INTERLEAVED
+    return Division(
+        matrices={"gate_up": (None, columns), "down": (columns, "n")},
+        share=_share,
+        results=("n",),
+        summed=() if columns is None else (columns,),
+        vectors=("intermediate",),
+        reasons=reasons,
+    )
+
+
+def _division(*, activation, out_dtype):
+    return block_division(activation)
+
+
+def _share(
+    call, part, x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate, *, out_dtype, **params
+):
+    local_map = part.local_map(expert_map, gate_up.num_experts)
+    down = part.with_bias_once(down)
+    operands = x, gate_up, down, topk_weights, topk_ids, local_map, x_scale, intermediate
+    return [part.total(*call(*operands, out_dtype=jnp.dtype(jnp.float32)), out_dtype)]
+
+
 fused_moe_op = define_op(
     "fused_moe",
     shape_rule=_shape_rule,
@@ -302,4 +339,5 @@ fused_moe_op = define_op(
     cuda_options=("cuda_scheme",),
     jvp=block_jvp,
     rows=("x", "topk_weights", "topk_ids"),
+    division=_division,
 )

@@ -18,6 +18,7 @@ from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
+from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.primitive import define_op
 from jax_marlin_moe.weights import MarlinWeights, as_packed
@@ -195,6 +196,26 @@ def sum_by_expert(
     return jnp.matmul(chosen, slots.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
+def _division(*, transposed, dtype):
+    return Division(
+        matrices={"weights": ("n", "k") if transposed else ("k", "n")},
+        share=_share,
+        columns={"rows": "k"},
+        results=("n",),
+        summed=("k",),
+    )
+
+
+def _share(call, part, rows, weights, experts, group_sizes, group_offset, *, dtype, **params):
+    if experts is not None:
+        experts = part.local(experts, weights.num_experts)
+    elif part.first_expert is not None:
+        first = part.first_expert.reshape(1)
+        group_offset = first if group_offset is None else group_offset + first
+    operands = rows, weights, experts, group_sizes, group_offset
+    return [part.total(*call(*operands, dtype="float32" if part.divides_products else dtype), dtype)]
+
+
 grouped_product_op = define_op(
     "grouped_product",
     shape_rule=_shape_rule,
@@ -205,4 +226,5 @@ grouped_product_op = define_op(
     transpose=_transpose,
     rows=("rows", "experts"),
     gathered_with=("group_sizes",),
+    division=_division,
 )

@@ -14,6 +14,7 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import alike, replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
+from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
@@ -155,6 +156,25 @@ def _jvp(op, primals, tangents, *, implementation):
     return results, [sum(dots[1:], dots[0]).astype(x.dtype)]
 
 
+def _division():
+    return Division(
+        matrices={"weights": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n",), summed=("k",)
+    )
+
+
+def _share(call, part, x, weights, expert, *, implementation):
+    if part.first_expert is not None:
+        last = part.experts - 1
+        expert = part.local(jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, last), weights.num_experts)
+    weights = part.with_bias_once(weights)
+    if part.divides_products:
+        experts = jnp.broadcast_to(jnp.zeros((1,), jnp.int32) if expert is None else expert, x.shape[:1])
+        y = float32_product(x, weights, experts, implementation)
+    else:
+        (y,) = call(x, weights, expert)
+    return [part.total(y if expert is None else jnp.where(expert >= 0, y, 0), x.dtype)]
+
+
 linear_op = define_op(
     "linear",
     shape_rule=_shape_rule,
@@ -163,4 +183,6 @@ linear_op = define_op(
     cuda=_cuda,
     batching_rule=_batching_rule,
     jvp=_jvp,
+    rows=("x",),
+    division=_division,
 )

@@ -13,6 +13,7 @@ from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.align import BlockAlignment
+from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
@@ -233,6 +234,29 @@ def _jvp(op, primals, tangents, *, top_k, block_size, implementation):
     return results, [sum(dots[1:], dots[0]).astype(x.dtype)]
 
 
+def _division(*, top_k, block_size):
+    return Division(
+        matrices={"weights": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n",), summed=("k",)
+    )
+
+
+def _share(call, part, x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, block_size, implementation):
+    expert_ids = part.local(expert_ids, weights.num_experts)
+    weights = part.with_bias_once(weights)
+    if not part.divides_products:
+        return [part.total(*call(x, weights, topk_weights, sorted_ids, expert_ids, count), x.dtype)]
+    experts = reference.listed_experts(
+        sorted_ids,
+        expert_ids,
+        count,
+        num_slots=x.shape[0] * top_k,
+        num_experts=weights.num_experts,
+        block_size=block_size,
+    )
+    y = float32_product(x, weights, experts, implementation)
+    return [part.total(y if topk_weights is None else _weighted(y, topk_weights, experts), x.dtype)]
+
+
 moe_gemm_op = define_op(
     "moe_gemm",
     shape_rule=_shape_rule,
@@ -241,4 +265,5 @@ moe_gemm_op = define_op(
     cuda=_cuda,
     batching_rule=_batching_rule,
     jvp=_jvp,
+    division=_division,
 )

@@ -4,6 +4,7 @@ The contract is docs/formats.md, "The layer".
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,8 @@ from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
-from jax_marlin_moe.ops.fused_moe import check_experts, expert_block
+from jax_marlin_moe.ops.division import Division
+from jax_marlin_moe.ops.fused_moe import block_division, check_experts, expert_block
 from jax_marlin_moe.ops.primitive import define_op, jvp_of, one_program
 from jax_marlin_moe.routing import Routing, check_routing, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
@@ -255,11 +257,12 @@ def composition(
     implementation: str | None,
     cuda_scheme: BlockScheme | BatchInvariant | None = None,
     out_dtype: DTypeLike | None = None,
+    block: Callable[..., jax.Array] = expert_block,
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """The layer of `route_rows` and `fused_moe`, each with its own derivative and partitioning, and the shared expert.
 
     The operands are those of `moe_layer_op`, or, with orders of their rows and paddings, those of `moe_layer`. The
-    result has the type of x, or `out_dtype`.
+    result has the type of x, or `out_dtype`. `block` computes the routed experts.
 
     Raises:
         ValueError: the same bits in every batch are asked for: XLA chooses how the router's product adds up by shape.
@@ -287,10 +290,10 @@ def composition(
     if routing.apply_on_input:
         rows = reference.weighted_rows(x, topk_weights)
         ones = jnp.ones((rows.shape[0], 1), jnp.float32)
-        y = expert_block(rows, gate_up, down, ones, ids.reshape(-1, 1), expert_map, **routed)
+        y = block(rows, gate_up, down, ones, ids.reshape(-1, 1), expert_map, **routed)
         y = y.reshape(x.shape[0], routing.top_k, -1).astype(jnp.float32).sum(1).astype(dtype)
     else:
-        y = expert_block(x, gate_up, down, topk_weights, ids, expert_map, **routed)
+        y = block(x, gate_up, down, topk_weights, ids, expert_map, **routed)
     if routing.identity_experts:
         kept = reference.identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
         y = (y.astype(jnp.float32) + kept).astype(dtype)
@@ -459,6 +462,24 @@ def _jvp(op, primals, tangents, *, implementation, **params):
     return list(results), [*dots[:2], None]
 
 
+def _division(*, activation, shared_activation, routing, norm_epsilon):
+    division = block_division(activation)
+    return dataclasses.replace(
+        division, share=_share, results=(*division.results, None, None), vectors=(), weights=("shared",)
+    )
+
+
+def _share(call, part, x, router, gate_up, down, *rest, **params):
+    """The layer in pieces: what is not of the routed experts is on every device alike, and added once."""
+
+    def block(x, gate_up, down, topk_weights, ids, expert_map, *, out_dtype, **options):
+        local_map = part.local_map(expert_map, gate_up.num_experts)
+        operands = x, gate_up, part.with_bias_once(down), topk_weights, ids, local_map
+        return part.sum(expert_block(*operands, out_dtype=jnp.dtype(jnp.float32), **options), out_dtype)
+
+    return [part.keep(result) for result in composition(x, router, gate_up, down, *rest, **params, block=block)]
+
+
 moe_layer_op = define_op(
     "moe_layer",
     shape_rule=_shape_rule,
@@ -468,4 +489,5 @@ moe_layer_op = define_op(
     cuda_options=("cuda_scheme",),
     jvp=_jvp,
     rows=("x", "router_input", "topk_ids"),
+    division=_division,
 )

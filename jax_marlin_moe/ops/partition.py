@@ -1,7 +1,8 @@
-"""Calls over the automatic axes of a mesh: each device computes the rows that it has.
+"""Calls over the automatic axes of a mesh: each device computes with the rows, experts and matrices that it has.
 
-XLA knows nothing of custom calls and would gather their operands on every device. A `custom_partitioning` tells it what
-may be sharded (the rows, by a rule for Shardy), and traces the call again with what one device has.
+XLA knows nothing of custom calls and would gather their operands on every device. A `custom_partitioning` tells it
+which dimensions belong together, by a rule for Shardy; where the program is partitioned it asks what to do, and gets the
+call traced again with what one device has, and the collectives between the devices.
 """
 
 import dataclasses
@@ -19,13 +20,18 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Mesh
+from jaxlib.xla_client import OpSharding
 
 from jax_marlin_moe.operand_types import replicated_type
+from jax_marlin_moe.ops.division import EXPERTS, ROWS, Labels, Part
 
 # What a partitioning has in place of the whole call: types. There is no lowering, since it is never run.
 _unpartitioned = Primitive("unpartitioned")
 _unpartitioned.multiple_results = True
 _unpartitioned.def_abstract_eval(lambda *leaves, types: list(types))
+
+# For each of the program's devices, by their positions in it, which part it has.
+_Table = np.ndarray
 
 
 def with_devices(ctx: mlir.LoweringRuleContext, platform: str) -> mlir.LoweringRuleContext | None:
@@ -52,82 +58,264 @@ def with_devices(ctx: mlir.LoweringRuleContext, platform: str) -> mlir.LoweringR
     return ctx.replace(module_context=module.replace(axis_context=axes))
 
 
-def over_rows(
+def over_devices(
     call: Callable[..., list[jax.Array]],
+    share: Callable[..., list[jax.Array]],
     types: Sequence[jax.core.ShapedArray],
     leaves: Sequence[jax.Array],
-    rows: Sequence[int],
+    labels: Labels,
+    summed: Sequence[str],
     *,
+    op: str,
     identity: Any,
 ) -> list[jax.Array]:
-    """The results of `call(*leaves)`, whose rows each device computes for its own rows.
+    """The results of `call(*leaves)`, of which each device computes what it has operands for.
 
     Args:
-        call: gets leaves that have as many rows as one device has.
+        call: gets leaves as one device has them.
+        share: `(part, *leaves)`, what a device adds to sums of several.
         types: of the results, one at least.
         leaves: the operands.
-        rows: places of the leaves whose first dimension is that of rows, or of a fixed number of slots for each.
+        labels: of their dimensions.
+        summed: the labels over which results are sums, beside the experts.
+        op: the name, for messages.
         identity: what beside shapes distinguishes the call, by its `repr`.
     """
-    count = min(leaves[place].shape[0] for place in rows)
-    shapes = {place: leaves[place].shape for place in rows}
-    if count == 0 or any(shape[0] % count for shape in [*shapes.values(), *(type_.shape for type_ in types)]):
+    if not labels.units:
         return call(*leaves)
+    types = [replicated_type(type_, type_.shape, type_.dtype) for type_ in types]
 
-    def of_slots(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        found = list(leaves)
-        for place, (extent, *rest) in shapes.items():
-            found[place] = found[place].reshape(extent // count * found[place].shape[0], *rest)
-        return found
-
-    def of_rows(*leaves: jax.Array) -> list[jax.Array]:
-        local = leaves[rows[0]].shape[0]
-        return [result.reshape(local, -1) for result in call(*of_slots(leaves))]
-
-    def local(mesh: Mesh, arguments: Sequence[Any], found: Sequence[Any]) -> tuple:
-        # Operands with rows and results are all matrices, so what shards the rows of one does so for the others.
-        choices = [found[0], *(arguments[place] for place in rows)]
-        whole = type(found[0].sharding).get_replicated(found[0].sharding._device_assignment)
-        shared = next((choice.sharding for choice in choices if _only_rows(choice)), whole)
-        placed = [shared if place in rows else whole for place in range(len(leaves))]
+    def partition(mesh: Mesh, arguments: Sequence[Any], found: Sequence[Any]) -> tuple:
+        plan = _plan(op, labels, summed, arguments, found)
         devices = Mesh(np.asarray(found[0].sharding._device_assignment), ("devices",))
-        return devices, of_rows, [shared] * len(types), tuple(placed)
 
-    matrices = [leaf.reshape(count, -1) if place in rows else leaf for place, leaf in enumerate(leaves)]
-    results = [replicated_type(type_, (count, math.prod(type_.shape) // count), type_.dtype) for type_ in types]
-    partitioned = custom_partitioning(partial(_unpartitioned.bind, types=tuple(results)))
-    rule, whole = _sharding_rule(matrices, rows, results)
+        def local(*leaves: jax.Array) -> list[jax.Array]:
+            part = plan.part(labels)
+            return call(*leaves) if part is None else share(part, *leaves)
+
+        operands = zip(arguments, labels.operands, strict=True)
+        placed = tuple(plan.sharding(argument, dims, plan.rows) for argument, dims in operands)
+        results = zip(found, labels.results, strict=True)
+        return devices, local, [plan.sharding(result, dims, plan.kept) for result, dims in results], placed
+
+    partitioned = custom_partitioning(partial(_unpartitioned.bind, types=tuple(types)))
+    rule, sizes, whole = _sharding_rule(leaves, types, labels)
     partitioned.def_partition(
-        partition=local, sharding_rule=rule, need_replication_factors=whole, decode_shardings=False
+        partition=partition, sharding_rule=rule, need_replication_factors=whole, decode_shardings=False, **sizes
     )
     # XLA's text of the program has no trace of the function, and JAX's cache of compiled programs knows the text alone.
+    shapes = [tuple(leaf.shape) for leaf in leaves]
     text = re.sub(r" at 0x[0-9a-f]+", "", repr((identity, [type_.shape for type_ in types], shapes)))
     with set_xla_metadata(jax_marlin_moe=hashlib.sha256(text.encode()).hexdigest()):
-        found = partitioned(*matrices)
-    return [result.reshape(type_.shape) for result, type_ in zip(found, types, strict=True)]
+        return list(partitioned(*leaves))
 
 
-def _only_rows(choice: jax.ShapeDtypeStruct) -> bool:
-    """Whether the rows of a matrix are sharded, in equal parts, and nothing else."""
-    try:
-        local = choice.sharding.shard_shape(choice.shape)
-    except ValueError:  # parts that are not equal
-        return False
-    return local[0] < choice.shape[0] and local[1] == choice.shape[1]
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Which part of each dimension a device has.
+
+    Attributes:
+        tables: by label, but for rows.
+        rows: of operands.
+        kept: of results.
+        groups: devices that have the parts of one sum, where there is more than one.
+        first_sums: of each device, whether it has the first parts of products; None where these are whole.
+    """
+
+    tables: dict[str, _Table]
+    rows: _Table
+    kept: _Table
+    groups: list[list[int]] | None
+    first_sums: np.ndarray | None
+
+    def part(self, labels: Labels) -> Part | None:
+        """That of this device in sums; in the function that is traced for one."""
+        if self.groups is None:
+            return None
+        device = jax.lax.axis_index("devices")
+
+        def here(table: np.ndarray) -> jax.Array:
+            return jax.numpy.asarray(table)[device]
+
+        experts = self.tables.get(EXPERTS)
+        scattered = self.kept is not self.rows
+        count = None if experts is None else labels.units[EXPERTS]
+        each = 0 if experts is None else labels.units[EXPERTS] // _parts(experts)
+        places = np.empty(len(self.rows), np.int32)
+        for group in self.groups:
+            places[group] = range(len(group))
+        return Part(
+            axis="devices",
+            groups=self.groups,
+            experts=count,
+            first_expert=None if experts is None else here((experts * each).astype(np.int32)),
+            first_sums=None if self.first_sums is None else here(self.first_sums),
+            kept=here(places) if scattered else None,
+            shares=len(self.groups[0]),
+        )
+
+    def sharding(self, array: Any, dims: Sequence[str | None], rows: _Table) -> Any:
+        """That of an array, its own where that is it."""
+        whole = np.zeros(len(self.rows), np.int64)
+        tables = [rows if name == ROWS else self.tables.get(name or "", whole) for name in dims]
+        own = _tables(array)
+        if all(np.array_equal(table, found) for table, found in zip(tables, own, strict=True)):
+            return array.sharding
+        parts = [_parts(table) for table in tables]
+        kind, devices = type(array.sharding), array.sharding._device_assignment
+        if math.prod(parts) == 1:
+            return kind.get_replicated(devices)
+        order = np.lexsort([np.arange(len(rows)), *tables[::-1]])
+        rest = len(rows) // math.prod(parts)
+        tiles = np.ascontiguousarray(order.reshape(*parts, *([rest] if rest > 1 else [])), np.int64)
+        replicated = [OpSharding.Type.REPLICATED] if rest > 1 else []
+        hlo = type(array.sharding._to_xla_hlo_sharding(len(dims)))
+        return kind(devices, hlo.subgroup_with_device_ordering(tiles, subgroup_types=replicated))
+
+
+def _plan(op: str, labels: Labels, summed: Sequence[str], arguments: Sequence[Any], found: Sequence[Any]) -> _Plan:
+    """Raises ValueError where packed weights are divided as the op cannot use them."""
+    tables: dict[str, _Table] = {}
+    whole = np.zeros(len(found[0].sharding._device_assignment), np.int64)
+    rows = whole
+    for place, (argument, dims) in enumerate(zip(arguments, labels.operands, strict=True)):
+        for dimension, (name, table) in enumerate(zip(dims, _tables(argument), strict=True)):
+            parts = _parts(table)
+            if parts == 1:
+                continue
+            if labels.weights[place] is None:
+                if name == ROWS and rows is whole and labels.units[ROWS] % parts == 0:
+                    rows = table
+                continue
+            if name is None:
+                labels.check_whole(op, place, dimension)
+            else:
+                labels.check_parts(op, place, dimension, parts)
+                tables.setdefault(name, table)
+    wanted = whole
+    if labels.results[0] and labels.results[0][0] == ROWS:
+        wanted = _tables(found[0])[0]
+        if labels.units[ROWS] % _parts(wanted):
+            wanted = whole
+    sums = [table for name, table in tables.items() if name == EXPERTS or name in summed]
+    others = [table for name, table in tables.items() if not (name == EXPERTS or name in summed)]
+    if not _are_balanced([*sums, *others]):
+        raise ValueError(
+            f"{op} has packed weights whose {' and '.join(tables)} are sharded over the same devices, or each array its "
+            "own way: shard all arrays of a matrix alike, each dimension over mesh axes of its own"
+        )
+    first, second = (rows, wanted) if sums else (wanted, rows)
+    rows = _coarsened(first if _parts(first) > 1 else second, [*sums, *others])
+    if not sums:
+        return _Plan(tables, rows, rows, None, None)
+    groups, kept = _groups(sums, [rows, *others]), rows
+    scattered = _scattered(groups, rows, wanted)
+    if scattered is not None:
+        groups, kept = scattered, wanted
+    first_sums = None
+    for name in summed:
+        if name in tables:
+            first_sums = tables[name] == 0 if first_sums is None else first_sums & (tables[name] == 0)
+    return _Plan(tables, rows, kept, groups, first_sums)
+
+
+def _tables(array: Any) -> list[_Table]:
+    """Which part of each dimension a device has."""
+    ndim = len(array.shape)
+    devices = len(array.sharding._device_assignment)
+    hlo = array.sharding._to_xla_hlo_sharding(ndim)
+    if not hlo.is_tiled():
+        return [np.zeros(devices, np.int64)] * ndim
+    dims = hlo.tile_assignment_dimensions()
+    positions = np.asarray(hlo.tile_assignment_devices())
+    tables = []
+    for place in np.indices(dims)[:ndim]:
+        table = np.empty(devices, np.int64)
+        table[positions] = place.reshape(-1)
+        tables.append(table)
+    return tables
+
+
+def _parts(table: _Table) -> int:
+    return int(table.max()) + 1
+
+
+def _joined(tables: Sequence[_Table]) -> _Table:
+    """One number for what a device has of several dimensions."""
+    joined = np.zeros_like(tables[0])
+    for table in tables:
+        joined = joined * _parts(table) + table
+    return joined
+
+
+def _are_balanced(tables: Sequence[_Table]) -> bool:
+    """Whether equally many devices have each combination of parts."""
+    if not tables:
+        return True
+    counts = np.bincount(_joined(tables), minlength=math.prod(map(_parts, tables)))
+    return bool((counts == counts[0]).all())
+
+
+def _coarsened(rows: _Table, others: Sequence[_Table]) -> _Table:
+    """The finest parts of rows, several of those given joined, that the devices of each part of the others all have."""
+    parts = _parts(rows)
+    joins = (size for size in range(1, parts + 1) if parts % size == 0)
+    return next(joined for joined in (rows // size for size in joins) if _are_balanced([joined, *others]))
+
+
+def _groups(sums: Sequence[_Table], alike: Sequence[_Table]) -> list[list[int]]:
+    """Devices with different parts of one sum; where several have the same part, as many groups."""
+    part, key = _joined(sums), _joined(alike)
+    groups = []
+    for one in np.unique(key):
+        replicas = [np.flatnonzero((key == one) & (part == value)) for value in np.unique(part)]
+        groups += [[int(device) for device in group] for group in zip(*replicas, strict=True)]
+    return groups
+
+
+def _scattered(groups: Sequence[Sequence[int]], rows: _Table, wanted: _Table) -> list[list[int]] | None:
+    """The groups in the order of the rows that are wanted, if those of a group are its rows in as many parts."""
+    size, rest = divmod(_parts(wanted), _parts(rows))
+    if rest or size != len(groups[0]) or not np.array_equal(wanted // size, rows):
+        return None
+    ordered = [sorted(group, key=lambda device: wanted[device]) for group in groups]
+    if any([int(wanted[device] % size) for device in group] != list(range(size)) for group in ordered):
+        return None
+    return ordered
 
 
 def _sharding_rule(
-    leaves: Sequence[jax.Array], rows: Sequence[int], types: Sequence[jax.core.ShapedArray]
-) -> tuple[str, tuple[str, ...]]:
-    """Shardy's rule, in which only the rows have a factor in common, and the factors that may not be sharded."""
+    leaves: Sequence[jax.Array], types: Sequence[jax.core.ShapedArray], labels: Labels
+) -> tuple[str, dict[str, int], tuple[str, ...]]:
+    """Shardy's rule, the sizes of the factors that no dimension has alone, and the factors that may not be sharded.
+
+    Packed weights may be, in every dimension: what cannot be used is refused where the program is partitioned, since
+    XLA would gather it.
+    """
     whole: list[str] = []
+    alone: set[str] = set()
+    compound: dict[str, int] = {}
+    fresh = iter(range(10**6))
 
-    def factors(array: jax.Array | jax.core.ShapedArray, has_rows: bool) -> str:
-        names = ["t"] if has_rows else []
-        for _ in range(array.ndim - has_rows):
-            whole.append(f"w{len(whole)}")
-            names.append(whole[-1])
-        return " ".join(names)
+    def factor(name: str | None, extent: int, packed: bool) -> str:
+        if name is None:
+            name = f"w{next(fresh)}"
+            if not packed:
+                whole.append(name)
+            return name
+        units = labels.units[name]
+        if extent == units:
+            alone.add(name)
+            return name
+        rest = f"r{next(fresh)}"
+        compound.update({name: units, rest: extent // units})
+        return f"({name} {rest})"
 
-    operands = ", ".join(factors(leaf, place in rows) for place, leaf in enumerate(leaves))
-    return f"{operands} -> {', '.join(factors(type_, True) for type_ in types)}", tuple(whole)
+    def factors(shape: Sequence[int], dims: Sequence[str | None], packed: bool = False) -> str:
+        return " ".join(factor(name, extent, packed) for name, extent in zip(dims, shape, strict=True))
+
+    operands = zip(leaves, labels.operands, labels.weights, strict=True)
+    left = ", ".join(factors(leaf.shape, dims, weights is not None) for leaf, dims, weights in operands)
+    results = zip(types, labels.results, strict=True)
+    right = ", ".join(factors(type_.shape, dims) for type_, dims in results)
+    return f"{left} -> {right}", {name: size for name, size in compound.items() if name not in alone}, tuple(whole)

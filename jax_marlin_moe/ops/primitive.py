@@ -19,8 +19,9 @@ from jax.interpreters import ad, batching, mlir, xla
 
 from jax_marlin_moe.layer_slice import is_slice, read_slices, share_indices, spread_indices
 from jax_marlin_moe.operand_types import alike
+from jax_marlin_moe.ops.division import Division, Part, label
 from jax_marlin_moe.ops.implementation import becomes_custom_call, check_implementation, refuse_named
-from jax_marlin_moe.ops.partition import over_rows, with_devices
+from jax_marlin_moe.ops.partition import over_devices, with_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,7 @@ def define_op(
     transpose: Callable | None = None,
     rows: Sequence[str] = (),
     gathered_with: Sequence[str] = (),
+    division: Callable[..., Division] | None = None,
 ) -> Op:
     """Registers a primitive. All rules take the operands as the op does, and its parameters by name.
 
@@ -113,12 +115,13 @@ def define_op(
             linear are `jax.interpreters.ad.UndefinedPrimal`. The tuple has their cotangents in their places, or None
             in the place of a leaf or of a whole operand. Without it, transposition raises NotImplementedError.
         rows: operands, by their names, whose first dimension is that of rows, or of a fixed number of slots for each,
-            as that of all results is, where rows depend on no others. Over the automatic axes of a mesh each device
-            then computes the rows that it has, in the forms `cpu` and `cuda`, which get operands of any extents; XLA
-            partitions the reference by itself. Explicit axes are gathered before the primitive is bound. Without it,
-            XLA gathers all operands on every device.
-        gathered_with: operands that relate rows to each other: calls that have one are neither shared by devices nor
-            joined over a batch.
+            as that of all results is, where rows depend on no others. Over the axes of a mesh each device then
+            computes the rows that it has, in the forms `cpu` and `cuda`, which get operands of any extents; XLA
+            partitions the reference by itself.
+        gathered_with: operands that relate rows to each other: rows of calls that have one are neither shared by
+            devices nor joined over a batch.
+        division: gets the parameters that `shape_rule` gets, and says what else devices may divide: experts, and rows
+            and columns of matrices. Without it and without `rows`, XLA gathers all operands on every device.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -137,6 +140,13 @@ def define_op(
 
     names = list(inspect.signature(reference).parameters)
 
+    def rows_of(structure):
+        related = not {names[operand] for operand in _operands(structure)}.isdisjoint(gathered_with)
+        return () if related else rows
+
+    def division_of(**params):
+        return Division(matrices={}, share=_no_share) if division is None else division(**params)
+
     def lowered(form: Callable, platform: str | None):
         def rule(*leaves, structure, implementation, over=None, **params):
             def computed(function: Callable, *leaves, **params):
@@ -147,20 +157,23 @@ def define_op(
                     refuse_named(implementation)
                 elif becomes_custom_call(platform, implementation):
                     params = params if platform == "cuda" else shared(params)
-                    operands = [names[operand] for operand in _operands(structure)]
-                    if over is None or not set(operands).isdisjoint(gathered_with):
-                        return computed(form, *leaves, **params)
-                    return over_rows(
-                        partial(computed, form, **params),
-                        over,
-                        leaves,
-                        [place for place, operand in enumerate(operands) if operand in rows],
-                        identity=(name, structure, params),
+                    call = partial(computed, form, **params)
+                    if over is None:
+                        return call(*leaves)
+
+                    def share(part, *leaves):
+                        return _share(divided, form, part, jax.tree.unflatten(structure, leaves), implementation, params)
+
+                    divided = division_of(**shared(params))
+                    operands = jax.tree.unflatten(structure, leaves)
+                    labels = label(divided, names[: len(operands)], operands, rows_of(structure), over)
+                    return over_devices(
+                        call, share, over, leaves, labels, divided.summed, op=name, identity=(name, structure, params)
                     )
                 return computed(specified, *leaves, **params)
 
         def partitioned(ctx, *values, **params):
-            named = with_devices(ctx, platform) if rows and platform is not None else None
+            named = with_devices(ctx, platform) if (rows or division) and platform is not None else None
             over = None if named is None else ctx.avals_out
             return mlir.lower_fun(partial(rule, over=over), multiple_results=True)(named or ctx, *values, **params)
 
@@ -294,6 +307,21 @@ def _join_batch(
     joined = [flat(leaf, dim) if has_rows else leaf for leaf, dim, has_rows in places]
     results = op(*jax.tree.unflatten(structure, joined), **params)
     return [y.reshape(batch, y.shape[0] // batch, *y.shape[1:]) for y in results], [0] * len(results)
+
+
+def _share(
+    division: Division, form: Callable, part: Part, operands: tuple, implementation: str | None, params: dict
+) -> list[jax.Array]:
+    """What one device adds to the results of an op."""
+
+    def call(*operands: Any, **changed: Any) -> list[jax.Array]:
+        return form(*operands, **(params | changed))
+
+    return division.share(call, part, *spread_indices(operands), implementation=implementation, **params)
+
+
+def _no_share(*_: Any, **__: Any) -> list[jax.Array]:
+    raise AssertionError("an op without matrices has no sums over devices")
 
 
 def _operands(structure: Any) -> list[int]:
