@@ -13,8 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 def alike(tree: Any) -> Any:
     """The arrays of a pytree, varying over the union of their manual axes, and replicated over explicit axes."""
+    return vary_alike(jax.tree.map(_replicated, tree))
+
+
+def vary_alike(tree: Any) -> Any:
+    """The arrays of a pytree, varying over the union of their manual axes."""
     leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, _vary_alike([_replicated(leaf) for leaf in leaves]))
+    return jax.tree.unflatten(structure, _vary_alike(leaves))
 
 
 def replicated_type(aval: Any, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
@@ -24,12 +29,12 @@ def replicated_type(aval: Any, shape: tuple[int, ...], dtype: jax.typing.DTypeLi
 
 
 def shard_rows_like(y: jax.Array, x: jax.Array) -> jax.Array:
-    """`y` with its rows over the explicit axes that the rows of x are over."""
+    """`y` with its rows over the explicit axes that the rows of x are over, and its columns over those that they are."""
     sharding = jax.typeof(x).sharding
     if not sharding.spec or sharding.spec[0] is None:
         return y
-    rows = PartitionSpec(sharding.spec[0], *[None] * (y.ndim - 1))
-    return jax.sharding.reshard(y, NamedSharding(sharding.mesh, rows))
+    _, *columns = [*jax.typeof(y).sharding.spec, *[None] * y.ndim][: y.ndim]
+    return jax.sharding.reshard(y, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0], *columns)))
 
 
 def _replicated(leaf: jax.Array) -> jax.Array:

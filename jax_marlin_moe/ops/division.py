@@ -31,7 +31,7 @@ class Division:
             is the op itself, of operands and of parameters that differ. Not called where only rows of the op and
             columns of results are divided.
         columns: by the name of an operand with rows, what its second dimension is called.
-        results: what the second dimension of each result is called, None where it is whole.
+        results: what the second dimension of each result is called, None where it is whole, as all are in an empty one.
         summed: the names over which results are sums, beside the experts.
         vectors: operands whose leaves have an entry per expert.
         weights: operands whose arrays are refused where they are sharded, as packed weights are.
@@ -41,7 +41,7 @@ class Division:
     matrices: Mapping[str, tuple[str | None, str | None]]
     share: Callable[..., list[jax.Array]]
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    results: Sequence[str | None] = (None,)
+    results: Sequence[str | None] = ()
     summed: Sequence[str] = ()
     vectors: Sequence[str] = ()
     weights: Sequence[str] = ()
@@ -183,6 +183,7 @@ def label(
             sizes.setdefault(name, []).append((extent, step))
 
     by_name = dict(zip(names, operands, strict=True))
+    columns_of_results = division.results or [None] * len(types)
     for operand, (of_rows, of_columns) in division.matrices.items():
         weights = by_name[operand]
         use(EXPERTS, weights.num_experts)
@@ -190,7 +191,7 @@ def label(
         use(of_columns, weights.padded_n, TILE_N)
     for operand, name in division.columns.items():
         use(name, by_name[operand].shape[1])
-    for name, type_ in zip(division.results, types, strict=True):
+    for name, type_ in zip(columns_of_results, types, strict=True):
         use(name, type_.shape[1] if type_.ndim > 1 else 1)
     units = {}
     for name, found in sizes.items():
@@ -222,7 +223,7 @@ def label(
                 labels.append(())
                 weights_of.append(None)
     results = []
-    for name, type_ in zip(division.results, types, strict=True):
+    for name, type_ in zip(columns_of_results, types, strict=True):
         of_rows = ROWS if ROWS in units else None
         results.append((of_rows, name if name in units else None)[: type_.ndim])
     return Labels(labels, results, units, weights_of, wholes)

@@ -16,7 +16,7 @@ from jax_marlin_moe.cuda.plan_products import plan_grouped_product
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layout import TILE_N
-from jax_marlin_moe.operand_types import replicated_type
+from jax_marlin_moe.operand_types import alike, replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
 from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
@@ -183,6 +183,7 @@ def slot_columns(
     by_expert: Float32[Array, "E N"], experts: Int32[Array, " slots"], repeats: int = 1
 ) -> Float32[Array, "slots N"]:
     """The row of each slot's expert, its entries repeated; zeros where there is no expert."""
+    by_expert, experts = alike((by_expert, experts))
     has_expert = (experts >= 0) & (experts < by_expert.shape[0])
     rows = by_expert[jnp.where(has_expert, experts, 0)]
     return jnp.repeat(jnp.where(has_expert[:, None], rows, 0), repeats, axis=1)

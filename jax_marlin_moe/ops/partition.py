@@ -19,7 +19,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxlib.xla_client import OpSharding
 
 from jax_marlin_moe.operand_types import replicated_type
@@ -90,8 +90,10 @@ def over_devices(
         devices = Mesh(np.asarray(found[0].sharding._device_assignment), ("devices",))
 
         def local(*leaves: jax.Array) -> list[jax.Array]:
-            part = plan.part(labels)
-            return call(*leaves) if part is None else share(part, *leaves)
+            # Arrays of one device have no mesh, whichever is that of the program.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                part = plan.part(labels)
+                return call(*leaves) if part is None else share(part, *leaves)
 
         operands = zip(arguments, labels.operands, strict=True)
         placed = tuple(plan.sharding(argument, dims, plan.rows) for argument, dims in operands)

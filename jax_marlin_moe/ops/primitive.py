@@ -18,8 +18,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_marlin_moe.layer_slice import is_slice, read_slices, share_indices, spread_indices
-from jax_marlin_moe.operand_types import alike
-from jax_marlin_moe.ops.division import Division, Part, label
+from jax_marlin_moe.operand_types import alike, vary_alike
+from jax_marlin_moe.ops.division import Division, Labels, Part, label
+from jax_marlin_moe.ops.explicit import explicit_mesh, over_explicit_axes
 from jax_marlin_moe.ops.implementation import becomes_custom_call, check_implementation, refuse_named
 from jax_marlin_moe.ops.partition import over_devices, with_devices
 
@@ -31,18 +32,38 @@ class Op:
     Attributes:
         primitive: of the leaves of the operands; parameter `structure` is their tree.
         reference: operands and parameters to the list of results.
+        divided: what devices may divide, and how its dimensions are labelled, of operands, parameters and the types of
+            results.
     """
 
     primitive: Primitive
     reference: Callable
+    divided: Callable[..., tuple[Division, Labels]]
 
     def __call__(self, *operands: Any, implementation: str | None, **params: Any) -> list[jax.Array]:
         """The results; `implementation` "xla" leaves no trace of the primitive."""
-        leaves, structure = jax.tree.flatten(alike(share_indices(operands)))
+        leaves, structure = jax.tree.flatten(share_indices(operands))
+        mesh = explicit_mesh(leaves)
+        if mesh is not None:
+            return self._over_explicit_axes(leaves, structure, mesh, implementation=implementation, **params)
+        leaves = alike(leaves)
         if implementation == "xla":
             with jax.named_scope(self.primitive.name):
                 return self.reference(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
         return self.primitive.bind(*leaves, structure=structure, implementation=implementation, **params)
+
+    def _over_explicit_axes(self, leaves: Sequence[jax.Array], structure: Any, mesh: Any, **params: Any) -> Any:
+        def call(*leaves: jax.Array) -> list[jax.Array]:
+            return self(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
+
+        def share(part: Part, *leaves: jax.Array) -> list[jax.Array]:
+            operands = jax.tree.unflatten(structure, leaves)
+            return _share(division, partial(self, implementation=params["implementation"]), part, operands, **params)
+
+        abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        types = jax.eval_shape(partial(self.primitive.bind, structure=structure, **params), *abstract)
+        division, labels = self.divided(jax.tree.unflatten(structure, leaves), types, **params)
+        return over_explicit_axes(call, share, leaves, labels, division.summed, mesh, op=self.primitive.name)
 
 
 def one_program(*static: str) -> Callable[[Callable], Callable]:
@@ -133,19 +154,17 @@ def define_op(
         results = reference(*read_slices(operands), **shared(params))
         return list(results) if isinstance(results, (list, tuple)) else [results]
 
-    op = Op(primitive, specified)
+    def divided(operands, types, *, implementation=None, **params):
+        present = [name for name, operand in zip(names, operands, strict=False) if jax.tree.leaves(operand)]
+        related = not set(present).isdisjoint(gathered_with)
+        found = Division(matrices={}, share=_no_share) if division is None else division(**shared(params))
+        return found, label(found, names[: len(operands)], operands, () if related else rows, types)
+
+    names = list(inspect.signature(reference).parameters)
+    op = Op(primitive, specified, divided)
 
     def abstract(*leaves, structure, implementation, **params):
         return shape_rule(*jax.tree.unflatten(structure, leaves), **shared(params))
-
-    names = list(inspect.signature(reference).parameters)
-
-    def rows_of(structure):
-        related = not {names[operand] for operand in _operands(structure)}.isdisjoint(gathered_with)
-        return () if related else rows
-
-    def division_of(**params):
-        return Division(matrices={}, share=_no_share) if division is None else division(**params)
 
     def lowered(form: Callable, platform: str | None):
         def rule(*leaves, structure, implementation, over=None, **params):
@@ -162,13 +181,12 @@ def define_op(
                         return call(*leaves)
 
                     def share(part, *leaves):
-                        return _share(divided, form, part, jax.tree.unflatten(structure, leaves), implementation, params)
+                        operands = jax.tree.unflatten(structure, leaves)
+                        return _share(found, form, part, operands, implementation=implementation, **params)
 
-                    divided = division_of(**shared(params))
-                    operands = jax.tree.unflatten(structure, leaves)
-                    labels = label(divided, names[: len(operands)], operands, rows_of(structure), over)
+                    found, labels = divided(jax.tree.unflatten(structure, leaves), over, **params)
                     return over_devices(
-                        call, share, over, leaves, labels, divided.summed, op=name, identity=(name, structure, params)
+                        call, share, over, leaves, labels, found.summed, op=name, identity=(name, structure, params)
                     )
                 return computed(specified, *leaves, **params)
 
@@ -180,7 +198,7 @@ def define_op(
         return partitioned
 
     def batched(leaves, dims, *, structure, **params):
-        leaves = alike(leaves)
+        leaves = vary_alike(leaves)
         pairs = list(zip(leaves, dims, strict=True))
         if next(leaf.shape[dim] for leaf, dim in pairs if dim is not None) == 0:
             elements = [
@@ -191,13 +209,13 @@ def define_op(
             empty = [jnp.zeros((0, *type_.shape), type_.dtype) for type_ in types]
             return alike((empty, leaves))[0], [0] * len(empty)
         if batching_rule is not None:
-            return batching_rule(op, leaves, dims, structure=structure, **params)
+            return batching_rule(op, alike(leaves), dims, structure=structure, **params)
         operands = [names[operand] for operand in _operands(structure)]
         moving = {name for name, dim in zip(operands, dims, strict=True) if dim is not None}
         if moving <= set(rows) and set(operands).isdisjoint(gathered_with):
             of_rows = [name in rows for name in operands]
             return _join_batch(op, leaves, dims, of_rows, structure=structure, **params)
-        return map_batch(op, leaves, dims, structure=structure, **params)
+        return map_batch(op, alike(leaves), dims, structure=structure, **params)
 
     def differentiated(primals, tangents, *, structure, **params):
         moving = [None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents]
@@ -310,7 +328,7 @@ def _join_batch(
 
 
 def _share(
-    division: Division, form: Callable, part: Part, operands: tuple, implementation: str | None, params: dict
+    division: Division, form: Callable, part: Part, operands: tuple, *, implementation: str | None, **params: Any
 ) -> list[jax.Array]:
     """What one device adds to the results of an op."""
 
