@@ -29,7 +29,7 @@ def replicated_type(aval: Any, shape: tuple[int, ...], dtype: jax.typing.DTypeLi
 
 
 def shard_rows_like(y: jax.Array, x: jax.Array) -> jax.Array:
-    """`y` with its rows over the explicit axes that the rows of x are over, and its columns over those that they are."""
+    """`y` with its rows over the explicit axes that the rows of x are over; its columns stay where they are."""
     sharding = jax.typeof(x).sharding
     if not sharding.spec or sharding.spec[0] is None:
         return y

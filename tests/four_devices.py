@@ -214,7 +214,9 @@ def parallel_tensors(weight_format, group_size, activation="silu"):
 
 
 def collectives(compiled):
-    return re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
+    return re.findall(
+        r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text()
+    )
 
 
 def on_rows(array):

@@ -53,7 +53,7 @@ class Part:
     """What one of several devices has of a sum.
 
     Attributes:
-        axis: the mesh axes over which devices have parts.
+        axis: the mesh axes over which devices have parts; there may be none.
         groups: devices along the axis that have the parts of one sum, in the order of the rows that they keep; None for
             all.
         experts: how many there are on all devices together; None where they are not divided.
@@ -98,15 +98,13 @@ class Part:
 
     def sum(self, y: jax.Array, dtype: Any) -> jax.Array:
         """The whole sum on each device that has a part of it."""
-        return jax.lax.psum(y, self.axis, axis_index_groups=self.groups).astype(dtype)
+        return (jax.lax.psum(y, self.axis, axis_index_groups=self.groups) if self.axis else y).astype(dtype)
 
     def total(self, y: jax.Array, dtype: Any) -> jax.Array:
         """The rows of the whole sum that this device keeps."""
         if self.kept is None:
             return self.sum(y, dtype)
-        total = jax.lax.psum_scatter(
-            y, self.axis, scatter_dimension=0, axis_index_groups=self.groups, tiled=True
-        )
+        total = jax.lax.psum_scatter(y, self.axis, scatter_dimension=0, axis_index_groups=self.groups, tiled=True)
         return total.astype(dtype)
 
     def keep(self, y: jax.Array) -> jax.Array:
@@ -141,9 +139,9 @@ class Labels:
         if name is not None:
             why = self.wholes.get((place, dimension), "the op needs it whole")
             raise ValueError(
-                f"{name} is sharded along its dimension {dimension}; {op} divides experts, the first dimension of packed "
-                f"weights, and here {why}. Weights are never gathered unasked: put them through "
-                "jax.lax.with_sharding_constraint with an empty PartitionSpec to ask for it"
+                f"{name} is sharded along its dimension {dimension}; {op} divides experts, the first dimension of "
+                f"packed weights, and here {why}. Weights are never gathered unasked: to ask for it, put them through "
+                "jax.lax.with_sharding_constraint, or jax.sharding.reshard, with an empty PartitionSpec"
             )
 
     def check_parts(self, op: str, place: int, dimension: int, parts: int) -> None:
@@ -189,13 +187,13 @@ def label(
         use(EXPERTS, weights.num_experts)
         use(of_rows, weights.padded_k, _row_step(weights))
         use(of_columns, weights.padded_n, TILE_N)
-    for operand, name in division.columns.items():
-        use(name, by_name[operand].shape[1])
-    for name, type_ in zip(columns_of_results, types, strict=True):
-        use(name, type_.shape[1] if type_.ndim > 1 else 1)
+    for operand, of_columns in division.columns.items():
+        use(of_columns, by_name[operand].shape[1])
+    for of_columns, type_ in zip(columns_of_results, types, strict=True):
+        use(of_columns, type_.shape[1] if type_.ndim > 1 else 1)
     units = {}
-    for name, found in sizes.items():
-        extents, step = {extent for extent, _ in found}, math.lcm(*(step for _, step in found))
+    for name, uses in sizes.items():
+        extents, step = {extent for extent, _ in uses}, math.lcm(*(step for _, step in uses))
         if len(extents) == 1 and min(extents) > 0 and min(extents) % step == 0:
             units[name] = min(extents) // step
     counts = [leaf.shape[0] for name in rows for leaf in jax.tree.leaves(by_name[name])]
@@ -204,8 +202,10 @@ def label(
         if count and not any(extent % count for extent in [*counts, *(type_.shape[0] for type_ in types)]):
             units[ROWS] = count
 
-    labels, weights_of, wholes = [], [], {}
-    for name, operand in zip(names, operands, strict=True):
+    labels: list[tuple[str | None, ...]] = []
+    weights_of: list[str | None] = []
+    wholes: dict[tuple[int, int], str] = {}
+    for name, operand in by_name.items():
         for path, node in jax.tree.leaves_with_path(operand, is_leaf=is_slice):
             leaf = _leaf_name(path)
             found = _leaf_labels(division, name, operand, leaf, node, rows)
@@ -222,10 +222,11 @@ def label(
             if is_slice(node) and node.index is not None:  # what `share_indices` has left
                 labels.append(())
                 weights_of.append(None)
-    results = []
-    for name, type_ in zip(columns_of_results, types, strict=True):
-        of_rows = ROWS if ROWS in units else None
-        results.append((of_rows, name if name in units else None)[: type_.ndim])
+    of_rows = ROWS if ROWS in units else None
+    results = [
+        (of_rows, of_columns if of_columns in units else None)[: type_.ndim]
+        for of_columns, type_ in zip(columns_of_results, types, strict=True)
+    ]
     return Labels(labels, results, units, weights_of, wholes)
 
 

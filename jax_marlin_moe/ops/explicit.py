@@ -98,8 +98,11 @@ class _Plan:
         return PartitionSpec(*[axes if len(axes) > 1 else axes[0] if axes else None for axes in found])
 
     def part(self, labels: Labels) -> Part | None:
-        """That of this device in sums; in the body of the `jax.shard_map`."""
-        if not self.sums:
+        """That of this device in sums; in the body of the `jax.shard_map`.
+
+        Also where only columns are divided: results that have none must not vary over the axes.
+        """
+        if not self.axes:
             return None
         experts = self.axes.get(EXPERTS)
         count = None if experts is None else labels.units[EXPERTS]
@@ -148,8 +151,7 @@ def _plan(op: str, labels: Labels, summed: Sequence[str], leaves: Sequence[jax.A
     products = tuple(axis for name in summed for axis in axes.get(name, ()))
     sums = axes.get(EXPERTS, ()) + products
     rows = tuple(axis for axis in wanted if axis not in used)
-    tail = wanted[len(rows) :]
-    kept = rows
+    tail, kept = wanted[len(rows) :], rows
     if tail and wanted[: len(rows)] == rows and set(tail) == set(sums):
         sums, kept = tail, wanted
     return _Plan(axes, rows, kept, wanted, sums, products, mesh)

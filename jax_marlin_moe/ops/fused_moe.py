@@ -295,8 +295,8 @@ def _cuda(
 
 
 INTERLEAVED = (
-    "a range of its columns is not one of gate and of up: lay the block out with jax_marlin_moe.sharding.tensor_parallel "
-    "and call it in jax.shard_map"
+    "a range of its columns is not one of gate and of up: lay the block out with "
+    "jax_marlin_moe.sharding.tensor_parallel and call it in jax.shard_map"
 )
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import native, reference
@@ -15,6 +16,7 @@ from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan_products import plan_grouped_product
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
+from jax_marlin_moe.layer_slice import is_slice
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import alike, replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
@@ -183,10 +185,25 @@ def slot_columns(
     by_expert: Float32[Array, "E N"], experts: Int32[Array, " slots"], repeats: int = 1
 ) -> Float32[Array, "slots N"]:
     """The row of each slot's expert, its entries repeated; zeros where there is no expert."""
-    by_expert, experts = alike((by_expert, experts))
+    columns = _explicit_columns(by_expert) if repeats == 1 else None
+    if columns is None:
+        by_expert, experts = alike((by_expert, experts))
+    else:
+        by_expert, experts = jax.sharding.reshard(by_expert, columns), alike(experts)
     has_expert = (experts >= 0) & (experts < by_expert.shape[0])
-    rows = by_expert[jnp.where(has_expert, experts, 0)]
-    return jnp.repeat(jnp.where(has_expert[:, None], rows, 0), repeats, axis=1)
+    chosen = jnp.where(has_expert, experts, 0)
+    rows = by_expert[chosen] if columns is None else by_expert.at[chosen].get(out_sharding=columns)
+    found = jnp.where(has_expert[:, None], rows, 0)
+    return jnp.repeat(found, repeats, axis=1) if repeats > 1 else found
+
+
+def _explicit_columns(by_expert: jax.Array) -> NamedSharding | None:
+    """A sharding of the columns alone, where they are over explicit axes."""
+    if is_slice(by_expert):
+        return None
+    sharding = jax.typeof(by_expert).sharding
+    columns = sharding.spec[1] if len(sharding.spec) > 1 else None
+    return None if columns is None else NamedSharding(sharding.mesh, PartitionSpec(None, columns))
 
 
 def sum_by_expert(

@@ -157,15 +157,13 @@ def _jvp(op, primals, tangents, *, implementation):
 
 
 def _division():
-    return Division(
-        matrices={"weights": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n",), summed=("k",)
-    )
+    return Division(matrices={"weights": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n",), summed=("k",))
 
 
 def _share(call, part, x, weights, expert, *, implementation):
     if part.first_expert is not None:
-        last = part.experts - 1
-        expert = part.local(jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, last), weights.num_experts)
+        number = jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, part.experts - 1)
+        expert = part.local(number, weights.num_experts)
     weights = part.with_bias_once(weights)
     if part.divides_products:
         experts = jnp.broadcast_to(jnp.zeros((1,), jnp.int32) if expert is None else expert, x.shape[:1])

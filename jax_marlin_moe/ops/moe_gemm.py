@@ -235,9 +235,7 @@ def _jvp(op, primals, tangents, *, top_k, block_size, implementation):
 
 
 def _division(*, top_k, block_size):
-    return Division(
-        matrices={"weights": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n",), summed=("k",)
-    )
+    return Division(matrices={"weights": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n",), summed=("k",))
 
 
 def _share(call, part, x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, block_size, implementation):

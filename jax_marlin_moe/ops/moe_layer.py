@@ -25,7 +25,6 @@ from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
-from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.fused_moe import block_division, check_experts, expert_block
 from jax_marlin_moe.ops.primitive import define_op, jvp_of, one_program
 from jax_marlin_moe.routing import Routing, check_routing, route_rows

@@ -1,8 +1,8 @@
 """Calls over the automatic axes of a mesh: each device computes with the rows, experts and matrices that it has.
 
 XLA knows nothing of custom calls and would gather their operands on every device. A `custom_partitioning` tells it
-which dimensions belong together, by a rule for Shardy; where the program is partitioned it asks what to do, and gets the
-call traced again with what one device has, and the collectives between the devices.
+which dimensions belong together, by a rule for Shardy; where the program is partitioned it asks what to do, and gets
+the call traced again with what one device has, and the collectives between the devices.
 """
 
 import dataclasses
@@ -203,8 +203,8 @@ def _plan(op: str, labels: Labels, summed: Sequence[str], arguments: Sequence[An
     others = [table for name, table in tables.items() if not (name == EXPERTS or name in summed)]
     if not _are_balanced([*sums, *others]):
         raise ValueError(
-            f"{op} has packed weights whose {' and '.join(tables)} are sharded over the same devices, or each array its "
-            "own way: shard all arrays of a matrix alike, each dimension over mesh axes of its own"
+            f"{op} has packed weights with several dimensions sharded over the same devices: shard all arrays of a "
+            "matrix alike, each dimension over mesh axes of its own"
         )
     first, second = (rows, wanted) if sums else (wanted, rows)
     rows = _coarsened(first if _parts(first) > 1 else second, [*sums, *others])

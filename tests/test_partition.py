@@ -1,0 +1,61 @@
+"""Sharded operands under plain `jit`: what `partitioned_calls.py` finds in processes with four devices."""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+OPS = ("moe_gemm", "linear", "ragged_dot", "expert_gemm")
+BLOCKS = [
+    "block, experts",
+    "block, experts, tokens over another axis",
+    "block, experts and tokens over one axis",
+    "block, columns and rows",
+    "gradients of a block, experts, tokens over another axis",
+    "scan, experts",
+    "vmap, experts",
+    "layer, experts, tokens over another axis",
+]
+EXPLICIT = [f"explicit {name}" for name in BLOCKS if name != "block, experts, tokens over another axis"]
+PRODUCTS = [
+    f"{kind}{call}"
+    for op in OPS
+    for kind in ("", "explicit ")
+    for call in (f"{op}, experts", f"{op}, rows", f"{op}, columns", f"gradient of {op}, rows")
+]
+REFUSALS = ["refusals", "explicit refusals"]
+# The rest differs from these in what is called, not in how it is divided.
+ORDINARY = [
+    "block, experts",
+    "block, experts and tokens over one axis",
+    "gradients of a block, experts, tokens over another axis",
+    "layer, experts, tokens over another axis",
+    "explicit block, experts and tokens over one axis",
+    "explicit gradients of a block, experts, tokens over another axis",
+    "linear, rows",
+    "explicit linear, columns",
+    *REFUSALS,
+]
+CALLS = [*BLOCKS, *EXPLICIT, *PRODUCTS, *REFUSALS]
+
+
+@functools.cache
+def found(calls):
+    program = pathlib.Path(__file__).with_name("partitioned_calls.py")
+    run = subprocess.run([sys.executable, program, *calls], capture_output=True, text=True, check=True, timeout=1200)
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("call", ORDINARY)
+def test_each_device_computes_with_what_it_has(call):
+    assert found(tuple(ORDINARY))[call] is None, found(tuple(ORDINARY))[call]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("call", [call for call in CALLS if call not in ORDINARY])
+def test_each_device_computes_every_op_with_what_it_has(call):
+    others = tuple(call for call in CALLS if call not in ORDINARY)
+    assert found(others)[call] is None, found(others)[call]
