@@ -1,7 +1,8 @@
-"""Draws block time and limit over the number of tokens, both logarithmic, one panel per model.
+"""Draws block time and limit, or the share of the limit, over the number of tokens, one panel per model.
 
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --out decode.svg
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --dark --out decode_dark.svg
+    python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --show share --out share.svg
 
 Lines are medians, bands reach from the 10th to the 90th percentile of the samples. Takes any number of result files of
 `benchmarks.blocks`. A line is an implementation; where a model was timed in several formats, group sizes, dtypes or
@@ -13,6 +14,7 @@ import json
 import math
 import pathlib
 from collections import defaultdict
+from collections.abc import Callable
 
 import matplotlib
 import matplotlib.style
@@ -47,7 +49,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
     return list(rows.values())
 
 
-def read_caption(paths: list[pathlib.Path]) -> str:
+def read_caption(paths: list[pathlib.Path], show: str = "time") -> str:
     """What a reader must know who sees the figure alone: the cards, what is timed, and what the limit is."""
     results = [json.loads(path.read_text()) for path in paths]
     cards = ", ".join(dict.fromkeys(result.get("card", "a card that is not stated") for result in results))
@@ -57,15 +59,18 @@ def read_caption(paths: list[pathlib.Path]) -> str:
     )
     speeds = sorted(result["read_tb_s"] for result in results if "read_tb_s" in result)
     measured = f" ({speeds[0]:.2f} TB/s here)" if speeds else ""
+    what = "Device time of one block of experts with cold L2: lower is better."
+    if show == "share":
+        what = "Limit over the device time of one block of experts with cold L2: higher is better, 100 % is the limit."
     return (
-        f"{cards}; {', '.join(kinds)}. Device time of one block of experts with cold L2: lower is better.\n"
+        f"{cards}; {kinds}. {what}\n"
         f"Limit: bytes of the experts that are hit, over the read bandwidth measured in the same run{measured}. "
         "Bands: 10th to 90th percentile."
     )
 
 
-def draw(rows: list[dict], caption: str = "") -> Figure:
-    """The figure; colours and markers mean the same implementation in every panel."""
+def draw(rows: list[dict], caption: str = "", show: str = "time") -> Figure:
+    """The figure, of "time" or the "share" of the limit; colours and markers mean the same in every panel."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     columns = min(_MOST_COLUMNS, len(models))
@@ -74,7 +79,7 @@ def draw(rows: list[dict], caption: str = "") -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(*grid, squeeze=False)
     for panel, model in zip(axes.flat, models, strict=False):
-        _draw_panel(panel, model, [row for row in rows if row["model"] == model], names)
+        _draw_panel(panel, model, [row for row in rows if row["model"] == model], names, show)
     for panel in axes.flat[len(models) :]:
         panel.set_axis_off()
     if caption:
@@ -82,15 +87,20 @@ def draw(rows: list[dict], caption: str = "") -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, model: str, rows: list[dict], names: list[str]) -> None:
+def _draw_panel(axes: Axes, model: str, rows: list[dict], names: list[str], show: str) -> None:
+    def value(row: dict, name: str) -> float:
+        return row[name] if show == "time" else 100 * row["limit_us"] / row[name]
+
     varying = [name for name in _VARIANT if len({row[name] for row in rows}) > 1]
     lines, limits, bands = defaultdict(list), defaultdict(dict), defaultdict(list)
     for row in rows:
         variant = tuple(str(row[name]) for name in varying)
-        lines[row["implementation"], variant].append((row["M"], row["block_us"]))
+        lines[row["implementation"], variant].append((row["M"], value(row, "block_us")))
         if "block_p10_us" in row:
-            bands[row["implementation"]].append((row["M"], row["block_p10_us"], row["block_p90_us"], variant))
-        limits[variant][row["M"]] = row["limit_us"]
+            bands[row["implementation"]].append(
+                (row["M"], value(row, "block_p10_us"), value(row, "block_p90_us"), variant)
+            )
+        limits[variant][row["M"]] = value(row, "limit_us")
     variants = list(limits)
     for (name, variant), points in lines.items():
         axes.plot(
@@ -106,44 +116,56 @@ def _draw_panel(axes: Axes, model: str, rows: list[dict], names: list[str]) -> N
             points = sorted(point[:3] for point in spread if point[3] == variant)
             if points:
                 axes.fill_between(*zip(*points, strict=True), color=f"C{names.index(name)}", alpha=0.25, linewidth=0)
-    for variant, points in limits.items():
+    for variant, points in (limits if show == "time" else dict(list(limits.items())[:1])).items():
         label = " ".join(["limit", *variant])
         axes.plot(*zip(*sorted(points.items()), strict=True), color="0.5", linewidth=1.5, linestyle=":", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(sorted({row["M"] for row in rows}))
+    if show == "time":
+        axes.set_yscale("log")
+        # Panels span one or two decades: powers of ten alone would leave some without a label.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axes.set_ylim(0, 105)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    # Panels span one or two decades: powers of ten alone would leave some without a label.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.set_title(model)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("block, µs")
+    axes.set_ylabel("block, µs" if show == "time" else "share of the limit, %")
     axes.grid(linewidth=0.3)
     axes.legend(fontsize="x-small")
+
+
+def figure_file(text: str) -> pathlib.Path:
+    """The value of `--out`."""
+    if not text.endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"{text} must end in .svg or .png")
+    return pathlib.Path(text)
+
+
+def save(drawn: Callable[[], Figure], out: pathlib.Path, *, dark: bool) -> None:
+    """Draws and writes a figure, on a light or a dark ground; the same numbers give the same file."""
+    # No date in the file: it would change with every drawing of the same numbers.
+    metadata = {"Date": None} if out.suffix == ".svg" else None
+    with matplotlib.style.context("dark_background" if dark else "default"), matplotlib.rc_context(_SVG):
+        drawn().savefig(out, dpi=150, metadata=metadata)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Writes the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=pathlib.Path, help="JSON files of benchmarks.blocks")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a name that ends in .svg or .png")
+    parser.add_argument("--show", choices=["time", "share"], default="time", help="block time, or the limit over it")
+    parser.add_argument("--out", type=figure_file, required=True, help="a name that ends in .svg or .png")
     parser.add_argument("--dark", action="store_true", help="for a dark page")
     args = parser.parse_args(arguments)
-    if args.out.suffix not in (".svg", ".png"):
-        parser.error(f"argument --out: {args.out} must end in .svg or .png")
-    style = "dark_background" if args.dark else "default"
     try:
-        with matplotlib.style.context(style):
-            figure = draw(read_rows(args.results), read_caption(args.results))
+        rows, caption = read_rows(args.results), read_caption(args.results, args.show)
+        save(lambda: draw(rows, caption, args.show), args.out, dark=args.dark)
     except ValueError as error:
         parser.error(str(error))
-    # No date in the file: it would change with every drawing of the same numbers.
-    metadata = {"Date": None} if args.out.suffix == ".svg" else None
-    with matplotlib.style.context(style), matplotlib.rc_context(_SVG):
-        figure.savefig(args.out, dpi=150, metadata=metadata)
 
 
 if __name__ == "__main__":
