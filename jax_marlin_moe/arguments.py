@@ -84,9 +84,16 @@ def check_weights(name: str, weights: MarlinWeights) -> None:
             f"{name} is a {type(weights).__name__}; it must be a MarlinWeights: pack dense weights with "
             "jax_marlin_moe.quantize, or a checkpoint's with jax_marlin_moe.checkpoint"
         )
-    if weights.layout != "a16":
+    if weights.layout not in ("a16", f"a16/{weights.padded_n}"):
+        of_ranks = weights.layout.startswith("a16/")
         raise ValueError(
-            f"{name}.layout is {weights.layout!r}; this op needs 'a16' (16-bit activations): repack from the source"
+            f"{name}.layout is {weights.layout!r}, with {weights.padded_n} columns; "
+            + (
+                f"its columns are those of several ranks, {weights.layout.removeprefix('a16/')} each: call it with "
+                "jax_marlin_moe.sharding.parallel_layer, or a rank's share in jax.shard_map"
+                if of_ranks
+                else "this op needs 'a16' (16-bit activations): repack from the source"
+            )
         )
     fmt = weights.format
     if FORMATS.get(fmt.name) != fmt:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.expert_placement import first_slots
 from jax_marlin_moe.ops.moe_layer import moe_layer
 from jax_marlin_moe.routing import Routing, rms_normalized, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert
@@ -33,6 +34,8 @@ class MoELayer:
         output_norm: [H], or None; where it is there, the layer returns `rms_norm(y) * output_norm` (A.X K1).
         norm_epsilon: of both norms.
         shared_activation: of the shared expert where it is another one, or None.
+        placement: [slots] int32, the expert in each slot of the packed experts, where they have an order of their own
+            or hot ones are there more than once (`jax_marlin_moe.sharding.place_experts`), or None.
     """
 
     gate_up: MarlinWeights
@@ -49,6 +52,7 @@ class MoELayer:
     output_norm: Float[Array, " H"] | None = None
     norm_epsilon: float = 1e-6
     shared_activation: str | Activation | None = None
+    placement: Int32[Array, " slots"] | None = None
 
     def __repr__(self) -> str:
         """One line: dtypes, shapes and bytes, and how tokens are routed."""
@@ -98,6 +102,7 @@ class MoELayer:
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
         """
         rows = x.reshape(-1, x.shape[-1])
+        placement = None if self.placement is None else jnp.asarray(self.placement)
         y = moe_layer(
             rows,
             self.router,
@@ -114,13 +119,23 @@ class MoELayer:
             router_input_scale=self.router_input_scale,
             norm_epsilon=self.norm_epsilon,
             topk_ids=self._given(None if token_ids is None else token_ids.reshape(-1)),
+            expert_map=None if placement is None else first_slots(placement, self.num_experts),
             implementation=implementation,
             batch_invariant=batch_invariant,
         )
-        if self.output_norm is not None:
-            scale = self.output_norm.astype(jnp.float32)[None]
-            y = (rms_normalized(y.astype(jnp.float32), self.norm_epsilon) * scale).astype(x.dtype)
-        return y.reshape(x.shape)
+        return self.normalized(y).reshape(x.shape)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that ids may name and that have weights: those of the router without identity experts."""
+        return self.router.shape[1] - self.routing.identity_experts
+
+    def normalized(self, y: Float[Array, "tokens H"]) -> Float[Array, "tokens H"]:
+        """Results of the experts as the layer returns them: under its `output_norm`, where there is one."""
+        if self.output_norm is None:
+            return y
+        scale = self.output_norm.astype(jnp.float32)[None]
+        return (rms_normalized(y.astype(jnp.float32), self.norm_epsilon) * scale).astype(y.dtype)
 
     def _given(self, token_ids: Int32[Array, " tokens"] | None) -> Int32[Array, "tokens top_k"] | None:
         """The experts of each row, where they follow from its token."""

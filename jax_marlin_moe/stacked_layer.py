@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from jax_marlin_moe.layer import STATIC, MoELayer
@@ -95,7 +96,12 @@ def stack_layers(layers: Iterable[MoELayer], count: int | None = None) -> Stacke
 
 
 def _zeros(count: int, leaf: Array) -> Array:
-    return jnp.zeros((count, *leaf.shape), leaf.dtype)
+    """The stack of a leaf, over the same devices of a mesh."""
+    sharding = getattr(leaf, "sharding", None)
+    over = None
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        over = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return jnp.zeros((count, *leaf.shape), leaf.dtype, device=over)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -39,7 +39,8 @@ class MarlinWeights:
             `x[:, input_order[e, k]]`. None means the identity.
         format: the row of the format registry.
         group_size: rows that share a scale; K where one scale covers all of them.
-        layout: "a16", the packing for 16-bit activations; weights packed for another mode are refused.
+        layout: "a16", the packing for 16-bit activations; weights packed for another mode are refused. "a16/128" where
+            `jax_marlin_moe.sharding.tensor_parallel` has laid columns out for ranks that have 128 each.
         global_scales: float32 factors of each 64 columns, for formats that have them.
         row_padding: zero rows at the end of K.
         column_padding: zero columns at the end of each of as many equal parts as there are entries: one entry for a

@@ -50,7 +50,8 @@ def matrix(k, n, experts=2, **options):
 def test_every_leaf_has_a_spec():
     weights = matrix(128, 64, group_size=64, bias=jnp.ones((2, 64)))
     assert partition_specs(weights, "experts", "d").packed == P("d")
-    columns, rows = partition_specs(weights, "columns", "d"), partition_specs(weights, "rows", "d")
+    columns = partition_specs(weights, "columns", "d", one_matrix=True)
+    rows = partition_specs(weights, "rows", "d")
     assert (columns.packed, columns.scales, columns.bias) == (P(None, None, "d"), P(None, None, "d"), P(None, "d"))
     assert (rows.packed, rows.scales, rows.bias, rows.zeros) == (P(None, "d"), P(None, "d"), P(None, "d"), None)
     assert partition_specs(matrix(128, 64, group_size=None), "rows", "d").scales == P()
@@ -89,8 +90,9 @@ def test_sizes_that_do_not_fall_into_shares_are_refused(inner, group_size, ranks
 def test_specs_for_ranks_that_do_not_divide_are_refused(over, ranks, message):
     weights = matrix(256, 192, experts=6, group_size=64)
     with pytest.raises(ValueError, match=message):
-        partition_specs(weights, over, "d", ranks=ranks)
-    assert partition_specs(weights, over, "d", ranks=1) == partition_specs(weights, over, "d")
+        partition_specs(weights, over, "d", ranks=ranks, one_matrix=True)
+    one = {"one_matrix": True}
+    assert partition_specs(weights, over, "d", ranks=1, **one) == partition_specs(weights, over, "d", **one)
 
 
 def test_rows_of_one_group_fall_into_shares_of_tiles():
@@ -100,7 +102,7 @@ def test_rows_of_one_group_fall_into_shares_of_tiles():
 def test_padded_matrices_are_not_cut_through_their_padding():
     gate_up, down = matrix(100, 200, group_size=None), matrix(100, 100, group_size=None)
     with pytest.raises(ValueError, match=r"column_padding \(56,\), .* append zeros to the intermediate dimension"):
-        partition_specs(gate_up, "columns", "d")
+        partition_specs(gate_up, "columns", "d", one_matrix=True)
     with pytest.raises(ValueError, match=r"row_padding 12, so shares of its rows .* append zeros"):
         partition_specs(down, "rows", "d")
     with pytest.raises(ValueError, match=r"down has K = 100 rows; 4 ranks .*: the nearest are 256; .* append zeros"):

@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 import time
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,11 @@ from jax_marlin_moe.checkpoint.numbering import claim_number
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
+from jax_marlin_moe.checkpoint.sharded import Share, add_bias, cut_of, load_block, put_rest
 from jax_marlin_moe.checkpoint.tensors import FLOATS, ShapeError, TensorFolder
+from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.layer import MoELayer, check_layer
+from jax_marlin_moe.sharding.moe_sharding import MoESharding
 from jax_marlin_moe.shared_expert import SharedExpert, split_like
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -43,6 +47,7 @@ class LayerReader:
         source: the config, for errors.
         model_type: likewise.
         target: what plain experts become, None where they are refused.
+        sharding: over whose devices the layer is, None for JAX's default one.
     """
 
     files: TensorFolder
@@ -54,6 +59,7 @@ class LayerReader:
     source: pathlib.Path
     model_type: str
     target: Target | None
+    sharding: MoESharding | None = None
 
     def name(self, template: str) -> str:
         """A name of the family's row, spelt out for this layer."""
@@ -80,14 +86,18 @@ class LayerReader:
             if (name := f"{self.name(family.experts)}{suffix}") in self.files:
                 raise self.files.fault(name, fault)
         first, second = self._linears(experts, hidden, size)
-        gate_up, down = self._matrices(first, second, hidden, size, self.target, biased=family.biased)
+        matrices: tuple[Any, Any]
+        if self.sharding is None:
+            matrices = shapes = self._matrices(first, second, hidden, size, self.target, biased=family.biased)
+        else:
+            matrices, shapes = self._sharded(self.sharding, first, second, hidden, size)
         routed = experts + facts.routing.identity_experts
         router = self._kernel(family.router, routed, hidden)
         assert router is not None, "every family has a router"
         token_experts = self._token_experts(facts.routing.top_k, experts)
         layer = MoELayer(
-            gate_up=gate_up,
-            down=down,
+            gate_up=matrices[0],
+            down=matrices[1],
             router=router,
             routing=facts.routing,
             activation=facts.activation,
@@ -105,13 +115,79 @@ class LayerReader:
         if output_bias is not None:
             # The weights sum to 1, so that each expert may have it.
             bias = jnp.tile(output_bias.astype(jnp.float32), (experts, 1))
-            layer = dataclasses.replace(layer, down=dataclasses.replace(layer.down, bias=bias))
+            if self.sharding is None:
+                layer = dataclasses.replace(layer, down=dataclasses.replace(layer.down, bias=bias))
+            else:
+                layer = dataclasses.replace(layer, down=add_bias(layer.down, bias, self.sharding))
         self._refuse_unknown()
         self.files.drop_pages()
+        if self.sharding is not None:
+            check_layer(self.source, dataclasses.replace(layer, gate_up=shapes[0], down=shapes[1]))
+            return put_rest(layer, self.sharding)
         if layer.shared is not None:
             layer = dataclasses.replace(layer, shared=self._in_one_launch(layer, layer.shared))
         check_layer(self.source, layer)
         return layer
+
+    def _sharded(
+        self, sharding: MoESharding, first: Experts, second: Experts, hidden: int, size: int
+    ) -> tuple[Any, Any]:
+        """The routed experts over devices; each process reads the tensors of its experts, or its part of them.
+
+        Returns:
+            Both matrices, and the shapes of both for one rank's part of the intermediate dimension.
+        """
+        files, biased = self.files, self.family.biased
+        stored = find_matrix(files, first, hidden, size, self.quantization, self.target)
+        down_stored = find_matrix(files, second, size, hidden, self.quantization, self.target)
+        bar = _Progress(f"layer {self.layer}", len(first) + len(second))
+        read: set[str] = set()
+
+        def load(share: Share) -> tuple[MarlinWeights, MarlinWeights]:
+            read.update(linear.module for rows in (first, second) for linear in rows[share.experts[0]])
+            gate_up = load_matrix(
+                files,
+                stored,
+                biased=biased,
+                column_orders=down_stored.column_orders,
+                advance=bar.advance,
+                members=share.experts,
+                cut=cut_of(share, hidden, down=False),
+            )
+            down = load_matrix(
+                files,
+                down_stored,
+                biased=biased,
+                advance=bar.advance,
+                members=share.experts,
+                cut=cut_of(share, hidden, down=True),
+            )
+            return gate_up, dataclasses.replace(down, input_order=None)
+
+        try:
+            loaded = load_block(
+                load,
+                sharding,
+                experts=len(first),
+                size=size,
+                row=get_format(down_stored.storage.weight_format),
+                group_size=down_stored.storage.rows_per_group(size),
+                activation=self.facts.activation,
+            )
+        finally:
+            bar.close()
+        # What was read of one expert is known of those that other processes read.
+        suffixes = {
+            name.removeprefix(module)
+            for name in files.seen
+            for module in read
+            if name.startswith((f"{module}.", f"{module}_")) or name == module
+        }
+        for linear in (linear for expert in (*first, *second) for linear in expert):
+            for suffix in suffixes:
+                if linear.name(suffix) in files:
+                    files.ignore(linear.name(suffix))
+        return loaded
 
     def _linears(self, experts: int, hidden: int, size: int) -> tuple[list[list[Linear]], list[list[Linear]]]:
         """The linears of gate and up, and of down, per expert."""

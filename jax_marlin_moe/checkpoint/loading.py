@@ -21,6 +21,8 @@ from jax_marlin_moe.checkpoint.schemes.plain import Target
 from jax_marlin_moe.checkpoint.source import Source
 from jax_marlin_moe.checkpoint.tensors import read_json
 from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.sharding.moe_sharding import MoESharding
+from jax_marlin_moe.sharding.placement import check_devices
 from jax_marlin_moe.stacked_layer import StackedMoELayer, stack_layers
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -36,6 +38,7 @@ def load_moe_layer(
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
     families: Sequence[Family] = FAMILIES,
+    sharding: MoESharding | None = None,
 ) -> MoELayer:
     """Loads one mixture-of-experts layer of a checkpoint: bit for bit where it is quantised.
 
@@ -59,18 +62,22 @@ def load_moe_layer(
         scale_dtype: likewise; by default the dtype of the file.
         families: rows of model families, of which the first that has the config's `model_type` counts. For a family
             that the package does not know, pass `(*jax_marlin_moe.checkpoint.FAMILIES, row)`.
+        sharding: the layer is then over the devices of a mesh, as `jax_marlin_moe.sharding.place` puts it. Each process
+            reads the tensors of its experts alone, and of each its columns of gate and up and its rows of down; of
+            an act-order of down, of HQQ, and where scales of plain weights follow from whole matrices, it reads whole
+            matrices, one at a time. The shared expert is read by all. Of a folder that `convert` wrote, no digests are
+            compared, which are those of whole files.
 
     Returns:
-        The packed experts, on JAX's default device, and what routing needs.
+        The packed experts, on JAX's default device or over those of the sharding, and what routing needs.
 
     Raises:
         FileNotFoundError: no such folder, or files are missing in it.
         ValueError: the model, its quantisation or the layer is not supported, or a tensor is missing, not known, or
             does not fit the config. Messages name the file, the tensor, what was expected and what was found.
     """
-    return Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype, families=families).load(
-        layer
-    )
+    checkpoint = Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype, families=families)
+    return checkpoint.load(layer, sharding)
 
 
 @overload
@@ -83,6 +90,7 @@ def load_moe_layers(
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
     families: Sequence[Family] = FAMILIES,
+    sharding: MoESharding | None = None,
 ) -> Iterator[tuple[int, MoELayer]]: ...
 
 
@@ -96,6 +104,7 @@ def load_moe_layers(
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
     families: Sequence[Family] = FAMILIES,
+    sharding: MoESharding | None = None,
 ) -> StackedMoELayer: ...
 
 
@@ -108,6 +117,7 @@ def load_moe_layers(
     group_size: int | Literal["customary"] | None = "customary",
     scale_dtype: DTypeLike | None = None,
     families: Sequence[Family] = FAMILIES,
+    sharding: MoESharding | None = None,
 ) -> Iterator[tuple[int, MoELayer]] | StackedMoELayer:
     """All mixture-of-experts layers in ascending order.
 
@@ -120,6 +130,7 @@ def load_moe_layers(
         group_size: likewise.
         scale_dtype: likewise.
         families: likewise.
+        sharding: likewise; a stack is over the devices too.
 
     Returns:
         An iterator that loads a layer when it comes to it, and yields its number and the layer; or the stack, whose
@@ -131,7 +142,7 @@ def load_moe_layers(
     """
     checkpoint = Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype, families=families)
     numbers = list(checkpoint.layers if layers is None else layers)
-    loaded = ((number, checkpoint.load(number)) for number in numbers)
+    loaded = ((number, checkpoint.load(number, sharding)) for number in numbers)
     if not stacked:
         return loaded
     try:
@@ -224,22 +235,24 @@ class Checkpoint:
     def _tensors(self) -> ModelTensors:
         return self.contents.model_tensors()
 
-    def load(self, layer: int | str) -> MoELayer:
+    def load(self, layer: int | str, sharding: MoESharding | None = None) -> MoELayer:
         """Loads one layer; arguments and errors as for `load_moe_layer`."""
+        if sharding is not None:
+            check_devices(sharding)
         if isinstance(layer, str):
             if not isinstance(self.contents, Source) or layer not in self.layer_names:
                 found = ", ".join(self.layer_names) or "none, as it is packed" * (not isinstance(self.contents, Source))
                 raise ValueError(
                     f"{self.folder}: layer {layer!r} has no experts; names of such layers: {found or 'none'}"
                 )
-            return self.contents.load(layer)
+            return self.contents.load(layer, sharding)
         if layer not in self.layers:
             found = f"{self.layers[0]} to {self.layers[-1]}" if self.layers else "none"
             further = self.layer_names[len(self.layers) :]
             more = f"; others, by name: {', '.join(further)}" if further else ""
             raise ValueError(f"{self.folder}: layer {layer} has no experts; layers with experts: {found}{more}")
         start = time.perf_counter()
-        loaded = self.contents.load(layer)
+        loaded = self.contents.load(layer, sharding)
         _LOGGER.info("layer %d of %s in %.2f s: %r", layer, self.folder, time.perf_counter() - start, loaded)
         return loaded
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_marlin_moe.checkpoint.linears import Linear
+from jax_marlin_moe.checkpoint.linears import CannotCutError, Cut, Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import find_storage
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix
@@ -71,6 +71,8 @@ def load_matrix(
     biased: bool | None,
     column_orders: Sequence[np.ndarray | None] | None = None,
     advance: Callable[[], None] = lambda: None,
+    members: Sequence[int] | None = None,
+    cut: Cut | None = None,
 ) -> MarlinWeights:
     """Loads one matrix. Beside the result, the host holds the tensors of one linear at a time.
 
@@ -81,24 +83,30 @@ def load_matrix(
             leaves them to the caller.
         column_orders: per expert the order of the columns of each of its linears.
         advance: called after each expert.
+        members: the experts that are loaded, by default all.
+        cut: what is loaded of each linear, by default all: whole groups of rows, and columns as `column_orders` has
+            them.
 
     Raises:
         ValueError: a tensor is missing or wrong.
     """
-    experts, k, n, storage = matrix.experts, matrix.k, matrix.n, matrix.storage
+    members = range(len(matrix.experts)) if members is None else members
+    experts = [matrix.experts[e] for e in members]
+    k, n, storage = matrix.k, matrix.n, matrix.storage
+    orders = [matrix.orders[e] for e in members]
+    column_orders = None if column_orders is None else [column_orders[e] for e in members]
     row = get_format(storage.weight_format)
     buffers, scale_dtype = None, None
     biases = None if biased is None else _read_biases(files, experts, n, biased=biased)
     for e, linears in enumerate(experts):
-        order = matrix.orders[e]
+        order = orders[e]
         columns = None if column_orders is None else column_orders[e]
         for j, linear in enumerate(linears):
             its = matrix.plain.get(linear, storage)
             for suffix in its.ignored:
                 files.ignore(linear.name(suffix))
             refuse_scaled_input(files, linear, k)
-            tensors = its.read(files, linear, k, n)
-            part = _decode_and_pack(tensors, order, columns, storage=its)
+            part = _read_and_pack(files, its, linear, (k, n), order, columns, cut)
             if scale_dtype is None:
                 scale_dtype = part[1].dtype
             elif part[1].dtype != scale_dtype:
@@ -115,9 +123,13 @@ def load_matrix(
         files.drop_pages()
         advance()
     assert buffers is not None
+    if cut is not None:
+        k, n = cut.rows[1] - cut.rows[0], cut.columns[1] - cut.columns[0]
     if biases is not None and column_orders is not None:
         stacked = [bias if order is None else bias[:, order] for bias, order in zip(biases, column_orders, strict=True)]
         biases = np.stack(stacked)
+    if biases is not None and cut is not None:
+        biases = biases[..., slice(*cut.columns)]
     return assemble(
         buffers,
         k,
@@ -126,7 +138,7 @@ def load_matrix(
         storage.rows_per_group(k),
         name=experts[0][0].module,
         bias=None if biases is None else biases.reshape(len(biases), -1),  # type: ignore[arg-type]
-        input_order=_stack_orders(matrix.orders, k),
+        input_order=None if cut is not None and cut.rows != (0, matrix.k) else _stack_orders(orders, k),
         parts=len(experts[0]),
     )
 
@@ -202,11 +214,39 @@ def _stack_orders(orders: Sequence[np.ndarray | None], k: int) -> jax.Array | No
     return jnp.asarray(np.stack([natural if order is None else order for order in orders]))
 
 
-@partial(jax.jit, static_argnames="storage")
-def _decode_and_pack(tensors: Any, order: Any, columns: Any, *, storage: Storage) -> Any:
+def _read_and_pack(
+    files: TensorFolder,
+    storage: Storage,
+    linear: Linear,
+    size: tuple[int, int],
+    order: np.ndarray | None,
+    columns: np.ndarray | None,
+    cut: Cut | None,
+) -> Any:
+    """The packed leaves of a linear, or of a share of it; of an order, any row of the file may be in a share."""
+    k, n = size
+    whole = Cut((0, k), (0, n))
+    if cut is not None and cut != whole and columns is None and (order is None or cut.rows == whole.rows):
+        share = dataclasses.replace(linear, cut=cut, size=size)
+        local = storage.cut_to(cut.rows[1] - cut.rows[0], cut.columns[1] - cut.columns[0])
+        try:
+            tensors = storage.read(files, share, k, n)
+        except CannotCutError:
+            pass
+        else:
+            return _decode_and_pack(tensors, order, None, storage=local, cut=None)
+    return _decode_and_pack(
+        storage.read(files, linear, k, n), order, columns, storage=storage, cut=None if cut == whole else cut
+    )
+
+
+@partial(jax.jit, static_argnames=("storage", "cut"))
+def _decode_and_pack(tensors: Any, order: Any, columns: Any, *, storage: Storage, cut: Cut | None) -> Any:
     logical = storage.decode(order, *tensors)
     if columns is not None:
         logical = logical.columns(columns)
+    if cut is not None:
+        logical = logical.cut(cut.rows, cut.columns, storage.rows_per_group(logical.codes.shape[0]))
     return pack_expert(*logical, get_format(storage.weight_format))
 
 

@@ -27,9 +27,11 @@ from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
 from jax_marlin_moe.checkpoint.quantization_config import find_quantization
 from jax_marlin_moe.checkpoint.schemes import METHODS
+from jax_marlin_moe.checkpoint.sharded import load_block, put_rest, share_of_views, without_experts
 from jax_marlin_moe.checkpoint.tensors import SafetensorsFile, TensorFolder, TensorInfo, check_file_name, read_json
 from jax_marlin_moe.checkpoint.whole_files import PART, whole_file
 from jax_marlin_moe.layer import MoELayer, check_layer
+from jax_marlin_moe.sharding.moe_sharding import MoESharding
 
 MANIFEST = "jax_marlin_moe.json"
 UNFINISHED = "jax_marlin_moe.unfinished.json"
@@ -67,14 +69,21 @@ class Manifest:
         """Numbers of the layers, ascending."""
         return sorted(self.entries)
 
-    def load(self, layer: int) -> MoELayer:
+    def load(self, layer: int, sharding: MoESharding | None = None) -> MoELayer:
         """Maps a layer back.
+
+        Args:
+            layer: its number.
+            sharding: over whose devices it is. Each process then reads its share of the experts, and no digest is
+                compared, which would be that of the whole file.
 
         Raises:
             FileNotFoundError: its file is missing.
             ValueError: the file has another checksum, or does not hold what its facts say.
         """
         path = self._path(layer)
+        if sharding is not None:
+            return self._load_sharded(path, layer, sharding)
         found, wanted = sha256(path), self.entries[layer].text("sha256")
         if found != wanted:
             raise ValueError(f"{path} has SHA-256 {found}; {MANIFEST} says {wanted}: the file is damaged")
@@ -84,12 +93,24 @@ class Manifest:
         for name in (name for name in file.infos if not name.endswith(_GAP)):
             leaves[name] = _copy(file, name)
             file.drop_pages()
-        try:
-            loaded = layer_from(leaves, facts)
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: the facts of the layer do not describe the file: {error}") from None
-        check_layer(path, loaded)
-        return loaded
+        return _layer_of(path, leaves, facts)
+
+    def _load_sharded(self, path: pathlib.Path, layer: int, sharding: MoESharding) -> MoELayer:
+        file = SafetensorsFile(path)
+        names = [name for name in file.infos if not name.endswith(_GAP)]
+        views: Any = {name: file.read(name) for name in names}
+        whole = _layer_of(path, views, self._facts(layer, file))
+        (gate_up, down), _ = load_block(
+            lambda share: share_of_views(whole, share, file.drop_pages),
+            sharding,
+            experts=whole.gate_up.num_experts,
+            size=whole.down.k,
+            row=whole.down.format,
+            group_size=whole.down.rows_per_scale,
+            activation=whole.activation,
+        )
+        rest = jax.tree.map(lambda view: jnp.array(view, copy=True), without_experts(whole))
+        return put_rest(dataclasses.replace(rest, gate_up=gate_up, down=down), sharding)
 
     def describe(self, layer: int) -> tuple[Facts, int]:
         """The facts of a layer and the bytes of its leaves, from the header of its file; errors as for `load`."""
@@ -333,6 +354,16 @@ def sha256(path: pathlib.Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _layer_of(path: pathlib.Path, leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:
+    """A layer that fits together; errors as for `Manifest.load`."""
+    try:
+        loaded = layer_from(leaves, facts)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the facts of the layer do not describe the file: {error}") from None
+    check_layer(path, loaded)
+    return loaded
 
 
 def _copy(file: SafetensorsFile, name: str) -> jax.Array:

@@ -13,6 +13,7 @@ from jax_marlin_moe.checkpoint.quantization_config import find_quantization
 from jax_marlin_moe.checkpoint.schemes.plain import Target
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder, read_json
 from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.sharding.moe_sharding import MoESharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Source:
                 found.setdefault(self.files.file_of(name), []).append(name)
         return dict(sorted(found.items()))
 
-    def load(self, layer: int | str) -> MoELayer:
-        """Loads one of `layers`, or one of `layer_names`; errors as for `load_moe_layer`."""
+    def load(self, layer: int | str, sharding: MoESharding | None = None) -> MoELayer:
+        """Loads one of `layers`, or one of `layer_names`; arguments and errors as for `load_moe_layer`."""
         place = self._numbered[layer] if isinstance(layer, int) else self._places[layer]
         return LayerReader(
             files=self.files,
@@ -102,6 +103,7 @@ class Source:
             source=self.config,
             model_type=self.model_type,
             target=self._target_of(layer, place),
+            sharding=sharding,
         ).load()
 
     def _target_of(self, layer: int | str, place: _Place) -> Target | None:

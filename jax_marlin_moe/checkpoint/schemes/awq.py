@@ -135,8 +135,8 @@ class AwqStorage(Scheme):
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Words, zero points (None where baked in) and scales."""
         groups, words = number_of_groups(k, self.group_size), n // _CODES_PER_WORD
-        qweight = linear.read(files, ".qweight", (k, words), ("I32",), columns=1)
-        scales = linear.read(files, ".scales", (groups, n), FLOATS, columns=1)
+        qweight = linear.read(files, ".qweight", (k, words), ("I32",), columns=1, rows=0)
+        scales = linear.read(files, ".scales", (groups, n), FLOATS, columns=1, rows=0 if groups > 1 else None)
         check_finite(files, linear.name(".scales"), scales)
         return qweight, None if self.baked else self._zeros(files, linear, k, n), scales
 
@@ -146,7 +146,7 @@ class AwqStorage(Scheme):
 
     def _zeros(self, files: TensorFolder, linear: Linear, k: int, n: int) -> np.ndarray:
         groups, words = number_of_groups(k, self.group_size), n // _CODES_PER_WORD
-        return linear.read(files, ".qzeros", (groups, words), ("I32",), columns=1)
+        return linear.read(files, ".qzeros", (groups, words), ("I32",), columns=1, rows=0 if groups > 1 else None)
 
 
 def from_awq(

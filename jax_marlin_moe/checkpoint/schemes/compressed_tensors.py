@@ -173,14 +173,19 @@ class PackQuantizedStorage(Scheme):
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Words, scales, and zero points or None."""
         groups, pf = number_of_groups(k, self.group_size), 32 // self.bits
-        packed = linear.read(files, ".weight_packed", (n, -(-k // pf)), ("I32",))
-        scale = linear.read(files, ".weight_scale", (n, groups), FLOATS)
+        packed = linear.read(files, ".weight_packed", (n, -(-k // pf)), ("I32",), rows=1)
+        of_groups = 1 if groups > 1 else None
+        scale = linear.read(files, ".weight_scale", (n, groups), FLOATS, rows=of_groups)
         check_finite(files, linear.name(".weight_scale"), scale)
         check_shape(files, linear, k, n)
         zeros = None
         if not self.symmetric:
-            zeros = linear.read(files, ".weight_zero_point", (-(-n // pf), groups), ("I32",))
+            zeros = linear.read(files, ".weight_zero_point", (-(-n // pf), groups), ("I32",), rows=of_groups)
         return packed, scale, zeros
+
+    def cut_to(self, k: int, n: int) -> "PackQuantizedStorage":
+        """Decoding needs the number of rows."""
+        return dataclasses.replace(self, k=k)
 
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows sorted by group."""

@@ -114,8 +114,8 @@ class Nvfp4Storage(Scheme):
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Bytes, block scales as bits, and the factor of the linear."""
         check_shape(files, linear, k, n)
-        weight = linear.read(files, self.weight, (n, -(-k // 2)), ("U8",))
-        scale = linear.read(files, ".weight_scale", (n, -(-k // 16)), ("F8_E4M3",))
+        weight = linear.read(files, self.weight, (n, -(-k // 2)), ("U8",), rows=1)
+        scale = linear.read(files, ".weight_scale", (n, -(-k // 16)), ("F8_E4M3",), rows=1)
         _check_block_scales(files, linear.name(".weight_scale"), scale, exponent=False)
         name = linear.name(self.global_scale)
         files.file_of(name)
@@ -184,8 +184,9 @@ class Mxfp4Storage(Scheme):
         """Bytes and scales as bits."""
         check_shape(files, linear, k, n)
         shape = (n, -(-k // 32), 16) if self.blocked else (n, -(-k // 2))
-        weight = linear.read(files, self.weight, shape, ("U8", "I8")).view(np.uint8).reshape(n, -1)
-        scale = linear.read(files, self.scale, (n, -(-k // 32)), ("U8", "F8_E8M0"))
+        weight = linear.read(files, self.weight, shape, ("U8", "I8"), rows=1).view(np.uint8)
+        weight = weight.reshape(len(weight), -1)
+        scale = linear.read(files, self.scale, (n, -(-k // 32)), ("U8", "F8_E8M0"), rows=1)
         _check_block_scales(files, linear.name(self.scale), scale, exponent=True)
         return weight, scale
 

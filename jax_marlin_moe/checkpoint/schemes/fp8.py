@@ -158,14 +158,19 @@ class Fp8Storage(Scheme):
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Codes and scales; e8m0 scales as bits."""
-        weight = linear.read(files, ".weight", (n, k), ("F8_E4M3",))
+        weight = linear.read(files, ".weight", (n, k), ("F8_E4M3",), rows=1)
         if has_nan_codes(weight):
             raise files.fault(linear.name(".weight"), "holds NaN (e4m3 0x7F or 0xFF)")
         name = linear.name(self.scale)
         shape = files.info(name).shape
         if self.weight_format == "fp8" and shape not in fp8_scale_shapes(k, n):
             raise files.fault(name, f"has shape {shape}; it must be {fp8_scale_shapes_in_words(k, n)}")
+        by_columns = 0 if shape and shape[0] > 1 else None
+        by_rows = 1 if len(shape) == 2 and shape[1] > 1 else None
+        if by_columns == 0 and shape[0] != n and n % FP8_BLOCK:
+            linear.refuse_cut()  # the last block is not whole
         scale = files.read(name, shape, (*FLOATS, "F8_E8M0", "U8"))
+        scale = linear.cut_view(scale, columns=by_columns, rows=by_rows)
         if scale.dtype != np.uint8:
             if fault := bad_float_scales(scale):
                 raise files.fault(name, f"holds {fault}")

@@ -211,8 +211,8 @@ class GptqStorage(Scheme):
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Words, zero points (None where baked in) and scales."""
         groups = number_of_groups(k, self.group_size)
-        qweight = linear.read(files, ".qweight", (k * self.bits // 32, n), ("I32",), columns=1)
-        scales = linear.read(files, ".scales", (groups, n), FLOATS, columns=1)
+        qweight = linear.read(files, ".qweight", (k * self.bits // 32, n), ("I32",), columns=1, rows=0)
+        scales = linear.read(files, ".scales", (groups, n), FLOATS, columns=1, rows=0 if groups > 1 else None)
         check_finite(files, linear.name(".scales"), scales)
         return qweight, None if self.baked else self._zeros(files, linear, k, n), scales
 
@@ -223,7 +223,8 @@ class GptqStorage(Scheme):
 
     def _zeros(self, files: TensorFolder, linear: Linear, k: int, n: int) -> np.ndarray:
         groups = number_of_groups(k, self.group_size)
-        return linear.read(files, ".qzeros", (groups, n * self.bits // 32), ("I32",), columns=1)
+        rows = 0 if groups > 1 else None
+        return linear.read(files, ".qzeros", (groups, n * self.bits // 32), ("I32",), columns=1, rows=rows)
 
 
 def from_gptq(

@@ -134,6 +134,7 @@ class HqqStorage(Scheme):
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Codes, scales and zero points."""
+        linear.refuse_cut()  # rows of W_q are groups of any output feature, and codes of two of them share a byte
         groups = number_of_groups(k, self.group_size)
         rows = n * groups
         size = self.group_size or k

@@ -68,6 +68,9 @@ class PlainStorage(Storage):
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """The weight."""
+        if get_format(self.weight_format).has_global_scales or self.group_size >= k:
+            # Scales follow from all of it, or from all rows of a column.
+            linear.refuse_cut(of_rows=not get_format(self.weight_format).has_global_scales)
         weight = read_plain(files, linear, self.weight, k, n)
         if not np.isfinite(weight.astype(np.float32, copy=False)).all():
             raise files.fault(linear.name(self.weight), "holds infinities or NaN; such weights cannot be quantised")
@@ -92,5 +95,5 @@ def plain_suffix(files: TensorFolder, linear: Linear) -> str | None:
 def read_plain(files: TensorFolder, linear: Linear, suffix: str, k: int, n: int) -> np.ndarray:
     """A view of a plain weight, [n, k], or [k, n] where it lies transposed."""
     if linear.transposed:
-        return linear.read(files, suffix, (k, n), FLOATS, columns=1)
-    return linear.read(files, suffix, (n, k), FLOATS)
+        return linear.read(files, suffix, (k, n), FLOATS, columns=1, rows=0)
+    return linear.read(files, suffix, (n, k), FLOATS, rows=1)

@@ -22,6 +22,13 @@ class LogicalLinear(NamedTuple):
     zeros: Shaped[Array, "groups N"] | None = None
     global_scale: Float32[Array, ""] | None = None
 
+    def cut(self, rows: tuple[int, int], columns: tuple[int, int], group_size: int) -> "LogicalLinear":
+        """A share: whole groups of rows, and columns."""
+        groups = slice(None) if self.scales.shape[0] == 1 else slice(rows[0] // group_size, -(-rows[1] // group_size))
+        zeros = None if self.zeros is None else self.zeros[groups, slice(*columns)]
+        codes, scales = self.codes[slice(*rows), slice(*columns)], self.scales[groups, slice(*columns)]
+        return self._replace(codes=codes, scales=scales, zeros=zeros)
+
     def columns(self, order: Int32[Array, " N"]) -> "LogicalLinear":
         """The same with columns taken in another order."""
         zeros = None if self.zeros is None else self.zeros[:, order]
@@ -47,6 +54,10 @@ class Storage(abc.ABC):
     @abc.abstractmethod
     def rows_per_group(self, k: int) -> int:
         """Rows of K that share a scale; k where one scale covers all of them."""
+
+    def cut_to(self, k: int, n: int) -> "Storage":
+        """The storage of a share (k, n) of the linear, for `decode`."""
+        return self
 
     def of_matrix(self, files: TensorFolder, linears: Sequence[Linear], k: int, n: int) -> "Storage":
         """The storage that all linears of a matrix share; may look at their small tensors."""

@@ -1,0 +1,380 @@
+"""Layers and blocks over the ranks of a mesh: what each rank computes, and how its share joins the others'."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_marlin_moe import arguments, reference
+from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.expert_placement import slots_of
+from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices, spread_indices
+from jax_marlin_moe.ops.fused_moe import expert_block, fused_moe
+from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
+from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
+from jax_marlin_moe.sharding.shares import check_shares
+from jax_marlin_moe.sharding.specs import Axes, spec
+from jax_marlin_moe.sharding.tensor_parallel import local_matrix
+from jax_marlin_moe.shared_expert import SharedExpert
+from jax_marlin_moe.weights import MarlinWeights
+
+Exchange = Literal["gather", "ragged"]
+
+
+def parallel_layer(
+    layer: MoELayer,
+    x: Float[Array, "*batch H"],
+    sharding: MoESharding,
+    token_ids: Int32[Array, "*batch"] | None = None,
+    *,
+    tokens: str | Axes = (),
+    exchange: Exchange = "gather",
+    capacity: int | None = None,
+    router_input: Float[Array, "*batch H"] | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """A layer over the devices of a mesh, as `layer(x)` on one: router, routed experts, shared expert.
+
+    Ranks' shares are summed in float32 and rounded once. With `tokens=()` every device has all tokens, and one
+    all-reduce sums the shares: right for decoding. With tokens over the axes of the experts, rows are exchanged.
+
+    Args:
+        layer: what `place` returned, or `load_moe_layer(..., sharding=)`, or one layer of such a stack.
+        x: as for `MoELayer`.
+        sharding: what the layer was placed by.
+        token_ids: as for `MoELayer`.
+        tokens: axes of the mesh over which the first dimension of x is, and that of the result: those of the experts,
+            of the intermediate dimension or any other, such as "data".
+        exchange: how rows get to the experts over each axis of the experts that `tokens` names: "gather" gathers them
+            on all ranks and scatters the sums, "ragged" sends a row to the ranks that have one of its experts, by
+            `jax.lax.ragged_all_to_all` (CPUs: equal blocks), and one row back. No row is dropped: all ranks can get all
+            rows. On a mesh of hosts and cards a row goes to a host once.
+        capacity: for "ragged": rows that a rank gets at most over one axis; what is more, tokens of the last ranks
+            first, is dropped and counted. Memory and time of the experts follow from it.
+        router_input: as for `MoELayer`.
+        implementation: as for `jax_marlin_moe.fused_moe`.
+
+    Returns:
+        The result; with `capacity` a tuple of it and of the choices of experts, int32, that were dropped.
+
+    Raises:
+        TypeError: an argument has the wrong dtype or type.
+        ValueError: the layer is not laid out for the sharding, tokens do not divide, or an axis does not exist.
+    """
+    if not isinstance(sharding, MoESharding):
+        raise TypeError(f"sharding is a {type(sharding).__name__}; it must be a jax_marlin_moe.sharding.MoESharding")
+    axes = (tokens,) if isinstance(tokens, str) else tuple(tokens)
+    check_axes("tokens", axes, sharding.mesh)
+    _check_exchange(exchange, capacity, [axis for axis in axes if axis in sharding.expert_axes])
+    ranks = sharding.size(axes)
+    check_shares(f"x has {x.shape[0]} rows", x.shape[0], ranks, 1, "as many rows each", hint="append rows of zeros")
+    layer = share_indices(layer)
+    specs = jax.tree.map(_of_stack, sharding.specs(layer), layer, is_leaf=_is_leaf)
+    leaves, structure = jax.tree.flatten(specs, is_leaf=_is_spec)
+    run = _program(sharding, tuple(leaves), structure, axes, exchange, capacity, implementation)
+    return run(layer, x, token_ids, router_input)
+
+
+@functools.lru_cache(maxsize=256)
+def _program(
+    sharding: MoESharding,
+    leaves: tuple[jax.sharding.PartitionSpec, ...],
+    structure: Any,
+    tokens: Axes,
+    exchange: Exchange,
+    capacity: int | None,
+    implementation: str | None,
+) -> Callable[..., Any]:
+    """One function for equal calls, so that an eager one is compiled once."""
+    body = partial(
+        _layer_of_rank,
+        expert=sharding.expert_axes,
+        tensor=sharding.tensor_axes,
+        tokens=tokens,
+        exchange=exchange,
+        capacity=capacity,
+        implementation=implementation,
+    )
+    rows = spec(tokens)
+    return jax.jit(
+        jax.shard_map(
+            body,
+            mesh=sharding.mesh,
+            in_specs=(jax.tree.unflatten(structure, leaves), rows, rows, rows),
+            out_specs=rows if capacity is None else (rows, spec()),
+        ),
+        inline=True,
+    )
+
+
+def parallel_experts(
+    x: Float[Array, "tokens H"],
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    topk_weights: Float32[Array, "tokens top_k"],
+    topk_ids: Int32[Array, "tokens top_k"],
+    *,
+    expert: str | Axes = (),
+    tensor: str | Axes = (),
+    tokens: str | Axes = (),
+    exchange: Exchange = "gather",
+    capacity: int | None = None,
+    placement: Int32[Array, " slots"] | None = None,
+    num_experts: int | None = None,
+    activation: str | Activation = "silu",
+    implementation: str | None = None,
+) -> Any:
+    """A block of experts inside `jax.shard_map`: `fused_moe` of all ranks' experts, for the tokens of this rank.
+
+    Args:
+        x: this rank's tokens, as for `fused_moe`.
+        gate_up: this rank's share, by the specs of `partition_specs` or of `MoESharding`.
+        down: likewise.
+        topk_weights: of this rank's tokens.
+        topk_ids: likewise; experts of all ranks.
+        expert: axes over which the experts are, the outermost first.
+        tensor: axes over which the intermediate dimension is.
+        tokens: the axes, of those two kinds, over which tokens are; over the others all ranks have the same tokens.
+        exchange: as for `parallel_layer`.
+        capacity: likewise.
+        placement: the expert in each slot, of all ranks, where they are not in order or more than once.
+        num_experts: that ids may name, with `placement`.
+        activation: as for `fused_moe`.
+        implementation: likewise.
+
+    Returns:
+        The rows' results, in the type of x: the same on all ranks of axes without tokens. With `capacity` a tuple of
+        them and of the choices that were dropped, of the tokens of all ranks of `expert` and `tensor`.
+
+    Raises:
+        TypeError: an argument has the wrong dtype or type.
+        ValueError: an argument has the wrong shape or value.
+    """
+    expert, tensor, tokens = ((axes,) if isinstance(axes, str) else tuple(axes) for axes in (expert, tensor, tokens))
+    _check_exchange(exchange, capacity, [axis for axis in tokens if axis in expert])
+    if placement is not None:
+        if num_experts is None:
+            raise ValueError("num_experts is None; with a placement, pass how many experts ids may name")
+        topk_ids = slots_of(topk_ids, placement, num_experts)
+    block = _Block(expert, tensor, tokens, exchange, capacity)
+    gate_up = local_matrix(gate_up)
+    slots = gate_up.num_experts * block.size(expert)
+    compute = partial(_experts_of_rank, gate_up=gate_up, down=down, activation=activation, slots=slots,
+                      implementation=implementation)  # fmt: skip
+    y, dropped = block.sum(compute, x, topk_weights, topk_ids, slots, None)
+    y = y.astype(x.dtype)
+    return y if capacity is None else (y, block.total(dropped))
+
+
+def _layer_of_rank(layer, x, token_ids, router_input, *, expert, tensor, tokens, exchange, capacity, implementation):
+    """`parallel_layer` of the tokens and weights of one rank."""
+    layer = spread_indices(layer)
+    shape = x.shape
+    x = x.reshape(-1, shape[-1])
+    router_rows = x if router_input is None else router_input.reshape(x.shape)
+    weights, ids = layer.route(router_rows, None if token_ids is None else token_ids.reshape(-1))
+    rows, _ = arguments.as_rows("x", x)
+    kept = None
+    if layer.routing.identity_experts:
+        kept = reference.identity_sum(rows, weights, ids, layer.num_experts, rows.shape[1])
+    if layer.placement is not None:
+        ids = slots_of(ids, jnp.asarray(layer.placement), layer.num_experts)
+    elif layer.routing.identity_experts:
+        ids = jnp.where(ids < layer.num_experts, ids, -1)
+    block = _Block(expert, tensor, tokens, exchange, capacity)
+    gate_up = local_matrix(layer.gate_up)
+    slots = gate_up.num_experts * block.size(expert)
+    compute = partial(
+        _experts_of_rank,
+        gate_up=gate_up,
+        down=layer.down,
+        activation=layer.activation,
+        slots=slots,
+        implementation=implementation,
+    )
+    if layer.routing.apply_on_input:
+        # Each slot is a row of its own, with weight 1.
+        top_k = ids.shape[1]
+        each = reference.weighted_rows(rows, weights)
+        y, dropped = block.sum(compute, each, jnp.ones((each.shape[0], 1)), ids.reshape(-1, 1), slots, None)
+        y = y.reshape(rows.shape[0], top_k, -1).sum(1)
+        if layer.shared is not None:
+            ones, none = jnp.ones((rows.shape[0], 1)), jnp.full((rows.shape[0], 1), -1, jnp.int32)
+            y = (
+                y
+                + _Block((), tensor, tokens, "gather", None).sum(
+                    None, rows, ones, none, slots, partial(_shared_of_rank, layer, block, implementation)
+                )[0]
+            )
+    else:
+        extra = None if layer.shared is None else partial(_shared_of_rank, layer, block, implementation)
+        y, dropped = block.sum(compute, rows, weights, ids, slots, extra)
+    if kept is not None:
+        y = y + kept
+    y = layer.normalized(y.astype(x.dtype)).reshape(shape)
+    return y if capacity is None else (y, block.total(dropped))
+
+
+def _experts_of_rank(x, weights, ids, *, gate_up, down, activation, slots, implementation):
+    """float32 sums over this rank's experts; ids count from the first of them."""
+    # As many ids as there are experts of all ranks: kernels are chosen by the rows that an expert gets of them.
+    here = jnp.arange(slots, dtype=jnp.int32)
+    return fused_moe(
+        x, gate_up, down, weights, ids,
+        activation=activation,
+        expert_map=jnp.where(here < gate_up.num_experts, here, -1),
+        preferred_element_type=jnp.float32,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def _shared_of_rank(layer: MoELayer, block: "_Block", implementation: str | None, x: Array) -> Array:
+    """float32 share of the shared expert: what is not cut is the first rank's alone."""
+    shared = layer.shared
+    assert shared is not None
+    activation = get_activation(layer.activation if layer.shared_activation is None else layer.shared_activation)
+    whole = [axis for axis in block.summed if axis in block.expert]
+    if isinstance(shared.gate_up, MarlinWeights):
+        assert isinstance(shared.down, MarlinWeights)
+        gate_up = local_matrix(shared.gate_up)
+        ids = reference.every_expert(x.shape[0], gate_up.num_experts)
+        gate = jnp.float32(1) if shared.gate is None else reference.shared_gate(x, jnp.asarray(shared.gate))
+        y = expert_block(
+            x, gate_up, shared.down, jnp.broadcast_to(gate, ids.shape), ids, None,
+            activation=activation, out_dtype=jnp.float32, cuda_scheme=None, implementation=implementation,
+        )  # fmt: skip
+    else:
+        factor = None if shared.gate is None else jnp.asarray(shared.gate)
+        dense = SharedExpert(jnp.asarray(shared.gate_up), jnp.asarray(shared.down), factor)
+        y = reference.shared_sum(x, dense, activation)
+        whole += block.tensor
+    first = jnp.bool_(True)
+    for axis in whole:
+        first = first & (lax.axis_index(axis) == 0)
+    return jnp.where(first, y, 0) if whole else y
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """How rows get to the ranks that have their experts, and sums back.
+
+    Attributes:
+        expert: axes of the experts.
+        tensor: axes of the intermediate dimension.
+        tokens: axes of the tokens.
+        exchange: over those of `tokens` that are of the experts.
+        capacity: as for `parallel_layer`.
+    """
+
+    expert: Axes
+    tensor: Axes
+    tokens: Axes
+    exchange: str
+    capacity: int | None
+
+    @property
+    def summed(self) -> Axes:
+        """Axes whose ranks have the same tokens: one all-reduce over all of them."""
+        return tuple(axis for axis in (*self.expert, *self.tensor) if axis not in self.tokens)
+
+    @property
+    def gathered(self) -> Axes:
+        """Axes of the intermediate dimension whose ranks have different tokens, which all of them need."""
+        return tuple(axis for axis in self.tensor if axis in self.tokens)
+
+    def size(self, axes: Axes) -> int:
+        """Ranks along axes."""
+        return lax.axis_size(axes) if axes else 1
+
+    def sum(self, compute: Any, x: Array, weights: Array, ids: Array, slots: int, extra: Any) -> tuple[Array, Array]:
+        """Results of this rank's tokens in float32, and the choices that were dropped on this rank.
+
+        Args:
+            compute: rows, router weights and local ids to float32 shares; None where there are no routed experts.
+            x: rows.
+            weights: of their choices.
+            ids: of their choices; slots of all ranks.
+            slots: how many there are.
+            extra: rows to float32 shares that are added, or None.
+        """
+        if self.gathered:
+            x, weights, ids = (lax.all_gather(rows, self.gathered, tiled=True) for rows in (x, weights, ids))
+        y, dropped = jnp.float32(0), jnp.int32(0)
+        if compute is not None:
+            y, dropped = self._over(self.expert, compute, x, weights, ids, slots)
+        if extra is not None:
+            y = y + extra(x)
+        if self.summed:
+            y = lax.psum(y, self.summed)
+        if self.gathered:
+            y = lax.psum_scatter(y, self.gathered, tiled=True)
+        return y, dropped
+
+    def total(self, dropped: Array) -> Array:
+        """The choices that were dropped on all ranks."""
+        axes = tuple(dict.fromkeys((*self.expert, *self.tokens)))
+        return lax.psum(dropped, axes) // self.size(self.gathered)
+
+    def _over(self, axes: Axes, compute: Any, x: Array, weights: Array, ids: Array, slots: int) -> tuple[Array, Array]:
+        """Sums over the ranks of `axes`, those of `summed` excepted. Ids count from the first slot of the ranks."""
+        if not axes:
+            return compute(x, weights, ids), jnp.int32(0)
+        axis, *rest = axes
+        ranks = self.size((axis,))
+        width, me = slots // ranks, lax.axis_index(axis)
+        inner = partial(self._over, tuple(rest), compute)
+
+        def own(ids: Array) -> Array:
+            return jnp.where((ids >= 0) & (ids // width == me), ids % width, -1)
+
+        if axis not in self.tokens:
+            return inner(x, weights, own(ids), width)
+        all_weights, all_ids = (lax.all_gather(rows, axis, tiled=True) for rows in (weights, ids))
+        if self.exchange == "gather":
+            y, dropped = inner(lax.all_gather(x, axis, tiled=True), all_weights, own(all_ids), width)
+            return lax.psum_scatter(y, axis, tiled=True), dropped
+        tokens, top_k = ids.shape
+        owner = jnp.where(all_ids >= 0, all_ids // width, -1).reshape(ranks, tokens, top_k)
+        wanted = (owner[None] == jnp.arange(ranks)[:, None, None, None]).any(-1)
+        route, lost = find_route(wanted, axis, top_k, self.capacity)
+        received = take_rows(own(all_ids), route.who, -1)
+        y, dropped = inner(send(route, x), take_rows(all_weights, route.who, 0), received, width)
+        here = jnp.sum(lost[..., None] & (owner == me), dtype=jnp.int32)
+        return send_back(route, y), dropped + here
+
+
+def _check_exchange(exchange: str, capacity: int | None, axes: list[str]) -> None:
+    if exchange not in ("gather", "ragged"):
+        raise ValueError(f"exchange is {exchange!r}; it must be 'gather' or 'ragged'")
+    if capacity is None:
+        return
+    if exchange != "ragged" or not axes:
+        raise ValueError(
+            f"capacity is {capacity}, and exchange {exchange!r} over the axes {tuple(axes)}; only 'ragged' over axes "
+            "that tokens and experts share has a capacity: without one nothing is dropped"
+        )
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise ValueError(f"capacity is {capacity!r}; it must be a positive number of rows")
+
+
+def _is_leaf(node: Any) -> bool:
+    return is_slice(node) or _is_spec(node)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, jax.sharding.PartitionSpec)
+
+
+def _of_stack(one: jax.sharding.PartitionSpec, leaf: Any) -> Any:
+    """The spec of a leaf, which may be a slice of a stack."""
+    if not isinstance(leaf, LayerSlice):
+        return one
+    index = None if leaf.index is None else spec()
+    return LayerSlice(jax.sharding.PartitionSpec(None, *one), index, leaf.group)  # type: ignore[arg-type]

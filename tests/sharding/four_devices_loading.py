@@ -1,0 +1,93 @@
+"""Loads checkpoints over four virtual CPU devices; prints JSON: what failed, by check. Run by `test_loading.py`."""
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import traceback
+from functools import partial
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+from jax_marlin_moe.checkpoint import convert, load_moe_layer, load_moe_layers
+from jax_marlin_moe.sharding import MoESharding, place
+
+DATA = pathlib.Path(__file__).parents[1] / "data"
+BOTH = MoESharding(jax.make_mesh((2, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2))
+EXPERTS = MoESharding(jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,)))
+
+
+def assert_same(found, wanted):
+    """Structure, bits and shardings."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted), (found, wanted)
+    for (path, one), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert one.sharding == other.sharding, (name, one.sharding, other.sharding)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape), name
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=name)
+
+
+def as_placed(folder, sharding, **options):
+    found = load_moe_layer(folder, 0, sharding=sharding, **options)
+    whole = load_moe_layer(folder, 0, **options)
+    assert_same(found, place(whole, sharding))
+
+
+def packed():
+    """A folder that `convert` wrote: mapped in shares."""
+    with tempfile.TemporaryDirectory() as folder:
+        convert(DATA / "ck_llmc_W4A16_ASYM", pathlib.Path(folder) / "packed")
+        for sharding in (BOTH, EXPERTS):
+            as_placed(pathlib.Path(folder) / "packed", sharding)
+
+
+def stack():
+    found = load_moe_layers(DATA / "ck_llmc_W4A16", stacked=True, sharding=BOTH)
+    assert_same(found, place(load_moe_layers(DATA / "ck_llmc_W4A16", stacked=True), BOTH))
+
+
+CHECKS = {
+    **{
+        f"{folder} {name}": partial(as_placed, DATA / folder, sharding, **options)
+        for folder, options in (
+            ("ck_awq", {}),
+            ("ck_llmc_MXFP4A16", {}),
+            ("ck_llmc_NVFP4A16", {}),
+            ("ck_llmc_W4A16", {}),
+            ("ck_modelopt", {}),
+            ("ck_q3_gptq_True", {}),
+            ("ck_q3", {"quantize": "int4", "group_size": 64}),
+        )
+        for name, sharding in (("both", BOTH), ("experts", EXPERTS))
+        if name == "both" or folder == "ck_q3"
+    },
+    "nvfp4 from plain weights": partial(as_placed, DATA / "ck_q3", BOTH, quantize="nvfp4"),
+    "packed": packed,
+    "stack": stack,
+}
+
+
+def main():
+    found = {}
+    for name, check in CHECKS.items():
+        if len(sys.argv) > 1 and name not in sys.argv:
+            continue
+        try:
+            check()
+            found[name] = None
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Checks recipes of `jax_marlin_moe.sharding` on four virtual CPU devices; prints JSON: what failed, by check.
+
+XLA reads the number of devices when it starts, so `test_recipes.py` runs this in a process of its own.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import traceback
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.sharding import MoESharding, parallel_layer, place, place_experts
+
+EXPERTS, HIDDEN, INNER, TOKENS = 8, 64, 128, 8
+
+
+def mesh(shape, names):
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+EP, BOTH = mesh((4,), ("expert",)), mesh((2, 2), ("expert", "tensor"))
+HOSTS, DATA = mesh((2, 2), ("hosts", "cards")), mesh((2, 2), ("data", "tensor"))
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) * shape[-2] ** -0.5
+
+
+def layer(weight_format="int4", inner=INNER, group_size=64, shared=None, **options):
+    def block(experts, seed):
+        gate, up = (random(seed + half, experts, HIDDEN, inner) for half in range(2))
+        gate_up = jmm.concatenate_columns(
+            [
+                jmm.quantize(half, weight_format, group_size=group_size, bias=random(seed + 3, experts, inner))
+                for half in (gate, up)
+            ]
+        )
+        down = jmm.quantize(
+            random(seed + 2, experts, inner, HIDDEN), weight_format, group_size=group_size,
+            bias=random(seed + 4, experts, HIDDEN),
+        )  # fmt: skip
+        return gate_up, down
+
+    if shared == "packed":
+        options["shared"] = jmm.SharedExpert(*block(1, 20), random(30, HIDDEN, 1))
+    elif shared == "dense":
+        options["shared"] = jmm.SharedExpert(random(21, HIDDEN, 96), random(22, 48, HIDDEN))
+    extra = options.get("routing", jmm.Routing(2)).identity_experts
+    router = random(10, HIDDEN, EXPERTS + extra) * 8
+    return jmm.MoELayer(*block(EXPERTS, 0), router, **{"routing": jmm.Routing(2), **options})
+
+
+X = jax.random.normal(jax.random.key(99), (TOKENS, HIDDEN), jnp.bfloat16)
+
+
+def assert_close(actual, wanted, tolerance=4e-3):
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    error = np.linalg.norm(actual - wanted) / np.linalg.norm(wanted)
+    assert error <= tolerance, f"relative error {error}"
+
+
+def collectives(compiled):
+    names = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
+    return sorted(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))
+
+
+def equals_one_device(sharding, whole, wanted_collectives=None, **options):
+    placed = place(whole, sharding)
+    run = jax.jit(lambda layer, x: parallel_layer(layer, x, sharding, **options)).lower(placed, X).compile()
+    y = run(placed, jax.device_put(X, run.input_shardings[0][1]))
+    if options.get("capacity") is not None:
+        y, dropped = y
+        assert int(dropped) == 0, dropped
+    assert_close(y, whole(X))
+    if wanted_collectives is not None:
+        found = collectives(run)
+        assert found == sorted(wanted_collectives), found
+
+
+def hierarchy():
+    """A row goes to a host once, then to the cards; to hosts with the tokens, and where these are the same."""
+    sharding = MoESharding(HOSTS, expert=("hosts", "cards"))
+    equals_one_device(sharding, layer(), tokens=("hosts", "cards"), exchange="ragged")
+    equals_one_device(sharding, layer(), ["all-gather"] * 3 + ["all-reduce", "reduce-scatter"], tokens="cards")
+
+
+def all_on_one_expert():
+    """The exact mode has room for every row, wherever it goes; capacity drops the rest and says how much."""
+    bias = jnp.zeros(EXPERTS).at[jnp.asarray([5, 4])].set(1000.0)
+    whole, sharding = layer(router_bias=bias), MoESharding(EP)
+    for exchange in ("gather", "ragged"):
+        equals_one_device(sharding, whole, tokens="expert", exchange=exchange)
+    placed = place(whole, sharding)
+    y, dropped = parallel_layer(placed, X, sharding, tokens="expert", exchange="ragged", capacity=5)
+    assert int(dropped) == 2 * (TOKENS - 5), dropped
+    wanted = np.asarray(whole(X), np.float32)
+    assert_close(y[:5], wanted[:5])
+    assert not np.any(np.asarray(y[5:])), "rows beyond the capacity are not computed"
+    y, dropped = parallel_layer(placed, X, sharding, tokens="expert", exchange="ragged", capacity=TOKENS)
+    assert int(dropped) == 0
+    assert_close(y, wanted)
+
+
+def copies():
+    """Hot experts twice, in an order of their own; balanced anew without another program."""
+    whole, sharding = layer(), MoESharding(EP)
+    table = [3, 3, 0, 7, 2, 4, 1, 5, 6, 3, 0, 1]
+    hot = place_experts(whole, table)
+    assert_close(hot(X), whole(X), 0)
+    run = jax.jit(lambda layer, x: parallel_layer(layer, x, sharding, tokens="expert", exchange="ragged"))
+    assert_close(run(place(hot, sharding), X), whole(X))
+    anew = place_experts(hot, table[::-1])
+    np.testing.assert_array_equal(anew.gate_up.packed, hot.gate_up.packed[::-1])
+    assert_close(run(place(anew, sharding), X), whole(X))
+    assert run._cache_size() == 1
+
+
+def padded(inner, group_size, ranks_mesh, pad):
+    """Zeros where the slice of the last rank ends, or in all of it."""
+    whole = layer(inner=inner, group_size=group_size)
+    equals_one_device(MoESharding(ranks_mesh, expert=(), tensor="tensor", pad=pad), whole)
+
+
+def stacked():
+    """Layers of a stack in a loop: no copy of weights, one all-reduce."""
+    sharding, layers = MoESharding(BOTH), [layer(), layer("int4", router_bias=None)]
+    layers[1] = dataclasses.replace(layers[1], router=layers[1].router[:, ::-1])
+    placed = place(jmm.stack_layers(layers), sharding)
+
+    @jax.jit
+    def run(stack, x):
+        def step(h, index):
+            return h + parallel_layer(stack[index], h, sharding), None
+
+        return jax.lax.scan(step, x, jnp.arange(2))[0]
+
+    found = collectives(run.lower(placed, X).compile())
+    assert found == ["all-reduce"], found
+    wanted = X + layers[0](X)
+    assert_close(run(placed, X), wanted + layers[1](wanted))
+
+
+def gradients():
+    whole, sharding = layer(), MoESharding(BOTH)
+    placed = place(whole, sharding)
+
+    def gradient(call):
+        return jax.jit(jax.grad(lambda x: jnp.sin(call(x).astype(jnp.float32)).sum()))(X)
+
+    options = {"tokens": ("expert", "tensor"), "exchange": "ragged"}
+    assert_close(gradient(lambda x: parallel_layer(placed, x, sharding, **options)), gradient(whole), 2e-2)
+
+
+ROUTED_ON_INPUT = jmm.Routing(2, "sigmoid", apply_on_input=True, identity_experts=2)
+CHECKS = {
+    "experts, same tokens": (equals_one_device, MoESharding(EP), layer(), ["all-reduce"]),
+    "experts, gathered": lambda: equals_one_device(
+        MoESharding(EP), layer(), ["all-gather"] * 3 + ["reduce-scatter"], tokens="expert"
+    ),
+    "experts, ragged": lambda: equals_one_device(
+        MoESharding(EP), layer(), ["all-gather"] * 2 + ["all-to-all"] * 2, tokens="expert", exchange="ragged"
+    ),
+    "experts, capacity": lambda: equals_one_device(
+        MoESharding(EP), layer(), tokens="expert", exchange="ragged", capacity=TOKENS
+    ),
+    "tensors": lambda: equals_one_device(MoESharding(DATA), layer(shared="packed"), ["all-reduce"], tokens="data"),
+    "tensors with tokens": lambda: equals_one_device(MoESharding(DATA), layer(), tokens=("data", "tensor")),
+    "both, packed shared expert": lambda: equals_one_device(MoESharding(BOTH), layer(shared="packed"), ["all-reduce"]),
+    "both, dense shared expert": lambda: equals_one_device(
+        MoESharding(BOTH), layer(shared="dense"), tokens=("tensor", "expert"), exchange="ragged"
+    ),
+    "both, weights on the input": lambda: equals_one_device(
+        MoESharding(BOTH), layer(routing=ROUTED_ON_INPUT, shared="packed"), tokens="expert", exchange="ragged"
+    ),
+    "both, zero points": lambda: equals_one_device(MoESharding(BOTH), layer("int8_zp"), ["all-reduce"]),
+    "both, global scales": lambda: equals_one_device(MoESharding(BOTH), layer("nvfp4", group_size=16)),
+    "hierarchy": hierarchy,
+    "all on one expert": all_on_one_expert,
+    "copies": copies,
+    "padding of the last tile": (padded, 100, None, BOTH, False),
+    "padding alone": (padded, 64, 32, mesh((4,), ("tensor",)), True),
+    "stacked": stacked,
+    "gradients": gradients,
+}
+
+
+def main():
+    found = {}
+    for name, check in CHECKS.items():
+        if len(sys.argv) > 1 and name not in sys.argv:
+            continue
+        function, *arguments = check if isinstance(check, tuple) else (check,)
+        try:
+            function(*arguments)
+            found[name] = None
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Checkpoints over the devices of a mesh: what `four_devices_loading.py` finds in a process with four of them."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+FOLDERS = (
+    "ck_awq",
+    "ck_llmc_MXFP4A16",
+    "ck_llmc_NVFP4A16",
+    "ck_llmc_W4A16",
+    "ck_modelopt",
+    "ck_q3_gptq_True",
+    "ck_q3",
+)
+CHECKS = [f"{folder} both" for folder in FOLDERS]
+CHECKS += ["ck_q3 experts", "nvfp4 from plain weights", "packed", "stack"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    program = pathlib.Path(__file__).with_name("four_devices_loading.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=1200)
+    return json.loads(run.stdout)
+
+
+def test_every_check_is_listed(found):
+    assert list(found) == CHECKS
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_what_is_loaded_in_shares_is_what_is_placed(found, check):
+    assert found[check] is None, found[check]
