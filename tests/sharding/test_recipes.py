@@ -133,9 +133,7 @@ def test_a_cut_that_parts_gate_from_up_is_refused():
     with pytest.raises(ValueError, match=r"gate_up is laid out for 2 ranks"):
         MoESharding(mesh(expert=2)).specs(laid_out)
     x = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
-    with pytest.raises(
-        ValueError, match=r"'a16/128', with 256 columns; its columns are those of several ranks, 128"
-    ):
+    with pytest.raises(ValueError, match=r"'a16/128', with 256 columns; its columns are those of several ranks, 128"):
         jax.eval_shape(lambda layer, x: layer(x), laid_out, x)
 
 
