@@ -5,8 +5,6 @@ import functools
 import logging
 import pathlib
 import re
-import sys
-import time
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts
 from jax_marlin_moe.checkpoint.numbering import claim_number
+from jax_marlin_moe.checkpoint.progress import Progress
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
@@ -30,7 +29,6 @@ from jax_marlin_moe.shared_expert import SharedExpert, split_like
 from jax_marlin_moe.weights import MarlinWeights
 
 _LOGGER = logging.getLogger(__name__)
-_PROGRESS_AFTER = 2.0  # seconds before a progress bar appears
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +138,7 @@ class LayerReader:
         files, biased = self.files, self.family.biased
         stored = find_matrix(files, first, hidden, size, self.quantization, self.target)
         down_stored = find_matrix(files, second, size, hidden, self.quantization, self.target)
-        bar = _Progress(f"layer {self.layer}", len(first) + len(second))
+        bar = Progress(f"layer {self.layer}", len(first) + len(second))
         read: set[str] = set()
 
         def load(share: Share) -> tuple[MarlinWeights, MarlinWeights]:
@@ -249,7 +247,7 @@ class LayerReader:
         """Both matrices of some experts; a row order of the second is folded into the columns of the first."""
         files = self.files
         down_stored = find_matrix(files, second, size, hidden, self.quantization, target)
-        bar = _Progress(f"layer {self.layer}", len(first) + len(second))
+        bar = Progress(f"layer {self.layer}", len(first) + len(second))
         try:
             gate_up = load_matrix(
                 files,
@@ -436,26 +434,3 @@ class LayerReader:
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise self.files.fault(left[0], f"is not known{more}; the layer would be loaded without it")
-
-
-class _Progress:
-    """A line on a terminal's stderr that follows a long load."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self._start, self._shown = time.monotonic(), False
-        self._stream = sys.stderr
-
-    def advance(self) -> None:
-        self.done += 1
-        if time.monotonic() - self._start < _PROGRESS_AFTER or not self._stream.isatty():
-            return
-        self._shown = True
-        filled = 30 * self.done // self.total
-        bar = "#" * filled + "." * (30 - filled)
-        self._stream.write(f"\r{self.what} [{bar}] {self.done}/{self.total}")
-        self._stream.flush()
-
-    def close(self) -> None:
-        if self._shown:
-            self._stream.write("\n")

@@ -17,6 +17,7 @@ from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.families import FAMILIES
 from jax_marlin_moe.checkpoint.family import Family
 from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
+from jax_marlin_moe.checkpoint.progress import Progress
 from jax_marlin_moe.checkpoint.schemes.plain import Target
 from jax_marlin_moe.checkpoint.source import Source
 from jax_marlin_moe.checkpoint.tensors import read_json
@@ -142,13 +143,27 @@ def load_moe_layers(
     """
     checkpoint = Checkpoint(path, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype, families=families)
     numbers = list(checkpoint.layers if layers is None else layers)
-    loaded = ((number, checkpoint.load(number, sharding)) for number in numbers)
+    loaded = _loaded(checkpoint, numbers, sharding)
     if not stacked:
         return loaded
     try:
         return stack_layers((layer for _, layer in loaded), len(numbers))
     except ValueError as error:
         raise ValueError(f"{checkpoint.folder}, whose layers {numbers} are stacked: {error}") from None
+
+
+def _loaded(
+    checkpoint: "Checkpoint", numbers: Sequence[int], sharding: MoESharding | None
+) -> Iterator[tuple[int, MoELayer]]:
+    """The layers, one by one, with a line on a terminal that counts them."""
+    bar = Progress("layers", len(numbers))
+    try:
+        for number in numbers:
+            layer = checkpoint.load(number, sharding)
+            bar.advance()
+            yield number, layer
+    finally:
+        bar.close()
 
 
 class Checkpoint:

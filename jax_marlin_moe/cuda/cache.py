@@ -1,8 +1,8 @@
 """The disk cache of compiled kernels: content-addressed, checked, safe for many processes, optional.
 
-`JAX_MARLIN_MOE_CACHE_DIR` names the folder; empty switches the cache off. Otherwise it is `jax_marlin_moe` in
-`XDG_CACHE_HOME` or in `~/.cache`; without a home there is no cache. A folder that cannot be read or written costs a
-compilation, never an error.
+`JAX_MARLIN_MOE_CACHE_DIR` names the folder; empty switches the cache off. Otherwise it is `jax_marlin_moe` where
+platformdirs has the user's caches (`XDG_CACHE_HOME` or `~/.cache` on Linux); without a home there is no cache. A folder
+that cannot be read or written costs a compilation, never an error.
 
 An entry is machine code behind a header: a magic number, the length and the SHA-256 digest of what the compiler
 returned. What does not match (cut, changed, not a regular file, too large) is deleted, compiled and stored again, with
@@ -21,6 +21,8 @@ import stat
 import struct
 import tempfile
 import warnings
+
+import platformdirs
 
 ENVIRONMENT_VARIABLE = "JAX_MARLIN_MOE_CACHE_DIR"
 
@@ -71,12 +73,12 @@ def located() -> pathlib.Path:
 
 
 def _default_directory() -> pathlib.Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.join(os.path.expanduser("~"), ".cache")  # stays "~" without HOME and an entry in passwd
-    if not os.path.isabs(base):
+    try:
+        folder = platformdirs.user_cache_path("jax_marlin_moe", appauthor=False)
+    except RuntimeError:  # no home; older versions return a path that begins with "~"
+        folder = pathlib.Path("~")
+    if not folder.is_absolute():
         raise OffError(f"there is no home directory to keep kernels in; set {ENVIRONMENT_VARIABLE} to a folder")
-    folder = pathlib.Path(base, "jax_marlin_moe")
     try:
         status = folder.stat()
     except OSError:  # not made yet, or out of reach
