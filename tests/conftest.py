@@ -1,6 +1,7 @@
 """What every test shares: caches of the run, reproducible properties, and platforms to run on."""
 
 import atexit
+import collections
 import functools
 import os
 import re
@@ -43,13 +44,47 @@ def pytest_addoption(parser):
     parser.addoption("--parity-table", help="with -m parity: the file that the table of families is written to")
 
 
+def pytest_configure(config):
+    """Ordinary runs spend most of their time in LLVM: without its optimisation, a third less."""
+    if "not exhaustive" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
+def by_name(item) -> int:
+    """A number that neither a neighbour's cases nor the order of parameters decide."""
+    return zlib.crc32(item.name.encode())
+
+
+def covering(items: list[pytest.Item]) -> list[pytest.Item]:
+    """A few cases of one test in which every value of each parameter occurs."""
+    left = {
+        item: {(name, getattr(value, "__qualname__", repr(value))) for name, value in item.callspec.params.items()}
+        for item in sorted(items, key=by_name)
+    }
+    chosen, seen = [], set()
+    while left:
+        item = max(left, key=lambda item: len(left[item] - seen))
+        if left[item] <= seen:
+            break
+        seen |= left.pop(item)
+        chosen.append(item)
+    return chosen
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks what ordinary runs skip of sampled tests, and puts long ones first, before the workers are busy."""
+    """Marks what ordinary runs skip of large products of parameters, and puts long tests first."""
+    products = collections.defaultdict(list)
     for item in items:
+        if item.get_closest_marker("gpu"):
+            continue
         sampled = item.get_closest_marker("sampled")
-        # By the name, so that neither a neighbour's cases nor the order of parameters decide.
-        if sampled and not item.get_closest_marker("gpu") and zlib.crc32(item.name.encode()) % sampled.args[0]:
+        if sampled and by_name(item) % sampled.args[0]:
+            item.add_marker(pytest.mark.exhaustive)
+        if item.get_closest_marker("covering"):
+            products[item.nodeid.partition("[")[0]].append(item)
+    for cases in products.values():
+        for item in set(cases).difference(covering(cases)):
             item.add_marker(pytest.mark.exhaustive)
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 

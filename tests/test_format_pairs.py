@@ -92,6 +92,7 @@ def test_the_error_is_that_of_the_codes(pair):
     assert error < {"mxint8": 0.012, "int4_zp_e8m0": 0.12}.get(pair, 0.13)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_products_of_a_pair(platform, pair, dtype):
     rng = np.random.default_rng(2)
@@ -114,6 +115,7 @@ def test_products_of_a_pair(platform, pair, dtype):
         assert_product_close(y, grouped_product(x, experts, ids, router_weights=router))
 
 
+@pytest.mark.covering
 @pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 @pytest.mark.parametrize(("architecture", "tokens"), [("sm_90a", 4), ("sm_90a", 512), ("sm_80", 40)])
 def test_kernels_of_a_pair_compile(pair, architecture, tokens):

@@ -51,6 +51,7 @@ def product(x, weights, ids, implementation, num_experts, **options):
     return jmm.moe_gemm(x, weights, alignment, top_k=ids.shape[1], implementation=implementation, **options)
 
 
+@pytest.mark.covering
 @EVERY_GROUP_AND_SCALE
 @DTYPES
 def test_product(platform, weight_format, group_size, scale_dtype, dtype):
@@ -110,6 +111,7 @@ def every_code(weight_format) -> Experts:
     )
 
 
+@pytest.mark.covering
 @FORMATS
 @DTYPES
 @pytest.mark.parametrize("factor", [1.0, 2.0**-6])
@@ -151,6 +153,7 @@ def test_large_rows_meet_the_smallest_scale():
     assert_product_close(product(x, experts.packed(), ids, "cpu", 2), grouped_product(x, experts, ids))
 
 
+@pytest.mark.covering
 @FORMATS
 @pytest.mark.parametrize(("k", "n"), [(100, 80), (24, 8), (2880, 64), (1856, 64), (1408, 64), (704, 72), (320, 64)])
 def test_products_of_padded_and_partial_shapes(platform, weight_format, k, n):

@@ -136,6 +136,7 @@ def test_floats_round_as_ml_dtypes_does(weight_format, dtype, largest, top):
     np.testing.assert_array_equal(experts.codes[0] & mask, expected & mask)
 
 
+@pytest.mark.covering
 @EVERY_FORMAT
 @pytest.mark.parametrize(("k", "n"), [(256, 128), (100, 80), (7, 3)])
 def test_packing_is_bit_exact(weight_format, k, n):
@@ -171,6 +172,7 @@ def test_one_global_scale_an_expert_serves_all_columns():
     np.testing.assert_array_equal(weights.global_scales, [[0.5, 0.5], [3.0, 3.0]])
 
 
+@pytest.mark.covering
 @GROUPS
 @DENSE_DTYPES
 def test_symmetric_codes_are_the_nearest(platform, group_size, dtype):

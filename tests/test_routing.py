@@ -15,6 +15,7 @@ def softmax(logits):
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (6, 6), (60, 4), (1, 1)])

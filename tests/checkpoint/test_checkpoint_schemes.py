@@ -85,7 +85,7 @@ def test_schemes(save, rng, scheme):
 GROUPS = [(bits, group) for bits, sizes in ((4, (16, 32, 64, 128, -1)), (8, (32, 64, 128, -1))) for group in sizes]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.covering
 @pytest.mark.parametrize("tool", ["gptq", "gptq_v2", "compressed-tensors"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group"), GROUPS)
@@ -108,6 +108,7 @@ def test_integer_groups(save, rng, monkeypatch, bits, group, symmetric, tool):
     check(layer, *dense)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [64, 128, -1])
 def test_hqq_groups(save, rng, monkeypatch, bits, group):

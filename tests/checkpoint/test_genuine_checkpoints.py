@@ -48,6 +48,7 @@ def relative_error(actual, answer):
     return np.linalg.norm(np.asarray(actual, np.float64) - answer) / np.linalg.norm(answer)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", FOLDERS)
@@ -96,7 +97,7 @@ def test_the_comparison_sees_mistakes(mistake, expected):
     name, wrong = MISTAKES[mistake]
     dense, router = dense_experts(name, 0, wrong)
     loaded = load_moe_layer(DATA / name, 0)
-    y = loaded(jnp.asarray(expected["x"], jnp.float16), implementation="xla")
+    y = loaded(jnp.asarray(expected["x"], jnp.float16))
     assert relative_error(y, files.block(expected["x"].astype(np.float64), dense, router)) > 0.03
 
 
@@ -104,7 +105,7 @@ def test_the_comparison_sees_mistakes(mistake, expected):
 def test_swapped_gate_and_up_are_seen(name, expected):
     dense, router = dense_experts(name, 0, FOLDERS[name][0])
     swapped = [[up, gate, down] for gate, up, down in dense]
-    y = load_moe_layer(DATA / name, 0)(jnp.asarray(expected["x"], jnp.float16), implementation="xla")
+    y = load_moe_layer(DATA / name, 0)(jnp.asarray(expected["x"], jnp.float16))
     assert relative_error(y, files.block(expected["x"].astype(np.float64), swapped, router)) > 0.1
 
 
@@ -122,11 +123,11 @@ def test_plain_weights_are_quantised_on_the_way_in(weight_format, expected):
     dense, _ = dense_experts("ck_q3", 0, files.plain)
     gate_up = np.stack([np.concatenate([gate, up], axis=1) for gate, up, _ in dense]).astype(np.float16)
     down = np.stack([down for *_, down in dense]).astype(np.float16)
-    np.testing.assert_array_equal(jmm.dense_weights(loaded.down), jmm.dense_weights(jmm.quantize(down, weight_format)))
+    np.testing.assert_array_equal(oracle.dense(loaded.down), oracle.dense(jmm.quantize(down, weight_format)))
     if weight_format != "nvfp4":  # there, gate and up have global scales of their own
         same = jmm.quantize(gate_up, weight_format)
-        np.testing.assert_array_equal(jmm.dense_weights(loaded.gate_up), jmm.dense_weights(same))
-    y = loaded(jnp.asarray(expected["x"], jnp.float16), implementation="xla")
+        np.testing.assert_array_equal(oracle.dense(loaded.gate_up), oracle.dense(same))
+    y = loaded(jnp.asarray(expected["x"], jnp.float16))
     assert relative_error(y, expected["ck_q3/layer0"]) < QUANTIZED[weight_format]
 
 

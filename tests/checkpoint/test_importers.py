@@ -139,6 +139,7 @@ def test_hqq(rng, bits):
     same(jmm.from_hqq(data, scale, zero, shape=(N, K), group_size=group, bits=bits), dense.swapaxes(1, 2))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", ["int4", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("groups", [1, K // 128, K // 64])
 @pytest.mark.parametrize("zero", [True, False])

@@ -25,6 +25,7 @@ from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import DECODE_TOKENS, MODELS, PREFILL_TOKENS
 
 
+@pytest.mark.covering
 @needs_nvrtc
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -37,7 +38,7 @@ def test_alignment_compiles(lower, architecture, mapped):
 
 
 # Blocks of 8, 16, 48 and 64 have token tiles of 8, 16, 24 and 32.
-@pytest.mark.sampled(3)
+@pytest.mark.covering
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("architecture", "dtype", "block_size", "zeros"),
@@ -62,7 +63,7 @@ def test_product_compiles(lower, architecture, dtype, block_size, zeros):
     assert text.count(CALL) == 2
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.covering
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("architecture", "dtype", "tokens", "zeros"),
@@ -83,6 +84,7 @@ def test_block_compiles(lower, architecture, dtype, tokens, zeros):
     assert "dot_general" not in text  # of the reference
 
 
+@pytest.mark.covering
 @needs_nvrtc
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, None])
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90a"])
@@ -96,7 +98,7 @@ def test_every_group_size_compiles(lower, architecture, group_size):
 EVERY_ACTIVATION = (*ACTIVATIONS.values(), jmm.swiglu(7.0, 1.702, 1.0), jmm.swiglu_step(7.0), jmm.situ(4.0, 25.0))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.covering
 @needs_nvrtc
 @pytest.mark.parametrize("name", jmm.FORMATS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -251,7 +253,7 @@ def test_blocks_of_models_have_shapes(shape, tokens):
 
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.sampled(3)
+@pytest.mark.covering
 @pytest.mark.parametrize("tokens", DECODE_TOKENS + PREFILL_TOKENS)
 @pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
 def test_blocks_of_models_compile(lower, shape, tokens):
@@ -260,7 +262,7 @@ def test_blocks_of_models_compile(lower, shape, tokens):
     assert "dot_general" not in text
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.covering
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_86", "sm_120a"])
 @pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)

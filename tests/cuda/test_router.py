@@ -54,6 +54,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.covering
 @needs_nvrtc
 @pytest.mark.parametrize(("architecture", "made"), COMPILED, ids=[f"{a}-{r.rows.shape[0]}" for a, r in COMPILED])
 def test_the_kernels_compile(architecture, made):
@@ -91,6 +92,7 @@ def test_a_rule_with_an_option_that_the_kernels_do_not_know_is_left_to_the_compo
     assert not router(rule=NewRouting(4)).fits(90)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tokens", [1, 9, 33, 64, 512, 513, 16384])
 @pytest.mark.parametrize("router_dtype", ["bfloat16", "float32"])
 def test_tiles_fit_every_architecture(tokens, router_dtype):

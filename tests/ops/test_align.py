@@ -82,7 +82,7 @@ def assert_contract(implementation, block_size, tokens, top_k, experts, kind):
     assert_alignment(alignment, align_slowly(ids, block_size, experts))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.covering
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_alignment_is_that_of_the_contract(platform, block_size, case):
@@ -113,6 +113,7 @@ def test_many_slots(platform, block_size, case, mapped):
     assert_alignment(alignment, align_slowly(ids, block_size, experts, expert_map))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("block_size", "case"),
     # XLA compiles for half a second per case, and treats all block sizes alike.
@@ -125,6 +126,7 @@ def test_the_reference_alignment_is_that_of_the_contract(block_size, case):
         assert_contract("xla", block_size, *case)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", ["distinct", "holes", "one"])
 @pytest.mark.parametrize("block_size", [8, 48])
 def test_remote_experts_vanish(implementation, block_size, kind):

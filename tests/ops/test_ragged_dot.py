@@ -49,6 +49,7 @@ SIZES = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_rows_are_multiplied_by_the_expert_of_their_group(sizes, implementation):

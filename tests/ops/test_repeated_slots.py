@@ -96,6 +96,7 @@ def test_a_weight_of_nan_in_a_dropped_slot_is_of_no_account_on_the_card(tokens):
     np.testing.assert_array_equal(poisoned.view(np.uint16), clean.view(np.uint16))
 
 
+@pytest.mark.covering
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("architecture", "kind"),

@@ -110,7 +110,7 @@ CALLS = [
 wanted_of = functools.cache(lambda call, implementation: call(implementation))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.covering
 @pytest.mark.parametrize(("call", "implementation"), CALLS, ids=lambda value: getattr(value, "__name__", value))
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_of_jax_change_nothing(mode, call, implementation):
@@ -280,6 +280,7 @@ def test_alignments_are_arguments_of_exported_functions():
     np.testing.assert_array_equal(y, product(x, gate_up, alignment))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
 @pytest.mark.parametrize("constraints", [(), ("t >= 1",), ("t <= 64",)], ids=str)
 def test_the_number_of_tokens_may_be_symbolic(implementation, constraints):
