@@ -19,7 +19,7 @@ import jax
 import pytest
 from hypothesis import settings
 
-from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.cuda import cache, compiler
 
 settings.register_profile("reproducible", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("reproducible")
@@ -33,20 +33,22 @@ def cuda_is_visible() -> bool:
         return False
 
 
+def pytest_addoption(parser):
+    parser.addoption("--parity-table", help="with -m parity: the file that the table of families is written to")
+
+
+def is_ordinary(config) -> bool:
+    """Whether a run is one without marks: on a CPU, and without the other cases of large products."""
+    return all(f"not {mark}" in config.option.markexpr for mark in ("gpu", "exhaustive"))
+
+
 def pytest_configure(config):
     # The workers share the cores, and each would have its BLAS spin on all of them. numpy looks when it is imported,
     # which other plugins of a worker may do before this file is read: the workers inherit what is set here.
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-
-def pytest_addoption(parser):
-    parser.addoption("--parity-table", help="with -m parity: the file that the table of families is written to")
-
-
-def pytest_configure(config):
-    """Ordinary runs spend most of their time in LLVM: without its optimisation, a third less."""
-    if "not exhaustive" in config.option.markexpr:
+    # Most of a run is compiling, for shapes that are used once: without LLVM's optimisation, a third less.
+    if is_ordinary(config):
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
@@ -55,12 +57,18 @@ def by_name(item) -> int:
     return zlib.crc32(item.name.encode())
 
 
+def parameters(item) -> set[tuple]:
+    """Names and values. What is no plain value, whose repr another worker may write otherwise, goes by its place."""
+    call = item.callspec
+    plain = (str, int, float, tuple, type(None))
+    return {
+        (name, repr(value) if isinstance(value, plain) else call.indices[name]) for name, value in call.params.items()
+    }
+
+
 def covering(items: list[pytest.Item]) -> list[pytest.Item]:
     """A few cases of one test in which every value of each parameter occurs."""
-    left = {
-        item: {(name, getattr(value, "__qualname__", repr(value))) for name, value in item.callspec.params.items()}
-        for item in sorted(items, key=by_name)
-    }
+    left = {item: parameters(item) for item in sorted(items, key=by_name)}
     chosen, seen = [], set()
     while left:
         item = max(left, key=lambda item: len(left[item] - seen))
@@ -131,15 +139,20 @@ def pytest_runtest_call(item):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kernel_cache(tmp_path_factory):
-    """Kernels are compiled anew in each run, once for all of its workers, unless the environment names a cache."""
-    if "JAX_MARLIN_MOE_CACHE_DIR" in os.environ:
-        yield
-        return
+def kernel_cache(tmp_path_factory, pytestconfig):
+    """Kernels are compiled anew in each run, once for all of its workers, unless the environment names a cache.
+
+    Ordinary runs, which execute none, have NVRTC hurry: a third of the time, the same checks but for fast code.
+    """
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # the workers' folders lie in the run's
+    folder = os.environ.get(cache.ENVIRONMENT_VARIABLE, str(folder / "kernels"))
+    options = compiler._options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_MARLIN_MOE_CACHE_DIR", str(folder / "kernels"))
+        if is_ordinary(pytestconfig):
+            patch.setattr(compiler, "_options", lambda architecture: options(architecture) | {"ofast_compile": "max"})
+            folder = folder and os.path.join(folder, "unoptimised")  # nobody else is to find them
+        patch.setenv(cache.ENVIRONMENT_VARIABLE, folder)
         yield
 
 

@@ -174,12 +174,16 @@ def _compile(source: str, architecture: str) -> bytes:
     with _IMPORT_LOCK:  # cuda-core's first import is not safe in several threads at once
         from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(arch=architecture, std="c++20", include_path=str(source_directory()))
+    options = ProgramOptions(**_options(architecture))
     try:
         return bytes(Program(source, "c++", options).compile("cubin").code)
     except Exception as error:  # cuda-core raises its own types, which differ between versions
         print(source, file=sys.stderr)
         raise CompilationError(f"NVRTC {version()} refused a kernel for {architecture}: {error}") from error
+
+
+def _options(architecture: str) -> dict[str, str]:
+    return {"arch": architecture, "std": "c++20", "include_path": str(source_directory())}
 
 
 def _compile_ptx(source: str, architecture: str) -> bytes:

@@ -1,4 +1,7 @@
-"""Two thousand flipped bits in checkpoints, a thousand of them in ordinary runs: a load says what is wrong, or means what an independent decoder says."""
+"""Two thousand flipped bits in checkpoints: a load says what is wrong, or means what an independent decoder says.
+
+Ordinary runs flip half of them.
+"""
 
 import pathlib
 import shutil
