@@ -16,7 +16,8 @@ take more memory than the card has, has its error instead of a time. They come a
 Times are a user's: the least of several samples of calls in a row that are waited for once. Group sizes are those of a
 uniform routing.
 
-`--lower` only compiles the kernels, into the cache on disk: several processes may do that at once, before one measures.
+`--lower` only compiles the kernels, into the cache on disk, which needs no card where `JAX_MARLIN_MOE_CUDA_ARCH` names
+one: several processes may do that at once, before one measures.
 """
 
 import argparse
@@ -105,6 +106,15 @@ class Bench:
     samples: int
     only_lowers: bool
 
+    def made(self, draw: Callable, seed: int, shape: tuple, dtype: Any) -> Any:
+        """A random array; of one that only lowers, its type."""
+        return jax.ShapeDtypeStruct(shape, dtype) if self.only_lowers else draw(jax.random.key(seed), shape, dtype)
+
+    def layer(self, shape: ModelShape, weight_format: str) -> Any:
+        """The matrices of a random layer; of one that only lowers, their types."""
+        make = partial(random_layers, shape, weight_format, jnp.bfloat16, 1)
+        return (jax.eval_shape(make) if self.only_lowers else make())[0]
+
     def time(self, function: Callable, *arguments: Any, memory: bool = False, most_bytes: float = np.inf) -> dict:
         """Microseconds, and with `memory` megabytes beyond arguments and results; or an error.
 
@@ -148,6 +158,7 @@ def named(prefix: str, found: dict) -> dict:
 class Product:
     """The rows of one product and of a block with as many, sorted where the product wants them so."""
 
+    bench: Bench
     shape: ModelShape
     rows: int  # per expert
 
@@ -155,8 +166,8 @@ class Product:
         experts, total = self.shape.num_experts, self.rows * self.shape.num_experts
         self.ids = random_routings(experts, self.shape.top_k, total // self.shape.top_k, 1, seed=self.rows)
         self.sizes = jnp.asarray(np.bincount(self.ids.reshape(-1), minlength=experts), jnp.int32)
-        self.x = jax.random.normal(jax.random.key(1), (total, self.shape.hidden), jnp.bfloat16)
-        self.cotangent = jax.random.normal(jax.random.key(2), (total, 2 * self.shape.intermediate), jnp.bfloat16)
+        self.x = self.bench.made(jax.random.normal, 1, (total, self.shape.hidden), jnp.bfloat16)
+        self.cotangent = self.bench.made(jax.random.normal, 2, (total, 2 * self.shape.intermediate), jnp.bfloat16)
 
     def times(self, found: dict) -> dict:
         """With the speeds that belong to times."""
@@ -167,7 +178,7 @@ class Product:
 def kernel_row(bench: Bench, product: Product, packed) -> dict:
     """Device microseconds of the kernels of both products, the least of several samples."""
     matrix, x = multiplied(packed[0]), product.x
-    tokens = x[: product.ids.shape[1]]
+    tokens = jax.ShapeDtypeStruct((product.ids.shape[1], *x.shape[1:]), x.dtype)
     plan = plan_grouped_product(
         x,
         matrix,
@@ -187,7 +198,7 @@ def kernel_row(bench: Bench, product: Product, packed) -> dict:
     found = {"kernel": plan.kernels[-1].name, "kernel_us": kernels.microseconds(samples=5)[0]}
     kernels.close()
     weights = jnp.full(product.ids.shape, 1 / product.shape.top_k, jnp.float32)
-    block = replayed_block(tokens, [packed], weights, product.ids)
+    block = replayed_block(x[: tokens.shape[0]], [packed], weights, product.ids)
     block.microseconds(samples=1)
     first = block.plan.position("gate_up")
     found |= {"block_kernel": block.plan.kernels[first].name}
@@ -196,18 +207,18 @@ def kernel_row(bench: Bench, product: Product, packed) -> dict:
     return found
 
 
-def product_row(bench: Bench, shape: ModelShape, packed, rows: int) -> dict:
+def product_row(bench: Bench, shape: ModelShape, packed, rows: int, with_kernels: bool) -> dict:
     """One product at so many rows per expert."""
-    product = Product(shape, rows)
+    product = Product(bench, shape, rows)
     ours = partial(jmm.ragged_dot, implementation="cuda")
     row = named("packed", bench.time(ours, product.x, packed[0], product.sizes))
     row |= named("packed_dx", bench.time(pulled(ours), product.cotangent, product.x, packed[0], product.sizes))
-    return product.times(row | kernel_row(bench, product, packed))
+    return product.times(row | (kernel_row(bench, product, packed) if with_kernels else {}))
 
 
 def product_peers(bench: Bench, shape: ModelShape, dense, quantised, rows: int) -> dict:
     """The same of the peers that there are weights for."""
-    product, row = Product(shape, rows), {}
+    product, row = Product(bench, shape, rows), {}
     for name, multiply in ({"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()).items():
         row |= named(name, bench.peer(multiply, product.x, dense, product.sizes))
         row |= named(f"{name}_dx", bench.peer(pulled(multiply), product.cotangent, product.x, dense, product.sizes))
@@ -216,16 +227,20 @@ def product_peers(bench: Bench, shape: ModelShape, dense, quantised, rows: int) 
     return product.times(row)
 
 
-def block_arguments(shape: ModelShape, tokens: int) -> tuple:
+def block_arguments(bench: Bench, shape: ModelShape, tokens: int) -> tuple:
     """x, router weights, ids, and what the result is multiplied with."""
-    x = jax.random.normal(jax.random.key(1), (tokens, shape.hidden), jnp.bfloat16)
-    logits = jax.random.normal(jax.random.key(3), (tokens, shape.num_experts))
-    return x, *jmm.route(logits, top_k=shape.top_k), jax.random.normal(jax.random.key(2), x.shape)
+    x = bench.made(jax.random.normal, 1, (tokens, shape.hidden), jnp.bfloat16)
+    logits = bench.made(jax.random.normal, 3, (tokens, shape.num_experts), jnp.float32)
+    choose = partial(jmm.route, top_k=shape.top_k)
+    routed = jax.eval_shape(choose, logits) if bench.only_lowers else choose(logits)
+    return x, *routed, bench.made(jax.random.normal, 2, x.shape, jnp.float32)
 
 
-def block_times(run: Callable, name: str, block: Callable, shape: ModelShape, packed, tokens: int) -> dict:
+def block_times(
+    bench: Bench, run: Callable, name: str, block: Callable, shape: ModelShape, packed, tokens: int
+) -> dict:
     """A block and its derivatives at so many tokens, timed by `run`."""
-    x, weights, ids, probe = block_arguments(shape, tokens)
+    x, weights, ids, probe = block_arguments(bench, shape, tokens)
     row = named(name, run(block, x, *packed, weights, ids, memory=True))
     return row | named(f"{name}_step", run(step(block), x, weights, *packed, ids, probe, memory=True))
 
@@ -238,7 +253,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=[48, 256, 1024])
     parser.add_argument("--tokens", nargs="*", type=int, default=[4096])
     parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peers", nargs="*", default=MODELS, help="models that peers are timed with; all by default")
+    parser.add_argument("--kernels", nargs="*", default=MODELS, help="models with device times of the kernels alone")
     parser.add_argument("--lower", action="store_true")
     parser.add_argument("--commit")
     parser.add_argument("--out", type=pathlib.Path, required=True)
@@ -258,24 +274,28 @@ def main() -> None:
 
     for model, weight_format in itertools.product(args.models, args.formats):
         shape = MODELS[model].grouped(get_format(weight_format))
-        (packed,) = random_layers(shape, weight_format, jnp.bfloat16, 1)
+        packed = bench.layer(shape, weight_format)
         head = {"model": model, "format": weight_format}
         for tokens in args.tokens:
             hidden = 2 * tokens * shape.top_k * 2 * shape.intermediate * 2 / 1e6
-            found = block_times(bench.time, "packed", packed_block, shape, packed, tokens)
+            found = block_times(bench, bench.time, "packed", packed_block, shape, packed, tokens)
             add("blocks", head | {"tokens": tokens}, {"two_hidden_buffers_mb": hidden} | found)
         for rows in args.rows:
-            add("products", head | {"rows_per_expert": rows}, product_row(bench, shape, packed, rows))
+            add(
+                "products",
+                head | {"rows_per_expert": rows},
+                product_row(bench, shape, packed, rows, model in args.kernels),
+            )
         del packed
-    if args.no_peers or args.lower:
+    if args.lower:
         return
-    for model in args.models:
+    for model in (model for model in args.models if model in args.peers):
         shape, head = MODELS[model].grouped(get_format(args.formats[0])), {"model": model, "format": args.formats[0]}
-        (packed,) = random_layers(shape, args.formats[0], jnp.bfloat16, 1)
+        packed = bench.layer(shape, args.formats[0])
         for tokens in args.tokens:
             for name, product in ({"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()).items():
                 block = partial(dequantized_block, product)
-                found = block_times(bench.peer, name, block, shape, packed, tokens)
+                found = block_times(bench, bench.peer, name, block, shape, packed, tokens)
                 add("blocks", head | {"tokens": tokens}, found)
         dense = dequantized(packed[0])
         del packed

@@ -76,8 +76,10 @@ inline float FloatFromFloatByte(uint32_t code) {
   return FloatFromMinifloat(code >> 7, code & 0x7F, 16 + kExponentBits, (1 << (kExponentBits - 1)) - 1);
 }
 
+// Without a branch around the arithmetic, so that compilers convert vectors; NaN has a mask's bits on top of others.
 inline float FloatFromE4M3(uint8_t bits) {
-  return (bits & 0x7F) == 0x7F ? FloatFromBits(0x7FC00000) : FloatFromFloatByte<4>(bits);
+  const uint32_t nan = (bits & 0x7F) == 0x7F ? 0x7FC00000 : 0;
+  return FloatFromBits(BitsFromFloat(FloatFromFloatByte<4>(bits)) | nan);
 }
 
 // 2^(bits - 127), the first of them a subnormal; NaN for 255.

@@ -70,7 +70,7 @@ def expert_gemm(
     return _product(x, stack, dispatches, num_out_rows=num_out_rows, dtype=dtype, implementation=implementation)
 
 
-@one_program("num_out_rows", "dtype")
+@one_program("num_out_rows", "dtype", saved_as="expert_gemm")
 def _product(x, stack, dispatches, *, num_out_rows, dtype, implementation):
     rows, table = x, dispatches
     if dtype != x.dtype:

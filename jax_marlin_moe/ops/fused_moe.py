@@ -191,7 +191,7 @@ def _check_intermediate(intermediate, num_experts):
         arguments.check_shape("intermediate.scales", scales, (num_experts,), "(experts,)")
 
 
-@one_program("activation", "out_dtype", "cuda_scheme")
+@one_program("activation", "out_dtype", "cuda_scheme", saved_as="fused_moe")
 def expert_block(
     x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale=None, intermediate=None, *, out_dtype=None, **params
 ):

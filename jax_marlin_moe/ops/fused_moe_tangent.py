@@ -179,6 +179,8 @@ def _cotangents(
         if wanted.gate_up_global_scales:
             found["gate_up_global_scales"] = global_scales(x, first, d_h)
         if wanted.x:
+            # All else first: what it reads need not outlive the product, whose result may be the largest array of all.
+            rounded, found = jax.lax.optimization_barrier((rounded, found))
             found["x"] = sum_slots(product(rounded, first, dtype=dtype, transposed=True), x.shape[0])
     return Tangents(**found)
 

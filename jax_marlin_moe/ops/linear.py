@@ -76,7 +76,7 @@ def linear(
     return _product(x, weights, bias, expert, dtype=dtype, implementation=implementation)
 
 
-@one_program("dtype")
+@one_program("dtype", saved_as="linear")
 def _product(x, weights, bias, expert, *, dtype, implementation):
     rows = x.reshape(-1, x.shape[-1])
     if bias is not None:

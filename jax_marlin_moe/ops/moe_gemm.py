@@ -99,7 +99,7 @@ def moe_gemm(
     )
 
 
-@one_program("top_k", "dtype")
+@one_program("top_k", "dtype", saved_as="moe_gemm")
 def _product(x, weights, topk_weights, alignment, *, top_k, dtype, implementation):
     rows, slots_per_row = x, top_k
     if weights.input_order is not None:

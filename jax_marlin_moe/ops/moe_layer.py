@@ -217,7 +217,9 @@ def _check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) ->
         _check_floats("shared.gate", shared.gate, (hidden, 1), "(H, 1)")
 
 
-@one_program("routing", "activation", "shared_activation", "norm_epsilon", "out_dtype", "cuda_scheme")
+@one_program(
+    "routing", "activation", "shared_activation", "norm_epsilon", "out_dtype", "cuda_scheme", saved_as="moe_layer"
+)
 def _layer(x, router, gate_up, down, shared, *rest, out_dtype, **params):
     if out_dtype != x.dtype or gate_up.input_order is not None or (shared is not None and _has_order(shared)):
         # The kernels of whole layers round once, to the type of x. Experts that read x in orders of their own need a

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
@@ -66,19 +67,21 @@ class Op:
         return over_explicit_axes(call, share, leaves, labels, division.summed, mesh, op=self.primitive.name)
 
 
-def one_program(*static: str) -> Callable[[Callable], Callable]:
+def one_program(*static: str, saved_as: str | None = None) -> Callable[[Callable], Callable]:
     """Decorates what surrounds a primitive: one compiled program where an op is called eagerly, with its constants.
 
     `implementation` is checked at every call, before anything is traced.
 
     Args:
         static: names of the static keyword arguments beside `implementation`.
+        saved_as: the name of the results for policies of `jax.checkpoint`; None for results that nobody saves.
     """
 
     def decorate(function: Callable) -> Callable:
         @wraps(function)
         def of_shared(*operands: Any, **options: Any) -> Any:
-            return function(*spread_indices(operands), **options)
+            results = function(*spread_indices(operands), **options)
+            return results if saved_as is None else checkpoint_name(results, saved_as)
 
         program = jax.jit(of_shared, static_argnames=(*static, "implementation"), inline=True)
 

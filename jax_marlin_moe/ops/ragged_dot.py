@@ -86,7 +86,7 @@ def _packed(array: Any) -> MarlinWeights:
         raise type(error)(f"rhs is a QArray that no format holds: {error}") from error
 
 
-@one_program("dtype")
+@one_program("dtype", saved_as="ragged_dot")
 def _ragged_dot(lhs, rhs, group_sizes, group_offset, *, dtype, implementation):
     rows = lhs
     offset = None if group_offset is None else group_offset.reshape(1)
