@@ -24,6 +24,7 @@ from jax_marlin_moe.ops.division import Division, Labels, Part, label
 from jax_marlin_moe.ops.explicit import explicit_mesh, over_explicit_axes
 from jax_marlin_moe.ops.implementation import becomes_custom_call, check_implementation, refuse_named
 from jax_marlin_moe.ops.partition import over_devices, with_devices
+from jax_marlin_moe.ops.row_ranges import is_symbolic, over_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ def define_op(
         return shape_rule(*jax.tree.unflatten(structure, leaves), **shared(params))
 
     def lowered(form: Callable, platform: str | None):
-        def rule(*leaves, structure, implementation, over=None, **params):
+        def rule(*leaves, structure, implementation, types, divide, **params):
             def computed(function: Callable, *leaves, **params):
                 return function(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
 
@@ -180,23 +181,29 @@ def define_op(
                 elif becomes_custom_call(platform, implementation):
                     params = params if platform == "cuda" else shared(params)
                     call = partial(computed, form, **params)
-                    if over is None:
+                    # A form that is one for all platforms is a composition, whose ops see to it themselves.
+                    exact = platform == "cuda" and form is not cpu
+                    if exact and any(is_symbolic(array.shape) for array in (*leaves, *types)):
+                        operands = [names[operand] for operand in _operands(structure)]
+                        places = [place for place, operand in enumerate(operands) if operand in rows]
+                        return over_ranges(call, leaves, places, types, op=name)
+                    if not divide:
                         return call(*leaves)
 
                     def share(part, *leaves):
                         operands = jax.tree.unflatten(structure, leaves)
                         return _share(found, form, part, operands, implementation=implementation, **params)
 
-                    found, labels = divided(jax.tree.unflatten(structure, leaves), over, **params)
+                    found, labels = divided(jax.tree.unflatten(structure, leaves), types, **params)
                     return over_devices(
-                        call, share, over, leaves, labels, found.summed, op=name, identity=(name, structure, params)
+                        call, share, types, leaves, labels, found.summed, op=name, identity=(name, structure, params)
                     )
                 return computed(specified, *leaves, **params)
 
         def partitioned(ctx, *values, **params):
             named = with_devices(ctx, platform) if (rows or division) and platform is not None else None
-            over = None if named is None else ctx.avals_out
-            return mlir.lower_fun(partial(rule, over=over), multiple_results=True)(named or ctx, *values, **params)
+            of_types = partial(rule, types=ctx.avals_out, divide=named is not None)
+            return mlir.lower_fun(of_types, multiple_results=True)(named or ctx, *values, **params)
 
         return partitioned
 
