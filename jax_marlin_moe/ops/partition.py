@@ -40,7 +40,7 @@ def with_devices(ctx: mlir.LoweringRuleContext, platform: str) -> mlir.LoweringR
     Programs that are exported keep the plain call: a partitioning is a function of this process. So do those lowered
     without devices, for another platform, and the inside of `jax.shard_map`, where arrays are local already. JAX names
     the devices only to primitives that then cannot be lowered for an abstract mesh. Here they carry XLA's shardings to
-    the partitioning and back, and any of the platform do.
+    the partitioning and back, and any do.
     """
     module = ctx.module_context
     axes: Any = module.axis_context
@@ -50,10 +50,10 @@ def with_devices(ctx: mlir.LoweringRuleContext, platform: str) -> mlir.LoweringR
         return ctx
     try:
         devices = jax.devices(platform)
-    except RuntimeError:
-        return None
+    except RuntimeError:  # a program that is compiled for devices of another machine
+        devices = jax.devices()
     if len(devices) < axes.num_devices:
-        return None
+        devices = [devices[0]] * axes.num_devices
     axes = dataclasses.replace(axes, device_assignment=tuple(devices[: axes.num_devices]))
     return ctx.replace(module_context=module.replace(axis_context=axes))
 
