@@ -122,7 +122,7 @@ def cut(weights, over):
     if over == "rows":
         specs = partition_specs(dataclasses.replace(weights, bias=None), "rows", "model")
         return dataclasses.replace(specs, bias=P())
-    return partition_specs(weights, over, "model")
+    return partition_specs(weights, over, "model", one_matrix=True)
 
 
 def block_specs(rows, first, second, make=operands):

@@ -294,9 +294,9 @@ def _cuda(
     return call_program("fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
-INTERLEAVED = (
-    "a range of its columns is not one of gate and of up: lay the block out with "
-    "jax_marlin_moe.sharding.tensor_parallel and call it in jax.shard_map"
+_APART = (
+    "a range of its columns is not one of gate and of up. jax_marlin_moe.sharding.place lays a layer out for that, and "
+    "jax_marlin_moe.sharding.parallel_layer, which takes the mesh and its axes, calls it"
 )
 
 
@@ -305,8 +305,8 @@ def block_division(activation: Activation) -> Division:
     columns = None if activation.gated else "i"
     reasons = {("gate_up", "rows"): "the activation needs whole sums over the rows of gate_up"}
     if activation.gated:
-        reasons["gate_up", "columns"] = INTERLEAVED
-        reasons["down", "rows"] = "its rows go with columns of gate and up: " + INTERLEAVED
+        reasons["gate_up", "columns"] = _APART
+        reasons["down", "rows"] = "its rows go with columns of gate and up: " + _APART
     return Division(
         matrices={"gate_up": (None, columns), "down": (columns, "n")},
         share=_share,

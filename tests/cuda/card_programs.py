@@ -1,8 +1,8 @@
 """What XLA makes of calls for H200s, compiled where there is none; prints a JSON object of counts by program.
 
 It needs JAX's CUDA plugin, and NVRTC for our kernels. JAX asks for a GPU before it lets a topology of the platform
-"gpu" be named (jax-ml/jax#23971), so `test_card_programs.py` runs this, with that question answered, in a process of its
-own.
+"gpu" be named (jax-ml/jax#23971), so `test_card_programs.py` runs this, with that question answered, in a process of
+its own.
 """
 
 import json
