@@ -183,7 +183,7 @@ def test_few_slots_need_no_alignment_kernel(tokens, aligns):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("slots", "kernels"), [(4096, ["align"]), (4097, ["count_slots", "align"])])
+@pytest.mark.parametrize(("slots", "kernels"), [(2048, ["align"]), (2049, ["count_slots", "align"])])
 def test_many_slots_are_aligned_by_many_ctas(slots, kernels):
     planned = plan_align(slots, 60, 16, False, "sm_90a")
     assert [kernel.name for kernel in planned.kernels] == [f"jmm_{stage}_m16" for stage in kernels]

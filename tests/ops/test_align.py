@@ -91,7 +91,7 @@ def test_alignment_is_that_of_the_contract(platform, block_size, case):
 
 @pytest.mark.parametrize(
     ("block_size", "case"),
-    # Slots past 4096, which CUDA gives to several CTAs: three, all 64 with parts that are short, experts in turns.
+    # Slots past 2048, which CUDA gives to several CTAs: three, all 64 with parts that are short, experts in turns.
     [
         (8, (2100, 2, 60, "distinct")),
         (64, (70001, 2, 7, "holes")),
