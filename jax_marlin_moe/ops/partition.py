@@ -300,7 +300,7 @@ def _sharding_rule(
     fresh = iter(range(10**6))
 
     def factor(name: str | None, extent: int, packed: bool) -> str:
-        if name is None:
+        if name is None or labels.units[name] == 1:  # Shardy has no factors of one in compounds
             name = f"w{next(fresh)}"
             if not packed:
                 whole.append(name)
