@@ -60,6 +60,30 @@ def scanned(x, gate_up, down, w, ids):
     return jax.lax.scan(lambda h, i: (jmm.fused_moe(h, *jmm.take_layer(stacks, i), w, ids), None), x, layers)[0]
 
 
+def repeated(x, gate_up, down, w, ids):
+    def step(state):
+        return state[0] + 1, jmm.fused_moe(state[1], gate_up, down, w, ids)
+
+    return jax.lax.while_loop(lambda state: state[0] < 2, step, (jnp.int32(0), x))[1]
+
+
+def branched(x, gate_up, down, w, ids):
+    return jax.lax.cond(ids[0, 0] >= 0, lambda: jmm.fused_moe(x, gate_up, down, w, ids), lambda: x)
+
+
+def rematerialised(x, gate_up, down, w, ids):
+    block = jax.checkpoint(lambda x: jmm.fused_moe(x, gate_up, down, w, ids))
+    return jax.grad(lambda x: jnp.sin(block(x).astype(jnp.float32)).sum())(x)
+
+
+def eager(x, gate_up, down, w, ids):
+    return jmm.fused_moe(x, gate_up, down, w, ids)
+
+
+def donated(x, gate_up, down, w, ids):
+    return jmm.fused_moe(x, gate_up, down, w, ids)
+
+
 def batched(x, gate_up, down, w, ids):
     rows = (array.reshape(4, TOKENS // 4, -1) for array in (x, w, ids))
     return jax.vmap(lambda x, w, ids: jmm.fused_moe(x, gate_up, down, w, ids))(*rows).reshape(x.shape)
@@ -170,6 +194,11 @@ CALLS = {
     ),
     "scan, experts": (scanned, operands, AUTO, (4,), experts_of, {"all-reduce": 1}, (None, None)),
     "vmap, experts": (batched, operands, AUTO, (4,), experts_of, {"all-reduce": 1}, (None, None)),
+    "while, experts": (repeated, operands, AUTO, (4,), experts_of, {"all-reduce": 1}, (None, None)),
+    "cond, experts": (branched, operands, AUTO, (4,), experts_of, {"all-reduce": 1}, (None, None)),
+    "remat, experts": (rematerialised, operands, AUTO, (4,), experts_of, None, (None, None)),
+    "eager, experts": (eager, operands, AUTO, (4,), experts_of, {}, (None, None)),
+    "donation, experts": (donated, operands, AUTO, (4,), experts_of, {"all-reduce": 1}, (None, None)),
     "layer, experts, tokens over another axis": (
         layer, layer_operands, AUTO, (2, 2), layer_specs, {"all-reduce": 1}, ("data", None),
     ),
@@ -227,16 +256,23 @@ def placed_on(mesh, arguments, specs):
 
 def check(function, make, kind, shape, specs, expected, of_result):
     mesh, arguments = MESHES[kind, shape], make()
+    kinds = Counter()
     with jax.set_mesh(mesh):
         placed = placed_on(mesh, arguments, specs())
-        compiled = jax.jit(function).lower(*placed).compile()  # ahead of time
-        found = compiled(*placed)
+        if function is eager:
+            found = function(*placed)
+        else:
+            donates = function is donated
+            compiled = jax.jit(function, donate_argnums=0 if donates else ()).lower(*placed).compile()  # ahead of time
+            kinds = Counter(collectives(compiled))
+            rows = jax.device_put(placed[0], placed[0].sharding, may_alias=False)
+            found = compiled(rows, *placed[1:])
+            assert rows.is_deleted() == donates
     for ours, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted(function, make)), strict=True):
         assert_close(ours, other, 5e-3)
     result = jax.tree.leaves(found)[0]
     names = (*result.sharding.spec, *[None] * 2)[:2]
     assert names == of_result, result.sharding
-    kinds = Counter(collectives(compiled))
     if expected is None:  # XLA joins several sums, or does not
         assert set(kinds) <= {"all-reduce"}, kinds
     else:

@@ -17,9 +17,15 @@ BLOCKS = [
     "gradients of a block, experts, tokens over another axis",
     "scan, experts",
     "vmap, experts",
+    "while, experts",
+    "cond, experts",
+    "remat, experts",
+    "eager, experts",
+    "donation, experts",
     "layer, experts, tokens over another axis",
 ]
-EXPLICIT = [f"explicit {name}" for name in BLOCKS if name != "block, experts, tokens over another axis"]
+ONLY_AUTOMATIC = ("block, experts, tokens", "while", "cond", "remat", "eager", "donation")
+EXPLICIT = [f"explicit {name}" for name in BLOCKS if not name.startswith(ONLY_AUTOMATIC)]
 PRODUCTS = [
     f"{kind}{call}"
     for op in OPS
@@ -35,6 +41,7 @@ ORDINARY = [
     "layer, experts, tokens over another axis",
     "explicit block, experts and tokens over one axis",
     "explicit gradients of a block, experts, tokens over another axis",
+    "donation, experts",
     "linear, rows",
     "explicit linear, columns",
     *REFUSALS,
