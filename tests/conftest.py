@@ -85,13 +85,12 @@ def pytest_collection_modifyitems(items):
     """Marks what ordinary runs skip of large products of parameters, and puts long tests first."""
     products = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu"):
-            continue
+        on_a_card = item.get_closest_marker("gpu") is not None
         sampled = item.get_closest_marker("sampled")
-        if sampled and by_name(item) % sampled.args[0]:
+        if sampled and not on_a_card and by_name(item) % sampled.args[0]:
             item.add_marker(pytest.mark.exhaustive)
         if item.get_closest_marker("covering"):
-            products[item.nodeid.partition("[")[0]].append(item)
+            products[on_a_card, item.nodeid.partition("[")[0]].append(item)
     for cases in products.values():
         for item in set(cases).difference(covering(cases)):
             item.add_marker(pytest.mark.exhaustive)

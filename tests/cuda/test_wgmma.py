@@ -261,6 +261,7 @@ def test_schemes_of_an_older_version_are_passed_over(tmp_path, monkeypatch):
     assert list(json.loads(path.read_text())[str(key)]) == ["8", "16"]
 
 
+@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [3, 64, 500])
 @pytest.mark.parametrize("name", SCHEMES)
