@@ -2,25 +2,32 @@
 
     python -m benchmarks.layers --models qwen3-30b-a3b deepseek-v3-tp8 --tokens 1 16 64 --out layers.json
 
-Each time is that of a layer in a jitted chain of `--repeats`, each fed by the one before, called again and again:
+Each time is that of a layer in a jitted chain of 3 to 12, each fed by the one before, called again and again:
 `block_us` the routed experts alone, of the ids and weights that the layers choose; `composed_us` the layer of `route`,
 `fused_moe` and the shared expert by itself; `layer_us` the layer in one call. Rows are brought back to unit length
 after every third layer, in all of them alike.
+
+Each model has a process of its own. All make their weights and compile at the same time; when the last one is ready,
+they time one after the other.
 """
 
 import argparse
 import concurrent.futures
 import json
+import multiprocessing
+import os
 import pathlib
+import queue
 import statistics
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_marlin_moe as jmm
-from benchmarks.chain import chain_microseconds
+from benchmarks.chain import compile_chain, ends_a_norm, time_chain, unit_rows
 from benchmarks.record import recorded_run
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.measure.models import MODELS, ModelShape
@@ -80,15 +87,9 @@ def whole(x, layer, weights, ids):
 FORMS = {"block_us": block, "composed_us": composed, "layer_us": whole}
 
 
-def compile_ahead(layers: list[jmm.MoELayer], shape: ModelShape, tokens: list[int], dtype) -> None:
-    """Compiles the kernels of all forms, several at a time."""
-
-    def compile_one(form, count: int) -> None:
-        slots = [jax.ShapeDtypeStruct((count, shape.top_k), kind) for kind in (jnp.float32, jnp.int32)]
-        jax.jit(form).lower(jax.ShapeDtypeStruct((count, shape.hidden), dtype), layers[0], *slots)
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(lambda job: compile_one(*job), [(form, count) for form in FORMS.values() for count in tokens]))
+def repeats(tokens: int) -> int:
+    """Layers of the chain: what takes long is repeated less."""
+    return 12 if tokens <= 16 else 6 if tokens <= 256 else 3
 
 
 def chosen(x: jax.Array, layers: list[jmm.MoELayer], count: int) -> tuple[list[jax.Array], np.ndarray]:
@@ -99,56 +100,86 @@ def chosen(x: jax.Array, layers: list[jmm.MoELayer], count: int) -> tuple[list[j
         (w, i), x = call(x, layers[number % len(layers)])
         weights.append(w)
         ids.append(i)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + 1e-30)
-        x = (x * scale).astype(x.dtype)
+        x = unit_rows(x) if ends_a_norm(number, count) else x
     return weights, np.stack(ids)
 
 
-def row(layers: list[jmm.MoELayer], shape: ModelShape, tokens: int, args) -> dict:
-    """Times one configuration."""
-    repeats = args.repeats if tokens <= 256 else 6
-    x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), jnp.dtype(args.dtype))
-    weights, ids = chosen(x, layers, repeats)
-    times = {
-        name: statistics.median(chain_microseconds(form, x, layers, weights, ids, args.samples, args.pause))
-        for name, form in FORMS.items()
-    }
-    return {
-        "model": shape.name,
-        "M": tokens,
-        "format": args.format,
-        "shared": layers[0].shared is not None,
-        **times,
-    }
+def prepare(name: str, options: argparse.Namespace) -> tuple[list[jmm.MoELayer], list[tuple]]:
+    """Weights of a model, and for each number of tokens what is timed: inputs, and the compiled chains by form."""
+    shape, dtype = MODELS[name], jnp.dtype(options.dtype)
+    layers = make_layers(shape, options.format, dtype)
+
+    def compiled(tokens: int) -> tuple:
+        x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), dtype)
+        weights, ids = chosen(x, layers, repeats(tokens))
+        chains = {form: compile_chain(FORMS[form], x, layers, weights, ids) for form in options.forms}
+        return tokens, (x, layers, weights, ids), chains
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return layers, list(pool.map(compiled, options.tokens))
+
+
+def rows(name: str, prepared: tuple[list[jmm.MoELayer], list[tuple]], options: argparse.Namespace) -> list[dict]:
+    """Times all that was prepared."""
+    layers, cases = prepared
+    timed = []
+    for tokens, (x, _, weights, ids), chains in cases:
+        calls = 10 if tokens <= 256 else 4
+        sampled = {
+            form: time_chain(chain, x, layers, weights, ids, options.samples, options.pause, calls)
+            for form, chain in chains.items()
+        }
+        times = {form: round(statistics.median(samples), 2) for form, samples in sampled.items()}
+        shared = layers[0].shared is not None
+        timed.append({"model": name, "M": tokens, "format": options.format, "shared": shared, **times})
+        first, *others = times
+        more = ", ".join(f"{form.removesuffix('_us')} {times[form] - times[first]:+7.1f}" for form in others)
+        print(f"{name:16s} M={tokens:<5d} {first.removesuffix('_us')} {times[first]:8.1f} us, {more}", flush=True)
+    return timed
+
+
+def run_model(name: str, options: argparse.Namespace, prepared: Any, turn: Any, results: Any) -> None:
+    """One model's process: prepares, waits until all have, and times in its turn."""
+    try:
+        parts = prepare(name, options)
+    except BaseException:
+        prepared.abort()
+        raise
+    prepared.wait()
+    with turn:
+        results.put(rows(name, parts, options))
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(RULES), choices=list(RULES))
-    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 4, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--format", default="int4")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=24, help="layers of the chain, at 256 tokens and fewer")
-    parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds of rest before each sample")
+    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=0.02, help="seconds of rest before each sample")
     parser.add_argument("--commit", help="of the code, where the machine has no checkout")
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    args = parser.parse_args()
-    rows = []
-    for name in args.models:
-        shape = MODELS[name]
-        layers = make_layers(shape, args.format, jnp.dtype(args.dtype))
-        compile_ahead(layers, shape, args.tokens, jnp.dtype(args.dtype))
-        for tokens in args.tokens:
-            rows.append(row(layers, shape, tokens, args))
-            block_us, composed_us, layer_us = (rows[-1][form] for form in FORMS)
-            print(
-                f"{name:16s} M={tokens:<5d} block {block_us:8.1f} us, composed {composed_us - block_us:+6.1f}, "
-                f"one call {layer_us - block_us:+6.1f}",
-                flush=True,
-            )
-            args.out.write_text(json.dumps({**recorded_run("benchmarks.layers", args.commit), "rows": rows}, indent=1))
+    options = parser.parse_args()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    spawn = multiprocessing.get_context("spawn")
+    shared = spawn.Barrier(len(options.models)), spawn.Lock(), spawn.Queue()
+    processes = [spawn.Process(target=run_model, args=(name, options, *shared)) for name in options.models]
+    for process in processes:
+        process.start()
+    timed: list[dict] = []
+    while any(process.is_alive() for process in processes) or not shared[2].empty():
+        try:
+            timed += shared[2].get(timeout=1)
+        except queue.Empty:
+            continue
+        timed.sort(key=lambda row: options.models.index(row["model"]))
+        record = recorded_run("benchmarks.layers", options.commit)
+        options.out.write_text(json.dumps({**record, "rows": timed}, indent=1) + "\n")
+    if len(timed) < len(options.models) * len(options.tokens):
+        raise SystemExit("a model's process failed")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ fast path. It is the executable form of docs/formats.md, "Block alignment", "Num
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
@@ -362,6 +363,7 @@ def moe_layer(
     activation: Activation,
     shared_activation: Activation,
     norm_epsilon: float,
+    out_dtype: DTypeLike,
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """`route_rows`, the experts that it chooses, and the shared one: one sum in float32, rounded once; the choice.
 
@@ -392,7 +394,7 @@ def moe_layer(
     if shared is not None:
         extra = shared_sum(x, shared, shared_activation)
         y = y + jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1])))  # padding, where down has it
-    return y.astype(x.dtype), topk_weights, ids
+    return y.astype(out_dtype), topk_weights, ids
 
 
 def weighted_rows(x: Float[Array, "tokens H"], topk_weights: Float32[Array, "tokens top_k"]) -> Float[Array, "slots H"]:

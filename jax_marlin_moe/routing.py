@@ -147,12 +147,10 @@ def route(
         renormalize_epsilon=renormalize_epsilon,
         jitter=jitter,
     )
-    check_routing(rule, num_experts)
+    check_routing(rule, num_experts, alone=correction_bias is None and ids is None)
     for name, vector in (("correction_bias", correction_bias), ("expert_scale", expert_scale)):
         if vector is not None:
             check_shape(name, vector, (num_experts,), "(experts,)")
-    if scoring == "sparsemixer" and (correction_bias is not None or ids is not None):
-        raise ValueError(_MIXER_ALONE)
     if ids is not None:
         check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
         check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
@@ -175,8 +173,11 @@ def route(
     )
 
 
-def check_routing(routing: Routing, num_experts: int) -> None:
-    """Raises ValueError, naming the option, unless the rule chooses among so many experts."""
+def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> None:
+    """Raises ValueError, naming the option, unless the rule chooses among so many experts.
+
+    `alone` says that there are neither biases for the choice nor ids that are chosen already.
+    """
     top_k, num_groups, top_groups = routing.top_k, routing.num_groups, routing.top_groups
     check_top_k(top_k, num_experts)
     for name, known in (("scoring", _SCORINGS), ("group_score", _GROUP_SCORES)):
@@ -201,7 +202,7 @@ def check_routing(routing: Routing, num_experts: int) -> None:
             else f"0, as scoring {routing.scoring!r} has none"
         )
         raise ValueError(f"jitter is {jitter}; it must be {must}")
-    if routing.scoring == "sparsemixer" and num_groups > 1:
+    if routing.scoring == "sparsemixer" and (num_groups > 1 or not alone):
         raise ValueError(_MIXER_ALONE)
 
 

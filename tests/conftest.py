@@ -36,6 +36,7 @@ def cuda_is_visible() -> bool:
 def pytest_addoption(parser):
     parser.addoption("--write-transforms", action="store_true", help="write docs/transforms.md")
     parser.addoption("--parity-table", help="with -m parity: the file that the table of families is written to")
+    parser.addoption("--router-table", help="with -m parity: the file that the table of routers is written to")
 
 
 def is_ordinary(config) -> bool:

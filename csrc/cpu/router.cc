@@ -38,8 +38,9 @@ void SqrtSoftplus(float* values, int64_t count) {
 void Identity(float*, int64_t) {}
 
 constexpr Scoring kScorings[] = {
-    {"softmax", Softmax, false},   {"sigmoid", Sigmoids, false},       {"sqrtsoftplus", SqrtSoftplus, false},
-    {"identity", Identity, false}, {"chosen_sigmoid", Identity, true},
+    {"softmax", Softmax, Weights::kScores},           {"sigmoid", Sigmoids, Weights::kScores},
+    {"sqrtsoftplus", SqrtSoftplus, Weights::kScores}, {"identity", Identity, Weights::kScores},
+    {"chosen_sigmoid", Identity, Weights::kSigmoids}, {"sparsemixer", Identity, Weights::kMixed},
 };
 
 // Larger for larger numbers, with NaN at both ends.
@@ -56,6 +57,16 @@ void TakeLargest(const float* values, int64_t size, int64_t count, int32_t* orde
     const int32_t first = Key(values[a]), second = Key(values[b]);
     return first != second ? first > second : a < b;
   });
+}
+
+// A token's row, normed and scaled for the router.
+void NormItem(const Router& router, int64_t token, float* out) {
+  router.rows.Read(token * router.row_stride, router.hidden, out);
+  float squares = 0.0f;
+  for (int64_t k = 0; k < router.hidden; ++k) squares += out[k] * out[k];
+  const auto hidden = static_cast<float>(router.hidden);
+  const float norm = 1.0f / std::sqrt(squares / hidden + router.norm_epsilon), root = 1.0f / std::sqrt(hidden);
+  for (int64_t k = 0; k < router.hidden; ++k) out[k] = out[k] * norm * router.input_scale[k] * root;
 }
 
 // Columns [begin, end) of the logits of some tokens, without the bias.
@@ -99,6 +110,18 @@ void MaskGroups(const Router& router, const ChoiceScratch& scratch) {
   }
 }
 
+// The j-th chosen score's softmax over itself and those close to it that are not chosen before it.
+float MixedWeight(const Router& router, const float* scores, const int32_t* ids, int64_t j) {
+  const float top = scores[ids[j]];
+  float sum = 0.0f;
+  for (int64_t e = 0; e < router.experts; ++e) {
+    // Not `<=`: where all are zero, the quotient is NaN, and they are close.
+    const bool far = (top - scores[e]) / std::max(std::abs(scores[e]), top) > 2 * router.jitter;
+    if (!far && std::find(ids, ids + j, e) == ids + j) sum += std::exp(scores[e] - top);
+  }
+  return 1.0f / sum;
+}
+
 // One token, whose logits become scores.
 void Choose(const Router& router, int64_t token, float* scores, const ChoiceScratch& scratch) {
   const int64_t experts = router.experts, top_k = router.top_k;
@@ -124,7 +147,9 @@ void Choose(const Router& router, int64_t token, float* scores, const ChoiceScra
   const float nothing = router.softmax_after_topk ? -std::numeric_limits<float>::infinity() : 0.0f;
   for (int64_t j = 0; j < top_k; ++j) {
     weights[j] = there(j) ? scores[ids[j]] : nothing;
-    if (router.scoring->chosen_sigmoid && there(j)) weights[j] = Sigmoid(weights[j]);
+    if (!there(j)) continue;
+    if (router.scoring->weights == Weights::kSigmoids) weights[j] = Sigmoid(weights[j]);
+    if (router.scoring->weights == Weights::kMixed) weights[j] = MixedWeight(router, scores, ids, j);
   }
   if (router.softmax_after_topk) {
     Softmax(weights, top_k);
@@ -175,7 +200,15 @@ std::string ScoringNames() {
   return names;
 }
 
-void RunRouter(Workers& workers, const Router& router) {
+void RunRouter(Workers& workers, const Router& read) {
+  Router router = read;
+  Scratch<float> normed;
+  if (read.input_scale.data != nullptr) {
+    normed.resize(static_cast<size_t>(read.tokens * read.hidden));
+    router.rows = {normed.data(), Number::kF32};
+    router.row_stride = read.hidden;
+  }
+  const auto norm = [&](int64_t token) { NormItem(read, token, normed.data() + token * read.hidden); };
   Scratch<float> logits(static_cast<size_t>(router.tokens * router.experts));
   const int64_t splits = CeilDiv(router.experts, kExpertsOfItem);
   const auto product = [&](int64_t item) {
@@ -191,7 +224,9 @@ void RunRouter(Workers& workers, const Router& router) {
            {choices.data() + token * router.experts, worths.data() + token * router.num_groups,
             orders.data() + token * router.experts});
   };
-  RunPhases(workers, {{CeilDiv(router.tokens, kTokensOfItem) * splits, product}, {router.tokens, choose}});
+  RunPhases(workers, {{normed.empty() ? 0 : router.tokens, norm},
+                      {CeilDiv(router.tokens, kTokensOfItem) * splits, product},
+                      {router.tokens, choose}});
 }
 
 }  // namespace jax_marlin_moe::cpu

@@ -22,11 +22,15 @@ struct Numbers {
   void Read(int64_t first, int64_t count, float* out) const;
 };
 
+// What the weights of chosen experts are: their scores, the sigmoids of those, or the softmax of each over itself and
+// what is close to it and not chosen before it.
+enum class Weights { kScores, kSigmoids, kMixed };
+
 // Scores of all experts from a token's logits, in place.
 struct Scoring {
   std::string_view name;
   void (*apply)(float* values, int64_t count);
-  bool chosen_sigmoid;  // whether the chosen scores' sigmoids are the weights
+  Weights weights;
 };
 
 // Null where there is none of that name.
@@ -46,7 +50,10 @@ struct Router {
   int64_t num_groups, top_groups;  // equal groups of consecutive experts, of which some stay in the choice
   bool top2;                       // what a group is worth: its best two scores, or its best one
   float scale, renormalize_epsilon;
-  float soft_cap;  // of the logits, or 0
+  float soft_cap;       // of the logits, or 0
+  float jitter;         // how close mixed scores are
+  Numbers input_scale;  // [hidden] where the router reads rms_norm(rows) * input_scale / sqrt(hidden), or none
+  float norm_epsilon;   // of that norm
   float* topk_weights;
   int32_t* topk_ids;  // [tokens, top_k] both
 };

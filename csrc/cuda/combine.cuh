@@ -1,4 +1,5 @@
-// The last step of a block: sums each token's slots in ascending order and rounds once.
+// The last step of a block: sums each token's slots in ascending order, adds what experts without weights return, their
+// input, and rounds once.
 #pragma once
 
 #include "offsets.cuh"
@@ -11,22 +12,28 @@ namespace jmm {
 template <class Facts>
 struct Combine {
   using T = typename Facts::Element;  // of the result
+  using X = typename Facts::Input;    // of x
   static constexpr int kTokens = Facts::kTokens, kTopK = Facts::kTopK, kColumns = Facts::kColumns;
   static constexpr int kExperts = Facts::kExperts;              // of the matrices
   static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
   static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
+  // Experts from kRoutedExperts on that return their input, of which there are kInputColumns.
+  static constexpr int kIdentityExperts = Facts::kIdentityExperts, kInputColumns = Facts::kInputColumns;
   static constexpr int kThreads = 128;                 // small: they move in beside the CTAs of the kernel before
   static constexpr int kVector = 4;                    // columns of a thread: one 16-byte load a slot
   static constexpr int kVectors = kColumns / kVector;  // of a row
   static constexpr int64_t kAllVectors = int64_t(kTokens) * kVectors;
   static constexpr int64_t kMaxCtas = (kAllVectors + kThreads - 1) / kThreads;
   using VectorIndex = Index<kAllVectors + kThreads>;
-  static_assert(kColumns % kVector == 0, "rows are whole vectors");
+  static_assert(kColumns % kVector == 0 && kInputColumns % kVector == 0, "rows are whole vectors");
 
   const float* __restrict__ partials;      // [kTokens * kTopK, kColumns]; rows of dropped slots hold nothing
   const int32_t* __restrict__ topk_ids;    // [kTokens, kTopK]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
-  T* __restrict__ out;                     // [kTokens, kColumns]
+  // If there are identity experts: the layer's input, and the slots' weights, from a kernel of this call.
+  const X* __restrict__ x;    // [kTokens, kInputColumns]
+  const float* topk_weights;  // [kTokens, kTopK]
+  T* __restrict__ out;        // [kTokens, kColumns]
 
   __device__ void run() const {
     const VectorIndex i = Offset<kAllVectors + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
@@ -49,12 +56,32 @@ struct Combine {
       const float4 part = reinterpret_cast<const float4*>(partials)[int64_t(token * kTopK + j) * kVectors + vector];
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
+    if constexpr (kIdentityExperts > 0) add_input(sum, token, vector);
     if constexpr (kSame<T, float>) {
       reinterpret_cast<float4*>(out)[i] = sum;
     } else {
       reinterpret_cast<uint2*>(out)[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
                                                from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
     }
+  }
+
+ private:
+  // A vector of the token's input, times the weights of the identity experts that it has chosen.
+  __device__ __forceinline__ void add_input(float4& sum, int token, int vector) const {
+    constexpr int kInputVectors = kInputColumns / kVector;
+    float weight = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kTopK; ++j) {
+      const int expert = topk_ids[token * kTopK + j];
+      if (expert >= kRoutedExperts && expert < kRoutedExperts + kIdentityExperts)
+        weight += topk_weights[token * kTopK + j];
+    }
+    if (vector >= kInputVectors) return;
+    const uint2 pairs = reinterpret_cast<const uint2*>(x)[int64_t(token) * kInputVectors + vector];
+    sum.x = fmaf(to_float<X>(static_cast<uint16_t>(pairs.x)), weight, sum.x);
+    sum.y = fmaf(to_float<X>(static_cast<uint16_t>(pairs.x >> 16)), weight, sum.y);
+    sum.z = fmaf(to_float<X>(static_cast<uint16_t>(pairs.y)), weight, sum.z);
+    sum.w = fmaf(to_float<X>(static_cast<uint16_t>(pairs.y >> 16)), weight, sum.w);
   }
 };
 

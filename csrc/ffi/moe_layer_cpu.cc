@@ -29,9 +29,10 @@ enum Operand : size_t {
   kRouterBias = 24,    // [global experts]
   kCorrectionBias = 25,
   kExpertScale = 26,
-  kGiven = 27,  // [M, top_k] s32
-  kGate = 28,   // [K, 1]
-  kOperands = 29,
+  kGiven = 27,       // [M, top_k] s32
+  kGate = 28,        // [K, 1]
+  kInputScale = 29,  // [K]
+  kOperands = 30,
 };
 
 constexpr int64_t kMostShared = 1024;  // experts that every token visits
@@ -82,11 +83,39 @@ struct Slots {
   cpu::Scratch<float> weights;
   cpu::Scratch<uint16_t> rows;  // of x, one for each slot, where weights multiply them
   cpu::Scratch<int32_t> map;    // of experts to those of the matrices, with the shared ones
+  cpu::Scratch<float> sums;     // of the rows' results, where identity experts add to them
 };
 
-void RunLayer(cpu::Workers& workers, const cpu::Router& router, cpu::ExpertBlock block, cpu::Numbers gate,
-              int64_t map_length, bool on_input) {
+// Adds what a token's identity experts return, its row, and rounds once.
+void AddInput(const cpu::Router& router, const cpu::ExpertBlock& block, int64_t first_identity, int64_t token,
+              float* sums, bool float_result, void* y) {
+  const int64_t hidden = block.gate_up->k(), columns = block.down->n();
+  float kept = 0.0f;
+  for (int64_t slot = token * router.top_k; slot < (token + 1) * router.top_k; ++slot) {
+    const int32_t id = router.topk_ids[slot];
+    if (id >= first_identity && id < router.experts) kept += router.topk_weights[slot];
+  }
+  for (int64_t k = 0; k < std::min(hidden, columns); ++k) {
+    sums[k] += kept * cpu::FloatFromElement(block.x[token * hidden + k], block.type);
+  }
+  if (float_result) {
+    std::copy_n(sums, columns, static_cast<float*>(y) + token * columns);
+  } else {
+    cpu::RoundRow(sums, columns, block.type, static_cast<uint16_t*>(y) + token * columns);
+  }
+}
+
+// What is special about a rule beyond its router.
+struct Rule {
+  bool on_input;
+  int64_t identity_experts;  // of the router's, the last ones
+};
+
+void RunLayer(cpu::Workers& workers, const cpu::Router& router, cpu::ExpertBlock block, cpu::Numbers gate, Rule rule) {
   cpu::RunRouter(workers, router);
+  const bool on_input = rule.on_input;
+  const int64_t routed = router.experts - rule.identity_experts;
+  const cpu::ExpertBlock given = block;
   const int64_t tokens = router.tokens, top_k = router.top_k, hidden = block.gate_up->k();
   const int64_t shared = block.shared_down == nullptr ? 0 : block.shared_down->experts;
   const int64_t slots = top_k + shared;
@@ -107,9 +136,9 @@ void RunLayer(cpu::Workers& workers, const cpu::Router& router, cpu::ExpertBlock
       const float weight =
           !chosen ? gate.data == nullptr ? 1.0f : cpu::Sigmoid(sum) : router.topk_weights[token * top_k + j];
       made.ids[static_cast<size_t>(slot)] =
-          chosen ? router.topk_ids[token * top_k + j] : static_cast<int32_t>(router.experts + j - top_k);
-      // An id behind the router's experts would be one of the shared experts.
-      if (chosen && made.ids[static_cast<size_t>(slot)] >= router.experts) made.ids[static_cast<size_t>(slot)] = -1;
+          chosen ? router.topk_ids[token * top_k + j] : static_cast<int32_t>(routed + j - top_k);
+      // An id behind the routed experts would be one of the shared experts.
+      if (chosen && made.ids[static_cast<size_t>(slot)] >= routed) made.ids[static_cast<size_t>(slot)] = -1;
       made.weights[static_cast<size_t>(slot)] = chosen && on_input ? 1.0f : weight;
       if (!on_input) continue;
       uint16_t* const row = made.rows.data() + slot * hidden;
@@ -125,21 +154,30 @@ void RunLayer(cpu::Workers& workers, const cpu::Router& router, cpu::ExpertBlock
   };
   cpu::RunPhases(workers, {{tokens, fill}});
   if (block.routing.expert_map != nullptr) {
-    made.map.assign(block.routing.expert_map, block.routing.expert_map + map_length);
+    made.map.assign(block.routing.expert_map, block.routing.expert_map + routed);
     for (int32_t& local : made.map) {
       if (local >= block.down->experts) local = -1;
     }
     for (int64_t s = 0; s < shared; ++s) made.map.push_back(static_cast<int32_t>(block.down->experts + s));
     block.routing.expert_map = made.map.data();
   }
-  block.routing.num_experts = router.experts + shared;
+  block.routing.num_experts = routed + shared;
   block.routing.topk_ids = made.ids.data();
   block.routing.slots = tokens * slots;
   block.topk_weights = made.weights.data();
   block.top_k = slots;
   block.slots_per_row = on_input ? 1 : slots;
   if (on_input) block.x = made.rows.data();
+  if (rule.identity_experts == 0) return cpu::RunExpertBlock(workers, block);
+  const int64_t columns = block.down->n();
+  made.sums.resize(static_cast<size_t>(tokens * columns));
+  block.y = made.sums.data();
+  block.float_result = true;
   cpu::RunExpertBlock(workers, block);
+  const auto add = [&](int64_t token) {
+    AddInput(router, given, routed, token, made.sums.data() + token * columns, given.float_result, given.y);
+  };
+  cpu::RunPhases(workers, {{tokens, add}});
 }
 
 ffi::Error MoeLayerImpl(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
@@ -227,18 +265,27 @@ ffi::Error MoeLayerImpl(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::
   router.scale = call.attribute<float>("scale");
   router.renormalize_epsilon = call.attribute<float>("renormalize_epsilon");
   router.soft_cap = call.attribute<float>("soft_cap");
-  const bool on_input = call.attribute<bool>("apply_on_input");
+  router.jitter = call.attribute<float>("jitter");
+  router.input_scale = call.numbers(kInputScale, "input_scale", {router_rows});
+  router.norm_epsilon = call.attribute<float>("norm_epsilon");
+  const Rule rule = {call.attribute<bool>("apply_on_input"), call.attribute<int64_t>("identity_experts")};
   if (!contract.ok()) return contract.ToError();
+  contract.Require(rule.identity_experts >= 0 && rule.identity_experts <= experts,
+                   "identity_experts is " + std::to_string(rule.identity_experts) + "; there are " +
+                       std::to_string(experts) + " experts");
+  if (!contract.ok()) return contract.ToError();
+  const int64_t routed = experts - rule.identity_experts;
   contract.Require(router.top_k >= 1 && router.top_k <= experts && router.num_groups >= 1 &&
                        experts % router.num_groups == 0 && router.top_groups >= 1 &&
                        router.top_groups <= router.num_groups,
                    "top_k is " + std::to_string(router.top_k) + " and num_groups " + std::to_string(router.num_groups) +
                        ", of which " + std::to_string(router.top_groups) + " stay: there are " +
                        std::to_string(experts) + " experts");
-  const int64_t map_length = call.has(kExpertMap) ? contract.Extent(call.buffer(kExpertMap), "expert_map", 0) : 0;
-  if (call.has(kExpertMap)) contract.HasShape(call.buffer(kExpertMap), "expert_map", ffi::DataType::S32, {experts});
-  contract.Require(call.has(kExpertMap) || down.experts == experts,
-                   "router has " + std::to_string(experts) + " experts, down has " + std::to_string(down.experts));
+  if (call.has(kExpertMap)) contract.HasShape(call.buffer(kExpertMap), "expert_map", ffi::DataType::S32, {routed});
+  contract.Require(call.has(kExpertMap) || down.experts == routed,
+                   "router has " + std::to_string(experts) + " experts, of which " +
+                       std::to_string(rule.identity_experts) + " return their input; down has " +
+                       std::to_string(down.experts));
   const int64_t slots_of_token = router.top_k + (shared ? shared_down.experts : 0);
   const int64_t slots = contract.Product("the number of slots", {tokens, slots_of_token});
   contract.Require(slots <= std::numeric_limits<int32_t>::max() && experts + slots_of_token <= 1 << 30,
@@ -250,7 +297,7 @@ ffi::Error MoeLayerImpl(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::
   if (!contract.ok()) return contract.ToError();
   ffi::AnyBuffer y = *results.get<ffi::AnyBuffer>(0).value();
   ffi::AnyBuffer weights = *results.get<ffi::AnyBuffer>(1).value(), ids = *results.get<ffi::AnyBuffer>(2).value();
-  contract.HasShape(y, "y", x.element_type(), {tokens, down.n()});
+  contract.HasDtype(y, "y", {x.element_type(), ffi::DataType::F32}).HasExtents(y, "y", {tokens, down.n()});
   contract.HasShape(weights, "topk_weights", ffi::DataType::F32, {tokens, router.top_k});
   contract.HasShape(ids, "topk_ids", ffi::DataType::S32, {tokens, router.top_k});
   contract.HasShapeOrIsAbsent(call.buffer(kGiven), "given", ffi::DataType::S32, {tokens, router.top_k});
@@ -262,13 +309,13 @@ ffi::Error MoeLayerImpl(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::
   block.x_scale = nullptr;
   block.intermediate = nullptr;
   block.intermediate_scales = nullptr;
-  block.float_result = false;
+  block.float_result = y.element_type() == ffi::DataType::F32;
   block.routing.expert_map =
       call.has(kExpertMap) ? static_cast<const int32_t*>(call.buffer(kExpertMap).untyped_data()) : nullptr;
   block.x = static_cast<const uint16_t*>(x.untyped_data());
   block.y = y.untyped_data();
   XlaWorkers workers(pool);
-  return contract.Run([&] { RunLayer(workers, router, block, gate, map_length, on_input); });
+  return contract.Run([&] { RunLayer(workers, router, block, gate, rule); });
 }
 
 XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
@@ -277,7 +324,7 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
-const CpuOp kOp("moe_layer", 1, Handle);
+const CpuOp kOp("moe_layer", 2, Handle);
 
 }  // namespace
 }  // namespace jax_marlin_moe

@@ -1,13 +1,22 @@
 """The kernels of a whole layer: the router before the expert block, in one call."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.cuda.compiler import compute_capability
-from jax_marlin_moe.cuda.kernels.router import Router, logits_buffer, product_kernel, router_tile, select_kernel
+from jax_marlin_moe.cuda.kernels.combine import IdentityExperts
+from jax_marlin_moe.cuda.kernels.router import (
+    Router,
+    WeightedRows,
+    logits_buffer,
+    product_kernel,
+    router_tile,
+    select_kernel,
+)
 from jax_marlin_moe.cuda.plan import BlockBuffers, plan_block
 from jax_marlin_moe.cuda.program import Plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
@@ -15,7 +24,9 @@ from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
 # Operands before the matrices, in this order.
-ROUTER_OPERANDS = ("x", "router", "router_input", "router_bias", "correction_bias", "expert_scale", "gate", "given")
+ROUTER_OPERANDS = (
+    "x", "router", "router_input", "router_bias", "correction_bias", "expert_scale", "input_scale", "gate", "given",
+)  # fmt: skip
 
 
 def plan_moe_layer(
@@ -29,6 +40,7 @@ def plan_moe_layer(
     activation: Activation,
     architecture: str,
     scheme: BlockScheme | BatchInvariant | None = None,
+    out_dtype: jnp.dtype | None = None,
 ) -> Plan:
     """Buffers: `ROUTER_OPERANDS`, gate_up (5), down (5), those shared (10), expert_map; y, weights, ids; scratch."""
     capability = compute_capability(architecture)
@@ -37,6 +49,17 @@ def plan_moe_layer(
     expert_map = first + 4 * WEIGHT_OPERANDS
     y, topk_weights, topk_ids, logits = (expert_map + i for i in range(1, 5))
     tile = router_tile(router, capability, batch_invariant=scheme == "batch_invariant")
+    rule, weighted = router.routing, None
+    scratch = [logits_buffer(router, tile)]
+    rows: Any = x
+    if rule.apply_on_input:
+        rows = jax.ShapeDtypeStruct((x.shape[0] * router.slots, x.shape[1]), x.dtype)
+        at = logits + len(scratch)
+        weighted = WeightedRows(place["x"], at, at + 1, x.dtype, x.shape[1])
+        scratch += [rows, jax.ShapeDtypeStruct(rows.shape[:1], jnp.float32)]
+    identity = None
+    if rule.identity_experts:
+        identity = IdentityExperts(rule.identity_experts, place["x"], x.dtype, x.shape[1], topk_weights)
 
     def present(name: str, array: jax.Array | None) -> int | None:
         return None if array is None else place[name]
@@ -47,6 +70,7 @@ def plan_moe_layer(
         rows=place["router_input" if own_input else "x"],
         kernel=place["router"],
         gate=present("gate", router.gate),
+        scale=present("input_scale", router.input_scale),
         out=logits,
     )
     select = select_kernel(
@@ -60,36 +84,39 @@ def plan_moe_layer(
         topk_weights=topk_weights,
         topk_ids=topk_ids,
         overlaps_predecessor=capability >= 90,
+        weighted=weighted,
     )
     block = plan_block(
-        x,
+        rows,
         gate_up,
         down,
         BlockBuffers(
-            x=place["x"],
+            x=place["x"] if weighted is None else weighted.rows,
             gate_up=first,
             down=first + WEIGHT_OPERANDS,
-            topk_weights=topk_weights,
+            topk_weights=topk_weights if weighted is None else weighted.slot_weights,
             topk_ids=topk_ids,
             expert_map=expert_map if mapped else None,
             y=y,
-            scratch=logits + 1,
+            scratch=logits + len(scratch),
             ids_from_previous=True,
             shared_gate_up=first + 2 * WEIGHT_OPERANDS if router.shared else None,
             shared_down=first + 3 * WEIGHT_OPERANDS if router.shared else None,
+            identity=identity,
         ),
         tokens=x.shape[0],
-        top_k=router.routing.top_k,
-        routed_experts=router.experts,
+        top_k=rule.top_k,
+        routed_experts=router.experts - rule.identity_experts,
         activation=activation,
         architecture=architecture,
         scheme=scheme,
         shared=router.shared,
+        out_dtype=out_dtype,
     )
     return dataclasses.replace(
         block,
         kernels=(product, select, *block.kernels),
-        scratch=(logits_buffer(router, tile), *block.scratch),
+        scratch=(*scratch, *block.scratch),
     )
 
 

@@ -16,7 +16,7 @@ from jax_marlin_moe.cuda.choose import invariant_scheme, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts
 from jax_marlin_moe.cuda.kernels.align import align_kernels
-from jax_marlin_moe.cuda.kernels.combine import combine_kernel
+from jax_marlin_moe.cuda.kernels.combine import IdentityExperts, combine_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import activated, slot_partials
 from jax_marlin_moe.cuda.kernels.token_tiles import (
     MOST_GROUPED_SLOTS,
@@ -62,6 +62,7 @@ class BlockBuffers:
         shared_down: likewise.
         x_scale: of rows in FP8, or None.
         intermediate_scales: of a quantised intermediate, or None.
+        identity: experts that return their input, or None.
     """
 
     x: int
@@ -77,6 +78,7 @@ class BlockBuffers:
     shared_down: int | None = None
     x_scale: int | None = None
     intermediate_scales: int | None = None
+    identity: IdentityExperts | None = None
 
 
 def plan_fused_moe(
@@ -287,6 +289,7 @@ def plan_block(
             expert_map=expert_map,
             out=buffers.y,
             overlaps_predecessor=overlap,
+            identity=buffers.identity,
         )
     )
     return Plan(tuple(kernels), tuple(scratch))

@@ -86,7 +86,7 @@ def moe_layer(
         expert_map: as for `fused_moe`; the router then has a column for each expert that ids may name.
         return_routing: whether router weights and expert ids are returned beside the result.
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
-            are summed again. The router, the experts and the shared one are then custom calls of their own.
+            are summed again.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: as for `fused_moe`.
         batch_invariant: as for `fused_moe`, of the router too.
@@ -139,7 +139,7 @@ def moe_layer(
     experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
     experts += routing.identity_experts
     _check_floats("router", router, (gate_up.k, experts), "(H, experts)", narrow=True)
-    check_routing(routing, experts)
+    check_routing(routing, experts, alone=correction_bias is None and topk_ids is None)
     for name, vector in (
         ("router_bias", router_bias),
         ("correction_bias", correction_bias),
@@ -221,15 +221,14 @@ def _check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) ->
     "routing", "activation", "shared_activation", "norm_epsilon", "out_dtype", "cuda_scheme", saved_as="moe_layer"
 )
 def _layer(x, router, gate_up, down, shared, *rest, out_dtype, **params):
-    if out_dtype != x.dtype or gate_up.input_order is not None or (shared is not None and _has_order(shared)):
-        # The kernels of whole layers round once, to the type of x. Experts that read x in orders of their own need a
-        # row per slot, which follows from the choice.
+    if gate_up.input_order is not None or (shared is not None and _has_order(shared)):
+        # Experts that read x in orders of their own need a row per slot, which follows from the choice.
         return composition(x, router, gate_up, down, shared, *rest, out_dtype=out_dtype, **params)
     packed = shared
     if shared is not None and isinstance(shared.gate_up, MarlinWeights):
         packed = dataclasses.replace(shared, gate_up=as_packed(shared.gate_up), down=as_packed(shared.down))
     operands = pad_rows(x, gate_up), router, as_packed(gate_up), as_packed(down), packed, *rest
-    y, *choice = moe_layer_op(*operands, **params)
+    y, *choice = moe_layer_op(*operands, out_dtype=jnp.dtype(out_dtype), **params)
     return tuple(shard_rows_like(result, x) for result in (drop_column_padding(y, down), *choice))
 
 
@@ -271,8 +270,7 @@ def composition(
     if cuda_scheme == "batch_invariant":
         raise ValueError(
             "batch_invariant is True; a layer has it where one custom call is the whole layer, which is not so for "
-            "this routing, shared expert, type of the result, order of columns or derivative: route, then pass "
-            "batch_invariant to fused_moe"
+            "this router, shared expert, order of columns or derivative: route, then pass batch_invariant to fused_moe"
         )
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     topk_weights, ids = route_rows(
@@ -286,63 +284,78 @@ def composition(
         norm_epsilon=norm_epsilon,
         ids=topk_ids,
     )
-    common: dict[str, Any] = {"implementation": implementation, "out_dtype": dtype}
-    routed = common | {"activation": activation, "cuda_scheme": cuda_scheme}
+    # What is added to something is not rounded before.
+    adds = routing.apply_on_input or routing.identity_experts > 0 or shared is not None
+    routed: dict[str, Any] = {"implementation": implementation, "out_dtype": jnp.dtype(jnp.float32) if adds else dtype}
+    routed |= {"activation": activation, "cuda_scheme": cuda_scheme}
     if routing.apply_on_input:
         rows = reference.weighted_rows(x, topk_weights)
         ones = jnp.ones((rows.shape[0], 1), jnp.float32)
         y = block(rows, gate_up, down, ones, ids.reshape(-1, 1), expert_map, **routed)
-        y = y.reshape(x.shape[0], routing.top_k, -1).astype(jnp.float32).sum(1).astype(dtype)
+        y = y.reshape(x.shape[0], routing.top_k, -1).sum(1)
     else:
         y = block(x, gate_up, down, topk_weights, ids, expert_map, **routed)
     if routing.identity_experts:
-        kept = reference.identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
-        y = (y.astype(jnp.float32) + kept).astype(dtype)
-    if shared is None:
-        return y, topk_weights, ids
+        y = y + reference.identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
+    if shared is not None:
+        y = y + _shared_beside(x, shared, shared_activation, y.shape[1], implementation)
+    return y.astype(dtype), topk_weights, ids
+
+
+def _shared_beside(
+    x: Float[Array, "tokens H"],
+    shared: SharedExpert,
+    activation: Activation,
+    columns: int,
+    implementation: str | None,
+) -> Float32[Array, "tokens columns"]:
+    """What the shared expert adds, from calls of its own."""
     if isinstance(shared.gate_up, MarlinWeights):
         assert isinstance(shared.down, MarlinWeights)
         all_ids = reference.every_expert(x.shape[0], shared.gate_up.num_experts)
         gate = jnp.float32(1) if shared.gate is None else reference.shared_gate(x, shared.gate)
         ones = jnp.broadcast_to(gate, all_ids.shape)
-        matrices = shared.gate_up, shared.down
-        extra = expert_block(
-            x, *matrices, ones, all_ids, None, activation=shared_activation, cuda_scheme=None, **common
-        )
+        float32 = jnp.dtype(jnp.float32)
+        common: dict[str, Any] = {"activation": activation, "out_dtype": float32, "implementation": implementation}
+        extra = expert_block(x, shared.gate_up, shared.down, ones, all_ids, None, cuda_scheme=None, **common)
     else:
-        extra = reference.shared_sum(x, shared, shared_activation).astype(dtype)
-    return y + jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1]))), topk_weights, ids
+        extra = reference.shared_sum(x, shared, activation)
+    return jnp.pad(extra, ((0, 0), (0, columns - extra.shape[1])))
 
 
 # The matrices are as packed, and x has the rows' padding; the router and a dense shared expert have none.
 
 
-def _shape_rule(x, router, gate_up, down, *rest, routing, **params):
+def _shape_rule(x, router, gate_up, down, *rest, routing, out_dtype, **params):
     choice = (x.shape[0], routing.top_k)
     return [
-        replicated_type(x, (x.shape[0], down.padded_n), x.dtype),
+        replicated_type(x, (x.shape[0], down.padded_n), out_dtype),
         replicated_type(x, choice, jnp.float32),
         replicated_type(x, choice, jnp.int32),
     ]
 
 
-# What the handler of csrc/ffi/moe_layer_cpu.cc knows.
-_CPU_SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid")
+# The scorings that the handler of csrc/ffi/moe_layer_cpu.cc knows.
+_CPU_SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid", "sparsemixer")
 
 
-def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_activation, **params):
+def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_activation, norm_epsilon, out_dtype):
     bias, correction_bias, expert_scale, router_input, input_scale, given, expert_map = rest
+    rules = {"routing": routing, "activation": activation, "norm_epsilon": norm_epsilon}
+    if shared is not None and (activation != shared_activation or not _sized_alike(gate_up, down, shared)):
+        rules |= {"shared_activation": shared_activation, "out_dtype": jnp.dtype(jnp.float32)}
+        y, *choice = _cpu(x, router, gate_up, down, None, *rest, **rules)
+        y += _shared_beside(x, shared, shared_activation, y.shape[1], "cpu")
+        return [y.astype(out_dtype), *choice]
     gate = None if shared is None else shared.gate
-    vectors = (router, router_input, bias, correction_bias, expert_scale, gate)
-    known = Routing(**{name: getattr(routing, name) for name in (*RULE_OPTIONS, "apply_on_input")})
+    vectors = (router, router_input, bias, correction_bias, expert_scale, input_scale, gate)
+    known = Routing(**{name: getattr(routing, name) for name in RULE_OPTIONS})
     if (
         known != routing
         or routing.scoring not in _CPU_SCORINGS
-        or input_scale is not None
         or not all(vector is None or vector.dtype in ROUTER_DTYPES for vector in vectors)
-        or (shared is not None and (activation != shared_activation or not _sized_alike(gate_up, down, shared)))
     ):
-        rules = {"routing": routing, "activation": activation, "shared_activation": shared_activation, **params}
+        rules |= {"shared_activation": shared_activation, "out_dtype": out_dtype}
         return composition(x, router, gate_up, down, shared, *rest, **rules, implementation="cpu")
     matrices = {"gate_up": gate_up, "down": down}
     operands = [x, *cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
@@ -353,7 +366,7 @@ def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_ac
         operands += [*cpu_weight_operands(shared.gate_up), *cpu_weight_operands(shared.down)]
     operands += [or_empty(expert_map, jnp.int32), router]
     operands += [or_empty(array, jnp.float32) for array in (router_input, bias, correction_bias, expert_scale)]
-    operands += [or_empty(given, jnp.int32), or_empty(gate, jnp.float32)]
+    operands += [or_empty(given, jnp.int32), or_empty(gate, jnp.float32), or_empty(input_scale, jnp.float32)]
     formats = {}
     for name, matrix in matrices.items():
         formats |= format_attributes(f"{name}_", matrix)
@@ -363,7 +376,7 @@ def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_ac
         native.TARGETS["moe_layer", "cpu"],
         operands,
         [
-            jax.ShapeDtypeStruct((x.shape[0], down.padded_n), x.dtype),
+            jax.ShapeDtypeStruct((x.shape[0], down.padded_n), out_dtype),
             jax.ShapeDtypeStruct(choice, jnp.float32),
             jax.ShapeDtypeStruct(choice, jnp.int32),
         ],
@@ -380,6 +393,9 @@ def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_ac
         renormalize_epsilon=np.float32(routing.renormalize_epsilon),
         soft_cap=np.float32(routing.logits_soft_cap or 0),
         apply_on_input=bool(routing.apply_on_input),
+        jitter=np.float32(routing.jitter),
+        identity_experts=np.int64(routing.identity_experts),
+        norm_epsilon=np.float32(norm_epsilon),
         **formats,
     )
 
@@ -392,16 +408,30 @@ def _sized_alike(gate_up: MarlinWeights, down: MarlinWeights, shared: SharedExpe
     )
 
 
-def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_activation, cuda_scheme, **params):
+def _cuda(
+    x,
+    router,
+    gate_up,
+    down,
+    shared,
+    *rest,
+    routing,
+    activation,
+    shared_activation,
+    norm_epsilon,
+    out_dtype,
+    cuda_scheme,
+):
     bias, correction_bias, expert_scale, router_input, input_scale, given, expert_map = rest
     architecture = target_architecture()
-    # One launch has the shared experts if they are packed as the others, have their activation, and read what the
-    # router reads; an expert map has no place for them.
+    # One launch has the shared experts if they are packed as the others and have their activation, and if the router
+    # may compute their gate; an expert map and identity experts have no place for them. Otherwise they run beside.
     one_launch = (
         shared is not None
         and activation == shared_activation
-        and router_input is None
+        and (shared.gate is None or (router_input is None and input_scale is None))
         and expert_map is None
+        and not routing.identity_experts
         and packed_alike(gate_up, shared.gate_up)
         and packed_alike(down, shared.down)
     )
@@ -413,18 +443,20 @@ def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_a
         correction_bias=correction_bias,
         expert_scale=expert_scale,
         given=given,
+        input_scale=input_scale,
+        norm_epsilon=norm_epsilon,
         gate=shared.gate if one_launch else None,
         shared=shared.gate_up.num_experts if one_launch else 0,
     )
-    if (
-        x.shape[0] == 0
-        or input_scale is not None
-        or not rule.fits(compute_capability(architecture))
-        or not (shared is None or one_launch)
-    ):
-        rules = {"routing": routing, "activation": activation, "shared_activation": shared_activation, **params}
+    invariant = cuda_scheme == "batch_invariant"
+    beside = shared is not None and not one_launch
+    fits = rule.fits(compute_capability(architecture), batch_invariant=invariant)
+    if x.shape[0] == 0 or not fits or (beside and invariant):
+        rules = {"routing": routing, "activation": activation, "shared_activation": shared_activation}
+        rules |= {"norm_epsilon": norm_epsilon, "out_dtype": out_dtype}
         rules |= {"cuda_scheme": cuda_scheme, "implementation": "cuda"}
         return composition(x, router, gate_up, down, shared, *rest, **rules)
+    dtype = jnp.dtype(jnp.float32) if beside else out_dtype
     plan = plan_moe_layer(
         x,
         gate_up,
@@ -435,6 +467,7 @@ def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_a
         activation=activation,
         architecture=architecture,
         scheme=cuda_scheme,
+        out_dtype=dtype,
     )
     placed = {
         "x": x,
@@ -443,6 +476,7 @@ def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_a
         "router_bias": bias,
         "correction_bias": correction_bias,
         "expert_scale": expert_scale,
+        "input_scale": input_scale,
         "gate": rule.gate,
         "given": given,
     }
@@ -450,10 +484,12 @@ def _cuda(x, router, gate_up, down, shared, *rest, routing, activation, shared_a
     for matrix in (gate_up, down, *((shared.gate_up, shared.down) if one_launch else (None, None))):
         operands += [None] * WEIGHT_OPERANDS if matrix is None else weight_operands(matrix)
     operands.append(expert_map)
-    results = [jax.ShapeDtypeStruct((x.shape[0], down.padded_n), x.dtype), *choice_buffers(rule)]
+    results = [jax.ShapeDtypeStruct((x.shape[0], down.padded_n), dtype), *choice_buffers(rule)]
     y, *choice = call_program(
         "moe_layer", operands, [*results, *plan.scratch], plan.kernels, plan.source, architecture
     )[:3]
+    if beside:
+        y = (y + _shared_beside(x, shared, shared_activation, y.shape[1], "cuda")).astype(out_dtype)
     return [y, *(slots[:, : routing.top_k] for slots in choice)]
 
 
@@ -463,7 +499,7 @@ def _jvp(op, primals, tangents, *, implementation, **params):
     return list(results), [*dots[:2], None]
 
 
-def _division(*, activation, shared_activation, routing, norm_epsilon):
+def _division(*, activation, shared_activation, routing, norm_epsilon, out_dtype):
     division = block_division(activation)
     return dataclasses.replace(
         division, share=_share, results=(*division.results, None, None), vectors=(), weights=("shared",)

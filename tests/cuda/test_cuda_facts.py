@@ -147,7 +147,7 @@ def test_a_fact_that_one_side_lacks_does_not_compile():
         ("mma", "down", "epilogue.topk_weights", "operands.scales"),
         ("mma", "combine", "partials", "topk_ids"),
         ("mma", "combine", "partials", "out"),
-        ("mma", "align", "topk_ids", "sorted_token_ids"),
+        ("mma", "align", "parts.topk_ids", "sorted_token_ids"),
         ("wgmma", "down", "operands.packed", "operands.scales"),
         ("moe_gemm", "clear", "out", "first_rows"),
         ("moe_gemm", "moe_gemm", "epilogue.topk_weights", "token_tiles.first_rows"),

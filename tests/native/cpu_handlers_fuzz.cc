@@ -311,7 +311,8 @@ void DrawLayer(Random& random, Case& out) {
   const int64_t hidden = 64 * random.Of<int64_t>({1, 2}), rows = hidden - 16 * random.Below(2);
   const int64_t inner = 16 * random.Of<int64_t>({1, 4, 5}), half = 64 * CeilDiv(inner, 64);
   const bool mapped = random.OneIn(3);
-  const int64_t local = mapped ? random.Of<int64_t>({1, 3}) : experts;
+  const int64_t identity = random.OneIn(3) ? 1 : 0, routed = experts - identity;
+  const int64_t local = mapped ? random.Of<int64_t>({1, 3}) : routed;
   const XLA_FFI_DataType type = random.OneIn(2) ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F16;
   const auto numbers = [&](bool there, std::vector<int64_t> shape) {
     const auto float_type =
@@ -331,21 +332,26 @@ void DrawLayer(Random& random, Case& out) {
   } else {
     for (int i = 0; i < 10; ++i) out.operands.push_back({XLA_FFI_DataType_S32, {0}});
   }
-  out.operands.push_back({XLA_FFI_DataType_S32, {mapped ? experts : 0}, Content::kIds});
+  out.operands.push_back({XLA_FFI_DataType_S32, {mapped ? routed : 0}, Content::kIds});
   out.operands.push_back(numbers(true, {rows, experts}));
   out.operands.push_back(numbers(random.OneIn(3), {tokens, rows}));
   for (int i = 0; i < 3; ++i) out.operands.push_back(numbers(random.OneIn(2), {experts}));
   out.operands.push_back(random.OneIn(3) ? Tensor{XLA_FFI_DataType_S32, {tokens, top_k}, Content::kIds}
                                          : Tensor{XLA_FFI_DataType_S32, {0}});
   out.operands.push_back(numbers(random.OneIn(2), {rows, 1}));
-  out.results = {
-      {type, {tokens, hidden}}, {XLA_FFI_DataType_F32, {tokens, top_k}}, {XLA_FFI_DataType_S32, {tokens, top_k}}};
+  out.operands.push_back(numbers(random.OneIn(3), {rows}));
+  out.results = {{random.OneIn(3) ? XLA_FFI_DataType_F32 : type, {tokens, hidden}},
+                 {XLA_FFI_DataType_F32, {tokens, top_k}},
+                 {XLA_FFI_DataType_S32, {tokens, top_k}}};
   const std::string scoring =
-      random.Of<std::string>({"softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid"});
+      random.Of<std::string>({"softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid", "sparsemixer"});
   const int64_t groups = random.Of<int64_t>({1, 2});
   const std::vector<Attribute> rule = {Text("activation", "silu"),
                                        parameters,
                                        Flag("apply_on_input", random.OneIn(3)),
+                                       Number("identity_experts", identity),
+                                       Float("jitter", 0x3C23D70A),
+                                       Float("norm_epsilon", 0x358637BD),
                                        Number("num_groups", groups),
                                        Flag("renormalize", random.OneIn(2)),
                                        Float("renormalize_epsilon", random.OneIn(2) ? 0 : 0x1E3CE508),

@@ -25,6 +25,9 @@ RULES = {
     "softmax of the chosen": jmm.Routing(4, "identity", softmax_after_topk=True),
     "identity": jmm.Routing(2, "identity", renormalize=False),
     "on the input": jmm.Routing(2, "sigmoid", renormalize=False, apply_on_input=True),
+    "chosen sigmoids": jmm.Routing(2, "chosen_sigmoid", renormalize=False, apply_on_input=True),
+    "sparsemixer": jmm.Routing(2, "sparsemixer", renormalize=False, jitter=0.3),
+    "identity experts": jmm.Routing(6, renormalize=False, scale=3.0, identity_experts=5),
     "everybody": jmm.Routing(16, num_groups=2, top_groups=2),
 }
 
@@ -43,7 +46,7 @@ class Case:
     shared_experts: int = 1
     gated: bool = False
     given: bool = False
-    own_input: bool = False
+    own_input: str | None = None
     expert_map: bool = False
     reordered: bool = False
     weight_format: str = "int4"
@@ -60,8 +63,15 @@ CASES = [
     Case("a bfloat16 router and float16 rows", dtype="float16"),
     Case("all vectors", "sigmoid", vectors=("router_bias", "correction_bias", "expert_scale"), dtype="float16"),
     Case("given experts", "sqrtsoftplus", given=True),
-    Case("rows of its own, normed", vectors=("expert_scale", "router_input_scale"), own_input=True),
+    Case("rows of its own, normed", vectors=("expert_scale", "router_input_scale"), own_input="bfloat16"),
+    Case("rows of its own in float32", own_input="float32", tokens=40),
+    Case("many rows, normed", vectors=("expert_scale", "router_input_scale"), router_dtype="float32", tokens=600),
+    Case("normed rows and a gate", vectors=("router_input_scale",), shared="alike", gated=True),
+    Case("rows of its own, and a shared expert", own_input="float16", shared="alike", dtype="float16"),
     Case("experts elsewhere", "sigmoid", expert_map=True),
+    Case("identity experts and others elsewhere", "identity experts", expert_map=True),
+    Case("identity experts and a shared one", "identity experts", shared="alike", vectors=("correction_bias",)),
+    Case("sparsemixer of many rows", "sparsemixer", tokens=600),
     Case("experts elsewhere, and a shared one", "sigmoid", expert_map=True, shared="alike"),
     Case("a shared expert", "sigmoid", shared="alike", tokens=40),
     Case("a shared expert beside 120 slots", shared="alike", tokens=30),
@@ -73,6 +83,7 @@ CASES = [
     Case("a wider shared expert", shared="wide"),
     Case("a dense shared expert", shared="dense", gated=True, dtype="float16"),
     Case("a shared expert, weights on the input", "on the input", shared="alike"),
+    Case("a gated shared expert, weights on the input of many rows", "on the input", 600, shared="alike", gated=True),
     Case("biases", shared="alike", bias=True, weight_format="int4_zp"),
     Case("a row order", reordered=True, shared="alike", gated=True),
     Case("no tokens", tokens=0, shared="alike"),
@@ -82,7 +93,9 @@ CASES = [
 def make(case):
     """x, the arguments of `moe_layer`, and what goes into them: experts of the oracle and float64 logits."""
     rng = np.random.default_rng(sum(map(ord, case.name)))
-    experts = 12 if case.expert_map else EXPERTS
+    identity = RULES[case.rule].identity_experts
+    routed_experts = EXPERTS - identity
+    experts = 3 * routed_experts // 4 if case.expert_map else routed_experts
 
     def stack(count, k, n, **options):
         usual = {"weight_format": case.weight_format, "group_size": case.group_size, "bias": case.bias}
@@ -96,12 +109,12 @@ def make(case):
     for vector in case.vectors:
         options[vector] = jnp.asarray(rng.normal(size=lengths.get(vector, EXPERTS)), jnp.float32)
     if case.own_input:
-        options["router_input"] = jnp.asarray(rng.normal(size=x.shape), case.dtype)
+        options["router_input"] = jnp.asarray(rng.normal(size=x.shape), case.own_input)
     if case.given:
         ids = np.argsort(rng.random((case.tokens, EXPERTS)), axis=1)[:, : RULES[case.rule].top_k]
         options["topk_ids"] = jnp.asarray(ids, jnp.int32)
     if case.expert_map:
-        local = rng.permutation(EXPERTS)
+        local = rng.permutation(routed_experts)
         options["expert_map"] = jnp.asarray(np.where(local < experts, local, -1), jnp.int32)
     shared = None
     if case.shared == "dense":
@@ -156,7 +169,11 @@ def test_against_float64(case, platform):
         expected = expert_block(flat, *routed, np.ones((len(flat), 1)), chosen.reshape(-1, 1), expert_map=local)
         expected = expected.reshape(*chosen.shape, HIDDEN).sum(1)
     else:
-        expected = expert_block(rows, *routed, router_weights, chosen, expert_map=local)
+        # Identity experts are behind all that the block knows: to it they are elsewhere.
+        identity = chosen >= EXPERTS - RULES[case.rule].identity_experts
+        known = np.where(identity, -1, chosen)
+        expected = expert_block(rows, *routed, router_weights, known, expert_map=local)
+        expected = expected + rows.astype(np.float64) * (router_weights * identity).sum(1, keepdims=True)
     if shared is not None:
         if case.shared == "dense":
             h = rows.astype(np.float64) @ np.asarray(shared[0]).astype(np.float64)
@@ -168,6 +185,32 @@ def test_against_float64(case, platform):
             extra = extra / (1 + np.exp(-rows.astype(np.float64) @ np.asarray(gate).astype(np.float64)))
         expected = expected + extra
     assert_block_close(y, expected)
+
+
+ONE_CALL = [
+    *(Case(rule, rule) for rule in RULES),
+    Case("normed", vectors=("router_input_scale",)),
+    Case("given", given=True),
+    Case("an identity expert and a shared one", "identity experts", shared="alike"),
+]
+
+
+@pytest.mark.parametrize("case", ONE_CALL, ids=lambda case: case.name)
+def test_every_rule_is_one_call_on_cpus_whatever_the_type_of_the_rows(case):
+    x, router, routed, _, _, options = make(case)
+    layer = jax.jit(lambda rows: call(case, rows, router, routed, options, implementation="cpu"))
+    for rows in (x, x.astype(jnp.float32)):
+        assert layer.lower(rows).as_text().count("custom_call @jax_marlin_moe") == 1
+
+
+@pytest.mark.parametrize("rule", ["sigmoid", "on the input", "identity experts"])
+def test_float32_rows_have_float32_results(rule, platform):
+    case = Case("float32", rule, shared="wide", tokens=5)
+    x, router, routed, _, _, options = make(case)
+    y = call(case, x.astype(jnp.float32), router, routed, options, implementation=platform)
+    assert y.dtype == jnp.float32
+    rounded = call(case, x, router, routed, options, implementation=platform)
+    np.testing.assert_allclose(np.asarray(rounded, np.float32), y, rtol=2**-8, atol=1e-6)
 
 
 def test_a_million_choices_are_those_of_route_ties_included(platform):
@@ -182,14 +225,16 @@ def test_a_million_choices_are_those_of_route_ties_included(platform):
         for k, n in ((hidden, 128), (64, hidden))
     ]
     logits = jnp.asarray(np.asarray(x, np.float32) @ np.asarray(router, np.float32))
-    for name in ("softmax", "sigmoid", "top 2 of groups", "best of groups", "softmax of the chosen", "everybody"):
-        rule = RULES[name]
-        biased = {} if rule.scoring in ("softmax", "identity") else {"correction_bias": bias}
+    scored = {"sigmoid": jax.nn.sigmoid, "sqrtsoftplus": lambda values: jnp.sqrt(jax.nn.softplus(values))}
+    for name, rule in RULES.items():
+        if rule.identity_experts or rule.logits_soft_cap or (rule.scoring in scored and rule.apply_on_input):
+            continue
+        biased = {"correction_bias": bias} if rule.scoring in scored else {}
         options = {"routing": rule, "return_routing": True, "implementation": platform, **biased}
         _, _, ids = jmm.moe_layer(x, router, *experts, **options)
         _, expected = jmm.route(logits, **rule.options(), **biased)
         differ = np.flatnonzero((np.asarray(ids) != np.asarray(expected)).any(1))
-        scores = logits if rule.scoring in ("softmax", "identity") else jax.nn.sigmoid(logits) + bias
+        scores = scored[rule.scoring](logits) + bias if rule.scoring in scored else logits
         # Where the choice depends on how a sum or an exponential is rounded, both choices are worth the same.
         worth = [np.take_along_axis(np.asarray(scores)[differ], np.asarray(i)[differ], 1) for i in (ids, expected)]
         np.testing.assert_allclose(*worth, rtol=1e-6, err_msg=name)
@@ -198,19 +243,26 @@ def test_a_million_choices_are_those_of_route_ties_included(platform):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("router_dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("tokens", [5, 60, 200, 700])
-def test_routers_of_many_experts_choose_as_exact_logits_do(tokens, router_dtype):
-    """Every way in which the kernels cut a router; where the next score is close, either expert may be chosen."""
+@pytest.mark.parametrize(
+    ("tokens", "experts"), [(5, 256), (60, 256), (200, 256), (700, 256), (1, 128), (61, 128), (12, 56), (3, 8)]
+)
+def test_routers_of_many_experts_choose_as_exact_logits_do(tokens, experts, router_dtype):
+    """Every way in which the kernels cut a router; where the next score is close, either expert may be chosen.
+
+    The experts compute what they do for these ids in a call of their own, bit by bit: the lists of slots are alike.
+    """
     rng = np.random.default_rng(tokens)
-    experts, hidden, rule = 256, 512, jmm.Routing(8, "sigmoid", num_groups=8, top_groups=4, scale=2.5)
+    hidden, rule = 576, jmm.Routing(4, "sigmoid", num_groups=4, top_groups=2, scale=2.5)
     x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.bfloat16)
     router = jnp.asarray(rng.normal(size=(hidden, experts)) * hidden**-0.5, router_dtype)
     bias = jnp.asarray(rng.normal(size=experts) / 8, jnp.float32)
     matrices = [
-        jmm.quantize(jnp.zeros((experts, k, n)), "int4", group_size=64) for k, n in ((hidden, 128), (64, hidden))
+        jmm.quantize(jnp.asarray(rng.normal(size=(experts, k, n)) / k**0.5, jnp.float32), "int4", group_size=64)
+        for k, n in ((hidden, 128), (64, hidden))
     ]
     options = {"routing": rule, "correction_bias": bias, "return_routing": True, "implementation": "cuda"}
-    _, weights, ids = jmm.moe_layer(x, router, *matrices, **options)
+    y, weights, ids = jmm.moe_layer(x, router, *matrices, **options)
+    np.testing.assert_array_equal(y, jmm.fused_moe(x, *matrices, weights, ids, implementation="cuda"))
     expected_weights, expected = expected_choice(x, router, options)
     same = (np.asarray(ids) == np.asarray(expected)).all(1)
     assert same.mean() > 0.99
@@ -218,8 +270,10 @@ def test_routers_of_many_experts_choose_as_exact_logits_do(tokens, router_dtype)
 
 
 def test_rows_that_are_not_numbers_choose_distinct_experts_and_change_no_others(platform):
-    for rule, given in (("softmax", False), ("top 2 of groups", False), ("sqrtsoftplus", True)):
-        case = Case("faulty rows", rule, given=given)
+    normed = ("router_input_scale",)
+    cases = [Case("faulty rows", "sqrtsoftplus", given=True), Case("faulty rows", vectors=normed)]
+    rules = ("softmax", "top 2 of groups", "sparsemixer", "on the input", "identity experts")
+    for case in (*cases, *(Case("faulty rows", rule) for rule in rules)):
         x, router, routed, _, _, options = make(case)
         options["return_routing"], options["implementation"] = True, platform
         fine = call(case, x, router, routed, options)
@@ -342,6 +396,11 @@ BAD = [
     ({"routing": 4}, TypeError, "routing is a int"),
     ({"routing": jmm.Routing(17)}, ValueError, "top_k is 17"),
     ({"routing": jmm.Routing(1, "tanh")}, ValueError, "scoring is 'tanh'"),
+    (
+        {"routing": jmm.Routing(1, "sparsemixer"), "correction_bias": np.zeros(EXPERTS, np.float32)},
+        ValueError,
+        "'sparsemixer', which takes no correction_bias",
+    ),
     ({"router_bias": np.zeros(4, np.float32)}, ValueError, r"router_bias has shape \(4,\)"),
     ({"correction_bias": np.zeros(EXPERTS, np.int32)}, TypeError, "correction_bias has dtype int32"),
     ({"expert_scale": np.zeros((EXPERTS, 1), np.float32)}, ValueError, r"expert_scale has shape \(16, 1\)"),

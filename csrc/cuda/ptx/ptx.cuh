@@ -217,6 +217,9 @@ __device__ __forceinline__ uint32_t maximum_of_warp(uint32_t value) {
   uint32_t most = value;
 #if __CUDA_ARCH__ >= 800
   asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(most) : "r"(value));
+#else
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(~0u, most, distance));
 #endif
   return most;
 }

@@ -5,6 +5,9 @@
 // as a plain one, no more. Rows and a router of one 16-bit type are multiplied as they are; any others as 32-bit floats
 // of 11 bits, which hold all 16-bit numbers, and float32 numbers in two parts. Every product is exact, but for parts of
 // float32 numbers that are less than half of their last bit.
+//
+// Where rows are normed and scaled for the router, the scale multiplies the router's numbers, and the norm, which needs
+// all of K, is left to the choice: the squares of a row are added here.
 #pragma once
 
 #include "offsets.cuh"
@@ -18,6 +21,7 @@ struct RouterProduct {
   using X = typename Facts::Element;        // of the rows, 16 bits
   using R = typename Facts::RouterElement;  // of the router
   using G = typename Facts::GateElement;    // of the gate
+  using S = typename Facts::ScaleElement;   // of the scale
   static constexpr int kTokens = Facts::kTokens, kExperts = Facts::kExperts;
   static constexpr int kK = Facts::kK, kRowStride = Facts::kRowStride;    // rows of x may have padding
   static constexpr int kTile = Facts::kTile, kColumns = Facts::kColumns;  // tokens and experts of a CTA
@@ -26,13 +30,14 @@ struct RouterProduct {
   static constexpr int kWarpsN = Facts::kWarpsN, kWarpsT = Facts::kWarpsT;  // along experts, and tokens
   static constexpr int kStride = Facts::kStride;  // of a token's logits, the gate's behind the experts'
   static constexpr bool kGated = Facts::kGated;
+  static constexpr bool kNormed = Facts::kNormed;  // rows are to be normed and scaled; their squares are added too
   static constexpr int kThreads = 32 * kWarpsN * kWarpsT;
   static constexpr int kTokenTiles = (kTokens + kTile - 1) / kTile;
   static constexpr int kColumnTiles = (kExperts + kColumns - 1) / kColumns;
   static constexpr int kMaxCtas = kTokenTiles * kColumnTiles * kSlices;
   static constexpr int kBlocks = (kK + kBlock - 1) / kBlock;
   static constexpr int kSteps = kBlock / 16;
-  static constexpr bool kPairs = kSame<X, R>;  // multiplied as they are
+  static constexpr bool kPairs = kSame<X, R> && !kNormed;  // multiplied as they are
   static constexpr int kNumberBytes = sizeof(R);
   static constexpr int kRouterRow = kColumns * kNumberBytes + 16, kTokenRow = kBlock * 2 + 16;  // no bank conflicts
   static constexpr int kTokensAt = kBlock * kRouterRow, kStageBytes = kTokensAt + kTile * kTokenRow;
@@ -49,19 +54,28 @@ struct RouterProduct {
   const X* __restrict__ x;       // [kTokens, kRowStride]
   const R* __restrict__ router;  // [kK, kExperts]
   const G* __restrict__ gate;    // [kK] if kGated
-  float* __restrict__ logits;    // [kSlices, kTokens, kStride]
+  const S* __restrict__ scale;   // [kK] if kNormed
+  float* __restrict__ logits;    // [kSlices, kTokens, kStride]; then the gate's, then the sum of squares
 
   using Fragment = uint32_t[4];
 
   __device__ void run(unsigned char* shared_bytes) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int slice = blockIdx.x % kSlices, column_tile = blockIdx.x / kSlices % kColumnTiles;
-    const int first_token = blockIdx.x / (kSlices * kColumnTiles) * kTile, first_expert = column_tile * kColumns;
+    const int first_token = blockIdx.x / (kSlices * kColumnTiles) * kTile;
+    allow_next_kernel();
+    wait_for_previous_kernel();
+    add_slice(shared_bytes, slice, column_tile, first_token,
+              logits + (int64_t(slice) * kTokens + first_token) * kStride);
+  }
+
+  // A tile's sums over a slice of K, to rows of kStride that begin with that of its first token.
+  __device__ __forceinline__ void add_slice(unsigned char* shared_bytes, int slice, int column_tile, int first_token,
+                                            float* out) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first_expert = column_tile * kColumns;
     const int first_block = int64_t(slice) * kBlocks / kSlices,
               blocks = int64_t(slice + 1) * kBlocks / kSlices - first_block;
     const uint32_t ring = smem_address(shared_bytes);
-    allow_next_kernel();
-    wait_for_previous_kernel();
 
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
@@ -69,7 +83,7 @@ struct RouterProduct {
       commit_copies();
     }
     float sums[kExpertTiles][kRows][4] = {};
-    float gate_sums[kGateParts] = {};
+    float gate_sums[kRowParts] = {}, squares[kRowParts] = {};
     int stage = 0;
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
@@ -81,16 +95,17 @@ struct RouterProduct {
       }
       commit_copies();
       const int steps = min(kSteps, (kK - (first_block + block) * kBlock) / 16);
-      multiply(sums, ring + stage * kStageBytes, steps, warp, lane);
-      if constexpr (kGated) {
-        if (column_tile == 0) weigh(gate_sums, shared_bytes + stage * kStageBytes, first_block + block, steps);
+      multiply(sums, ring + stage * kStageBytes, first_block + block, steps, warp, lane);
+      if constexpr (kGated || kNormed) {
+        if (column_tile == 0) {
+          weigh(gate_sums, squares, shared_bytes + stage * kStageBytes, first_block + block, steps);
+        }
       }
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
 
-    float* const out = logits + int64_t(slice) * kTokens * kStride;
     const int expert = first_expert + warp % kWarpsN * kExpertTiles * 16 + lane / 4;
-    const int token = first_token + warp / kWarpsN * kRows * 8 + lane % 4 * 2;
+    const int token = warp / kWarpsN * kRows * 8 + lane % 4 * 2;  // of the tile
 #pragma unroll
     for (int m = 0; m < kExpertTiles; ++m)
 #pragma unroll
@@ -98,10 +113,11 @@ struct RouterProduct {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int e = expert + m * 16 + i / 2 * 8, t = token + n * 8 + i % 2;
-          if (e < kExperts && t < kTokens) out[int64_t(t) * kStride + e] = sums[m][n][i];
+          if (e < kExperts && first_token + t < kTokens) out[int64_t(t) * kStride + e] = sums[m][n][i];
         }
-    if constexpr (kGated) {
-      if (column_tile == 0) store_gate(out, gate_sums, first_token);
+    if (column_tile == 0) {
+      if constexpr (kGated) store_row_sums(out + kExperts, gate_sums, first_token);
+      if constexpr (kNormed) store_row_sums(out + kExperts + kGated, squares, first_token);
     }
   }
 
@@ -131,8 +147,21 @@ struct RouterProduct {
     }
   }
 
-  __device__ __forceinline__ static void multiply(float (&sums)[kExpertTiles][kRows][4], uint32_t stage, int steps,
-                                                  int warp, int lane) {
+  // A number of the router in shared memory, at row k of block `block`.
+  __device__ __forceinline__ float router_number(uint32_t stage, int block, int k, int expert) const {
+    const uint32_t at = stage + k * kRouterRow + expert * kNumberBytes;
+    float value;
+    if constexpr (kNumberBytes == 2) {
+      value = to_float<R>(static_cast<uint16_t>(load_shared2(at)));
+    } else {
+      value = __uint_as_float(load_shared4(at));
+    }
+    if constexpr (kNormed) value *= number(scale[block * kBlock + k]);
+    return value;
+  }
+
+  __device__ __forceinline__ void multiply(float (&sums)[kExpertTiles][kRows][4], uint32_t stage, int block, int steps,
+                                           int warp, int lane) const {
     const int first_expert = warp % kWarpsN * kExpertTiles * 16, first_token = warp / kWarpsN * kRows * 8;
     float fresh[kExpertTiles][kRows][4] = {};
 #pragma unroll
@@ -153,7 +182,7 @@ struct RouterProduct {
       }
 #pragma unroll
       for (int m = 0; m < kExpertTiles; ++m) {
-        if constexpr (kNumberBytes == 2) {
+        if constexpr (kNumberBytes == 2 && !kNormed) {
           Fragment experts;
           load_transposed_x4(experts, stage + (step * 16 + lane / 16 * 8 + lane % 8) * kRouterRow +
                                           (first_expert + m * 16 + lane / 8 % 2 * 8) * 2);
@@ -178,11 +207,10 @@ struct RouterProduct {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int k = step * 16 + half * 8 + lane % 4 * 2 + i / 2;
-              const float number = __uint_as_float(
-                  load_shared4(stage + k * kRouterRow + (first_expert + m * 16 + lane / 4 + i % 2 * 8) * 4));
-              const float part = round_to_tf32(number);
+              const float value = router_number(stage, block, k, first_expert + m * 16 + lane / 4 + i % 2 * 8);
+              const float part = round_to_tf32(value);
               large[i] = __float_as_uint(part);
-              small[i] = __float_as_uint(round_to_tf32(number - part));
+              small[i] = __float_as_uint(round_to_tf32(value - part));
             }
 #pragma unroll
             for (int n = 0; n < kRows; ++n) {
@@ -206,35 +234,39 @@ struct RouterProduct {
     mma_16x8x8_tf32(d, experts, wide);
   }
 
-  // The gate's products: a thread has 8 numbers of K of every kThreads / kGatePieces-th token.
-  static constexpr int kGatePieces = kBlock / 8, kGateParts = (kTile * kGatePieces + kThreads - 1) / kThreads;
-  static_assert(32 % kGatePieces == 0, "the pieces of a token are in one warp");
+  // The gate's products, and squares: a thread has 8 numbers of K of every kThreads / kRowPieces-th token.
+  static constexpr int kRowPieces = kBlock / 8, kRowParts = (kTile * kRowPieces + kThreads - 1) / kThreads;
+  static_assert(32 % kRowPieces == 0, "the pieces of a token are in one warp");
 
-  __device__ __forceinline__ void weigh(float (&gate_sums)[kGateParts], const unsigned char* stage, int block,
-                                        int steps) const {
-    const int piece = threadIdx.x % kGatePieces;
+  __device__ __forceinline__ void weigh(float (&gate_sums)[kRowParts], float (&squares)[kRowParts],
+                                        const unsigned char* stage, int block, int steps) const {
+    const int piece = threadIdx.x % kRowPieces;
     if (piece >= steps * 2) return;
 #pragma unroll
-    for (int part = 0; part < kGateParts; ++part) {
-      const int token = (part * kThreads + threadIdx.x) / kGatePieces;
+    for (int part = 0; part < kRowParts; ++part) {
+      const int token = (part * kThreads + threadIdx.x) / kRowPieces;
       if (token >= kTile) break;
       const X* const row = reinterpret_cast<const X*>(stage + kTokensAt + token * kTokenRow) + piece * 8;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        gate_sums[part] = fmaf(number(row[i]), number(gate[block * kBlock + piece * 8 + i]), gate_sums[part]);
+        const float value = number(row[i]);
+        if constexpr (kGated)
+          gate_sums[part] = fmaf(value, number(gate[block * kBlock + piece * 8 + i]), gate_sums[part]);
+        if constexpr (kNormed) squares[part] = fmaf(value, value, squares[part]);
       }
     }
   }
 
-  __device__ __forceinline__ static void store_gate(float* out, const float (&gate_sums)[kGateParts], int first_token) {
+  __device__ __forceinline__ static void store_row_sums(float* out, const float (&row_sums)[kRowParts],
+                                                        int first_token) {
 #pragma unroll
-    for (int part = 0; part < kGateParts; ++part) {
-      float sum = gate_sums[part];
+    for (int part = 0; part < kRowParts; ++part) {
+      float sum = row_sums[part];
 #pragma unroll
-      for (int distance = 1; distance < kGatePieces; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      const int token = (part * kThreads + threadIdx.x) / kGatePieces;
-      if (threadIdx.x % kGatePieces == 0 && token < kTile && first_token + token < kTokens) {
-        out[int64_t(first_token + token) * kStride + kExperts] = sum;
+      for (int distance = 1; distance < kRowPieces; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      const int token = (part * kThreads + threadIdx.x) / kRowPieces;
+      if (threadIdx.x % kRowPieces == 0 && token < kTile && first_token + token < kTokens) {
+        out[int64_t(token) * kStride] = sum;
       }
     }
   }

@@ -1,6 +1,7 @@
 // Scores of all experts from a token's logits, as jax_marlin_moe/routing.py has them.
 //
-// A warp has the logits of one token, each lane kCount of them; those of experts that do not exist are -infinity.
+// Most are a function of one logit. The softmax is of all: a warp has those of a token, each lane kCount of them, and
+// -infinity in place of experts that do not exist.
 #pragma once
 
 #include "types.cuh"
@@ -26,6 +27,8 @@ __device__ __forceinline__ float largest_of_warp(float value) {
 }
 
 struct SoftmaxScores {
+  static constexpr bool kOfAll = true;
+
   template <int kCount>
   __device__ __forceinline__ static void apply(float (&values)[kCount]) {
     float most = values[0], sum = 0.0f;
@@ -41,27 +44,23 @@ struct SoftmaxScores {
 };
 
 struct SigmoidScores {
-  template <int kCount>
-  __device__ __forceinline__ static void apply(float (&values)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = exact_sigmoid(values[i]);
-  }
+  static constexpr bool kOfAll = false;
+
+  __device__ __forceinline__ static float of(float logit) { return exact_sigmoid(logit); }
 };
 
 struct SqrtSoftplusScores {
-  template <int kCount>
-  __device__ __forceinline__ static void apply(float (&values)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float v = values[i];
-      values[i] = sqrtf((v > 0.0f || v != v ? v : 0.0f) + log1pf(expf(-fabsf(v))));
-    }
+  static constexpr bool kOfAll = false;
+
+  __device__ __forceinline__ static float of(float logit) {
+    return sqrtf((logit > 0.0f || logit != logit ? logit : 0.0f) + log1pf(expf(-fabsf(logit))));
   }
 };
 
 struct IdentityScores {
-  template <int kCount>
-  __device__ __forceinline__ static void apply(float (&)[kCount]) {}
+  static constexpr bool kOfAll = false;
+
+  __device__ __forceinline__ static float of(float logit) { return logit; }
 };
 
 }  // namespace jmm

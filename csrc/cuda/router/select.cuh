@@ -3,8 +3,11 @@
 // The slices of K that the product left are added in their order. A lane has consecutive experts, so that among equal
 // scores the lowest lane has the lowest expert. Scores are compared as integers in the order of their bits, which is
 // that of the numbers, with NaN at both ends: whatever the logits are, the ids are distinct and in range.
+//
+// Where weights multiply the input of experts, this kernel writes that input too, a row for each slot.
 #pragma once
 
+#include "offsets.cuh"
 #include "router/element.cuh"
 #include "router/scoring.cuh"
 
@@ -17,6 +20,7 @@ struct RouterSelect {
   using RouterBias = typename Facts::RouterBias;          // elements
   using CorrectionBias = typename Facts::CorrectionBias;  // elements
   using ExpertScale = typename Facts::ExpertScale;        // elements
+  using X = typename Facts::Element;                      // of the experts' input
   static constexpr int kTokens = Facts::kTokens, kExperts = Facts::kExperts, kTopK = Facts::kTopK;
   static constexpr int kSlots = Facts::kSlots;  // of a token: its choice, and the shared experts
   static constexpr int kSlices = Facts::kSlices, kStride = Facts::kStride;
@@ -26,17 +30,26 @@ struct RouterSelect {
   static constexpr bool kRouterBiased = Facts::kRouterBiased, kBiased = Facts::kBiased, kScaled = Facts::kScaled;
   static constexpr bool kCapped = Facts::kCapped, kChosenSigmoid = Facts::kChosenSigmoid;
   static constexpr bool kSoftmaxOfChosen = Facts::kSoftmaxOfChosen, kRenormalized = Facts::kRenormalized;
+  static constexpr bool kMixer = Facts::kMixer;      // weights are softmaxes over what is close ("sparsemixer")
+  static constexpr bool kNormed = Facts::kNormed;    // the router reads normed rows, whose squares the product adds
+  static constexpr bool kOnInput = Facts::kOnInput;  // weights multiply the experts' input
+  static constexpr int kK = Facts::kK, kColumns = Facts::kColumns;  // of the router's rows, and of the experts' input
   static constexpr int kWarps = Facts::kWarps, kWarpsOfToken = Facts::kWarpsOfToken;  // that add slices
   static constexpr int kThreads = 32 * kWarps, kTokensOfCta = kWarps / kWarpsOfToken;
   static constexpr int kMaxCtas = (kTokens + kTokensOfCta - 1) / kTokensOfCta;
   static constexpr int kCount = (kExperts + 31) / 32;  // experts of a lane
   static constexpr int kVectors = kStride / 4, kLaneVectors = (kVectors + 31) / 32;
+  static constexpr int kThreadsOfToken = 32 * kWarpsOfToken;
+  static constexpr int kOfThread = (kStride + kThreadsOfToken - 1) / kThreadsOfToken;  // logits to be made scores
   static_assert(kStride % 4 == 0, "logits are read four at a time");
   static_assert(kSlots <= 32 && kGroups <= 32 && kCount <= 32, "a lane for each slot and group, a bit for each expert");
   static_assert(kExperts % kGroups == 0, "groups are equal");
+  static_assert(!kOnInput || kColumns % 8 == 0, "rows are read eight numbers at a time");
 
   struct Shared {
-    float logits[kWarps][kStride];  // partial sums, then those of the token: its logits, scores or choice
+    float logits[kWarps][kStride];         // of a part of the slices; the first row of a token becomes its scores
+    float choices[kTokensOfCta][kStride];  // scores with the correction bias; or that alone, where scores are of all
+    float weights[kOnInput ? kTokensOfCta : 1][kOnInput ? kSlots : 4];  // of a token's slots
   };
   static constexpr int kSharedBytes = sizeof(Shared);
 
@@ -47,62 +60,112 @@ struct RouterSelect {
   const int32_t* __restrict__ given;                   // [kTokens, kTopK] if kGiven
   float* __restrict__ topk_weights;                    // [kTokens, kSlots]
   int32_t* __restrict__ topk_ids;                      // [kTokens, kSlots]
+  // If kOnInput: the experts' input, [kTokens, kColumns], and for each slot its row, and what multiplies its result.
+  const X* __restrict__ x;
+  X* __restrict__ rows;              // [kTokens, kSlots, kColumns]
+  float* __restrict__ slot_weights;  // [kTokens, kSlots]
 
   __device__ void run(unsigned char* shared_bytes) const {
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int token = blockIdx.x * kTokensOfCta + warp / kWarpsOfToken;
-    float biases[kCount], corrections[kCount];
-    if (kWarpsOfToken == 1 || warp % kWarpsOfToken == 0) {
+    const int thread = threadIdx.x % kThreadsOfToken, token_of_cta = warp / kWarpsOfToken;
+    const int token = blockIdx.x * kTokensOfCta + token_of_cta;
+    float biases[kOfThread], corrections[kOfThread];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int e = min(lane * kCount + i, kExperts - 1);
-        biases[i] = corrections[i] = 0.0f;
-        if constexpr (kRouterBiased) biases[i] = number(router_bias[e]);
-        if constexpr (kBiased) corrections[i] = number(correction_bias[e]);
-      }
+    for (int i = 0; i < kOfThread; ++i) {
+      const int e = min(i * kThreadsOfToken + thread, kExperts - 1);
+      biases[i] = corrections[i] = 0.0f;
+      if constexpr (kRouterBiased) biases[i] = number(router_bias[e]);
+      if constexpr (kBiased) corrections[i] = number(correction_bias[e]);
     }
     // The next kernel reads nothing of the call before it has waited for this one.
     allow_next_kernel();
     wait_for_previous_kernel();
 
     if (token < kTokens) add_slices(shared.logits[warp], token, warp % kWarpsOfToken, lane);
-    if constexpr (kWarpsOfToken > 1) {
-      __syncthreads();
-      float* const row = shared.logits[warp / kWarpsOfToken * kWarpsOfToken];
-      for (int i = threadIdx.x % (32 * kWarpsOfToken); i < kStride; i += 32 * kWarpsOfToken) {
-        float sum = row[i];
+    sync_token();
+    float* const row = shared.logits[token_of_cta * kWarpsOfToken];
+    float* const choice = shared.choices[token_of_cta];
+    float norm = 1.0f;
+    if constexpr (kNormed) {
+      constexpr uint32_t kNormEpsilon = Facts::kNormEpsilon;
+      float squares = row[kSquaresAt];
 #pragma unroll
-        for (int w = 1; w < kWarpsOfToken; ++w) sum += row[w * kStride + i];
-        row[i] = sum;
-      }
-      __syncthreads();
-    } else {
-      __syncwarp();
+      for (int w = 1; w < kWarpsOfToken; ++w) squares += row[w * kStride + kSquaresAt];
+      norm = rsqrtf(squares / kK + __uint_as_float(kNormEpsilon)) * rsqrtf(static_cast<float>(kK));
     }
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int e = i * kThreadsOfToken + thread;
+      if (e >= kStride) break;
+      float value = row[e];
+#pragma unroll
+      for (int w = 1; w < kWarpsOfToken; ++w) value += row[w * kStride + e];
+      if (e < kExperts) {
+        if constexpr (kNormed) value *= norm;
+        value += biases[i];
+        if constexpr (kCapped) {
+          constexpr uint32_t kCap = Facts::kCap;
+          value = tanhf(value / __uint_as_float(kCap)) * __uint_as_float(kCap);
+        }
+        if constexpr (!Scores::kOfAll) value = Scores::of(value);
+        choice[e] = Scores::kOfAll ? corrections[i] : value + corrections[i];
+      }
+      if (!kNormed || e != kSquaresAt) row[e] = value;  // others read the squares
+    }
+    sync_token();
     if (token < kTokens && warp % kWarpsOfToken == 0) {
-      choose(shared.logits[warp], biases, corrections, token, lane);
+      choose(row, choice, shared.weights[kOnInput ? token_of_cta : 0], token, lane);
+    }
+    if constexpr (kOnInput) {
+      sync_token();
+      if (token < kTokens) write_rows(shared.weights[token_of_cta], token, thread);
     }
   }
 
  private:
+  static constexpr uint32_t kMinusInfinity = 0xFF800000u;
+  static constexpr int kSquaresAt = kExperts + kGated;  // of the logits
+  static constexpr int kGroupSize = kExperts / kGroups;
+  static constexpr int kLanesOfGroup = kGroupSize % kCount == 0 ? kGroupSize / kCount : 0;
+  // Whether a group is what some neighbouring lanes have, a power of two of them.
+  static constexpr bool kGroupsOfLanes = kLanesOfGroup > 0 && (kLanesOfGroup & (kLanesOfGroup - 1)) == 0;
+
+  __device__ __forceinline__ static void sync_token() {
+    if constexpr (kWarpsOfToken > 1) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
+
   __device__ __forceinline__ void add_slices(float* row, int token, int part, int lane) const {
     constexpr int kSlicesOfWarp = (kSlices + kWarpsOfToken - 1) / kWarpsOfToken;
+    constexpr int kAtOnce = kSlicesOfWarp < 8 ? kSlicesOfWarp : 8;  // on their way together
     float4 sums[kLaneVectors];
 #pragma unroll
     for (int v = 0; v < kLaneVectors; ++v) sums[v] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
-    for (int i = 0; i < kSlicesOfWarp; ++i) {
-      const int slice = part * kSlicesOfWarp + i;
-      if (slice >= kSlices) break;
-      const float4* const source =
-          reinterpret_cast<const float4*>(logits + (int64_t(slice) * kTokens + token) * kStride);
+#pragma unroll 1
+    for (int first = 0; first < kSlicesOfWarp; first += kAtOnce) {
+      float4 parts[kAtOnce][kLaneVectors];
 #pragma unroll
-      for (int v = 0; v < kLaneVectors; ++v) {
-        if (v * 32 + lane >= kVectors) continue;
-        const float4 part_sum = source[v * 32 + lane];
-        sums[v].x += part_sum.x, sums[v].y += part_sum.y, sums[v].z += part_sum.z, sums[v].w += part_sum.w;
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int slice = part * kSlicesOfWarp + first + i;
+        const bool there = first + i < kSlicesOfWarp && slice < kSlices;
+        const float* const source = logits + (int64_t(there ? slice : 0) * kTokens + token) * kStride;
+#pragma unroll
+        for (int v = 0; v < kLaneVectors; ++v) {
+          parts[i][v] = {0.0f, 0.0f, 0.0f, 0.0f};
+          if (there && v * 32 + lane < kVectors) parts[i][v] = reinterpret_cast<const float4*>(source)[v * 32 + lane];
+        }
       }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int v = 0; v < kLaneVectors; ++v) {
+          sums[v].x += parts[i][v].x, sums[v].y += parts[i][v].y;
+          sums[v].z += parts[i][v].z, sums[v].w += parts[i][v].w;
+        }
     }
 #pragma unroll
     for (int v = 0; v < kLaneVectors; ++v) {
@@ -116,29 +179,29 @@ struct RouterSelect {
     return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
   }
 
-  __device__ __forceinline__ void choose(float* row, const float (&biases)[kCount], const float (&corrections)[kCount],
-                                         int token, int lane) const {
-    const float minus_infinity = __uint_as_float(0xFF800000u);
-    float values[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int e = lane * kCount + i;
-      float value = e < kExperts ? row[e] + biases[i] : minus_infinity;
-      if constexpr (kCapped) {
-        constexpr uint32_t kCap = Facts::kCap;
-        const float cap = __uint_as_float(kCap);
-        if (e < kExperts) value = tanhf(value / cap) * cap;
-      }
-      values[i] = value;
-    }
+  __device__ __forceinline__ void choose(float* row, float* choice, float* slots, int token, int lane) const {
     const float gate = kGated ? exact_sigmoid(row[kExperts]) : 1.0f;
-    Scores::apply(values);
-    __syncwarp();
+    float values[kCount];
+    if constexpr (Scores::kOfAll) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (lane * kCount + i < kExperts) row[lane * kCount + i] = values[i];
+      for (int i = 0; i < kCount; ++i) {
+        const int e = lane * kCount + i;
+        values[i] = e < kExperts ? row[e] : __uint_as_float(kMinusInfinity);
+      }
+      Scores::apply(values);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int e = lane * kCount + i;
+        if (e < kExperts) {
+          row[e] = values[i];
+          choice[e] = values[i] += choice[e];
+        }
+      }
+      __syncwarp();
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] = choice[min(lane * kCount + i, kExperts - 1)];
     }
-    __syncwarp();
 
     int id = 0;
     bool there = lane < kTopK;
@@ -146,78 +209,158 @@ struct RouterSelect {
       if (there) id = given[int64_t(token) * kTopK + lane];
       there = there && id >= 0 && id < kExperts;
     } else {
+      uint32_t keys[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] += corrections[i];
-      const uint32_t kept = kTopGroups < kGroups ? best_groups(row, lane) : ~0u;
-      id = best_experts(values, kept, lane);
-    }
-    weigh(row, gate, id, there, token, lane);
-  }
-
-  // The bits of the kTopGroups groups of the largest worth. The row has scores.
-  __device__ __forceinline__ uint32_t best_groups(const float* row, int lane) const {
-    constexpr int kSize = kExperts / kGroups;
-    float first = 0.0f, second = 0.0f;
-    if (lane < kGroups) {
-      uint32_t first_key = 0, second_key = 0;
-#pragma unroll 8
-      for (int i = 0; i < kSize; ++i) {
-        const int e = lane * kSize + i;
-        float value = row[e];
-        if constexpr (kBiased) value += number(correction_bias[e]);
-        const uint32_t k = key(value);
-        if (k > first_key) {
-          second = first, second_key = first_key, first = value, first_key = k;
-        } else if (k > second_key) {
-          second = value, second_key = k;
+      for (int i = 0; i < kCount; ++i) keys[i] = lane * kCount + i < kExperts ? key(values[i]) : 0;
+      if constexpr (kTopGroups < kGroups) {
+        const uint32_t kept = best_groups(choice, values, keys, lane);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const int group = min((lane * kCount + i) / kGroupSize, kGroups - 1);
+          if (keys[i] != 0 && !(kept >> group & 1)) keys[i] = key(__uint_as_float(kMinusInfinity));
         }
       }
+      id = best_experts(keys, lane);
     }
-    const float worth = kTop2 && kSize > 1 ? first + second : first;
-    const uint32_t mine = lane < kGroups ? key(worth) : 0;
+    weigh(row, gate, slots, id, there, token, lane);
+  }
+
+  // The best two of a group: their keys, and the numbers.
+  struct BestTwo {
+    uint32_t first_key = 0, second_key = 0;
+    float first = 0.0f, second = 0.0f;
+
+    __device__ __forceinline__ void take(uint32_t k, float value) {
+      const bool leads = k > first_key, follows = k > second_key;
+      second = leads ? first : follows ? value : second;
+      second_key = leads ? first_key : follows ? k : second_key;
+      first = leads ? value : first;
+      first_key = leads ? k : first_key;
+    }
+  };
+
+  // The bits of the kTopGroups groups of the largest worth, from all lanes' values, or from a row of them.
+  __device__ __forceinline__ static uint32_t best_groups(const float* choice, const float (&values)[kCount],
+                                                         const uint32_t (&keys)[kCount], int lane) {
+    BestTwo best;
+    if constexpr (kGroupsOfLanes) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) best.take(keys[i], values[i]);
+#pragma unroll
+      for (int distance = 1; distance < kLanesOfGroup; distance *= 2) {
+        const uint32_t first_key = __shfl_xor_sync(~0u, best.first_key, distance);
+        const uint32_t second_key = __shfl_xor_sync(~0u, best.second_key, distance);
+        const float first = __shfl_xor_sync(~0u, best.first, distance);
+        const float second = __shfl_xor_sync(~0u, best.second, distance);
+        best.take(first_key, first);
+        best.take(second_key, second);
+      }
+    } else if (lane < kGroups) {
+#pragma unroll 8
+      for (int i = 0; i < kGroupSize; ++i) {
+        const float value = choice[lane * kGroupSize + i];
+        best.take(key(value), value);
+      }
+    }
+    const float worth = kTop2 && kGroupSize > 1 ? best.first + best.second : best.first;
+    const int group = kGroupsOfLanes ? lane / kLanesOfGroup : lane;  // that this lane knows
+    const uint32_t mine = key(worth);
     int better = 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const uint32_t theirs = __shfl_sync(~0u, mine, g);
-      better += theirs > mine || (theirs == mine && g < lane);
+      const uint32_t theirs = __shfl_sync(~0u, mine, kGroupsOfLanes ? g * kLanesOfGroup : g);
+      better += theirs > mine || (theirs == mine && g < group);
     }
-    return __ballot_sync(~0u, lane < kGroups && better < kTopGroups);
+    const bool kept = group < kGroups && better < kTopGroups;
+    uint32_t bits = kept ? 1u << group : 0;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) bits |= __shfl_xor_sync(~0u, bits, distance);
+    return bits;
   }
 
-  // Lane j gets the expert of the j-th largest value.
-  __device__ __forceinline__ static int best_experts(const float (&values)[kCount], uint32_t kept, int lane) {
-    constexpr int kSize = kExperts / kGroups;
-    uint32_t keys[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int e = lane * kCount + i;
-      const bool masked = kTopGroups < kGroups && !(kept >> min(e / kSize, kGroups - 1) & 1);
-      keys[i] = e >= kExperts ? 0 : key(masked ? __uint_as_float(0xFF800000u) : values[i]);
-    }
+  // Lane j gets the expert of the j-th largest key.
+  __device__ __forceinline__ static int best_experts(uint32_t (&keys)[kCount], int lane) {
     int id = 0;
 #pragma unroll 1
     for (int j = 0; j < kTopK; ++j) {
-      uint32_t best = keys[0];
-      int at = 0;
+      uint32_t best[kCount];
+      int at[kCount];
 #pragma unroll
-      for (int i = 1; i < kCount; ++i) {
-        if (keys[i] > best) best = keys[i], at = i;
-      }
-      const uint32_t most = maximum_of_warp(best);
-      const int owner = __ffs(__ballot_sync(~0u, best == most)) - 1;
-      const int chosen = __shfl_sync(~0u, lane * kCount + at, owner);
-      if (lane == j) id = chosen;
+      for (int i = 0; i < kCount; ++i) best[i] = keys[i], at[i] = i;
+      // Pairs, pairs of pairs, and so on: the lower one stays where keys are equal.
+#pragma unroll
+      for (int distance = 1; distance < kCount; distance *= 2)
+#pragma unroll
+        for (int i = 0; i + distance < kCount; i += 2 * distance) {
+          if (best[i + distance] > best[i]) best[i] = best[i + distance], at[i] = at[i + distance];
+        }
+      const uint32_t most = maximum_of_warp(best[0]);
+      const int owner = __ffs(__ballot_sync(~0u, best[0] == most)) - 1;
+      // The next turn does not wait for the shuffle: the owner knows which of its own it was.
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (lane * kCount + i == chosen) keys[i] = 0;
+        if (lane == owner && i == at[0]) keys[i] = 0;
       }
+      const int chosen = __shfl_sync(~0u, lane * kCount + at[0], owner);
+      if (lane == j) id = chosen;
     }
     return id;
   }
 
-  __device__ __forceinline__ void weigh(const float* row, float gate, int id, bool there, int token, int lane) const {
+  // Lane j gets the softmax of the j-th chosen logit over itself and those close to it that are not chosen before it.
+  __device__ __forceinline__ static float mix(const float* row, int id, int lane) {
+    constexpr uint32_t kTwiceJitter = Facts::kTwiceJitter;
+    uint32_t taken = 0;  // of this lane's experts
+    float weight = 0.0f;
+#pragma unroll 1
+    for (int j = 0; j < kTopK; ++j) {
+      const int chosen = __shfl_sync(~0u, id, j);
+      const float top = row[chosen];
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int e = lane * kCount + i;
+        if (e >= kExperts || (taken >> i & 1)) continue;
+        const float value = row[e];
+        // Not `<=`: where all are zero, the quotient is NaN, and they are close.
+        const bool far = (top - value) / fmaxf(fabsf(value), top) > __uint_as_float(kTwiceJitter);
+        if (!far) sum += expf(value - top);
+      }
+      sum = sum_of_warp(sum);
+      if (lane == j) weight = 1.0f / sum;
+      if (chosen / kCount == lane) taken |= 1u << chosen % kCount;
+    }
+    return weight;
+  }
+
+  // A row for each slot: that of x, times the slot's weight, rounded; that of x itself for shared experts.
+  __device__ __forceinline__ void write_rows(const float* slots, int token, int thread) const {
+    constexpr int kPieces = kColumns / 8;
+    constexpr int64_t kAllPieces = int64_t(kTokens) * kSlots * kPieces;
+    const uint4* const source = reinterpret_cast<const uint4*>(x) + Offset<kAllPieces>(token) * kPieces;
+    uint4* const out = reinterpret_cast<uint4*>(rows) + Offset<kAllPieces>(token) * (kSlots * kPieces);
+    for (int piece = thread; piece < kPieces; piece += kThreadsOfToken) {
+      const uint4 pairs = source[piece];
+#pragma unroll 1
+      for (int j = 0; j < kSlots; ++j) {
+        const float weight = slots[j];
+        const uint4 weighted = {weigh_pair(pairs.x, weight), weigh_pair(pairs.y, weight), weigh_pair(pairs.z, weight),
+                                weigh_pair(pairs.w, weight)};
+        out[j * kPieces + piece] = j < kTopK ? weighted : pairs;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static uint32_t weigh_pair(uint32_t pair, float weight) {
+    const float low = to_float<X>(static_cast<uint16_t>(pair)), high = to_float<X>(static_cast<uint16_t>(pair >> 16));
+    return from_float<X>(low * weight) | uint32_t(from_float<X>(high * weight)) << 16;
+  }
+
+  __device__ __forceinline__ void weigh(const float* row, float gate, float* slots, int id, bool there, int token,
+                                        int lane) const {
     constexpr uint32_t kScale = Facts::kScale, kEpsilon = Facts::kEpsilon;
     float weight = there ? row[id] : 0.0f;
+    if constexpr (kMixer) weight = mix(row, id, lane);
     if constexpr (kChosenSigmoid) weight = there ? exact_sigmoid(weight) : 0.0f;
     if constexpr (kSoftmaxOfChosen) {
       const float most = largest_of_warp(there ? weight : __uint_as_float(0xFF800000u));
@@ -233,6 +376,10 @@ struct RouterSelect {
     if (lane < kSlots) {
       topk_ids[int64_t(token) * kSlots + lane] = id;
       topk_weights[int64_t(token) * kSlots + lane] = weight;
+      if constexpr (kOnInput) {
+        slots[lane] = weight;
+        slot_weights[int64_t(token) * kSlots + lane] = lane < kTopK ? 1.0f : weight;
+      }
     }
   }
 };

@@ -1,5 +1,6 @@
 """The sum over a token's experts, and what clears and finds rows for a product. Twin of csrc/cuda/combine.cuh."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -7,6 +8,25 @@ import jax.numpy as jnp
 from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, optional
 from jax_marlin_moe.cuda.limits import grid
 from jax_marlin_moe.cuda.program import Kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityExperts:
+    """Experts without weights, which return their input.
+
+    Attributes:
+        experts: how many; their ids follow those of the others.
+        x: the buffer of the layer's input.
+        dtype: of x.
+        columns: of x.
+        topk_weights: the buffer of the slots' weights.
+    """
+
+    experts: int
+    x: int
+    dtype: jnp.dtype
+    columns: int
+    topk_weights: int
 
 
 def combine_kernel(
@@ -22,9 +42,11 @@ def combine_kernel(
     expert_map: int | None,
     out: int,
     overlaps_predecessor: bool,
+    identity: IdentityExperts | None = None,
 ) -> Kernel:
-    """Sums each token's slots."""
+    """Sums each token's slots, and what identity experts return."""
     result = Pointer(out, dtype.name, written=True)
+    rows = None if identity is None else Pointer(identity.x, identity.dtype.name)
     facts: Facts = {
         "element": result.cpp_element,
         "tokens": tokens,
@@ -33,6 +55,9 @@ def combine_kernel(
         "experts": num_experts,
         "routed_experts": routed_experts,
         "mapped": expert_map is not None,
+        "input": "jmm::Half" if rows is None else rows.cpp_element,
+        "identity_experts": 0 if identity is None else identity.experts,
+        "input_columns": 0 if identity is None else identity.columns,
     }
     return Kernel(
         name=f"jmm_combine_m{tokens}",
@@ -43,6 +68,8 @@ def combine_kernel(
             "partials": Pointer(partials, "float32"),
             "topk_ids": Pointer(topk_ids, "int32"),
             "expert_map": optional(expert_map, "int32"),
+            "x": rows,
+            "topk_weights": optional(None if identity is None else identity.topk_weights, "float32"),
             "out": result,
         },
         threads=128,

@@ -14,13 +14,14 @@ from jax_marlin_moe.cuda.program import Kernel
 from jax_marlin_moe.routing import Routing
 
 _NUMBERS = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "float"}
-# What the kernels know: the scores of each scoring, and whether the chosen ones' sigmoids are the weights.
+# The scores of each scoring. Those that choose by the logits themselves differ in their weights.
 _SCORES = {
-    "softmax": ("SoftmaxScores", False),
-    "sigmoid": ("SigmoidScores", False),
-    "sqrtsoftplus": ("SqrtSoftplusScores", False),
-    "identity": ("IdentityScores", False),
-    "chosen_sigmoid": ("IdentityScores", True),
+    "softmax": "SoftmaxScores",
+    "sigmoid": "SigmoidScores",
+    "sqrtsoftplus": "SqrtSoftplusScores",
+    "identity": "IdentityScores",
+    "chosen_sigmoid": "IdentityScores",
+    "sparsemixer": "IdentityScores",
 }
 # The options of a rule that the kernels know.
 RULE_OPTIONS = (
@@ -32,13 +33,17 @@ RULE_OPTIONS = (
     "top_groups",
     "group_score",
     "scale",
+    "apply_on_input",
     "logits_soft_cap",
     "renormalize_epsilon",
+    "jitter",
+    "identity_experts",
 )
 _MOST_LANES = 32
 _MOST_EXPERTS = 1024
 _MOST_SLICES = 64
 _INVARIANT_SLICES = 8
+_MOST_PLAIN_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +51,15 @@ class Router:
     """The arrays of a router, as shapes and dtypes, and its rule.
 
     Attributes:
-        rows: what it reads, [tokens, columns]; columns from K on are padding.
+        rows: what it reads, [tokens, columns], any float; columns from K on are padding.
         kernel: [K, experts].
         routing: the rule.
         bias: added to the logits, or None.
         correction_bias: added to the scores, or None.
         expert_scale: factors of the weights, or None.
         given: experts that are chosen already, or None.
+        input_scale: [K] where it reads `rms_norm(rows) * input_scale / sqrt(K)`, or None.
+        norm_epsilon: of that norm.
         gate: of the shared expert, or None.
         shared: experts that every token visits, behind those of its choice.
     """
@@ -64,6 +71,8 @@ class Router:
     correction_bias: jax.Array | None = None
     expert_scale: jax.Array | None = None
     given: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    norm_epsilon: float = 1e-6
     gate: jax.Array | None = None
     shared: int = 0
 
@@ -79,24 +88,33 @@ class Router:
 
     @property
     def stride(self) -> int:
-        """Of a token's logits, with the gate's behind them."""
-        return -(-(self.experts + (self.gate is not None)) // 4) * 4
+        """Of a token's logits, with the gate's and the sum of squares behind them."""
+        return -(-(self.experts + (self.gate is not None) + (self.input_scale is not None)) // 4) * 4
 
-    def fits(self, capability: int) -> bool:
-        """Whether the kernels can be this router."""
+    def fits(self, capability: int, *, batch_invariant: bool = False) -> bool:
+        """Whether the kernels can be this router, and are faster than XLA's: the plain product is for few tokens.
+
+        With `batch_invariant`, whether they can.
+        """
         known = Routing(**{name: getattr(self.routing, name) for name in RULE_OPTIONS})
-        vectors = (self.bias, self.correction_bias, self.expert_scale, self.gate, self.kernel)
+        floats = (self.bias, self.correction_bias, self.expert_scale, self.input_scale, self.gate)
+        return (
+            known == self.routing
+            and self.routing.scoring in _SCORES
+            and all(array is None or array.dtype.name in _NUMBERS for array in (*floats, self.rows, self.kernel))
+            and self.experts <= _MOST_EXPERTS
+            and max(self.slots, self.routing.num_groups) <= _MOST_LANES
+            and (batch_invariant or self.rows.shape[0] <= _MOST_PLAIN_TOKENS or self.fits_tensor_cores(capability))
+        )
+
+    def fits_tensor_cores(self, capability: int) -> bool:
+        """Whether the product is one of tensor cores."""
         return (
             capability >= 80
-            and known == self.routing
-            and self.routing.scoring in _SCORES
             and self.rows.dtype.name in ("float16", "bfloat16")
-            and all(vector is None or vector.dtype.name in _NUMBERS for vector in vectors)
             and self.kernel.shape[0] % 16 == 0
             and self.rows.shape[1] % 8 == 0
             and self.experts * self.kernel.dtype.itemsize % 4 == 0
-            and self.experts <= _MOST_EXPERTS
-            and max(self.slots, self.routing.num_groups) <= _MOST_LANES
         )
 
 
@@ -109,7 +127,7 @@ class RouterTile:
         experts: of a CTA.
         slices: of K.
         block: rows of K of a stage.
-        stages: of a CTA.
+        stages: of a CTA; 0 where it has no tensor cores to feed.
         warps_n: along the experts.
         warps_t: along the tokens.
         warps_of_token: of the selection that add up a token's slices.
@@ -119,10 +137,10 @@ class RouterTile:
     experts: int
     slices: int
     block: int
-    stages: int
-    warps_n: int
-    warps_t: int
-    warps_of_token: int
+    stages: int = 0
+    warps_n: int = 4
+    warps_t: int = 1
+    warps_of_token: int = 1
 
 
 def router_tile(router: Router, capability: int, *, batch_invariant: bool = False) -> RouterTile:
@@ -131,6 +149,8 @@ def router_tile(router: Router, capability: int, *, batch_invariant: bool = Fals
     With `batch_invariant`, what decides the order of a logit's sum does not depend on the number of tokens.
     """
     tokens, experts = router.rows.shape[0], router.experts
+    if not router.fits_tensor_cores(capability):
+        return _plain_tile(router, capability, batch_invariant)
     many = tokens > 512
     tile = 128 if many else next((size for size in (8, 16, 32) if tokens <= max(size, size // 32 * 128)), 64)
     columns = min(128 if many else 64, max(16, 1 << math.ceil(math.log2(experts))))
@@ -144,7 +164,7 @@ def router_tile(router: Router, capability: int, *, batch_invariant: bool = Fals
     slices = max(1, min(most, get_architecture(capability).multiprocessors // tiles))
     if batch_invariant:
         slices = min(_INVARIANT_SLICES, blocks)
-    warps_of_token = 1 << min(3, slices.bit_length() - 1) if batch_invariant or tokens <= 512 else 1
+    warps_of_token = _warps_of_token(slices) if batch_invariant or tokens <= 512 else 1
     width = router.kernel.dtype.itemsize
     stage = block * (columns * width + 16) + tile * (block * 2 + 16)
     room = get_architecture(capability).most_shared_kib * 1024
@@ -152,19 +172,37 @@ def router_tile(router: Router, capability: int, *, batch_invariant: bool = Fals
     return RouterTile(tile, columns, slices, block, max(2, stages), warps_n, warps_t, warps_of_token)
 
 
+def _plain_tile(router: Router, capability: int, batch_invariant: bool) -> RouterTile:
+    """Eight tokens and 128 columns of a CTA; slices of K where that leaves multiprocessors idle."""
+    tile, columns, block = 8, 128, 32
+    tiles = -(-router.rows.shape[0] // tile) * -(-router.stride // columns)
+    slices = get_architecture(capability).multiprocessors // tiles
+    slices = _INVARIANT_SLICES if batch_invariant else max(1, min(slices, 32))
+    slices = min(slices, -(-router.kernel.shape[0] // block))
+    return RouterTile(tile, columns, slices, block, warps_of_token=_warps_of_token(slices))
+
+
+def _warps_of_token(slices: int) -> int:
+    """Of a CTA with eight, those that add up a token's slices."""
+    return 1 << min(3, slices.bit_length() - 1)
+
+
 def logits_buffer(router: Router, tile: RouterTile) -> jax.ShapeDtypeStruct:
     """What the product leaves to the choice: sums over slices of K."""
     return jax.ShapeDtypeStruct((tile.slices, router.rows.shape[0], router.stride), jnp.float32)
 
 
-def product_kernel(router: Router, tile: RouterTile, *, rows: int, kernel: int, gate: int | None, out: int) -> Kernel:
+def product_kernel(
+    router: Router, tile: RouterTile, *, rows: int, kernel: int, gate: int | None, scale: int | None, out: int
+) -> Kernel:
     """The logits of every slice of K."""
     tokens, experts, (k, _) = router.rows.shape[0], router.experts, router.kernel.shape
     dtype, width = router.kernel.dtype.name, router.kernel.dtype.itemsize
     facts: Facts = {
-        "element": ELEMENT_TYPES[router.rows.dtype.name],
+        "element": _NUMBERS[router.rows.dtype.name],
         "router_element": _NUMBERS[dtype],
-        "gate_element": "float" if router.gate is None else _NUMBERS[router.gate.dtype.name],
+        "gate_element": _element(router.gate),
+        "scale_element": _element(router.input_scale),
         "tokens": tokens,
         "experts": experts,
         "k": k,
@@ -173,29 +211,54 @@ def product_kernel(router: Router, tile: RouterTile, *, rows: int, kernel: int, 
         "columns": tile.experts,
         "slices": tile.slices,
         "block": tile.block,
-        "stages": tile.stages,
-        "warps_n": tile.warps_n,
-        "warps_t": tile.warps_t,
         "stride": router.stride,
         "gated": gate is not None,
+        "normed": scale is not None,
     }
-    ctas = -(-tokens // tile.tokens) * -(-experts // tile.experts) * tile.slices
-    stage = tile.block * (tile.experts * width + 16) + tile.tokens * (tile.block * 2 + 16)
+    if tile.stages:
+        facts |= {"stages": tile.stages, "warps_n": tile.warps_n, "warps_t": tile.warps_t}
+        columns = experts
+        stage = tile.block * (tile.experts * width + 16) + tile.tokens * (tile.block * 2 + 16)
+        threads, shared_bytes = 32 * tile.warps_n * tile.warps_t, tile.stages * stage
+    else:
+        columns = experts + (gate is not None) + (scale is not None)
+        threads, shared_bytes = tile.experts, tile.block * tile.tokens * 4
+    ctas = -(-tokens // tile.tokens) * -(-columns // tile.experts) * tile.slices
     return Kernel(
         name=f"jmm_router_m{tile.tokens}",
-        headers=("router/product.cuh",),
-        body="RouterProduct<Facts>",
+        headers=("router/product.cuh" if tile.stages else "router/plain_product.cuh",),
+        body="RouterProduct<Facts>" if tile.stages else "PlainRouterProduct<Facts>",
         structs={"Facts": facts},
         pointers={
             "x": Pointer(rows, router.rows.dtype.name),
             "router": Pointer(kernel, dtype),
-            "gate": None if router.gate is None or gate is None else Pointer(gate, router.gate.dtype.name),
+            "gate": _vector(gate, router.gate),
+            "scale": _vector(scale, router.input_scale),
             "logits": Pointer(out, "float32", written=True),
         },
-        threads=32 * tile.warps_n * tile.warps_t,
-        shared_bytes=tile.stages * stage,
+        threads=threads,
+        shared_bytes=shared_bytes,
         max_ctas=grid(ctas, "the router"),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedRows:
+    """The experts' input where weights multiply it, as buffers.
+
+    Attributes:
+        x: the layer's input.
+        rows: a row for each slot.
+        slot_weights: what multiplies the results of slots.
+        dtype: of x and the rows.
+        columns: likewise.
+    """
+
+    x: int
+    rows: int
+    slot_weights: int
+    dtype: jnp.dtype
+    columns: int
 
 
 def select_kernel(
@@ -210,22 +273,18 @@ def select_kernel(
     topk_weights: int,
     topk_ids: int,
     overlaps_predecessor: bool,
+    weighted: WeightedRows | None = None,
 ) -> Kernel:
-    """Experts and weights from logits."""
+    """Experts and weights from logits, and the experts' input where weights multiply it."""
     tokens, rule = router.rows.shape[0], router.routing
-    scores, chosen_sigmoid = _SCORES[rule.scoring]
-
-    def elements(vector: jax.Array | None) -> str:
-        return "float" if vector is None else _NUMBERS[vector.dtype.name]
-
-    def pointer(buffer: int | None, vector: jax.Array | None) -> Pointer | None:
-        return None if buffer is None or vector is None else Pointer(buffer, vector.dtype.name)
-
     facts: Facts = {
-        "scores": f"jmm::{scores}",
-        "router_bias": elements(router.bias),
-        "correction_bias": elements(router.correction_bias),
-        "expert_scale": elements(router.expert_scale),
+        "scores": f"jmm::{_SCORES[rule.scoring]}",
+        "router_bias": _element(router.bias),
+        "correction_bias": _element(router.correction_bias),
+        "expert_scale": _element(router.expert_scale),
+        "element": "float" if weighted is None else ELEMENT_TYPES[weighted.dtype.name],
+        "k": router.kernel.shape[0],
+        "columns": 0 if weighted is None else weighted.columns,
         "tokens": tokens,
         "experts": router.experts,
         "top_k": rule.top_k,
@@ -244,12 +303,27 @@ def select_kernel(
         "cap": _bits(rule.logits_soft_cap or 0.0),
         "scale": _bits(rule.scale),
         "epsilon": _bits(rule.renormalize_epsilon),
-        "chosen_sigmoid": chosen_sigmoid,
+        "chosen_sigmoid": rule.scoring == "chosen_sigmoid",
+        "mixer": rule.scoring == "sparsemixer",
+        "twice_jitter": _bits(2 * rule.jitter),
+        "normed": router.input_scale is not None,
+        "norm_epsilon": _bits(router.norm_epsilon),
+        "on_input": weighted is not None,
         "softmax_of_chosen": rule.softmax_after_topk,
         "renormalized": rule.renormalize,
         "warps": 8,
         "warps_of_token": tile.warps_of_token,
     }
+    of_rows: dict[str, Pointer | None] = dict.fromkeys(("x", "rows", "slot_weights"))
+    tokens_of_cta = 8 // tile.warps_of_token
+    slot_weights = 4
+    if weighted is not None:
+        slot_weights = tokens_of_cta * router.slots
+        of_rows = {
+            "x": Pointer(weighted.x, weighted.dtype.name),
+            "rows": Pointer(weighted.rows, weighted.dtype.name, written=True),
+            "slot_weights": Pointer(weighted.slot_weights, "float32", written=True),
+        }
     return Kernel(
         name=f"jmm_select_m{tokens}",
         headers=("router/select.cuh",),
@@ -257,18 +331,28 @@ def select_kernel(
         structs={"Facts": facts},
         pointers={
             "logits": Pointer(logits, "float32"),
-            "router_bias": pointer(bias, router.bias),
-            "correction_bias": pointer(correction_bias, router.correction_bias),
-            "expert_scale": pointer(expert_scale, router.expert_scale),
+            "router_bias": _vector(bias, router.bias),
+            "correction_bias": _vector(correction_bias, router.correction_bias),
+            "expert_scale": _vector(expert_scale, router.expert_scale),
             "given": optional(given, "int32"),
             "topk_weights": Pointer(topk_weights, "float32", written=True),
             "topk_ids": Pointer(topk_ids, "int32", written=True),
+            **of_rows,
         },
         threads=256,
-        shared_bytes=8 * router.stride * 4,
-        max_ctas=grid(-(-tokens // (8 // tile.warps_of_token)), "the choice of experts"),
+        shared_bytes=4 * ((8 + tokens_of_cta) * router.stride + slot_weights),
+        max_ctas=grid(-(-tokens // tokens_of_cta), "the choice of experts"),
         overlaps_predecessor=overlaps_predecessor,
     )
+
+
+def _element(vector: jax.Array | None) -> str:
+    """The C++ type of a vector's numbers; any where there is none."""
+    return "float" if vector is None else _NUMBERS[vector.dtype.name]
+
+
+def _vector(buffer: int | None, vector: jax.Array | None) -> Pointer | None:
+    return None if buffer is None or vector is None else Pointer(buffer, vector.dtype.name)
 
 
 def _bits(value: float) -> int:
