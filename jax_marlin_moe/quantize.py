@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jax_marlin_moe.arguments import check_rank
 from jax_marlin_moe.formats import FLOAT_SCALES, WeightFormat, get_format, round_to
+from jax_marlin_moe.ops.each_expert import define_each_expert
 from jax_marlin_moe.packing import assemble, check_group_size, pack_expert
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -30,6 +31,8 @@ def quantize(
     and "mxfp8": the power of two that brings the largest value of a block into the top binade of the code (OCP
     microscaling formats 1.0, section 6.3). "bf16" and "fp16" keep the weights, rounded to 16 bits where they have more;
     their scales are 1.
+
+    Experts that are over the devices of a mesh are quantised where they are, and the result is sharded as they are.
 
     Weights that change, as those of a policy that is trained, are packed again without compiling anything and into the
     memory of the old ones: `jax.jit(lambda old, dense: quantize(dense, ...), donate_argnums=0, keep_unused=True)`.
@@ -90,6 +93,15 @@ def _identity(row, group_size, scale_dtype, primals, tangents):
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
 def _round_to_grid(w, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
+    matrices = w[None] if w.ndim == 2 else w
+    leading = matrices.shape[0], -1
+    rounded = _round_each(
+        matrices.reshape(*leading, *w.shape[-2:]), row=row, group_size=group_size, scale_dtype=scale_dtype
+    )
+    return rounded.reshape(w.shape)
+
+
+def _round_matrices(w, *, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
     k, n = w.shape[-2:]
 
     def one_expert(matrix):
@@ -106,6 +118,9 @@ def _round_to_grid(w, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype
         return (dense if global_scale is None else dense * global_scale).astype(w.dtype)
 
     return jax.lax.map(one_expert, w.reshape(-1, k, n)).reshape(w.shape)
+
+
+_round_each = define_each_expert("fake_quantize", _round_matrices)
 
 
 def _choice(
@@ -144,11 +159,18 @@ def _choice(
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
 def _quantize_and_pack(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
+    return _pack_each(dense, row=row, group_size=group_size, scale_dtype=scale_dtype)
+
+
+def _pack_matrices(dense, *, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
     def one_expert(w):
         codes, scales, zeros, global_scale = quantize_expert(w, row, group_size, scale_dtype)
         return pack_expert(codes, scales, zeros, global_scale, row)
 
     return jax.lax.map(one_expert, dense)  # the float32 intermediates of one matrix, not of all
+
+
+_pack_each = define_each_expert("quantize", _pack_matrices)
 
 
 def quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):

@@ -1,6 +1,7 @@
 """The facts of a layer: all that is not an array, as JSON; and a layer from its facts and its arrays."""
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -178,9 +179,12 @@ def read_matrix(keys: Keys, states_group_size: bool = True) -> dict[str, Any]:
         isinstance(columns, int) and not isinstance(columns, bool) and columns >= 0 for columns in padding
     ):
         raise ValueError(f"{keys.source}: {keys.path}column_padding is {padding!r}; it must be a list of columns")
+    layout = keys.text("layout")
+    if not re.fullmatch("a16(/[1-9][0-9]{0,8})?", layout):
+        raise keys.fault("layout", "'a16', or 'a16/' and the columns of a rank")
     return {
         "format": get_format(keys.choice("format", sorted(FORMATS))),
-        "layout": keys.choice("layout", ["a16"]),
+        "layout": layout,
         "group_size": keys.integer("group_size", low=1) if states_group_size else None,
         "row_padding": keys.integer("row_padding", low=0),
         "column_padding": tuple(padding),

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from jax_marlin_moe.checkpoint import convert, load_moe_layer, load_moe_layers
+from jax_marlin_moe.checkpoint import convert, load_moe_layer, load_moe_layers, with_facts, without_facts
 from jax_marlin_moe.sharding import MoESharding, place
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -55,6 +55,22 @@ def stack():
     assert_same(found, place(load_moe_layers(DATA / "ck_llmc_W4A16", stacked=True), BOTH))
 
 
+def orbax():
+    """What Orbax saved of one device is restored over several, and what it saved of these as well."""
+    try:
+        from orbax.checkpoint import StandardCheckpointer
+    except ImportError:
+        return
+    whole = load_moe_layer(DATA / "ck_llmc_W4A16", 0)
+    for layer, sharding in ((whole, EXPERTS), (place(whole, BOTH), BOTH)):
+        with tempfile.TemporaryDirectory() as folder, StandardCheckpointer() as saver:
+            saver.save(pathlib.Path(folder) / "layer", with_facts({"layer": layer}))
+            saver.wait_until_finished()
+            template = with_facts({"layer": sharding.abstract(sharding.lay_out(layer))})
+            restored = without_facts(saver.restore(pathlib.Path(folder) / "layer", template))["layer"]
+        assert_same(restored, place(layer, sharding))
+
+
 CHECKS = {
     **{
         f"{folder} {name}": partial(as_placed, DATA / folder, sharding, **options)
@@ -73,6 +89,7 @@ CHECKS = {
     "nvfp4 from plain weights": partial(as_placed, DATA / "ck_q3", BOTH, quantize="nvfp4"),
     "packed": packed,
     "stack": stack,
+    "orbax": orbax,
 }
 
 

@@ -19,7 +19,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.sharding import MoESharding, parallel_layer, place, place_experts
@@ -164,6 +165,20 @@ def gradients():
     assert_close(gradient(lambda x: parallel_layer(placed, x, sharding, **options)), gradient(whole), 2e-2)
 
 
+def quantized(mode):
+    """Experts are quantised where they are: no collective, and the bits of one device."""
+    devices = jax.make_mesh((4,), ("d",), axis_types=(getattr(AxisType, mode),))
+    dense = random(0, EXPERTS, HIDDEN, INNER)
+    placed = jax.device_put(dense, NamedSharding(devices, P("d")))
+    for function in (lambda dense: jmm.quantize(dense, "nvfp4"), lambda dense: jmm.fake_quantize(dense, "int4_zp", 64)):
+        run = jax.jit(function)
+        compiled = run.lower(placed).compile()
+        assert not collectives(compiled), collectives(compiled)
+        for one, wanted in zip(*(jax.tree.leaves(call) for call in (run(placed), run(dense))), strict=True):
+            assert one.sharding.spec[0] == "d", one.sharding
+            np.testing.assert_array_equal(one, wanted)
+
+
 ROUTED_ON_INPUT = jmm.Routing(2, "sigmoid", apply_on_input=True, identity_experts=2)
 CHECKS = {
     "experts, same tokens": (equals_one_device, MoESharding(EP), layer(), ["all-reduce"]),
@@ -194,6 +209,8 @@ CHECKS = {
     "padding alone": (padded, 64, 32, mesh((4,), ("tensor",)), True),
     "stacked": stacked,
     "gradients": gradients,
+    "quantized, automatic axes": (quantized, "Auto"),
+    "quantized, explicit axes": (quantized, "Explicit"),
 }
 
 

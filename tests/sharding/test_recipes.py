@@ -34,6 +34,8 @@ CHECKS = (
     "padding alone",
     "stacked",
     "gradients",
+    "quantized, automatic axes",
+    "quantized, explicit axes",
 )
 
 
