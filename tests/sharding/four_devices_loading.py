@@ -1,5 +1,7 @@
 """Loads checkpoints over four virtual CPU devices; prints JSON: what failed, by check. Run by `test_loading.py`."""
 
+import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -71,6 +73,19 @@ def orbax():
         assert_same(restored, place(layer, sharding))
 
 
+def example():
+    """The command of `examples/sharded.py`: the same rows over four devices as over one."""
+    sys.path.append(str(DATA.parents[1]))
+    command = importlib.import_module("examples.sharded").main
+    folder = str(DATA / "ck_llmc_W4A16")
+    with contextlib.redirect_stdout(sys.stderr):
+        y = command([folder, "--expert", "2", "--tensor", "2", "--tokens", "8", "--exchange", "ragged"])
+        wanted = command([folder, "--tokens", "8"])
+    difference = np.asarray(y, np.float32) - np.asarray(wanted, np.float32)
+    assert np.linalg.norm(difference) <= 1e-2 * np.linalg.norm(np.asarray(wanted, np.float32))
+    assert y.sharding.spec[0] == "expert", y.sharding
+
+
 CHECKS = {
     **{
         f"{folder} {name}": partial(as_placed, DATA / folder, sharding, **options)
@@ -90,6 +105,7 @@ CHECKS = {
     "packed": packed,
     "stack": stack,
     "orbax": orbax,
+    "example": example,
 }
 
 

@@ -17,7 +17,7 @@ FOLDERS = (
     "ck_q3",
 )
 CHECKS = [f"{folder} both" for folder in FOLDERS]
-CHECKS += ["ck_q3 experts", "nvfp4 from plain weights", "packed", "stack", "orbax"]
+CHECKS += ["ck_q3 experts", "nvfp4 from plain weights", "packed", "stack", "orbax", "example"]
 
 
 @pytest.fixture(scope="module")
