@@ -31,6 +31,8 @@ _LARGE_TOKENS = (1, 16)
 # Blocks in a timed chain, each with a routing of its own, so that caches do not hold the experts; on a GPU enough of
 # them to hide the call from Python.
 _LINKS = {"cpu": 8, "gpu": 32}
+# A call is timed as often as fits these seconds, but not more than so many times.
+_TIMED_SECONDS, _MOST_TIMED = 1.0, 100
 _ERROR_LIMIT = {"float16": 5e-3, "bfloat16": 1e-2}
 
 
@@ -161,10 +163,10 @@ def _measure(case: _Case, implementation: str, expected: np.ndarray) -> tuple[fl
 
 
 def _wall_seconds(call: Callable[[], Array]) -> list[float]:
-    """Wall times of a call after a warm-up: as many as fit a second, 1 to 100."""
+    """Wall times of a call after a warm-up: at least one."""
     jax.block_until_ready(call())
     times: list[float] = []
-    while not times or (sum(times) < 1.0 and len(times) < 100):
+    while not times or (sum(times) < _TIMED_SECONDS and len(times) < _MOST_TIMED):
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)

@@ -437,7 +437,10 @@ def test_peak_memory(tmp_path, name, form):
     if form == "packed":
         path = tmp_path / "packed"
         convert(source, path)
-    done = subprocess.run([sys.executable, "-c", _MEASURE, str(path)], capture_output=True, text=True, check=True)
+    environment = os.environ | {"XLA_FLAGS": ""}  # 100 MB take longer than optimised code takes to compile
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
     peak, size = json.loads(done.stdout.splitlines()[-1])
     assert size > 100e6
     assert peak <= 1.3 * size, f"{peak / size:.2f} times the packed layer"

@@ -11,6 +11,11 @@ from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.measure.models import ModelShape
 
 
+@pytest.fixture(autouse=True)
+def few_timed_calls(monkeypatch):
+    monkeypatch.setattr(demo, "_TIMED_SECONDS", 0.05)
+
+
 def test_demo(capsys):
     assert main(["demo", "--small"]) == 0
     output = capsys.readouterr().out
