@@ -160,25 +160,25 @@ def block(x, gate_up, down, **options):
 def test_on_a_card_a_scan_is_equal_to_the_layers_one_by_one(tokens):
     """Of the block: between blocks, XLA may compile two programs to other roundings."""
     x = wanted = jax.random.normal(jax.random.key(8), (tokens, HIDDEN), jnp.bfloat16)
-    weights, ids = jmm.route(normal(9, tokens, EXPERTS), top_k=TOP_K)
+    choice = jmm.route(normal(9, tokens, EXPERTS), top_k=TOP_K)
 
     @jax.jit
-    def run(x, gate_up, down):
-        return jmm.fused_moe(x, gate_up, down, weights, ids, implementation="cuda")
+    def run(x, choice, gate_up, down):
+        return jmm.fused_moe(x, gate_up, down, *choice, implementation="cuda")
 
     for layer in layers():
-        wanted = run(wanted, layer.gate_up, layer.down)
+        wanted = run(wanted, choice, layer.gate_up, layer.down)
     stack = (stacked().layers.gate_up, stacked().layers.down)
 
     @jax.jit
-    def scan(stack, x):
-        return jax.lax.scan(lambda h, l: (run(h, *jmm.take_layer(stack, l)), None), x, jnp.arange(LAYERS))[0]
+    def scan(stack, choice, x):
+        return jax.lax.scan(lambda h, l: (run(h, choice, *jmm.take_layer(stack, l)), None), x, jnp.arange(LAYERS))[0]
 
-    program = scan.lower(stack, x).compile()
+    program = scan.lower(stack, choice, x).compile()
     assert_copies_no_weights(program)
-    assert_equal(program(stack, x), wanted)
+    assert_equal(program(stack, choice, x), wanted)
     for number in range(LAYERS):
-        x = run(x, *jmm.take_layer(stack, number))
+        x = run(x, choice, *jmm.take_layer(stack, number))
     assert_equal(x, wanted)
 
 

@@ -18,7 +18,7 @@ from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
-from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.ops.primitive import define_op, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_columns, pad_rows
 
 
@@ -137,17 +137,6 @@ def _cuda(x, weights, expert):
     return call_program("linear", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
-def _batching_rule(op, leaves, dims, *, structure, **params):
-    """Batched rows become one call over all of them; batched weights or experts one call each."""
-    x, weights, expert = jax.tree.unflatten(structure, leaves)
-    x_dim, weights_dims, expert_dim = jax.tree.unflatten(structure, dims)
-    if x_dim is None or jax.tree.leaves((weights_dims, expert_dim)):
-        return map_batch(op, leaves, dims, structure=structure, **params)
-    rows = jnp.moveaxis(x, x_dim, 0)
-    (y,) = op(rows.reshape(-1, rows.shape[2]), weights, expert, **params)
-    return [y.reshape(*rows.shape[:2], -1)], [0]
-
-
 def _jvp(op, primals, tangents, *, implementation):
     (x, weights, expert), (d_x, d_weights, _) = primals, tangents
     check_not_only_frozen("linear", {"weights": d_weights}, d_x, d_weights.bias, d_weights.global_scales)
@@ -179,7 +168,6 @@ linear_op = define_op(
     reference=reference.linear,
     cpu=_cpu,
     cuda=_cuda,
-    batching_rule=_batching_rule,
     jvp=_jvp,
     rows=("x",),
     division=_division,
