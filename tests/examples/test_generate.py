@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import pathlib
+import re
 import sys
 
 import checkpoint_files as files
@@ -119,6 +120,19 @@ def write_dequantised(folder, name):
     config = json.loads((DATA / name / "config.json").read_text())
     config.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+
+
+def test_a_profile_names_the_layers_and_their_parts():
+    graph, state = nnx.split(decoder("ck_modelopt"))
+    cache = Cache.empty(decoder("ck_modelopt").sizes, 1, 4, jnp.float16)
+    text = logits_of.lower(graph, state, jnp.zeros((1, 1), jnp.int32), cache).as_text(debug_info=True)
+    for number in range(2):
+        assert f"layer_{number}/attention/" in text
+        assert re.search(rf'layer_{number}/experts/[^"]*moe_layer', text)
+    layer = decoder("ck_modelopt").blocks[0].experts.layer
+    text = jax.jit(lambda layer, x: layer(x, implementation="xla")).lower(layer, jnp.ones((1, 128), jnp.float16))
+    text = text.as_text(debug_info=True)
+    assert all(f"moe_layer/{stage}/" in text for stage in ("gate_up", "down", "combine"))
 
 
 def test_a_packed_folder_is_the_same_model(tmp_path):
