@@ -67,22 +67,40 @@ struct RouterSelect {
 
   __device__ void run(unsigned char* shared_bytes) const {
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int thread = threadIdx.x % kThreadsOfToken, token_of_cta = warp / kWarpsOfToken;
-    const int token = blockIdx.x * kTokensOfCta + token_of_cta;
-    float biases[kOfThread], corrections[kOfThread];
-#pragma unroll
-    for (int i = 0; i < kOfThread; ++i) {
-      const int e = min(i * kThreadsOfToken + thread, kExperts - 1);
-      biases[i] = corrections[i] = 0.0f;
-      if constexpr (kRouterBiased) biases[i] = number(router_bias[e]);
-      if constexpr (kBiased) corrections[i] = number(correction_bias[e]);
-    }
+    const int thread = threadIdx.x % kThreadsOfToken;
+    const int token = blockIdx.x * kTokensOfCta + threadIdx.x / kThreadsOfToken;
+    Biases biases;
+    read_biases(biases, thread);
     // The next kernel reads nothing of the call before it has waited for this one.
     allow_next_kernel();
     wait_for_previous_kernel();
+    const auto read = [&](int slice, int vector) {
+      return reinterpret_cast<const float4*>(logits + (int64_t(slice) * kTokens + token) * kStride)[vector];
+    };
+    run_token(shared, biases, token, read);
+  }
 
-    if (token < kTokens) add_slices(shared.logits[warp], token, warp % kWarpsOfToken, lane);
+  // What a thread adds to logits and scores.
+  struct Biases {
+    float of_logits[kOfThread], of_choices[kOfThread];
+  };
+
+  __device__ __forceinline__ void read_biases(Biases& biases, int thread) const {
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int e = min(i * kThreadsOfToken + thread, kExperts - 1);
+      biases.of_logits[i] = biases.of_choices[i] = 0.0f;
+      if constexpr (kRouterBiased) biases.of_logits[i] = number(router_bias[e]);
+      if constexpr (kBiased) biases.of_choices[i] = number(correction_bias[e]);
+    }
+  }
+
+  // The token of this thread, whose slices of logits `read(slice, vector)` has, four numbers of a slice at a time.
+  template <class Read>
+  __device__ __forceinline__ void run_token(Shared& shared, const Biases& biases, int token, const Read& read) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int thread = threadIdx.x % kThreadsOfToken, token_of_cta = warp / kWarpsOfToken;
+    if (token < kTokens) add_slices(shared.logits[warp], warp % kWarpsOfToken, lane, read);
     sync_token();
     float* const row = shared.logits[token_of_cta * kWarpsOfToken];
     float* const choice = shared.choices[token_of_cta];
@@ -103,13 +121,13 @@ struct RouterSelect {
       for (int w = 1; w < kWarpsOfToken; ++w) value += row[w * kStride + e];
       if (e < kExperts) {
         if constexpr (kNormed) value *= norm;
-        value += biases[i];
+        value += biases.of_logits[i];
         if constexpr (kCapped) {
           constexpr uint32_t kCap = Facts::kCap;
           value = tanhf(value / __uint_as_float(kCap)) * __uint_as_float(kCap);
         }
         if constexpr (!Scores::kOfAll) value = Scores::of(value);
-        choice[e] = Scores::kOfAll ? corrections[i] : value + corrections[i];
+        choice[e] = Scores::kOfAll ? biases.of_choices[i] : value + biases.of_choices[i];
       }
       if (!kNormed || e != kSquaresAt) row[e] = value;  // others read the squares
     }
@@ -139,7 +157,8 @@ struct RouterSelect {
     }
   }
 
-  __device__ __forceinline__ void add_slices(float* row, int token, int part, int lane) const {
+  template <class Read>
+  __device__ __forceinline__ static void add_slices(float* row, int part, int lane, const Read& read) {
     constexpr int kSlicesOfWarp = (kSlices + kWarpsOfToken - 1) / kWarpsOfToken;
     constexpr int kAtOnce = kSlicesOfWarp < 8 ? kSlicesOfWarp : 8;  // on their way together
     float4 sums[kLaneVectors];
@@ -152,11 +171,10 @@ struct RouterSelect {
       for (int i = 0; i < kAtOnce; ++i) {
         const int slice = part * kSlicesOfWarp + first + i;
         const bool there = first + i < kSlicesOfWarp && slice < kSlices;
-        const float* const source = logits + (int64_t(there ? slice : 0) * kTokens + token) * kStride;
 #pragma unroll
         for (int v = 0; v < kLaneVectors; ++v) {
           parts[i][v] = {0.0f, 0.0f, 0.0f, 0.0f};
-          if (there && v * 32 + lane < kVectors) parts[i][v] = reinterpret_cast<const float4*>(source)[v * 32 + lane];
+          if (there && v * 32 + lane < kVectors) parts[i][v] = read(slice, v * 32 + lane);
         }
       }
 #pragma unroll
