@@ -25,6 +25,8 @@ from oracle import (
 )
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.cuda.kernels import wgmma
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
 
 FORMATS = pytest.mark.parametrize("weight_format", FACTS)
 DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -32,6 +34,8 @@ EVERY_GROUP_AND_SCALE = pytest.mark.parametrize(
     ("weight_format", "group_size", "scale_dtype"),
     [(name, g, scale) for name in FACTS for g in group_sizes(name) for scale in scale_dtypes(name)],
 )
+
+MIXED = [("fp16", "bfloat16"), ("bf16", "float16")]  # formats of 16 bits with rows of the other type
 
 
 def test_the_registry_has_these_facts():
@@ -245,7 +249,7 @@ def run_block(case: Block, arrays, implementation):
 
 def expected_block(case: Block, arrays, implementation):
     """On CUDA 16-bit weights of another type than x are rounded to it (docs/formats.md, "Weight formats")."""
-    differ = (case.weight_format, case.dtype) in (("fp16", "bfloat16"), ("bf16", "float16"))
+    differ = (case.weight_format, case.dtype) in MIXED
     weights_dtype = jnp.dtype(case.dtype) if differ and implementation == "cuda" else np.float64
     return expert_block(*arrays, activation=case.activation, parameters=case.parameters, weights_dtype=weights_dtype)
 
@@ -308,6 +312,15 @@ def test_two_runs_give_the_same_bits(platform):
         np.testing.assert_array_equal(
             np.asarray(run_block(case, arrays, platform)).view(np.uint16), first.view(np.uint16)
         )
+
+
+def test_weights_of_16_bits_are_not_rounded_twice():
+    """To the type of x, and with their scales again."""
+    for code, dtype in (*MIXED, ("bf16", "bfloat16")):
+        shape = GemmShape(1024, 512, 8, 128, False, code, 16, dtype, None, dtype)
+        tiles = [tile for tokens in wgmma.TOKEN_TILES for tile in wgmma.candidates(shape, tokens, 90)]
+        scaled = {tile.scales_weights for tile in tiles}
+        assert scaled == ({False} if (code, dtype) in MIXED else {False, True})
 
 
 @FORMATS

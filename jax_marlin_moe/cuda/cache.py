@@ -22,8 +22,6 @@ import struct
 import tempfile
 import warnings
 
-import platformdirs
-
 ENVIRONMENT_VARIABLE = "JAX_MARLIN_MOE_CACHE_DIR"
 
 ENTRY_FORMAT = 2  # a part of every key: entries of another format are never looked up
@@ -73,6 +71,13 @@ def located() -> pathlib.Path:
 
 
 def _default_directory() -> pathlib.Path:
+    try:
+        import platformdirs
+    except ModuleNotFoundError:  # an installation without dependencies compiles, too
+        raise OffError(
+            f"platformdirs, which knows the folder of caches, is not installed; install it, or set "
+            f"{ENVIRONMENT_VARIABLE} to a folder"
+        ) from None
     try:
         folder = platformdirs.user_cache_path("jax_marlin_moe", appauthor=False)
     except RuntimeError:  # no home; older versions return a path that begins with "~"

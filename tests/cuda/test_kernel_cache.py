@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 import warnings
 
 import pytest
@@ -154,6 +155,15 @@ def test_without_home_and_passwd_entry_there_is_no_cache(monkeypatch, homeless, 
     assert len(compilations) == 2
     assert tables.user_path("sm_90a") is None
     assert not list(tmp_path.iterdir())
+
+
+def test_without_platformdirs_there_is_no_cache_that_is_not_named(monkeypatch, homeless, tmp_path):
+    """As after `pip install --no-deps`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert cache.directory() is None
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path))
+    assert cache.directory() == tmp_path
 
 
 def test_a_named_folder_whose_home_is_unknown_is_no_cache(monkeypatch, tmp_path):

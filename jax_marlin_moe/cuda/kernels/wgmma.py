@@ -158,8 +158,10 @@ def _weights_can_be_scaled(shape: GemmShape) -> bool:
     """Whether a weight in 16 bits keeps its range.
 
     bfloat16 has float32's. In float16 an integer times a scale of float16 does, and e2m1 times e4m3 is exact; other
-    scales would lose small weights.
+    scales would lose small weights. Codes of 16 bits of another type have been rounded once already.
     """
+    if shape.bits == 16 and not shape.code.startswith({"bfloat16": "bf", "float16": "fp"}[shape.dtype]):
+        return False
     return shape.dtype == "bfloat16" or shape.scale == "e4m3" or (shape.code[:3], shape.scale) == ("int", "float16")
 
 
