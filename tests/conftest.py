@@ -83,7 +83,7 @@ def covering(items: list[pytest.Item]) -> list[pytest.Item]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks what ordinary runs skip of large products of parameters, and puts long tests first."""
+    """Marks what ordinary runs skip of large products of parameters, and puts first what takes long."""
     products = collections.defaultdict(list)
     for item in items:
         on_a_card = item.get_closest_marker("gpu") is not None
@@ -95,11 +95,20 @@ def pytest_collection_modifyitems(items):
     for cases in products.values():
         for item in set(cases).difference(covering(cases)):
             item.add_marker(pytest.mark.exhaustive)
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    long = {item for item in items if item.get_closest_marker("long") or any(name in item.nodeid for name in TOGETHER)}
+    items.sort(key=lambda item: item not in long)
 
 
 # Tests that share something expensive, or wait for each other: with -n, those of each run in one worker.
-TOGETHER = ("test_cpu_handlers_fuzz.py", "test_cuda_handlers.py", "test_large_arrays_on_the_card")
+TOGETHER = (
+    "test_cpu_handlers_fuzz.py",
+    "test_cuda_handlers.py",
+    "test_large_arrays_on_the_card",
+    "test_sharding.py",
+    "test_partition.py",
+    "sharding/test_loading.py",
+    "sharding/test_recipes.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -111,8 +120,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class TogetherScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            # Few workers have time for whole tests, whose cases share compiled functions.
-            name = nodeid.partition("[")[0] if few else nodeid
+            # Few workers have time for whole files, whose tests share compiled functions and fixtures.
+            name = nodeid.partition("::")[0] if few else nodeid
             return next((shared for shared in TOGETHER if shared in nodeid), name)
 
     return TogetherScheduling(config, log)
