@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.expert_placement import first_slots
 from jax_marlin_moe.ops.moe_layer import moe_layer
 from jax_marlin_moe.routing import Routing, rms_normalized, route_rows
@@ -88,6 +89,7 @@ class MoELayer:
         token_ids: Int32[Array, "*batch"] | None = None,
         *,
         router_input: Float[Array, "*batch H"] | None = None,
+        activation_dtype: ByteDtype | None = None,
         implementation: str | None = None,
         batch_invariant: bool = False,
     ) -> Float[Array, "*batch H"]:
@@ -98,6 +100,7 @@ class MoELayer:
             token_ids: as for `route`.
             router_input: rows that the router reads, where they are not those of the experts (Gemma-4 norms them
                 apart).
+            activation_dtype: as for `jax_marlin_moe.moe_layer`.
             implementation: as for `jax_marlin_moe.fused_moe`.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
         """
@@ -120,6 +123,7 @@ class MoELayer:
             norm_epsilon=self.norm_epsilon,
             topk_ids=self._given(None if token_ids is None else token_ids.reshape(-1)),
             expert_map=None if placement is None else first_slots(placement, self.num_experts),
+            activation_dtype=activation_dtype,
             implementation=implementation,
             batch_invariant=batch_invariant,
         )

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.byte_rows import ByteDtype, quantize_rows, rounded
 from jax_marlin_moe.intermediate import IntermediateQuantizer, usable
 from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
 from jax_marlin_moe.operand_types import alike
@@ -295,16 +296,19 @@ def fused_moe(
     intermediate: IntermediateQuantizer | None = None,
     *,
     activation: Activation,
+    activation_dtype: ByteDtype | None = None,
     out_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "tokens H"]:
-    """The expert block of docs/formats.md, "The expert block" and "Quantised intermediates".
+    """The expert block of docs/formats.md, "The expert block", "Quantised intermediates" and "8-bit activations".
 
     The activation's result is rounded to the type of x, or quantised. x has a row for each token, or a row for each
-    slot; its values are in units of `x_scale`. A slot without an expert contributes nothing, whatever its weight. The
-    result has the type of x, or `out_dtype`.
+    slot; its values are in units of `x_scale`. With `activation_dtype` the rows that both products read are quantised.
+    A slot without an expert contributes nothing, whatever its weight. The result has the type of x, or `out_dtype`.
     """
     routed = topk_weights, topk_ids, expert_map
-    y = weighted_sum(x, gate_up, down, *routed, x_scale, intermediate, activation=activation)
+    y = weighted_sum(
+        x, gate_up, down, *routed, x_scale, intermediate, activation=activation, activation_dtype=activation_dtype
+    )
     return drop_column_padding(y, down).astype(x.dtype if out_dtype is None else out_dtype)
 
 
@@ -319,11 +323,14 @@ def weighted_sum(
     intermediate: IntermediateQuantizer | None = None,
     *,
     activation: Activation,
+    activation_dtype: ByteDtype | None = None,
 ) -> Float32[Array, "tokens padded_n"]:
     """The sum of `fused_moe` before it is rounded, column padding included."""
     tokens, top_k = topk_ids.shape
     expert = slot_experts(topk_ids, expert_map, gate_up.num_experts)
     rows = pad_rows(x, gate_up)
+    if activation_dtype is not None:
+        rows = _quantized(rows, activation_dtype)
     rows = jnp.repeat(rows, tokens * top_k // x.shape[0], axis=0) if tokens else rows
     if x_scale is not None:
         rows = rows.astype(jnp.float32) * usable(x_scale)
@@ -336,13 +343,19 @@ def weighted_sum(
     # The halves of gate_up are padded to whole tiles of columns, the rows of down only to tiles of rows.
     a = a[:, : down.padded_k]
     if intermediate is None:
-        a = a.astype(x.dtype)
+        a = a.astype(x.dtype) if activation_dtype is None else _quantized(rounded(a, x.dtype), activation_dtype)
     else:
         a = intermediate.apply(a, intermediate.scales[jnp.clip(expert, 0, gate_up.num_experts - 1)])
     with jax.named_scope("down"):
         y = expert_products(a, down, expert).reshape(tokens, top_k, down.padded_n)
     with jax.named_scope("combine"):
         return jnp.sum(y * jnp.where((expert >= 0).reshape(tokens, top_k), topk_weights, 0)[:, :, None], axis=1)
+
+
+def _quantized(rows: Float[Array, "rows columns"], dtype: ByteDtype) -> Float32[Array, "rows columns"]:
+    """The values that 8-bit rows stand for."""
+    values, scales = quantize_rows(rows, dtype)
+    return values * scales
 
 
 def moe_layer(

@@ -83,32 +83,24 @@ def covering(items: list[pytest.Item]) -> list[pytest.Item]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks what ordinary runs skip of large products of parameters, and puts first what takes long."""
+    """Marks what ordinary runs skip of large products of parameters, and puts long tests first."""
     products = collections.defaultdict(list)
     for item in items:
-        on_a_card = item.get_closest_marker("gpu") is not None
+        if item.get_closest_marker("gpu"):
+            continue
         sampled = item.get_closest_marker("sampled")
-        if sampled and not on_a_card and by_name(item) % sampled.args[0]:
+        if sampled and by_name(item) % sampled.args[0]:
             item.add_marker(pytest.mark.exhaustive)
         if item.get_closest_marker("covering"):
-            products[on_a_card, item.nodeid.partition("[")[0]].append(item)
+            products[item.nodeid.partition("[")[0]].append(item)
     for cases in products.values():
         for item in set(cases).difference(covering(cases)):
             item.add_marker(pytest.mark.exhaustive)
-    long = {item for item in items if item.get_closest_marker("long") or any(name in item.nodeid for name in TOGETHER)}
-    items.sort(key=lambda item: item not in long)
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 # Tests that share something expensive, or wait for each other: with -n, those of each run in one worker.
-TOGETHER = (
-    "test_cpu_handlers_fuzz.py",
-    "test_cuda_handlers.py",
-    "test_large_arrays_on_the_card",
-    "test_sharding.py",
-    "test_partition.py",
-    "sharding/test_loading.py",
-    "sharding/test_recipes.py",
-)
+TOGETHER = ("test_cpu_handlers_fuzz.py", "test_cuda_handlers.py", "test_large_arrays_on_the_card")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -120,8 +112,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class TogetherScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            # Few workers have time for whole files, whose tests share compiled functions and fixtures.
-            name = nodeid.partition("::")[0] if few else nodeid
+            # Few workers have time for whole tests, whose cases share compiled functions.
+            name = nodeid.partition("[")[0] if few else nodeid
             return next((shared for shared in TOGETHER if shared in nodeid), name)
 
     return TogetherScheduling(config, log)

@@ -289,7 +289,6 @@ def test_halves_with_global_scales_of_their_own(platform):
     assert_block_close(run_block(case, arrays, platform), expected_block(case, arrays, platform))
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @FORMATS
 @DTYPES

@@ -20,17 +20,23 @@ struct Activated {
   using Activation = typename Facts::Activation;
   using Intermediate = typename Facts::Intermediate;
   static constexpr int kColumns = Facts::kColumns;
-  static constexpr bool kBias = Facts::kBias;      // whether there is a bias
-  static constexpr bool kScaled = Facts::kScaled;  // whether x is in units of a scale
+  static constexpr bool kBias = Facts::kBias;               // whether there is a bias
+  static constexpr bool kScaled = Facts::kScaled;           // whether x is in units of a scale
+  static constexpr bool kRowScaled = Facts::kRowScaled;     // whether each row of x is in units of its own
+  static constexpr int kSlotsPerRow = Facts::kSlotsPerRow;  // of x
 
   T* __restrict__ out;                            // [slots, kColumns]
   const float* __restrict__ bias;                 // [experts, halves * kColumns] if kBias
   const float* __restrict__ x_scale;              // [1] if kScaled
   const float* __restrict__ intermediate_scales;  // [experts] if the intermediate is quantised
+  const float* row_scales;                        // [rows of x] if kRowScaled, of the kernel before
 
   static constexpr bool kGated = Activation::kGated;
 
-  __device__ __forceinline__ float factor(int) const { return 1.0f; }
+  __device__ __forceinline__ float factor(int slot) const {
+    if constexpr (kRowScaled) return row_scales[slot / kSlotsPerRow];
+    return 1.0f;
+  }
 
   template <class Expert>
   __device__ __forceinline__ float activated(Expert expert, int column, float gate, float up) const {
@@ -48,7 +54,8 @@ struct Activated {
   }
 
   template <class Expert>
-  __device__ __forceinline__ void store(Expert expert, int slot, float, int column, float gate, float up) const {
+  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float gate, float up) const {
+    if constexpr (kRowScaled) gate *= factor, up *= factor;
     out[int64_t(slot) * kColumns + column].bits = from_float<T>(activated(expert, column, gate, up));
   }
 
@@ -92,14 +99,16 @@ struct SlotRows {
 template <class Facts>
 struct SlotPartials {
   static constexpr int kColumns = Facts::kColumns;
-  static constexpr bool kBias = Facts::kBias;          // whether there is a bias
-  static constexpr bool kWeighted = Facts::kWeighted;  // whether there are router weights
-  static constexpr bool kScaled = Facts::kScaled;      // whether rows are in units of their expert's scale
+  static constexpr bool kBias = Facts::kBias;            // whether there is a bias
+  static constexpr bool kWeighted = Facts::kWeighted;    // whether there are router weights
+  static constexpr bool kScaled = Facts::kScaled;        // whether rows are in units of their expert's scale
+  static constexpr bool kRowScaled = Facts::kRowScaled;  // whether each is in units of its own
 
   float* __restrict__ out;                        // [slots, kColumns]
   const float* __restrict__ bias;                 // [experts, kColumns] if kBias
   const float* __restrict__ topk_weights;         // [slots] if kWeighted
   const float* __restrict__ intermediate_scales;  // [experts] if kScaled
+  const float* row_scales;                        // [slots] if kRowScaled, of the kernel before
 
   static constexpr bool kGated = false;
 
@@ -111,6 +120,7 @@ struct SlotPartials {
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
+    if constexpr (kRowScaled) sum *= row_scales[slot];
     if constexpr (kBias) sum += bias[expert * kColumns + column];
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;

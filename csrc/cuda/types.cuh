@@ -27,6 +27,18 @@ struct BFloat {  // bfloat16
   static constexpr int kMantissaBits = 7, kExponentBias = 127;
 };
 
+// Rows that were quantised to 8 bits (quantize_rows.cuh); `Sum` is what their products accumulate in.
+struct Fp8 {  // float8_e4m3fn
+  unsigned char bits;
+  using Sum = float;
+};
+struct Signed8 {  // -127 to 127
+  signed char bits;
+  using Sum = int32_t;
+};
+template <class T>
+constexpr bool kIsByte = kSame<T, Fp8> || kSame<T, Signed8>;
+
 __device__ constexpr float power_of_two(int exponent) {
   float power = 1.0f;
   for (int i = 0; i < exponent; ++i) power *= 2.0f;

@@ -53,7 +53,7 @@ _ROWS = (
     Architecture(86, "sm_86", 100, 99, _MMA, "RTX 3090", 82, 1695, 0.94e6),
     Architecture(87, "sm_87", 164, 163, _MMA, "Jetson AGX Orin", 16, 1300, 0.2e6),
     Architecture(89, "sm_89", 100, 99, _MMA, "RTX 4090", 128, 2520, 1.0e6),
-    Architecture(90, "sm_90a", 228, 227, ("mma", "wgmma"), "H200", 132, 1900, 4.65e6, has_clusters=True),
+    Architecture(90, "sm_90a", 228, 227, ("mma", "wgmma", "wgmma_bytes"), "H200", 132, 1900, 4.65e6, has_clusters=True),
     Architecture(100, "sm_100a", 228, 227, _MMA, "B200", 148, 1965, 8.0e6),
     Architecture(103, "sm_103a", 228, 227, _MMA, "B300", 148, 1920, 8.0e6),
     Architecture(110, "sm_110", 228, 227, _MMA, "Jetson Thor", 20, 1575, 0.27e6),

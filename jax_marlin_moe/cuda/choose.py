@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.kernels import mma, transposed, wgmma
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
-from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile
+from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile, kernels_of
 
 # Over 143 pairs of tiles, timed with and without an overlap (benchmarks/NOTES.md), what `overlaps` chooses loses 0.2 %
 # to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
@@ -30,8 +30,9 @@ def block_sizes(num_slots: int, num_experts: int, shape: GemmShape, capability: 
     mean = num_slots / num_experts
     rows = mean + 2 * math.sqrt(mean)
     likely = mma.TOKEN_TILES.index(choose_token_tile(num_slots, num_experts))
-    sizes = {mma.TOKEN_TILES[likely], mma.TOKEN_TILES[max(0, likely - 1)]}
-    for name in set(get_architecture(capability).kernels) - {"mma"}:
+    kernels = kernels_of(shape, capability)
+    sizes = {mma.TOKEN_TILES[likely], mma.TOKEN_TILES[max(0, likely - 1)]} if "mma" in kernels else set()
+    for name in set(kernels) - {"mma"}:
         larger = KERNELS[name].token_tiles
         fitting = next((i for i, t in enumerate(larger) if rows <= t), len(larger))
         sizes |= set(larger[max(0, fitting - 3) : fitting + 1])
@@ -49,12 +50,8 @@ def expected_blocks(num_slots: int, routed_experts: int, num_experts: int, token
 
 def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
     """Every tile of any kernel of the architecture worth considering: it fits."""
-    kernels = get_architecture(capability).kernels
     return [
-        tile
-        for name, kernel in KERNELS.items()
-        if name in kernels
-        for tile in kernel.candidates(shape, tokens, capability)
+        tile for name in kernels_of(shape, capability) for tile in KERNELS[name].candidates(shape, tokens, capability)
     ]
 
 
@@ -174,7 +171,8 @@ def predicted_scheme(
             "direct" if direct else "grouped" if groups else "aligned", *tiles, overlaps=overlapping
         )
 
-    if num_slots == top_k or num_slots * num_slots <= 8 * routed_experts:
+    few = num_slots == top_k or num_slots * num_slots <= 8 * routed_experts
+    if few and not first.has_byte_rows:
         return fastest(mma.TOKEN_TILES[0], num_slots, rows=None, direct=True)[1]
     found = []
     for tokens in block_sizes(num_slots, routed_experts, first, capability):

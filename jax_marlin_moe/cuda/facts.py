@@ -11,7 +11,13 @@ from collections.abc import Mapping
 Facts = dict[str, bool | int | str]
 
 # Of the elements of arrays, as facts name them.
-ELEMENT_TYPES = {"float16": "jmm::Half", "bfloat16": "jmm::BFloat", "float32": "jmm::Float"}
+ELEMENT_TYPES = {
+    "float16": "jmm::Half",
+    "bfloat16": "jmm::BFloat",
+    "float32": "jmm::Float",
+    "float8_e4m3fn": "jmm::Fp8",
+    "int8": "jmm::Signed8",
+}
 
 # Of a buffer's elements; a pointer to another type does not compile.
 _ELEMENTS = {
@@ -20,6 +26,8 @@ _ELEMENTS = {
     "float32": "float",
     "float16": "jmm::Half",
     "bfloat16": "jmm::BFloat",
+    "float8_e4m3fn": "jmm::Fp8",
+    "int8": "jmm::Signed8",
 }
 
 

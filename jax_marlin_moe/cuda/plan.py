@@ -5,19 +5,25 @@ spelled here.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.cuda import tables
+from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.choose import invariant_scheme, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts
+from jax_marlin_moe.cuda.kernels import wgmma_bytes
 from jax_marlin_moe.cuda.kernels.align import align_kernels
 from jax_marlin_moe.cuda.kernels.combine import IdentityExperts, combine_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import activated, slot_partials
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
+from jax_marlin_moe.cuda.kernels.quantize_rows import quantize_rows_kernel, row_stride
 from jax_marlin_moe.cuda.kernels.token_tiles import (
     MOST_GROUPED_SLOTS,
     MOST_SLOTS_OF_A_BYTE,
@@ -42,6 +48,80 @@ def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tables
         gate_up.group_size,
         (gate_up.format.code.name, down.format.code.name),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a product reads.
+
+    Attributes:
+        buffer: of the rows.
+        stride: elements from one to the next.
+        scales: the buffer of a scale for each, or None.
+    """
+
+    buffer: int
+    stride: int
+    scales: int | None = None
+
+
+class _Quantised(NamedTuple):
+    """Rows in 8 bits: what makes them, and its results."""
+
+    kernel: Kernel
+    rows: Rows
+    scratch: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def _quantize(
+    stage: str,
+    rows: int,
+    source_stride: int,
+    source: int,
+    source_dtype: str,
+    shape: GemmShape,
+    matrix: MarlinWeights,
+    target: int,
+    overlaps_predecessor: bool,
+) -> _Quantised:
+    """Rows from buffer `source` to `target`, and their scales behind them, for a product of this shape."""
+    sums = bool(matrix.format.zeros or matrix.format.zero_point)  # codes have a zero point to subtract
+    stride = row_stride(shape.k, sums=sums)
+    kernel = quantize_rows_kernel(
+        stage,
+        rows,
+        shape.k,
+        source_stride,
+        source_dtype,
+        shape.dtype,
+        shape.bits,
+        sums=sums,
+        x=source,
+        out=target,
+        scales=target + 1,
+        overlaps_predecessor=overlaps_predecessor,
+    )
+    scratch = jax.ShapeDtypeStruct((rows, stride), shape.dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    return _Quantised(kernel, Rows(target, stride, target + 1), scratch)
+
+
+def _check_byte_rows(
+    activation_dtype: str, matrices: dict[str, tuple[MarlinWeights, GemmShape]], architecture: str
+) -> None:
+    """Raises ValueError, by the name of the matrix, where there is no kernel for such rows."""
+    capability = compute_capability(architecture)
+    if "wgmma_bytes" not in get_architecture(capability).kernels:
+        raise ValueError(
+            f"activation_dtype is {activation_dtype!r}, which the CUDA kernels multiply on compute capability 9.0 "
+            f"alone; this is {capability / 10:.1f}: pass None, or implementation='xla'"
+        )
+    for name, (weights, shape) in matrices.items():
+        if not wgmma_bytes.multiplies(shape):
+            raise ValueError(
+                f"activation_dtype is {activation_dtype!r} and {name} has format {weights.format.name!r}, groups of "
+                f"{shape.group_size} and K = {shape.k}; the CUDA kernels take {wgmma_bytes.FORMATS[activation_dtype]}, "
+                "groups of 128 or one group, and multiples of 32 from 128 on: pass None, or implementation='xla'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +176,7 @@ def plan_fused_moe(
     scaled: bool = False,
     intermediate: str | None = None,
     out_dtype: jnp.dtype | None = None,
+    activation_dtype: ByteDtype | None = None,
 ) -> Plan:
     """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map, x_scale, intermediate scales; y; scratch.
 
@@ -127,6 +208,7 @@ def plan_fused_moe(
         scheme=scheme,
         intermediate=intermediate,
         out_dtype=out_dtype,
+        activation_dtype=activation_dtype,
     )
 
 
@@ -145,6 +227,7 @@ def plan_block(
     shared: int = 0,
     intermediate: str | None = None,
     out_dtype: jnp.dtype | None = None,
+    activation_dtype: ByteDtype | None = None,
 ) -> Plan:
     """The kernels of an expert block, over these buffers. Each token visits `shared` experts beside `top_k` others."""
     capability = compute_capability(architecture)
@@ -157,8 +240,13 @@ def plan_block(
     topk_ids, expert_map = buffers.topk_ids, buffers.expert_map
     columns = gate_up.padded_n // (2 if activation.gated else 1)  # of the activation, padding included
     overlap = capability >= 90
-    first, second = gemm_shape(gate_up, activation.gated, x.dtype), gemm_shape(down, False, x.dtype)
+    multiplied = jnp.dtype(x.dtype if activation_dtype is None else activation_dtype)
+    first, second = gemm_shape(gate_up, activation.gated, multiplied), gemm_shape(down, False, multiplied)
 
+    if activation_dtype is not None:
+        _check_byte_rows(activation_dtype, {"gate_up": (gate_up, first), "down": (down, second)}, architecture)
+        if scheme is None or scheme == "batch_invariant":  # all schemes of bytes add up in one order
+            scheme = predicted_scheme(first, second, num_slots, slots, routed_experts, capability)
     if scheme == "batch_invariant":
         scheme = invariant_scheme(first, second, num_slots, slots, routed_experts, capability)
     elif scheme is None:
@@ -177,6 +265,14 @@ def plan_block(
     kernels: list[Kernel] = []
     scratch = [activations, partials]
     h, sums = buffers.scratch, buffers.scratch + 1
+    reads = Rows(buffers.x, first.k), Rows(h, columns)  # of the products
+    if activation_dtype is not None:
+        for_x = _quantize("x", x.shape[0], x.shape[1], reads[0].buffer, x.dtype.name, first, gate_up, sums + 1, False)
+        for_hidden = _quantize("hidden", num_slots, columns, h, x.dtype.name, second, down, sums + 3, overlap)
+        kernels.append(for_x.kernel)
+        scratch += [*for_x.scratch, *for_hidden.scratch]
+        reads = for_x.rows, for_hidden.rows
+    lists = buffers.scratch + len(scratch)
     # The second product may read at once what the kernel before the block has written: the first one lets it in only
     # when it has waited for that kernel.
     from_previous = (buffers.ids_from_previous, False)
@@ -199,7 +295,7 @@ def plan_block(
         first_tiles, second_tiles = grouped
     else:
         list_length = reference.padded_size(num_slots, routed_experts, block)
-        listed = (sums + 1, sums + 2, sums + 3)
+        listed = (lists, lists + 1, lists + 2)
         first_tiles, second_tiles = (
             aligned_tiles(num_slots, num_experts, block, block, list_length, listed, from_previous=from_previous)
             for from_previous in (True, False)
@@ -212,8 +308,9 @@ def plan_block(
             topk_ids=topk_ids,
             expert_map=expert_map,
             outputs=listed,
-            counts=sums + 4,
-            ids_from_previous=buffers.ids_from_previous,
+            counts=lists + 3,
+            # Behind rows that are quantised, alignment waits for them: the first product then waits for it alone.
+            ids_from_previous=buffers.ids_from_previous and activation_dtype is None,
         )
         kernels += aligning
         scratch += [
@@ -232,6 +329,8 @@ def plan_block(
         x_scale=buffers.x_scale,
         intermediate=intermediate,
         intermediate_scales=buffers.intermediate_scales,
+        row_scales=reads[0].scales,
+        slots_per_row=num_slots // x.shape[0],
     )
     weigh = slot_partials(
         down.padded_n,
@@ -239,6 +338,7 @@ def plan_block(
         bias=None if down.bias is None else buffers.down + BIAS,
         topk_weights=buffers.topk_weights,
         intermediate_scales=buffers.intermediate_scales,
+        row_scales=reads[1].scales,
     )
     kernels.append(
         gemm_kernel(
@@ -246,10 +346,10 @@ def plan_block(
             first,
             scheme.gate_up,
             gate_up,
-            x.dtype,
+            multiplied,
             slots_per_row=num_slots // x.shape[0],
-            row_stride=first.k,
-            x=buffers.x,
+            row_stride=reads[0].stride,
+            x=reads[0].buffer,
             first_operand=buffers.gate_up,
             token_tiles=first_tiles,
             epilogue=activate,
@@ -258,20 +358,22 @@ def plan_block(
             shared_experts=shared,
         )
     )
+    if activation_dtype is not None:
+        kernels.append(for_hidden.kernel)
     kernels.append(
         gemm_kernel(
             "down",
             second,
             scheme.down,
             down,
-            x.dtype,
+            multiplied,
             slots_per_row=1,
-            row_stride=columns,
-            x=h,
+            row_stride=reads[1].stride,
+            x=reads[1].buffer,
             first_operand=buffers.down,
             token_tiles=second_tiles,
             epilogue=weigh,
-            overlaps_predecessor=overlap and scheme.overlaps,
+            overlaps_predecessor=overlap and (scheme.overlaps or activation_dtype is not None),
             shared=buffers.shared_down,
             shared_experts=shared,
         )

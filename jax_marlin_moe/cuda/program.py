@@ -21,7 +21,7 @@ from jax_marlin_moe.layer_slice import LayerSlice, with_index_operands
 _CONTRACT_VERSION = 3
 
 # XLA's codes of the types that the programs take (xla.PrimitiveType).
-_DTYPE_CODES = {"int32": 4, "float16": 10, "float32": 11, "bfloat16": 16, "uint8": 6}
+_DTYPE_CODES = {"int8": 2, "int32": 4, "uint8": 6, "float16": 10, "float32": 11, "bfloat16": 16, "float8_e4m3fn": 20}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from jax_marlin_moe.cuda.kernels import mma, wgmma
+from jax_marlin_moe.cuda.architectures import get_architecture
+from jax_marlin_moe.cuda.kernels import mma, wgmma, wgmma_bytes
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 
 SlotRouting = Literal["direct", "grouped", "aligned"]  # of BlockScheme
@@ -29,12 +30,21 @@ class GemmKernel:
     candidates: Callable[[GemmShape, int, int], Sequence["Tile"]]
 
 
-Tile = mma.MmaTile | wgmma.WgmmaTile
+Tile = mma.MmaTile | wgmma.WgmmaTile | wgmma_bytes.WgmmaByteTile
 # By the names that architectures and tables have for their tiles.
 KERNELS = {
     "wgmma": GemmKernel("gemm/wgmma/kernel.cuh", wgmma.WgmmaTile, wgmma.TOKEN_TILES, wgmma.candidates),
+    "wgmma_bytes": GemmKernel(
+        "gemm/wgmma/kernel.cuh", wgmma_bytes.WgmmaByteTile, wgmma_bytes.TOKEN_TILES, wgmma_bytes.candidates
+    ),
     "mma": GemmKernel("gemm/mma/kernel.cuh", mma.MmaTile, mma.TOKEN_TILES, mma.candidates),
 }
+
+
+def kernels_of(shape: GemmShape, capability: int) -> list[str]:
+    """The names of the kernels that an architecture has for rows of the shape's type."""
+    kernels = get_architecture(capability).kernels
+    return [name for name in KERNELS if name in kernels and (name == "wgmma_bytes") == shape.has_byte_rows]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 from cuda.bindings import driver
 
 from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import Plan
@@ -44,6 +45,7 @@ def plan_block(
     top_k: int,
     activation: str | Activation,
     scheme: BlockScheme | BatchInvariant | None,
+    activation_dtype: ByteDtype | None = None,
 ) -> Plan:
     """`plan_fused_moe` for the card at hand, with a row of x for each token and every expert in the matrices."""
     return plan_fused_moe(
@@ -57,6 +59,7 @@ def plan_block(
         activation=get_activation(activation),
         architecture=target_architecture(),
         scheme=scheme,
+        activation_dtype=activation_dtype,
     )
 
 
@@ -128,10 +131,8 @@ class ReplayedPlan:
             _checked(driver.cuFuncSetAttribute(function, _CARVEOUT, 100))  # as csrc/ffi/cuda_program.cc does
             self._functions.append(function)
         self._stream = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
-        rows = {
-            i: jnp.zeros(s.shape, s.dtype) for i, s in enumerate(plan.scratch) if jnp.issubdtype(s.dtype, jnp.floating)
-        }
-        # Integers say what the routing is: with lists of its own, a repetition's kernel can be timed alone.
+        rows = {i: jnp.zeros(s.shape, s.dtype) for i, s in enumerate(plan.scratch) if s.dtype != jnp.int32}
+        # Those of 32 bits say what the routing is: with lists of its own, a repetition's kernel can be timed alone.
         self._buffers = [
             [
                 *inputs,
@@ -220,6 +221,7 @@ def replayed_block(
     *,
     activation: str = "silu",
     scheme: BlockScheme | BatchInvariant | None = None,
+    activation_dtype: ByteDtype | None = None,
 ) -> ReplayedPlan:
     """The kernels of `fused_moe` over the routings, each with the next of the layers; see `ReplayedPlan`.
 
@@ -230,9 +232,12 @@ def replayed_block(
         topk_ids: expert ids [routings, tokens, top_k].
         activation: between the products.
         scheme: tiles; by default what a call would use.
+        activation_dtype: as for `fused_moe`.
     """
     gate_up, down = layers[0]
     _, tokens, top_k = topk_ids.shape
-    plan = plan_block(x, gate_up, down, top_k=top_k, activation=activation, scheme=scheme)
+    plan = plan_block(
+        x, gate_up, down, top_k=top_k, activation=activation, scheme=scheme, activation_dtype=activation_dtype
+    )
     operands = block_operands(x, layers, topk_weights, topk_ids)
     return ReplayedPlan(plan, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype, quantize_rows, rounded
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
@@ -25,6 +26,7 @@ from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
+from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, slot_columns
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, one_program
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -43,6 +45,7 @@ def fused_moe(
     expert_map: Int32[Array, " experts"] | None = None,
     x_scale: Float32[Array, ""] | None = None,
     intermediate: IntermediateQuantizer | None = None,
+    activation_dtype: ByteDtype | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
     cuda_scheme: BlockScheme | None = None,
@@ -67,6 +70,8 @@ def fused_moe(
         x_scale: float32, what float8_e4m3fn tokens are in units of; one that is not positive and finite counts as zero.
         intermediate: how the activation's result is quantised, in place of its rounding to the type of x; scales are
             those of the local experts.
+        activation_dtype: None, or what the rows of both products are quantised to within the call, "float8_e4m3fn" or
+            "int8": each row by a scale of its own (docs/formats.md, "8-bit activations").
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
             are summed again. For float8_e4m3fn float32, which is the default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
@@ -81,7 +86,7 @@ def fused_moe(
     """
     if arguments.has_batch(x):
         options: dict[str, Any] = {"activation": activation, "expert_map": expert_map}
-        options |= {"x_scale": x_scale, "intermediate": intermediate}
+        options |= {"x_scale": x_scale, "intermediate": intermediate, "activation_dtype": activation_dtype}
         options |= {"preferred_element_type": preferred_element_type}
         options |= {"implementation": implementation, "cuda_scheme": cuda_scheme, "batch_invariant": batch_invariant}
         topk_weights, topk_ids = (
@@ -104,6 +109,13 @@ def fused_moe(
     arguments.check_top_k(top_k, routed_experts)
     if intermediate is not None:
         _check_intermediate(intermediate, gate_up.num_experts)
+    check_activation_dtype(activation_dtype)
+    for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
+        if activation_dtype is not None and value is not None:
+            raise ValueError(
+                f"activation_dtype is {activation_dtype!r} and {name} is not None; one of them must be None: both say "
+                "how rows are quantised"
+            )
     return expert_block(
         x,
         gate_up,
@@ -114,6 +126,7 @@ def fused_moe(
         x_scale,
         intermediate,
         activation=act,
+        activation_dtype=activation_dtype,
         out_dtype=out_dtype,
         implementation=implementation,
         cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
@@ -191,9 +204,20 @@ def _check_intermediate(intermediate, num_experts):
         arguments.check_shape("intermediate.scales", scales, (num_experts,), "(experts,)")
 
 
-@one_program("activation", "out_dtype", "cuda_scheme", saved_as="fused_moe")
+@one_program("activation", "activation_dtype", "out_dtype", "cuda_scheme", saved_as="fused_moe")
 def expert_block(
-    x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale=None, intermediate=None, *, out_dtype=None, **params
+    x,
+    gate_up,
+    down,
+    topk_weights,
+    topk_ids,
+    expert_map,
+    x_scale=None,
+    intermediate=None,
+    *,
+    activation_dtype=None,
+    out_dtype=None,
+    **params,
 ):
     """`fused_moe` of arguments that are checked, or that are those of `fused_moe_op`."""
     rows = x
@@ -217,6 +241,7 @@ def expert_block(
         expert_map,
         x_scale,
         intermediate,
+        activation_dtype=activation_dtype,
         out_dtype=rows.dtype if out_dtype is None else out_dtype,
         **params,
     )
@@ -226,11 +251,40 @@ def expert_block(
 # x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
 
 
-def _shape_rule(x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate, *, activation, out_dtype):
+def _shape_rule(
+    x,
+    gate_up,
+    down,
+    topk_weights,
+    topk_ids,
+    expert_map,
+    x_scale,
+    intermediate,
+    *,
+    activation,
+    activation_dtype,
+    out_dtype,
+):
     return [replicated_type(x, (topk_ids.shape[0], down.padded_n), out_dtype)]
 
 
-def _cpu(x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate, *, activation, out_dtype):
+def _cpu(
+    x,
+    gate_up,
+    down,
+    topk_weights,
+    topk_ids,
+    expert_map,
+    x_scale,
+    intermediate,
+    *,
+    activation,
+    activation_dtype,
+    out_dtype,
+):
+    if activation_dtype is not None:
+        options = {"activation": activation, "activation_dtype": activation_dtype, "out_dtype": out_dtype}
+        return [_composed_of_bytes(x, gate_up, down, topk_weights, topk_ids, expert_map, **options)]
     result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.padded_n), out_dtype)
     matrices = [*cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
     return custom_call(
@@ -254,6 +308,35 @@ def _cpu(x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermed
     )
 
 
+def _composed_of_bytes(
+    x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, activation_dtype, out_dtype
+):
+    """The block whose rows are quantised, of the CPU's products: 16 bits hold every number of 8 bits."""
+    experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
+
+    def product(rows, weights):
+        values, scales = quantize_rows(rows, activation_dtype)
+        (y,) = grouped_product_op(
+            values.astype(jnp.bfloat16),
+            multiplied(weights),
+            experts,
+            None,
+            None,
+            transposed=False,
+            dtype="float32",
+            implementation="cpu",
+        )
+        y = y * jnp.repeat(scales, experts.shape[0] // rows.shape[0], axis=0) if rows.shape[0] else y
+        return y if weights.bias is None else y + slot_columns(weights.bias, experts)
+
+    h = product(x, gate_up)
+    a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
+    y = product(rounded(a[:, : down.padded_k], x.dtype), down)
+    y = y.reshape(*topk_ids.shape, -1)
+    kept = jnp.where((experts >= 0).reshape(topk_ids.shape), topk_weights, 0)
+    return (y * kept[..., None]).sum(1).astype(out_dtype)
+
+
 def _cuda(
     x,
     gate_up,
@@ -265,6 +348,7 @@ def _cuda(
     intermediate,
     *,
     activation,
+    activation_dtype,
     out_dtype,
     cuda_scheme,
 ):
@@ -290,6 +374,7 @@ def _cuda(
         scaled=x_scale is not None,
         intermediate=None if intermediate is None else intermediate.kind,
         out_dtype=out_dtype,
+        activation_dtype=activation_dtype,
     )
     return call_program("fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
@@ -300,13 +385,17 @@ _APART = (
 )
 
 
-def block_division(activation: Activation) -> Division:
+def block_division(activation: Activation, activation_dtype: ByteDtype | None = None) -> Division:
     """What devices may divide of a block, or of a layer that has one."""
-    columns = None if activation.gated else "i"
+    columns = None if activation.gated or activation_dtype is not None else "i"
     reasons = {("gate_up", "rows"): "the activation needs whole sums over the rows of gate_up"}
     if activation.gated:
         reasons["gate_up", "columns"] = _APART
         reasons["down", "rows"] = "its rows go with columns of gate and up: " + _APART
+    elif activation_dtype is not None:
+        reasons["gate_up", "columns"] = reasons["down", "rows"] = (
+            f"with activation_dtype {activation_dtype!r} the rows of down's product have one scale each, of whole rows"
+        )
     return Division(
         matrices={"gate_up": (None, columns), "down": (columns, "n")},
         share=_share,
@@ -317,8 +406,8 @@ def block_division(activation: Activation) -> Division:
     )
 
 
-def _division(*, activation, out_dtype):
-    return block_division(activation)
+def _division(*, activation, activation_dtype, out_dtype):
+    return block_division(activation, activation_dtype)
 
 
 def _share(

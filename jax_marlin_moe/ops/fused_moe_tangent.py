@@ -39,12 +39,13 @@ class Tangents(NamedTuple):
     topk_weights: Any
 
 
-def block_jvp(op, primals, tangents, *, activation, out_dtype, implementation, **options):
+def block_jvp(op, primals, tangents, *, activation, activation_dtype=None, out_dtype, implementation, **options):
     """The `jvp` of `fused_moe`."""
     x, gate_up, down, topk_weights, *_ = tangents
     moving = Tangents(x, gate_up.bias, gate_up.global_scales, down.bias, down.global_scales, topk_weights)
     *operands, x_scale, intermediate = primals
-    for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
+    rounding = (("x_scale", x_scale), ("intermediate", intermediate), ("activation_dtype", activation_dtype))
+    for name, value in rounding:
         if value is not None:
             raise NotImplementedError(
                 f"fused_moe cannot be differentiated where {name} is not None: what it rounds has no derivative. Pass "
@@ -52,7 +53,8 @@ def block_jvp(op, primals, tangents, *, activation, out_dtype, implementation, *
             )
     check_not_only_frozen("fused_moe", {"gate_up": gate_up, "down": down}, *moving)
     params = {"activation": activation, "out_dtype": out_dtype, "implementation": implementation}
-    return op(*primals, **params, **options), fused_moe_tangent_op(moving, *operands, **params)
+    results = op(*primals, activation_dtype=activation_dtype, **params, **options)
+    return results, fused_moe_tangent_op(moving, *operands, **params)
 
 
 def _moving_operands(tangents: Tangents, operands: tuple) -> tuple:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype
 from jax_marlin_moe.cuda.compiler import compute_capability, target_architecture
 from jax_marlin_moe.cuda.kernels.router import RULE_OPTIONS, Router
 from jax_marlin_moe.cuda.layer_plan import ROUTER_OPERANDS, choice_buffers, plan_moe_layer
@@ -52,6 +53,7 @@ def moe_layer(
     norm_epsilon: float = 1e-6,
     topk_ids: Int32[Array, "tokens top_k"] | None = None,
     expert_map: Int32[Array, " experts"] | None = None,
+    activation_dtype: ByteDtype | None = None,
     return_routing: bool = False,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
@@ -84,6 +86,8 @@ def moe_layer(
         norm_epsilon: of that norm.
         topk_ids: int32 experts that are chosen already; their weights follow from the router as usual.
         expert_map: as for `fused_moe`; the router then has a column for each expert that ids may name.
+        activation_dtype: as for `fused_moe`, of packed experts, the shared one among them; the router and a dense
+            shared expert read x. The router, the experts and the shared one are then custom calls of their own.
         return_routing: whether router weights and expert ids are returned beside the result.
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
             are summed again.
@@ -118,6 +122,7 @@ def moe_layer(
             norm_epsilon=norm_epsilon,
             topk_ids=None if topk_ids is None else arguments.batch_rows("topk_ids", topk_ids, x),
             expert_map=expert_map,
+            activation_dtype=activation_dtype,
             return_routing=return_routing,
             preferred_element_type=preferred_element_type,
             implementation=implementation,
@@ -156,6 +161,7 @@ def moe_layer(
         arguments.check_shape("topk_ids", topk_ids, (x.shape[0], routing.top_k), "(tokens, top_k)")
     if shared is not None:
         _check_shared(x, shared, shared_act)
+    check_activation_dtype(activation_dtype)
     results = _layer(
         x,
         router,
@@ -173,6 +179,7 @@ def moe_layer(
         activation=act,
         shared_activation=shared_act,
         norm_epsilon=float(norm_epsilon),
+        activation_dtype=activation_dtype,
         out_dtype=dtype,
         implementation=implementation,
         cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
@@ -218,9 +225,19 @@ def _check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) ->
 
 
 @one_program(
-    "routing", "activation", "shared_activation", "norm_epsilon", "out_dtype", "cuda_scheme", saved_as="moe_layer"
+    "routing",
+    "activation",
+    "shared_activation",
+    "norm_epsilon",
+    "activation_dtype",
+    "out_dtype",
+    "cuda_scheme",
+    saved_as="moe_layer",
 )
-def _layer(x, router, gate_up, down, shared, *rest, out_dtype, **params):
+def _layer(x, router, gate_up, down, shared, *rest, activation_dtype, out_dtype, **params):
+    if activation_dtype is not None:
+        options = {"activation_dtype": activation_dtype, "out_dtype": out_dtype, **params}
+        return composition(x, router, gate_up, down, shared, *rest, **options)
     if gate_up.input_order is not None or (shared is not None and _has_order(shared)):
         # Experts that read x in orders of their own need a row per slot, which follows from the choice.
         return composition(x, router, gate_up, down, shared, *rest, out_dtype=out_dtype, **params)
@@ -256,6 +273,7 @@ def composition(
     norm_epsilon: float,
     implementation: str | None,
     cuda_scheme: BlockScheme | BatchInvariant | None = None,
+    activation_dtype: ByteDtype | None = None,
     out_dtype: DTypeLike | None = None,
     block: Callable[..., jax.Array] = expert_block,
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
@@ -287,7 +305,7 @@ def composition(
     # What is added to something is not rounded before.
     adds = routing.apply_on_input or routing.identity_experts > 0 or shared is not None
     routed: dict[str, Any] = {"implementation": implementation, "out_dtype": jnp.dtype(jnp.float32) if adds else dtype}
-    routed |= {"activation": activation, "cuda_scheme": cuda_scheme}
+    routed |= {"activation": activation, "activation_dtype": activation_dtype, "cuda_scheme": cuda_scheme}
     if routing.apply_on_input:
         rows = reference.weighted_rows(x, topk_weights)
         ones = jnp.ones((rows.shape[0], 1), jnp.float32)
@@ -298,7 +316,7 @@ def composition(
     if routing.identity_experts:
         y = y + reference.identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
     if shared is not None:
-        y = y + _shared_beside(x, shared, shared_activation, y.shape[1], implementation)
+        y = y + _shared_beside(x, shared, shared_activation, y.shape[1], implementation, activation_dtype)
     return y.astype(dtype), topk_weights, ids
 
 
@@ -308,6 +326,7 @@ def _shared_beside(
     activation: Activation,
     columns: int,
     implementation: str | None,
+    activation_dtype: ByteDtype | None = None,
 ) -> Float32[Array, "tokens columns"]:
     """What the shared expert adds, from calls of its own."""
     if isinstance(shared.gate_up, MarlinWeights):
@@ -317,6 +336,7 @@ def _shared_beside(
         ones = jnp.broadcast_to(gate, all_ids.shape)
         float32 = jnp.dtype(jnp.float32)
         common: dict[str, Any] = {"activation": activation, "out_dtype": float32, "implementation": implementation}
+        common |= {"activation_dtype": activation_dtype}
         extra = expert_block(x, shared.gate_up, shared.down, ones, all_ids, None, cuda_scheme=None, **common)
     else:
         extra = reference.shared_sum(x, shared, activation)

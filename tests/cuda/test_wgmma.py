@@ -116,7 +116,7 @@ def shape_of(k, n, *, gated=False, dtype="bfloat16", **facts):
 
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_products_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like)."""
@@ -261,7 +261,6 @@ def test_schemes_of_an_older_version_are_passed_over(tmp_path, monkeypatch):
     assert list(json.loads(path.read_text())[str(key)]) == ["8", "16"]
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [3, 64, 500])
 @pytest.mark.parametrize("name", SCHEMES)

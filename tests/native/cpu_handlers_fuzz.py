@@ -18,8 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 HERE = pathlib.Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
-# Checks of pointers that read what the address sanitizer guards: half of the time that the FFI's templates take.
-FOUND_BY_ADDRESS = ("-fno-sanitize=null,vptr,object-size",)
 INSTRUCTION_SETS = {
     "gemm_avx2": ("-mavx2", "-mfma", "-mf16c"),
     "gemm_avx512": AVX512,
@@ -44,36 +42,26 @@ def sources(*, only_portable: bool = False) -> list[pathlib.Path]:
     return found
 
 
-def ffi_headers() -> pathlib.Path:
-    """The folder of XLA's FFI headers, without importing anything."""
+def _flags(sanitizers: str) -> list[str]:
     jaxlib = importlib.util.find_spec("jaxlib")
     assert jaxlib is not None
     assert jaxlib.origin is not None
-    return pathlib.Path(jaxlib.origin).parent / "include"
-
-
-def _flags(sanitizers: str, headers: pathlib.Path | None = None) -> list[str]:
+    include = pathlib.Path(jaxlib.origin).parent / "include"
     # -Og: the FFI's templates compile twice as fast as with -O1.
     flags = ["-std=c++17", "-Og", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-    flags += [f"-fsanitize={sanitizers}", *FOUND_BY_ADDRESS]
-    return [*flags, f"-I{CSRC}", "-isystem", str(headers or ffi_headers()), "-pthread"]
+    return [*flags, f"-fsanitize={sanitizers}", f"-I{CSRC}", "-isystem", str(include), "-pthread"]
 
 
 def compile_objects(
-    sanitizers: str,
-    folder: pathlib.Path,
-    files: Sequence[pathlib.Path],
-    *,
-    only_portable: bool = False,
-    headers: pathlib.Path | None = None,
+    sanitizers: str, folder: pathlib.Path, files: Sequence[pathlib.Path], *, only_portable: bool = False
 ) -> dict[str, pathlib.Path]:
-    """Compiles `files` into `folder`; returns the object of each file's stem. `headers`: by default those of jaxlib."""
+    """Compiles `files` into `folder`; returns the object of each file's stem."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: pathlib.Path) -> pathlib.Path:
         target = folder / f"{source.stem}.o"
         extra = () if only_portable else INSTRUCTION_SETS.get(source.stem, ())
-        command = [str(compiler()), *_flags(sanitizers, headers), *extra, "-c", str(source), "-o", str(target)]
+        command = [str(compiler()), *_flags(sanitizers), *extra, "-c", str(source), "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
@@ -91,9 +79,7 @@ def link(sanitizers: str, program: pathlib.Path, objects: Iterable[pathlib.Path]
 
 
 def main(sanitizers: str, folder: pathlib.Path) -> None:
-    # A copy: an installation that replaces jaxlib may run at the same time.
-    headers = pathlib.Path(shutil.copytree(ffi_headers(), folder / "include", dirs_exist_ok=True))
-    objects = compile_objects(sanitizers, folder, sources(), headers=headers)
+    objects = compile_objects(sanitizers, folder, sources())
     print(link(sanitizers, folder / "cpu_handlers_fuzz", objects.values()))
 
 

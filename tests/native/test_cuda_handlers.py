@@ -7,7 +7,6 @@ import subprocess
 
 import jax
 import pytest
-from native.cpu_handlers_fuzz import FOUND_BY_ADDRESS
 
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.cuda.kernels.align import plan_align
@@ -39,8 +38,7 @@ def built(tmp_path_factory):
     for name, options in (("new", []), ("old", ["-DFAKE_OLD_DRIVER"])):
         (folder / name).mkdir()
         run(CC, "-shared", "-fPIC", "-O1", *options, NATIVE / "fake_libcuda.c", "-o", folder / name / "libcuda.so.1")
-    sanitizers = ["-fsanitize=address,undefined", *FOUND_BY_ADDRESS]
-    sanitizers += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     sources = [NATIVE / "cuda_program_fuzz.cc", *sorted((ROOT / "csrc" / "ffi").glob("cuda_*.cc"))]
     headers = ["-I", ROOT / "csrc", "-isystem", jax.ffi.include_dir()]
     libraries = ["-ldl", "-pthread"]

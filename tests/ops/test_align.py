@@ -89,7 +89,6 @@ def test_alignment_is_that_of_the_contract(platform, block_size, case):
     assert_contract(platform, block_size, *case)
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize(
     ("block_size", "case"),
     # Slots past 2048, which CUDA gives to several CTAs: three, all 64 with parts that are short, experts in turns.

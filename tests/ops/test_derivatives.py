@@ -400,7 +400,6 @@ def test_the_product_with_transposed_matrices(weight_format, dtype, rows, k, n):
     np.testing.assert_array_equal(rounded, y.astype(dtype))
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize("weight_format", sorted(oracle.FACTS))
 @pytest.mark.parametrize(("dtype", "slots", "k", "n"), [("bfloat16", 40, 144, 128), ("float16", 900, 256, 192)])

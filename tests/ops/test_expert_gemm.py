@@ -210,7 +210,6 @@ def test_tiles_are_as_long_as_dispatches_may_be():
     assert rows[-1] >= 64
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["mma", "wgmma", None])
 @pytest.mark.parametrize(("dispatches", "longest"), [(9, 300), (200, 20), (1500, 3)])

@@ -423,7 +423,6 @@ def test_tiles_of_odd_width(tiles):
     assert_tiles_agree(Case("", hidden=960, inner=384, group_size=64, down_group_size=64), tiles)
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize(("weight_format", "group"), [("int4_zp", 128), ("int4", 32), ("nvfp4", 16), ("fp8", 128)])
 @pytest.mark.parametrize(
@@ -441,7 +440,6 @@ def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
     assert_tiles_agree(dataclasses.replace(case, weight_format=weight_format, down_format=weight_format), tiles)
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "tile",
@@ -463,7 +461,6 @@ def test_grouped_slots_give_the_bits_of_aligned_ones(routing, tokens, tile):
     np.testing.assert_array_equal(grouped.view(np.uint16), aligned.view(np.uint16))
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize("routing", ["grouped", "direct"])
 @pytest.mark.parametrize("weight_format", ["int4_zp", "nvfp4"])

@@ -159,7 +159,6 @@ def test_the_kernel_compiles(architecture, rows, named):
     assert compiler.compile_cubin(planned.source, architecture)
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 16, 100, 4096])
 @pytest.mark.parametrize("weight_format", ["int4", "nvfp4", "fp8"])

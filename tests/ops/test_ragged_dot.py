@@ -176,7 +176,6 @@ def test_on_cuda_it_is_one_kernel(architecture, rows, transposed):
     assert compiler.compile_cubin(plan.source, architecture)
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize("weight_format", ["int4", "nvfp4"])
 @pytest.mark.parametrize("rows", [5, 37, 700, 3000])

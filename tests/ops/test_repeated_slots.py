@@ -45,7 +45,6 @@ def first_tile_of(kind):
     return choose
 
 
-@pytest.mark.covering
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [MmaTile, WgmmaTile])
 @pytest.mark.parametrize("block_size", [8, 16, 32, 48, 64])

@@ -140,7 +140,8 @@ struct Wgmma;
 #define JMM_NUMBERS112 JMM_NUMBERS104 ", %104, %105, %106, %107, %108, %109, %110, %111"
 #define JMM_NUMBERS120 JMM_NUMBERS112 ", %112, %113, %114, %115, %116, %117, %118, %119"
 #define JMM_NUMBERS128 JMM_NUMBERS120 ", %120, %121, %122, %123, %124, %125, %126, %127"
-#define JMM_SUMS_AT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define JMM_SUM "+f"
+#define JMM_SUMS_AT(i) JMM_SUM(d[i]), JMM_SUM(d[i + 1]), JMM_SUM(d[i + 2]), JMM_SUM(d[i + 3])
 #define JMM_SUMS4 JMM_SUMS_AT(0)
 #define JMM_SUMS8 JMM_SUMS4, JMM_SUMS_AT(4)
 #define JMM_SUMS12 JMM_SUMS8, JMM_SUMS_AT(8)
@@ -206,6 +207,55 @@ JMM_WGMMA_BOTH(224, 112, 112, 113, 114, 115, 116, 117)
 JMM_WGMMA_BOTH(240, 120, 120, 121, 122, 123, 124, 125)
 JMM_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
 #undef JMM_WGMMA_BOTH
+#undef JMM_WGMMA
+
+// The same of bytes, 32 of K at a time, in registers of four: lane 4 g + t has rows g and g + 8 of a, bytes 4 t to
+// 4 t + 3 and 4 t + 16 to 4 t + 19. Rows of e4m3, or unsigned a and signed b with exact sums.
+#define JMM_WGMMA(T, SUM_TYPE, TYPES, N, NUMBERS, SUMS, A0, A1, A2, A3, B, ACCUMULATE, SCALES)                      \
+  template <>                                                                                                       \
+  struct Wgmma<T, N> {                                                                                              \
+    __device__ __forceinline__ static void run(SUM_TYPE (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,            \
+                                               int accumulate) {                                                    \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ACCUMULATE ", 0; wgmma.mma_async.sync.aligned.m64n" #N       \
+                   "k32." TYPES " {" NUMBERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p" SCALES "; }" \
+                   : SUMS                                                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                          \
+    }                                                                                                               \
+  };
+#define JMM_WGMMA_BYTES(N, SUMS, ...) \
+  JMM_WGMMA(JMM_T, JMM_SUM_TYPE, JMM_TYPES, N, JMM_NUMBERS##SUMS, JMM_SUMS##SUMS, __VA_ARGS__, JMM_SCALES)
+#define JMM_WGMMA_ALL                              \
+  JMM_WGMMA_BYTES(16, 8, 8, 9, 10, 11, 12, 13)     \
+  JMM_WGMMA_BYTES(32, 16, 16, 17, 18, 19, 20, 21)  \
+  JMM_WGMMA_BYTES(48, 24, 24, 25, 26, 27, 28, 29)  \
+  JMM_WGMMA_BYTES(64, 32, 32, 33, 34, 35, 36, 37)  \
+  JMM_WGMMA_BYTES(80, 40, 40, 41, 42, 43, 44, 45)  \
+  JMM_WGMMA_BYTES(96, 48, 48, 49, 50, 51, 52, 53)  \
+  JMM_WGMMA_BYTES(112, 56, 56, 57, 58, 59, 60, 61) \
+  JMM_WGMMA_BYTES(128, 64, 64, 65, 66, 67, 68, 69)
+#define JMM_T Fp8
+#define JMM_SUM_TYPE float
+#define JMM_TYPES "f32.e4m3.e4m3"
+#define JMM_SCALES ", 1, 1"
+JMM_WGMMA_ALL
+#undef JMM_T
+#undef JMM_SUM_TYPE
+#undef JMM_TYPES
+#undef JMM_SCALES
+#undef JMM_SUM
+#define JMM_T Signed8
+#define JMM_SUM_TYPE int32_t
+#define JMM_TYPES "s32.u8.s8"
+#define JMM_SCALES ""
+#define JMM_SUM "+r"
+JMM_WGMMA_ALL
+#undef JMM_T
+#undef JMM_SUM_TYPE
+#undef JMM_TYPES
+#undef JMM_SCALES
+#undef JMM_SUM
+#undef JMM_WGMMA_ALL
+#undef JMM_WGMMA_BYTES
 #undef JMM_WGMMA
 
 }  // namespace jmm

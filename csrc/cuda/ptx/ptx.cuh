@@ -56,6 +56,14 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
+__device__ __forceinline__ uint64_t evict_normal_policy() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 800
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
 __device__ __forceinline__ void commit_copies() {
 #if JMM_HAS_CP_ASYNC
   asm volatile("cp.async.commit_group;" ::: "memory");

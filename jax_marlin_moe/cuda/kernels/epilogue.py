@@ -45,6 +45,8 @@ def activated(
     x_scale: int | None = None,
     intermediate: str | None = None,
     intermediate_scales: int | None = None,
+    row_scales: int | None = None,
+    slots_per_row: int = 1,
 ) -> Epilogue:
     """The input of the second product, of `columns`; quantised, it is in units of its scales."""
     facts: Facts = {
@@ -54,12 +56,15 @@ def activated(
         "columns": columns,
         "bias": bias is not None,
         "scaled": x_scale is not None,
+        "row_scaled": row_scales is not None,
+        "slots_per_row": slots_per_row,
     }
     pointers = {
         "out": Pointer(out, dtype, written=True),
         "bias": optional(bias, "float32"),
         "x_scale": optional(x_scale, "float32"),
         "intermediate_scales": optional(None if intermediate is None else intermediate_scales, "float32"),
+        "row_scales": optional(row_scales, "float32"),
     }
     return Epilogue("Activated", facts, pointers)
 
@@ -81,7 +86,13 @@ def slot_rows(dtype: str, columns: int, *, out: int, bias: int | None, topk_weig
 
 
 def slot_partials(
-    columns: int, *, out: int, bias: int | None, topk_weights: int | None, intermediate_scales: int | None = None
+    columns: int,
+    *,
+    out: int,
+    bias: int | None,
+    topk_weights: int | None,
+    intermediate_scales: int | None = None,
+    row_scales: int | None = None,
 ) -> Epilogue:
     """A float32 row per slot, times its router weight if there are any, for sums that follow."""
     facts: Facts = {
@@ -89,11 +100,13 @@ def slot_partials(
         "bias": bias is not None,
         "weighted": topk_weights is not None,
         "scaled": intermediate_scales is not None,
+        "row_scaled": row_scales is not None,
     }
     pointers = {
         "out": Pointer(out, "float32", written=True),
         "bias": optional(bias, "float32"),
         "topk_weights": optional(topk_weights, "float32"),
         "intermediate_scales": optional(intermediate_scales, "float32"),
+        "row_scales": optional(row_scales, "float32"),
     }
     return Epilogue("SlotPartials", facts, pointers)

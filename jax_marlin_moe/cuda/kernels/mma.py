@@ -92,7 +92,7 @@ class MmaTile:
         grouped = shape.group_size % self.block_k == 0 or self.block_k % shape.group_size == 0
         paired = not shape.gated or (self.warps_n * self.units) % 2 == 0
         resident = get_architecture(capability).fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm)
-        return whole and grouped and paired and resident
+        return whole and grouped and paired and resident and not shape.has_byte_rows
 
     def predicted_microseconds(
         self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int

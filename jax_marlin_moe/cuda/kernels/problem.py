@@ -4,6 +4,7 @@ import dataclasses
 
 _SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "e4m3": 8, "e8m0": 8}
 
+BYTE_DTYPES = ("float8_e4m3fn", "int8")  # of rows of 8 bits
 UNIT = 64  # columns of a packed tile
 TILE_K = 16  # rows of one
 
@@ -28,7 +29,7 @@ class GemmShape:
         bits: of a code.
         scale: the type of the scales: a float dtype, "e4m3" or "e8m0".
         zeros: "integer" or "float" where each group has a zero point of its own.
-        dtype: of the activations.
+        dtype: of the activations: 16 bits, or 8 where rows are quantised.
     """
 
     k: int
@@ -41,6 +42,11 @@ class GemmShape:
     scale: str
     zeros: str | None
     dtype: str
+
+    @property
+    def has_byte_rows(self) -> bool:
+        """Whether the activations have 8 bits."""
+        return self.dtype in BYTE_DTYPES
 
     @property
     def group_bits(self) -> int:

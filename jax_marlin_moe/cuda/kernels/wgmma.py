@@ -105,7 +105,7 @@ class WgmmaTile:
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
         exact = _weights_can_be_scaled if self.scales_weights else _sums_can_be_scaled
-        if "wgmma" not in get_architecture(capability).kernels or not exact(shape):
+        if "wgmma" not in get_architecture(capability).kernels or shape.has_byte_rows or not exact(shape):
             return False
         chunks = -(-shape.k // self.block_k)  # the last one may repeat rows of the one before
         whole = shape.k >= self.block_k and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0

@@ -19,14 +19,18 @@ namespace jmm {
 
 template <class Problem, class Tile, class TokenTiles, class Epilogue>
 struct WgmmaShapeOf {
-  using Type = typename Select<Problem::kTransposed, WgmmaTransposedShape<Problem, Tile, TokenTiles, Epilogue>,
-                               WgmmaShape<Problem, Tile, TokenTiles, Epilogue>>::Type;
+  using OfRows = typename Select<kIsByte<typename Problem::T>, WgmmaByteShape<Problem, Tile, TokenTiles, Epilogue>,
+                                 WgmmaShape<Problem, Tile, TokenTiles, Epilogue>>::Type;
+  using Type =
+      typename Select<Problem::kTransposed, WgmmaTransposedShape<Problem, Tile, TokenTiles, Epilogue>, OfRows>::Type;
 };
 
 template <class Problem, class Tile, class TokenTiles, class Epilogue>
 struct WgmmaGroupedGemm {
   using Shape = typename WgmmaShapeOf<Problem, Tile, TokenTiles, Epilogue>::Type;
-  using Weights = typename Select<Problem::kTransposed, WgmmaTransposedWeights<Shape>, WgmmaWeights<Shape>>::Type;
+  using WeightsOfRows =
+      typename Select<kIsByte<typename Problem::T>, WgmmaByteWeights<Shape>, WgmmaWeights<Shape>>::Type;
+  using Weights = typename Select<Problem::kTransposed, WgmmaTransposedWeights<Shape>, WeightsOfRows>::Type;
   using WeightCopies =
       typename Select<Problem::kTransposed, WgmmaTransposedCopies<Shape>, WgmmaWeightCopies<Shape>>::Type;
   using Storage = WgmmaStorage<Shape>;

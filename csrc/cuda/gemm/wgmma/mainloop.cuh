@@ -11,7 +11,7 @@
 #pragma once
 
 #include "gemm/named_barriers.cuh"
-#include "gemm/wgmma/weights.cuh"
+#include "gemm/wgmma/bytes.cuh"
 
 namespace jmm {
 
@@ -130,7 +130,20 @@ struct WgmmaConsumer {
   template <int kN>
   __device__ __forceinline__ static void multiply_tile(const Gemm& gemm, const Shared& shared, const Record& record,
                                                        const Lane& lane, Stage stage) {
-    float sums[Tile::kSubTiles][kN / 2];                              // of the tile
+    float sums[Tile::kSubTiles][kN / 2];  // of the tile
+    if constexpr (kIsByte<T>) {
+      WgmmaByteProduct<Gemm, WgmmaConsumer>::template run<kN>(gemm, shared, record, lane, stage, sums);
+    } else if (!sum_tile<kN>(gemm, shared, record, lane, stage, sums)) {
+      return;
+    }
+    store<kN>(gemm, record, lane, sums);
+  }
+
+  // True for the warpgroups that have the sums of the tile.
+  template <int kN>
+  __device__ __forceinline__ static bool sum_tile(const Gemm& gemm, const Shared& shared, const Record& record,
+                                                  const Lane& lane, Stage stage,
+                                                  float (&sums)[Tile::kSubTiles][kN / 2]) {
     float group_sums[Shape::kTwoSums ? Tile::kSubTiles : 1][kN / 2];  // of the group, without its scales
     typename Weights::Fragments a[2];                                 // weights: being made, and in use
     typename Weights::Words words;
@@ -201,19 +214,17 @@ struct WgmmaConsumer {
       wgmma_wait<0>();
       release(shared, here.at, lane);
     }
-    if constexpr (Tile::kWarpgroupsK > 1) {
-      if (!add_shares(shared, lane, sums)) return;
-    }
-    // Epilogue.
-    store<kN>(gemm, record, lane, sums);
+    if constexpr (Tile::kWarpgroupsK > 1) return add_shares(shared, lane, sums);
+    return true;
   }
 
-  // Token tiles with few rows multiply only so many: quarters of the tile, in eights.
+  // Token tiles with few rows multiply only so many: quarters of the tile, in eights, or sixteens of bytes.
   template <int kQuarters>
   __device__ __forceinline__ static void multiply_rows(const Gemm& gemm, int rows, const Shared& shared,
                                                        const Record& record, const Lane& lane, Stage stage) {
-    constexpr int kRows = (Tile::kTokens * kQuarters / 4 + 7) / 8 * 8;
-    constexpr int kFewer = (Tile::kTokens * (kQuarters - 1) / 4 + 7) / 8 * 8;
+    constexpr int kStep = kIsByte<T> ? 16 : 8;
+    constexpr int kRows = (Tile::kTokens * kQuarters / 4 + kStep - 1) / kStep * kStep;
+    constexpr int kFewer = (Tile::kTokens * (kQuarters - 1) / 4 + kStep - 1) / kStep * kStep;
     if constexpr (kRows == Tile::kTokens) {
       multiply_tile<kRows>(gemm, shared, record, lane, stage);
     } else {

@@ -78,6 +78,20 @@ struct WgmmaWeightCopies {
   }
 };
 
+// Whether weights stay in L2 as anything else does. Others leave it first.
+template <class T, class Tile>
+__device__ constexpr bool keeps_weights() {
+  if constexpr (kIsByte<T>) return Tile::Facts::kKeepsWeights;
+  return false;
+}
+
+// Token tiles of a band.
+template <class T, class Tile>
+__device__ constexpr int band_of() {
+  if constexpr (kIsByte<T>) return Tile::Facts::kBand;
+  return 1;
+}
+
 // Gemm is the kernel.
 template <class Gemm>
 struct WgmmaProducer {
@@ -92,18 +106,31 @@ struct WgmmaProducer {
   using Record = typename Storage::Record;
   using Stage = Cursor<Tile::kStages>;
 
-  static constexpr int kRowsOfThread = (Tile::kTokens + 127) / 128;  // of a record
-  static constexpr int kPieces = Tile::kBlockK / 8;                  // 16-byte pieces of a token's row in a k_block
-  static constexpr int kRowStep = 128 / kPieces;                     // rows that the warpgroup copies at once
+  static constexpr int kRowsOfThread = (Tile::kTokens + 127) / 128;      // of a record
+  static constexpr int kPieces = Tile::kBlockK / Problem::kPieceValues;  // 16-byte pieces of a token's row in a k_block
+  static constexpr int kRowStep = 128 / kPieces;                         // rows that the warpgroup copies at once
   static constexpr int kCopiedRows = (Tile::kTokens + kRowStep - 1) / kRowStep;  // of a thread
   static_assert(kCopiedRows <= 32, "one bit each");
   static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
+
+  // Work tiles go in bands of token tiles, column by column: neighbours share their weights.
+  struct Place {
+    int token_tile, column_tile;
+  };
+  static constexpr int kBand = band_of<typename Problem::T, Tile>();
+  __device__ __forceinline__ static Place place_of(int work_tile, int tiles) {
+    if constexpr (kBand == 1) return {work_tile / Shape::kColumnTiles, work_tile % Shape::kColumnTiles};
+    const int first = work_tile / (kBand * Shape::kColumnTiles) * kBand, height = min(kBand, tiles - first);
+    const int place = work_tile - first * Shape::kColumnTiles;
+    return {first + place % height, place / height};
+  }
+
   __device__ __forceinline__ static void run(const Gemm& gemm, const Shared& shared, const Reader& token_tiles,
                                              int thread) {
     const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for the whole warp
     const bool elected = elect_lane();
-    const uint64_t policy = evict_first_policy();
-    const int work_tiles = token_tiles.count() * Shape::kColumnTiles;
+    const uint64_t policy = keeps_weights<typename Problem::T, Tile>() ? evict_normal_policy() : evict_first_policy();
+    const int tiles = token_tiles.count(), work_tiles = tiles * Shape::kColumnTiles;
     const int piece = thread % kPieces, first_row = thread / kPieces;
     const uint32_t first_target = piece / 8 * Storage::kSlabBytes + first_row * 128 + ((piece ^ first_row) % 8) * 16;
     Stage stage;
@@ -114,7 +141,7 @@ struct WgmmaProducer {
     const auto fetch = [&](int work_tile) {
       next_expert = -1;
       if (work_tile >= work_tiles) return;
-      const int token_tile = work_tile / Shape::kColumnTiles;
+      const int token_tile = place_of(work_tile, tiles).token_tile;
       next_expert = token_tiles.expert(token_tile);
       next_shift = token_tiles.shift(token_tile);
 #pragma unroll
@@ -137,7 +164,7 @@ struct WgmmaProducer {
       for (int i = 0; i < kRowsOfThread; ++i) slots[i] = next_slots[i];
       fetch(work_tile + gridDim.x);
       if (expert < 0) continue;
-      const int column_tile = work_tile % Shape::kColumnTiles;
+      const auto [token_tile, column_tile] = place_of(work_tile, tiles);
 
       // Where the weights are.
       const typename Gemm::WeightCopies copies(gemm.operands, expert, column_tile, warp);
@@ -158,8 +185,7 @@ struct WgmmaProducer {
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         const int row = thread + 128 * i;
-        if constexpr (TokenTiles::kMayRepeat)
-          slots[i] = token_tiles.first_listed(slots[i], work_tile / Shape::kColumnTiles, row);
+        if constexpr (TokenTiles::kMayRepeat) slots[i] = token_tiles.first_listed(slots[i], token_tile, row);
         const uint32_t real = __ballot_sync(~0u, slots[i] >= 0);
         if (real) last = 128 * i + 32 * warp + 32 - __clz(real);
         if (row < Tile::kTokens) {
@@ -179,7 +205,7 @@ struct WgmmaProducer {
         const int slot = row < Tile::kTokens ? written.slots[row] : -1;
         offsets[i] =
             static_cast<typename Shape::RowOffset>(max(slot, 0) / Problem::kSlotsPerRow + (slot >= 0 ? shift : 0)) *
-                (Problem::kRowStride / 8) +
+                (Problem::kRowStride / Problem::kPieceValues) +
             piece;
         if (slot >= 0) real |= 1u << i;
       }
@@ -199,7 +225,7 @@ struct WgmmaProducer {
         // A row that does not exist is not copied: it is multiplied in a column of its own, which is never stored.
         const uint32_t target = shared.tokens(stage.at) + first_target;
         const bool repeats = KBlocks::kMissingRows > 0 && k_block == KBlocks::kCount - 1;
-        const uint4* first = repeats ? source - KBlocks::kMissingRows / 8 : source;
+        const uint4* first = repeats ? source - KBlocks::kMissingRows / Problem::kPieceValues : source;
 #pragma unroll
         for (int i = 0; i < kCopiedRows; ++i) {
           if (!(real >> i & 1)) continue;
@@ -207,7 +233,7 @@ struct WgmmaProducer {
             copy16(target + i * kRowStep * 128, first + offsets[i]);
           } else {
             copy16_or_zeros(target + i * kRowStep * 128, first + offsets[i],
-                            !repeats || piece >= KBlocks::kMissingRows / 8);
+                            !repeats || piece >= KBlocks::kMissingRows / Problem::kPieceValues);
           }
         }
         mbarrier_arrive_after_copies(shared.full(stage.at));

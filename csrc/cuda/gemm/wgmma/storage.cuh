@@ -26,12 +26,13 @@ struct WgmmaStorage {
   using KBlocks = typename Shape::KBlocks;
   using Zeros = typename Shape::Zeros;
 
-  static constexpr int kSlabBytes = Tile::kTokens * 128;  // the tokens' rows of 64 values of K
+  static constexpr int kSlabValues = 128 / sizeof(typename Shape::T);
+  static constexpr int kSlabBytes = Tile::kTokens * 128;  // the tokens' rows of kSlabValues of K
   static constexpr int kStepBytes = Shape::kTileUnits * Shape::Packed::kBytes;
   static constexpr int kScaleUnits = Shape::kStageScaleUnits;
 
   struct TokenStage {
-    unsigned char slabs[Tile::kBlockK / 64][kSlabBytes];  // 16-byte pieces of row r swizzled by r % 8
+    unsigned char slabs[Tile::kBlockK / kSlabValues][kSlabBytes];  // 16-byte pieces of row r swizzled by r % 8
   };
   struct StageWithoutZeros {
     unsigned char packed[Shape::kStageTiles * Shape::Packed::kBytes];

@@ -9,8 +9,9 @@ namespace jmm {
 // How the work is cut. A CTA computes work tiles of kTokens x (kWarpgroupsN * kSubTiles * 64 packed columns);
 // the k-blocks go to kWarpgroupsK warpgroups by turns.
 // Facts: WgmmaTile of jax_marlin_moe/cuda/kernels/wgmma.py.
-template <class Facts>
+template <class Facts_>
 struct WgmmaTile {
+  using Facts = Facts_;
   static constexpr int kTokens = Facts::kTokens;            // rows of a token tile
   static constexpr int kSubTiles = Facts::kSubTiles;        // 64-row products of a warpgroup: 1, 2 or 4
   static constexpr int kWarpgroupsN = Facts::kWarpgroupsN;  // of consumers, side by side along the columns
@@ -55,7 +56,8 @@ struct WgmmaShape {
   using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
   using ExpertIndex = typename Problem::ExpertIndex;
   // Of the 16-byte pieces of x.
-  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * (Problem::kRowStride / 8)>;
+  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) *
+                           (Problem::kRowStride / Problem::kPieceValues)>;
 
   static constexpr bool kFloatZeros = !Zeros::kWhole;
   static_assert(Tile::kScalesWeights || (!kFloatZeros && !Problem::kGlobalScales),

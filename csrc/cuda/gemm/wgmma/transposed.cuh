@@ -23,7 +23,8 @@ struct WgmmaTransposedShape {
   using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
   using ExpertIndex = typename Problem::ExpertIndex;
   // Of the 16-byte pieces of x.
-  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * (Problem::kRowStride / 8)>;
+  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) *
+                           (Problem::kRowStride / Problem::kPieceValues)>;
   static_assert(Epilogue::kColumns == Problem::kK, "rows of W are columns of the result");
   static_assert(TokenTiles::kExperts == Problem::kExperts, "token tiles are of the matrix's experts");
   static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");

@@ -1,0 +1,270 @@
+// The product with rows of 8 bits on wgmma: what differs from rows of 16 (docs/kernels.md, "8-bit activations").
+//
+// Sums of a k-block of 128 rows are made slab by slab, 64 columns of a warpgroup at a time: one slab's sums of the
+// k-block and all sums of the tile are what registers have room for. A slab's sums are scaled, in float32, into those
+// of the tile while the tensor cores work for the other warpgroup.
+#pragma once
+
+#include "gemm/wgmma/weights.cuh"
+#include "weights/fragments_bytes.cuh"
+
+namespace jmm {
+
+template <class Problem_, class Tile_, class TokenTiles_, class Epilogue_>
+struct WgmmaByteShape {
+  using Problem = Problem_;
+  using Tile = Tile_;
+  using TokenTiles = TokenTiles_;
+  using Epilogue = Epilogue_;
+  using T = typename Problem::T;
+  using Code = typename Problem::Code;
+  using Codes = ByteFragments<Code, T>;
+  using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
+  using Packed = PackedTile<Code>;
+  using KBlocks = jmm::KBlocks<Problem, Tile::kBlockK>;
+  using Columns = ProductColumns<Problem, TokenTiles, Epilogue>;
+  using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
+  using ExpertIndex = typename Problem::ExpertIndex;
+  // Of the 16-byte pieces of x.
+  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) *
+                           (Problem::kRowStride / Problem::kPieceValues)>;
+  static constexpr bool kScalesSums = false, kTwoSums = true;
+  static constexpr int kTurnLanes = Code::kBits == 4 ? 8 : 4;  // see WgmmaLane
+  static_assert(Zeros::kWhole && !Problem::kGlobalScales, "zero points are whole, scales are those of groups");
+  static_assert(Tile::kBlockK == 128 && Tile::kWarpgroupsK == 1, "a k-block is a slab of x, and its sums are");
+  static_assert(Tile::kSubTiles % 2 == 0, "two sets of fragments take turns");
+  static_assert(Problem::kGroups == 1 || Problem::kGroup % 128 == 0, "a k-block is part of one group");
+  static_assert(Problem::kK >= 128 && Problem::kK % 32 == 0, "K is k-blocks, of whole fragments");
+  static_assert(Problem::kRowStride % 16 == 0, "rows are whole pieces");
+
+  static constexpr int kHalves = Columns::kHalves;
+  static constexpr int kWarpSubTiles = Tile::kSubTiles / kHalves;
+  static constexpr int kHalfUnits = Tile::kWarpgroupsN * kWarpSubTiles;
+  static constexpr int kTileUnits = kHalves * kHalfUnits;
+  static constexpr int kColumnTiles = Columns::kUnits / kHalfUnits;
+  using Scales = ColumnScales<typename Problem::Scale, 2 * kWarpSubTiles>;
+  static constexpr int kStageTiles = KBlocks::kSteps * kTileUnits;
+  static constexpr int kStageScaleUnits = KBlocks::kScaleRows * kTileUnits;
+  static_assert(Tile::kSubTiles % kHalves == 0, "gate and up come in pairs");
+  static_assert(Columns::kCount % (kUnitColumns * kHalfUnits) == 0, "column tiles are whole");
+  static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
+  static constexpr int kThreadSums = Tile::kSubTiles * Tile::kTokens / 2;
+  static constexpr bool kMovesRegisters =
+      Tile::kEntryRegisters < 240 && Tile::kEntryRegisters > Tile::kProducerRegisters;
+
+  static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
+  static constexpr int64_t kMaxCtas = kWorkTiles > 0 ? kWorkTiles : 1;
+
+  // The packed unit at a place in a work tile.
+  __device__ __forceinline__ static int packed_unit(int column_tile, int unit) {
+    return unit / kHalfUnits * Columns::kUnits + column_tile * kHalfUnits + unit % kHalfUnits;
+  }
+};
+
+template <class Shape>
+struct WgmmaByteWeights {
+  using Problem = typename Shape::Problem;
+  using Tile = typename Shape::Tile;
+  using Packed = typename Shape::Packed;
+  using Codes = typename Shape::Codes;
+  using Scales = typename Shape::Scales;
+  using Storage = WgmmaStorage<Shape>;
+  using Lane = WgmmaLane<Shape>;
+  static constexpr float kResidualScale = 1.0f / (Codes::kFactor * Scales::kFactor);
+  static constexpr int kFragments = Tile::kBlockK / 32;
+  static constexpr int kWords = Packed::kSubTileWords;
+  using Fragments = uint32_t[kFragments][4];
+
+  // The fragments of slab j: a sub-tile of each warp.
+  __device__ __forceinline__ static void make(Fragments& a, uint32_t weights, int j, const Lane& lane) {
+    const int h = j / Shape::kWarpSubTiles, p = j % Shape::kWarpSubTiles;
+    const uint32_t source =
+        weights + lane.unit(h) * Packed::kBytes + lane.lane * Packed::kLaneBytes + (lane.word() + p) * kWords * 4;
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      uint32_t first[kWords], second[kWords];
+      load_shared_words(first, source + 2 * f * Storage::kStepBytes);
+      load_shared_words(second, source + (2 * f + 1) * Storage::kStepBytes);
+      Codes::fragment(first, second, a[f]);
+    }
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) wgmma_operand_ready(a[f]);
+  }
+
+  // The scales of slab j.
+  struct SlabScales : ColumnScales<typename Problem::Scale, 2> {
+    __device__ __forceinline__ SlabScales(uint32_t weights, int j, const Lane& lane) {
+      const int h = j / Shape::kWarpSubTiles, p = j % Shape::kWarpSubTiles;
+      this->load(weights + Storage::kScalesAt +
+                 (lane.unit(h) * kUnitColumns + lane.lane / 4 * 8 + (lane.word() + p) * 2) * Scales::kBytes);
+    }
+  };
+
+  // Adds a slab's sums of the k-block, scaled, to those of the tile.
+  template <class Sum, int kSums>
+  __device__ __forceinline__ static void close(float (&sums)[kSums], const Sum (&part)[kSums],
+                                               const SlabScales& scales) {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      sums[s] = fmaf(static_cast<float>(part[s]), scales.exact(s / 2 % 2), sums[s]);
+    }
+  }
+};
+
+// What zero points take from the sums, as one product of its own: of the scaled zero points of columns and k-blocks,
+// and the sums of the rows of x over k-blocks, which stand behind the rows. Both are two bfloat16 numbers each.
+template <class Gemm>
+struct WgmmaByteZeros {
+  using Shape = typename Gemm::Shape;
+  using Problem = typename Shape::Problem;
+  using Tile = typename Shape::Tile;
+  using Zeros = typename Shape::Zeros;
+  using Scale = typename Problem::Scale;
+  using Lane = WgmmaLane<Shape>;
+  using Record = typename WgmmaStorage<Shape>::Record;
+  static constexpr bool kAny = Zeros::kStored || Zeros::kBaked != 0.0f;
+  // A power of two times a bfloat16 number is one.
+  static constexpr bool kSplitsScales = Zeros::kStored || !kSame<Scale, BFloat>;
+  static constexpr int kChunks = (Shape::KBlocks::kCount + 15) / 16;  // of 16 k-blocks
+
+  __device__ __forceinline__ static uint32_t pair(float first, float second) {
+    return from_float<BFloat>(first) | uint32_t(from_float<BFloat>(second)) << 16;
+  }
+  __device__ __forceinline__ static float rest(float value) {
+    return value - to_float<BFloat>(from_float<BFloat>(value));
+  }
+  __device__ __forceinline__ static float scale_at(const unsigned char* scales, int64_t at) {
+    if constexpr (kSame<Scale, Float>) {
+      return reinterpret_cast<const float*>(scales)[at];
+    } else {
+      return to_float<Scale>(reinterpret_cast<const uint16_t*>(scales)[at]);
+    }
+  }
+
+  // Less the zero point times the scale, of this lane's columns g and g + 8 of a sub-tile, in a k-block.
+  __device__ __forceinline__ static void scaled_zeros(float (&values)[2], const Gemm& gemm, const Record& record, int j,
+                                                      int k_block, const Lane& lane) {
+    const int h = j / Shape::kWarpSubTiles, word = lane.word() + j % Shape::kWarpSubTiles;
+    const int unit = Shape::packed_unit(record.column_tile, lane.unit(h)), g = lane.lane / 4;
+    const int group = Problem::kGroups == 1 ? 0 : min(k_block * Tile::kBlockK / Problem::kGroup, Problem::kGroups - 1);
+    const ExpertArray<Problem, unsigned char> scales(gemm.operands.scales, gemm.operands.shared_scales, record.expert);
+    const int64_t row = int64_t(scales.expert) * Problem::kGroups + group;
+    float zeros[2] = {Zeros::kBaked, Zeros::kBaked};
+    if constexpr (Zeros::kStored) {
+      const ExpertArray<Problem, unsigned char> stored(gemm.operands.zeros, gemm.operands.shared_zeros, record.expert);
+      constexpr int kWords = Problem::Code::kBits / 4;
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(stored.elements) +
+                              (row * Problem::kUnits + unit) * (8 * kWords) + g * kWords;
+      Zeros of_unit;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) of_unit.words[i] = words[i];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) zeros[b] = of_unit[2 * word + b];
+    }
+    const int64_t at = (row * Problem::kUnits + unit) * kUnitColumns + g * 8 + 2 * word;
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      values[b] = -Shape::Codes::kFactor * zeros[b] * scale_at(scales.elements, at + b);
+    }
+  }
+
+  template <int kN>
+  __device__ __forceinline__ static void add(const Gemm& gemm, const Record& record, const Lane& lane,
+                                             float (&sums)[Tile::kSubTiles][kN / 2]) {
+    const int g = lane.lane / 4, t = lane.lane % 4;
+    const unsigned char* tails = reinterpret_cast<const unsigned char*>(gemm.operands.x) + Problem::kK + 16 * t;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t high[Tile::kSubTiles][4], low[Tile::kSubTiles][4];
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float first[2], second[2];
+          scaled_zeros(first, gemm, record, j, 16 * chunk + 8 * half + 2 * t, lane);
+          scaled_zeros(second, gemm, record, j, 16 * chunk + 8 * half + 2 * t + 1, lane);
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            high[j][2 * half + b] = pair(first[b], second[b]);
+            if constexpr (kSplitsScales) low[j][2 * half + b] = pair(rest(first[b]), rest(second[b]));
+          }
+        }
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) {
+        const int slot = record.slots[8 * n + g];
+        uint4 tail = {0, 0, 0, 0};
+        if (slot >= 0) {
+          tail = *reinterpret_cast<const uint4*>(tails + int64_t(slot / Problem::kSlotsPerRow) * Problem::kRowStride +
+                                                 64 * chunk);
+        }
+        const uint32_t high_sums[2] = {tail.x, tail.y}, low_sums[2] = {tail.z, tail.w};
+#pragma unroll
+        for (int j = 0; j < Tile::kSubTiles; ++j) {
+          float d[4] = {sums[j][4 * n], sums[j][4 * n + 1], sums[j][4 * n + 2], sums[j][4 * n + 3]};
+          mma_16x8x16<BFloat>(d, high[j], high_sums);
+          mma_16x8x16<BFloat>(d, high[j], low_sums);
+          if constexpr (kSplitsScales) mma_16x8x16<BFloat>(d, low[j], high_sums);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[j][4 * n + i] = d[i];
+        }
+      }
+    }
+  }
+};
+
+// Gemm is the kernel, Consumer its WgmmaConsumer.
+template <class Gemm, class Consumer>
+struct WgmmaByteProduct {
+  using Shape = typename Gemm::Shape;
+  using Tile = typename Shape::Tile;
+  using KBlocks = typename Shape::KBlocks;
+  using Weights = typename Gemm::Weights;
+  using Zeros = WgmmaByteZeros<Gemm>;
+  using Shared = WgmmaShared<Shape>;
+  using Record = typename WgmmaStorage<Shape>::Record;
+  using Lane = WgmmaLane<Shape>;
+  using Stage = Cursor<Tile::kStages>;
+
+  template <int kN>
+  __device__ __forceinline__ static void run(const Gemm& gemm, const Shared& shared, const Record& record,
+                                             const Lane& lane, Stage stage, float (&sums)[Tile::kSubTiles][kN / 2]) {
+    typename Shape::T::Sum part[kN / 2];  // of a slab and a k-block
+    typename Weights::Fragments a[2];     // weights: being made, and in use
+#pragma unroll
+    for (int j = 0; j < Tile::kSubTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) sums[j][i] = 0.0f;
+    if constexpr (Zeros::kAny) Zeros::template add<kN>(gemm, record, lane, sums);
+
+    Consumer::acquire(shared, stage);
+    Weights::make(a[0], shared.weights(stage.at), 0, lane);
+#pragma unroll 1
+    for (int k_block = 0; k_block < KBlocks::kCount; ++k_block) {
+      const Stage here = stage;
+      const uint32_t weights = shared.weights(here.at);
+      const WgmmaRows tokens(shared.tokens(here.at));
+      stage.advance();
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j) {
+        wgmma_fence();
+#pragma unroll
+        for (int f = 0; f < Weights::kFragments; ++f) {
+          Wgmma<typename Shape::T, kN>::run(part, a[j % 2][f], tokens.at(f * 32), f > 0);
+        }
+        wgmma_commit();
+        if (j + 1 < Tile::kSubTiles) {
+          Weights::make(a[(j + 1) % 2], weights, j + 1, lane);
+        } else if (k_block + 1 < KBlocks::kCount) {
+          Consumer::acquire(shared, stage);
+          Weights::make(a[0], shared.weights(stage.at), 0, lane);
+        }
+        const typename Weights::SlabScales scales(weights, j, lane);
+        wgmma_wait<0>();
+        Weights::close(sums[j], part, scales);
+      }
+      Consumer::release(shared, here.at, lane);
+    }
+  }
+};
+
+}  // namespace jmm

@@ -1,0 +1,50 @@
+"""Rows of activations in 8 bits: what `activation_dtype` means (docs/formats.md, "8-bit activations")."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from jax_marlin_moe.formats import E4M3
+from jax_marlin_moe.intermediate import nearest
+
+ByteDtype = Literal["float8_e4m3fn", "int8"]
+
+_LARGEST = {"float8_e4m3fn": E4M3.largest, "int8": 127.0}
+_LEAST_EXTENT = 2.0**-100  # of a row: the inverse of its scale is finite
+
+
+def check_activation_dtype(activation_dtype: object) -> None:
+    """Raises ValueError unless it is None or one that rows are quantised to."""
+    if activation_dtype is not None and activation_dtype not in _LARGEST:
+        raise ValueError(
+            f"activation_dtype is {activation_dtype!r}; it must be None (activations are multiplied in 16 bits) or one "
+            f"of {', '.join(map(repr, _LARGEST))}"
+        )
+
+
+def rounded(values: Float32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """`values.astype(dtype)` of 16 bits, also where the result is cast to float32 again: XLA may drop such a pair."""
+    facts = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(values, exponent_bits=facts.nexp, mantissa_bits=facts.nmant).astype(dtype)
+
+
+def quantize_rows(
+    rows: Float[Array, "rows columns"], dtype: ByteDtype
+) -> tuple[Float32[Array, "rows columns"], Float32[Array, "rows 1"]]:
+    """The values of a row in units of its scale, as numbers of 8 bits, and the scales.
+
+    With L the largest number of the type and m the row's largest magnitude, at least 2^-100, the scale is `m * (1 / L)`
+    and the values are the nearest of the type to `row * (L / m)`, ties to even, in float32. A row with an infinite
+    value or NaN has a scale that is not finite, and products that are NaN.
+    """
+    largest = _LARGEST[dtype]
+    rows = rows.astype(jnp.float32)
+    extent = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0), _LEAST_EXTENT)
+    scales = extent * jnp.float32(1 / largest)
+    # Behind a barrier: XLA would turn the division and the product into one division.
+    values = rows * jax.lax.optimization_barrier(largest / extent)
+    if dtype == "int8":
+        return jnp.clip(jnp.round(values), -largest, largest), scales
+    return nearest(values, E4M3), scales

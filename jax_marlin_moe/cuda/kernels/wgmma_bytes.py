@@ -1,0 +1,161 @@
+"""The GEMM on Hopper's wgmma with rows of 8 bits: its tiles and their cost. Twin of csrc/cuda/gemm/wgmma/bytes.cuh."""
+
+import dataclasses
+import itertools
+import math
+
+from jax_marlin_moe.cuda.architectures import get_architecture
+from jax_marlin_moe.cuda.facts import Facts
+from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, UNIT, GemmShape
+
+TOKEN_TILES = (16, 32, 48, 64, 96, 128)
+BLOCK_K = 128  # rows of K in one stage: those whose sums are made before they are scaled
+
+# (type of rows, type of codes) that there are fragments for.
+_MULTIPLIED = {
+    ("float8_e4m3fn", "int4"),
+    ("float8_e4m3fn", "e4m3"),
+    ("int8", "int4"),
+    ("int8", "int8"),
+}
+
+# The formats of these, in words.
+FORMATS = {"float8_e4m3fn": "int4, int4_zp and fp8", "int8": "int4, int4_zp, int8 and int8_zp"}
+
+_MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
+_OTHER_CONSUMER_REGISTERS = 8  # of these, beside sums and fragments
+_PRODUCER_REGISTERS = 24
+_FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
+
+# Mixtral at 4096 tokens on an H200.
+_RATE = 0.65  # of 4096 multiply-adds a cycle
+_COPIED_BYTES_PER_CYCLE = 16.5  # into a multiprocessor
+_TILE_CYCLES = 700  # and _STORE_CYCLES for each sum of a thread
+_STORE_CYCLES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class WgmmaByteTile:
+    """`jmm::WgmmaTile` as csrc/cuda/gemm/wgmma/bytes.cuh takes it: tokens x (warpgroups_n * sub_tiles * 64 columns).
+
+    Attributes:
+        tokens: rows of a token tile, a column count of the instruction.
+        sub_tiles: slabs of 64 columns of a warpgroup, two or four.
+        warpgroups_n: that multiply, side by side along the columns; one more copies.
+        stages: stages of the ring, of 128 rows of K each.
+        ctas_per_sm: resident CTAs.
+        band: token tiles that are multiplied by a column tile before the next one is.
+        keeps_weights: whether weights stay in L2 as anything else does, rather than leave it first.
+    """
+
+    tokens: int
+    sub_tiles: int
+    warpgroups_n: int
+    stages: int
+    ctas_per_sm: int = 1
+    band: int = 8
+    keeps_weights: bool = True
+
+    kernel = "WgmmaGroupedGemm"
+    cpp = "jmm::WgmmaTile"
+    cluster = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 128 * (self.warpgroups_n + 1)
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers of a thread that multiplies: it gets what those that copy do not need of their equal share."""
+        entry = 65536 // (self.ctas_per_sm * self.threads) // 8 * 8
+        spared = (entry * (self.warpgroups_n + 1) - _PRODUCER_REGISTERS) // self.warpgroups_n // 8 * 8
+        return min(_MOST_CONSUMER_REGISTERS, spared)
+
+    @property
+    def facts(self) -> Facts:
+        """What the kernel is compiled with."""
+        return dataclasses.asdict(self) | {
+            "warpgroups_k": 1,
+            "block_k": BLOCK_K,
+            "scales_weights": False,
+            "producer_registers": _PRODUCER_REGISTERS,
+            "consumer_registers": self.consumer_registers,
+            "other_registers": _OTHER_CONSUMER_REGISTERS,
+        }
+
+    def stage_bytes(self, shape: GemmShape) -> int:
+        """Tokens, weights, scales and zero points of one stage."""
+        columns = UNIT * self.warpgroups_n * self.sub_tiles
+        return self.tokens * BLOCK_K + BLOCK_K * columns * shape.bits // 8 + columns * shape.group_bits // 8
+
+    def shared_bytes(self, shape: GemmShape) -> int:
+        """Dynamic shared memory of a CTA: the ring, two records of work tiles, barriers."""
+        records = 2
+        size = self.stages * self.stage_bytes(shape) + records * (6 * 4 + self.tokens * 8)
+        return -(-(size + 8 * 2 * (self.stages + records)) // 16) * 16
+
+    def column_tiles(self, shape: GemmShape) -> int:
+        """Tiles along the columns of the product."""
+        return shape.n // (UNIT * self.warpgroups_n * self.sub_tiles)
+
+    def registers(self, shape: GemmShape) -> int:
+        """Of a thread that multiplies: sums of the tile and of a slab, fragments, the rest."""
+        return (self.sub_tiles + 1) * self.tokens // 2 + _FRAGMENT_REGISTERS + _OTHER_CONSUMER_REGISTERS
+
+    def fits(self, shape: GemmShape, capability: int) -> bool:
+        """Whether the kernel compiles for this shape and its CTAs fit the multiprocessor."""
+        card = get_architecture(capability)
+        return (
+            "wgmma_bytes" in card.kernels
+            and multiplies(shape)
+            and self.tokens in TOKEN_TILES
+            and shape.n % (UNIT * self.warpgroups_n * self.sub_tiles) == 0
+            and card.fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm)
+            and self.registers(shape) <= self.consumer_registers
+        )
+
+    def predicted_microseconds(
+        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
+    ) -> float:
+        """Time of one product, of whose token tiles so many `rows` are not padding on average; None for all."""
+        card = get_architecture(capability)
+        tiles = max(1.0, expected_blocks * self.column_tiles(shape))
+        busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
+        units = self.warpgroups_n * self.sub_tiles  # of 64 columns
+        quarter = self.tokens / 4
+        multiplied = min(self.tokens, math.ceil((self.tokens if rows is None else rows) / quarter) * quarter)
+        tensor = UNIT * units * max(multiplied, 32) * BLOCK_K / 4096 / _RATE
+        weights = BLOCK_K * units * UNIT * shape.bytes_per_weight
+        copies = (weights + multiplied * BLOCK_K) / _COPIED_BYTES_PER_CYCLE
+        memory = weights / card.bytes_per_cycle
+        block = busy * max(tensor, copies, memory)
+        ends = _TILE_CYCLES + _STORE_CYCLES * self.sub_tiles * multiplied / 2
+        rounds = math.ceil(tiles / (card.multiprocessors * self.ctas_per_sm))
+        cycles = rounds * (math.ceil(shape.k / BLOCK_K) * block + ends)
+        return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
+
+
+def multiplies(shape: GemmShape) -> bool:
+    """Whether there is a kernel for rows of 8 bits and such weights."""
+    groups = shape.group_size >= shape.k or shape.group_size % BLOCK_K == 0
+    return (
+        (shape.dtype, shape.code) in _MULTIPLIED
+        and shape.zeros != "float"
+        and shape.scale not in ("e4m3", "e8m0")
+        and groups
+        and shape.k >= BLOCK_K
+        and shape.k % 32 == 0
+    )
+
+
+def candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaByteTile]:
+    """Every tile worth considering: it fits."""
+    found = []
+    for sub_tiles, warpgroups_n in itertools.product((2, 4), (1, 2)):
+        for stages in range(8, 2, -1):  # as many as there is room for
+            tile = WgmmaByteTile(tokens, sub_tiles, warpgroups_n, stages)
+            if tile.fits(shape, capability):
+                found.append(tile)
+                break
+    return found

@@ -1,0 +1,137 @@
+"""Products with rows of 8 bits on Hopper: compiled without serialised products, right on the card."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from byte_blocks import quantized_block, random_block, relative_error
+
+import jax_marlin_moe as jmm
+from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.cuda import choose, compiler, plan
+from jax_marlin_moe.cuda.kernels.problem import GemmShape
+from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
+from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.measure.models import MODELS
+
+needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
+
+# Format, group size, type of scales, type of rows, hidden and inner size, tile.
+CASES = {
+    "int4, fp8": ("int4", 128, "bfloat16", "float8_e4m3fn", 768, 512, (128, 2, 2, 4)),
+    "int4, fp8, half a k-block": ("int4", 128, "bfloat16", "float8_e4m3fn", 992, 448, (96, 2, 1, 4)),
+    "int4, fp8, long K": ("int4", 128, "bfloat16", "float8_e4m3fn", 2304, 256, (64, 4, 1, 3)),
+    "int4, fp8, float32 scales": ("int4", 128, "float32", "float8_e4m3fn", 768, 512, (32, 2, 2, 4)),
+    "int4_zp, fp8": ("int4_zp", 128, "bfloat16", "float8_e4m3fn", 768, 512, (64, 2, 2, 4)),
+    "int4_zp, fp8, one group": ("int4_zp", None, "bfloat16", "float8_e4m3fn", 768, 512, (16, 2, 2, 4)),
+    "fp8, fp8": ("fp8", 128, "float32", "float8_e4m3fn", 768, 512, (128, 2, 2, 3)),
+    "fp8, fp8, one group": ("fp8", None, "float32", "float8_e4m3fn", 768, 512, (48, 4, 1, 3)),
+    "int4, int8": ("int4", 128, "bfloat16", "int8", 768, 512, (128, 2, 2, 4)),
+    "int8, int8": ("int8", None, "bfloat16", "int8", 992, 448, (96, 2, 1, 4)),
+    "int8_zp, int8": ("int8_zp", 128, "float16", "int8", 768, 512, (64, 4, 1, 3)),
+}
+EXPERTS = 5
+
+
+def scheme_of(name):
+    tile = WgmmaByteTile(*CASES[name][-1])
+    return BlockScheme("aligned", tile, tile)
+
+
+def block_of(name, tokens, rng):
+    weight_format, group_size, scale_dtype, _, hidden, inner, _ = CASES[name]
+    options = {"weight_format": weight_format, "group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype)}
+    return random_block(rng, tokens, EXPERTS, hidden, inner, dtype=jnp.bfloat16, bias=True, **options)
+
+
+def shape_of(k, n, *, gated=False, dtype="float8_e4m3fn", **facts):
+    facts = {"code": "int4", "bits": 4, "scale": "bfloat16", "zeros": None, "group_size": 128} | facts
+    return GemmShape(k=k, n=n, num_experts=8, gated=gated, dtype=dtype, **facts)
+
+
+@needs_nvrtc
+@pytest.mark.long
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("name", CASES)
+def test_products_of_bytes_are_not_serialised(name):
+    """ptxas says so in its log (C7510 and its like), and what it keeps in memory for want of registers."""
+    from cuda.core import Program, ProgramOptions
+
+    first, second, x, _, ids = block_of(name, 9, np.random.default_rng(0))
+    planned = plan.plan_fused_moe(
+        jnp.asarray(x),
+        first.packed(),
+        second.packed(),
+        tokens=9,
+        top_k=ids.shape[1],
+        routed_experts=EXPERTS,
+        mapped=False,
+        activation=get_activation("silu"),
+        architecture="sm_90a",
+        scheme=scheme_of(name),
+        activation_dtype=CASES[name][3],
+    )
+    assert planned.source.count("WgmmaGroupedGemm") == 2
+    options = ProgramOptions(
+        arch="sm_90a", std="c++20", include_path=str(compiler.source_directory()), ptxas_options=["-v"]
+    )
+    log = io.StringIO()
+    Program(planned.source, "c++", options).compile("cubin", logs=log)
+    assert "registers" in log.getvalue()
+    assert "serialized" not in log.getvalue()
+
+
+def test_a_tile_of_bytes_fits_what_its_kernel_takes():
+    tile = WgmmaByteTile(128, 2, 2, 6)
+    assert tile.fits(shape_of(2048, 1536, gated=True), 90)
+    assert not tile.fits(shape_of(2048, 1536, dtype="bfloat16"), 90)
+    assert not tile.fits(shape_of(2048, 1536), 80)
+    assert not tile.fits(shape_of(2048, 1536), 100)  # wgmma is Hopper's
+    assert tile.fits(shape_of(2080, 1536), 90)
+    assert not tile.fits(shape_of(2064, 1536), 90)  # half a fragment
+    assert not tile.fits(shape_of(96, 1536), 90)  # nothing to repeat
+    assert not tile.fits(shape_of(2048, 1536, group_size=64), 90)
+    assert tile.fits(shape_of(2048, 1536, group_size=2048, zeros="integer"), 90)
+    assert not tile.fits(shape_of(2048, 1536, zeros="float"), 90)
+    assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
+    assert not tile.fits(shape_of(2048, 1536, code="e2m1", scale="e8m0", group_size=32), 90)
+    assert not tile.fits(shape_of(2048, 1536, code="int8", bits=8), 90)  # not in e4m3
+    assert WgmmaByteTile(128, 2, 2, 4).fits(shape_of(2048, 1536, code="int8", bits=8, dtype="int8"), 90)
+    assert not WgmmaByteTile(128, 4, 2, 3).fits(shape_of(2048, 1536), 90)  # registers
+    assert not WgmmaByteTile(144, 2, 2, 4).fits(shape_of(2048, 1536), 90)  # not a column count of int8's products
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"])
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_there_is_a_scheme_of_bytes_for_any_number_of_tokens(name, tokens):
+    model = MODELS[name]
+    first = shape_of(model.hidden, 2 * model.intermediate, gated=True)
+    second = shape_of(model.intermediate, model.hidden)
+    scheme = choose.predicted_scheme(first, second, tokens * model.top_k, model.top_k, model.num_experts, 90)
+    assert isinstance(scheme.gate_up, WgmmaByteTile)
+    assert scheme.fits(first, second, 90)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_block_of_bytes_on_the_card(name):
+    if compiler.compute_capability(compiler.target_architecture()) != 90:
+        pytest.skip("wgmma is Hopper's")
+    first, second, x, weights, ids = block_of(name, 300, np.random.default_rng(1))
+    dtype = CASES[name][3]
+    run = jax.jit(
+        lambda *a: jmm.fused_moe(
+            *a, activation_dtype=dtype, cuda_scheme=scheme_of(name), preferred_element_type=jnp.float32
+        )
+    )
+    with jax.default_device(jax.devices("cuda")[0]):
+        arguments = jnp.asarray(x), first.packed(), second.packed(), jnp.asarray(weights), jnp.asarray(ids)
+        actual, again = run(*arguments), run(*arguments)
+    np.testing.assert_array_equal(actual, again)
+    assert not np.any(actual[2])
+    # Sums of integers are exact, what zero points take has 16 bits, sums of e4m3 numbers have 14, and offset codes are
+    # larger than their weights. Hidden values next to a tie are then rounded to the other of two neighbours.
+    most = {"int8": 1e-3, "float8_e4m3fn": 3e-3 if CASES[name][0] == "fp8" else 1.2e-2}
+    assert relative_error(actual, quantized_block(first, second, x, weights, ids, dtype)) < most[dtype]
