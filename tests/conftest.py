@@ -60,12 +60,10 @@ def by_name(item) -> int:
 
 
 def parameters(item) -> set[tuple]:
-    """Names and values. What is no plain value, whose repr another worker may write otherwise, goes by its place."""
-    call = item.callspec
+    """Names and values, equal objects being one. (`callspec.indices` count cases, not values.)"""
     plain = (str, int, float, tuple, type(None))
-    return {
-        (name, repr(value) if isinstance(value, plain) else call.indices[name]) for name, value in call.params.items()
-    }
+    values = item.callspec.params.items()
+    return {(name, repr(value) if isinstance(value, plain) else id(value)) for name, value in values}
 
 
 def covering(items: list[pytest.Item]) -> list[pytest.Item]:
