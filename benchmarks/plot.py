@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import pathlib
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -26,7 +27,8 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 _SVG = {"svg.hashsalt": "jax_marlin_moe", "svg.fonttype": "none"}
 _VARIANT = ("format", "group_size", "dtype", "routing")
 _PANEL_INCHES = 4.2, 3.4
-_MOST_COLUMNS = 4
+_MOST_COLUMNS = 2  # what a page's column leaves legible
+_CAPTION_LETTERS = 56  # per column
 
 
 def read_rows(paths: list[pathlib.Path]) -> list[dict]:
@@ -83,7 +85,8 @@ def draw(rows: list[dict], caption: str = "", show: str = "time") -> Figure:
     for panel in axes.flat[len(models) :]:
         panel.set_axis_off()
     if caption:
-        figure.suptitle(caption, fontsize="medium")
+        lines = (textwrap.fill(line, _CAPTION_LETTERS * columns) for line in caption.splitlines())
+        figure.suptitle("\n".join(lines), fontsize="medium")
     return figure
 
 
