@@ -19,7 +19,9 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(JMM_TRANSPOSED_LANES)  // of tests
+constexpr int kLanes = JMM_TRANSPOSED_LANES;
+#elif defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -135,10 +137,10 @@ struct Cut {
 
 // Of the eight floats of a col, those of these columns.
 JMM_INLINE Floats Gathered(const float* eight, Integers column) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(JMM_TRANSPOSED_LANES)
   const __m512 values = _mm512_castps256_ps512(_mm256_loadu_ps(eight));
   return reinterpret_cast<Floats>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(column), values));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(JMM_TRANSPOSED_LANES)
   const __m256 values = _mm256_loadu_ps(eight);
   return reinterpret_cast<Floats>(_mm256_permutevar8x32_ps(values, reinterpret_cast<__m256i>(column)));
 #else
