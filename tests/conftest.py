@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import tempfile
-import zlib
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
     # What XLA compiles is compiled once for all workers and processes of a run, unless the environment names a cache.
@@ -17,6 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "PYTEST_XDIST_WORKER" not i
 
 import jax
 import pytest
+from covering import by_name, covering
 from hypothesis import settings
 
 from jax_marlin_moe.cuda import cache, compiler
@@ -52,31 +52,6 @@ def pytest_configure(config):
     # Most of a run is compiling, for shapes that are used once: without LLVM's optimisation, a third less.
     if is_ordinary(config):
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
-
-def by_name(item) -> int:
-    """A number that neither a neighbour's cases nor the order of parameters decide."""
-    return zlib.crc32(item.name.encode())
-
-
-def parameters(item) -> set[tuple]:
-    """Names and values, equal objects being one. (`callspec.indices` count cases, not values.)"""
-    plain = (str, int, float, tuple, type(None))
-    values = item.callspec.params.items()
-    return {(name, repr(value) if isinstance(value, plain) else id(value)) for name, value in values}
-
-
-def covering(items: list[pytest.Item]) -> list[pytest.Item]:
-    """A few cases of one test in which every value of each parameter occurs."""
-    left = {item: parameters(item) for item in sorted(items, key=by_name)}
-    chosen, seen = [], set()
-    while left:
-        item = max(left, key=lambda item: len(left[item] - seen))
-        if left[item] <= seen:
-            break
-        seen |= left.pop(item)
-        chosen.append(item)
-    return chosen
 
 
 @pytest.hookimpl(tryfirst=True)
