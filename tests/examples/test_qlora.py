@@ -1,14 +1,17 @@
 """The example of low-rank adapters beside packed experts: the loss falls, and nothing but adapters moves."""
 
+import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from examples import qlora
-from examples.models import load
+from examples.models import SIZES, load
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "data" / "ck_q3_gptq_True"
 
@@ -24,3 +27,10 @@ def test_the_loss_falls_and_only_adapters_move(capsys):
     assert all(jax.tree.leaves(moved))
     jax.tree.map(np.testing.assert_array_equal, frozen, before[1])
     assert "tokens per second; peak memory" in capsys.readouterr().out
+
+
+def test_models_whose_experts_it_does_not_compute_are_refused():
+    config = json.loads((CHECKPOINT.parent / "gpt_oss" / "config.json").read_text())
+    model = types.SimpleNamespace(sizes=SIZES["gpt_oss"].from_config(config))
+    with pytest.raises(ValueError, match=r"model is of examples\.gpt_oss; adapters are for examples\.qwen3_moe alone"):
+        qlora.adapt(model, rank=2)
