@@ -53,8 +53,8 @@ class MarlinMoE(nn.Module):
         structure: shapes of the layer's arrays, and what of it is static.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         expert_axis: the logical axis over which the routed experts are. The leaves of `gate_up` and `down` are boxes
-            then (`nn.LogicallyPartitioned`), which `nn.get_partition_spec` reads and `apply` takes off. Calls on
-            sharded experts belong into `jax.shard_map`.
+            then (`nn.LogicallyPartitioned`), which `nn.get_partition_spec` reads and `apply` takes off. In calls each
+            device computes its own experts.
     """
 
     structure: Structure

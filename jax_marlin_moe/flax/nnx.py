@@ -71,8 +71,8 @@ class MarlinMoE(nnx.Module):
             one of `nnx.eval_shape`.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         expert_axis: a logical axis, or one of the mesh, over which the routed experts are: metadata `out_sharding` of
-            `gate_up` and `down`, which `nnx.get_partition_spec` and `nnx.get_named_sharding` read. Calls on sharded
-            experts belong into `jax.shard_map`.
+            `gate_up` and `down`, which `nnx.get_partition_spec` and `nnx.get_named_sharding` read. In calls each
+            device computes its own experts.
 
     Raises:
         TypeError: `layer` is neither a `MoELayer` nor a `StackedMoELayer`.

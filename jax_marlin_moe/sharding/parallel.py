@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, reference
@@ -103,15 +104,21 @@ def _program(
         implementation=implementation,
     )
     rows = spec(tokens)
-    return jax.jit(
-        jax.shard_map(
-            body,
-            mesh=sharding.mesh,
-            in_specs=(jax.tree.unflatten(structure, leaves), rows, rows, rows),
-            out_specs=rows if capacity is None else (rows, spec()),
-        ),
-        inline=True,
+    run = jax.shard_map(
+        body,
+        mesh=sharding.mesh,
+        in_specs=(jax.tree.unflatten(structure, leaves), rows, rows, rows),
+        out_specs=rows if capacity is None else (rows, spec()),
     )
+
+    def call(layer: MoELayer, *arguments: Any) -> Any:
+        if AxisType.Explicit in sharding.mesh.axis_types:  # over automatic axes XLA sees to it
+            arguments = jax.tree.map(
+                lambda one: jax.sharding.reshard(one, NamedSharding(sharding.mesh, rows)), arguments
+            )
+        return run(layer, *arguments)
+
+    return jax.jit(call, inline=True)
 
 
 def parallel_experts(

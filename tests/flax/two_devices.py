@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.flax.linen import MarlinMoE as LinenMoE
@@ -32,26 +31,18 @@ def layer():
     )
 
 
-def local_call(layer, x):
-    """On each device its own experts, and the sum of all devices."""
-    here = EXPERTS // 2
-    local = jnp.arange(EXPERTS, dtype=jnp.int32) - jax.lax.axis_index("devices") * here
-    expert_map = jnp.where((local >= 0) & (local < here), local, -1)
-    weights, ids = layer.route(x)
-    share = jmm.fused_moe(x, layer.gate_up, layer.down, weights, ids, expert_map=expert_map)
-    return jax.lax.psum(share.astype(jnp.float32), "devices").astype(x.dtype)
-
-
 def check(placed, whole, x):
     shards = {leaf.sharding.spec for leaf in jax.tree.leaves((placed.gate_up, placed.down))}
     assert all(spec[0] == "devices" and not any(spec[1:]) for spec in shards), shards
-    specs = jax.tree.map(lambda leaf: P("devices"), placed)
-    specs = type(placed)(specs.gate_up, specs.down, P(), placed.routing)
-    run = jax.jit(jax.shard_map(local_call, mesh=MESH, in_specs=(specs, P()), out_specs=P()))
+    sharding = jmm.sharding.MoESharding(MESH, expert="devices")
+    run = jax.jit(lambda layer, x: jmm.sharding.parallel_layer(layer, x, sharding))
+    ragged = jax.jit(
+        lambda layer, x: jmm.sharding.parallel_layer(layer, x, sharding, tokens="devices", exchange="ragged")
+    )
     plain = jax.jit(lambda layer, x: layer(x)).lower(placed, x).compile()
     assert "all-gather" not in plain.as_text()
     wanted = np.asarray(whole(x), np.float32)
-    for y in (run(placed, x), plain(placed, x)):
+    for y in (run(placed, x), ragged(placed, x), plain(placed, x)):
         assert np.linalg.norm(np.asarray(y, np.float32) - wanted) <= 1e-2 * np.linalg.norm(wanted)
 
 

@@ -154,6 +154,17 @@ def stacked():
     assert_close(run(placed, X), wanted + layers[1](wanted))
 
 
+def explicit():
+    """Axes whose sharding is in types, as those that `jax.make_mesh` makes."""
+    devices = jax.make_mesh((2, 2), ("expert", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    sharding, whole = MoESharding(devices), layer()
+    placed = place(whole, sharding)
+    y = parallel_layer(placed, X, sharding, tokens="expert", exchange="ragged")
+    assert jax.typeof(y).sharding.spec[0] == "expert"
+    assert_close(y, whole(X))
+    assert_close(parallel_layer(placed, y, sharding), whole(y))
+
+
 def gradients():
     whole, sharding = layer(), MoESharding(BOTH)
     placed = place(whole, sharding)
@@ -208,6 +219,7 @@ CHECKS = {
     "padding of the last tile": (padded, 100, None, BOTH, False),
     "padding alone": (padded, 64, 32, mesh((4,), ("tensor",)), True),
     "stacked": stacked,
+    "explicit": explicit,
     "gradients": gradients,
     "quantized, automatic axes": (quantized, "Auto"),
     "quantized, explicit axes": (quantized, "Explicit"),

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import CALL, needs_nvrtc
 from jax.sharding import AbstractMesh
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.expert_placement import first_slots, slots_of
 from jax_marlin_moe.sharding import MoESharding, parallel_layer, partition_specs, place, place_experts, tensor_parallel
 
@@ -33,6 +35,7 @@ CHECKS = (
     "padding of the last tile",
     "padding alone",
     "stacked",
+    "explicit",
     "gradients",
     "quantized, automatic axes",
     "quantized, explicit axes",
@@ -137,6 +140,18 @@ def test_a_cut_that_parts_gate_from_up_is_refused():
     x = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"'a16/128', with 256 columns; its columns are those of several ranks, 128"):
         jax.eval_shape(lambda layer, x: layer(x), laid_out, x)
+
+
+@needs_nvrtc
+def test_rows_are_exchanged_by_ragged_collectives_on_cards(monkeypatch):
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_90a")
+    sharding = MoESharding(mesh(expert=4))
+    call = jax.jit(lambda layer, x: parallel_layer(layer, x, sharding, tokens="expert", exchange="ragged"))
+    x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
+    text = call.trace(sharding.abstract(shapes()), x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@ragged_all_to_all(") == 2
+    assert text.count("stablehlo.all_gather") == 2
+    assert CALL in text
 
 
 def test_arguments_of_exchanges_are_checked():
