@@ -73,6 +73,19 @@ def scan(x, w, ids, *stack):
     return jax.lax.scan(layer, x, jnp.arange(LAYERS))[0]
 
 
+def recipe(mesh, exchange):
+    """A layer whose experts and tokens are over the cards."""
+    sharding = jmm.sharding.MoESharding(mesh, expert="cards")
+    one = jmm.MoELayer(
+        *block(jax.ShapeDtypeStruct), jax.ShapeDtypeStruct((HIDDEN, EXPERTS), jnp.float32), jmm.Routing(2)
+    )
+
+    def call(layer, x):
+        return jmm.sharding.parallel_layer(layer, x, sharding, tokens="cards", exchange=exchange)
+
+    return call, sharding.abstract(one), shapes(mesh, "cards")((TOKENS, HIDDEN), jnp.bfloat16)
+
+
 def artefact():
     """A program for any number of tokens up to 4."""
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in jmm.CUSTOM_CALL_TARGETS]
@@ -84,7 +97,7 @@ def artefact():
 def counts(function, *arguments):
     program = jax.jit(function).lower(*arguments).compile()
     text = program.as_text()
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|conditional"
+    kinds = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|conditional"
     layer = EXPERTS * 3 * HIDDEN * INNER // 2
     return {
         "calls": len(re.findall(r'custom_call_target="jax_marlin_moe\.program', text)),
@@ -105,6 +118,8 @@ def main():
     cards = ["cards"]
     for name, of_rows, of_experts in (("tokens", cards, []), ("experts", [], cards), ("both", cards, cards)):
         programs[name] = (call, *rows(shapes(four, *of_rows)), *block(shapes(four, *of_experts)))
+    for exchange in ("gather", "ragged"):
+        programs[f"recipe, {exchange}"] = recipe(four, exchange)
     print(json.dumps({name: counts(*program) for name, program in programs.items()}))
 
 

@@ -39,7 +39,10 @@ def test_a_block_is_one_call_and_copies_no_weights(name):
         ("tokens", []),
         ("experts", ["all-reduce"]),
         ("both", ["all-gather", "reduce-scatter"]),  # of the rows, and of the results
+        ("recipe, gather", ["all-gather", "reduce-scatter"]),
+        ("recipe, ragged", ["all-gather", "ragged-all-to-all", "ragged-all-to-all"]),  # of the choices; there and back
     ],
 )
 def test_only_rows_and_sums_go_between_cards(name, wanted):
     assert programs()[name]["others"] == wanted
+    assert programs()[name]["calls"] == 1
