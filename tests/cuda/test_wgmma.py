@@ -15,10 +15,12 @@ from oracle import assert_block_accepted, assert_block_close, expert_block, rand
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import choose, compiler, plan, tables
+from jax_marlin_moe.cuda.kernels import wgmma
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.formats import FLOAT_SCALES
 from jax_marlin_moe.measure.models import MODELS
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
@@ -279,6 +281,20 @@ def test_a_block_on_the_card(monkeypatch, name, tokens):
     # Where weights get their scale, each is rounded once; what e2m1 and block scales make has no bit to lose.
     rounded = SCHEMES[name].tiles[0].scales_weights and SCHEMES[name].weight_format != "nvfp4"
     assert_block_close(actual, expert_block(*arrays, weights_dtype=x.dtype if rounded else np.float64))
+
+
+@pytest.mark.parametrize("name", jmm.FORMATS)
+def test_every_warpgroup_has_two_stages(name):
+    """It waits for the next one before it releases the one that it reads, so that one stage would be a deadlock."""
+    row = jmm.FORMATS[name]
+    facts = {"code": row.code.name, "bits": row.bits, "zeros": row.zeros, "group_size": row.group_sizes[-1]}
+    shape = shape_of(2048, 1536, gated=True, **facts, scale="bfloat16" if row.scale == FLOAT_SCALES else row.scale.name)
+    tiles = [tile for tokens in wgmma.TOKEN_TILES for tile in wgmma.candidates(shape, tokens, 90)]
+    assert any(tile.warpgroups_k == 3 for tile in tiles)
+    for tile in tiles:
+        assert tile.stages >= 2 * tile.warpgroups_k
+        one_each = dataclasses.replace(tile, stages=tile.warpgroups_k)
+        assert not one_each.fits(shape, 90)
 
 
 @pytest.mark.gpu

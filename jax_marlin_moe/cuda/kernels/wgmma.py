@@ -32,7 +32,7 @@ class WgmmaTile:
         warpgroups_n: that multiply, side by side along the columns.
         warpgroups_k: that share K; one warpgroup more copies.
         block_k: rows of K in one stage of the ring.
-        stages: stages of the ring, a multiple of warpgroups_k.
+        stages: stages of the ring, a multiple of warpgroups_k: two or more for each of them.
         ctas_per_sm: resident CTAs.
         scales_weights: whether the 16-bit weights are scaled, rather than the sums of each group.
     """
@@ -109,6 +109,8 @@ class WgmmaTile:
             return False
         chunks = -(-shape.k // self.block_k)  # the last one may repeat rows of the one before
         whole = shape.k >= self.block_k and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
+        # A warpgroup waits for its next stage before it releases the one that it reads: of one stage, for ever.
+        whole = whole and self.stages >= 2 * self.warpgroups_k
         whole = whole and shape.n % (UNIT * self.warpgroups_n * self.sub_tiles) == 0
         part_of_group = shape.group_size % self.block_k == 0 or shape.group_size >= shape.k
         whole_groups = self.block_k % shape.group_size == 0 and shape.k % shape.group_size == 0

@@ -37,6 +37,7 @@ struct WgmmaTile {
   // A wait names a phase by its parity, which is enough for a waiter that has seen the phase before it complete: the
   // k-blocks of a stage belong to one warpgroup. (Between work tiles all consumers synchronise.)
   static_assert(kStages % kWarpgroupsK == 0, "warpgroups that share K read different stages");
+  static_assert(kStages >= 2 * kWarpgroupsK, "a warpgroup waits for its next stage before it releases this one");
 };
 
 template <class Problem_, class Tile_, class TokenTiles_, class Epilogue_>
