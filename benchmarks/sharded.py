@@ -131,7 +131,16 @@ def alone(kind: str, experts: int, x: jax.Array, matrices: Any, weights: jax.Arr
         gate_up = dataclasses.replace(gate_up, layout="a16")
         every = jnp.arange(experts, dtype=jnp.int32)
         options = {"expert_map": jnp.where(every < gate_up.num_experts, every, -1)} if kind == "ep" else {}
-        y = jmm.fused_moe(x, gate_up, down, weights, ids, preferred_element_type=jnp.float32, **options)
+        y = jmm.fused_moe(
+            x,
+            gate_up,
+            down,
+            weights,
+            ids,
+            preferred_element_type=jnp.float32,
+            implementation="cuda" if jax.default_backend() == "gpu" else "cpu",
+            **options,
+        )
         return y.astype(x.dtype)
 
     return chained(share, x, matrices, weights, ids)

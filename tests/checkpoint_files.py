@@ -87,8 +87,9 @@ def gptq(t, m, *, bits=4, plus=1) -> np.ndarray:
 
 
 def pack_quantized(t, m, *, bits=4, offset=0) -> np.ndarray:
-    n, k = t[f"{m}.weight_shape"]
-    codes = split(t[f"{m}.weight_packed"], bits, 1)[:n, :k] - 2 ** (bits - 1) + offset
+    codes = split(t[f"{m}.weight_packed"], bits, 1) - 2 ** (bits - 1) + offset
+    n, k = t.get(f"{m}.weight_shape", codes.shape)  # a file need not have it
+    codes = codes[:n, :k]
     scale = t[f"{m}.weight_scale"].astype(np.float64)
     group = -(-k // scale.shape[1])
     rows = np.arange(k) // group

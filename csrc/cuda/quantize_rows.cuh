@@ -125,10 +125,8 @@ struct QuantizeRows {
   template <class B>
   __device__ __forceinline__ static uint32_t quantized_pair(float first, float second, float& sum) {
     if constexpr (kSame<B, Fp8>) {
-      uint16_t codes;
-      uint32_t values;
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(values) : "h"(codes));
+      const uint16_t codes = e4m3_pair(first, second);
+      const uint32_t values = halves_of_e4m3_pair(codes);
       sum += to_float<Half>(static_cast<uint16_t>(values)) + to_float<Half>(static_cast<uint16_t>(values >> 16));
       return codes;
     } else {

@@ -29,7 +29,7 @@ from jax_marlin_moe.cuda import compiler
 
 BAD_WEIGHTS = {
     "dense array": (constant(jnp.zeros((4, 128, 64))), TypeError, r"{} is a .*; it must be a MarlinWeights"),
-    "another layout": (partial(replaced, layout=constant("a8")), ValueError, r"{}\.layout is 'a8'; .*'a16'"),
+    "another layout": (partial(replaced, layout=constant("a8")), ValueError, r"{}\.layout is 'a8', .*'a16'"),
     "another format": (
         partial(replaced, format=constant(dataclasses.replace(jmm.FORMATS["int4"], zero_point=7))),
         ValueError,
