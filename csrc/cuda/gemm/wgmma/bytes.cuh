@@ -10,24 +10,11 @@
 
 namespace jmm {
 
-template <class Problem_, class Tile_, class TokenTiles_, class Epilogue_>
-struct WgmmaByteShape {
-  using Problem = Problem_;
-  using Tile = Tile_;
-  using TokenTiles = TokenTiles_;
-  using Epilogue = Epilogue_;
-  using T = typename Problem::T;
+template <class Problem, class Tile, class TokenTiles, class Epilogue>
+struct WgmmaByteShape : WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue> {
+  using typename WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue>::Zeros;
   using Code = typename Problem::Code;
-  using Codes = ByteFragments<Code, T>;
-  using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
-  using Packed = PackedTile<Code>;
-  using KBlocks = jmm::KBlocks<Problem, Tile::kBlockK>;
-  using Columns = ProductColumns<Problem, TokenTiles, Epilogue>;
-  using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
-  using ExpertIndex = typename Problem::ExpertIndex;
-  // Of the 16-byte pieces of x.
-  using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) *
-                           (Problem::kRowStride / Problem::kPieceValues)>;
+  using Codes = ByteFragments<Code, typename Problem::T>;
   static constexpr bool kScalesSums = false, kTwoSums = true;
   static constexpr int kTurnLanes = Code::kBits == 4 ? 8 : 4;  // see WgmmaLane
   static_assert(Zeros::kWhole && !Problem::kGlobalScales, "zero points are whole, scales are those of groups");
@@ -36,29 +23,6 @@ struct WgmmaByteShape {
   static_assert(Problem::kGroups == 1 || Problem::kGroup % 128 == 0, "a k-block is part of one group");
   static_assert(Problem::kK >= 128 && Problem::kK % 32 == 0, "K is k-blocks, of whole fragments");
   static_assert(Problem::kRowStride % 16 == 0, "rows are whole pieces");
-
-  static constexpr int kHalves = Columns::kHalves;
-  static constexpr int kWarpSubTiles = Tile::kSubTiles / kHalves;
-  static constexpr int kHalfUnits = Tile::kWarpgroupsN * kWarpSubTiles;
-  static constexpr int kTileUnits = kHalves * kHalfUnits;
-  static constexpr int kColumnTiles = Columns::kUnits / kHalfUnits;
-  using Scales = ColumnScales<typename Problem::Scale, 2 * kWarpSubTiles>;
-  static constexpr int kStageTiles = KBlocks::kSteps * kTileUnits;
-  static constexpr int kStageScaleUnits = KBlocks::kScaleRows * kTileUnits;
-  static_assert(Tile::kSubTiles % kHalves == 0, "gate and up come in pairs");
-  static_assert(Columns::kCount % (kUnitColumns * kHalfUnits) == 0, "column tiles are whole");
-  static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
-  static constexpr int kThreadSums = Tile::kSubTiles * Tile::kTokens / 2;
-  static constexpr bool kMovesRegisters =
-      Tile::kEntryRegisters < 240 && Tile::kEntryRegisters > Tile::kProducerRegisters;
-
-  static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
-  static constexpr int64_t kMaxCtas = kWorkTiles > 0 ? kWorkTiles : 1;
-
-  // The packed unit at a place in a work tile.
-  __device__ __forceinline__ static int packed_unit(int column_tile, int unit) {
-    return unit / kHalfUnits * Columns::kUnits + column_tile * kHalfUnits + unit % kHalfUnits;
-  }
 };
 
 template <class Shape>

@@ -40,29 +40,24 @@ struct WgmmaTile {
   static_assert(kStages >= 2 * kWarpgroupsK, "a warpgroup waits for its next stage before it releases this one");
 };
 
+// What products with rows of any type have in common: a work tile's place among packed units, its stages and sums.
 template <class Problem_, class Tile_, class TokenTiles_, class Epilogue_>
-struct WgmmaShape {
+struct WgmmaWorkTiles {
   using Problem = Problem_;
   using Tile = Tile_;
   using TokenTiles = TokenTiles_;
   using Epilogue = Epilogue_;
   using T = typename Problem::T;
   using Code = typename Problem::Code;
-  using Codes = OffsetFragments<Code, T>;
   using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
   using Packed = PackedTile<Code>;
   using KBlocks = jmm::KBlocks<Problem, Tile::kBlockK>;
-  static constexpr bool kScalesSums = Problem::kGlobalScales;  // whether sums are multiplied by global scales
   using Columns = ProductColumns<Problem, TokenTiles, Epilogue>;
   using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
   using ExpertIndex = typename Problem::ExpertIndex;
   // Of the 16-byte pieces of x.
   using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) *
                            (Problem::kRowStride / Problem::kPieceValues)>;
-
-  static constexpr bool kFloatZeros = !Zeros::kWhole;
-  static_assert(Tile::kScalesWeights || (!kFloatZeros && !Problem::kGlobalScales),
-                "a fraction of a zero point goes into weights that have their scale; sums are scaled group by group");
 
   // A gated tile has gate units and then as many up units; one thread has gate and up of a column. Each warp of a
   // warpgroup multiplies kWarpSubTiles sub-tiles of either half: four warps, that many units.
@@ -79,15 +74,6 @@ struct WgmmaShape {
   static_assert(Columns::kCount % (kUnitColumns * kHalfUnits) == 0, "column tiles are whole");
   static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
 
-  // The last k-block ends where K does: the rows that it has from the k-block before are multiplied with zeros.
-  static_assert(Problem::kK >= Tile::kBlockK && Problem::kK % kStepRows == 0, "K is k-blocks, of whole steps");
-  static_assert(KBlocks::kCount >= Tile::kWarpgroupsK, "every warpgroup has a k-block");
-  static_assert(Problem::kGroups == 1 || Problem::kGroup % Tile::kBlockK == 0 ||
-                    (Tile::kBlockK % Problem::kGroup == 0 && Problem::kK % Problem::kGroup == 0),
-                "a k-block is part of one group, or whole groups");
-
-  // The sums of a group and those of the tile, unless there is one group or weights have their scale.
-  static constexpr bool kTwoSums = !Tile::kScalesWeights && Problem::kGroups > 1;
   static constexpr int kThreadSums = Tile::kSubTiles * Tile::kTokens / 2;  // of one set
 
   // Whether the producer has registers to hand on. 240 is the most that a consumer uses.
@@ -102,6 +88,27 @@ struct WgmmaShape {
   __device__ __forceinline__ static int packed_unit(int column_tile, int unit) {
     return unit / kHalfUnits * Columns::kUnits + column_tile * kHalfUnits + unit % kHalfUnits;
   }
+};
+
+template <class Problem, class Tile, class TokenTiles, class Epilogue>
+struct WgmmaShape : WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue> {
+  using WorkTiles = WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue>;
+  using typename WorkTiles::KBlocks, typename WorkTiles::Zeros;
+  using Codes = OffsetFragments<typename Problem::Code, typename Problem::T>;
+  static constexpr bool kScalesSums = Problem::kGlobalScales;  // whether sums are multiplied by global scales
+  static constexpr bool kFloatZeros = !Zeros::kWhole;
+  static_assert(Tile::kScalesWeights || (!kFloatZeros && !Problem::kGlobalScales),
+                "a fraction of a zero point goes into weights that have their scale; sums are scaled group by group");
+
+  // The last k-block ends where K does: the rows that it has from the k-block before are multiplied with zeros.
+  static_assert(Problem::kK >= Tile::kBlockK && Problem::kK % kStepRows == 0, "K is k-blocks, of whole steps");
+  static_assert(KBlocks::kCount >= Tile::kWarpgroupsK, "every warpgroup has a k-block");
+  static_assert(Problem::kGroups == 1 || Problem::kGroup % Tile::kBlockK == 0 ||
+                    (Tile::kBlockK % Problem::kGroup == 0 && Problem::kK % Problem::kGroup == 0),
+                "a k-block is part of one group, or whole groups");
+
+  // The sums of a group and those of the tile, unless there is one group or weights have their scale.
+  static constexpr bool kTwoSums = !Tile::kScalesWeights && Problem::kGroups > 1;
 };
 
 }  // namespace jmm
