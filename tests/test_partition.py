@@ -1,12 +1,9 @@
 """Sharded operands under plain `jit`: what `partitioned_calls.py` finds in processes with four devices."""
 
 import functools
-import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from other_process import found_by
 
 OPS = ("moe_gemm", "linear", "ragged_dot", "expert_gemm")
 BLOCKS = [
@@ -51,9 +48,7 @@ CALLS = [*BLOCKS, *EXPLICIT, *PRODUCTS, *REFUSALS]
 
 @functools.cache
 def found(calls):
-    program = pathlib.Path(__file__).with_name("partitioned_calls.py")
-    run = subprocess.run([sys.executable, program, *calls], capture_output=True, text=True, check=True, timeout=1200)
-    return json.loads(run.stdout)
+    return found_by("partitioned_calls.py", __file__, *calls)
 
 
 @pytest.mark.parametrize("call", ORDINARY)

@@ -1,13 +1,9 @@
 """Experts over devices: what `four_devices.py` finds in a process with four of them, and what is refused."""
 
-import json
-import pathlib
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from other_process import found_by
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.sharding import partition_specs, tensor_parallel
@@ -29,9 +25,7 @@ CHECKS += [f"tensors {name}" for name in MATRICES]
 
 @pytest.fixture(scope="module")
 def found():
-    program = pathlib.Path(__file__).with_name("four_devices.py")
-    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=1200)
-    return json.loads(run.stdout)
+    return found_by("four_devices.py", __file__)
 
 
 def test_every_check_is_listed(found):

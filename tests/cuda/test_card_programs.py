@@ -2,13 +2,10 @@
 
 import functools
 import importlib.util
-import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 from abstract_calls import needs_nvrtc
+from other_process import found_by
 
 pytestmark = [
     needs_nvrtc,
@@ -20,9 +17,7 @@ pytestmark = [
 
 @functools.cache
 def programs():
-    program = pathlib.Path(__file__).with_name("card_programs.py")
-    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=600)
-    return json.loads(run.stdout.splitlines()[-1])
+    return found_by("card_programs.py", __file__)
 
 
 @pytest.mark.parametrize("name", ["block", "scan", "artefact", "tokens", "experts", "both"])

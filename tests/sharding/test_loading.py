@@ -1,11 +1,7 @@
 """Checkpoints over the devices of a mesh: what `four_devices_loading.py` finds in a process with four of them."""
 
-import json
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from other_process import found_by
 
 FOLDERS = (
     "ck_awq",
@@ -22,9 +18,7 @@ CHECKS += ["ck_q3 experts", "nvfp4 from plain weights", "packed", "stack", "orba
 
 @pytest.fixture(scope="module")
 def found():
-    program = pathlib.Path(__file__).with_name("four_devices_loading.py")
-    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=1200)
-    return json.loads(run.stdout)
+    return found_by("four_devices_loading.py", __file__)
 
 
 def test_every_check_is_listed(found):

@@ -1,16 +1,12 @@
 """Recipes of parallelism: what `four_devices_recipes.py` finds in a process with four devices, and what is refused."""
 
-import json
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from abstract_calls import CALL, needs_nvrtc
 from jax.sharding import AbstractMesh
+from other_process import found_by
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import compiler
@@ -44,9 +40,7 @@ CHECKS = (
 
 @pytest.fixture(scope="module")
 def found():
-    program = pathlib.Path(__file__).with_name("four_devices_recipes.py")
-    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=1200)
-    return json.loads(run.stdout)
+    return found_by("four_devices_recipes.py", __file__)
 
 
 def test_every_check_is_listed(found):
