@@ -1,5 +1,7 @@
 """Calls of the ops without values, for lowering them to CUDA on a machine without a card."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -66,3 +68,15 @@ def formatted_experts(num_experts, k, n, name, dtype, *, group_size="customary",
 
     bias = array((num_experts, n), jnp.float32) if bias else None
     return jax.eval_shape(make, array((num_experts, k, n), dtype), bias)
+
+
+def ptxas_log(source: str) -> str:
+    """What ptxas says about each kernel of a translation unit for Hopper: registers, and products it serialises."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        arch="sm_90a", std="c++20", include_path=str(compiler.source_directory()), ptxas_options=["-v"]
+    )
+    log = io.StringIO()
+    Program(source, "c++", options).compile("cubin", logs=log)
+    return log.getvalue()

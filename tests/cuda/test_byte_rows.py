@@ -1,11 +1,10 @@
 """Products with rows of 8 bits on Hopper: compiled without serialised products, right on the card."""
 
-import io
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import ptxas_log
 from byte_blocks import quantized_block, random_block, relative_error
 
 import jax_marlin_moe as jmm
@@ -57,8 +56,6 @@ def shape_of(k, n, *, gated=False, dtype="float8_e4m3fn", **facts):
 @pytest.mark.parametrize("name", CASES)
 def test_products_of_bytes_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like), and what it keeps in memory for want of registers."""
-    from cuda.core import Program, ProgramOptions
-
     first, second, x, _, ids = block_of(name, 9, np.random.default_rng(0))
     planned = plan.plan_fused_moe(
         jnp.asarray(x),
@@ -74,13 +71,9 @@ def test_products_of_bytes_are_not_serialised(name):
         activation_dtype=CASES[name][3],
     )
     assert planned.source.count("WgmmaGroupedGemm") == 2
-    options = ProgramOptions(
-        arch="sm_90a", std="c++20", include_path=str(compiler.source_directory()), ptxas_options=["-v"]
-    )
-    log = io.StringIO()
-    Program(planned.source, "c++", options).compile("cubin", logs=log)
-    assert "registers" in log.getvalue()
-    assert "serialized" not in log.getvalue()
+    log = ptxas_log(planned.source)
+    assert "registers" in log
+    assert "serialized" not in log
 
 
 def test_a_tile_of_bytes_fits_what_its_kernel_takes():
