@@ -63,7 +63,7 @@ def main() -> int:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         start = time.perf_counter()
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", str(options.workers)]
+        command = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-q", "-m", "gpu", "-n", str(options.workers)]
         finished = subprocess.run(
             [*command, "--dist", "worksteal", "-r", "fE", "-k", options.keyword, *TESTS],
             env=environment,
