@@ -5,19 +5,22 @@ What differs from one model to the next is its attention and the reading of its 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.flax.nnx import MarlinMoE, QuantizedParam
 from jax_marlin_moe.packing import dense_weights
+from jax_marlin_moe.weights import concatenate_columns
 
-Kept = tuple[Array, ...]  # what one layer remembers of each token: arrays [batch, capacity, ...]
+Kept = tuple[Array, ...]  # what one layer remembers of each token: arrays [batch, heads, capacity, size]
+ROOM = 64  # a capacity is a multiple of it: XLA would copy a cache of another size into a padded one at each product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Sizes:
     tied: bool
 
     @property
-    def kept(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of what a layer remembers of one token."""
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """What a layer remembers of one token: the heads and the size of each array."""
         raise NotImplementedError
 
     def attention(self, reader: "Reader", number: int) -> nnx.Module:
@@ -65,19 +68,23 @@ class Cache:
 
     @classmethod
     def empty(cls, sizes: Sizes, batch: int, capacity: int, dtype: Any) -> "Cache":
-        """Room for `capacity` tokens of each of `batch` sequences."""
+        """Room for `capacity` tokens of each of `batch` sequences, and a few more."""
+        capacity = -(-capacity // ROOM) * ROOM
 
         def room() -> Kept:
-            return tuple(jnp.zeros((batch, capacity, *shape), dtype) for shape in sizes.kept)
+            return tuple(jnp.zeros((batch, heads, capacity, size), dtype) for heads, size in sizes.kept)
 
         return cls([room() for _ in range(sizes.layers)], jnp.zeros(batch, jnp.int32))
 
 
 def written(kept: Kept, new: Kept, positions: Int32[Array, "batch tokens"]) -> Kept:
-    """The cache of a layer with new tokens at their positions; those behind its capacity are dropped."""
+    """The cache of a layer with new tokens, [batch, tokens, heads, size], at their positions.
+
+    Those behind its capacity are dropped.
+    """
     rows = jnp.arange(len(positions))[:, None]
     return tuple(
-        old.at[rows, positions].set(value.astype(old.dtype), mode="drop", unique_indices=True)
+        old.at[rows, :, positions].set(value.astype(old.dtype), mode="drop", unique_indices=True)
         for old, value in zip(kept, new, strict=True)
     )
 
@@ -96,6 +103,36 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         y = jmm.linear(x, weight) if isinstance(weight, jmm.MarlinWeights) else x @ weight
         return y if self.bias is None else y + self.bias.get_value()
+
+
+class Linears(nnx.Module):
+    """Linears of the same rows, as one product where their columns can lie side by side.
+
+    They cannot where the packed ones differ in their format or in the order of their rows.
+    """
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        weights = [part.weight.get_value() for part in parts]
+        self.widths = tuple(
+            weight.n if isinstance(weight, jmm.MarlinWeights) else weight.shape[1] for weight in weights
+        )
+        self.parts = nnx.List(parts)
+        if all(isinstance(weight, jmm.MarlinWeights) for weight in weights):
+            try:
+                joined = concatenate_columns(weights)
+            except (TypeError, ValueError):  # which say in what they differ
+                return
+            self.parts = nnx.List([Linear(joined, None)])
+        elif not any(isinstance(weight, jmm.MarlinWeights) for weight in weights):
+            biases = [part.bias for part in parts]
+            bias = None if biases[0] is None else jnp.concatenate([bias.get_value() for bias in biases])
+            self.parts = nnx.List([Linear(jnp.concatenate(weights, axis=1), weights[0].dtype, bias)])
+
+    def __call__(self, x: Float[Array, "*batch K"]) -> list[Float[Array, "*batch N"]]:
+        results = [part(x) for part in self.parts]
+        if len(results) == len(self.widths):
+            return results
+        return jnp.split(results[0], np.cumsum(self.widths[:-1]), axis=-1)
 
 
 class RMSNorm(nnx.Module):
@@ -145,6 +182,10 @@ class Reader:
         apart = bias and not isinstance(weight, jmm.MarlinWeights)
         return Linear(weight, self.dtype, self.tensor(f"{self.prefix}{name}.bias") if apart else None)
 
+    def modules(self, names: Sequence[str], *, bias: bool = False) -> Linears:
+        """Linears of the same rows."""
+        return Linears([self.module(name, bias=bias) for name in names])
+
 
 class GroupedAttention(nnx.Module):
     """Attention in which groups of heads share keys and values.
@@ -170,7 +211,8 @@ class GroupedAttention(nnx.Module):
         window: int | None = None,
         sinks: bool = False,
     ) -> None:
-        self.q, self.k, self.v, self.o = (reader.module(f"{name}_proj", bias=bias) for name in "qkvo")
+        self.qkv = reader.modules(("q_proj", "k_proj", "v_proj"), bias=bias)
+        self.o = reader.module("o_proj", bias=bias)
         normed = norm_epsilon is not None
         self.q_norm = reader.norm("q_norm", norm_epsilon) if normed else None
         self.k_norm = reader.norm("k_norm", norm_epsilon) if normed else None
@@ -178,12 +220,12 @@ class GroupedAttention(nnx.Module):
         self.head_dim, self.rotary, self.window = head_dim, rotary, window
 
     def __call__(self, x: Array, kept: Kept, positions: Int32[Array, "batch tokens"]) -> tuple[Array, Kept]:
-        q, k, v = (linear(x).reshape(*x.shape[:2], -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in self.qkv(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         kept = written(kept, (self.rotary(k, positions), v), positions)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        seen = visible(positions, kept[0].shape[1], self.window)
+        seen = visible(positions, kept[0].shape[2], self.window)
         y = attend(self.rotary(q, positions), *kept, seen, sinks)
         return self.o(y.reshape(*x.shape[:2], -1)), kept
 
@@ -199,31 +241,43 @@ def visible(
 
 def attend(
     q: Float[Array, "batch tokens heads head_dim"],
-    keys: Float[Array, "batch capacity kv_heads head_dim"],
-    values: Float[Array, "batch capacity kv_heads head_dim"],
+    keys: Float[Array, "batch kv_heads capacity head_dim"],
+    values: Float[Array, "batch kv_heads capacity head_dim"],
     seen: Bool[Array, "batch tokens capacity"],
     sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Softmax attention over what is `seen`, in float32; a sink takes its share of the mass and has no value."""
-    grouped = q.reshape(*q.shape[:2], keys.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    if sinks is not None:
-        column = jnp.broadcast_to(sinks.reshape(*scores.shape[1:3], 1, 1), (*scores.shape[:4], 1))
-        scores = jnp.concatenate([scores, column], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[1]]
-    y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
-    return y.reshape(q.shape).astype(q.dtype)
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    grouped = q.reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    scores = products(grouped.reshape(batch, kv_heads, -1, head_dim), keys, (3, 3), jnp.float32)
+    scores = scores.reshape(batch, heads, tokens, -1) * head_dim**-0.5
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = sinks[:, None, None]
+        top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)
+        mass = jnp.exp(scores - top)
+        weights = mass / (mass.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
+    y = products(weights.astype(q.dtype).reshape(batch, kv_heads, -1, scores.shape[-1]), values, (3, 2), q.dtype)
+    return y.reshape(batch, heads, tokens, head_dim).transpose(0, 2, 1, 3)
+
+
+def products(a: Array, b: Array, axes: tuple[int, int], dtype: Any) -> Array:
+    """Sums over an axis of each, for each sequence and head."""
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((0, 1), (0, 1))), preferred_element_type=dtype)
 
 
 class DenseMLP(nnx.Module):
     """A layer without experts, as the first ones of some models are."""
 
     def __init__(self, reader: Reader) -> None:
-        self.gate, self.up, self.down = (reader.module(f"{name}_proj") for name in ("gate", "up", "down"))
+        self.gate_up, self.down = reader.modules(("gate_proj", "up_proj")), reader.module("down_proj")
 
     def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(x)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):

@@ -57,9 +57,9 @@ class Sizes(decoder.Sizes):
         )
 
     @property
-    def kept(self) -> tuple[tuple[int, ...], ...]:
-        """The latent of keys and values, and the rotated key that all heads share."""
-        return (self.kv_rank,), (self.rope,)
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """The latent of keys and values, and the rotated key, each of which all heads share."""
+        return (1, self.kv_rank), (1, self.rope)
 
     def attention(self, reader: decoder.Reader, number: int) -> "LatentAttention":
         """That of all layers."""
@@ -93,9 +93,9 @@ class LatentAttention(nnx.Module):
         q = self.q(x if self.q_a is None else self.q_norm(self.q_a(x))).reshape(*x.shape[:2], sizes.heads, -1)
         nope, rope = jnp.split(q, [sizes.nope], axis=-1)
         latent, key = jnp.split(self.kv_a(x), [sizes.kv_rank], axis=-1)
-        key = sizes.rotary(key[:, :, None], positions)[:, :, 0]
-        kept = decoder.written(kept, (self.kv_norm(latent), key), positions)
-        latents, rotated = kept
+        key = sizes.rotary(key[:, :, None], positions)
+        kept = decoder.written(kept, (self.kv_norm(latent)[:, :, None], key), positions)
+        latents, rotated = (array[:, 0] for array in kept)
         inside = jnp.einsum("bthd,rhd->bthr", nope, self.keys.get_value())
         scores = sizes.scale * (
             jnp.einsum("bthr,bsr->bhts", inside, latents, preferred_element_type=jnp.float32)

@@ -29,7 +29,7 @@ def export(model: Any, folder: pathlib.Path, capacity: int) -> int:
     Args:
         model: an `examples.decoder.Decoder`.
         folder: for both files; made if it is missing.
-        capacity: tokens of a sequence.
+        capacity: tokens of a sequence, which is rounded up as `Cache.empty` does.
 
     Returns:
         The size of the program in bytes.
@@ -67,7 +67,7 @@ def run(folder: pathlib.Path, tokens: list[int], new_tokens: int) -> Iterator[in
     exported = jax.export.deserialize((folder / "step.bin").read_bytes())
     avals, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     expected, shapes, _ = avals
-    capacity = shapes[0].shape[1]
+    capacity = shapes[0].shape[2]
     if not tokens or len(tokens) + new_tokens > capacity:
         raise ValueError(
             f"there are {len(tokens)} tokens and {new_tokens} new ones; the first must not be 0, and both together at "
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     exporting = commands.add_parser("export", help="write the step and the weights of a checkpoint")
     exporting.add_argument("checkpoint", help="folder of a checkpoint, or of the packed form")
     exporting.add_argument("folder", type=pathlib.Path)
-    exporting.add_argument("--capacity", type=int, default=256, help="tokens of a sequence")
+    exporting.add_argument("--capacity", type=int, default=256, help="tokens of a sequence, rounded up")
     exporting.add_argument("--quantize", help="format for plain experts, such as int4")
     exporting.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of the rows")
     running = commands.add_parser("run", help="write the likeliest tokens behind some")

@@ -51,7 +51,7 @@ class Sizes(decoder.Sizes):
         )
 
     @property
-    def kept(self) -> tuple[tuple[int, ...], ...]:
+    def kept(self) -> tuple[tuple[int, int], ...]:
         """Keys and values; layers with a window have room for all tokens too."""
         return ((self.kv_heads, self.head_dim),) * 2
 

@@ -23,29 +23,45 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 import jax_marlin_moe as jmm
-from examples.decoder import Cache, Decoder, Linear
+from examples.decoder import Cache, Decoder, Linear, Linears
 from examples.models import load
 from examples.qwen3_moe import Sizes
 from jax_marlin_moe.flax.nnx import MarlinMoE
-
-ATTENTION = ("q", "k", "v", "o")
 
 
 class Lora(nnx.Variable):
     """What is trained, in float32."""
 
 
-class AdaptedLinear(nnx.Module):
-    """A frozen linear and an adapter, which is zero at first."""
+class Adapter(nnx.Module):
+    """`x @ A @ B`, which is zero at first."""
 
-    def __init__(self, frozen: Linear, columns: tuple[int, int], rank: int, rngs: nnx.Rngs) -> None:
-        k, n = columns
-        self.frozen = frozen
+    def __init__(self, k: int, n: int, rank: int, rngs: nnx.Rngs) -> None:
         self.a = Lora(jax.random.normal(rngs.params(), (k, rank)) * k**-0.5)
         self.b = Lora(jnp.zeros((rank, n)))
 
     def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
-        return self.frozen(x) + x @ self.a.get_value().astype(x.dtype) @ self.b.get_value().astype(x.dtype)
+        return x @ self.a.get_value().astype(x.dtype) @ self.b.get_value().astype(x.dtype)
+
+
+class AdaptedLinear(nnx.Module):
+    """A frozen linear and an adapter."""
+
+    def __init__(self, frozen: Linear, adapter: Adapter) -> None:
+        self.frozen, self.adapter = frozen, adapter
+
+    def __call__(self, x: Float[Array, "*batch K"]) -> Float[Array, "*batch N"]:
+        return self.frozen(x) + self.adapter(x)
+
+
+class AdaptedLinears(nnx.Module):
+    """Frozen linears of the same rows and an adapter for each of them."""
+
+    def __init__(self, frozen: Linears, adapters: Sequence[Adapter]) -> None:
+        self.frozen, self.adapters = frozen, nnx.List(adapters)
+
+    def __call__(self, x: Float[Array, "*batch K"]) -> list[Float[Array, "*batch N"]]:
+        return [y + adapter(x) for y, adapter in zip(self.frozen(x), self.adapters, strict=True)]
 
 
 class AdaptedExperts(nnx.Module):
@@ -88,17 +104,11 @@ def adapt(model: Decoder, rank: int, seed: int = 0) -> Decoder:
     if not isinstance(model.sizes, Sizes):
         raise ValueError(f"model is of {type(model.sizes).__module__}; adapters are for examples.qwen3_moe alone")
     rngs, sizes = nnx.Rngs(seed), model.sizes
-    queries, pairs = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    columns = {
-        "q": (sizes.hidden, queries),
-        "k": (sizes.hidden, pairs),
-        "v": (sizes.hidden, pairs),
-        "o": (queries, sizes.hidden),
-    }
     for block in model.blocks:
-        for name in ATTENTION:
-            linear = getattr(block.attention, name)
-            setattr(block.attention, name, AdaptedLinear(linear, columns[name], rank, rngs))
+        attention = block.attention
+        adapters = [Adapter(sizes.hidden, width, rank, rngs) for width in attention.qkv.widths]
+        attention.qkv = AdaptedLinears(attention.qkv, adapters)
+        attention.o = AdaptedLinear(attention.o, Adapter(sizes.heads * sizes.head_dim, sizes.hidden, rank, rngs))
         if isinstance(block.experts, MarlinMoE):
             block.experts = AdaptedExperts(block.experts, rank, rngs)
     return model

@@ -39,7 +39,7 @@ class Sizes(decoder.Sizes):
         )
 
     @property
-    def kept(self) -> tuple[tuple[int, ...], ...]:
+    def kept(self) -> tuple[tuple[int, int], ...]:
         """Keys and values."""
         return ((self.kv_heads, self.head_dim),) * 2
 

@@ -29,8 +29,8 @@ def test_it_writes_the_tokens_of_the_decoder(folder, capsys):
 
 
 def test_files_and_lengths_that_do_not_fit_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"there are 3 tokens and 10 new ones; .* at most 12"):
-        list(export_and_run.run(folder, [1, 2, 3], 10))
+    with pytest.raises(ValueError, match=r"there are 3 tokens and 62 new ones; .* at most 64"):
+        list(export_and_run.run(folder, [1, 2, 3], 62))
     (tmp_path / "step.bin").write_bytes((folder / "step.bin").read_bytes())
     np.savez(tmp_path / "weights.npz", np.zeros(3, np.uint8))
     with pytest.raises(ValueError, match=r"has other arrays than step\.bin takes; export both again"):

@@ -135,6 +135,17 @@ def test_a_profile_names_the_layers_and_their_parts():
     assert all(f"moe_layer/{stage}/" in text for stage in ("gate_up", "down", "combine"))
 
 
+def test_linears_of_the_same_rows_are_one_product_unless_they_are_packed_differently():
+    alike, dense, other = (
+        decoder(name).blocks[0].attention.qkv for name in ("ck_modelopt", "gpt_oss", "ck_q3_gptq_True")
+    )
+    apart = decoder_file.Linears([linears.parts[0] for linears in (alike, other)])
+    for linears, products in ((alike, 1), (dense, 1), (apart, 2)):
+        assert len(linears.parts) == products
+        found = jax.eval_shape(linears, jnp.zeros((1, 128), jnp.float16))
+        assert [y.shape[-1] for y in found] == list(linears.widths)
+
+
 def test_a_packed_folder_is_the_same_model(tmp_path):
     convert(DATA / "ck_modelopt", tmp_path / "packed")
     packed = load(tmp_path / "packed", dtype=jnp.float16)
