@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jax_marlin_moe.formats import ACTIVATION_DTYPES, FORMATS
@@ -169,7 +170,21 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         raise ValueError(f"top_k is {top_k}; it must lie in [1, {num_experts}], the number of experts")
 
 
-def check_expert_map(expert_map: jax.Array | None) -> None:
-    """Raises unless `expert_map` is None or a vector of int32."""
-    if expert_map is not None:
-        check_array("expert_map", expert_map, ndim=1, dtype=jnp.int32)
+def check_expert_map(expert_map: jax.Array | None, experts: int) -> None:
+    """Raises unless `expert_map` is None or a vector of int32 whose values, where they are known, are -1 or experts.
+
+    Values of a traced map, and of one that other processes have parts of, are not known: those past the last expert are
+    experts that live elsewhere, too.
+    """
+    if expert_map is None:
+        return
+    check_array("expert_map", expert_map, ndim=1, dtype=jnp.int32)
+    if isinstance(expert_map, jax.core.Tracer) or not getattr(expert_map, "is_fully_addressable", True):
+        return
+    values = np.asarray(expert_map)
+    outside = np.flatnonzero((values < -1) | (values >= experts))
+    if outside.size:
+        raise ValueError(
+            f"expert_map[{outside[0]}] is {values[outside[0]]}; it must be one of the {experts} experts here, in "
+            f"[0, {experts}), or -1 for an expert that lives elsewhere"
+        )

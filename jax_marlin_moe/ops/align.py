@@ -75,7 +75,7 @@ def moe_align_block_size(
     arguments.check_block_size(block_size)
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
-    arguments.check_expert_map(expert_map)
+    arguments.check_expert_map(expert_map, num_experts)
     if expert_map is not None:
         arguments.check_shape("expert_map", expert_map, (num_experts,), "(num_experts,)")
     params = {"block_size": block_size, "num_experts": num_experts}

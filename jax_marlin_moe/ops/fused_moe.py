@@ -104,7 +104,7 @@ def fused_moe(
     tokens, top_k = topk_ids.shape
     arguments.check_shape("topk_ids", topk_ids, (x.shape[0], top_k), "(tokens, top_k)")
     arguments.check_shape("topk_weights", topk_weights, (tokens, top_k), "(tokens, top_k)")
-    arguments.check_expert_map(expert_map)
+    arguments.check_expert_map(expert_map, gate_up.num_experts)
     routed_experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
     arguments.check_top_k(top_k, routed_experts)
     if intermediate is not None:

@@ -138,7 +138,7 @@ def moe_layer(
     act = get_activation(activation)
     shared_act = act if shared_activation is None else get_activation(shared_activation)
     check_experts(x, gate_up, down, act)
-    arguments.check_expert_map(expert_map)
+    arguments.check_expert_map(expert_map, gate_up.num_experts)
     if not isinstance(routing, Routing):
         raise TypeError(f"routing is a {type(routing).__name__}; it must be a jax_marlin_moe.Routing")
     experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]

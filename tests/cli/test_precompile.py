@@ -1,25 +1,60 @@
 """The command precompile."""
 
+import os
 import re
+from functools import partial
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import jax_marlin_moe as jmm
 from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.cuda import cache, compiler
+from jax_marlin_moe.measure.models import MODELS
 
 
 def test_precompile(capsys, kernels):
     command = ["precompile", "--models", "qwen3-30b-a3b", "--tokens", "1", "--arch"]
-    assert main([*command, "sm_90a", "sm_80"]) == 0
+    assert main([*command, "sm_90a", "sm_80", "--ops", "fused_moe"]) == 0
     assert f"{kernels}: 2 programs, 2 of them new" in capsys.readouterr().out
     assert len(list(kernels.glob("*.cubin"))) == 2
     compiler.compile_cubin.cache_clear()
     assert main([*command, "sm_80"]) == 0
-    assert "2 programs, 0 of them new" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 programs, 1 of them new" in printed
+    assert re.search(r"moe_layer +1 tokens", printed)
+
+
+def test_precompiled_layers_are_those_of_models(kernels):
+    """A layer as it is loaded, in bfloat16 but for its correction bias, finds its program."""
+    command = ["precompile", "--models", "deepseek-v3-tp8", "--tokens", "1", "--arch", "sm_80", "--ops", "moe_layer"]
+    assert main(command) == 0
+    (program,) = kernels.iterdir()
+    shape, bfloat16 = MODELS["deepseek-v3-tp8"], jnp.bfloat16
+
+    def packed(*sizes):
+        return jax.eval_shape(partial(jmm.quantize, weight_format="int4"), jax.ShapeDtypeStruct(sizes, bfloat16))
+
+    experts, hidden, inner = shape.num_experts, shape.hidden, shape.intermediate
+    layer = jmm.MoELayer(
+        packed(experts, hidden, 2 * inner),
+        packed(experts, inner, hidden),
+        jax.ShapeDtypeStruct((hidden, experts), bfloat16),
+        jmm.Routing(8, "sigmoid", num_groups=8, top_groups=4, scale=2.5),
+        correction_bias=jax.ShapeDtypeStruct((experts,), jnp.float32),
+        shared=jmm.SharedExpert(packed(1, hidden, 2 * inner), packed(1, inner, hidden)),
+    )
+    with mock.patch.dict(os.environ, {compiler.ARCHITECTURE_VARIABLE: "sm_80"}):
+        call = jax.jit(lambda x, layer: layer(x, implementation="cuda"))
+        traced = call.trace(jax.ShapeDtypeStruct((1, hidden), bfloat16), layer)
+        assert "jmm_router_m8" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert list(kernels.iterdir()) == [program]
 
 
 def test_precompile_reports_failures(capsys, kernels):
-    arguments = ["--arch", "sm_75", "--models", "qwen3-30b-a3b", "--tokens", "1"]
+    arguments = ["--arch", "sm_75", "--models", "qwen3-30b-a3b", "--tokens", "1", "--ops", "fused_moe"]
     assert main(["precompile", *arguments]) == 1
     captured = capsys.readouterr()
     assert "FAILED: x has dtype bfloat16" in captured.out

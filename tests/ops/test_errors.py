@@ -254,6 +254,16 @@ BAD_BLOCKS = {
     ),
     "a float map": ({"expert_map": jnp.zeros(4)}, TypeError, "expert_map has dtype float32"),
     "a map of two dimensions": ({"expert_map": jnp.zeros((1, 4), jnp.int32)}, ValueError, "expert_map has shape"),
+    "a map past the last expert": (
+        {"expert_map": np.asarray([0, -1, 4, 1], np.int32)},
+        ValueError,
+        r"expert_map\[2\] is 4; it must be one of the 4 experts here, in \[0, 4\), or -1 for an expert that lives",
+    ),
+    "a map to what is no expert": (
+        {"expert_map": jnp.asarray([0, -2], jnp.int32)},
+        ValueError,
+        r"expert_map\[1\] is -2; it must be one of the 4",
+    ),
     "more choices than the map has": ({"expert_map": jnp.zeros(1, jnp.int32)}, ValueError, r"top_k is 2; .*\[1, 1\]"),
     "unknown implementation": ({"implementation": "triton"}, ValueError, "implementation is 'triton'"),
 }
@@ -275,6 +285,7 @@ def test_bad_blocks_are_refused(bad):
         ({"num_experts": 0}, ValueError, "num_experts is 0"),
         ({"expert_map": jnp.zeros(3, jnp.int32)}, ValueError, r"expert_map has shape \(3,\)"),
         ({"expert_map": np.zeros(4, np.int64)}, TypeError, "expert_map has dtype int64"),
+        ({"expert_map": np.asarray([0, 1, 4, 3], np.int32)}, ValueError, r"expert_map\[2\] is 4; .*\[0, 4\)"),
         ({"implementation": "triton"}, ValueError, "implementation is 'triton'"),
     ],
 )
