@@ -149,11 +149,11 @@ def figure_file(text: str) -> pathlib.Path:
 
 
 def save(drawn: Callable[[], Figure], out: pathlib.Path, *, dark: bool) -> None:
-    """Draws and writes a figure, on a light or a dark ground; the same numbers give the same file."""
+    """Draws and writes a figure for a light or a dark page, whose ground shows; the same numbers give the same file."""
     # No date in the file: it would change with every drawing of the same numbers.
     metadata = {"Date": None} if out.suffix == ".svg" else None
     with matplotlib.style.context("dark_background" if dark else "default"), matplotlib.rc_context(_SVG):
-        drawn().savefig(out, dpi=150, metadata=metadata)
+        drawn().savefig(out, dpi=150, metadata=metadata, transparent=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

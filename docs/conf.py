@@ -18,6 +18,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"jax_marlin_moe {release}"
+pygments_dark_style = "github-dark"  # the theme's own underlines every module that is imported
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # shapes in jaxtyping's strings are read in the signature
@@ -42,11 +43,16 @@ def site_links(app, name, source):
         if re.match(r"\w+:", target) or not path:
             return match.group()
         linked = (folder / path).resolve()
-        if linked.is_relative_to(ROOT / "docs") or not linked.exists():
+        if linked.is_relative_to(ROOT / "docs"):  # a page named by its file is named by its title
+            return f"[]({target})" if text in (path, f"docs/{path}") else match.group()
+        if not linked.exists():
             return match.group()
+        name = linked.relative_to(ROOT).as_posix()
         up = "../" * len(pathlib.PurePosixPath(name).parent.parts)
         inside = _OUTSIDE.get(linked.name)
-        return f"[{text}]({up}{inside})" if inside else f"{text} (`{linked.relative_to(ROOT).as_posix()}`)"
+        if inside:
+            return f"[{text}]({up}{inside})"
+        return f"`{name}`" if text.strip("`") == name else f"{text} (`{name}`)"
 
     source[0] = re.sub(r"(?<!!)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^)\s]+)\)", replaced, source[0])
 
