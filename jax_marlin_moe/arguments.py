@@ -171,7 +171,7 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 
 def check_expert_map(expert_map: jax.Array | None, experts: int) -> None:
-    """Raises unless `expert_map` is None or a vector of int32 whose values, where they are known, are -1 or experts.
+    """Raises unless `expert_map` is None or a vector of int32 of experts, each once, or -1, where it is known.
 
     Values of a traced map, and of one that other processes have parts of, are not known: those past the last expert are
     experts that live elsewhere, too.
@@ -187,4 +187,11 @@ def check_expert_map(expert_map: jax.Array | None, experts: int) -> None:
         raise ValueError(
             f"expert_map[{outside[0]}] is {values[outside[0]]}; it must be one of the {experts} experts here, in "
             f"[0, {experts}), or -1 for an expert that lives elsewhere"
+        )
+    places, counts = np.unique(values[values >= 0], return_counts=True)
+    if (counts > 1).any():
+        first, second = np.flatnonzero(values == places[counts > 1][0])[:2]
+        raise ValueError(
+            f"expert_map[{first}] and expert_map[{second}] are both {values[first]}; an expert here must be one of "
+            "all. For experts in several places, use jax_marlin_moe.sharding.place_experts"
         )

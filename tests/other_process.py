@@ -1,7 +1,9 @@
 """What programs beside the tests find in processes of their own, which may have other devices than the tests."""
 
 import json
+import os
 import pathlib
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -12,3 +14,36 @@ def found_by(program: str, test_file: str, *arguments: str) -> Any:
     path = pathlib.Path(test_file).with_name(program)
     run = subprocess.run([sys.executable, path, *arguments], capture_output=True, text=True, check=True, timeout=1200)
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def last_lines_of_two(
+    program: str, test_file: str, *arguments: str, environment: dict[str, str] | None = None
+) -> list[str]:
+    """The last lines that two processes of `jax.distributed` print, as on two hosts.
+
+    They get the coordinator's address, their number and the arguments, and print the line behind what gloo says.
+    """
+    path = pathlib.Path(test_file).with_name(program)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, path, address, str(process), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | (environment or {}),
+        )
+        for process in range(2)
+    ]
+    lines = []
+    try:
+        for run in runs:
+            out, err = run.communicate(timeout=600)
+            assert run.returncode == 0, err
+            lines.append(out.splitlines()[-1])
+    finally:
+        for run in runs:
+            run.kill()
+    return lines

@@ -158,9 +158,19 @@ def experts_of(rows=None):
     return block_specs(rows, "experts", "experts")
 
 
-def layer_specs():
+def layer_specs(rows="data"):
     _, _, gate_up, down, shared = layer_operands()
-    return P("data"), P(), cut(gate_up, "experts"), cut(down, "experts"), cut(shared, None)
+    return P(rows), P(), cut(gate_up, "experts"), cut(down, "experts"), cut(shared, None)
+
+
+@functools.cache
+def many_rows():
+    """So many that sums over devices have parts: 8 MiB in float32."""
+    return jnp.tile(wide_rows(), (-(-(8 << 20) // (4 * HIDDEN * TOKENS)), 1))
+
+
+def many_operands():
+    return many_rows(), operands()[2]
 
 
 def down_operands():
@@ -176,6 +186,7 @@ def down_specs(rows, columns, over):
 
 
 SCATTERED = {"all-gather": 3, "reduce-scatter": 1}  # rows, router weights and ids; one sum
+IN_PARTS = {"reduce-scatter": 1, "all-gather": 1}  # one sum, and its parts, rounded
 # Function, operands, axes, mesh, their specs, collectives (None: sums of any number), rows and columns of the result.
 CALLS = {
     "block, experts": (fused, operands, AUTO, (4,), experts_of, {"all-reduce": 1}, (None, None)),
@@ -202,6 +213,13 @@ CALLS = {
     "layer, experts, tokens over another axis": (
         layer, layer_operands, AUTO, (2, 2), layer_specs, {"all-reduce": 1}, ("data", None),
     ),
+    "layer, experts and tokens over one axis": (
+        layer, layer_operands, AUTO, (4,), lambda: layer_specs("model"), {"all-gather": 1, "reduce-scatter": 1},
+        ("model", None),
+    ),
+    "linear of many, rows": (
+        one_expert, many_operands, AUTO, (4,), lambda: down_specs(None, "model", "rows"), IN_PARTS, (None, None),
+    ),
     "explicit block, experts": (fused, operands, EXPLICIT, (4,), experts_of, {"all-reduce": 1}, (None, None)),
     "explicit block, experts and tokens over one axis": (
         fused, operands, EXPLICIT, (4,), lambda: experts_of("model"), SCATTERED, ("model", None),
@@ -217,6 +235,13 @@ CALLS = {
     "explicit vmap, experts": (batched, operands, EXPLICIT, (4,), experts_of, {"all-reduce": 1}, (None, None)),
     "explicit layer, experts, tokens over another axis": (
         layer, layer_operands, EXPLICIT, (2, 2), layer_specs, {"all-reduce": 1}, ("data", None),
+    ),
+    "explicit layer, experts and tokens over one axis": (
+        layer, layer_operands, EXPLICIT, (4,), lambda: layer_specs("model"), {"all-gather": 1, "reduce-scatter": 1},
+        ("model", None),
+    ),
+    "explicit linear of many, rows": (
+        one_expert, many_operands, EXPLICIT, (4,), lambda: down_specs(None, "model", "rows"), IN_PARTS, (None, None),
     ),
 }  # fmt: skip
 for _name, _function in (

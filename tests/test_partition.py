@@ -20,6 +20,8 @@ BLOCKS = [
     "eager, experts",
     "donation, experts",
     "layer, experts, tokens over another axis",
+    "layer, experts and tokens over one axis",
+    "linear of many, rows",
 ]
 ONLY_AUTOMATIC = ("block, experts, tokens", "while", "cond", "remat", "eager", "donation")
 EXPLICIT = [f"explicit {name}" for name in BLOCKS if not name.startswith(ONLY_AUTOMATIC)]
@@ -36,6 +38,9 @@ ORDINARY = [
     "block, experts and tokens over one axis",
     "gradients of a block, experts, tokens over another axis",
     "layer, experts, tokens over another axis",
+    "layer, experts and tokens over one axis",
+    "linear of many, rows",
+    "explicit linear of many, rows",
     "explicit block, experts and tokens over one axis",
     "explicit gradients of a block, experts, tokens over another axis",
     "donation, experts",

@@ -1,6 +1,7 @@
-"""Sharded operands under plain `jit` on two cards: as on one, without a gather of weights."""
+"""Over two cards or four: sharded operands under plain `jit`, without a gather of weights, and recipes; as on one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,35 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.sharding import MoESharding, parallel_layer, place
 
 EXPERTS, HIDDEN, INNER, TOP_K = 16, 512, 256, 4
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 WHERE = {"tokens": (P("cards"), P()), "experts": (P(), P("cards")), "both": (P("cards"), P("cards"))}
-ONCE = {"tokens": (), "experts": ("all-reduce",), "both": ("all-gather", "reduce-scatter")}
+MANY = 4096  # so many rows that their sums have parts
+COLLECTIVES = {"tokens": set(), "experts": {"all-reduce"}, "both": {"all-gather", "reduce-scatter"}}
+RECIPES = {
+    "ep": ("expert", "", {}),
+    "ep, gather": ("expert", "", {"tokens": "cards"}),
+    "ep, ragged": ("expert", "", {"tokens": "cards", "exchange": "ragged"}),
+    "tp": ("", "tensor", {}),
+    "tp, gather": ("", "tensor", {"tokens": "cards"}),
+}
 
 
 @functools.cache
 def cards():
     try:
-        return len(jax.devices("cuda"))
+        return 4 if len(jax.devices("cuda")) >= 4 else len(jax.devices("cuda"))
     except RuntimeError:
         return 0
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif("cards() < 2", reason="it needs two cards")]
+
+
+def mesh(kind=AUTO):
+    return jax.make_mesh((cards(),), ("cards",), axis_types=(kind,), devices=jax.devices("cuda")[: cards()])
 
 
 @functools.cache
@@ -29,6 +47,12 @@ def weights():
     keys = jax.random.split(jax.random.key(0), 2)
     gate_up = jmm.quantize(jax.random.normal(keys[0], (EXPERTS, HIDDEN, 2 * INNER)) * HIDDEN**-0.5, "int4")
     return gate_up, jmm.quantize(jax.random.normal(keys[1], (EXPERTS, INNER, HIDDEN)) * INNER**-0.5, "nvfp4")
+
+
+@functools.cache
+def layer():
+    router = jax.random.normal(jax.random.key(2), (HIDDEN, EXPERTS)) * HIDDEN**-0.5
+    return jmm.MoELayer(*weights(), router, jmm.Routing(TOP_K))
 
 
 def rows(tokens):
@@ -50,22 +74,66 @@ def error(ours, wanted):
     return np.linalg.norm(ours - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif("cards() < 2", reason="it needs two cards")
-@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("tokens", [4, 64, 1024])
+def collectives(compiled):
+    kinds = "ragged-all-to-all|all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return set(re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text()))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "where", "axes"),
+    [(tokens, where, AUTO) for tokens in (8, 64, 1024) for where in WHERE]
+    + [(64, where, EXPLICIT) for where in WHERE]
+    + [(MANY, "experts", AUTO), (MANY, "experts", EXPLICIT)],
+)
 def test_two_cards_agree_with_one(tokens, where, axes):
-    mesh = jax.make_mesh((2,), ("cards",), axis_types=(axes,), devices=jax.devices("cuda")[:2])
-    of_tokens, of_experts = (NamedSharding(mesh, spec) for spec in WHERE[where])
-    with jax.set_mesh(mesh):
+    on_cards = mesh(axes)
+    of_tokens, of_experts = (NamedSharding(on_cards, spec) for spec in WHERE[where])
+    with jax.set_mesh(on_cards):
         placed = *jax.device_put(rows(tokens), of_tokens), *jax.device_put(weights(), of_experts)
         compiled = jax.jit(block).lower(*placed).compile()
         y = compiled(*placed)
         found = jax.jit(gradients)(*placed)
-    text = compiled.as_text()
-    for kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"):
-        assert (f" {kind}(" in text or f" {kind}-start(" in text) == (kind in ONCE[where]), kind
+    wanted = {"all-gather", "reduce-scatter"} if (tokens, where) == (MANY, "experts") else COLLECTIVES[where]
+    assert collectives(compiled) == wanted
     assert error(y, jax.jit(block)(*rows(tokens), *weights())) < 5e-3
-    for ours, wanted in zip(found, jax.jit(gradients)(*rows(tokens), *weights()), strict=True):
-        assert error(ours, wanted) < 1e-2
+    for ours, other in zip(found, jax.jit(gradients)(*rows(tokens), *weights()), strict=True):
+        assert error(ours, other) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [8, 1024])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_on_two_cards_agree_with_one(recipe, tokens):
+    expert, tensor, options = RECIPES[recipe]
+    sharding = MoESharding(mesh(), expert=("cards",) if expert else (), tensor=("cards",) if tensor else ())
+    x = rows(tokens)[0]
+
+    def run(layer, x):
+        y, pull = jax.vjp(lambda x: parallel_layer(layer, x, sharding, **options), x)
+        return y, *pull(y)
+
+    def one(layer, x):
+        y, pull = jax.vjp(layer, x)
+        return y, *pull(y)
+
+    placed = jax.device_put(x, NamedSharding(sharding.mesh, P(options.get("tokens"))))
+    found = jax.jit(run)(place(layer(), sharding), placed)
+    for ours, other in zip(found, jax.jit(one)(layer(), x), strict=True):
+        assert error(ours, other) < 1e-2
+
+
+def test_rows_are_sent_to_the_cards_of_their_experts_by_ragged_exchanges():
+    sharding = MoESharding(mesh(), expert="cards")
+    x = jax.device_put(rows(64)[0], NamedSharding(sharding.mesh, P("cards")))
+    run = jax.jit(lambda layer, x: parallel_layer(layer, x, sharding, tokens="cards", exchange="ragged", capacity=40))
+    placed = place(layer(), sharding)
+    assert "ragged-all-to-all" in collectives(run.lower(placed, x).compile())
+    y, dropped = run(placed, x)
+    chosen = layer().route(rows(64)[0])[1]
+    reached = [np.flatnonzero((np.asarray(chosen) // (EXPERTS // cards()) == card).any(1)) for card in range(cards())]
+    missing = sum(
+        int((np.asarray(chosen)[tokens[40:]] // (EXPERTS // cards()) == card).sum())
+        for card, tokens in enumerate(reached)
+    )
+    assert int(dropped) == missing
+    kept = np.setdiff1d(np.arange(64), np.concatenate([tokens[40:] for tokens in reached]))
+    assert error(y[kept], layer()(rows(64)[0])[kept]) < 1e-2

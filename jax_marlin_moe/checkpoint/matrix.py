@@ -117,9 +117,8 @@ def load_matrix(
                 )
             if buffers is None:
                 buffers = jax.tree.map(partial(_buffer, len(experts), len(linears)), part)
-            buffers = _store(buffers, part, np.int32(e), np.int32(j))
-        # Work in flight holds its inputs: two experts at most.
-        jax.block_until_ready(buffers)
+            # Work in flight holds its inputs and what it computes with, several times a packed linear.
+            buffers = jax.block_until_ready(_store(buffers, part, np.int32(e), np.int32(j)))
         files.drop_pages()
         advance()
     assert buffers is not None

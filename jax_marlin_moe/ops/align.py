@@ -60,7 +60,7 @@ def moe_align_block_size(
         topk_ids: chosen experts, int32. Ids outside [0, num_experts) are dropped.
         block_size: 8, 16, 32, 48, 64, 128 or 256.
         num_experts: experts that ids may name, over all devices.
-        expert_map: int32, global to local id, -1 for experts that live elsewhere: their slots vanish.
+        expert_map: int32, global to local id, each once, -1 for experts that live elsewhere: their slots vanish.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
 
     Returns:
@@ -75,9 +75,10 @@ def moe_align_block_size(
     arguments.check_block_size(block_size)
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
-    arguments.check_expert_map(expert_map, num_experts)
     if expert_map is not None:
+        arguments.check_array("expert_map", expert_map, ndim=1, dtype=jnp.int32)
         arguments.check_shape("expert_map", expert_map, (num_experts,), "(num_experts,)")
+    arguments.check_expert_map(expert_map, num_experts)
     params = {"block_size": block_size, "num_experts": num_experts}
     sorted_ids, expert_ids, count = _align(topk_ids, expert_map, **params, implementation=implementation)
     return BlockAlignment(sorted_ids, expert_ids, count, **params)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int32
 
 from jax_marlin_moe.layer_slice import is_slice
 from jax_marlin_moe.layout import TILE_K, TILE_N
+from jax_marlin_moe.ops.sums import rounded_sum
 from jax_marlin_moe.weights import LEAVES, MarlinWeights
 
 ROWS, EXPERTS = "t", "e"
@@ -98,7 +99,7 @@ class Part:
 
     def sum(self, y: jax.Array, dtype: Any) -> jax.Array:
         """The whole sum on each device that has a part of it."""
-        return (jax.lax.psum(y, self.axis, axis_index_groups=self.groups) if self.axis else y).astype(dtype)
+        return rounded_sum(y, self.axis, dtype, groups=self.groups) if self.axis else y.astype(dtype)
 
     def total(self, y: jax.Array, dtype: Any) -> jax.Array:
         """The rows of the whole sum that this device keeps."""

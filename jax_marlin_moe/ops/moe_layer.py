@@ -276,11 +276,12 @@ def composition(
     activation_dtype: ByteDtype | None = None,
     out_dtype: DTypeLike | None = None,
     block: Callable[..., jax.Array] = expert_block,
+    keep: Callable[[jax.Array], jax.Array] = lambda rows: rows,
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """The layer of `route_rows` and `fused_moe`, each with its own derivative and partitioning, and the shared expert.
 
     The operands are those of `moe_layer_op`, or, with orders of their rows and paddings, those of `moe_layer`. The
-    result has the type of x, or `out_dtype`. `block` computes the routed experts.
+    result has the type of x, or `out_dtype`. `block` computes the routed experts; its rows are those that `keep` keeps.
 
     Raises:
         ValueError: the same bits in every batch are asked for: XLA chooses how the router's product adds up by shape.
@@ -310,9 +311,10 @@ def composition(
         rows = reference.weighted_rows(x, topk_weights)
         ones = jnp.ones((rows.shape[0], 1), jnp.float32)
         y = block(rows, gate_up, down, ones, ids.reshape(-1, 1), expert_map, **routed)
-        y = y.reshape(x.shape[0], routing.top_k, -1).sum(1)
+        y = y.reshape(y.shape[0] // routing.top_k, routing.top_k, -1).sum(1)
     else:
         y = block(x, gate_up, down, topk_weights, ids, expert_map, **routed)
+    x, topk_weights, ids = keep(x), keep(topk_weights), keep(ids)
     if routing.identity_experts:
         y = y + reference.identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
     if shared is not None:
@@ -527,14 +529,14 @@ def _division(*, activation, shared_activation, routing, norm_epsilon, out_dtype
 
 
 def _share(call, part, x, router, gate_up, down, *rest, **params):
-    """The layer in pieces: what is not of the routed experts is on every device alike, and added once."""
+    """The layer in pieces: the router is on every device alike; what is added to experts, on those that keep a row."""
 
     def block(x, gate_up, down, topk_weights, ids, expert_map, *, out_dtype, **options):
         local_map = part.local_map(expert_map, gate_up.num_experts)
         operands = x, gate_up, part.with_bias_once(down), topk_weights, ids, local_map
-        return part.sum(expert_block(*operands, out_dtype=jnp.dtype(jnp.float32), **options), out_dtype)
+        return part.total(expert_block(*operands, out_dtype=jnp.dtype(jnp.float32), **options), out_dtype)
 
-    return [part.keep(result) for result in composition(x, router, gate_up, down, *rest, **params, block=block)]
+    return list(composition(x, router, gate_up, down, *rest, **params, block=block, keep=part.keep))
 
 
 moe_layer_op = define_op(

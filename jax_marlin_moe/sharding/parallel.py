@@ -18,6 +18,7 @@ from jax_marlin_moe.expert_placement import slots_of
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices, spread_indices
 from jax_marlin_moe.ops.fused_moe import expert_block, fused_moe
+from jax_marlin_moe.ops.sums import rounded_sum
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
 from jax_marlin_moe.sharding.shares import check_shares
@@ -175,8 +176,7 @@ def parallel_experts(
     slots = gate_up.num_experts * block.size(expert)
     compute = partial(_experts_of_rank, gate_up=gate_up, down=down, activation=activation, slots=slots,
                       implementation=implementation)  # fmt: skip
-    y, dropped = block.sum(compute, x, topk_weights, topk_ids, slots, None)
-    y = y.astype(x.dtype)
+    y, dropped = block.sum(compute, x, topk_weights, topk_ids, slots, None, x.dtype)
     return y if capacity is None else (y, block.total(dropped))
 
 
@@ -222,7 +222,9 @@ def _layer_of_rank(layer, x, token_ids, router_input, *, expert, tensor, tokens,
             )
     else:
         extra = None if layer.shared is None else partial(_shared_of_rank, layer, block, implementation)
-        y, dropped = block.sum(compute, rows, weights, ids, slots, extra)
+        # What is added to something is not rounded before.
+        dtype = x.dtype if kept is None else jnp.float32
+        y, dropped = block.sum(compute, rows, weights, ids, slots, extra, dtype)
     if kept is not None:
         y = y + kept
     y = layer.normalized(y.astype(x.dtype)).reshape(shape)
@@ -300,8 +302,10 @@ class _Block:
         """Ranks along axes."""
         return lax.axis_size(axes) if axes else 1
 
-    def sum(self, compute: Any, x: Array, weights: Array, ids: Array, slots: int, extra: Any) -> tuple[Array, Array]:
-        """Results of this rank's tokens in float32, and the choices that were dropped on this rank.
+    def sum(
+        self, compute: Any, x: Array, weights: Array, ids: Array, slots: int, extra: Any, dtype: Any = jnp.float32
+    ) -> tuple[Array, Array]:
+        """Results of this rank's tokens, and the choices that were dropped on this rank.
 
         Args:
             compute: rows, router weights and local ids to float32 shares; None where there are no routed experts.
@@ -310,6 +314,7 @@ class _Block:
             ids: of their choices; slots of all ranks.
             slots: how many there are.
             extra: rows to float32 shares that are added, or None.
+            dtype: of the results.
         """
         if self.gathered:
             x, weights, ids = (lax.all_gather(rows, self.gathered, tiled=True) for rows in (x, weights, ids))
@@ -319,10 +324,10 @@ class _Block:
         if extra is not None:
             y = y + extra(x)
         if self.summed:
-            y = lax.psum(y, self.summed)
+            y = rounded_sum(y, self.summed, jnp.float32 if self.gathered else dtype)
         if self.gathered:
             y = lax.psum_scatter(y, self.gathered, tiled=True)
-        return y, dropped
+        return y.astype(dtype), dropped
 
     def total(self, dropped: Array) -> Array:
         """The choices that were dropped on all ranks."""

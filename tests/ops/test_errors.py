@@ -264,6 +264,11 @@ BAD_BLOCKS = {
         ValueError,
         r"expert_map\[1\] is -2; it must be one of the 4",
     ),
+    "a map with an expert twice": (
+        {"expert_map": jnp.asarray([2, 0, -1, 2], jnp.int32)},
+        ValueError,
+        r"expert_map\[0\] and expert_map\[3\] are both 2; an expert here must be one of all",
+    ),
     "more choices than the map has": ({"expert_map": jnp.zeros(1, jnp.int32)}, ValueError, r"top_k is 2; .*\[1, 1\]"),
     "unknown implementation": ({"implementation": "triton"}, ValueError, "implementation is 'triton'"),
 }

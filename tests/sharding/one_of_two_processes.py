@@ -1,13 +1,13 @@
 """One of two processes with a device each, as on two hosts: reads its share of a checkpoint and calls the layer.
 
-Arguments: the coordinator's address, and the number of the process. Run by `test_two_processes.py`.
+Arguments: the coordinator's address, the number of the process, and the platform. Run by `test_two_processes.py`.
 """
 
 import os
 import pathlib
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = sys.argv[3]
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,8 @@ class Counted:
 
 def main():
     address, process = sys.argv[1], int(sys.argv[2])
-    jax.distributed.initialize(address, num_processes=2, process_id=process)
+    one_card = None if sys.argv[3] == "cpu" else [process]
+    jax.distributed.initialize(address, num_processes=2, process_id=process, local_device_ids=one_card)
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 2, 1)
     with Counted() as all_bytes:
         whole = load_moe_layer(FOLDER, 0)

@@ -1,0 +1,41 @@
+"""The benchmark of several cards: its whole path on four devices, and how its results add up."""
+
+from other_process import found_by
+
+from benchmarks.sharded_case import recipes
+from benchmarks.sharded_profile import kind_of
+
+
+def test_rows_of_several_runs_add_up_in_one_file(tmp_path):
+    found = found_by("four_devices_bench.py", __file__, str(tmp_path / "sharded.json"))
+    assert [run["commit"] for run in found["runs"]] == ["ep-tp-ragged-tp", "tp"]
+    both, tensors = found["rows"]
+    assert (both["recipe"], both["run"]) == ("ep-tp-ragged", 0)
+    assert (tensors["recipe"], tensors["run"]) == ("tp", 1), "what is timed again takes the place of what was there"
+    for row in found["rows"]:
+        assert (row["model"], row["format"], row["M"], row["cards"]) == ("tiny", "int4", 8, 4)
+        assert row["rel_l2"] < 1e-2
+        assert min(row[name] for name in ("us", "one_card_us", "kernels_us", "between_us")) > 0
+        assert abs(row["efficiency"] * 4 * row["us"] / row["one_card_us"] - 1) < 1e-3
+        assert abs(row["outside_us"] + row["kernels_us"] - row["us"]) < 1e-3 * row["us"]
+        assert row["imbalance"] >= 1
+
+
+def test_recipes_follow_from_the_number_of_cards():
+    assert [one.name for one in recipes(2)] == ["ep", "tp", "ep-gather", "ep-ragged", "tp-gather"]
+    four = {one.name: (one.expert, one.tensor, one.kind, one.tokens) for one in recipes(4)}
+    assert four["ep-tp"] == (2, 2, "ep-tp", ())
+    assert four["ep-tp-ragged"] == (2, 2, "ep-tp", ("expert", "tensor"))
+    assert four["ep-ragged"] == (4, 1, "ep", ("expert",))
+    assert four["tp-gather"] == (1, 4, "tp", ("tensor",))
+
+
+def test_kernels_are_told_apart_by_their_names():
+    names = {
+        "jmm_align_m64": "alignment",
+        "jmm_combine_m16": "sums of slots",
+        "jmm_gate_up_int4_m16": "products",
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "collectives",
+        "loop_convert_fusion": "xla",
+    }
+    assert {name: kind_of(name) for name in names} == names
