@@ -9,10 +9,13 @@ are gathered and the sums scattered; with "-ragged" rows are sent to the cards o
 is the time of one card over that of all cards together. `kernels_us` is the chain of what the first card computes of
 it, by itself; what `us` has beyond it, `outside_us`, is what goes between cards and waiting for the busiest, whose
 experts have `imbalance` times the mean's choices. `between_us` is the chain of collectives alone. With `--profile`,
-`device_us` is what kernels on the first card take of a block, by kind: "products" and the like are ours (alignment,
-sums of slots), "collectives" NCCL's with the waiting for the others, "xla" the rest, "idle" what no kernel covers.
+`device_us` is what kernels on the first card take of a block, by kind: "products", "alignment" and "sums of slots" are
+ours, "collectives" NCCL's with the waiting for the others, "xla" the rest, "idle" what no kernel covers.
 `rel_l2` is the deviation from the rows of one card at the chain's end. Weights are random codes, the same in all
-recipes.
+recipes. `kernels_efficiency` is the time of one card over `kernels_us` of all, as if nothing were between them.
+
+With `--ranks` greater than the number of cards, one card is timed and what the first of so many ranks computes, by
+itself; `room_us` is what may be outside of it where the efficiency shall be 85 %.
 
 Rows are written as they are timed, models, formats and tokens in the order of the command line, until `--seconds` are
 over. A file that is there already keeps its rows but those that are timed again, so that subsets add up; `run` is the
@@ -44,9 +47,10 @@ KEY = ("model", "format", "M", "recipe", "cards")
 SAMPLES = 3
 
 
-def wanted_recipes(tokens: int, cards: int, names: list[str] | None) -> list[Recipe]:
+def wanted_recipes(case: Case, tokens: int, names: list[str] | None) -> list[Recipe]:
     """Those that are named; else all for many tokens and, for few, whose rows are small, those that sum."""
-    return [one for one in recipes(cards) if (one.name in names if names else tokens >= 1024 or not one.exchange)]
+    every = [one for one in recipes(case.ranks) if case.together_runs or not one.exchange]
+    return [one for one in every if (one.name in names if names else tokens >= 1024 or not one.exchange)]
 
 
 def microseconds(program: tuple[Any, tuple], tokens: int) -> float:
@@ -73,8 +77,9 @@ class Programs:
         for recipe in recipes:
             if f"{recipe.kind} alone" not in self._futures:
                 self._futures[f"{recipe.kind} alone"] = submit(case.alone, recipe, tokens)
-            self._futures[recipe.name] = submit(case.together, recipe, tokens)
-            self._futures[f"{recipe.name} between"] = submit(case.between, recipe, tokens)
+            if case.together_runs:
+                self._futures[recipe.name] = submit(case.together, recipe, tokens)
+                self._futures[f"{recipe.name} between"] = submit(case.between, recipe, tokens)
         self._times: dict[str, float] = {}
 
     def wait(self) -> None:
@@ -101,41 +106,47 @@ class Programs:
             yield from self._profiled()
 
     def _row(self, recipe: Recipe, of_one: np.ndarray) -> dict:
-        compiled, arguments = self._futures[recipe.name].result()
-        of_all = np.asarray(compiled(*arguments), np.float32)
-        us, one = self._time(recipe.name), self._time("one")
-        kernels = self._time(f"{recipe.kind} alone")
+        ranks, one, kernels = self.case.ranks, self._time("one"), self._time(f"{recipe.kind} alone")
         row = {
             **self._key(recipe),
-            "us": us,
             "one_card_us": one,
-            "efficiency": one / us / len(self.case.devices),
             "kernels_us": kernels,
-            "outside_us": us - kernels,
-            "between_us": self._time(f"{recipe.name} between"),
+            "kernels_efficiency": one / kernels / ranks,
+            "room_us": one / ranks / 0.85 - kernels,
             "imbalance": self.case.imbalance(recipe, self.tokens),
-            "rel_l2": float(np.linalg.norm(of_all - of_one) / np.linalg.norm(of_one)),
         }
+        if self.case.together_runs:
+            compiled, arguments = self._futures[recipe.name].result()
+            of_all = np.asarray(compiled(*arguments), np.float32)
+            us = self._time(recipe.name)
+            row |= {
+                "us": us,
+                "efficiency": one / us / ranks,
+                "outside_us": us - kernels,
+                "between_us": self._time(f"{recipe.name} between"),
+                "rel_l2": float(np.linalg.norm(of_all - of_one) / np.linalg.norm(of_one)),
+            }
         return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
 
     def _profiled(self) -> Iterator[dict]:
         folder = tempfile.mkdtemp()
+        programs = {one: one.name if self.case.together_runs else f"{one.kind} alone" for one in self._recipes}
         try:
             with jax.profiler.trace(folder):
-                for recipe in self._recipes:
-                    compiled, arguments = self._futures[recipe.name].result()
+                for program in ("one", *programs.values()):
+                    compiled, arguments = self._futures[program].result()
                     jax.block_until_ready(compiled(*arguments))
-            for recipe in self._recipes:
-                found = device_microseconds(folder, recipe.name, blocks_of(self.tokens))
-                if found:
-                    yield {**self._key(recipe), "device_us": found}
+            found = device_microseconds(folder, ["one", *programs.values()], blocks_of(self.tokens))
+            for recipe, program in programs.items():
+                if program in found:
+                    yield {**self._key(recipe), "device_us": found[program], "one_card_device_us": found["one"]}
         except Exception as error:
             self._report("profile", error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _key(self, recipe: Recipe) -> dict:
-        values = self.case.shape.name, self.case.weight_format, self.tokens, recipe.name, len(self.case.devices)
+        values = self.case.shape.name, self.case.weight_format, self.tokens, recipe.name, self.case.ranks
         return dict(zip(KEY, values, strict=True))
 
     def _time(self, name: str) -> float:
@@ -176,6 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 16384, 4096, 64, 16])
     parser.add_argument("--recipes", nargs="+", help="names; by default all that make sense for a number of tokens")
     parser.add_argument("--cards", type=int, help="of those that are there, all by default")
+    parser.add_argument("--ranks", type=int, help="as many as cards by default")
     parser.add_argument("--seconds", type=float, default=600, help="no recipe begins later")
     parser.add_argument("--profile", action="store_true", help="device time by kind of kernel")
     parser.add_argument("--commit", help="recorded instead of git's HEAD")
@@ -183,17 +195,19 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     devices = jax.devices()[: args.cards]
+    ranks = args.ranks or len(devices)
+    if ranks < len(devices):
+        parser.error(f"--ranks is {ranks}; it must be at least the number of cards, {len(devices)}")
     results = Results(args.out, recorded_run("benchmarks.sharded", args.commit))
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for weight_format, name in itertools.product(args.formats, args.models):
             if time.monotonic() > start + args.seconds:
                 break
             began = time.monotonic()
-            case = Case(MODELS[name], weight_format, devices)
+            case = Case(MODELS[name], weight_format, devices, ranks)
             # All programs of the case at once: compilers of kernels run beside each other, and not beside the timing.
             programs = [
-                Programs(case, tokens, wanted_recipes(tokens, len(devices), args.recipes), pool)
-                for tokens in args.tokens
+                Programs(case, tokens, wanted_recipes(case, tokens, args.recipes), pool) for tokens in args.tokens
             ]
             for each in programs:
                 each.wait()

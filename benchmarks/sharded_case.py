@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
+from benchmarks.sharded_profile import module_of
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import ModelShape
 from jax_marlin_moe.measure.random_layers import random_routings
@@ -48,9 +48,14 @@ class Recipe:
         return self.name.removesuffix(f"-{self.exchange}")
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Of both axes."""
+        return self.expert, self.tensor
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """Those of more than one card."""
-        return tuple(axis for axis, size in zip(AXES, (self.expert, self.tensor), strict=True) if size > 1)
+        return tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size > 1)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -112,6 +117,16 @@ def _block_of(shape: ModelShape, weight_format: str, shares: int) -> tuple[jmm.M
     return _matrix(shape, weight_format, hidden, 2 * inner, shares), _matrix(shape, weight_format, inner, hidden)
 
 
+def _first_share(make: Any, specs: Any, sizes: dict[str, int]) -> Any:
+    """What the first rank has of the weights that `make` returns."""
+
+    def first(leaf: jax.Array, one: P) -> jax.Array:
+        parts = [1 if axis is None else sizes[axis] for axis in one] + [1] * (leaf.ndim - len(one))
+        return leaf[tuple(slice(extent // size) for extent, size in zip(leaf.shape, parts, strict=True))]
+
+    return jax.tree.map(first, make(), specs)
+
+
 def _unit_rows(x: jax.Array) -> jax.Array:
     """Rows of unit length: blocks in a row would overflow."""
     scale = lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + 1e-30)
@@ -170,24 +185,34 @@ class Case:
         shape: of the model's block.
         weight_format: a name of the format registry.
         devices: the cards.
+        ranks: of the recipes: as many as cards, or more, of which the first card then is the first.
     """
 
-    def __init__(self, shape: ModelShape, weight_format: str, devices: list[Any]) -> None:
-        self.shape, self.weight_format, self.devices = shape, weight_format, devices
+    def __init__(self, shape: ModelShape, weight_format: str, devices: list[Any], ranks: int) -> None:
+        self.shape, self.weight_format, self.devices, self.ranks = shape, weight_format, devices, ranks
         self._weights: dict[str, Any] = {}
         make = partial(_block_of, shape, weight_format)
         on_first = jax.sharding.SingleDeviceSharding(devices[0])
         self._weights["one"] = jax.jit(partial(make, 0), out_shardings=on_first)()
-        for recipe in recipes(len(devices)):
-            if recipe.exchange is None:
-                make_laid_out = partial(make, recipe.tensor if recipe.tensor > 1 else 0)
-                specs = self._specs(recipe, jax.eval_shape(make_laid_out))
+        for recipe in recipes(ranks):
+            if recipe.exchange is not None:
+                continue
+            make_laid_out = partial(make, recipe.tensor if recipe.tensor > 1 else 0)
+            specs = self._specs(recipe, jax.eval_shape(make_laid_out))
+            first = partial(_first_share, make_laid_out, specs, dict(zip(AXES, recipe.sizes, strict=True)))
+            self._weights[f"{recipe.kind} alone"] = jax.jit(first, out_shardings=on_first)()
+            if self.together_runs:
                 mesh = self._mesh(recipe)
                 placed = jax.tree.map(lambda one, mesh=mesh: NamedSharding(mesh, one), specs, is_leaf=_is_spec)
                 self._weights[recipe.kind] = jax.jit(make_laid_out, out_shardings=placed)()
 
+    @property
+    def together_runs(self) -> bool:
+        """Whether there is a card for each rank."""
+        return self.ranks == len(self.devices)
+
     def _mesh(self, recipe: Recipe) -> Mesh:
-        cards = np.asarray(self.devices).reshape(recipe.expert, recipe.tensor)
+        cards = np.asarray(self.devices).reshape(recipe.sizes)
         return Mesh(cards, AXES, axis_types=(AxisType.Auto,) * 2)
 
     def _specs(self, recipe: Recipe, block: Any) -> Any:
@@ -207,12 +232,9 @@ class Case:
     def alone(self, recipe: Recipe, tokens: int) -> tuple[Any, tuple]:
         """That of what the first card computes, by itself."""
         x, weights, ids = self._rows(tokens, self.devices[0], self.devices[0])
-        mine = jax.tree.map(
-            lambda leaf: next(share.data for share in leaf.addressable_shards if share.device == self.devices[0]),
-            self._weights[recipe.kind],
-        )
         run = partial(_alone, self.shape.num_experts, recipe.expert > 1)
-        return _compiled(f"{recipe.kind} alone", run, x, mine, weights, ids)
+        name = f"{recipe.kind} alone"
+        return _compiled(name, run, x, self._weights[name], weights, ids)
 
     def together(self, recipe: Recipe, tokens: int) -> tuple[Any, tuple]:
         """That of all cards."""
@@ -250,7 +272,7 @@ def _compiled(name: str, function: Any, *arguments: Any) -> tuple[Any, tuple]:
     def chain(*arguments: Any) -> jax.Array:
         return function(*arguments)
 
-    chain.__name__ = "chain_" + re.sub(r"\W", "_", name)  # what a profile calls it
+    chain.__name__ = module_of(name).removeprefix("jit_")
     return jax.jit(chain).lower(*arguments).compile(), arguments
 
 

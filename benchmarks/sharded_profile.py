@@ -1,8 +1,9 @@
-"""Device time of the kernels of a program, by kind, from a profile that `jax.profiler` has written."""
+"""Device time of the kernels of programs, by kind, from a profile that `jax.profiler` has written."""
 
 import pathlib
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 from jax.profiler import ProfileData
 
@@ -13,6 +14,7 @@ _KINDS = (
     ("jmm", "products"),
     ("nccl", "collectives"),
 )
+Span = tuple[float, float]
 
 
 def kind_of(kernel: str) -> str:
@@ -20,20 +22,23 @@ def kind_of(kernel: str) -> str:
     return next((kind for part, kind in _KINDS if part in kernel.lower()), "xla")
 
 
-def device_microseconds(folder: str, program: str, blocks: int) -> dict[str, float]:
-    """Microseconds of a block on the first card, by kind of kernel, and "idle": of the time from the first to the last.
+def module_of(program: str) -> str:
+    """What a profile calls a program of this name."""
+    return "jit_chain_" + re.sub(r"\W", "_", program)
+
+
+def device_microseconds(folder: str, programs: Sequence[str], blocks: int) -> dict[str, dict[str, float]]:
+    """Microseconds of a block on the first card, by program and kind of kernel; programs without kernels are not there.
+
+    "idle" is what no kernel covers, of the time from the first to the last.
 
     Args:
         folder: of the profile.
-        program: the name of a recipe.
-        blocks: of its chain.
-
-    Returns:
-        Nothing where the profile has no kernels of the program.
+        programs: their names.
+        blocks: of a chain.
     """
-    module = "jit_chain_" + re.sub(r"\W", "_", program)
-    spans: dict[str, float] = defaultdict(float)
-    busy: list[tuple[float, float]] = []
+    names = {module_of(program): program for program in programs}
+    spans: dict[str, dict[str, list[Span]]] = defaultdict(lambda: defaultdict(list))
     for path in pathlib.Path(folder).rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(path)).planes:
             if plane.name != "/device:GPU:0":
@@ -42,14 +47,23 @@ def device_microseconds(folder: str, program: str, blocks: int) -> dict[str, flo
                 if not line.name.startswith("Stream"):
                     continue
                 for event in line.events:
-                    if dict(event.stats).get("hlo_module") == module:
-                        spans[kind_of(event.name)] += event.duration_ns
-                        busy.append((event.start_ns, event.start_ns + event.duration_ns))
-    if not busy:
-        return {}
-    covered, until = 0.0, 0.0
-    for start, stop in sorted(busy):
-        covered += max(stop - max(start, until), 0.0)
+                    program = names.get(str(dict(event.stats).get("hlo_module")))
+                    if program is not None:
+                        span = event.start_ns, event.start_ns + event.duration_ns
+                        spans[program][kind_of(event.name)].append(span)
+    found = {}
+    for program, kinds in spans.items():
+        times = {kind: sum(stop - start for start, stop in each) for kind, each in kinds.items()}
+        times["idle"] = uncovered([span for each in kinds.values() for span in each])
+        found[program] = {kind: float(f"{time / blocks / 1e3:.4g}") for kind, time in sorted(times.items())}
+    return found
+
+
+def uncovered(spans: Sequence[Span]) -> float:
+    """What no span covers, of the time from the first one's start to the last one's end."""
+    ordered = sorted(spans)
+    gaps, until = 0.0, ordered[0][0]
+    for start, stop in ordered:
+        gaps += max(start - until, 0.0)
         until = max(until, stop)
-    spans["idle"] = until - min(start for start, _ in busy) - covered
-    return {kind: float(f"{time / blocks / 1e3:.4g}") for kind, time in sorted(spans.items())}
+    return gaps

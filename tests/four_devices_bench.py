@@ -1,7 +1,7 @@
 """Runs `benchmarks.sharded` on four virtual CPU devices, twice into one file; prints the file.
 
-Its argument is the file. XLA reads the number of devices when it starts, so `test_sharded_bench.py` runs this in a
-process of its own.
+Its arguments are the file, and what is added to the command. XLA reads the number of devices when it starts, so
+`test_sharded_bench.py` runs this in a process of its own.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ MODELS["tiny"] = ModelShape("tiny", num_experts=8, top_k=2, hidden=64, intermedi
 
 
 def main():
-    out = sys.argv[1]
+    out, *more = sys.argv[1:]
     for recipes in (["ep-tp-ragged", "tp"], ["tp"]):
         sys.argv[1:] = ["--models", "tiny", "--formats", "int4", "--tokens", "8", "--recipes", *recipes]
-        sys.argv += ["--commit", "-".join(recipes), "--out", out]
+        sys.argv += ["--commit", "-".join(recipes), "--out", out, *more]
         with contextlib.redirect_stdout(sys.stderr):
             sharded.main()
     print(json.dumps(json.loads(pathlib.Path(out).read_text())))

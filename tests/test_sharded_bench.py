@@ -3,7 +3,7 @@
 from other_process import found_by
 
 from benchmarks.sharded_case import recipes
-from benchmarks.sharded_profile import kind_of
+from benchmarks.sharded_profile import kind_of, uncovered
 
 
 def test_rows_of_several_runs_add_up_in_one_file(tmp_path):
@@ -19,6 +19,14 @@ def test_rows_of_several_runs_add_up_in_one_file(tmp_path):
         assert abs(row["efficiency"] * 4 * row["us"] / row["one_card_us"] - 1) < 1e-3
         assert abs(row["outside_us"] + row["kernels_us"] - row["us"]) < 1e-3 * row["us"]
         assert row["imbalance"] >= 1
+
+
+def test_one_card_times_the_first_of_many_ranks(tmp_path):
+    found = found_by("four_devices_bench.py", __file__, str(tmp_path / "shares.json"), "--ranks", "4", "--cards", "1")
+    assert [(row["recipe"], row["cards"]) for row in found["rows"]] == [("tp", 4)]
+    (row,) = found["rows"]
+    assert abs(row["kernels_efficiency"] * 4 * row["kernels_us"] / row["one_card_us"] - 1) < 1e-3
+    assert "us" not in row
 
 
 def test_recipes_follow_from_the_number_of_cards():
@@ -39,3 +47,7 @@ def test_kernels_are_told_apart_by_their_names():
         "loop_convert_fusion": "xla",
     }
     assert {name: kind_of(name) for name in names} == names
+
+
+def test_idle_time_is_what_no_kernel_covers():
+    assert uncovered([(10, 20), (12, 15), (30, 40), (18, 25)]) == 5
