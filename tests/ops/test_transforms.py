@@ -191,8 +191,9 @@ def cells():
         ]
         lowered = f"{HERE}::test_a_transformed_block_is_lowered_to_the_program_for_cuda[{transformation}]"
         yield transformation, [*on_one, of_cuda or lowered, of_devices]
-    processes = "tests/sharding/test_two_processes.py::test_two_processes_agree_with_one"
-    yield "two processes", ["no call of its own", processes, "not run: cards of several hosts", processes]
+    processes, each = "tests/sharding/test_two_processes.py::test_two_processes_", "agree_with_one"
+    on_cards = f"{processes}with_a_card_each_{each}"
+    yield "two processes", ["no call of its own", processes + each, on_cards, processes + each]
 
 
 def rendered():
