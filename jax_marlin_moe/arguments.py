@@ -91,7 +91,7 @@ def check_weights(name: str, weights: MarlinWeights) -> None:
             f"{name}.layout is {weights.layout!r}, with {weights.padded_n} columns; "
             + (
                 f"its columns are those of several ranks, {weights.layout.removeprefix('a16/')} each: call it with "
-                "jax_marlin_moe.sharding.parallel_layer, or a rank's share in jax.shard_map"
+                "fused_moe, moe_layer or jax_marlin_moe.sharding.parallel_layer, or a rank's share in jax.shard_map"
                 if of_ranks
                 else "this op needs 'a16' (16-bit activations): repack from the source"
             )

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.sharding import partition_specs
+from jax_marlin_moe.sharding import MoESharding, partition_specs, tensor_parallel
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESHES = {
@@ -136,7 +136,44 @@ def layer(x, router, gate_up, down, shared):
     return jmm.moe_layer(x, router, gate_up, down, routing=jmm.Routing(top_k=TOP_K), shared=shared, return_routing=True)
 
 
-wanted = functools.cache(lambda function, make: jax.jit(function)(*make()))
+@functools.cache
+def in_shares():
+    """The block with columns of gate and up in shares of four ranks."""
+    x, gate_up, down, *ids = operands()
+    return x, *tensor_parallel(gate_up, down, 4), *ids
+
+
+def gradients_in_shares(x, gate_up, down, w, ids):
+    return jax.grad(lambda x, w: jnp.sin(fused(x, gate_up, down, w, ids).astype(jnp.float32)).sum(), (0, 1))(x, w)
+
+
+@functools.cache
+def whole_operands():
+    x, router, gate_up, down, _ = layer_operands()
+    return x, jmm.MoELayer(gate_up, down, router, jmm.Routing(TOP_K))
+
+
+def of_both(kind):
+    return MoESharding(MESHES[kind, (2, 2)], expert="data", tensor="model")
+
+
+@functools.cache
+def placed_operands():
+    x, one = whole_operands()
+    return x, of_both(AUTO).lay_out(one)
+
+
+def whole_layer(x, layer):
+    return layer(x)
+
+
+# What is laid out for several devices is compared with what is not.
+AS_ONE_HAS_IT = {in_shares: operands, placed_operands: whole_operands}
+
+
+@functools.cache
+def wanted(function, make):
+    return jax.jit(function)(*AS_ONE_HAS_IT.get(make, make)())
 
 
 def cut(weights, over):
@@ -152,6 +189,17 @@ def cut(weights, over):
 def block_specs(rows, first, second, make=operands):
     _, gate_up, down, *_ = make()
     return (P(rows), cut(gate_up, first), cut(down, second), P(rows), P(rows))
+
+
+def specs_in_shares(rows=None):
+    _, gate_up, down, *_ = in_shares()
+    return (
+        P(rows),
+        partition_specs(gate_up, "columns", "model"),
+        partition_specs(down, "rows", "model"),
+        P(rows),
+        P(rows),
+    )
 
 
 def experts_of(rows=None):
@@ -199,6 +247,26 @@ CALLS = {
     "block, columns and rows": (
         ungated_block, ungated, AUTO, (4,), lambda: block_specs(None, "columns", "rows", ungated), {"all-reduce": 1},
         (None, None),
+    ),
+    "gated block, columns and rows": (
+        fused, in_shares, AUTO, (4,), specs_in_shares, {"all-reduce": 1}, (None, None),
+    ),
+    "gated block, columns and rows, tokens over the same axis": (
+        fused, in_shares, AUTO, (4,), lambda: specs_in_shares("model"), SCATTERED, ("model", None),
+    ),
+    "gradients of a gated block, columns and rows": (
+        gradients_in_shares, in_shares, AUTO, (4,), specs_in_shares, None, (None, None),
+    ),
+    "whole layer, experts, columns and rows": (
+        whole_layer, placed_operands, AUTO, (2, 2), lambda: (P(), of_both(AUTO).specs(placed_operands()[1])),
+        {"all-reduce": 1}, (None, None),
+    ),
+    "explicit gated block, columns and rows": (
+        fused, in_shares, EXPLICIT, (4,), specs_in_shares, {"all-reduce": 1}, (None, None),
+    ),
+    "explicit whole layer, experts, columns and rows": (
+        whole_layer, placed_operands, EXPLICIT, (2, 2), lambda: (P(), of_both(EXPLICIT).specs(placed_operands()[1])),
+        {"all-reduce": 1}, (None, None),
     ),
     "gradients of a block, experts, tokens over another axis": (
         gradients, operands, AUTO, (2, 2), lambda: experts_of("data"), None, ("data", None),

@@ -22,8 +22,21 @@ BLOCKS = [
     "layer, experts, tokens over another axis",
     "layer, experts and tokens over one axis",
     "linear of many, rows",
+    "gated block, columns and rows",
+    "gated block, columns and rows, tokens over the same axis",
+    "gradients of a gated block, columns and rows",
+    "whole layer, experts, columns and rows",
 ]
-ONLY_AUTOMATIC = ("block, experts, tokens", "while", "cond", "remat", "eager", "donation")
+ONLY_AUTOMATIC = (
+    "gated block, columns and rows, tokens",
+    "gradients of a gated",
+    "block, experts, tokens",
+    "while",
+    "cond",
+    "remat",
+    "eager",
+    "donation",
+)
 EXPLICIT = [f"explicit {name}" for name in BLOCKS if not name.startswith(ONLY_AUTOMATIC)]
 PRODUCTS = [
     f"{kind}{call}"
@@ -41,6 +54,10 @@ ORDINARY = [
     "layer, experts and tokens over one axis",
     "linear of many, rows",
     "explicit linear of many, rows",
+    "gated block, columns and rows",
+    "gradients of a gated block, columns and rows",
+    "explicit gated block, columns and rows",
+    "whole layer, experts, columns and rows",
     "explicit block, experts and tokens over one axis",
     "explicit gradients of a block, experts, tokens over another axis",
     "donation, experts",

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.sharding import MoESharding, parallel_layer, place
+from jax_marlin_moe.sharding import MoESharding, parallel_layer, partition_specs, place, tensor_parallel
 
 EXPERTS, HIDDEN, INNER, TOP_K = 16, 512, 256, 4
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -98,6 +98,21 @@ def test_two_cards_agree_with_one(tokens, where, axes):
     assert error(y, jax.jit(block)(*rows(tokens), *weights())) < 5e-3
     for ours, other in zip(found, jax.jit(gradients)(*rows(tokens), *weights()), strict=True):
         assert error(ours, other) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [8, 1024])
+def test_columns_of_gate_and_up_in_shares_agree_with_one_card(tokens):
+    on_cards = mesh()
+    matrices = tensor_parallel(*weights(), cards())
+    specs = [partition_specs(matrix, over, "cards") for matrix, over in zip(matrices, ("columns", "rows"), strict=True)]
+    placed = [
+        jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(on_cards, spec)), matrix, spec)
+        for matrix, spec in zip(matrices, specs, strict=True)
+    ]
+    operands = *jax.device_put(rows(tokens), NamedSharding(on_cards, P())), *placed
+    compiled = jax.jit(block).lower(*operands).compile()
+    assert collectives(compiled) == {"all-reduce"}
+    assert error(compiled(*operands), jax.jit(block)(*rows(tokens), *weights())) < 5e-3
 
 
 @pytest.mark.parametrize("tokens", [8, 1024])

@@ -4,6 +4,7 @@ The contract is docs/formats.md, "The expert block".
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, slot_columns
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, one_program
+from jax_marlin_moe.ops.shares import choose_shares, count_shares, split_block
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 _FP8_ROWS = jnp.bfloat16  # as what the kernels read float8_e4m3fn: it holds every value
@@ -139,6 +141,9 @@ def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act
     `within` is what comes before their names in messages.
     """
     first, second = f"{within}gate_up", f"{within}down"
+    shares = count_shares(gate_up)
+    if shares > 1 and isinstance(down, MarlinWeights):
+        gate_up, down = jax.eval_shape(partial(split_block, shares=shares), gate_up, down)
     arguments.check_weights(first, gate_up)
     arguments.check_weights(second, down)
     arguments.check_shape("x", x, (x.shape[0], gate_up.k), "(tokens, H)")
@@ -220,6 +225,18 @@ def expert_block(
     **params,
 ):
     """`fused_moe` of arguments that are checked, or that are those of `fused_moe_op`."""
+    shares = count_shares(gate_up)
+    if shares > 1:
+        if activation_dtype is not None:
+            raise ValueError(
+                f"activation_dtype is {activation_dtype!r}, and gate_up is laid out for {shares} ranks; the rows of "
+                "down's product have one scale each, of whole rows: pass matrices that are not laid out"
+            )
+        experts = gate_up.num_experts
+        gate_up, down = split_block(gate_up, down, shares)
+        topk_weights, topk_ids, expert_map = choose_shares(topk_weights, topk_ids, expert_map, experts, shares)
+        if intermediate is not None and intermediate.scales.ndim:
+            intermediate = dataclasses.replace(intermediate, scales=jnp.tile(intermediate.scales, shares))
     rows = x
     if x_scale is not None:
         rows = x.astype(_FP8_ROWS)
@@ -380,8 +397,8 @@ def _cuda(
 
 
 _APART = (
-    "a range of its columns is not one of gate and of up. jax_marlin_moe.sharding.place lays a layer out for that, and "
-    "jax_marlin_moe.sharding.parallel_layer, which takes the mesh and its axes, calls it"
+    "a range of its columns is not one of gate and of up; jax_marlin_moe.sharding.tensor_parallel, or place for a "
+    "layer, lays them out so that it is"
 )
 
 

@@ -28,6 +28,7 @@ from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.fused_moe import block_division, check_experts, expert_block
 from jax_marlin_moe.ops.primitive import define_op, jvp_of, one_program
+from jax_marlin_moe.ops.shares import count_shares
 from jax_marlin_moe.routing import Routing, check_routing, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -238,8 +239,14 @@ def _layer(x, router, gate_up, down, shared, *rest, activation_dtype, out_dtype,
     if activation_dtype is not None:
         options = {"activation_dtype": activation_dtype, "out_dtype": out_dtype, **params}
         return composition(x, router, gate_up, down, shared, *rest, **options)
-    if gate_up.input_order is not None or (shared is not None and _has_order(shared)):
-        # Experts that read x in orders of their own need a row per slot, which follows from the choice.
+    laid_out = [gate_up] if shared is None else [gate_up, shared.gate_up]
+    if (
+        gate_up.input_order is not None
+        or (shared is not None and _has_order(shared))
+        or any(count_shares(one) > 1 for one in laid_out)
+    ):
+        # Experts that read x in orders of their own need a row per slot, which follows from the choice; so do experts
+        # in shares.
         return composition(x, router, gate_up, down, shared, *rest, out_dtype=out_dtype, **params)
     packed = shared
     if shared is not None and isinstance(shared.gate_up, MarlinWeights):

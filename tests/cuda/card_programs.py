@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.sharding import partition_specs, tensor_parallel
 
 _known = xla_bridge.canonicalize_platform
 xla_bridge.canonicalize_platform = lambda name: "cuda" if name in ("gpu", "cuda") else _known(name)
@@ -86,6 +87,17 @@ def recipe(mesh, exchange):
     return call, sharding.abstract(one), shapes(mesh, "cards")((TOKENS, HIDDEN), jnp.bfloat16)
 
 
+def in_shares(mesh):
+    """A block whose intermediate dimension is over the cards, gate and up in shares."""
+    laid_out = jax.eval_shape(lambda *block: tensor_parallel(*block, mesh.size), *block(jax.ShapeDtypeStruct))
+    specs = [partition_specs(one, over, "cards") for one, over in zip(laid_out, ("columns", "rows"), strict=True)]
+    placed = [
+        jax.tree.map(lambda leaf, spec: shapes(mesh, *spec)(leaf.shape, leaf.dtype), one, spec)
+        for one, spec in zip(laid_out, specs, strict=True)
+    ]
+    return call, *rows(shapes(mesh)), *placed
+
+
 def artefact():
     """A program for any number of tokens up to 4."""
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in jmm.CUSTOM_CALL_TARGETS]
@@ -108,7 +120,7 @@ def counts(function, *arguments):
 
 def main():
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x4")
-    one, four = (Mesh(np.array(topology.devices[:count]), ("cards",)) for count in (1, 4))
+    one, two, four = (Mesh(np.array(topology.devices[:count]), ("cards",)) for count in (1, 2, 4))
     whole = shapes(one)
     programs = {
         "block": (call, *rows(whole), *block(whole)),
@@ -118,6 +130,7 @@ def main():
     cards = ["cards"]
     for name, of_rows, of_experts in (("tokens", cards, []), ("experts", [], cards), ("both", cards, cards)):
         programs[name] = (call, *rows(shapes(four, *of_rows)), *block(shapes(four, *of_experts)))
+    programs["columns"] = in_shares(two)
     for exchange in ("gather", "ragged"):
         programs[f"recipe, {exchange}"] = recipe(four, exchange)
     print(json.dumps({name: counts(*program) for name, program in programs.items()}))

@@ -20,7 +20,7 @@ def programs():
     return found_by("card_programs.py", __file__)
 
 
-@pytest.mark.parametrize("name", ["block", "scan", "artefact", "tokens", "experts", "both"])
+@pytest.mark.parametrize("name", ["block", "scan", "artefact", "tokens", "experts", "both", "columns"])
 def test_a_block_is_one_call_and_copies_no_weights(name):
     assert programs()[name]["calls"] == 1
     assert not programs()[name]["copies a layer"]
@@ -33,6 +33,7 @@ def test_a_block_is_one_call_and_copies_no_weights(name):
         ("artefact", []),  # nor a branch: the number of tokens is known when it is compiled
         ("tokens", []),
         ("experts", ["all-reduce"]),
+        ("columns", ["all-reduce"]),
         ("both", ["all-gather", "reduce-scatter"]),  # of the rows, and of the results
         ("recipe, gather", ["all-gather", "reduce-scatter"]),
         ("recipe, ragged", ["all-gather", "ragged-all-to-all", "ragged-all-to-all"]),  # of the choices; there and back

@@ -1,5 +1,8 @@
 """Recipes of parallelism: what `four_devices_recipes.py` finds in a process with four devices, and what is refused."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +136,14 @@ def test_a_cut_that_parts_gate_from_up_is_refused():
         MoESharding(mesh(expert=2)).specs(laid_out)
     x = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"'a16/128', with 256 columns; its columns are those of several ranks, 128"):
-        jax.eval_shape(lambda layer, x: layer(x), laid_out, x)
+        jax.eval_shape(lambda x, weights: jmm.linear(x, weights, expert=0), x, laid_out.gate_up)
+    choice = jax.ShapeDtypeStruct((4, 2), jnp.float32), jax.ShapeDtypeStruct((4, 2), jnp.int32)
+    down = dataclasses.replace(layer.down, bias=jax.ShapeDtypeStruct((8, 64), jnp.float32))
+    with pytest.raises(ValueError, match=r"gate_up is laid out for 2 ranks; down, with K = 128 rows, must be, too"):
+        jax.eval_shape(jmm.fused_moe, x, laid_out.gate_up, down, *choice)
+    block = functools.partial(jmm.fused_moe, activation_dtype="int8")
+    with pytest.raises(ValueError, match=r"activation_dtype is 'int8', and gate_up is laid out for 2 ranks; .* rows"):
+        jax.eval_shape(block, x, laid_out.gate_up, laid_out.down, *choice)
 
 
 @needs_nvrtc
