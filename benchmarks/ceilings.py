@@ -1,8 +1,10 @@
 """What the card can do, measured in the same run as everything held against it."""
 
+import functools
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +42,6 @@ struct Reader {
 """
 
 
-def wall_seconds(call: Callable, repeats: int) -> list[float]:
-    """Wall time of each call, after three warm-up calls."""
-    for _ in range(3):
-        jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def measure_read_bandwidth() -> float:
     """TB/s of a read-only stream over 2 GiB, by CUDA graph replay."""
     data = jnp.arange(_READ_BYTES // 4, dtype=jnp.int32)
@@ -72,14 +62,59 @@ def measure_read_bandwidth() -> float:
     return _READ_BYTES / microseconds / 1e6
 
 
-def measure_bf16_rate(calls: int = 64) -> float:
-    """TFLOP/s of 8192^3 products of random bfloat16 matrices, `calls` of them in one program."""
-    a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) / 90 for i in range(2))
+# Rows, columns and K of products that keep every multiprocessor busy. How far a card lowers its clock depends on how
+# long a product lasts, so some are short.
+_PRODUCT_SHAPES = ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 8192, 4096), (8192, 8192, 8192))
+_BURST_SECONDS, _REST_SECONDS = 0.004, 0.02  # of products in a row, as replays of blocks are timed
 
-    @jax.jit
-    def products(a, b):
-        for _ in range(calls):
-            a = a @ b
-        return a
 
-    return calls * 2 * 8192**3 / statistics.median(wall_seconds(lambda: products(a, b), 20)) / 1e12
+def measure_bf16_products(samples: int = 12) -> dict[str, float]:
+    """TFLOP/s of products of random bfloat16 matrices, by library, layout and shape.
+
+    Each is a median over bursts of equal products with a rest before each burst, so that the card's power limit hits
+    them no more than it hits replays of blocks. The libraries are XLA, which tries several kernels for a product, and
+    PyTorch's cuBLAS where it is installed.
+    """
+    rates = {}
+    for rows, columns, k in _PRODUCT_SHAPES:
+        a = jax.random.normal(jax.random.key(0), (rows, k), jnp.bfloat16)
+        b = jax.random.normal(jax.random.key(1), (k, columns), jnp.bfloat16)
+        flops = 2.0 * rows * columns * k
+        for library, layout, call, wait in _products(a, b):
+            name = f"{library} {layout} {rows} x {columns} x {k}"
+            rates[name] = flops / _burst_seconds(call, wait, flops, samples) / 1e12
+    return rates
+
+
+def _products(a: jax.Array, b: jax.Array) -> Iterator[tuple[str, str, Callable, Callable]]:
+    """Library, layout ("N": rows along memory, "T": columns), a call, and what waits for its result."""
+    transposed = jnp.asarray(b.T)
+    yield "XLA", "NN", functools.partial(jax.jit(jnp.matmul), a, b), jax.block_until_ready
+    yield "XLA", "NT", functools.partial(jax.jit(lambda a, b: a @ b.T), a, transposed), jax.block_until_ready
+    try:
+        import torch
+    except ImportError:
+        return
+    ours, theirs, theirs_transposed = (torch.from_dlpack(array) for array in (a, b, transposed))
+
+    def wait(_: object) -> None:
+        torch.cuda.synchronize()
+
+    yield "cuBLAS", "NN", functools.partial(torch.matmul, ours, theirs), wait
+    yield "cuBLAS", "NT", functools.partial(torch.matmul, ours, theirs_transposed.T), wait
+
+
+def _burst_seconds(call: Callable, wait: Callable, flops: float, samples: int) -> float:
+    """Seconds of one call: the host's time of a burst less that of one with half as many."""
+    calls = max(4, math.ceil(_BURST_SECONDS * 700e12 / flops))
+
+    def burst(number: int) -> float:
+        time.sleep(_REST_SECONDS)
+        start = time.perf_counter()
+        for _ in range(number):
+            result = call()
+        wait(result)
+        return time.perf_counter() - start
+
+    burst(calls)
+    return statistics.median(burst(2 * calls) - burst(calls) for _ in range(samples)) / calls
