@@ -1,5 +1,6 @@
 """The Python of the guides runs, page by page, on small genuine checkpoints; tables of variables are complete."""
 
+import ast
 import pathlib
 import re
 
@@ -38,3 +39,23 @@ def test_every_page_is_in_the_table_of_contents():
     listed = set(re.findall(r"^([\w/]+)$", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE))
     pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert {page for page in pages if not page.startswith("_generated/")} - {"index"} <= listed
+
+
+def test_messages_of_the_error_glossary_are_those_of_the_package():
+    texts = set()
+    for path in (ROOT / "jax_marlin_moe").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 8:
+                texts.add(" ".join(node.value.split()))
+
+    def is_said(part):
+        """Whether one text has it, or most of it consists of texts between which a message puts what it found."""
+        said = [text for text in texts if text in part]
+        return any(part in text for text in texts) or sum(map(len, said)) > 0.6 * len(part)
+
+    glossary = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)`", glossary, re.MULTILINE)
+    assert len(messages) > 25
+    of_others = {"RESOURCE_EXHAUSTED"}  # XLA's
+    parts = {part for message in messages for part in re.split(r"\s*\.\.\.\s*", message) if len(part) > 8}
+    assert {part for part in parts if not is_said(part)} == of_others

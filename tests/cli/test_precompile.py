@@ -1,7 +1,11 @@
 """The command precompile."""
 
+import argparse
 import os
+import pathlib
 import re
+import shlex
+import string
 from functools import partial
 from unittest import mock
 
@@ -10,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.cli import precompile
 from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.cuda import cache, compiler
 from jax_marlin_moe.measure.models import MODELS
@@ -114,3 +119,14 @@ def test_precompile_refuses_an_architecture_before_it_compiles_for_others(capsys
     assert stopped.value.code == 2
     assert re.search(f"argument --arch: the architecture is '{name}'; {complaint}", capsys.readouterr().err)
     assert not list(kernels.iterdir())
+
+
+def test_the_image_precompiles_with_options_that_there_are():
+    recipe = (pathlib.Path(__file__).parents[2] / "containers" / "Dockerfile").read_text()
+    defaults = {name: value.strip('"') for name, value in re.findall(r"^ARG (\w+)=(.*)$", recipe, re.MULTILINE)}
+    (command,) = re.findall(r"^RUN python -m jax_marlin_moe precompile (.*)$", recipe, re.MULTILINE)
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    precompile.add_arguments(parser)
+    options = parser.parse_args(shlex.split(string.Template(command).substitute(defaults)))
+    assert options.arch == [defaults["ARCH"]]
+    assert options.models == defaults["MODELS"].split()
