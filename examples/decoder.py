@@ -80,8 +80,14 @@ class Cache:
 def written(kept: Kept, new: Kept, positions: Int32[Array, "batch tokens"]) -> Kept:
     """The cache of a layer with new tokens, [batch, tokens, heads, size], at their positions.
 
-    Those behind its capacity are dropped.
+    Positions of a sequence follow each other. Those of tokens that count lie within the capacity; others need not.
     """
+    if len(positions) == 1:  # as a slice: XLA reads, compares and writes in kernels of their own for what it may drop
+        place = (0, 0, positions[0, 0], 0)
+        return tuple(
+            jax.lax.dynamic_update_slice(old, value.swapaxes(1, 2).astype(old.dtype), place)
+            for old, value in zip(kept, new, strict=True)
+        )
     rows = jnp.arange(len(positions))[:, None]
     return tuple(
         old.at[rows, :, positions].set(value.astype(old.dtype), mode="drop", unique_indices=True)
