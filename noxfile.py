@@ -18,7 +18,8 @@ QUICK = ("tests/ops/test_fused_moe.py", "tests/test_weights.py", "tests/checkpoi
 def tests(session: nox.Session, jax: str) -> None:
     """The tests of QUICK, or those that are named behind `--`, with the oldest or newest JAX."""
     session.install(".[test,flax]", JAX[jax])
-    session.run("python", "-m", "pytest", "-q", *(session.posargs or QUICK))
+    # -P: the source tree, which has no native module, would be found before the package that is installed.
+    session.run("python", "-P", "-m", "pytest", "-q", *(session.posargs or QUICK))
 
 
 @nox.session(python="3.12")

@@ -69,6 +69,19 @@ def test_logits_are_those_of_transformers(name, expected):
     found = stepwise(decoder(name), jnp.asarray(tokens), tokens.shape[1] - 5)
     error = np.linalg.norm(found - expected[name], axis=-1) / np.linalg.norm(expected[name], axis=-1)
     assert error.max() < LIMIT.get(name, 1.2e-3)
+    assert error.max() < 1.05 * documented_errors()[name]
+
+
+def documented_errors():
+    """The largest error of each checkpoint in the table of docs/examples.md."""
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    return {name: float(error) for name, error in re.findall(r"^\| (\w+) \| [^|]+ \| ([\d.e-]+) \|", page, re.MULTILINE)}
+
+
+def test_the_table_of_errors_has_every_checkpoint_within_its_limit():
+    errors = documented_errors()
+    assert errors.keys() == set(NAMES)
+    assert all(error < LIMIT.get(name, 1.2e-3) for name, error in errors.items())
 
 
 @pytest.mark.parity
