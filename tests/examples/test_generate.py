@@ -75,7 +75,8 @@ def test_logits_are_those_of_transformers(name, expected):
 def documented_errors():
     """The largest error of each checkpoint in the table of docs/examples.md."""
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
-    return {name: float(error) for name, error in re.findall(r"^\| (\w+) \| [^|]+ \| ([\d.e-]+) \|", page, re.MULTILINE)}
+    rows = re.findall(r"^\| (\w+) \| [^|]+ \| ([\d.e-]+) \|", page, re.MULTILINE)
+    return {name: float(error) for name, error in rows}
 
 
 def test_the_table_of_errors_has_every_checkpoint_within_its_limit():
