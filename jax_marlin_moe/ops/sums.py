@@ -31,7 +31,7 @@ def rounded_sum(
     """
     ranks = lax.axis_size(axes) if groups is None else len(groups[0])
     saves = jax.numpy.dtype(dtype).itemsize < y.dtype.itemsize and y.size * y.dtype.itemsize >= _MANY_BYTES
-    if not saves or y.shape[0] % ranks:
+    if ranks == 1 or not saves or y.shape[0] % ranks:
         return lax.psum(y, axes, axis_index_groups=groups).astype(dtype)
     part = lax.psum_scatter(y, axes, axis_index_groups=groups, tiled=True).astype(dtype)
     # Without groups types say what varies; the devices of groups belong to a program that is partitioned already.
