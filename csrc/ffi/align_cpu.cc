@@ -46,7 +46,7 @@ ffi::Error AlignImpl(ffi::AnyBuffer topk_ids, ffi::AnyBuffer expert_map, ffi::Re
   return contract.Run([&] { cpu::AlignBlocks(routing, block_size, alignment); });
 }
 
-XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* HandleAlign(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, AlignImpl,
                          ffi::Ffi::Bind()
                              .Arg<ffi::AnyBuffer>()  // topk_ids [T, top_k]
@@ -59,7 +59,7 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
-const CpuOp kOp("moe_align_block_size", 1, Handle);
+const CpuOp kAlignOp("moe_align_block_size", 1, HandleAlign);
 
 }  // namespace
 }  // namespace jax_marlin_moe

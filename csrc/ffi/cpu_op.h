@@ -1,4 +1,5 @@
-// The ops with a CPU handler. The file of a handler defines one CpuOp, and the module registers what it finds.
+// The ops with a CPU handler. The file of a handler defines one CpuOp, and the module registers what it finds. All
+// these files are one translation unit: what each names is its own.
 #ifndef JAX_MARLIN_MOE_FFI_CPU_OP_H_
 #define JAX_MARLIN_MOE_FFI_CPU_OP_H_
 

@@ -67,7 +67,7 @@ ffi::Error ExpertGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   });
 }
 
-XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* HandleExpertGemm(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, ExpertGemmImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
@@ -88,7 +88,7 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
-const CpuOp kOp("expert_gemm", 1, Handle);
+const CpuOp kExpertGemmOp("expert_gemm", 1, HandleExpertGemm);
 
 }  // namespace
 }  // namespace jax_marlin_moe

@@ -103,7 +103,7 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   return contract.Run([&] { cpu::RunExpertBlock(workers, block); });
 }
 
-XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* HandleFusedMoe(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, FusedMoeImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
@@ -140,7 +140,7 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
-const CpuOp kOp("fused_moe", 2, Handle);
+const CpuOp kFusedMoeOp("fused_moe", 2, HandleFusedMoe);
 
 }  // namespace
 }  // namespace jax_marlin_moe

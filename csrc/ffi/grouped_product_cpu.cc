@@ -55,7 +55,7 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
   return contract.Run([&] { cpu::RunGroupedProduct(workers, product); });
 }
 
-XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* HandleGroupedProduct(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, GroupedProductImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
@@ -77,7 +77,7 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
-const CpuOp kOp("grouped_product", 1, Handle);
+const CpuOp kGroupedProductOp("grouped_product", 1, HandleGroupedProduct);
 
 }  // namespace
 }  // namespace jax_marlin_moe

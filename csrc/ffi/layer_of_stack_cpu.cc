@@ -15,8 +15,9 @@ namespace jax_marlin_moe {
 namespace {
 
 // Attributes of the call itself; all others are those of the op.
-constexpr std::string_view kTarget = "layer_target";      // the target of the op's own calls
-constexpr std::string_view kOperands = "layer_operands";  // int64: a stack's operand, the operand of its index, ...
+constexpr std::string_view kTargetAttribute = "layer_target";  // the target of the op's own calls
+constexpr std::string_view kOperandsAttribute =
+    "layer_operands";  // int64: a stack's operand, the operand of its index, ...
 
 std::string_view View(const XLA_FFI_ByteSpan& span) { return {span.ptr, span.len}; }
 
@@ -33,9 +34,9 @@ class InnerCall {
     for (int64_t a = 0; a < outer.attrs.size; ++a) {
       const std::string_view name = View(*outer.attrs.names[a]);
       const XLA_FFI_AttrType type = outer.attrs.types[a];
-      if (name == kTarget && type == XLA_FFI_AttrType_STRING) {
+      if (name == kTargetAttribute && type == XLA_FFI_AttrType_STRING) {
         target = static_cast<const XLA_FFI_ByteSpan*>(outer.attrs.attrs[a]);
-      } else if (name == kOperands && type == XLA_FFI_AttrType_ARRAY) {
+      } else if (name == kOperandsAttribute && type == XLA_FFI_AttrType_ARRAY) {
         operands = static_cast<const XLA_FFI_Array*>(outer.attrs.attrs[a]);
       } else {
         types_.push_back(type);
@@ -123,7 +124,7 @@ class InnerCall {
 
 ffi::Error Described() { return ffi::Error::Success(); }
 
-XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* HandleLayerOfStack(XLA_FFI_CallFrame* frame) {
   // XLA asks a handler for its version before the first call; a handler without operands answers.
   if (frame->extension_start != nullptr) {
     XLA_FFI_DEFINE_HANDLER(described, Described, ffi::Ffi::Bind());
@@ -142,7 +143,7 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   return call.Run(frame);
 }
 
-const CpuOp kOp("layer_of_stack", 1, Handle);
+const CpuOp kLayerOfStackOp("layer_of_stack", 1, HandleLayerOfStack);
 
 }  // namespace
 }  // namespace jax_marlin_moe

@@ -61,7 +61,7 @@ ffi::Error MoeGemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   return contract.Run([&] { cpu::RunGroupedGemm(workers, gemm); });
 }
 
-XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* HandleMoeGemm(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, MoeGemmImpl,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
@@ -87,7 +87,7 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   return (*handler)(frame);
 }
 
-const CpuOp kOp("moe_gemm", 1, Handle);
+const CpuOp kMoeGemmOp("moe_gemm", 1, HandleMoeGemm);
 
 }  // namespace
 }  // namespace jax_marlin_moe

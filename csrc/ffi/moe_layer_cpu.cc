@@ -318,13 +318,13 @@ ffi::Error MoeLayerImpl(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::
   return contract.Run([&] { RunLayer(workers, router, block, gate, rule); });
 }
 
-XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* HandleMoeLayer(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, MoeLayerImpl,
                          ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());
   return (*handler)(frame);
 }
 
-const CpuOp kOp("moe_layer", 2, Handle);
+const CpuOp kMoeLayerOp("moe_layer", 2, HandleMoeLayer);
 
 }  // namespace
 }  // namespace jax_marlin_moe

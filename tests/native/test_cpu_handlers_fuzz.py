@@ -33,7 +33,7 @@ def objects(tmp_path_factory):
     """Compiled once for both tests: the second one replaces the object that it changes."""
     folder = tmp_path_factory.mktemp("objects")
     return cpu_handlers_fuzz.compile_objects(
-        SANITIZERS, folder, cpu_handlers_fuzz.sources(only_portable=not SECONDS), only_portable=not SECONDS
+        SANITIZERS, folder, cpu_handlers_fuzz.sources(folder, only_portable=not SECONDS), only_portable=not SECONDS
     )
 
 
