@@ -17,6 +17,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -38,6 +39,10 @@ from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.measure.models import LAYERS, MODELS, ModelShape
 from jax_marlin_moe.measure.random_layers import random_layers
 from jax_marlin_moe.ops.moe_layer import composition
+
+# The first call of a sample waits for the host, the others do not: there are many of them where a call is short.
+_SAMPLE_MICROSECONDS = 20_000
+_MOST_CALLS = 60
 
 
 def make_layers(shape: ModelShape, weight_format: str, dtype) -> list[jmm.MoELayer]:
@@ -80,7 +85,8 @@ def whole(x, layer, weights, ids):
     return layer(x, implementation="cuda")
 
 
-FORMS = {"block_us": block, "composed_us": composed, "layer_us": whole}
+# The composition comes last: XLA looks long for the fastest product with the router.
+FORMS = {"block_us": block, "layer_us": whole, "composed_us": composed}
 
 
 def repeats(tokens: int) -> int:
@@ -97,12 +103,12 @@ def chosen(x: jax.Array, layers: list[jmm.MoELayer], count: int) -> tuple[list[j
         experts = layer.gate_up, layer.down
         return jmm.moe_layer(x, layer.router, *experts, **given, return_routing=True, implementation="cuda")
 
-    weights, ids = [], []
+    weights, ids, norm = [], [], jax.jit(unit_rows)
     for number in range(count):
         x, w, i = call(x, layers[number % len(layers)])
         weights.append(w)
         ids.append(i)
-        x = unit_rows(x) if ends_a_norm(number, count) else x
+        x = norm(x) if ends_a_norm(number, count) else x
     return weights, np.stack(ids)
 
 
@@ -114,42 +120,45 @@ class Case:
     layers: list[jmm.MoELayer]
     weights: list[jax.Array]
     ids: np.ndarray
-    chains: dict[str, Callable[..., jax.Array]]
+    chains: dict[str, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict)
 
     def row(self, name: str, options: argparse.Namespace) -> dict:
         """Times all forms."""
-        tokens = self.x.shape[0]
-        calls = 10 if tokens <= 256 else 4 if tokens <= 1024 else 2
         inputs = self.x, self.layers, self.weights, self.ids
-        times = {
-            form: round(statistics.median(time_chain(chain, *inputs, options.samples, options.pause, calls)), 2)
-            for form, chain in self.chains.items()
-        }
+        times = {}
+        for form, chain in self.chains.items():
+            (about,) = time_chain(chain, *inputs, 1, 0.0, 2)
+            calls = min(max(math.ceil(_SAMPLE_MICROSECONDS / (about * len(self.ids))), 2), _MOST_CALLS)
+            times[form] = round(statistics.median(time_chain(chain, *inputs, options.samples, options.pause, calls)), 2)
         shared = self.layers[0].shared is not None
-        return {"model": name, "M": tokens, "format": options.format, "shared": shared, **times}
+        return {"model": name, "M": self.x.shape[0], "format": options.format, "shared": shared, **times}
 
 
 def prepare(name: str, options: argparse.Namespace) -> list[Case]:
-    """What is timed of a model; a number of tokens that fails is a line in the log."""
+    """What is timed of a model; a number of tokens that fails or takes too long is a line in the log."""
     shape, dtype, begin = MODELS[name], jnp.dtype(options.dtype), time.perf_counter()
     layers = jax.block_until_ready(make_layers(shape, options.format, dtype))
     made = time.perf_counter() - begin
 
-    def compiled(tokens: int) -> Case | None:
+    cases: dict[int, Case] = {}
+
+    def compiled(tokens: int) -> None:
         try:
             x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), dtype)
-            weights, ids = chosen(x, layers, repeats(tokens))
-            chains = {form: compile_chain(FORMS[form], x, layers, weights, ids) for form in options.forms}
+            cases[tokens] = case = Case(x, layers, *chosen(x, layers, repeats(tokens)))
+            for form in options.forms:
+                case.chains[form] = compile_chain(FORMS[form], x, layers, case.weights, case.ids)
         except Exception as error:
             print(f"{name} M={tokens} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            return None
-        return Case(x, layers, weights, ids, chains)
 
-    with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
-        cases = list(pool.map(compiled, options.tokens))
+    pool = concurrent.futures.ThreadPoolExecutor(options.threads)
+    futures = [pool.submit(compiled, tokens) for tokens in options.tokens]
+    _, late = concurrent.futures.wait(futures, None if options.patience is None else max(0.0, options.patience - made))
+    pool.shutdown(wait=False, cancel_futures=True)
     seconds = time.perf_counter() - begin
-    print(f"{name}: {seconds:.1f} s until all is compiled, {made:.1f} of them for the weights", flush=True)
-    return [case for case in cases if case is not None]
+    print(f"{name}: weights after {made:.1f} s; after {seconds:.1f} {len(late)} are not compiled", flush=True)
+    ready = [dataclasses.replace(case, chains=dict(case.chains)) for _, case in sorted(cases.items())]
+    return [case for case in ready if len(case.chains) >= min(2, len(options.forms))]
 
 
 def run_model(name: str, options: argparse.Namespace, prepared: Any, turn: Any, results: Any) -> None:
@@ -189,6 +198,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--pause", type=float, default=0.02, help="seconds of rest before each sample")
     parser.add_argument("--threads", type=int, default=4, help="that compile for a model")
+    parser.add_argument("--patience", type=float, help="seconds; what is not compiled by then is not timed")
     parser.add_argument("--add", nargs="*", type=pathlib.Path, default=[], metavar="FILE", help="whose rows stay")
     parser.add_argument("--commit", help="of the code, where the machine has no checkout")
     parser.add_argument("--out", type=pathlib.Path, required=True)

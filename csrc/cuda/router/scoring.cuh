@@ -4,26 +4,31 @@
 // -infinity in place of experts that do not exist.
 #pragma once
 
-#include "types.cuh"
+#include "ptx/ptx.cuh"
 
 namespace jmm {
 
 __device__ __forceinline__ float exact_sigmoid(float value) { return 1.0f / (1.0f + expf(-value)); }
 
+// Over the lanes of each kLanes neighbours, a power of two; others have 0, or sums of their own.
+template <int kLanes = 32>
 __device__ __forceinline__ float sum_of_warp(float value) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
   return value;
+}
+
+// Larger for larger numbers, and never 0.
+__device__ __forceinline__ uint32_t order_of(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
 }
 
 // Not a number if any is.
 __device__ __forceinline__ float largest_of_warp(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(~0u, value, distance);
-    value = value > other || value != value ? value : other;
-  }
-  return value;
+  const bool none = __any_sync(~0u, value != value);
+  const uint32_t most = maximum_of_warp(order_of(value));
+  return __uint_as_float(none ? 0x7FC00000u : most >> 31 ? most & 0x7FFFFFFFu : ~most);
 }
 
 struct SoftmaxScores {

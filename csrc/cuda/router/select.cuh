@@ -71,9 +71,9 @@ struct RouterSelect {
     const int token = blockIdx.x * kTokensOfCta + threadIdx.x / kThreadsOfToken;
     Biases biases;
     read_biases(biases, thread);
-    // The next kernel reads nothing of the call before it has waited for this one.
-    allow_next_kernel();
     wait_for_previous_kernel();
+    // Not before the kernel before has left: between its CTAs, those of the next kernel would be dealt out unevenly.
+    allow_next_kernel();
     const auto read = [&](int slice, int vector) {
       return reinterpret_cast<const float4*>(logits + (int64_t(slice) * kTokens + token) * kStride)[vector];
     };
@@ -146,6 +146,13 @@ struct RouterSelect {
   static constexpr int kSquaresAt = kExperts + kGated;  // of the logits
   static constexpr int kGroupSize = kExperts / kGroups;
   static constexpr int kLanesOfGroup = kGroupSize % kCount == 0 ? kGroupSize / kCount : 0;
+  // That a power of two, the first lanes, have the choice.
+  static constexpr int kLanesOfChoice = kTopK <= 1    ? 1
+                                        : kTopK <= 2  ? 2
+                                        : kTopK <= 4  ? 4
+                                        : kTopK <= 8  ? 8
+                                        : kTopK <= 16 ? 16
+                                                      : 32;
   // Whether a group is what some neighbouring lanes have, a power of two of them.
   static constexpr bool kGroupsOfLanes = kLanesOfGroup > 0 && (kLanesOfGroup & (kLanesOfGroup - 1)) == 0;
 
@@ -191,12 +198,6 @@ struct RouterSelect {
     }
   }
 
-  // Larger for larger numbers, and never 0.
-  __device__ __forceinline__ static uint32_t key(float value) {
-    const uint32_t bits = __float_as_uint(value);
-    return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
-  }
-
   __device__ __forceinline__ void choose(float* row, float* choice, float* slots, int token, int lane) const {
     const float gate = kGated ? exact_sigmoid(row[kExperts]) : 1.0f;
     float values[kCount];
@@ -229,16 +230,18 @@ struct RouterSelect {
     } else {
       uint32_t keys[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) keys[i] = lane * kCount + i < kExperts ? key(values[i]) : 0;
+      for (int i = 0; i < kCount; ++i) keys[i] = lane * kCount + i < kExperts ? order_of(values[i]) : 0;
       if constexpr (kTopGroups < kGroups) {
-        const uint32_t kept = best_groups(choice, values, keys, lane);
+        const bool mine = keeps_group(choice, values, keys, lane);
+        const uint32_t kept = kGroupsOfLanes ? 0 : __ballot_sync(~0u, mine);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           const int group = min((lane * kCount + i) / kGroupSize, kGroups - 1);
-          if (keys[i] != 0 && !(kept >> group & 1)) keys[i] = key(__uint_as_float(kMinusInfinity));
+          const bool stays = kGroupsOfLanes ? mine : kept >> group & 1;
+          if (keys[i] != 0 && !stays) keys[i] = order_of(__uint_as_float(kMinusInfinity));
         }
       }
-      id = best_experts(keys, lane);
+      id = best_experts(keys, choice, lane);
     }
     weigh(row, gate, slots, id, there, token, lane);
   }
@@ -257,9 +260,10 @@ struct RouterSelect {
     }
   };
 
-  // The bits of the kTopGroups groups of the largest worth, from all lanes' values, or from a row of them.
-  __device__ __forceinline__ static uint32_t best_groups(const float* choice, const float (&values)[kCount],
-                                                         const uint32_t (&keys)[kCount], int lane) {
+  // Whether a group is one of the kTopGroups of the largest worth: this lane's if kGroupsOfLanes, from all lanes'
+  // values; else the one of the lane's number, from a row of them.
+  __device__ __forceinline__ static bool keeps_group(const float* choice, const float (&values)[kCount],
+                                                     const uint32_t (&keys)[kCount], int lane) {
     BestTwo best;
     if constexpr (kGroupsOfLanes) {
 #pragma unroll
@@ -277,49 +281,77 @@ struct RouterSelect {
 #pragma unroll 8
       for (int i = 0; i < kGroupSize; ++i) {
         const float value = choice[lane * kGroupSize + i];
-        best.take(key(value), value);
+        best.take(order_of(value), value);
       }
     }
     const float worth = kTop2 && kGroupSize > 1 ? best.first + best.second : best.first;
     const int group = kGroupsOfLanes ? lane / kLanesOfGroup : lane;  // that this lane knows
-    const uint32_t mine = key(worth);
+    const uint32_t mine = order_of(worth);
     int better = 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const uint32_t theirs = __shfl_sync(~0u, mine, kGroupsOfLanes ? g * kLanesOfGroup : g);
       better += theirs > mine || (theirs == mine && g < group);
     }
-    const bool kept = group < kGroups && better < kTopGroups;
-    uint32_t bits = kept ? 1u << group : 0;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) bits |= __shfl_xor_sync(~0u, bits, distance);
-    return bits;
+    return group < kGroups && better < kTopGroups;
   }
 
-  // Lane j gets the expert of the j-th largest key.
-  __device__ __forceinline__ static int best_experts(uint32_t (&keys)[kCount], int lane) {
-    int id = 0;
-#pragma unroll 1
-    for (int j = 0; j < kTopK; ++j) {
+  // The largest of a lane's keys, and which one it is: the lower one where keys are equal.
+  struct BestOfLane {
+    uint32_t key;
+    int at;
+
+    __device__ __forceinline__ explicit BestOfLane(const uint32_t (&keys)[kCount]) {
       uint32_t best[kCount];
-      int at[kCount];
+      int number[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) best[i] = keys[i], at[i] = i;
-      // Pairs, pairs of pairs, and so on: the lower one stays where keys are equal.
+      for (int i = 0; i < kCount; ++i) best[i] = keys[i], number[i] = i;
+      // Pairs, pairs of pairs, and so on.
 #pragma unroll
       for (int distance = 1; distance < kCount; distance *= 2)
 #pragma unroll
         for (int i = 0; i + distance < kCount; i += 2 * distance) {
-          if (best[i + distance] > best[i]) best[i] = best[i + distance], at[i] = at[i + distance];
+          if (best[i + distance] > best[i]) best[i] = best[i + distance], number[i] = number[i + distance];
         }
-      const uint32_t most = maximum_of_warp(best[0]);
-      const int owner = __ffs(__ballot_sync(~0u, best[0] == most)) - 1;
-      // The next turn does not wait for the shuffle: the owner knows which of its own it was.
+      key = best[0], at = number[0];
+    }
+  };
+
+  __device__ __forceinline__ static void clear(uint32_t (&keys)[kCount], int at, bool really) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (lane == owner && i == at[0]) keys[i] = 0;
-      }
-      const int chosen = __shfl_sync(~0u, lane * kCount + at[0], owner);
+    for (int i = 0; i < kCount; ++i) {
+      if (really && i == at) keys[i] = 0;
+    }
+  }
+
+  // Lane j gets the expert of the j-th largest key. `ids` is room for the bits of all of them.
+  __device__ __forceinline__ static int best_experts(const uint32_t (&all_keys)[kCount], float* ids, int lane) {
+    uint32_t keys[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) keys[i] = all_keys[i];
+    __syncwarp();  // the room has been read
+    // As if no keys were equal: a lane that has the maximum takes it without asking who else has it.
+    bool equal = false;
+#pragma unroll 1
+    for (int j = 0; j < kTopK; ++j) {
+      const BestOfLane best(keys);
+      const bool mine = best.key == maximum_of_warp(best.key);
+      clear(keys, best.at, mine);
+      if (mine) ids[j] = __int_as_float(lane * kCount + best.at);
+      equal |= __popc(__ballot_sync(~0u, mine)) > 1;
+    }
+    __syncwarp();
+    if (!equal) return __float_as_int(ids[min(lane, kTopK - 1)]);
+
+    int id = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) keys[i] = all_keys[i];
+#pragma unroll 1
+    for (int j = 0; j < kTopK; ++j) {
+      const BestOfLane best(keys);
+      const int owner = __ffs(__ballot_sync(~0u, best.key == maximum_of_warp(best.key))) - 1;
+      clear(keys, best.at, lane == owner);
+      const int chosen = __shfl_sync(~0u, lane * kCount + best.at, owner);
       if (lane == j) id = chosen;
     }
     return id;
@@ -383,9 +415,9 @@ struct RouterSelect {
     if constexpr (kSoftmaxOfChosen) {
       const float most = largest_of_warp(there ? weight : __uint_as_float(0xFF800000u));
       weight = there ? expf(weight - most) : 0.0f;
-      weight /= sum_of_warp(weight);
+      weight /= sum_of_warp<kLanesOfChoice>(weight);
     } else if constexpr (kRenormalized) {
-      weight /= sum_of_warp(weight) + __uint_as_float(kEpsilon);
+      weight /= sum_of_warp<kLanesOfChoice>(weight) + __uint_as_float(kEpsilon);
     }
     if constexpr (kScale != 0x3F800000u) weight *= __uint_as_float(kScale);
     if constexpr (kScaled) weight *= there ? number(expert_scale[id]) : 1.0f;
