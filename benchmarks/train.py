@@ -10,8 +10,9 @@ take beyond arguments and results: `peak_mb` by the statistics of the device, `t
 
 Peers compute the same, for the first of the formats, where they are installed: `jax.lax.ragged_dot` on the dequantised
 weights ("lax"), with its own derivative; `tokamax.ragged_dot` on int4 ("tokamax", forward) and on the dequantised
-weights ("tokamax_dense"). Dequantising before a step is timed as a part of it. What a peer cannot run, or what would
-take more memory than the card has, has its error instead of a time. They come after all rows of this package.
+weights ("tokamax_dense"). Dequantising before a step is timed as a part of it. What a peer cannot run, what would take
+more memory than the card has, or what follows a call of seconds, has its error instead of a time. They come after all
+rows of this package.
 
 Times are a user's: the least of several samples of calls in a row that are waited for once. Group sizes are those of a
 uniform routing.
@@ -50,6 +51,7 @@ from jax_marlin_moe.ops.grouped_product import multiplied
 _SAMPLE_SECONDS = 0.02
 _MOST_CALLS = 10
 _MOST_PEER_BYTES = 90e9  # beside packed and dense weights
+_SLOW_SECONDS = 1.0  # a call of a peer that takes longer is its only one, and the last of that peer's kind
 
 
 @jax.jit
@@ -105,6 +107,7 @@ class Bench:
 
     samples: int
     only_lowers: bool
+    slow: dict[str, str] = dataclasses.field(default_factory=dict)  # what took how long, by the peer and its product
 
     def made(self, draw: Callable, seed: int, shape: tuple, dtype: Any) -> Any:
         """A random array; of one that only lowers, its type."""
@@ -133,6 +136,10 @@ class Bench:
         found = {"temp_mb": planned / 1e6} if memory else {}
         if planned > most_bytes:
             return found | {"error": f"plans with {planned / 1e9:.0f} GB"}
+        if most_bytes < np.inf:
+            first = seconds_of_calls(lambda: compiled(*arguments), 1, 0.0)
+            if first > _SLOW_SECONDS:
+                return found | {"us": first * 1e6}
         if memory:
             found["peak_mb"] = peak_bytes(lambda: compiled(*arguments)) / 1e6
         once = min(seconds_of_calls(lambda: compiled(*arguments), 1, 0.0) for _ in range(2))
@@ -141,12 +148,17 @@ class Bench:
         seconds = min(seconds_of_calls(lambda: compiled(*arguments), calls, 0.01) for _ in range(samples))
         return found | {"us": seconds * 1e6}
 
-    def peer(self, function: Callable, *arguments: Any, memory: bool = False) -> dict:
-        """The same of a peer: what it raises is a line of the result."""
+    def peer(self, kind: str, function: Callable, *arguments: Any, memory: bool = False) -> dict:
+        """The same of a peer: what it raises is a line of the result, and what is slow is not called again."""
+        if kind in self.slow:
+            return {"error": f"not run: {self.slow[kind]}"}
         try:
-            return self.time(function, *arguments, memory=memory, most_bytes=_MOST_PEER_BYTES)
+            found = self.time(function, *arguments, memory=memory, most_bytes=_MOST_PEER_BYTES)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        if found.get("us", 0) > _SLOW_SECONDS * 1e6:
+            self.slow[kind] = f"{found['us'] / 1e6:.1f} s for {arguments[0].shape[0]} rows"
+        return found
 
 
 def named(prefix: str, found: dict) -> dict:
@@ -220,10 +232,12 @@ def product_peers(bench: Bench, shape: ModelShape, dense, quantised, rows: int) 
     """The same of the peers that there are weights for."""
     product, row = Product(bench, shape, rows), {}
     for name, multiply in ({"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()).items():
-        row |= named(name, bench.peer(multiply, product.x, dense, product.sizes))
-        row |= named(f"{name}_dx", bench.peer(pulled(multiply), product.cotangent, product.x, dense, product.sizes))
+        row |= named(name, bench.peer(name, multiply, product.x, dense, product.sizes))
+        arguments = product.cotangent, product.x, dense, product.sizes
+        row |= named(f"{name}_dx", bench.peer(f"{name}_dx", pulled(multiply), *arguments))
     if quantised is not None:
-        row |= named("tokamax", bench.peer(peer_tokamax.quantised_product, product.x, quantised, product.sizes))
+        arguments = product.x, quantised, product.sizes
+        row |= named("tokamax", bench.peer("tokamax", peer_tokamax.quantised_product, *arguments))
     return product.times(row)
 
 
@@ -292,11 +306,12 @@ def main() -> None:
     for model in (model for model in args.models if model in args.peers):
         shape, head = MODELS[model].grouped(get_format(args.formats[0])), {"model": model, "format": args.formats[0]}
         packed = bench.layer(shape, args.formats[0])
-        for tokens in args.tokens:
-            for name, product in ({"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()).items():
-                block = partial(dequantized_block, product)
-                found = block_times(bench, bench.peer, name, block, shape, packed, tokens)
-                add("blocks", head | {"tokens": tokens}, found)
+        dense_products = {"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()
+        for tokens, (name, product) in itertools.product(args.tokens, dense_products.items()):
+            block = partial(dequantized_block, product)
+            run_peer = partial(bench.peer, f"{name}_block")
+            found = block_times(bench, run_peer, name, block, shape, packed, tokens)
+            add("blocks", head | {"tokens": tokens}, found)
         dense = dequantized(packed[0])
         del packed
         quantised = peer_tokamax.random_gate_up(shape) if peer_tokamax.installed() else None
