@@ -6,7 +6,7 @@ with the same lowering, shows which it is.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ def custom_call(
     target: str,
     operands: Sequence[jax.Array | LayerSlice],
     results: Sequence[jax.ShapeDtypeStruct],
+    aliases: Mapping[int, int] | None = None,
     **attributes: Any,
 ) -> list[jax.Array]:
     """Calls an FFI target, in a lowering of an op.
@@ -43,6 +44,7 @@ def custom_call(
         target: registered with `jax.ffi.register_ffi_target`.
         operands: at least one, the first an array.
         results: their shapes and dtypes.
+        aliases: operands whose memory a result takes, by their place, and the result's.
         attributes: numpy scalars and vectors, strings, booleans and integers.
     """
     operands, places = with_index_operands(operands)
@@ -55,7 +57,9 @@ def custom_call(
         for key, value in attributes.items()
     )
     shapes = tuple((tuple(result.shape), np.dtype(result.dtype)) for result in results)
-    return _primitive(name).bind(*operands, target=target, shapes=shapes, attributes=packed)
+    return _primitive(name).bind(
+        *operands, target=target, shapes=shapes, aliases=tuple((aliases or {}).items()), attributes=packed
+    )
 
 
 @functools.cache
@@ -66,12 +70,12 @@ def _primitive(name: str) -> Primitive:
     def result_types(*operands, shapes, **_):
         return [replicated_type(operands[0], shape, dtype) for shape, dtype in shapes]
 
-    def lowering(context, *operands, target, attributes, **_):
+    def lowering(context, *operands, target, aliases, attributes, **_):
         values = {
             key: np.frombuffer(value.data, value.dtype) if isinstance(value, _Values) else value
             for key, value in attributes
         }
-        return jax.ffi.ffi_lowering(target)(context, *operands, **values)
+        return jax.ffi.ffi_lowering(target, operand_output_aliases=dict(aliases))(context, *operands, **values)
 
     primitive.def_abstract_eval(result_types)
     mlir.register_lowering(primitive, lowering)

@@ -11,29 +11,38 @@ namespace jmm {
 // Facts of all three: jax_marlin_moe/cuda/kernels/combine.py.
 template <class Facts>
 struct Combine {
-  using T = typename Facts::Element;  // of the result
-  using X = typename Facts::Input;    // of x
-  static constexpr int kTokens = Facts::kTokens, kTopK = Facts::kTopK, kColumns = Facts::kColumns;
+  using T = typename Facts::Element;        // of the result
+  using X = typename Facts::Input;          // of x
+  using Partial = typename Facts::Partial;  // of the rows that are added
+  static constexpr int kTokens = Facts::kTokens, kTopK = Facts::kTopK;
+  static constexpr int kColumns = Facts::kColumns;              // that are added: of the rows of partials
+  static constexpr int kResultColumns = Facts::kResultColumns;  // from one row of the result to the next
   static constexpr int kExperts = Facts::kExperts;              // of the matrices
   static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
   static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
   // Experts from kRoutedExperts on that return their input, of which there are kInputColumns.
   static constexpr int kIdentityExperts = Facts::kIdentityExperts, kInputColumns = Facts::kInputColumns;
-  static constexpr int kThreads = 128;                 // small: they move in beside the CTAs of the kernel before
-  static constexpr int kVector = 4;                    // columns of a thread: one 16-byte load a slot
+  static constexpr int kThreads = 128;                  // small: they move in beside the CTAs of the kernel before
+  static constexpr int kVector = 16 / sizeof(Partial);  // columns of a thread: one 16-byte load a slot
+  static constexpr int kFours = kVector / 4;
   static constexpr int kVectors = kColumns / kVector;  // of a row
   static constexpr int64_t kAllVectors = int64_t(kTokens) * kVectors;
   static constexpr int64_t kMaxCtas = (kAllVectors + kThreads - 1) / kThreads;
   using VectorIndex = Index<kAllVectors + kThreads>;
   static_assert(kColumns % kVector == 0 && kInputColumns % kVector == 0, "rows are whole vectors");
+  // A slice of the columns: another slice's rows were in the same memory, and an old line of them may be in L1.
+  static constexpr bool kSliced = kColumns != kResultColumns;
+  static constexpr int kAhead = kSliced && kTopK > 1 ? (kTopK < 8 ? kTopK : 8) : 1;  // loads on their way at a time
+  static_assert(kIdentityExperts == 0 || (!kSliced && kFours == 1), "their input is added to whole rows, by fours");
 
-  const float* __restrict__ partials;      // [kTokens * kTopK, kColumns]; rows of dropped slots hold nothing
+  // [kTokens * kTopK, kColumns]; rows of dropped slots hold nothing.
+  const Partial* __restrict__ partials;
   const int32_t* __restrict__ topk_ids;    // [kTokens, kTopK]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
   // If there are identity experts: the layer's input, and the slots' weights, from a kernel of this call.
   const X* __restrict__ x;    // [kTokens, kInputColumns]
   const float* topk_weights;  // [kTokens, kTopK]
-  T* __restrict__ out;        // [kTokens, kColumns]
+  T* __restrict__ out;        // [kTokens, kResultColumns], from the first of the columns on
 
   __device__ void run() const {
     const VectorIndex i = Offset<kAllVectors + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
@@ -49,23 +58,61 @@ struct Combine {
     allow_next_kernel();
     wait_for_previous_kernel();
     if (i >= kAllVectors) return;
-    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    float4 sums[kFours] = {};
 #pragma unroll
-    for (int j = 0; j < kTopK; ++j) {
-      if (!(there[j / 32] >> (j % 32) & 1)) continue;
-      const float4 part = reinterpret_cast<const float4*>(partials)[int64_t(token * kTopK + j) * kVectors + vector];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    for (int first = 0; first < kTopK; first += kAhead) {
+      if constexpr (kAhead == 1) {
+        if (there[first / 32] >> (first % 32) & 1) add_words(sums, partial(token * kTopK + first, vector));
+        continue;
+      }
+      uint4 words[kAhead];
+#pragma unroll
+      for (int j = first; j < first + kAhead && j < kTopK; ++j) {
+        if (there[j / 32] >> (j % 32) & 1) words[j - first] = partial(token * kTopK + j, vector);
+      }
+#pragma unroll
+      for (int j = first; j < first + kAhead && j < kTopK; ++j) {
+        if (there[j / 32] >> (j % 32) & 1) add_words(sums, words[j - first]);
+      }
     }
-    if constexpr (kIdentityExperts > 0) add_input(sum, token, vector);
-    if constexpr (kSame<T, float>) {
-      reinterpret_cast<float4*>(out)[i] = sum;
-    } else {
-      reinterpret_cast<uint2*>(out)[i] = uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
-                                               from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
+    if constexpr (kIdentityExperts > 0) add_input(sums[0], token, vector);
+    const int64_t place = kSliced ? int64_t(token) * (kResultColumns / kVector) + vector : int64_t(i);
+#pragma unroll
+    for (int f = 0; f < kFours; ++f) {
+      const float4 sum = sums[f];
+      if constexpr (kSame<T, float>) {
+        reinterpret_cast<float4*>(out)[place * kFours + f] = sum;
+      } else {
+        reinterpret_cast<uint2*>(out)[place * kFours + f] =
+            uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
+                  from_float<T>(sum.z) | uint32_t(from_float<T>(sum.w)) << 16};
+      }
     }
   }
 
  private:
+  // A vector of a slot's row.
+  __device__ __forceinline__ uint4 partial(int slot, int vector) const {
+    const uint4* source = reinterpret_cast<const uint4*>(partials) + (int64_t(slot) * kVectors + vector);
+    return kSliced ? load_from_l2(source) : *source;
+  }
+  __device__ __forceinline__ static void add_words(float4 (&sums)[kFours], const uint4& words) {
+    if constexpr (kFours == 1) {
+      add(sums[0], __uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z),
+          __uint_as_float(words.w));
+    } else {
+      add(sums[0], low(words.x), high(words.x), low(words.y), high(words.y));
+      add(sums[1], low(words.z), high(words.z), low(words.w), high(words.w));
+    }
+  }
+  __device__ __forceinline__ static void add(float4& sum, float x, float y, float z, float w) {
+    sum.x += x, sum.y += y, sum.z += z, sum.w += w;
+  }
+  __device__ __forceinline__ static float low(uint32_t pair) { return to_float<Partial>(static_cast<uint16_t>(pair)); }
+  __device__ __forceinline__ static float high(uint32_t pair) {
+    return to_float<Partial>(static_cast<uint16_t>(pair >> 16));
+  }
+
   // A vector of the token's input, times the weights of the identity experts that it has chosen.
   __device__ __forceinline__ void add_input(float4& sum, int token, int vector) const {
     constexpr int kInputVectors = kInputColumns / kVector;

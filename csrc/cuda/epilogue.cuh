@@ -99,13 +99,14 @@ struct SlotRows {
 template <class Facts>
 struct SlotPartials {
   static constexpr int kColumns = Facts::kColumns;
-  static constexpr bool kBias = Facts::kBias;            // whether there is a bias
-  static constexpr bool kWeighted = Facts::kWeighted;    // whether there are router weights
-  static constexpr bool kScaled = Facts::kScaled;        // whether rows are in units of their expert's scale
-  static constexpr bool kRowScaled = Facts::kRowScaled;  // whether each is in units of its own
+  static constexpr int kBiasColumns = Facts::kBiasColumns;  // from one expert's bias to the next
+  static constexpr bool kBias = Facts::kBias;               // whether there is a bias
+  static constexpr bool kWeighted = Facts::kWeighted;       // whether there are router weights
+  static constexpr bool kScaled = Facts::kScaled;           // whether rows are in units of their expert's scale
+  static constexpr bool kRowScaled = Facts::kRowScaled;     // whether each is in units of its own
 
   float* __restrict__ out;                        // [slots, kColumns]
-  const float* __restrict__ bias;                 // [experts, kColumns] if kBias
+  const float* __restrict__ bias;                 // [experts, kBiasColumns], from the first column on, if kBias
   const float* __restrict__ topk_weights;         // [slots] if kWeighted
   const float* __restrict__ intermediate_scales;  // [experts] if kScaled
   const float* row_scales;                        // [slots] if kRowScaled, of the kernel before
@@ -121,7 +122,7 @@ struct SlotPartials {
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
     if constexpr (kRowScaled) sum *= row_scales[slot];
-    if constexpr (kBias) sum += bias[expert * kColumns + column];
+    if constexpr (kBias) sum += bias[expert * kBiasColumns + column];
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
   }

@@ -39,6 +39,34 @@ ffi::AnyBuffer BufferAt(size_t index, const ffi::RemainingArgs& args, const ffi:
   return index < args.size() ? *args.get<ffi::AnyBuffer>(index) : **rets.get<ffi::AnyBuffer>(index - args.size());
 }
 
+// Of an element of a type that programs take; 0 of another one.
+int64_t BytesOf(int64_t dtype) {
+  switch (static_cast<XLA_FFI_DataType>(dtype)) {
+    case XLA_FFI_DataType_S8:
+    case XLA_FFI_DataType_U8:
+    case XLA_FFI_DataType_F8E4M3FN:
+      return 1;
+    case XLA_FFI_DataType_F16:
+    case XLA_FFI_DataType_BF16:
+      return 2;
+    case XLA_FFI_DataType_S32:
+    case XLA_FFI_DataType_F32:
+      return 4;
+    default:
+      return 0;
+  }
+}
+
+// The largest offset at which a buffer still has a byte; 0 where it has none, or more than a memory.
+int64_t LastByte(const BufferShape& shape) {
+  int64_t bytes = BytesOf(shape.dtype);
+  for (const int64_t extent : shape.extents) {
+    if (extent > 0 && bytes > kMaxExtent / extent) return 0;
+    bytes *= extent;
+  }
+  return std::max<int64_t>(bytes - 1, 0);
+}
+
 std::string Describe(int64_t dtype, const int64_t* extents, size_t rank) {
   std::string text = "dtype code " + std::to_string(dtype) + " [";
   for (size_t i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(extents[i]);
@@ -101,7 +129,7 @@ ffi::Error Program::Read(const Driver& driver, const ProgramAttributes& attribut
   if (result != 0) return ffi::Error::Internal("jax_marlin_moe: " + Describe(driver, result));
 
   Reader reader(attributes.contract);
-  reader.Next(kContractVersion, kContractVersion);
+  const int64_t version = reader.Next(kOldestContractVersion, kContractVersion);
   const int64_t num_buffers = reader.Next(1, kMaxBuffers);
   const int64_t num_kernels = reader.Next(1, kMaxKernels);
   for (int64_t b = 0; b < num_buffers; ++b) {
@@ -124,7 +152,10 @@ ffi::Error Program::Read(const Driver& driver, const ProgramAttributes& attribut
     kernel.overlaps_predecessor = reader.Next(0, 1) == 1;
     const int64_t parameters = reader.Next(1, kMaxBuffers);
     for (int64_t p = 0; p < parameters; ++p) {
-      kernel.parameters.push_back(static_cast<int>(reader.Next(0, num_buffers - 1)));
+      const int64_t buffer = reader.Next(0, num_buffers - 1);
+      const bool has_offset = version > kOldestContractVersion;
+      const int64_t offset = has_offset ? reader.Next(0, LastByte(buffers_[buffer])) : 0;
+      kernel.parameters.push_back({static_cast<int>(buffer), offset});
     }
     kernels_.push_back(std::move(kernel));
   }
@@ -231,10 +262,15 @@ ffi::Error Program::Launch(const Driver& driver, Stream stream, const ffi::Remai
   for (size_t i = 0; i < buffers_.size(); ++i) pointers[i] = BufferAt(i, args, rets).untyped_data();
   // A driver that cannot count a kernel's parameters may read more of them than the contract lists: they are null.
   static void* absent = nullptr;
+  void* addresses[kMaxBuffers];
   void* parameters[kMaxUncountedParameters];
   const size_t uncounted = driver.FuncGetParamInfo == nullptr ? kMaxUncountedParameters : 0;
   for (const Kernel& kernel : kernels_) {
-    for (size_t p = 0; p < kernel.parameters.size(); ++p) parameters[p] = &pointers[kernel.parameters[p]];
+    for (size_t p = 0; p < kernel.parameters.size(); ++p) {
+      const Parameter& parameter = kernel.parameters[p];
+      addresses[p] = static_cast<char*>(pointers[parameter.buffer]) + parameter.offset;
+      parameters[p] = &addresses[p];
+    }
     for (size_t p = kernel.parameters.size(); p < uncounted; ++p) parameters[p] = &absent;
     LaunchAttribute overlap{};
     overlap.id = kLaunchProgrammaticStreamSerialization;

@@ -10,7 +10,10 @@
 //   version, number of buffers (operands, then results), number of kernels,
 //   per buffer: dtype code, rank, extents ...
 //   per kernel: threads, dynamic shared bytes, most blocks, blocks per multiprocessor (0: no bound), blocks of a
-//               cluster, 1 if it may start before its predecessor ends, number of parameters, buffer index of each ...
+//               cluster, 1 if it may start before its predecessor ends, number of parameters, of each the buffer's
+//               index and the bytes of it that lie before what the parameter points to ...
+//
+// Version 3 has no such bytes: parameters are where their buffers begin.
 #ifndef JAX_MARLIN_MOE_FFI_CUDA_PROGRAM_H_
 #define JAX_MARLIN_MOE_FFI_CUDA_PROGRAM_H_
 
@@ -27,7 +30,7 @@ namespace jax_marlin_moe::cuda {
 
 namespace ffi = xla::ffi;
 
-inline constexpr int64_t kContractVersion = 3;
+inline constexpr int64_t kOldestContractVersion = 3, kContractVersion = 4;
 
 // The attributes of a call; they point into memory of the executable.
 struct ProgramAttributes {
@@ -45,11 +48,16 @@ struct BufferShape {
   std::vector<int64_t> extents;
 };
 
+struct Parameter {
+  int buffer;
+  int64_t offset;  // in bytes
+};
+
 struct Kernel {
   std::string name;
   unsigned threads, shared_bytes, cluster, blocks;  // blocks: already bounded by the device
   bool overlaps_predecessor;
-  std::vector<int> parameters;  // buffer indices
+  std::vector<Parameter> parameters;
   Function function;
 };
 

@@ -56,6 +56,7 @@ class Pointer:
         written: whether the kernel writes there.
         element: the kernel's name for the type of the elements, where the member points to their bytes.
         layer: where the buffer is a stack, which of its layers the member points to.
+        offset: bytes of the buffer, or of each layer, that lie before what the member points to.
     """
 
     buffer: int
@@ -63,6 +64,7 @@ class Pointer:
     written: bool = False
     element: str = ""
     layer: LayerOffset | None = None
+    offset: int = 0
 
     @property
     def cpp(self) -> str:

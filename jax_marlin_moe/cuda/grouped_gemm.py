@@ -1,11 +1,13 @@
 """One grouped GEMM as a launch: a matrix, a tile, who finds the rows of a token tile, and what becomes of the sums."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, nested, optional
 from jax_marlin_moe.cuda.kernels.epilogue import Epilogue
-from jax_marlin_moe.cuda.kernels.problem import GemmShape
+from jax_marlin_moe.cuda.kernels.problem import UNIT, GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS, TokenTiles
 from jax_marlin_moe.cuda.kernels.transposed import TransposedTile, WgmmaTransposedTile
 from jax_marlin_moe.cuda.limits import MOST_COUNTED, grid
@@ -16,6 +18,8 @@ from jax_marlin_moe.operands import WEIGHT_LEAVES
 from jax_marlin_moe.weights import MarlinWeights
 
 _CPP_ZEROS = {"integer": "jmm::IntegerZeros", "float": "jmm::FloatZeros"}
+
+_MOST_SLICES = 6  # a program has at most 16 kernels
 
 # The places of a matrix's arrays among the operands, from its first one.
 _PACKED, _SCALES, _ZEROS, _GLOBAL_SCALES, BIAS = (
@@ -57,17 +61,23 @@ def gemm_kernel(
     transposed: bool = False,
     shared: int | None = None,
     shared_experts: int = 0,
+    columns: range | None = None,
 ) -> Kernel:
-    """A grouped GEMM.
+    """A grouped GEMM, or a slice of its `columns`, whose kernel is the same for all slices of as many.
 
     `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
     buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`, and those of
     shared experts, packed alike, from `shared`.
     """
-    work_tiles = token_tiles.most * tile.column_tiles(shape)
+    columns = range(shape.k if transposed else shape.n) if columns is None else columns
+    count = len(columns)
+    column_tiles = tile.column_tiles(
+        dataclasses.replace(shape, k=count) if transposed else dataclasses.replace(shape, n=count)
+    )
+    work_tiles = token_tiles.most * column_tiles
     if work_tiles > MOST_COUNTED:
         raise ValueError(
-            f"{token_tiles.most} token tiles by {tile.column_tiles(shape)} of columns are {work_tiles} work "
+            f"{token_tiles.most} token tiles by {column_tiles} of columns are {work_tiles} work "
             f"tiles; the CUDA kernels take at most {MOST_COUNTED}: split the tokens"
         )
     row = weights.format
@@ -81,6 +91,7 @@ def gemm_kernel(
         "global_scales": row.has_global_scales,
         "k": shape.k,
         "n": shape.n,
+        "columns": count,
         "experts": shape.num_experts,
         "shared_experts": shared_experts,
         "group": shape.group_size,
@@ -92,11 +103,17 @@ def gemm_kernel(
     def operands(first: int | None) -> dict[str, Pointer | None]:
         if first is None:
             return dict.fromkeys(("packed", "scales", "zeros", "global_scales"))
-        return {
+        found = {
             "packed": Pointer(first + _PACKED, "int32"),
             "scales": Pointer(first + _SCALES, scale_dtype, element="ScaleElement"),
             "zeros": Pointer(first + _ZEROS, zeros_dtype, element="ZeroElement") if zeros_dtype else None,
             "global_scales": optional(first + _GLOBAL_SCALES if row.has_global_scales else None, "float32"),
+        }
+        if columns.start == 0:
+            return found
+        return {
+            name: pointer and dataclasses.replace(pointer, offset=_slice_offset(weights, name, columns, transposed))
+            for name, pointer in found.items()
         }
 
     found_tiles = f"jmm::{token_tiles.cpp}<TokenTiles>"
@@ -136,6 +153,35 @@ def gemm_kernel(
         cluster=tile.cluster,
         overlaps_predecessor=overlaps_predecessor,
     )
+
+
+def slices_of_columns(shape: GemmShape, transposed: bool, tile: Tile | TransposedTile, most: int) -> list[range]:
+    """The columns of a product in as few equal slices as have at most `most`; one where they cannot be cut so."""
+    columns = shape.k if transposed else shape.n
+    sizes = [columns // count for count in range(1, _MOST_SLICES + 1) if columns % count == 0]
+    cut = [size for size in sizes if _begins_slices(shape, transposed, tile, size)]
+    size = next((size for size in cut if size <= most), min(cut, default=columns))
+    return [range(first, first + size) for first in range(0, columns, size)]
+
+
+def _begins_slices(shape: GemmShape, transposed: bool, tile: Tile | TransposedTile, size: int) -> bool:
+    """Whether work tiles, and what is packed together, begin at multiples of `size` columns."""
+    if not transposed:
+        whole = tile.column_tiles(shape) * size % shape.n == 0
+        return whole and size % UNIT == 0
+    assert isinstance(tile, (TransposedTile, WgmmaTransposedTile))
+    return size % tile.rows == 0 and (shape.group_size >= shape.k or size % shape.group_size == 0)
+
+
+def _slice_offset(weights: MarlinWeights, leaf: str, columns: range, transposed: bool) -> int:
+    """Bytes of an array of a matrix before the first of the columns of a product."""
+    array = getattr(weights, leaf)
+    row_bytes = array.shape[-1] * array.dtype.itemsize
+    if not transposed:
+        return row_bytes * columns.start // weights.padded_n
+    if leaf == "global_scales":
+        return 0
+    return array.shape[1] * columns.start // weights.padded_k * row_bytes
 
 
 def hosts(tile: Tile | TransposedTile, shape: GemmShape, token_tiles: TokenTiles, capability: int) -> bool:

@@ -17,7 +17,7 @@ from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.choose import invariant_scheme, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
-from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts
+from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts, slices_of_columns
 from jax_marlin_moe.cuda.kernels import wgmma_bytes
 from jax_marlin_moe.cuda.kernels.align import align_kernels
 from jax_marlin_moe.cuda.kernels.combine import IdentityExperts, combine_kernel
@@ -177,6 +177,7 @@ def plan_fused_moe(
     intermediate: str | None = None,
     out_dtype: jnp.dtype | None = None,
     activation_dtype: ByteDtype | None = None,
+    sliced: bool = False,
 ) -> Plan:
     """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map, x_scale, intermediate scales; y; scratch.
 
@@ -209,6 +210,7 @@ def plan_fused_moe(
         intermediate=intermediate,
         out_dtype=out_dtype,
         activation_dtype=activation_dtype,
+        sliced=sliced,
     )
 
 
@@ -228,8 +230,13 @@ def plan_block(
     intermediate: str | None = None,
     out_dtype: jnp.dtype | None = None,
     activation_dtype: ByteDtype | None = None,
+    sliced: bool = False,
 ) -> Plan:
-    """The kernels of an expert block, over these buffers. Each token visits `shared` experts beside `top_k` others."""
+    """The kernels of an expert block, over these buffers. Each token visits `shared` experts beside `top_k` others.
+
+    `sliced`: the second product's rows are made and summed in slices of the columns, as many as keep them at three
+    times the memory of its input.
+    """
     capability = compute_capability(architecture)
     check_rows(x, capability)
     check_matrix("gate_up", gate_up)
@@ -260,7 +267,10 @@ def plan_block(
         )
     block = scheme.gate_up.tokens
     activations = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
-    partials = jax.ShapeDtypeStruct((num_slots, down.padded_n), jnp.float32)
+    slices = [range(down.padded_n)]
+    if sliced and buffers.identity is None:
+        slices = slices_of_columns(second, False, scheme.down, 3 * columns * x.dtype.itemsize // 4)
+    partials = jax.ShapeDtypeStruct((num_slots, len(slices[0])), jnp.float32)
 
     kernels: list[Kernel] = []
     scratch = [activations, partials]
@@ -332,14 +342,6 @@ def plan_block(
         row_scales=reads[0].scales,
         slots_per_row=num_slots // x.shape[0],
     )
-    weigh = slot_partials(
-        down.padded_n,
-        out=sums,
-        bias=None if down.bias is None else buffers.down + BIAS,
-        topk_weights=buffers.topk_weights,
-        intermediate_scales=buffers.intermediate_scales,
-        row_scales=reads[1].scales,
-    )
     kernels.append(
         gemm_kernel(
             "gate_up",
@@ -360,38 +362,50 @@ def plan_block(
     )
     if activation_dtype is not None:
         kernels.append(for_hidden.kernel)
-    kernels.append(
-        gemm_kernel(
-            "down",
-            second,
-            scheme.down,
-            down,
-            multiplied,
-            slots_per_row=1,
-            row_stride=reads[1].stride,
-            x=reads[1].buffer,
-            first_operand=buffers.down,
-            token_tiles=second_tiles,
-            epilogue=weigh,
-            overlaps_predecessor=overlap and (scheme.overlaps or activation_dtype is not None),
-            shared=buffers.shared_down,
-            shared_experts=shared,
-        )
-    )
-    kernels.append(
-        combine_kernel(
-            tokens,
-            slots,
+    for part in slices:
+        weigh = slot_partials(
             down.padded_n,
-            num_experts,
-            routed_experts,
-            x.dtype if out_dtype is None else out_dtype,
-            partials=sums,
-            topk_ids=topk_ids,
-            expert_map=expert_map,
-            out=buffers.y,
-            overlaps_predecessor=overlap,
-            identity=buffers.identity,
+            out=sums,
+            bias=None if down.bias is None else buffers.down + BIAS,
+            topk_weights=buffers.topk_weights,
+            intermediate_scales=buffers.intermediate_scales,
+            row_scales=reads[1].scales,
+            columns_of=part,
         )
-    )
+        kernels.append(
+            gemm_kernel(
+                "down",
+                second,
+                scheme.down,
+                down,
+                multiplied,
+                slots_per_row=1,
+                row_stride=reads[1].stride,
+                x=reads[1].buffer,
+                first_operand=buffers.down,
+                token_tiles=second_tiles,
+                epilogue=weigh,
+                overlaps_predecessor=overlap and (scheme.overlaps or activation_dtype is not None),
+                shared=buffers.shared_down,
+                shared_experts=shared,
+                columns=part,
+            )
+        )
+        kernels.append(
+            combine_kernel(
+                tokens,
+                slots,
+                down.padded_n,
+                num_experts,
+                routed_experts,
+                x.dtype if out_dtype is None else out_dtype,
+                partials=sums,
+                topk_ids=topk_ids,
+                expert_map=expert_map,
+                out=buffers.y,
+                overlaps_predecessor=overlap,
+                identity=buffers.identity,
+                columns_of=part,
+            )
+        )
     return Plan(tuple(kernels), tuple(scratch))

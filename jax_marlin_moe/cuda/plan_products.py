@@ -6,15 +6,17 @@ import jax.numpy as jnp
 from jax_marlin_moe import reference
 from jax_marlin_moe.cuda.choose import choose_listed_tile, choose_product_tile
 from jax_marlin_moe.cuda.compiler import compute_capability
-from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts
+from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts, slices_of_columns
 from jax_marlin_moe.cuda.kernels.align import align_kernels
-from jax_marlin_moe.cuda.kernels.combine import clear_kernel, find_first_rows_kernel
+from jax_marlin_moe.cuda.kernels.combine import clear_kernel, combine_kernel, find_first_rows_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import slot_partials, slot_rows
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS, aligned_tiles, grouped_tiles, ragged_tiles
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
 from jax_marlin_moe.cuda.program import Kernel, Plan
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
+
+_SLICED_BYTES = 64 << 20  # of rows that are added; smaller ones are made at once
 
 
 def plan_moe_gemm(
@@ -94,10 +96,14 @@ def plan_grouped_product(
     architecture: str,
     num_groups: int | None = None,
     offset: bool = False,
+    summed: int = 1,
 ) -> Plan:
     """Buffers: x, the matrix (5), experts, None; y, whose rows without an expert are not written; scratch.
 
     With `num_groups`, rows are sorted by group. Buffers: x, the matrix (5), group sizes, group offset; y, all of it.
+
+    With `summed` above 1, y has the sums of so many neighbouring slots, all of it, where a slot without an expert adds
+    nothing. The slots' rows, in the dtype of y, are made and added in slices of the columns.
     """
     capability = compute_capability(architecture)
     check_rows(x, capability)
@@ -135,26 +141,56 @@ def plan_grouped_product(
         scratch += [jax.ShapeDtypeStruct(extents, jnp.int32) for extents in ((list_length,), (token_tiles.most,), (1,))]
         scratch += counts
     columns = shape.k if transposed else shape.n
+    slices, slots = [range(columns)], y
+    if summed > 1:
+        slices = slices_of_columns(shape, transposed, tile, _most_columns(x, num_slots, dtype))
+        slots = y + 1 + len(scratch)
+        scratch.append(jax.ShapeDtypeStruct((num_slots, len(slices[0])), dtype))
     epilogue = (
-        slot_partials(columns, out=y, bias=None, topk_weights=None)
+        slot_partials(len(slices[0]), out=slots, bias=None, topk_weights=None)
         if dtype == jnp.float32
-        else slot_rows(x.dtype.name, columns, out=y, bias=None, topk_weights=None)
+        else slot_rows(x.dtype.name, len(slices[0]), out=slots, bias=None, topk_weights=None)
     )
-    kernels.append(
-        gemm_kernel(
-            "transposed" if transposed else "product",
-            shape,
-            tile,
-            weights,
-            x.dtype,
-            slots_per_row=num_slots // x.shape[0],
-            row_stride=shape.n if transposed else shape.k,
-            x=0,
-            first_operand=first_matrix,
-            token_tiles=token_tiles,
-            epilogue=epilogue,
-            overlaps_predecessor=capability >= 90 and bool(kernels),
-            transposed=transposed,
+    for part in slices:
+        kernels.append(
+            gemm_kernel(
+                "transposed" if transposed else "product",
+                shape,
+                tile,
+                weights,
+                x.dtype,
+                slots_per_row=num_slots // x.shape[0],
+                row_stride=shape.n if transposed else shape.k,
+                x=0,
+                first_operand=first_matrix,
+                token_tiles=token_tiles,
+                epilogue=epilogue,
+                overlaps_predecessor=capability >= 90 and bool(kernels),
+                transposed=transposed,
+                columns=part,
+            )
         )
-    )
+        if summed > 1:
+            kernels.append(
+                combine_kernel(
+                    num_slots // summed,
+                    summed,
+                    columns,
+                    num_experts,
+                    num_experts,
+                    dtype,
+                    partials=slots,
+                    topk_ids=experts,
+                    expert_map=None,
+                    out=y,
+                    overlaps_predecessor=capability >= 90,
+                    partial_dtype=dtype.name,
+                    columns_of=part,
+                )
+            )
     return Plan(tuple(kernels), tuple(scratch))
+
+
+def _most_columns(x: jax.Array, num_slots: int, dtype: jnp.dtype) -> int:
+    """Of the slots' rows before they are added: they take no more memory than x, or than nobody minds."""
+    return max(x.size * x.dtype.itemsize, _SLICED_BYTES) // (num_slots * dtype.itemsize)

@@ -18,7 +18,7 @@ from jax_marlin_moe.cuda.facts import Facts, LayerOffset, Pointer, parameter_nam
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layer_slice import LayerSlice, with_index_operands
 
-_CONTRACT_VERSION = 3
+_CONTRACT_VERSION = 4
 
 # XLA's codes of the types that the programs take (xla.PrimitiveType).
 _DTYPE_CODES = {"int8": 2, "int32": 4, "uint8": 6, "float16": 10, "float32": 11, "bfloat16": 16, "float8_e4m3fn": 20}
@@ -57,9 +57,10 @@ class Kernel:
     cluster: int = 1
 
     @property
-    def buffers(self) -> tuple[int, ...]:
-        """The call's buffers that the entry point takes, in its parameters' order."""
-        return (*(pointer.buffer for pointer in self.pointers.values() if pointer is not None), *self.layer_indices)
+    def parameters(self) -> tuple[tuple[int, int], ...]:
+        """What the entry point takes, in its order: buffers of the call, and the bytes before what they point to."""
+        present = [(pointer.buffer, pointer.offset) for pointer in self.pointers.values() if pointer is not None]
+        return (*present, *((buffer, 0) for buffer in self.layer_indices))
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
@@ -120,9 +121,21 @@ def render(kernels: Sequence[Kernel], preamble: str = "") -> str:
     What the plan knows about a kernel beside its facts is asserted: it must hold in C++ as well.
     """
     lines = [render_includes(kernels), preamble]
-    for kernel in kernels:
+    for kernel in _entry_points(kernels):
         lines += [render_facts(kernel), _render_entry_point(kernel)]
     return "\n".join(lines) + "\n"
+
+
+def _entry_points(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels without further launches of one, which differ in their buffers alone."""
+    distinct: dict[str, Kernel] = {}
+    for kernel in kernels:
+        first = distinct.setdefault(kernel.name, kernel)
+        equal = render_facts(first) == render_facts(kernel) and _render_entry_point(first) == _render_entry_point(
+            kernel
+        )
+        assert equal, f"two kernels have the name {kernel.name}"
+    return list(distinct.values())
 
 
 def render_includes(kernels: Sequence[Kernel]) -> str:
@@ -198,11 +211,12 @@ def _in_stacks(
         # Results and scratch follow the operands.
         return dataclasses.replace(pointer, buffer=pointer.buffer + added * (pointer.buffer >= len(operands)))
 
-    of_stacks = []
-    for kernel in kernels:
-        pointers = {path: moved(pointer) for path, pointer in kernel.pointers.items()}
-        of_stacks.append(dataclasses.replace(kernel, pointers=pointers))
-        before, after = _render_entry_point(kernel), _render_entry_point(of_stacks[-1])
+    of_stacks = [
+        dataclasses.replace(kernel, pointers={path: moved(pointer) for path, pointer in kernel.pointers.items()})
+        for kernel in kernels
+    ]
+    for kernel, of_stack in zip(_entry_points(kernels), _entry_points(of_stacks), strict=True):
+        before, after = _render_entry_point(kernel), _render_entry_point(of_stack)
         assert source.count(before) == 1, f"the source does not have the entry point of {kernel.name}"
         source = source.replace(before, after)
     return of_stacks, source, arrays
@@ -215,12 +229,14 @@ def call_program(
     kernels: Sequence[Kernel],
     source: str,
     architecture: str,
+    aliases: Mapping[int, int] | None = None,
 ) -> list[jax.Array]:
     """Compiles the kernels and calls them, one after the other, in one custom call of the op's name.
 
     `results` are the outputs and after them the scratch buffers: kernels never allocate. `source` is what `render`
     made of the kernels. An operand that is None has a number among the buffers, but is not a buffer of the call; one
-    that is a layer of a stack has the whole stack as its buffer, and the kernels find the layer.
+    that is a layer of a stack has the whole stack as its buffer, and the kernels find the layer. `aliases` has the
+    operands, before any that is None, whose memory a result may take.
     """
     kernels, source, operands = _in_stacks(kernels, source, operands)
     cubin = compiler.compile_cubin(source, architecture)
@@ -231,6 +247,7 @@ def call_program(
         native.TARGETS["program", "cuda"],
         [operand for operand in operands if operand is not None],
         results,
+        aliases,
         cubin=np.frombuffer(cubin, np.uint8),
         contract=contract,
         kernels=names,
@@ -246,12 +263,12 @@ def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None], kernel
         fields += [_DTYPE_CODES[jnp.dtype(buffer.dtype).name], len(buffer.shape), *buffer.shape]
     for kernel in kernels:
         fields += [kernel.threads, kernel.shared_bytes, kernel.max_ctas, kernel.ctas_per_sm]
-        fields += [kernel.cluster, int(kernel.overlaps_predecessor), len(kernel.buffers)]
+        fields += [kernel.cluster, int(kernel.overlaps_predecessor), len(kernel.parameters)]
         for path, pointer in kernel.pointers.items():
             if pointer is not None:
                 _check_pointer(kernel.name, path, pointer, buffers)
-                fields.append(positions[pointer.buffer])
-        fields += [positions[buffer] for buffer in kernel.layer_indices]
+        for place, offset in kernel.parameters:
+            fields += [positions[place], offset]
     return np.asarray(fields, np.int64)
 
 

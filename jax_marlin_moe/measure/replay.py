@@ -164,7 +164,7 @@ class ReplayedPlan:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs = [attribute]
             config.numAttrs = 1
-        values = tuple(pointers[buffer] for buffer in kernel.buffers)
+        values = tuple(pointers[buffer] + offset for buffer, offset in kernel.parameters)
         parameters = (values, (ctypes.c_void_p,) * len(values))
         _checked(driver.cuLaunchKernelEx(config, self._functions[index], parameters, 0))
 

@@ -199,7 +199,7 @@ def label(
             units[name] = min(extents) // step
     counts = [leaf.shape[0] for name in rows for leaf in jax.tree.leaves(by_name[name])]
     if counts:
-        count = min(counts)
+        count = min(*counts, *(type_.shape[0] for type_ in types))
         if count and not any(extent % count for extent in [*counts, *(type_.shape[0] for type_ in types)]):
             units[ROWS] = count
 

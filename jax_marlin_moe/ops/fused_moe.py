@@ -368,6 +368,7 @@ def _cuda(
     activation_dtype,
     out_dtype,
     cuda_scheme,
+    cuda_sliced=False,
 ):
     scales = None if intermediate is None else intermediate.scales
     operands = [x, *weight_operands(gate_up), *weight_operands(down), topk_weights, topk_ids, expert_map]
@@ -392,6 +393,7 @@ def _cuda(
         intermediate=None if intermediate is None else intermediate.kind,
         out_dtype=out_dtype,
         activation_dtype=activation_dtype,
+        sliced=cuda_sliced,
     )
     return call_program("fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
@@ -442,7 +444,7 @@ fused_moe_op = define_op(
     reference=reference.fused_moe,
     cpu=_cpu,
     cuda=_cuda,
-    cuda_options=("cuda_scheme",),
+    cuda_options=("cuda_scheme", "cuda_sliced"),
     jvp=block_jvp,
     rows=("x", "topk_weights", "topk_ids"),
     division=_division,

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 from jax_marlin_moe import reference
-from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import (
@@ -22,8 +21,9 @@ from jax_marlin_moe.ops.grouped_product import (
     multiplied,
     slot_columns,
     sum_by_expert,
-    sum_slots,
+    summed_product,
 )
+from jax_marlin_moe.ops.hidden_cotangents import activated, hidden_cotangents, hidden_cotangents_op
 from jax_marlin_moe.ops.primitive import define_op, jvp_of, map_batch
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -53,7 +53,8 @@ def block_jvp(op, primals, tangents, *, activation, activation_dtype=None, out_d
             )
     check_not_only_frozen("fused_moe", {"gate_up": gate_up, "down": down}, *moving)
     params = {"activation": activation, "out_dtype": out_dtype, "implementation": implementation}
-    results = op(*primals, activation_dtype=activation_dtype, **params, **options)
+    # What trains wants memory: the slots' rows, the largest array of the forward pass, go in slices.
+    results = op(*primals, activation_dtype=activation_dtype, **params, **(options | {"cuda_sliced": True}))
     return results, fused_moe_tangent_op(moving, *operands, **params)
 
 
@@ -77,13 +78,6 @@ def _reference(tangents, x, gate_up, down, topk_weights, topk_ids, expert_map, *
     return jvp_of(block, operands, _moving_operands(tangents, operands))[1]
 
 
-def _hidden(h: Float[Array, "slots columns"], activation: Activation, inner: int) -> Float32[Array, "slots inner"]:
-    """The input of the second product from the result of the first."""
-    h = h.astype(jnp.float32)
-    a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
-    return a[:, :inner]
-
-
 def _add_bias(products: Float32[Array, "slots N"], weights: MarlinWeights, experts: Array) -> Float32[Array, "slots N"]:
     return products if weights.bias is None else products + slot_columns(weights.bias, experts)
 
@@ -93,7 +87,7 @@ def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, 
     experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
     product = partial(grouped_product_op, transposed=False, dtype="float32", implementation=implementation)
     (h,) = product(x, multiplied(gate_up), experts, None, None)
-    a = _hidden(_add_bias(h, gate_up, experts), activation, down.padded_k).astype(x.dtype)
+    a = activated(_add_bias(h, gate_up, experts), activation, down.padded_k).astype(x.dtype)
     (y,) = product(a, multiplied(down), experts, None, None)
     y = _add_bias(y, down, experts) * jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
     return y.reshape(*topk_ids.shape, -1).sum(1).astype(out_dtype)
@@ -142,9 +136,9 @@ def _cotangents(
     router = jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
     first, second = multiplied(gate_up), multiplied(down)
 
-    def product(rows, weights, *, dtype, transposed=False):
+    def product(rows, weights, **params):
         (y,) = grouped_product_op(
-            rows, weights, experts, None, None, transposed=transposed, dtype=dtype, implementation=implementation
+            rows, weights, experts, None, None, implementation=implementation, **({"transposed": False} | params)
         )
         return y
 
@@ -157,33 +151,41 @@ def _cotangents(
 
         return jax.vjp(scaled, weights.global_scales)[1](cotangent)[0]
 
-    h = _add_bias(product(x, first, dtype=dtype).astype(jnp.float32), gate_up, experts)
-    a, pull = jax.vjp(partial(_hidden, activation=activation, inner=down.padded_k), h)
-    a = a.astype(x.dtype)
     found = dict.fromkeys(Tangents._fields)
     if wanted.down_bias:
         chosen = (jax.nn.one_hot(experts, down.num_experts) * router).reshape(-1, top_k, down.num_experts).sum(1)
         found["down_bias"] = jnp.matmul(chosen.T, cotangent.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     if wanted.down_global_scales:
+        h = _add_bias(product(x, first, dtype=dtype).astype(jnp.float32), gate_up, experts)
+        a = activated(h, activation, down.padded_k).astype(x.dtype)
         found["down_global_scales"] = global_scales(a, second, of_slots(cotangent) * router)
-    if wanted.topk_weights or wanted.x or wanted.gate_up_bias or wanted.gate_up_global_scales:
-        pulled = product(cotangent.astype(x.dtype), second, dtype=dtype, transposed=True).astype(jnp.float32)
+    of_hidden = wanted.gate_up_bias or wanted.gate_up_global_scales
+    if wanted.topk_weights or wanted.x or of_hidden:
+        # Where gate and up belong together, rows are whole on every device. Others stay where their columns are.
+        pull = partial(hidden_cotangents_op, implementation=implementation) if activation.gated else hidden_cotangents
+        d_h, d_router = pull(
+            product(x, first, dtype=dtype, unwritten=True),
+            product(cotangent.astype(x.dtype), second, dtype=dtype, transposed=True, unwritten=True),
+            experts,
+            topk_weights.reshape(-1),
+            gate_up.bias,
+            num_experts=gate_up.num_experts,
+            activation=activation,
+            dtype="float32" if of_hidden else dtype,
+        )
     if wanted.topk_weights:
-        d_router = (a.astype(jnp.float32) * pulled).sum(1)
         if down.bias is not None:
             d_router += (of_slots(cotangent) * slot_columns(down.bias, experts)).sum(1)
         found["topk_weights"] = jnp.where(experts >= 0, d_router, 0).reshape(topk_weights.shape)
-    if wanted.x or wanted.gate_up_bias or wanted.gate_up_global_scales:
-        (d_h,) = pull(pulled * router)
-        rounded = d_h.astype(x.dtype)
-        if wanted.gate_up_bias:
-            found["gate_up_bias"] = sum_by_expert(d_h, experts, gate_up.num_experts)
-        if wanted.gate_up_global_scales:
-            found["gate_up_global_scales"] = global_scales(x, first, d_h)
-        if wanted.x:
-            # All else first: what it reads need not outlive the product, whose result may be the largest array of all.
-            rounded, found = jax.lax.optimization_barrier((rounded, found))
-            found["x"] = sum_slots(product(rounded, first, dtype=dtype, transposed=True), x.shape[0])
+    if wanted.gate_up_bias:
+        found["gate_up_bias"] = sum_by_expert(d_h, experts, gate_up.num_experts)
+    if wanted.gate_up_global_scales:
+        found["gate_up_global_scales"] = global_scales(x, first, d_h)
+    if wanted.x:
+        # All else first: what it reads need not outlive the product, whose scratch may be the largest array of all.
+        rounded, found = jax.lax.optimization_barrier((d_h.astype(x.dtype), found))
+        row_map, options = (experts, None, None), {"dtype": dtype, "implementation": implementation}
+        found["x"] = summed_product(grouped_product_op, rounded, first, row_map, x.shape[0], transposed=True, **options)
     return Tangents(**found)
 
 

@@ -4,6 +4,8 @@ It is linear in the rows, and its transpose is itself the other way round: deriv
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from jax_marlin_moe.operand_types import alike, replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
 from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
-from jax_marlin_moe.ops.primitive import define_op
+from jax_marlin_moe.ops.primitive import Op, define_op
 from jax_marlin_moe.weights import MarlinWeights, as_packed
 
 
@@ -36,11 +38,24 @@ def _result(rows, weights, experts, transposed, dtype):
     return (slots, weights.padded_k if transposed else weights.padded_n), jnp.dtype(dtype)
 
 
-def _shape_rule(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype):
-    return [replicated_type(rows, *_result(rows, weights, experts, transposed, dtype))]
+# Parameters: `transposed`, `dtype` of the result, `summed`: neighbouring slots that are added, after each is rounded to
+# `dtype`, and `unwritten`: whether rows of slots without an expert may hold anything; else they are zero.
 
 
-def _cpu(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype):
+def _shape_rule(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype, summed=1, unwritten=False):
+    (slots, columns), dtype = _result(rows, weights, experts, transposed, dtype)
+    return [replicated_type(rows, (slots // summed, columns), dtype)]
+
+
+def _reference(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype, summed=1, unwritten=False):
+    y = reference.grouped_product(rows, weights, experts, group_sizes, group_offset, transposed=transposed, dtype=dtype)
+    return sum_slots(y, y.shape[0] // summed)
+
+
+def _cpu(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype, summed=1, unwritten=False):
+    if summed > 1:
+        (y,) = _cpu(rows, weights, experts, group_sizes, group_offset, transposed=transposed, dtype=dtype)
+        return [sum_slots(y, y.shape[0] // summed)]
     if experts is None:
         experts = row_experts(group_sizes, group_offset, rows, weights)
     return custom_call(
@@ -54,25 +69,27 @@ def _cpu(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype
     )
 
 
-def _cuda(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype):
-    result = jax.ShapeDtypeStruct(*_result(rows, weights, experts, transposed, dtype))
-    if result.shape[0] == 0:
+def _cuda(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype, summed=1, unwritten=False):
+    (slots, columns), dtype = _result(rows, weights, experts, transposed, dtype)
+    result = jax.ShapeDtypeStruct((slots // summed, columns), dtype)
+    if slots == 0:
         return [jnp.zeros(result.shape, result.dtype)]
     architecture = target_architecture()
     plan = plan_grouped_product(
         rows,
         weights,
-        result.shape[0],
+        slots,
         num_groups=None if experts is not None else group_sizes.shape[0],
         offset=group_offset is not None,
         transposed=transposed,
         dtype=result.dtype,
         architecture=architecture,
+        summed=summed,
     )
     operands = [rows, *weight_operands(weights), experts if group_sizes is None else group_sizes, group_offset]
     results = [result, *plan.scratch]
     y = call_program("grouped_product", operands, results, plan.kernels, plan.source, architecture)[0]
-    if experts is None:
+    if experts is None or summed > 1 or unwritten:
         return [y]
     # Of slots without an expert, the kernels write nothing. What comes next usually takes the selection in.
     return [jnp.where(_have_experts(experts, weights)[:, None], y, 0)]
@@ -93,7 +110,7 @@ def _jvp(op, primals, tangents, **params):
     return results, [sum(dots[1:], dots[0])]
 
 
-def _along_global_scales(op, rows, weights, row_map, moving, *, transposed, dtype, **params):
+def _along_global_scales(op, rows, weights, row_map, moving, *, transposed, dtype, summed=1, **params):
     """The product with `moving` in the place of the global scales."""
     experts, *groups = row_map
     if experts is None:
@@ -103,20 +120,38 @@ def _along_global_scales(op, rows, weights, row_map, moving, *, transposed, dtyp
     params |= {"transposed": transposed}
     if not transposed:
         (y,) = op(rows, unscaled, *row_map, dtype="float32", **params)
-        return (y * of_slots).astype(dtype)
+        return sum_slots(y * of_slots, y.shape[0] // summed).astype(dtype)
     slots = jnp.repeat(rows, experts.shape[0] // max(1, rows.shape[0]), axis=0)
+    params |= {"summed": summed}
     return op((slots * of_slots).astype(rows.dtype), unscaled, experts, None, None, dtype=dtype, **params)[0]
 
 
-def _transpose(op, cotangents, operands, *, transposed, dtype, **params):
+def _transpose(op, cotangents, operands, *, transposed, dtype, summed=1, **params):
     (cotangent,), (rows, weights, *row_map) = cotangents, operands
     if cotangent is None or not ad.is_undefined_primal(rows):
         return (None,) * len(operands)
     aval = rows.aval
-    (slots,) = op(
-        cotangent.astype(aval.dtype), weights, *row_map, transposed=not transposed, dtype=aval.dtype.name, **params
-    )
-    return sum_slots(slots, aval.shape[0]), *(None,) * (len(operands) - 1)
+    params |= {"transposed": not transposed, "dtype": aval.dtype.name}
+    found = summed_product(op, cotangent.astype(aval.dtype), weights, row_map, aval.shape[0], **params)
+    return found, *(None,) * (len(operands) - 1)
+
+
+def summed_product(
+    op: Op,
+    rows: Float[Array, "rows C"],
+    weights: MarlinWeights,
+    row_map: Sequence[jax.Array | None],
+    num_rows: int,
+    **params: Any,
+) -> Float[Array, "{num_rows} D"]:
+    """The product of slots, added to `num_rows` rows of as many neighbours each."""
+    experts = row_map[0]
+    if experts is None or num_rows == 0:
+        return op(rows, weights, *row_map, **params)[0][:num_rows]
+    summed = experts.shape[0] // num_rows
+    if isinstance(summed, int):
+        return op(rows, weights, *row_map, summed=summed, **params)[0]
+    return sum_slots(op(rows, weights, *row_map, **params)[0], num_rows)
 
 
 def row_experts(
@@ -214,7 +249,7 @@ def sum_by_expert(
     return jnp.matmul(chosen, slots.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-def _division(*, transposed, dtype):
+def _division(*, transposed, dtype, summed=1, unwritten=False):
     return Division(
         matrices={"weights": ("n", "k") if transposed else ("k", "n")},
         share=_share,
@@ -224,20 +259,23 @@ def _division(*, transposed, dtype):
     )
 
 
-def _share(call, part, rows, weights, experts, group_sizes, group_offset, *, dtype, **params):
+def _share(
+    call, part, rows, weights, experts, group_sizes, group_offset, *, dtype, summed=1, unwritten=False, **params
+):
     if experts is not None:
         experts = part.local(experts, weights.num_experts)
     elif part.first_expert is not None:
         first = part.first_expert.reshape(1)
         group_offset = first if group_offset is None else group_offset + first
     operands = rows, weights, experts, group_sizes, group_offset
-    return [part.total(*call(*operands, dtype="float32" if part.divides_products else dtype), dtype)]
+    exact = part.divides_products or summed > 1  # what other devices have of a sum is added to it
+    return [part.total(*call(*operands, dtype="float32" if exact else dtype, unwritten=False), dtype)]
 
 
 grouped_product_op = define_op(
     "grouped_product",
     shape_rule=_shape_rule,
-    reference=reference.grouped_product,
+    reference=_reference,
     cpu=_cpu,
     cuda=_cuda,
     jvp=_jvp,

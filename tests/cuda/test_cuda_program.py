@@ -33,18 +33,26 @@ BUFFERS = [
 
 
 def test_the_contract_is_the_documented_record():
-    fields = program._contract(
-        BUFFERS, [KERNEL, dataclasses.replace(KERNEL, shared_bytes=1024, ctas_per_sm=0, cluster=4)]
-    )
+    later = Pointer(0, "int32", offset=24)
+    other = dataclasses.replace(KERNEL, shared_bytes=1024, ctas_per_sm=0, cluster=4)
+    other = dataclasses.replace(other, pointers=KERNEL.pointers | {"ids": later})
+    fields = program._contract(BUFFERS, [KERNEL, other])
     assert fields.dtype == np.int64
     assert fields.tolist() == [
-        *(3, 3, 2),  # version, buffers, kernels
+        *(4, 3, 2),  # version, buffers, kernels
         *(4, 2, 5, 6),  # int32 [5, 6]
         *(10, 0),  # float16 []
         *(11, 1, 0),  # float32 [0]
-        *(64, 0, 7, 2, 1, 1, 2, 0, 2),
-        *(64, 1024, 7, 0, 4, 1, 2, 0, 2),
+        *(64, 0, 7, 2, 1, 1, 2, 0, 0, 2, 0),
+        *(64, 1024, 7, 0, 4, 1, 2, 0, 24, 2, 0),
     ]
+
+
+def test_launches_of_one_kernel_are_one_entry_point():
+    later = dataclasses.replace(KERNEL, pointers=KERNEL.pointers | {"ids": Pointer(0, "int32", offset=24)})
+    assert program.render([KERNEL, later]) == program.render([KERNEL])
+    with pytest.raises(AssertionError, match="two kernels have the name jmm_body_m3"):
+        program.render([KERNEL, dataclasses.replace(KERNEL, threads=128)])
 
 
 def test_grids_are_whole_clusters():
@@ -186,8 +194,10 @@ MALFORMED = {
     "empty": lambda contract: contract[:0],
     "cut short": lambda contract: contract[:-1],
     "too long": lambda contract: np.append(contract, 0),
-    "a parameter past the buffers": at(-1, 5),
-    "a negative parameter": at(-1, -1),
+    "a parameter past the buffers": at(-2, 5),
+    "a negative parameter": at(-2, -1),
+    "a parameter past its buffer": at(-1, 4),
+    "a parameter before its buffer": at(-1, -1),
 }
 
 
@@ -214,7 +224,7 @@ def test_a_malformed_contract_is_refused(case):
 )
 def test_a_launch_for_which_the_kernel_was_not_compiled_is_refused(field, value, message):
     operands, cubin, contract = alignment_program()
-    first = len(contract) - 4 - 7  # four parameters; seven fields precede them
+    first = len(contract) - 8 - 7  # four parameters of two fields; seven fields precede them
     assert contract[first] == 256
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*kernel jmm_align_m8 {message}"):
         execute(operands, **attributes_of(cubin, at(first + field, value)(contract)))
@@ -223,8 +233,8 @@ def test_a_launch_for_which_the_kernel_was_not_compiled_is_refused(field, value,
 @pytest.mark.gpu
 def test_parameters_are_counted():
     operands, cubin, contract = alignment_program()
-    fewer = contract[:-1].copy()
-    fewer[-4] = 3  # of three that are left
+    fewer = contract[:-2].copy()
+    fewer[-7] = 3  # of three that are left
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*has 4 parameters, the contract lists 3"):
         execute(operands, **attributes_of(cubin, fewer))
 

@@ -73,6 +73,7 @@ struct Notes {
 struct Launched {
   int64_t threads = 64, shared_bytes = 0, most_blocks = 7, blocks_per_multiprocessor = 0, cluster = 1, overlaps = 0;
   std::vector<int64_t> parameters = {0};
+  int64_t offset = 0;  // in the buffers of all of them
   int64_t compiled_parameters = 1, compiled_threads = 64, compiled_cluster = 1;
 };
 
@@ -94,12 +95,12 @@ struct Call {
 };
 
 Call MakeCall(const std::string& tag, const std::vector<std::vector<int64_t>>& shapes,
-              const std::vector<Launched>& kernels) {
+              const std::vector<Launched>& kernels, int64_t version = 4) {
   Call call;
   call.tag = tag;
   call.shapes = shapes;
   call.image = "FAKE " + tag;
-  call.contract = {3, static_cast<int64_t>(shapes.size()), static_cast<int64_t>(kernels.size())};
+  call.contract = {version, static_cast<int64_t>(shapes.size()), static_cast<int64_t>(kernels.size())};
   for (const auto& shape : shapes) {
     call.contract.insert(call.contract.end(), {11, static_cast<int64_t>(shape.size())});
     call.contract.insert(call.contract.end(), shape.begin(), shape.end());
@@ -113,7 +114,10 @@ Call MakeCall(const std::string& tag, const std::vector<std::vector<int64_t>>& s
     call.contract.insert(call.contract.end(),
                          {kernel.threads, kernel.shared_bytes, kernel.most_blocks, kernel.blocks_per_multiprocessor,
                           kernel.cluster, kernel.overlaps, static_cast<int64_t>(kernel.parameters.size())});
-    call.contract.insert(call.contract.end(), kernel.parameters.begin(), kernel.parameters.end());
+    for (const int64_t parameter : kernel.parameters) {
+      call.contract.push_back(parameter);
+      if (version > 3) call.contract.push_back(kernel.offset);
+    }
   }
   call.image += '\0';
   call.Sign();
@@ -307,6 +311,8 @@ class Cases {
         {"more shared memory than a block has", [](Launched& k) { k.shared_bytes = 232449; },
          "asks for 232449 bytes of shared memory, a block of this device has at most 232448"},
         {"a buffer past the last", [](Launched& k) { k.parameters = {2}; }, "contract is malformed"},
+        {"a byte past the buffer", [](Launched& k) { k.offset = 24; }, "contract is malformed"},
+        {"a byte before the buffer", [](Launched& k) { k.offset = -1; }, "contract is malformed"},
     };
     for (const auto& [what, change, message] : refused) Refused(what, OneKernel("launch", change), message);
     Runs("clusters", OneKernel("clusters", [](Launched& k) { k.cluster = k.compiled_cluster = 4; }));
@@ -315,6 +321,8 @@ class Cases {
            k.blocks_per_multiprocessor = 3;
            k.cluster = k.compiled_cluster = 8;
          }));
+    Runs("the last byte of a buffer", OneKernel("offset", [](Launched& k) { k.offset = 23; }));
+    Runs("a contract without offsets", MakeCall("old", {{2, 3}, {5}}, {Launched{}}, 3));
     Runs("all shared memory", OneKernel("shared", [](Launched& k) { k.shared_bytes = 232448; }));
 
     const Call fewer = OneKernel("fewer", [](Launched& k) { k.compiled_parameters = 3; });

@@ -11,6 +11,9 @@ import pytest
 from jax.test_util import check_grads
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.activations import get_activation
+from jax_marlin_moe.cuda import compiler, plan_products
+from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied
 from jax_marlin_moe.reference import dequantize
 
@@ -420,6 +423,40 @@ def test_the_card_agrees_on_products_with_transposed_matrices(weight_format, dty
     np.testing.assert_array_equal(ours.any(axis=1), theirs.any(axis=1))
 
 
+def test_sums_over_the_slots_of_a_row_are_those_of_the_slots():
+    rng = np.random.default_rng(4)
+    matrix = multiplied(oracle.random_experts(rng, EXPERTS, 80, 64, weight_format="nvfp4", group_size=16).packed())
+    chosen = jnp.asarray(rng.integers(-1, EXPERTS + 1, 30).astype(np.int32))
+    x = jnp.asarray(oracle.random_rows(rng, 30, 64, jnp.bfloat16))
+    for name in ("cpu", "xla"):
+        params = {"transposed": True, "dtype": "bfloat16", "implementation": name}
+        (slots,) = grouped_product_op(x, matrix, chosen, None, None, **params)
+        (sums,) = grouped_product_op(x, matrix, chosen, None, None, summed=3, **params)
+        expected = slots.astype(jnp.float32).reshape(10, 3, -1).sum(1).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(sums, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("weight_format", ["int4_fzp", "nvfp4", "mxfp4", "int8_zp"])
+@pytest.mark.parametrize("slots", [24, 900, 3000])
+def test_the_card_agrees_on_sums_over_the_slots_of_a_row(slots, weight_format, dtype, monkeypatch):
+    monkeypatch.setattr(plan_products, "_SLICED_BYTES", 1)
+    rng = np.random.default_rng(slots)
+    k, n, group = 512, 128, oracle.FACTS[weight_format].group_sizes[0]
+    matrix = multiplied(
+        oracle.random_experts(rng, EXPERTS, k, n, weight_format=weight_format, group_size=group).packed()
+    )
+    chosen = jnp.asarray(rng.integers(-1, EXPERTS + 1, slots).astype(np.int32))
+    x = jnp.asarray(oracle.random_rows(rng, slots, n, jnp.bfloat16))
+    params = {"transposed": True, "dtype": dtype, "summed": 6}
+    call = jax.jit(lambda x: grouped_product_op(x, matrix, chosen, None, None, implementation="cuda", **params)[0])
+    ours = np.asarray(call(x), np.float64)
+    theirs = grouped_product_op(x, matrix, chosen, None, None, implementation="xla", **params)[0]
+    assert np.linalg.norm(ours - np.asarray(theirs, np.float64)) <= LIMITS["bfloat16"] / 4 * np.linalg.norm(theirs)
+    np.testing.assert_array_equal(ours, call(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [7, 600])
 def test_the_card_agrees_on_gradients_of_the_block(tokens):
@@ -439,3 +476,71 @@ def test_the_card_agrees_on_gradients_of_the_block(tokens):
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
     moving = (x, weights, trainable(gate_up, down))
     assert_close(gradient(*moving, "cuda"), gradient(*moving, "xla"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_format", ["int4", "nvfp4"])
+@pytest.mark.parametrize("tokens", [3, 90, 700])
+def test_the_card_agrees_on_blocks_in_sliced_columns(tokens, weight_format):
+    rng = np.random.default_rng(tokens)
+    hidden, inner, group = 1024, 128, oracle.FACTS[weight_format].group_sizes[0]
+    gate_up, down = (
+        oracle.random_experts(rng, EXPERTS, k, n, weight_format=weight_format, group_size=group, bias=True).packed()
+        for k, n in ((hidden, 2 * inner), (inner, hidden))
+    )
+    x = jnp.asarray(oracle.random_rows(rng, tokens, hidden, jnp.bfloat16))
+    weights, ids = map(jnp.asarray, oracle.random_routing(rng, tokens, TOP_K, EXPERTS, "holes"))
+    loss = jax.jit(lambda x: jmm.fused_moe(x, gate_up, down, weights, ids, implementation="cuda"))
+    sliced = jax.jit(lambda x: jax.jvp(loss, (x,), (x,))[0])
+    for _ in range(3):
+        np.testing.assert_array_equal(sliced(x), loss(x))
+
+
+@pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
+def test_sums_in_slices_compile_for_cards_without_wgmma(monkeypatch):
+    monkeypatch.setattr(plan_products, "_SLICED_BYTES", 1)
+    matrix = multiplied(oracle.random_experts(np.random.default_rng(0), 2, 256, 64, group_size=128).packed())
+    x = jax.ShapeDtypeStruct((40, 64), jnp.bfloat16)
+    options = {"transposed": True, "dtype": jnp.dtype(jnp.bfloat16), "architecture": "sm_80", "summed": 4}
+    plan = plan_products.plan_grouped_product(x, matrix, 40, **options)
+    transposed = [kernel for kernel in plan.kernels if "transposed" in kernel.name]
+    assert len(transposed) == 2
+    assert compiler.compile_cubin(plan.source, "sm_80")
+
+
+def test_slices_of_a_block_are_launches_of_one_kernel():
+    def planned(x, gate_up, down):
+        plan = plan_fused_moe(
+            x,
+            gate_up,
+            down,
+            tokens=4096,
+            top_k=8,
+            routed_experts=16,
+            mapped=False,
+            activation=get_activation("silu"),
+            architecture="sm_90a",
+            sliced=True,
+        )
+        plans.append(plan)
+        return x
+
+    plans: list = []
+    x = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
+    matrices = [
+        jax.eval_shape(partial(jmm.quantize, weight_format="int4"), jax.ShapeDtypeStruct((16, k, n), jnp.bfloat16))
+        for k, n in ((2048, 1536), (768, 2048))
+    ]
+    jax.eval_shape(planned, x, *matrices)
+    names = [kernel.name.split("_")[1] for kernel in plans[0].kernels]
+    assert names[-4:] == ["down", "combine", "down", "combine"]
+    first, second = (kernel for kernel in plans[0].kernels if "down" in kernel.name)
+    assert [after - before for (_, before), (_, after) in zip(first.parameters, second.parameters, strict=True)][
+        :3
+    ] == [
+        0,
+        1024 // 64 * 512,
+        1024 * 2,
+    ]
+    assert (32768, 1024) in [scratch.shape for scratch in plans[0].scratch]
+    assert plans[0].source.count("__global__") == len(plans[0].kernels) - 2

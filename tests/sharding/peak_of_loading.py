@@ -1,7 +1,6 @@
 """What one of two processes needs of the host's memory while it loads its share of a checkpoint; prints JSON.
 
-Arguments: the coordinator's address, the number of the process, the checkpoint and the mesh's axis. Run by
-`test_peak_memory.py`.
+Arguments: the coordinator's address, the number of the process, and the checkpoint. Run by `test_peak_memory.py`.
 """
 
 import gc
@@ -26,18 +25,22 @@ def resident(kind):
 
 
 def main():
-    address, process, folder, axis = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+    address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     jax.distributed.initialize(address, num_processes=2, process_id=process)
-    sharding = MoESharding(jax.make_mesh((2,), (axis,), axis_types=(AxisType.Auto,)))
-    load_moe_layer(folder, 0, sharding=sharding)  # what is compiled once is not of the layer
-    gc.collect()
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
-    layer = load_moe_layer(folder, 0, sharding=sharding)
-    peak = resident("VmHWM") - before
-    local = sum(shard.data.nbytes for leaf in jax.tree.leaves(layer) for shard in leaf.addressable_shards)
+    found = {}
+    for axis in ("expert", "tensor"):
+        sharding = MoESharding(jax.make_mesh((2,), (axis,), axis_types=(AxisType.Auto,)))
+        load_moe_layer(folder, 0, sharding=sharding)  # what is compiled once is not of the layer
+        gc.collect()
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident("VmRSS")
+        layer = load_moe_layer(folder, 0, sharding=sharding)
+        peak = resident("VmHWM") - before
+        local = sum(shard.data.nbytes for leaf in jax.tree.leaves(layer) for shard in leaf.addressable_shards)
+        found[axis] = {"peak": peak, "local": local}
+        del layer
     jax.distributed.shutdown()
-    print(json.dumps({"peak": peak, "local": local}))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

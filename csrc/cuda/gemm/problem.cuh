@@ -21,6 +21,7 @@ struct Problem {
   using Zeros = typename Facts::Zeros;                         // kind of zero points
   static constexpr bool kGlobalScales = Facts::kGlobalScales;  // float32 factors of each 64 columns
   static constexpr int kK = Facts::kK, kN = Facts::kN;         // of the packed matrix
+  static constexpr int kColumns = Facts::kColumns;             // that the products have: all, or those of a slice
   static constexpr int kExperts = Facts::kExperts;
   static constexpr int kSharedExperts = Facts::kSharedExperts;  // behind them, in arrays of their own
   static constexpr int kGroup = Facts::kGroup;                  // rows of K that share a scale; the last may be shorter
@@ -34,9 +35,10 @@ struct Problem {
   using ScaleElement = typename ColumnScales<Scale, 8>::Element;
   using ZeroElement = typename ColumnZeros<Zeros, Code, Scale>::Element;
   static_assert((kTransposed ? kN : kK) <= kRowStride, "a row of x has all that is summed over");
+  static_assert(kColumns <= (kTransposed ? kK : kN), "a slice of the columns");
 };
 
-// The arrays that a product reads.
+// The arrays that a product reads. Those of a slice begin where its columns do.
 template <class Problem>
 struct Operands {
   const typename Problem::T* __restrict__ x;  // [rows, kRowStride], of which the first K columns count, or N
@@ -88,9 +90,10 @@ struct KBlocks {
 template <class Problem, class TokenTiles, class Epilogue>
 struct ProductColumns {
   static constexpr int kHalves = Epilogue::kGated ? 2 : 1;
-  static constexpr int kCount = Problem::kN / kHalves;
+  static constexpr int kCount = Problem::kColumns / kHalves;
   static constexpr int kUnits = kCount / kUnitColumns;
   static_assert(kCount == Epilogue::kColumns, "the epilogue has the product's columns");
+  static_assert(kHalves == 1 || Problem::kColumns == Problem::kN, "a slice has no columns of gate and of up");
   static_assert(TokenTiles::kExperts == Problem::kExperts + Problem::kSharedExperts, "token tiles are of its experts");
 };
 

@@ -303,6 +303,16 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return multiply_add_pairs<T>(a, b, kMinusZeros);
 }
 
+// 16 bytes of memory that another kernel of this call writes again and again: past L1, and not before earlier waits.
+__device__ __forceinline__ uint4 load_from_l2(const uint4* source) {
+  uint4 words;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(source)
+               : "memory");
+  return words;
+}
+
 template <class T>
 __device__ __forceinline__ float to_float(uint16_t bits);
 

@@ -43,15 +43,24 @@ def combine_kernel(
     out: int,
     overlaps_predecessor: bool,
     identity: IdentityExperts | None = None,
+    partial_dtype: str = "float32",
+    columns_of: range | None = None,
 ) -> Kernel:
-    """Sums each token's slots, and what identity experts return."""
-    result = Pointer(out, dtype.name, written=True)
+    """Sums each token's slots, and what identity experts return.
+
+    Partials have the columns of `columns_of` alone, and the sums go to these; None is all.
+    """
+    columns_of = range(columns) if columns_of is None else columns_of
+    added = Pointer(partials, partial_dtype)
+    result = Pointer(out, dtype.name, written=True, offset=columns_of.start * dtype.itemsize)
     rows = None if identity is None else Pointer(identity.x, identity.dtype.name)
     facts: Facts = {
         "element": result.cpp_element,
         "tokens": tokens,
         "top_k": top_k,
-        "columns": columns,
+        "partial": added.cpp_element,
+        "columns": len(columns_of),
+        "result_columns": columns,
         "experts": num_experts,
         "routed_experts": routed_experts,
         "mapped": expert_map is not None,
@@ -65,7 +74,7 @@ def combine_kernel(
         body="Combine<Facts>",
         structs={"Facts": facts},
         pointers={
-            "partials": Pointer(partials, "float32"),
+            "partials": added,
             "topk_ids": Pointer(topk_ids, "int32"),
             "expert_map": optional(expert_map, "int32"),
             "x": rows,
@@ -74,7 +83,10 @@ def combine_kernel(
         },
         threads=128,
         shared_bytes=0,
-        max_ctas=grid(-(-tokens * (columns // 4) // 128), "the sum over a token's experts"),
+        max_ctas=grid(
+            -(-tokens * (len(columns_of) * jnp.dtype(partial_dtype).itemsize // 16) // 128),
+            "the sum over a token's experts",
+        ),
         overlaps_predecessor=overlaps_predecessor,
     )
 

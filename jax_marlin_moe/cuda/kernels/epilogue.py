@@ -93,10 +93,16 @@ def slot_partials(
     topk_weights: int | None,
     intermediate_scales: int | None = None,
     row_scales: int | None = None,
+    columns_of: range | None = None,
 ) -> Epilogue:
-    """A float32 row per slot, times its router weight if there are any, for sums that follow."""
+    """A float32 row per slot, times its router weight if there are any, for sums that follow.
+
+    Rows have the columns of `columns_of` alone; None is all.
+    """
+    columns_of = range(columns) if columns_of is None else columns_of
     facts: Facts = {
-        "columns": columns,
+        "columns": len(columns_of),
+        "bias_columns": columns,
         "bias": bias is not None,
         "weighted": topk_weights is not None,
         "scaled": intermediate_scales is not None,
@@ -104,7 +110,7 @@ def slot_partials(
     }
     pointers = {
         "out": Pointer(out, "float32", written=True),
-        "bias": optional(bias, "float32"),
+        "bias": None if bias is None else Pointer(bias, "float32", offset=4 * columns_of.start),
         "topk_weights": optional(topk_weights, "float32"),
         "intermediate_scales": optional(intermediate_scales, "float32"),
         "row_scales": optional(row_scales, "float32"),

@@ -36,17 +36,19 @@ struct TransposedGemm {
   using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * Problem::kRowStride>;
   using ScaleElement = typename Problem::ScaleElement;
   using ZeroElement = typename Problem::ZeroElement;
-  static_assert(Problem::kTransposed && Epilogue::kColumns == Problem::kK, "rows of W are columns of the result");
+  static_assert(Problem::kTransposed && Epilogue::kColumns == Problem::kColumns, "rows of W are columns");
   static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
   static_assert(TokenTiles::kExperts == Problem::kExperts, "token tiles are of the matrix's experts");
 
   static constexpr int kThreads = Tile::kThreads;
-  static constexpr int kAllSteps = Problem::kK / kStepRows;
-  static constexpr int kColumnTiles = (kAllSteps + Tile::kTileSteps - 1) / Tile::kTileSteps;
+  static constexpr int kAllSteps = Problem::kK / kStepRows;     // of an expert
+  static constexpr int kSteps = Problem::kColumns / kStepRows;  // of the slice
+  static constexpr int kColumnTiles = (kSteps + Tile::kTileSteps - 1) / Tile::kTileSteps;
   static constexpr int kTileRows = Tile::kTileSteps * kStepRows;  // of W
   static constexpr int kTokenFragments = Tile::kTokens / 8;
   // Rows of scales of a work tile.
   static constexpr bool kOneGroup = Problem::kGroups == 1;
+  static constexpr int kSliceGroups = kOneGroup ? 1 : (Problem::kColumns + Problem::kGroup - 1) / Problem::kGroup;
   static constexpr int kScaleRows = kOneGroup || kTileRows < Problem::kGroup ? 1 : kTileRows / Problem::kGroup;
   static_assert(kOneGroup || Problem::kGroup % kTileRows == 0 || kTileRows % Problem::kGroup == 0,
                 "a work tile is part of one group, or whole groups");
@@ -122,7 +124,7 @@ struct TransposedGemm {
 #pragma unroll
     for (int s = 0; s < Tile::kSteps; ++s) {
       const int step = first_step + warp * Tile::kSteps + s;
-      if (step >= kAllSteps) break;
+      if (step >= kSteps) break;
 #pragma unroll
       for (int t = 0; t < kTokenFragments; ++t) {
 #pragma unroll
@@ -151,14 +153,14 @@ struct TransposedGemm {
     const int64_t first_tile = (int64_t(expert) * kAllSteps + first_step) * Problem::kUnits + unit;
     for (int i = threadIdx.x; i < Tile::kTileSteps * kTilePieces; i += kThreads) {
       const int step = i / kTilePieces, piece = i % kTilePieces;
-      if (first_step + step >= kAllSteps) break;
+      if (first_step + step >= kSteps) break;
       const int4* source =
           reinterpret_cast<const int4*>(operands.packed) + (first_tile + step * Problem::kUnits) * kTilePieces + piece;
       copy16(stage + step * Packed::kBytes + packed_piece(piece) * 16, source);
     }
     const int first_group = kOneGroup ? 0 : first_step * kStepRows / Problem::kGroup;
     const int64_t first_row = (int64_t(expert) * Problem::kGroups + first_group) * Problem::kUnits + unit;
-    const int groups = min(kScaleRows, Problem::kGroups - first_group);
+    const int groups = min(kScaleRows, kSliceGroups - first_group);
     copy_groups<kUnitScaleBytes>(stage + kScalesAt, operands.scales, first_row, groups);
     if constexpr (Zeros::kStored) copy_groups<kZeroBytes>(stage + kZerosAt, operands.zeros, first_row, groups);
     for (int i = threadIdx.x; i < rows * 8; i += kThreads) {
@@ -209,7 +211,7 @@ struct TransposedGemm {
     Fragments fragments;
 #pragma unroll
     for (int s = 0; s < Tile::kSteps; ++s) {
-      if (first_step + s >= kAllSteps) break;
+      if (first_step + s >= kSteps) break;
       const int row = (warp * Tile::kSteps + s) * kStepRows;  // of W, in the tile
       const int group = kScaleRows == 1 ? 0 : row / Problem::kGroup;
       fragments.load(stage + kScalesAt + group * kUnitScaleBytes, stage + kZerosAt + group * kZeroBytes, global_scale,

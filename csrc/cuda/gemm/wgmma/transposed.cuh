@@ -25,7 +25,7 @@ struct WgmmaTransposedShape {
   // Of the 16-byte pieces of x.
   using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) *
                            (Problem::kRowStride / Problem::kPieceValues)>;
-  static_assert(Epilogue::kColumns == Problem::kK, "rows of W are columns of the result");
+  static_assert(Epilogue::kColumns == Problem::kColumns, "rows of W are columns of the result");
   static_assert(TokenTiles::kExperts == Problem::kExperts, "token tiles are of the matrix's experts");
   static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
   static_assert(Tile::kScalesWeights && Tile::kWarpgroupsK == 1, "a sum has many scales, and all columns of W");
@@ -43,8 +43,8 @@ struct WgmmaTransposedShape {
   static constexpr int kHalves = 1, kWarpSubTiles = Tile::kSubTiles;
   static constexpr int kHalfUnits = Tile::kWarpgroupsN * kWarpSubTiles, kTileSteps = 4 * kHalfUnits;
   static constexpr int kTileRows = kTileSteps * kStepRows;
-  static constexpr int kColumnTiles = Problem::kK / kTileRows;
-  static_assert(Problem::kK % kTileRows == 0, "column tiles are whole");
+  static constexpr int kColumnTiles = Problem::kColumns / kTileRows;
+  static_assert(Problem::kColumns % kTileRows == 0, "column tiles are whole");
   static constexpr int kTileGroups =
       Problem::kGroups == 1 || kTileRows < Problem::kGroup ? 1 : kTileRows / Problem::kGroup;
   static_assert(Problem::kGroups == 1 || Problem::kGroup % kTileRows == 0 || kTileRows % Problem::kGroup == 0,
