@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import statistics
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,10 @@ from benchmarks.chain import chain_microseconds
 from benchmarks.peers import PEERS
 from benchmarks.record import recorded_run
 from benchmarks.roofline import block_limit
+from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
 from jax_marlin_moe.formats import FORMATS, get_format
-from jax_marlin_moe.measure.models import MODELS, ModelShape
+from jax_marlin_moe.measure.models import LAYERS, MODELS, ModelShape
 from jax_marlin_moe.measure.random_layers import random_layers, random_routings
 from jax_marlin_moe.measure.replay import plan_block, replayed_block
 
@@ -51,29 +53,53 @@ class Case:
     ids: np.ndarray
     weights: jax.Array
     x: jax.Array
+    activation: str | Activation = "silu"
 
 
-def make_case(shape: ModelShape, layers: list, tokens: int, repeats: int, routing: str, dtype) -> Case:
+def make_layers(name: str, weight_format: str, dtype: jnp.dtype, args, count: int | None = None) -> list:
+    """`random_layers` of a model, with biases where the model has them and they are asked for."""
+    shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
+    layers = random_layers(shape, weight_format, dtype, count)
+    if not (args.own_activation and LAYERS[name].biased):
+        return layers
+    biases = [jax.random.normal(jax.random.key(i), (m.num_experts, m.padded_n)) / 8 for i, m in enumerate(layers[0])]
+    return [
+        tuple(dataclasses.replace(matrix, bias=bias) for matrix, bias in zip(layer, biases, strict=True))
+        for layer in layers
+    ]
+
+
+def make_case(
+    shape: ModelShape,
+    layers: list,
+    tokens: int,
+    repeats: int,
+    routing: str,
+    dtype: jnp.dtype,
+    activation: str | Activation = "silu",
+) -> Case:
     """Routings and rows for `layers`."""
     ids = random_routings(shape.num_experts, shape.top_k, tokens, repeats, zipf=routing == "zipf")
     weights = jax.random.uniform(jax.random.key(7), (repeats, tokens, shape.top_k), jnp.float32, 0.5, 1.5)
     x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), dtype)
-    return Case(shape, tokens, dtype, layers, ids, weights / weights.sum(-1, keepdims=True), x)
+    return Case(shape, tokens, dtype, layers, ids, weights / weights.sum(-1, keepdims=True), x, activation)
 
 
-@jax.jit
-def _reference_block(*arguments):
-    return jmm.fused_moe(*arguments, implementation="xla")
+@partial(jax.jit, static_argnames="activation")
+def _reference_block(*arguments, activation):
+    return jmm.fused_moe(*arguments, activation=activation, implementation="xla")
 
 
 def relative_error(case: Case, batch_invariant: bool) -> float:
     """Relative L2 error of one block of the CUDA kernels, in up to `_CHECKED_TOKENS` tokens, against the reference."""
     gate_up, down = case.layers[0]
     x, weights, ids = case.x, case.weights[0], jnp.asarray(case.ids[0])
-    block = jax.jit(lambda *a: jmm.fused_moe(*a, implementation="cuda", batch_invariant=batch_invariant))
+    block = jax.jit(
+        partial(jmm.fused_moe, activation=case.activation, implementation="cuda", batch_invariant=batch_invariant)
+    )
     checked = slice(None, None, max(1, case.tokens // _CHECKED_TOKENS))
     ours = block(x, gate_up, down, weights, ids)[checked]
-    expected = _reference_block(x[checked], gate_up, down, weights[checked], ids[checked])
+    expected = _reference_block(x[checked], gate_up, down, weights[checked], ids[checked], activation=case.activation)
     ours, expected = (np.asarray(a, np.float64) for a in (ours, expected))
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
@@ -85,7 +111,7 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
     expert_bytes = (gate_up.nbytes + down.nbytes) / shape.num_experts
     limit = block_limit(shape, case.ids, expert_bytes=expert_bytes, read_tb_s=read_tb_s, bf16_tflop_s=bf16_tflop_s)
     scheme = "batch_invariant" if args.batch_invariant else None
-    kernels = replayed_block(case.x, case.layers, case.weights, case.ids, scheme=scheme)
+    kernels = replayed_block(case.x, case.layers, case.weights, case.ids, scheme=scheme, activation=case.activation)
     times = kernels.microseconds(samples=args.samples, pause_seconds=args.pause)
     sm_mhz = clock.mhz()
     gemm1_us, gemm2_us = (
@@ -98,7 +124,13 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
     if not args.device_times:
         chain = chain_microseconds(
             lambda x, layer, weights, ids: jmm.fused_moe(
-                x, *layer, weights, ids, implementation="cuda", batch_invariant=args.batch_invariant
+                x,
+                *layer,
+                weights,
+                ids,
+                activation=case.activation,
+                implementation="cuda",
+                batch_invariant=args.batch_invariant,
             ),
             case.x,
             case.layers,
@@ -120,6 +152,8 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
         "dtype": args.dtype,
         "activation_dtype": args.dtype,
         "routing": routing,
+        "activation": get_activation(case.activation).name,
+        "biases": gate_up.bias is not None,
         "batch_invariant": args.batch_invariant,
         "implementation": f"jax_marlin_moe {jmm.__version__}",
         "hit_experts": limit.hit_experts,
@@ -160,15 +194,14 @@ def precompile(args: argparse.Namespace, dtype: jnp.dtype) -> None:
     """Compiles the kernels of all rows beside each other; the blocks find them in the kernel cache."""
     sources = set()
     for name, weight_format in itertools.product(args.models, args.format):
-        shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
-        ((gate_up, down),) = jax.eval_shape(lambda s=shape, f=weight_format: random_layers(s, f, dtype, 1))
+        ((gate_up, down),) = jax.eval_shape(lambda n=name, f=weight_format: make_layers(n, f, dtype, args, 1))
         for tokens in args.tokens:
             plan = plan_block(
                 jax.ShapeDtypeStruct((tokens, gate_up.padded_k), dtype),
                 gate_up,
                 down,
-                top_k=shape.top_k,
-                activation="silu",
+                top_k=MODELS[name].top_k,
+                activation=LAYERS[name].activation if args.own_activation else "silu",
                 scheme="batch_invariant" if args.batch_invariant else None,
             )
             sources.add(plan.source)
@@ -221,6 +254,9 @@ def main() -> None:
     parser.add_argument(
         "--batch-invariant", action="store_true", help="with schemes that give a row the same bits always"
     )
+    parser.add_argument(
+        "--own-activation", action="store_true", help="the model's activation and biases, not silu and none"
+    )
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
@@ -243,10 +279,11 @@ def main() -> None:
     }
     for name, weight_format in itertools.product(args.models, args.format):
         shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
-        layers = random_layers(shape, weight_format, dtype)
+        layers = make_layers(name, weight_format, dtype, args)
+        activation = LAYERS[name].activation if args.own_activation else "silu"
         for tokens, routing in itertools.product(args.tokens, args.routing):
             repeats = min(args.repeats, max(_FEWEST_REPEATS, _ROUTED_TOKENS // tokens))
-            case = make_case(shape, layers, tokens, repeats, routing, dtype)
+            case = make_case(shape, layers, tokens, repeats, routing, dtype, activation)
             ours = our_row(case, routing, ceilings, clock, args)
             others = [peer_row(peer, ours, case, clock, args) for peer in args.peers]
             for row in (ours, *others):

@@ -45,6 +45,11 @@ class Architecture:
         """Whether a multiprocessor holds so many CTAs of so many bytes; the system takes 1024 more for each."""
         return size <= self.most_shared_kib * 1024 and (size + 1024) * ctas <= self.shared_kib * 1024
 
+    def padding(self, size: int, ctas: int) -> int:
+        """Bytes that must be added to a CTA's shared memory so that a multiprocessor holds no more than so many."""
+        least = self.shared_kib * 1024 // (ctas + 1) - 1024 + 16
+        return max(0, min(least, self.most_shared_kib * 1024) - size)
+
 
 _MMA = ("mma",)
 _ROWS = (

@@ -62,12 +62,15 @@ def gemm_kernel(
     shared: int | None = None,
     shared_experts: int = 0,
     columns: range | None = None,
+    in_order: bool = False,
+    padding_bytes: int = 0,
 ) -> Kernel:
     """A grouped GEMM, or a slice of its `columns`, whose kernel is the same for all slices of as many.
 
     `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
     buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`, and those of
-    shared experts, packed alike, from `shared`.
+    shared experts, packed alike, from `shared`. `in_order` says that a row's sums must be added up in one order,
+    however many rows its token tile has. `padding_bytes` are asked for beside the shared memory of the tile.
     """
     columns = range(shape.k if transposed else shape.n) if columns is None else columns
     count = len(columns)
@@ -98,6 +101,7 @@ def gemm_kernel(
         "row_stride": row_stride,
         "slots_per_row": slots_per_row,
         "transposed": transposed,
+        "in_order": in_order,
     }
 
     def operands(first: int | None) -> dict[str, Pointer | None]:
@@ -151,6 +155,7 @@ def gemm_kernel(
         max_ctas=grid(max(1, work_tiles) * tile.cluster, "the product"),
         ctas_per_sm=tile.ctas_per_sm,
         cluster=tile.cluster,
+        padding_bytes=padding_bytes,
         overlaps_predecessor=overlaps_predecessor,
     )
 

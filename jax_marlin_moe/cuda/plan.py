@@ -22,6 +22,7 @@ from jax_marlin_moe.cuda.kernels import wgmma_bytes
 from jax_marlin_moe.cuda.kernels.align import align_kernels
 from jax_marlin_moe.cuda.kernels.combine import IdentityExperts, combine_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import activated, slot_partials
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.quantize_rows import quantize_rows_kernel, row_stride
 from jax_marlin_moe.cuda.kernels.token_tiles import (
@@ -250,6 +251,7 @@ def plan_block(
     multiplied = jnp.dtype(x.dtype if activation_dtype is None else activation_dtype)
     first, second = gemm_shape(gate_up, activation.gated, multiplied), gemm_shape(down, False, multiplied)
 
+    in_order = scheme == "batch_invariant"
     if activation_dtype is not None:
         _check_byte_rows(activation_dtype, {"gate_up": (gate_up, first), "down": (down, second)}, architecture)
         if scheme is None or scheme == "batch_invariant":  # all schemes of bytes add up in one order
@@ -342,6 +344,12 @@ def plan_block(
         row_scales=reads[0].scales,
         slots_per_row=num_slots // x.shape[0],
     )
+    overlaps_first = overlap and (bool(kernels) or buffers.ids_from_previous)
+    padding = 0
+    if overlaps_first and isinstance(scheme.gate_up, MmaTile):
+        # CTAs that come in while another kernel runs fill one multiprocessor after the other.
+        own = scheme.gate_up.shared_bytes(first) + first_tiles.shared_bytes
+        padding = get_architecture(capability).padding(own, scheme.gate_up.ctas_per_sm)
     kernels.append(
         gemm_kernel(
             "gate_up",
@@ -355,9 +363,11 @@ def plan_block(
             first_operand=buffers.gate_up,
             token_tiles=first_tiles,
             epilogue=activate,
-            overlaps_predecessor=overlap and (bool(kernels) or buffers.ids_from_previous),
+            overlaps_predecessor=overlaps_first,
             shared=buffers.shared_gate_up,
             shared_experts=shared,
+            in_order=in_order,
+            padding_bytes=padding,
         )
     )
     if activation_dtype is not None:
@@ -389,6 +399,7 @@ def plan_block(
                 shared=buffers.shared_down,
                 shared_experts=shared,
                 columns=part,
+                in_order=in_order,
             )
         )
         kernels.append(

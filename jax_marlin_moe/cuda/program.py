@@ -35,6 +35,7 @@ class Kernel:
         pointers: what its members point to, in their order; None for one that is absent.
         threads: of a CTA.
         shared_bytes: dynamic shared memory of a CTA.
+        padding_bytes: what it asks for beside it, so that a multiprocessor has no more CTAs than planned.
         max_ctas: that have work, at most.
         structs: the facts that it is compiled with, by the structs' names.
         constants: what else must hold on both sides: C++ expressions in the scope of the structs, and their values.
@@ -55,6 +56,12 @@ class Kernel:
     ctas_per_sm: int = 0
     overlaps_predecessor: bool = False
     cluster: int = 1
+    padding_bytes: int = 0
+
+    @property
+    def requested_bytes(self) -> int:
+        """Dynamic shared memory that a launch asks for."""
+        return self.shared_bytes + self.padding_bytes
 
     @property
     def parameters(self) -> tuple[tuple[int, int], ...]:
@@ -262,7 +269,7 @@ def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None], kernel
     for buffer in present:
         fields += [_DTYPE_CODES[jnp.dtype(buffer.dtype).name], len(buffer.shape), *buffer.shape]
     for kernel in kernels:
-        fields += [kernel.threads, kernel.shared_bytes, kernel.max_ctas, kernel.ctas_per_sm]
+        fields += [kernel.threads, kernel.requested_bytes, kernel.max_ctas, kernel.ctas_per_sm]
         fields += [kernel.cluster, int(kernel.overlaps_predecessor), len(kernel.parameters)]
         for path, pointer in kernel.pointers.items():
             if pointer is not None:

@@ -127,7 +127,7 @@ class ReplayedPlan:
         self._functions = []
         for kernel in plan.kernels:
             function = _checked(driver.cuModuleGetFunction(self._module, kernel.name.encode()))
-            _checked(driver.cuFuncSetAttribute(function, _SHARED_LIMIT, kernel.shared_bytes))
+            _checked(driver.cuFuncSetAttribute(function, _SHARED_LIMIT, kernel.requested_bytes))
             _checked(driver.cuFuncSetAttribute(function, _CARVEOUT, 100))  # as csrc/ffi/cuda_program.cc does
             self._functions.append(function)
         self._stream = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
@@ -156,7 +156,7 @@ class ReplayedPlan:
         config.gridDimY = config.gridDimZ = 1
         config.blockDimX = kernel.threads
         config.blockDimY = config.blockDimZ = 1
-        config.sharedMemBytes = kernel.shared_bytes
+        config.sharedMemBytes = kernel.requested_bytes
         config.hStream = self._stream
         if overlap:
             attribute = driver.CUlaunchAttribute()

@@ -2,13 +2,18 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
+from abstract_calls import abstract_block
 
+from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import choose, compiler
-from jax_marlin_moe.cuda.architectures import ARCHITECTURES
+from jax_marlin_moe.cuda.architectures import ARCHITECTURES, get_architecture
+from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
-from jax_marlin_moe.cuda.scheme import KERNELS
+from jax_marlin_moe.cuda.plan import plan_fused_moe
+from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme
 
 SHAPE = GemmShape(512, 512, 8, 128, False, "int4", 4, "bfloat16", None, "bfloat16")
 
@@ -32,3 +37,43 @@ def test_sizes_of_token_tiles_are_those_of_the_architectures_kernels(capability)
     sizes = {size for name in ARCHITECTURES[capability].kernels for size in KERNELS[name].token_tiles}
     for slots in (1, 64, 4096):
         assert set(choose.block_sizes(slots, 8, SHAPE, capability)) <= sizes
+
+
+def planned(tokens, scheme):
+    x, gate_up, down, *_ = abstract_block(tokens, 4, 512, 256, 64, jnp.dtype("bfloat16"), group_size=128)
+    return plan_fused_moe(
+        x,
+        gate_up,
+        down,
+        tokens=tokens,
+        top_k=4,
+        routed_experts=64,
+        mapped=False,
+        activation=get_activation("silu"),
+        architecture="sm_90a",
+        scheme=scheme,
+    )
+
+
+@pytest.mark.parametrize("ctas", [1, 3, 8])
+def test_ctas_that_come_in_beside_another_kernel_land_evenly(ctas):
+    """A multiprocessor has room for as many of the first product's as planned, and for no more."""
+    tile = MmaTile(8, 2, 1, 1, 128, 2, ctas)
+    aligned = planned(64, BlockScheme("aligned", tile, tile))
+    first, second = (aligned.kernels[aligned.position(stage)] for stage in ("gate_up", "down"))
+    assert first.overlaps_predecessor
+    assert first.padding_bytes > 0
+    assert get_architecture(90).fits_shared_memory(first.requested_bytes, ctas)
+    assert not get_architecture(90).fits_shared_memory(first.requested_bytes, ctas + 1)
+    assert second.padding_bytes == 0
+    # Without a kernel before it, CTAs are dealt out in turns.
+    grouped = planned(4, BlockScheme("grouped", tile, tile))
+    assert grouped.kernels[grouped.position("gate_up")].padding_bytes == 0
+
+
+def test_products_know_whether_their_order_is_fixed():
+    tile = MmaTile(8, 2, 1, 1, 128, 2, 2)
+    for scheme, in_order in (("batch_invariant", True), (BlockScheme("aligned", tile, tile), False)):
+        plan = planned(64, scheme)
+        for stage in ("gate_up", "down"):
+            assert plan.kernels[plan.position(stage)].structs["Problem"]["in_order"] is in_order

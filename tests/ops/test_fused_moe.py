@@ -488,6 +488,44 @@ def test_clusters_that_share_k(tiles, weight_format, routing):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("weight_format", "group", "dtype"),
+    [
+        ("nvfp4", 16, "bfloat16"),
+        ("nvfp4", 16, "float16"),
+        ("mxfp4", 32, "bfloat16"),
+        ("mxfp4", 32, "float16"),
+    ],
+)
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (MmaTile(8, 2, 1, 2, 128, 2, 2), MmaTile(8, 1, 2, 1, 128, 3, 2)),
+        (MmaTile(16, 1, 2, 1, 256, 2, 1), MmaTile(16, 2, 1, 1, 32, 3, 2)),
+    ],
+    ids=["8 rows", "16 rows"],
+)
+def test_groups_side_by_side(tiles, weight_format, group, dtype):
+    """Experts have 1, 2, ... 9 rows: two groups of K at a time, or one. Last chunks of K are shorter."""
+    formats = {"weight_format": weight_format, "down_format": weight_format, "scale_dtype": dtype, "dtype": dtype}
+    case = Case("", tokens=45, top_k=1, experts=9, hidden=480, inner=448, group_size=group, down_group_size=group)
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(dataclasses.replace(case, **formats), "cuda")
+        call.ids[:, 0] = np.random.default_rng(2).permutation(np.repeat(np.arange(9), np.arange(1, 10)))
+        scheme = BlockScheme("grouped", *tiles)
+        y = np.asarray(call.run(cuda_scheme=scheme))
+        assert_block_close(y, call.expected())
+        # A token of NaN has columns of its own there too.
+        x = call.x.copy()
+        poisoned = np.flatnonzero(np.isin(call.ids[:, 0], [1, 3, 8]))[:3]
+        x[poisoned] = np.nan
+        others = np.setdiff1d(np.arange(45), poisoned)
+        again = np.asarray(dataclasses.replace(call, x=x).run(cuda_scheme=scheme))
+    np.testing.assert_array_equal(again[others], y[others])
+    assert np.isnan(again[poisoned].astype(np.float32)).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 def test_a_layer_of_qwen3_30b(tokens):
     shape = MODELS["qwen3-30b-a3b"]

@@ -28,7 +28,9 @@ struct Problem {
   static constexpr int kRowStride = Facts::kRowStride;          // elements from a row of x to the next
   static constexpr int kSlotsPerRow = Facts::kSlotsPerRow;      // slot s reads row s / kSlotsPerRow of x
   static constexpr bool kTransposed = Facts::kTransposed;       // whether rows of x have kN columns, and results kK
-  static constexpr int kPieceValues = 16 / sizeof(T);           // in 16 bytes of a row of x
+  // Whether a row's sums are added up in one order, however many rows its token tile has.
+  static constexpr bool kInOrder = Facts::kInOrder;
+  static constexpr int kPieceValues = 16 / sizeof(T);  // in 16 bytes of a row of x
   static constexpr int kUnits = kN / kUnitColumns;
   static constexpr int kGroups = (kK + kGroup - 1) / kGroup;
   using ExpertIndex = Index<int64_t(kExperts) * kN>;  // of a column among those of all experts

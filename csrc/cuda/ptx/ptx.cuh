@@ -276,6 +276,20 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+// The value, of which the compiler does not know how it was made: it shares it rather than make variants of it.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm("" : "+r"(value));
+  return value;
+}
+
+// The bits of a where mask has ones, those of b elsewhere. The compiler would rather clear bits of a or b beforehand,
+// in an instruction more.
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+  return d;
+}
+
 // a * b + c of both halves, rounded once.
 template <class T>
 __device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c);
@@ -320,6 +334,13 @@ template <>
 __device__ __forceinline__ float to_float<Half>(uint16_t bits) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+
+// Of the upper half of a pair: the conversion reads it there, which a shift before it hides from the compiler.
+__device__ __forceinline__ float upper_half_to_float(uint32_t pair) {
+  float f;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, high;\n}" : "=f"(f) : "r"(pair));
   return f;
 }
 

@@ -112,18 +112,23 @@ struct RawFragments<E2M1, Half> : EvenFragments<Half, 1 - Half::kExponentBias> {
   }
 };
 
-// In bfloat16 one multiplication brings sign and magnitude to their places at once: copies of the four bits 6 apart do
-// not touch, and a mask takes what is left over.
+// In bfloat16 the magnitudes of a pair come to their places, bits 6 to 8 of a half, by a shift of the whole word, and
+// its signs to bit 15 by a shift of every other sign of the word. Where a sign of another pair lies among them, it lies
+// on bit 7: the selection drops it, and with it whatever else of the word is not the pair's.
 template <>
 struct RawFragments<E2M1, BFloat> : EvenFragments<BFloat, 1 - BFloat::kExponentBias> {
   __device__ __forceinline__ static void fragment(const uint32_t* words, uint32_t (&a)[4]) {
-    constexpr uint32_t kPlaces = 0x81C081C0u, kLower = 1u << 12 | 1u << 6, kUpper = kLower >> 4;
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const uint32_t bytes = words[0] >> 8 * b;
-      a[b] = (bytes & 0x000F000Fu) * kLower & kPlaces;
-      a[2 + b] = (bytes & 0x00F000F0u) * kUpper & kPlaces;
-    }
+    const uint32_t word = words[0];
+    const uint32_t low = opaque(word & 0x08080808u), high = opaque(word & 0x80808080u);  // signs of a byte's codes
+    a[0] = pair(word << 6, low << 12);
+    a[1] = pair(word >> 2, low << 4);
+    a[2] = pair(word << 2, high << 8);
+    a[3] = pair(word >> 6, high);
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t pair(uint32_t magnitudes, uint32_t signs) {
+    return select_bits(0x01C001C0u, magnitudes, signs);
   }
 };
 

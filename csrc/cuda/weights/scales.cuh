@@ -86,7 +86,8 @@ struct ColumnScales<E4M3Scale, kCount> {
     }
   }
   __device__ __forceinline__ float operator[](int j) const {
-    return to_float<Half>(static_cast<uint16_t>(pairs[j / 4 * 2 + j % 2] >> (16 * (j / 2 % 2))));
+    const uint32_t pair = pairs[j / 4 * 2 + j % 2];
+    return j / 2 % 2 ? upper_half_to_float(pair) : to_float<Half>(static_cast<uint16_t>(pair));
   }
   __device__ __forceinline__ float exact(int j) const { return (*this)[j]; }
 };

@@ -16,6 +16,7 @@ struct MmaRows {
   int slot;                           // -1 where the row is padding
   float factor;                       // of the row
   int token_fragments;                // groups of 8 rows that are not all padding
+  int sides = 1;                      // groups of K that the MMA's columns have room for
   float global_scales[Tile::kUnits];  // of this warp's units
 
   __device__ __forceinline__ MmaRows(const Operands<Problem>& operands, const typename Shape::Epilogue& epilogue,
@@ -37,6 +38,10 @@ struct MmaRows {
     token_fragments = 1;
     if constexpr (Shape::kTokenFragments > 1) {  // rounded up from the last real row
       token_fragments = (32 + 7 - __clz(__ballot_sync(~0u, slot >= 0) | 1)) / 8;
+    }
+    if constexpr (Shape::kMostSides > 1) {
+      const int token_rows = 32 - __clz(__ballot_sync(~0u, slot >= 0) | 1);
+      sides = token_rows <= 8 / Shape::kMostSides ? Shape::kMostSides : 1;
     }
   }
 };

@@ -86,12 +86,13 @@ struct GroupedGemm {
         commit_copies();
         // Dequantise and multiply.
         rows_left -= Tile::kBlockK;
-        multiplier.multiply(rows.token_fragments, rings.weights(stage), rings.tokens(stage),
+        multiplier.multiply(rows.token_fragments, rows.sides, rings.weights(stage), rings.tokens(stage),
                             rows_left <= 0 || k_block == k_blocks - 1, Shape::is_short(share, k_block));
         if (rows_left <= 0) rows_left = Problem::kGroup;
         stage = stage == kAhead ? 0 : stage + 1;
       }
       // Epilogue.
+      multiplier.join_sides(rows.sides);
       multiplier.apply(rows.global_scales);
       MmaExchange<Shape>::finish(epilogue, shared_bytes, work_tile, rows, warp, warp_n, warp_k, lane, multiplier.sums);
     }

@@ -50,6 +50,16 @@ struct MmaShape {
   static constexpr bool kTokenSums = Zeros::kStored || Zeros::kBaked != 0.0f;
   static constexpr int kStepWords = Problem::kUnits * Packed::kWords;  // of the packed matrix, in 16 rows of K
 
+  // FP4 is bound by instructions (docs/kernels.md, "The mma.sync kernel"). The most groups of K side by side in the
+  // columns of an MMA, where at most half of them have a token:
+  static constexpr bool kBoundByInstructions = kSame<Code, E2M1>;
+  static constexpr int kMostSides = kBoundByInstructions && !Problem::kInOrder && KBlocks::kScaleRows > 1 ? 2 : 1;
+  // Steps of a k-block that are unrolled together, where `span` steps belong together.
+  __device__ static constexpr int part_steps(int span) {
+    const int part = span > 4 ? span : 4;
+    return kBoundByInstructions && KBlocks::kHoldGroups && part < KBlocks::kSteps ? part : KBlocks::kSteps;
+  }
+
   // Shares of K are whole k-blocks, as equal as possible. The last k-block of K may be shorter.
   static constexpr int kShares = Tile::kWarpsK * Tile::kCluster;
   static constexpr int kLastSteps = KBlocks::kSteps - KBlocks::kMissingRows / kStepRows;  // of the last k-block
