@@ -161,15 +161,19 @@ def prepare(name: str, options: argparse.Namespace) -> list[Case]:
     return [case for case in ready if len(case.chains) >= min(2, len(options.forms))]
 
 
-def run_model(name: str, options: argparse.Namespace, prepared: Any, turn: Any, results: Any) -> None:
+def run_model(name: str, options: argparse.Namespace, prepared: Any, turn: Any, next_turn: Any, results: Any) -> None:
     """One model's process: prepares, waits until all have, and times in its turn."""
+    cases: list[Case] = []
     try:
         cases = prepare(name, options)
     finally:
         prepared.wait()
-    with turn:
-        for case in cases:
-            results.put(case.row(name, options))
+        turn.wait()
+        try:
+            for case in cases:
+                results.put(case.row(name, options))
+        finally:
+            next_turn.set()
 
 
 def print_row(row: dict) -> None:
@@ -211,16 +215,21 @@ def main() -> None:
     if not options.models:
         options.out.write_text(json.dumps({**earlier[-1], "rows": rows}, indent=1) + "\n")
         return
-    record = recorded_run("benchmarks.layers", options.commit)
     spawn = multiprocessing.get_context("spawn")
-    shared = spawn.Barrier(len(options.models)), spawn.Lock(), spawn.Queue()
-    processes = [spawn.Process(target=run_model, args=(name, options, *shared)) for name in options.models]
+    prepared, results = spawn.Barrier(len(options.models)), spawn.Queue()
+    turns = [spawn.Event() for _ in range(len(options.models) + 1)]
+    turns[0].set()
+    processes = [
+        spawn.Process(target=run_model, args=(name, options, prepared, *turns[i : i + 2], results))
+        for i, name in enumerate(options.models)
+    ]
     for process in processes:
         process.start()
+    record = recorded_run("benchmarks.layers", options.commit) | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
     timed = 0
-    while any(process.is_alive() for process in processes) or not shared[2].empty():
+    while any(process.is_alive() for process in processes) or not results.empty():
         try:
-            row = shared[2].get(timeout=1)
+            row = results.get(timeout=1)
         except queue.Empty:
             continue
         timed += 1
