@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from abstract_calls import array, formatted_experts
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import compiler, program
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied
+from jax_marlin_moe.ops.hidden_cotangents import hidden_cotangents_op
 
 # No two arrays of a call have one size and one dtype, so that these name them.
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 24, 3, 8, 512, 320
@@ -188,3 +191,35 @@ def test_of_sorted_rows(monkeypatch):
     found = bound(monkeypatch, jmm.ragged_dot, arguments, ["y"])
     product = {"operands.x": "lhs", **members("operands.", "rhs.", *PACKED)}
     assert found == {"product": product | {"token_tiles.group_sizes": "group_sizes", "epilogue.out": "y"}}
+
+
+def test_between_the_products_of_a_backward_pass(monkeypatch):
+    def pull(hidden, pulled, experts, topk_weights, bias):
+        params = {"num_experts": EXPERTS, "activation": get_activation("silu"), "dtype": "bfloat16"}
+        return hidden_cotangents_op(hidden, pulled, experts, topk_weights, bias, implementation="cuda", **params)
+
+    arguments = {
+        "hidden": array((TOKENS, 2 * INNER), jnp.bfloat16),
+        "pulled": array((TOKENS, INNER), jnp.bfloat16),
+        "experts": array((TOKENS,)),
+        "topk_weights": array((TOKENS,), jnp.float32),
+        "bias": array((EXPERTS, 2 * INNER), jnp.float32),
+    }
+    results = ["d_hidden", "d_weights"]
+    assert bound(monkeypatch, pull, arguments, results) == {
+        "hidden_cotangents": members("", "", *arguments, *results),
+    }
+
+
+def test_of_sums_over_the_slots_of_a_row(monkeypatch):
+    def sums(x, weights, experts):
+        params = {"transposed": True, "dtype": "bfloat16", "summed": TOP_K}
+        return grouped_product_op(x, multiplied(weights), experts, None, None, implementation="cuda", **params)
+
+    arguments = {"x": array((TOKENS, INNER), jnp.bfloat16), "weights": matrix(HIDDEN, INNER, bias=False)}
+    found = bound(monkeypatch, sums, arguments | {"experts": array((TOKENS,))}, ["y"])
+    product = {"operands.x": "x", **members("operands.", "weights.", *PACKED), "token_tiles.topk_ids": "experts"}
+    assert found == {
+        "transposed": product | {"epilogue.out": "transposed.out"},
+        "combine": {"partials": "transposed.out", "topk_ids": "experts", "out": "y"},
+    }
