@@ -7,8 +7,9 @@ its own routing and the next layer's weights, so that L2 is cold. A block is wha
 library's products: the alignment of the routing to row tiles, gate_up, the activation, down, and the weighted sum.
 The products and the activation are the library's, in the configurations that its own heuristics choose for the card,
 the shape and the number of rows; it has no alignment and no sum, so these two are Triton kernels of this file.
-Weights are symmetric INT4 with a scale for each group of `group_size`. Every timed configuration is checked against
-float32 of the dequantised weights (`rel_l2`).
+Weights are symmetric INT4 with a scale for each group of `group_size`. With an `activation_dtype` rows are quantised by
+the library, a scale for each, those of the second product as they are activated. Every timed configuration is checked
+against float32 of the dequantised weights (`rel_l2`).
 
 Needs PyTorch with CUDA and `humming-kernels[cu13]`. JAX in the same process takes 75% of the memory when it first
 touches the card; XLA_PYTHON_CLIENT_PREALLOCATE=false leaves it to both.
@@ -42,6 +43,7 @@ constexpr = tl.constexpr if triton else int
 _PAD_N, _PAD_K = 256, 128
 _INDEXED = json.dumps({"gemm_type": "indexed"})
 _SILU_AND_MUL = {"activation_type": "binary_split", "activation_impl": "a / (1.0f + __expf(-a)) * b"}
+_ROW_TYPES = {"float8_e4m3fn": "float8e4m3", "int8": "int8"}  # the library's names
 _CODE_DEVIATION = (16**2 / 12) ** 0.5
 
 
@@ -217,9 +219,11 @@ def _random_tensors(shape: ModelShape, layer: int, matrix: int, dtype) -> dict[s
     return {"weight": codes, "weight_scale": scales.to(dtype)}
 
 
-def _prepare_matrix(shape: ModelShape, layer: int, matrix: int, dtype) -> tuple[Any, dict[str, Any]]:
+def _prepare_matrix(
+    shape: ModelShape, layer: int, matrix: int, dtype, activation_dtype: str | None
+) -> tuple[Any, dict[str, Any]]:
     """The library's configuration of one matrix and its tensors in the library's order."""
-    from humming.schema import HummingWeightSchema
+    from humming.schema import HummingInputSchema, HummingWeightSchema
     from humming.transform import prepare_layer_config, transform_humming_tensors
 
     n, k, _ = _matrix_sizes(shape)[matrix]
@@ -228,6 +232,7 @@ def _prepare_matrix(shape: ModelShape, layer: int, matrix: int, dtype) -> tuple[
         shape_n=n,
         shape_k=k,
         weight_schema=schema,
+        input_schema=None if activation_dtype is None else HummingInputSchema(a_dtype=_ROW_TYPES[activation_dtype]),
         num_experts=shape.num_experts,
         pad_n_to_multiple=_PAD_N,
         pad_k_to_multiple=_PAD_K,
@@ -301,6 +306,7 @@ def _make_blocks(shape: ModelShape, layers: Sequence, configs: Sequence[str], x,
     empty = {"dtype": x.dtype, "device": "cuda"}
     gate_up_rows = torch.empty((slots, 2 * shape.intermediate), **empty)
     rows = torch.empty((slots, shape.intermediate), **empty)
+    activated: list = [rows, None, None]  # and scales of groups and of rows
     down_rows = torch.empty((slots, shape.hidden), **empty)
     tiles = tuple(json.loads(config)["block_shape"][0] for config in configs)
     # The split-K semaphores: every kernel leaves them zero.
@@ -312,11 +318,19 @@ def _make_blocks(shape: ModelShape, layers: Sequence, configs: Sequence[str], x,
         common = {"locks": locks, "compute_config": _INDEXED, "valid_shape_m": slots}
         first = {**gate_up, **align.tables[0], **common, "tuning_config": configs[0], "top_k": shape.top_k}
         second = {**down, **align.tables[1], **common, "tuning_config": configs[1], "top_k": 1}
+
+        def activate() -> None:
+            # Quantised rows and their scales are the library's own memory.
+            quantises = config_2.input_quant_mode.should_quantize
+            activated[:] = may_process_input(
+                config_2, gate_up_rows, outputs=None if quantises else rows, **_SILU_AND_MUL
+            )
+
         return [
             align,
             lambda: humming_forward(config_1, x, outputs=gate_up_rows, **first),
-            lambda: may_process_input(config_2, gate_up_rows, outputs=rows, **_SILU_AND_MUL),
-            lambda: humming_forward(config_2, rows, outputs=down_rows, **second),
+            activate,
+            lambda: humming_forward(config_2, activated[0], input_scale=activated[2], outputs=down_rows, **second),
             lambda: _sum_rows(down_rows, weights[i], out, shape.top_k),
         ]
 
@@ -324,12 +338,18 @@ def _make_blocks(shape: ModelShape, layers: Sequence, configs: Sequence[str], x,
 
 
 def _measure(
-    shape: ModelShape, tokens: int, ids: np.ndarray, dtype, samples: int, pause_seconds: float
+    shape: ModelShape,
+    tokens: int,
+    ids: np.ndarray,
+    dtype,
+    samples: int,
+    pause_seconds: float,
+    activation_dtype: str | None,
 ) -> dict[str, Any]:
     from humming.tune import get_heuristics_config
 
     count = layers_to_rotate(shape, "int4")
-    layers = [[_prepare_matrix(shape, i, matrix, dtype) for matrix in (0, 1)] for i in range(count)]
+    layers = [[_prepare_matrix(shape, i, matrix, dtype, activation_dtype) for matrix in (0, 1)] for i in range(count)]
     torch.cuda.empty_cache()
     slots = tokens * shape.top_k
     configs = [
@@ -373,6 +393,7 @@ def humming_block(
     dtype: str = "bfloat16",
     samples: int = 100,
     pause_seconds: float = 0.0,
+    activation_dtype: str | None = None,
 ) -> dict[str, Any] | None:
     """Times the expert block of `humming-kernels`.
 
@@ -383,6 +404,7 @@ def humming_block(
         dtype: bfloat16 or float16, of the rows and the scales.
         samples: replays of the graph.
         pause_seconds: before each replay, so that the card stays out of its power limit.
+        activation_dtype: float8_e4m3fn or int8, what rows are quantised to; None leaves them as they are.
 
     Returns:
         `implementation`; `block_us` with its `block_p10_us` and `block_p90_us`; `align_us`, `gemm1_us` and `gemm2_us`,
@@ -396,7 +418,7 @@ def humming_block(
         return None
     try:
         with torch.no_grad():
-            return _measure(shape, tokens, ids, getattr(torch, dtype), samples, pause_seconds)
+            return _measure(shape, tokens, ids, getattr(torch, dtype), samples, pause_seconds, activation_dtype)
     finally:
         torch.cuda.empty_cache()
 

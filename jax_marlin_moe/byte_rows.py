@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jax_marlin_moe.formats import E4M3
-from jax_marlin_moe.intermediate import nearest
+from jax_marlin_moe.intermediate import in_units, nearest, usable
 
 ByteDtype = Literal["float8_e4m3fn", "int8"]
 
@@ -31,16 +31,22 @@ def rounded(values: Float32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..
 
 
 def quantize_rows(
-    rows: Float[Array, "rows columns"], dtype: ByteDtype
+    rows: Float[Array, "rows columns"], dtype: ByteDtype, scale: Float32[Array, "1"] | None = None
 ) -> tuple[Float32[Array, "rows columns"], Float32[Array, "rows 1"]]:
     """The values of a row in units of its scale, as numbers of 8 bits, and the scales.
 
     With L the largest number of the type and m the row's largest magnitude, at least 2^-100, the scale is `m * (1 / L)`
     and the values are the nearest of the type to `row * (L / m)`, ties to even, in float32. A row with an infinite
     value or NaN has a scale that is not finite, and products that are NaN.
+
+    With a `scale`, of "float8_e4m3fn" alone, it is that of all rows: values are the nearest of the type to
+    `row / scale`, zero where the scale is not positive and finite.
     """
     largest = _LARGEST[dtype]
     rows = rows.astype(jnp.float32)
+    if scale is not None:
+        scales = jnp.broadcast_to(usable(scale), (rows.shape[0], 1))
+        return in_units(rows, scales), scales
     extent = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0), _LEAST_EXTENT)
     scales = extent * jnp.float32(1 / largest)
     # Behind a barrier: XLA would turn the division and the product into one division.

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.expert_placement import first_slots
+from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.ops.moe_layer import moe_layer
 from jax_marlin_moe.routing import Routing, rms_normalized, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert
@@ -37,6 +38,9 @@ class MoELayer:
         shared_activation: of the shared expert where it is another one, or None.
         placement: [slots] int32, the expert in each slot of the packed experts, where they have an order of their own
             or hot ones are there more than once (`jax_marlin_moe.sharding.place_experts`), or None.
+        x_scale: [], the scale that calibration has fixed for x in "float8_e4m3fn", or None. It counts where the layer
+            is called with that `activation_dtype`.
+        intermediate_scales: [E], likewise of the rows between the two products, by expert, or None.
     """
 
     gate_up: MarlinWeights
@@ -54,6 +58,8 @@ class MoELayer:
     norm_epsilon: float = 1e-6
     shared_activation: str | Activation | None = None
     placement: Int32[Array, " slots"] | None = None
+    x_scale: Float32[Array, ""] | None = None
+    intermediate_scales: Float32[Array, " E"] | None = None
 
     def __repr__(self) -> str:
         """One line: dtypes, shapes and bytes, and how tokens are routed."""
@@ -100,12 +106,14 @@ class MoELayer:
             token_ids: as for `route`.
             router_input: rows that the router reads, where they are not those of the experts (Gemma-4 norms them
                 apart).
-            activation_dtype: as for `jax_marlin_moe.moe_layer`.
+            activation_dtype: as for `jax_marlin_moe.moe_layer`; "float8_e4m3fn" with the layer's own scales where it
+                has them, "int8" with scales of each row.
             implementation: as for `jax_marlin_moe.fused_moe`.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
         """
         rows = x.reshape(-1, x.shape[-1])
         placement = None if self.placement is None else jnp.asarray(self.placement)
+        fixed = activation_dtype == "float8_e4m3fn"
         y = moe_layer(
             rows,
             self.router,
@@ -124,6 +132,8 @@ class MoELayer:
             topk_ids=self._given(None if token_ids is None else token_ids.reshape(-1)),
             expert_map=None if placement is None else first_slots(placement, self.num_experts),
             activation_dtype=activation_dtype,
+            x_scale=self.x_scale if fixed else None,
+            intermediate=self._intermediate(placement) if fixed else None,
             implementation=implementation,
             batch_invariant=batch_invariant,
         )
@@ -140,6 +150,13 @@ class MoELayer:
             return y
         scale = self.output_norm.astype(jnp.float32)[None]
         return (rms_normalized(y.astype(jnp.float32), self.norm_epsilon) * scale).astype(y.dtype)
+
+    def _intermediate(self, placement: Int32[Array, " slots"] | None) -> IntermediateQuantizer | None:
+        """How the rows between the products are quantised, where calibration has fixed it."""
+        if self.intermediate_scales is None:
+            return None
+        scales = jnp.asarray(self.intermediate_scales)
+        return IntermediateQuantizer(scales if placement is None else scales[placement], "static_fp8")
 
     def _given(self, token_ids: Int32[Array, " tokens"] | None) -> Int32[Array, "tokens top_k"] | None:
         """The experts of each row, where they follow from its token."""

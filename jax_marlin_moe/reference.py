@@ -302,7 +302,8 @@ def fused_moe(
     """The expert block of docs/formats.md, "The expert block", "Quantised intermediates" and "8-bit activations".
 
     The activation's result is rounded to the type of x, or quantised. x has a row for each token, or a row for each
-    slot; its values are in units of `x_scale`. With `activation_dtype` the rows that both products read are quantised.
+    slot; its values are in units of `x_scale`. With `activation_dtype` the rows that both products read are quantised,
+    those of x by `x_scale` if there is one, the others as `intermediate` says if that is there.
     A slot without an expert contributes nothing, whatever its weight. The result has the type of x, or `out_dtype`.
     """
     routed = topk_weights, topk_ids, expert_map
@@ -330,9 +331,9 @@ def weighted_sum(
     expert = slot_experts(topk_ids, expert_map, gate_up.num_experts)
     rows = pad_rows(x, gate_up)
     if activation_dtype is not None:
-        rows = _quantized(rows, activation_dtype)
+        rows = _quantized(rows, activation_dtype, x_scale)
     rows = jnp.repeat(rows, tokens * top_k // x.shape[0], axis=0) if tokens else rows
-    if x_scale is not None:
+    if x_scale is not None and activation_dtype is None:
         rows = rows.astype(jnp.float32) * usable(x_scale)
     with jax.named_scope("gate_up"):
         h = expert_products(rows, gate_up, expert)
@@ -352,9 +353,11 @@ def weighted_sum(
         return jnp.sum(y * jnp.where((expert >= 0).reshape(tokens, top_k), topk_weights, 0)[:, :, None], axis=1)
 
 
-def _quantized(rows: Float[Array, "rows columns"], dtype: ByteDtype) -> Float32[Array, "rows columns"]:
+def _quantized(
+    rows: Float[Array, "rows columns"], dtype: ByteDtype, scale: Float32[Array, "1"] | None = None
+) -> Float32[Array, "rows columns"]:
     """The values that 8-bit rows stand for."""
-    values, scales = quantize_rows(rows, dtype)
+    values, scales = quantize_rows(rows, dtype, scale)
     return values * scales
 
 

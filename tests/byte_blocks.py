@@ -21,6 +21,13 @@ def quantized(rows, dtype):
         return np.float32(clipped.astype(ml_dtypes.float8_e4m3fn)), scales
 
 
+def in_fixed_units(rows, scales):
+    """e4m3 values nearest to rows in units of scales that are given, [rows] or one."""
+    scales = np.broadcast_to(np.float32(scales).reshape(-1, 1), (len(rows), 1))
+    clipped = np.clip(np.float32(rows) / scales, -448, 448)
+    return np.float32(clipped.astype(ml_dtypes.float8_e4m3fn)), scales
+
+
 def random_block(rng, tokens, experts, hidden, inner, *, dtype, scale_dtype, top_k=2, **options):
     """gate_up, down, x, router weights and ids; some slots have no expert, one row is of zeros."""
     options |= {"scale_dtype": scale_dtype}
@@ -33,20 +40,29 @@ def random_block(rng, tokens, experts, hidden, inner, *, dtype, scale_dtype, top
     return first, second, x, rng.uniform(0.5, 1.5, (tokens, top_k)).astype(np.float32), ids
 
 
-def product(rows, experts: Experts, chosen, dtype):
-    """Quantised rows times the matrices of their experts in float64."""
-    values, scales = quantized(rows, dtype)
+def product(rows, experts: Experts, chosen, dtype, scales=None):
+    """Quantised rows times the matrices of their experts in float64; `scales` are fixed ones."""
+    values, scales = quantized(rows, dtype) if scales is None else in_fixed_units(rows, scales)
     values, y = np.float64(values), np.zeros((len(rows), experts.n))
     for e, matrix in enumerate(experts.dense()):
         y[chosen == e] = (values @ matrix * scales)[chosen == e] + (0 if experts.bias is None else experts.bias[e])
     return y
 
 
-def quantized_block(first, second, x, weights, ids, dtype):
-    """The block in float64 but for what is rounded: each row that a product reads, and the activation's result."""
+def quantized_block(first, second, x, weights, ids, dtype, x_scale=None, hidden_scales=None):
+    """The block in float64 but for what is rounded: each row that a product reads, and the activation's result.
+
+    Scales that are fixed are those of x, and of the rows between the products by expert; these are then not rounded to
+    the type of x before.
+    """
     slots = ids.reshape(-1)
-    gate, up = np.split(product(x.repeat(ids.shape[1], axis=0), first, slots, dtype), 2, axis=1)
-    y = product((gate / (1 + np.exp(-gate)) * up).astype(x.dtype), second, slots, dtype)
+    h = product(x.repeat(ids.shape[1], axis=0), first, slots, dtype, x_scale)
+    gate, up = np.split(h, 2, axis=1)
+    a = gate / (1 + np.exp(-gate)) * up
+    if hidden_scales is None:
+        y = product(a.astype(x.dtype), second, slots, dtype)
+    else:
+        y = product(a, second, slots, dtype, hidden_scales[np.clip(slots, 0, len(hidden_scales) - 1)])
     y *= ((slots >= 0) & (slots < first.num_experts))[:, None] * weights.reshape(-1, 1)
     return y.reshape(*ids.shape, -1).sum(1)
 

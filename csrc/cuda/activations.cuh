@@ -115,4 +115,14 @@ struct Situ {
   }
 };
 
+// The same with quotients that are off by two units of their last place, for results of which 8 bits are kept.
+template <class Activation>
+struct Quick : Activation {};
+template <>
+struct Quick<Gated<Silu>> : Gated<Silu> {
+  __device__ __forceinline__ static float apply(float gate, float up) {
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+  }
+};
+
 }  // namespace jmm

@@ -22,6 +22,8 @@ struct Combine {
   static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
   // Experts from kRoutedExperts on that return their input, of which there are kInputColumns.
   static constexpr int kIdentityExperts = Facts::kIdentityExperts, kInputColumns = Facts::kInputColumns;
+  // Whether the partials of each 64 columns are in the order of a unit's scales: r, r + 8, r + 16 ... for r below 8.
+  static constexpr bool kPlaces = Facts::kPlaces;
   static constexpr int kThreads = 128;                  // small: they move in beside the CTAs of the kernel before
   static constexpr int kVector = 16 / sizeof(Partial);  // columns of a thread: one 16-byte load a slot
   static constexpr int kFours = kVector / 4;
@@ -34,6 +36,7 @@ struct Combine {
   static constexpr bool kSliced = kColumns != kResultColumns;
   static constexpr int kAhead = kSliced && kTopK > 1 ? (kTopK < 8 ? kTopK : 8) : 1;  // loads on their way at a time
   static_assert(kIdentityExperts == 0 || (!kSliced && kFours == 1), "their input is added to whole rows, by fours");
+  static_assert(!kPlaces || (kColumns % 64 == 0 && kFours == 1 && kIdentityExperts == 0), "whole units, by fours");
 
   // [kTokens * kTopK, kColumns]; rows of dropped slots hold nothing.
   const Partial* __restrict__ partials;
@@ -57,7 +60,7 @@ struct Combine {
     }
     allow_next_kernel();
     wait_for_previous_kernel();
-    if (i >= kAllVectors) return;
+    if (!kPlaces && i >= kAllVectors) return;  // with places, the others of a unit wait
     float4 sums[kFours] = {};
 #pragma unroll
     for (int first = 0; first < kTopK; first += kAhead) {
@@ -76,6 +79,10 @@ struct Combine {
       }
     }
     if constexpr (kIdentityExperts > 0) add_input(sums[0], token, vector);
+    if constexpr (kPlaces) {
+      sums[0] = in_order(sums[0]);
+      if (i >= kAllVectors) return;
+    }
     const int64_t place = kSliced ? int64_t(token) * (kResultColumns / kVector) + vector : int64_t(i);
 #pragma unroll
     for (int f = 0; f < kFours; ++f) {
@@ -91,6 +98,17 @@ struct Combine {
   }
 
  private:
+  // From four places to four columns: sixteen threads have a unit, and a warp two of them.
+  __device__ __forceinline__ static float4 in_order(const float4& places) {
+    __shared__ float units[kThreads / 16][64 + 16];
+    const int v = threadIdx.x % 16, r = v / 2, first = v % 2 * 4;
+    float (&unit)[64 + 16] = units[threadIdx.x / 16];
+    unit[8 * first + r] = places.x, unit[8 * first + 8 + r] = places.y;
+    unit[8 * first + 16 + r] = places.z, unit[8 * first + 24 + r] = places.w;
+    __syncwarp();
+    return *reinterpret_cast<const float4*>(&unit[4 * v]);
+  }
+
   // A vector of a slot's row.
   __device__ __forceinline__ uint4 partial(int slot, int vector) const {
     const uint4* source = reinterpret_cast<const uint4*>(partials) + (int64_t(slot) * kVectors + vector);

@@ -38,7 +38,10 @@ struct Activated {
     return 1.0f;
   }
 
-  template <class Expert>
+  // With rows of bytes: what the sums of a row are multiplied by before the bias, and behind it.
+  __device__ __forceinline__ float2 both_factors(int slot) const { return {factor(slot), 1.0f}; }
+
+  template <class Act = Activation, class Expert>
   __device__ __forceinline__ float activated(Expert expert, int column, float gate, float up) const {
     if constexpr (kScaled) {
       const float scale = usable_scale(x_scale[0]);
@@ -50,13 +53,36 @@ struct Activated {
       gate += row[0];
       if constexpr (kGated) up += row[kColumns];
     }
-    return Activation::apply(gate, up);
+    return Act::apply(gate, up);
   }
 
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float gate, float up) const {
     if constexpr (kRowScaled) gate *= factor, up *= factor;
     out[int64_t(slot) * kColumns + column].bits = from_float<T>(activated(expert, column, gate, up));
+  }
+
+  // Of a row of bytes, columns that are eight apart, `column` the first; their results lie side by side, from `place`
+  // on. Nothing is stored of a slot below 0.
+  template <int kCount, class Expert>
+  __device__ __forceinline__ void store_places(Expert expert, int slot, float2 factors, int column, int place,
+                                               float (&gate)[kCount], float (&up)[kCount]) const {
+    static_assert(!Intermediate::kQuantizes || kSame<Intermediate, StaticFp8>, "neighbours share nothing");
+    uint32_t words[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      float values[2];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const int at = 2 * i + b;
+        values[b] = activated<Quick<Activation>>(expert, column + 8 * at, gate[at] * factors.x, up[at] * factors.x);
+      }
+      if constexpr (Intermediate::kQuantizes) {
+        Intermediate::apply(values[0], values[1], usable_scale(intermediate_scales[expert]));
+      }
+      words[i] = from_float<T>(values[0]) | uint32_t(from_float<T>(values[1])) << 16;
+    }
+    if (slot >= 0) store_words(reinterpret_cast<uint32_t*>(out + int64_t(slot) * kColumns + place), words);
   }
 
   template <class Expert>
@@ -117,14 +143,36 @@ struct SlotPartials {
     if constexpr (kWeighted) return topk_weights[slot];
     return 1.0f;
   }
+  // With rows of bytes: what the sums of a row are multiplied by before the bias, and behind it.
+  __device__ __forceinline__ float2 both_factors(int slot) const {
+    if constexpr (kRowScaled && kBias) return {row_scales[slot], factor(slot)};
+    if constexpr (kRowScaled) return {row_scales[slot] * factor(slot), 1.0f};
+    return {1.0f, factor(slot)};
+  }
 
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
-    if constexpr (kRowScaled) sum *= row_scales[slot];
     if constexpr (kBias) sum += bias[expert * kBiasColumns + column];
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
+  }
+
+  // As for `Activated`.
+  template <int kCount, class Expert>
+  __device__ __forceinline__ void store_places(Expert expert, int slot, float2 factors, int column, int place,
+                                               float (&sums)[kCount], float (&)[kCount]) const {
+    uint32_t words[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float sum = sums[i];
+      if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
+      if constexpr (kRowScaled) sum *= factors.x;
+      if constexpr (kBias) sum += bias[expert * kBiasColumns + column + 8 * i];
+      if constexpr (kBias || !kRowScaled) sum *= factors.y;
+      words[i] = __float_as_uint(sum);
+    }
+    if (slot >= 0) store_words(reinterpret_cast<uint32_t*>(out + int64_t(slot) * kColumns + place), words);
   }
 };
 

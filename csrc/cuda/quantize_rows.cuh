@@ -1,4 +1,5 @@
-// Rows of x to 8 bits, with a scale for each row (docs/formats.md, "8-bit activations").
+// Rows of x to 8 bits (docs/formats.md, "8-bit activations"): with a scale for each row, by one scale that is given, or
+// as they are, where they are in units of a scale already.
 //
 // A row of the result is kColumns bytes, permuted within each 32 as the packed codes are (weights/fragments_bytes.cuh).
 // Behind them are, if kSums, the sums of each 128 columns' values, by which zero points leave the products: two
@@ -6,6 +7,7 @@
 // 2 t + 8 and 2 t + 9 of a chunk, high parts first.
 #pragma once
 
+#include "intermediate.cuh"
 #include "offsets.cuh"
 #include "ptx/hopper.cuh"
 
@@ -21,92 +23,70 @@ struct QuantizeRows {
   static constexpr int kSourceStride = Facts::kSourceStride;  // elements from a row of x to the next
   static constexpr int kStride = Facts::kStride;              // bytes from a row of the result to the next
   static constexpr bool kSums = Facts::kSums;
+  // Whether x has the columns of each 64 in the order of a unit's scales: r, r + 8, r + 16 ... for r below 8.
+  static constexpr bool kPlaces = Facts::kPlaces;
   static constexpr int kSumCount = (kColumns + 127) / 128, kSumPlaces = (kSumCount + 15) / 16 * 16;
   static_assert(kStride == kColumns + (kSums ? 4 * kSumPlaces : 0), "a row, and its sums");
   static constexpr int kThreads = 128;
-  static constexpr int kChunks = kColumns / 32;  // of a row: the columns of a thread
-  static constexpr int kChunksOfThread = 4;
-  static constexpr int kRowThreads = kChunks > 256 ? 128 : kChunks > 128 ? 64 : 32;
+  static constexpr int kPieces = kPlaces ? (kColumns + 63) / 64 * 8 : kColumns / 8;  // of eight columns
+  static constexpr int kRowThreads = kColumns > 8192 ? 128 : kColumns > 4096 ? 64 : 32;
   static constexpr int kCtaRows = kThreads / kRowThreads;
-  static constexpr int kRounds = (kChunks + kRowThreads - 1) / kRowThreads;
+  static constexpr int kRounds = (kPieces + kRowThreads - 1) / kRowThreads;
   static constexpr int64_t kMaxCtas = (kRows + kCtaRows - 1) / kCtaRows;
   static constexpr float kLargest = kSame<Byte, Fp8> ? 448.0f : 127.0f;
+  static constexpr bool kFixed = Facts::kFixed;      // whether there is a scale of all rows
+  static constexpr bool kInUnits = Facts::kInUnits;  // whether there is none to find, nor to write
   static_assert(kColumns % 32 == 0, "whole fragments");
+  static_assert(!(kFixed && kInUnits) && (kSame<Byte, Fp8> || !(kFixed || kInUnits)), "fixed scales are of e4m3");
+  static_assert(kPieces * 8 <= kSourceStride, "a row of x has them");
 
-  const T* __restrict__ x;     // [kRows, kSourceStride]
-  Byte* __restrict__ bytes;    // [kRows, kStride]
-  float* __restrict__ scales;  // [kRows]
+  const T* __restrict__ x;          // [kRows, kSourceStride]
+  const float* __restrict__ fixed;  // [1] if kFixed
+  Byte* __restrict__ bytes;         // [kRows, kStride]
+  float* __restrict__ scales;       // [kRows] unless kInUnits
 
   __device__ void run() const {
-    __shared__ uint32_t extents[kThreads / 32];
     const int lane = threadIdx.x % kRowThreads;
     const int64_t row = int64_t(blockIdx.x) * kCtaRows + threadIdx.x / kRowThreads;
     const bool real = row < kRows;
     wait_for_previous_kernel();
     allow_next_kernel();
 
-    // The largest magnitude: of bits, so that NaN is the largest.
-    uint4 words[kRounds][4];
-    uint32_t extent = 0;
+    uint4 pieces[kRounds];
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      const int chunk = i * kRowThreads + lane;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        words[i][j] = uint4{0, 0, 0, 0};
-        if (real && chunk < kChunks) {
-          words[i][j] = reinterpret_cast<const uint4*>(x + row * kSourceStride)[chunk * 4 + j];
-        }
-        for (const uint32_t pair : {words[i][j].x, words[i][j].y, words[i][j].z, words[i][j].w}) {
-          extent = max(extent, max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu));
-        }
-      }
+      const int piece = i * kRowThreads + lane;
+      pieces[i] = uint4{0, 0, 0, 0};
+      if (real && piece < kPieces) pieces[i] = reinterpret_cast<const uint4*>(x + row * kSourceStride)[piece];
     }
-    extent = maximum_of_warp(extent);
-    if constexpr (kRowThreads > 32) {
-      if (threadIdx.x % 32 == 0) extents[threadIdx.x / 32] = extent;
-      __syncthreads();
-#pragma unroll
-      for (int w = 0; w < kRowThreads / 32; ++w) {
-        extent = max(extent, extents[threadIdx.x / kRowThreads * (kRowThreads / 32) + w]);
-      }
+    float factor = 1.0f;  // of values, or what they are divided by
+    if constexpr (kFixed) {
+      factor = usable_scale(fixed[0]);
+      if (real && lane == 0) scales[row] = factor;
+    } else if constexpr (!kInUnits) {
+      const float largest = largest_of_row(pieces);
+      factor = __fdiv_rn(kLargest, largest);
+      if (real && lane == 0) scales[row] = __fmul_rn(largest, 1.0f / kLargest);
     }
-    const float least = __uint_as_float((127 - 100) << 23);  // 2^-100: the inverse is finite
-    float largest = to_float<T>(static_cast<uint16_t>(extent));
-    largest = largest < least ? least : largest;
-    const float inverse = __fdiv_rn(kLargest, largest);
-    if (real && lane == 0) scales[row] = __fmul_rn(largest, 1.0f / kLargest);
 
     unsigned char* out = reinterpret_cast<unsigned char*>(bytes) + row * kStride;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      const int chunk = i * kRowThreads + lane;
-      uint32_t made[8] = {};
+      const int piece = i * kRowThreads + lane;
+      const uint32_t pairs[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
+      uint32_t codes[2] = {};  // of the piece, in its order
       float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {  // rows 8 j to 8 j + 7 of K: s = j / 2, h = j % 2
-        const uint32_t pairs[4] = {words[i][j].x, words[i][j].y, words[i][j].z, words[i][j].w};
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const float low = to_float<T>(static_cast<uint16_t>(pairs[t])) * inverse;
-          const float high = to_float<T>(static_cast<uint16_t>(pairs[t] >> 16)) * inverse;
-          const uint32_t codes = quantized_pair<Byte>(low, high, sum);
-          const int s = j / 2, h = j % 2;
-          if constexpr (kCodeBits == 4) {
-            made[4 * h + t] |= codes << 16 * s;
-          } else {
-            made[4 * s + t] |= (codes & 0xFFu) << 8 * h | (codes & 0xFF00u) << (8 + 8 * h);
-          }
-        }
+      for (int q = 0; q < 4; ++q) {
+        const float first = scaled(static_cast<uint16_t>(pairs[q]), factor);
+        const float second = scaled(static_cast<uint16_t>(pairs[q] >> 16), factor);
+        codes[q / 2] |= quantized_pair<Byte>(first, second, sum) << 16 * (q % 2);
       }
-      if (real && chunk < kChunks) {
-        reinterpret_cast<uint4*>(out)[2 * chunk] = uint4{made[0], made[1], made[2], made[3]};
-        reinterpret_cast<uint4*>(out)[2 * chunk + 1] = uint4{made[4], made[5], made[6], made[7]};
-      }
+      store_codes(out, piece, codes, real && piece < kPieces);
       if constexpr (kSums) {
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (real && chunk < kChunks && chunk % 4 == 0) store_sum(out + kColumns, chunk / 4, sum);
+#pragma unroll
+        for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (real && piece < kPieces && piece % 16 == 0) store_sum(out + kColumns, piece / 16, sum);
       }
     }
     if constexpr (kSums) {
@@ -115,6 +95,60 @@ struct QuantizeRows {
   }
 
  private:
+  __device__ __forceinline__ static float scaled(uint16_t bits, float factor) {
+    const float value = to_float<T>(bits);
+    if constexpr (kFixed) return factor == 0.0f ? 0.0f : __fdiv_rn(value, factor);
+    return kInUnits ? value : value * factor;
+  }
+
+  // The largest magnitude of the row, at least 2^-100, so that its inverse is finite. Of bits: NaN is the largest.
+  __device__ __forceinline__ static float largest_of_row(const uint4 (&pieces)[kRounds]) {
+    uint32_t extent = 0;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      for (const uint32_t pair : {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w}) {
+        extent = max(extent, max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu));
+      }
+    }
+    extent = maximum_of_warp(extent);
+    if constexpr (kRowThreads > 32) {
+      __shared__ uint32_t extents[kThreads / 32];
+      if (threadIdx.x % 32 == 0) extents[threadIdx.x / 32] = extent;
+      __syncthreads();
+#pragma unroll
+      for (int w = 0; w < kRowThreads / 32; ++w) {
+        extent = max(extent, extents[threadIdx.x / kRowThreads * (kRowThreads / 32) + w]);
+      }
+    }
+    const float least = __uint_as_float((127 - 100) << 23), largest = to_float<T>(static_cast<uint16_t>(extent));
+    return largest < least ? least : largest;
+  }
+
+  // Column 32 c + 16 s + 8 h + 2 t + i goes to the byte 32 c + 16 h + 4 t + 2 s + i of a product with codes of 4 bits,
+  // 32 c + 16 s + 4 t + 2 i + h of one with 8: a word has codes of two lanes. The two exchange halves of theirs.
+  __device__ __forceinline__ static void store_codes(unsigned char* out, int piece, const uint32_t (&codes)[2],
+                                                     bool stores) {
+    constexpr bool kNibbles = kCodeBits == 4;
+    // A piece in order is (c, s, h), and its codes (t, i); else it is (t, i), and its codes (c, s, h).
+    constexpr int kOther = !kPlaces && kNibbles ? 2 : 1;
+    const int side = piece / kOther % 2;
+    const uint32_t mine = side ? codes[1] : codes[0];
+    const uint32_t other = __shfl_xor_sync(~0u, side ? codes[0] : codes[1], kOther);
+    const uint32_t low = side ? other : mine, high = side ? mine : other;
+    if (!stores) return;
+    if constexpr (kPlaces) {
+      const int column = piece / 8 * 64 + 32 * side, t = piece % 8 / 2;
+      if (column >= kColumns) return;  // half a unit is the rest
+      uint32_t* words = reinterpret_cast<uint32_t*>(out + column) + t;
+      words[0] = __byte_perm(low, high, kNibbles ? 0x6240 : 0x5410);
+      words[4] = __byte_perm(low, high, kNibbles ? 0x7351 : 0x7632);
+    } else {
+      const int c = piece / 4, s = piece / 2 % 2, h = piece % 2;
+      *reinterpret_cast<uint2*>(out + 32 * c + (kNibbles ? 16 * h + 8 * s : 16 * s + 8 * h)) =
+          uint2{__byte_perm(low, high, kNibbles ? 0x5410 : 0x5140), __byte_perm(low, high, kNibbles ? 0x7632 : 0x7362)};
+    }
+  }
+
   __device__ __forceinline__ static void store_sum(unsigned char* tail, int i, float sum) {
     const uint16_t high = from_float<BFloat>(sum), low = from_float<BFloat>(sum - to_float<BFloat>(high));
     uint16_t* place = reinterpret_cast<uint16_t*>(tail + i / 16 * 64 + i % 8 / 2 * 16 + i % 16 / 8 * 4) + i % 2;

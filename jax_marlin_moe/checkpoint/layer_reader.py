@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jax_marlin_moe.checkpoint.family import Family, StackedNames
+from jax_marlin_moe.checkpoint.input_scales import read_input_scales
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts
@@ -84,6 +85,7 @@ class LayerReader:
             if (name := f"{self.name(family.experts)}{suffix}") in self.files:
                 raise self.files.fault(name, fault)
         first, second = self._linears(experts, hidden, size)
+        x_scale, intermediate_scales = self._input_scales(first, second, hidden, size)
         matrices: tuple[Any, Any]
         if self.sharding is None:
             matrices = shapes = self._matrices(first, second, hidden, size, self.target, biased=family.biased)
@@ -108,6 +110,8 @@ class LayerReader:
             output_norm=self._vector(family.output_norm, (hidden,)),
             norm_epsilon=facts.norm_epsilon,
             shared_activation=None if shared is None else facts.shared_activation,
+            x_scale=x_scale,
+            intermediate_scales=intermediate_scales,
         )
         output_bias = self._vector(family.output_bias, (hidden,))
         if output_bias is not None:
@@ -126,6 +130,19 @@ class LayerReader:
             layer = dataclasses.replace(layer, shared=self._in_one_launch(layer, layer.shared))
         check_layer(self.source, layer)
         return layer
+
+    def _input_scales(
+        self, first: Experts, second: Experts, hidden: int, size: int
+    ) -> tuple[Array | None, Array | None]:
+        """Those of e4m3 rows that the files fix."""
+        names = (linear.name(".input_scale") for expert in (*first, *second) for linear in expert)
+        if not any(name in self.files for name in names):
+            return None, None
+        gate_up, down = (
+            find_matrix(self.files, experts, k, n, self.quantization, self.target)
+            for experts, k, n in ((first, hidden, size), (second, size, hidden))
+        )
+        return read_input_scales(self.files, gate_up, down, self.quantization)
 
     def _sharded(
         self, sharding: MoESharding, first: Experts, second: Experts, hidden: int, size: int

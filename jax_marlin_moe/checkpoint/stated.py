@@ -66,6 +66,21 @@ def group_of(quantization: Quantization, module: str) -> Keys | None:
     return by_class
 
 
+def states_e4m3_inputs(quantization: Quantization, module: str) -> bool | None:
+    """Whether the module's config group has rows in e4m3 with one fixed scale; None where it says nothing of rows.
+
+    Raises:
+        ValueError: the group is malformed.
+    """
+    group = group_of(quantization, module)
+    inputs = None if group is None else group.object("input_activations", None, null=True)
+    if inputs is None:
+        return None
+    fixed = inputs.values.get("dynamic") in (False, None)
+    kind = inputs.values.get("type"), inputs.values.get("num_bits"), inputs.values.get("strategy")
+    return fixed and kind in (("float", 8, "tensor"), ("float", 8, None))
+
+
 def check_format(quantization: Quantization, group: Keys | None, formats: tuple[str, ...]) -> None:
     """Raises ValueError where a config group, or the config of all groups, states another format."""
     if group is not None:

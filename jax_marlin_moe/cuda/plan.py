@@ -84,9 +84,17 @@ def _quantize(
     matrix: MarlinWeights,
     target: int,
     overlaps_predecessor: bool,
+    *,
+    places: bool,
+    fixed: int | None = None,
+    in_units: bool = False,
 ) -> _Quantised:
-    """Rows from buffer `source` to `target`, and their scales behind them, for a product of this shape."""
-    sums = bool(matrix.format.zeros or matrix.format.zero_point)  # codes have a zero point to subtract
+    """Rows from buffer `source` to `target`, and their scales behind them, for a product of this shape.
+
+    `places`, `fixed` and `in_units` are those of `quantize_rows_kernel`.
+    """
+    # Of codes that have a zero point to subtract; the integers of int8 products are less that of the format already.
+    sums = bool(matrix.format.zeros or (matrix.format.zero_point and shape.dtype != "int8"))
     stride = row_stride(shape.k, sums=sums)
     kernel = quantize_rows_kernel(
         stage,
@@ -97,13 +105,18 @@ def _quantize(
         shape.dtype,
         shape.bits,
         sums=sums,
+        places=places,
+        in_units=in_units,
         x=source,
+        fixed=fixed,
         out=target,
         scales=target + 1,
         overlaps_predecessor=overlaps_predecessor,
     )
-    scratch = jax.ShapeDtypeStruct((rows, stride), shape.dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)
-    return _Quantised(kernel, Rows(target, stride, target + 1), scratch)
+    quantised = jax.ShapeDtypeStruct((rows, stride), shape.dtype)
+    if in_units:
+        return _Quantised(kernel, Rows(target, stride), (quantised,))
+    return _Quantised(kernel, Rows(target, stride, target + 1), (quantised, jax.ShapeDtypeStruct((rows,), jnp.float32)))
 
 
 def _check_byte_rows(
@@ -279,8 +292,32 @@ def plan_block(
     h, sums = buffers.scratch, buffers.scratch + 1
     reads = Rows(buffers.x, first.k), Rows(h, columns)  # of the products
     if activation_dtype is not None:
-        for_x = _quantize("x", x.shape[0], x.shape[1], reads[0].buffer, x.dtype.name, first, gate_up, sums + 1, False)
-        for_hidden = _quantize("hidden", num_slots, columns, h, x.dtype.name, second, down, sums + 3, overlap)
+        for_x = _quantize(
+            "x",
+            x.shape[0],
+            x.shape[1],
+            reads[0].buffer,
+            x.dtype.name,
+            first,
+            gate_up,
+            sums + 1,
+            False,
+            places=False,
+            fixed=buffers.x_scale,
+        )
+        for_hidden = _quantize(
+            "hidden",
+            num_slots,
+            columns,
+            h,
+            x.dtype.name,
+            second,
+            down,
+            sums + 3,
+            overlap,
+            places=True,
+            in_units=intermediate is not None,
+        )
         kernels.append(for_x.kernel)
         scratch += [*for_x.scratch, *for_hidden.scratch]
         reads = for_x.rows, for_hidden.rows
@@ -338,7 +375,7 @@ def plan_block(
         columns,
         out=h,
         bias=None if gate_up.bias is None else buffers.gate_up + BIAS,
-        x_scale=buffers.x_scale,
+        x_scale=buffers.x_scale if activation_dtype is None else None,  # else it is that of each row
         intermediate=intermediate,
         intermediate_scales=buffers.intermediate_scales,
         row_scales=reads[0].scales,
@@ -417,6 +454,7 @@ def plan_block(
                 overlaps_predecessor=overlap,
                 identity=buffers.identity,
                 columns_of=part,
+                places=activation_dtype is not None,
             )
         )
     return Plan(tuple(kernels), tuple(scratch))

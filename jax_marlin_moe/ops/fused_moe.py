@@ -21,7 +21,7 @@ from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
-from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind
+from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind, in_units, usable
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
@@ -70,10 +70,13 @@ def fused_moe(
             `jax_marlin_moe.swiglu`, `swiglu_step` or `situ`; docs/formats.md, "The expert block", has them all.
         expert_map: int32, global to local expert, -1 for experts that live elsewhere.
         x_scale: float32, what float8_e4m3fn tokens are in units of; one that is not positive and finite counts as zero.
+            With `activation_dtype` "float8_e4m3fn", the scale that x is quantised by.
         intermediate: how the activation's result is quantised, in place of its rounding to the type of x; scales are
             those of the local experts.
         activation_dtype: None, or what the rows of both products are quantised to within the call, "float8_e4m3fn" or
-            "int8": each row by a scale of its own (docs/formats.md, "8-bit activations").
+            "int8": each row by a scale of its own (docs/formats.md, "8-bit activations"), unless calibration has fixed
+            it: that of x is then `x_scale`, that of the second product's rows in an `intermediate` of
+            `IntermediateQuantizer.static_fp8`.
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
             are summed again. For float8_e4m3fn float32, which is the default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
@@ -97,7 +100,8 @@ def fused_moe(
         )
         y = fused_moe(x.reshape(-1, x.shape[-1]), gate_up, down, topk_weights, topk_ids, **options)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    x, x_scale, out_dtype = _checked_rows(x, x_scale, preferred_element_type)
+    check_activation_dtype(activation_dtype)
+    x, x_scale, out_dtype = _checked_rows(x, x_scale, preferred_element_type, activation_dtype)
     topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
     act = get_activation(activation)
     check_experts(x, gate_up, down, act)
@@ -110,14 +114,8 @@ def fused_moe(
     routed_experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
     arguments.check_top_k(top_k, routed_experts)
     if intermediate is not None:
-        _check_intermediate(intermediate, gate_up.num_experts)
-    check_activation_dtype(activation_dtype)
-    for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
-        if activation_dtype is not None and value is not None:
-            raise ValueError(
-                f"activation_dtype is {activation_dtype!r} and {name} is not None; one of them must be None: both say "
-                "how rows are quantised"
-            )
+        check_intermediate(intermediate, gate_up.num_experts)
+    check_fixed_scales(activation_dtype, x_scale, intermediate)
     return expert_block(
         x,
         gate_up,
@@ -172,10 +170,33 @@ def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act
         )
 
 
-def _checked_rows(x, x_scale, preferred_element_type):
+def check_fixed_scales(
+    activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None
+) -> None:
+    """Raises ValueError where fixed scales do not go with what rows are quantised to."""
+    if activation_dtype == "int8":
+        for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
+            if value is not None:
+                raise ValueError(
+                    f"activation_dtype is 'int8' and {name} is not None; it must be None: scales that are fixed are "
+                    "those of 'float8_e4m3fn'"
+                )
+    if activation_dtype is not None and intermediate is not None and intermediate.kind != "static_fp8":
+        raise ValueError(
+            f"activation_dtype is {activation_dtype!r} and intermediate.kind {intermediate.kind!r}; it must be "
+            "'static_fp8', or intermediate None: both say how rows are quantised"
+        )
+
+
+def _checked_rows(x, x_scale, preferred_element_type, activation_dtype):
     """The rows of products, their scale and the dtype of the result, where they go together."""
     is_fp8 = hasattr(x, "dtype") and x.dtype == jnp.float8_e4m3fn
     if is_fp8:
+        if activation_dtype is not None:
+            raise ValueError(
+                f"activation_dtype is {activation_dtype!r} and x has dtype float8_e4m3fn; x must have 16 bits, which "
+                "the call quantises, or activation_dtype be None"
+            )
         arguments.check_rank("x", x, 2)
         if x_scale is None:
             raise ValueError(
@@ -184,19 +205,24 @@ def _checked_rows(x, x_scale, preferred_element_type):
         dtype = arguments.as_result_type("x", x, _FP8_ROWS, jnp.float32, preferred_element_type)
     else:
         rows, dtype = arguments.as_rows("x", x, preferred_element_type)
-        if x_scale is not None:
+        if x_scale is not None and activation_dtype is None:
             raise ValueError(
                 f"x_scale is not None, but x has dtype {x.dtype}; it must be None, or x float8_e4m3fn: multiply x by it"
             )
         x = rows
         arguments.check_rank("x", x, 2)
-    if x_scale is not None:
-        x_scale = jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
-        arguments.check_array("x_scale", x_scale, ndim=0, dtype=jnp.float32)
-    return x, x_scale, dtype
+    return x, None if x_scale is None else as_scale(x_scale), dtype
 
 
-def _check_intermediate(intermediate, num_experts):
+def as_scale(x_scale: Any) -> Float32[Array, ""]:
+    """A scale of rows as an array; raises TypeError or ValueError unless it is one float32 number."""
+    x_scale = jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
+    arguments.check_array("x_scale", x_scale, ndim=0, dtype=jnp.float32)
+    return x_scale
+
+
+def check_intermediate(intermediate: Any, num_experts: int) -> None:
+    """Raises TypeError or ValueError unless it is a quantiser for so many experts."""
     if not isinstance(intermediate, IntermediateQuantizer):
         raise TypeError(
             f"intermediate is a {type(intermediate).__name__}; it must be made by "
@@ -239,7 +265,7 @@ def expert_block(
             intermediate = dataclasses.replace(intermediate, scales=jnp.tile(intermediate.scales, shares))
     rows = x
     if x_scale is not None:
-        rows = x.astype(_FP8_ROWS)
+        rows = x if activation_dtype is not None else x.astype(_FP8_ROWS)
         x_scale = x_scale.reshape(1)
     if intermediate is not None:
         scales = jnp.broadcast_to(intermediate.scales, (gate_up.num_experts,))
@@ -301,7 +327,8 @@ def _cpu(
 ):
     if activation_dtype is not None:
         options = {"activation": activation, "activation_dtype": activation_dtype, "out_dtype": out_dtype}
-        return [_composed_of_bytes(x, gate_up, down, topk_weights, topk_ids, expert_map, **options)]
+        operands = x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate
+        return [_composed_of_bytes(*operands, **options)]
     result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.padded_n), out_dtype)
     matrices = [*cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
     return custom_call(
@@ -326,13 +353,23 @@ def _cpu(
 
 
 def _composed_of_bytes(
-    x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, activation_dtype, out_dtype
+    x,
+    gate_up,
+    down,
+    topk_weights,
+    topk_ids,
+    expert_map,
+    x_scale,
+    intermediate,
+    *,
+    activation,
+    activation_dtype,
+    out_dtype,
 ):
     """The block whose rows are quantised, of the CPU's products: 16 bits hold every number of 8 bits."""
     experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
 
-    def product(rows, weights):
-        values, scales = quantize_rows(rows, activation_dtype)
+    def product(values, scales, weights):
         (y,) = grouped_product_op(
             values.astype(jnp.bfloat16),
             multiplied(weights),
@@ -343,13 +380,18 @@ def _composed_of_bytes(
             dtype="float32",
             implementation="cpu",
         )
-        y = y * jnp.repeat(scales, experts.shape[0] // rows.shape[0], axis=0) if rows.shape[0] else y
+        y = y * jnp.repeat(scales, experts.shape[0] // values.shape[0], axis=0) if values.shape[0] else y
         return y if weights.bias is None else y + slot_columns(weights.bias, experts)
 
-    h = product(x, gate_up)
+    h = product(*quantize_rows(x, activation_dtype, x_scale), gate_up)
     a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
-    y = product(rounded(a[:, : down.padded_k], x.dtype), down)
-    y = y.reshape(*topk_ids.shape, -1)
+    a = a[:, : down.padded_k]
+    if intermediate is None:
+        hidden = quantize_rows(rounded(a, x.dtype), activation_dtype)
+    else:
+        scales = usable(intermediate.scales[jnp.clip(experts, 0, gate_up.num_experts - 1)])[:, None]
+        hidden = in_units(a, scales), scales
+    y = product(*hidden, down).reshape(*topk_ids.shape, -1)
     kept = jnp.where((experts >= 0).reshape(topk_ids.shape), topk_weights, 0)
     return (y * kept[..., None]).sum(1).astype(out_dtype)
 

@@ -44,7 +44,7 @@ def block_jvp(op, primals, tangents, *, activation, activation_dtype=None, out_d
     x, gate_up, down, topk_weights, *_ = tangents
     moving = Tangents(x, gate_up.bias, gate_up.global_scales, down.bias, down.global_scales, topk_weights)
     *operands, x_scale, intermediate = primals
-    rounding = (("x_scale", x_scale), ("intermediate", intermediate), ("activation_dtype", activation_dtype))
+    rounding = (("activation_dtype", activation_dtype), ("x_scale", x_scale), ("intermediate", intermediate))
     for name, value in rounding:
         if value is not None:
             raise NotImplementedError(

@@ -24,9 +24,17 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
+from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
-from jax_marlin_moe.ops.fused_moe import block_division, check_experts, expert_block
+from jax_marlin_moe.ops.fused_moe import (
+    as_scale,
+    block_division,
+    check_experts,
+    check_fixed_scales,
+    check_intermediate,
+    expert_block,
+)
 from jax_marlin_moe.ops.primitive import define_op, jvp_of, one_program
 from jax_marlin_moe.ops.shares import count_shares
 from jax_marlin_moe.routing import Routing, check_routing, route_rows
@@ -55,6 +63,8 @@ def moe_layer(
     topk_ids: Int32[Array, "tokens top_k"] | None = None,
     expert_map: Int32[Array, " experts"] | None = None,
     activation_dtype: ByteDtype | None = None,
+    x_scale: Float32[Array, ""] | None = None,
+    intermediate: IntermediateQuantizer | None = None,
     return_routing: bool = False,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
@@ -89,6 +99,9 @@ def moe_layer(
         expert_map: as for `fused_moe`; the router then has a column for each expert that ids may name.
         activation_dtype: as for `fused_moe`, of packed experts, the shared one among them; the router and a dense
             shared expert read x. The router, the experts and the shared one are then custom calls of their own.
+        x_scale: with `activation_dtype`, as for `fused_moe`, of the routed experts: rows of the shared one have scales
+            of their own.
+        intermediate: likewise.
         return_routing: whether router weights and expert ids are returned beside the result.
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
             are summed again.
@@ -124,6 +137,8 @@ def moe_layer(
             topk_ids=None if topk_ids is None else arguments.batch_rows("topk_ids", topk_ids, x),
             expert_map=expert_map,
             activation_dtype=activation_dtype,
+            x_scale=x_scale,
+            intermediate=intermediate,
             return_routing=return_routing,
             preferred_element_type=preferred_element_type,
             implementation=implementation,
@@ -163,6 +178,7 @@ def moe_layer(
     if shared is not None:
         _check_shared(x, shared, shared_act)
     check_activation_dtype(activation_dtype)
+    x_scale = _checked_scales(activation_dtype, x_scale, intermediate, gate_up.num_experts)
     results = _layer(
         x,
         router,
@@ -181,11 +197,26 @@ def moe_layer(
         shared_activation=shared_act,
         norm_epsilon=float(norm_epsilon),
         activation_dtype=activation_dtype,
+        x_scale=x_scale,
+        intermediate=intermediate,
         out_dtype=dtype,
         implementation=implementation,
         cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
     )
     return results if return_routing else results[0]
+
+
+def _checked_scales(
+    activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None, num_experts: int
+) -> Float32[Array, ""] | None:
+    """The scale of x; raises TypeError or ValueError where it, or the intermediate's, goes with nothing."""
+    for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
+        if activation_dtype is None and value is not None:
+            raise ValueError(f"{name} is not None and activation_dtype None; it must be None: rows stay in 16 bits")
+    check_fixed_scales(activation_dtype, x_scale, intermediate)
+    if intermediate is not None:
+        check_intermediate(intermediate, num_experts)
+    return None if x_scale is None else as_scale(x_scale)
 
 
 def _check_floats(name: str, array: Any, shape: tuple[int, ...], meaning: str, *, narrow: bool = False) -> None:
@@ -235,9 +266,12 @@ def _check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) ->
     "cuda_scheme",
     saved_as="moe_layer",
 )
-def _layer(x, router, gate_up, down, shared, *rest, activation_dtype, out_dtype, **params):
+def _layer(
+    x, router, gate_up, down, shared, *rest, activation_dtype, x_scale=None, intermediate=None, out_dtype, **params
+):
     if activation_dtype is not None:
-        options = {"activation_dtype": activation_dtype, "out_dtype": out_dtype, **params}
+        options = {"activation_dtype": activation_dtype, "x_scale": x_scale, "intermediate": intermediate}
+        options |= {"out_dtype": out_dtype, **params}
         return composition(x, router, gate_up, down, shared, *rest, **options)
     laid_out = [gate_up] if shared is None else [gate_up, shared.gate_up]
     if (
@@ -281,6 +315,8 @@ def composition(
     implementation: str | None,
     cuda_scheme: BlockScheme | BatchInvariant | None = None,
     activation_dtype: ByteDtype | None = None,
+    x_scale: Float32[Array, ""] | None = None,
+    intermediate: IntermediateQuantizer | None = None,
     out_dtype: DTypeLike | None = None,
     block: Callable[..., jax.Array] = expert_block,
     keep: Callable[[jax.Array], jax.Array] = lambda rows: rows,
@@ -314,6 +350,8 @@ def composition(
     adds = routing.apply_on_input or routing.identity_experts > 0 or shared is not None
     routed: dict[str, Any] = {"implementation": implementation, "out_dtype": jnp.dtype(jnp.float32) if adds else dtype}
     routed |= {"activation": activation, "activation_dtype": activation_dtype, "cuda_scheme": cuda_scheme}
+    if activation_dtype is not None:
+        routed |= {"x_scale": x_scale, "intermediate": intermediate}
     if routing.apply_on_input:
         rows = reference.weighted_rows(x, topk_weights)
         ones = jnp.ones((rows.shape[0], 1), jnp.float32)

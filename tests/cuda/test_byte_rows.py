@@ -128,3 +128,26 @@ def test_a_block_of_bytes_on_the_card(name):
     # larger than their weights. Hidden values next to a tie are then rounded to the other of two neighbours.
     most = {"int8": 1e-3, "float8_e4m3fn": 3e-3 if CASES[name][0] == "fp8" else 1.2e-2}
     assert relative_error(actual, quantized_block(first, second, x, weights, ids, dtype)) < most[dtype]
+
+
+@pytest.mark.gpu
+def test_a_block_with_fixed_scales_on_the_card():
+    if compiler.compute_capability(compiler.target_architecture()) != 90:
+        pytest.skip("wgmma is Hopper's")
+    first, second, x, weights, ids = block_of("int4, fp8", 300, np.random.default_rng(1))
+    x_scale, hidden_scales = np.float32(0.03), np.linspace(0.05, 0.3, EXPERTS, dtype=np.float32)
+    run = jax.jit(
+        lambda *a: jmm.fused_moe(
+            *a,
+            activation_dtype="float8_e4m3fn",
+            x_scale=x_scale,
+            intermediate=jmm.IntermediateQuantizer.static_fp8(hidden_scales),
+            cuda_scheme=scheme_of("int4, fp8"),
+            preferred_element_type=jnp.float32,
+        )
+    )
+    with jax.default_device(jax.devices("cuda")[0]):
+        actual = run(jnp.asarray(x), first.packed(), second.packed(), jnp.asarray(weights), jnp.asarray(ids))
+    wanted = quantized_block(first, second, x, weights, ids, "float8_e4m3fn", x_scale, hidden_scales)
+    assert relative_error(actual, wanted) < 1.2e-2
+    assert relative_error(actual, quantized_block(first, second, x, weights, ids, "float8_e4m3fn")) > 2e-2

@@ -1,5 +1,6 @@
 """Activations in 8 bits on every platform, against rows that numpy quantises and products in float64."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -74,14 +75,71 @@ def test_a_block_is_that_of_its_quantised_rows(implementation, weight_format, gr
     assert not np.any(y[2])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize(("of_x", "of_hidden"), [(True, True), (True, False), (False, True)])
+def test_scales_that_are_fixed_take_the_place_of_those_of_rows(implementation, of_x, of_hidden):
+    first, second, x, weights, ids = block_of("int4", 128)
+    # Some values are beyond the largest number of the type, and are that.
+    x_scale = np.float32(np.abs(np.float32(x)).max() / 300) if of_x else None
+    hidden_scales = np.float32([0.11, 0.2, 0.07, 0.4]) if of_hidden else None
+    quantizer = jmm.IntermediateQuantizer.static_fp8(hidden_scales) if of_hidden else None
+    y = jmm.fused_moe(
+        jnp.asarray(x),
+        first.packed(),
+        second.packed(),
+        jnp.asarray(weights),
+        jnp.asarray(ids),
+        activation_dtype="float8_e4m3fn",
+        x_scale=x_scale,
+        intermediate=quantizer,
+        preferred_element_type=jnp.float32,
+        implementation=implementation,
+    )
+    wanted = quantized_block(first, second, x, weights, ids, "float8_e4m3fn", x_scale, hidden_scales)
+    assert relative_error(y, wanted) < 3e-3
+    assert relative_error(y, quantized_block(first, second, x, weights, ids, "float8_e4m3fn")) > 1e-2
+
+
+def test_a_layer_uses_its_fixed_scales_for_rows_of_e4m3_alone():
+    first, second, x, *_ = block_of("int4", 128)
+    rng = np.random.default_rng(1)
+    router = jnp.asarray(rng.normal(size=(HIDDEN, EXPERTS)), jnp.float32)
+    bare = jmm.MoELayer(first.packed(), second.packed(), router, jmm.Routing(2, "softmax"))
+    scales = jnp.asarray([0.11, 0.2, 0.07, 0.4], jnp.float32)
+    layer = dataclasses.replace(bare, x_scale=jnp.float32(0.02), intermediate_scales=scales)
+    rows = jnp.asarray(x)
+    weights, ids = layer.route(rows)
+    fixed = {"x_scale": layer.x_scale, "intermediate": jmm.IntermediateQuantizer.static_fp8(scales)}
+    arguments = rows, layer.gate_up, layer.down, weights, ids
+    wanted = jmm.fused_moe(*arguments, activation_dtype="float8_e4m3fn", **fixed)
+    np.testing.assert_array_equal(layer(rows, activation_dtype="float8_e4m3fn"), wanted)
+    np.testing.assert_array_equal(layer(rows, activation_dtype="int8"), bare(rows, activation_dtype="int8"))
+    np.testing.assert_array_equal(layer(rows), bare(rows))
+    # Slots may have an order of their own.
+    order = jnp.asarray([2, 0, 3, 1], jnp.int32)
+    experts = {name: jax.tree.map(lambda leaf: leaf[order], getattr(layer, name)) for name in ("gate_up", "down")}
+    placed = dataclasses.replace(layer, placement=order, **experts)
+    np.testing.assert_array_equal(placed(rows, activation_dtype="float8_e4m3fn"), wanted)
+    with pytest.raises(ValueError, match="x_scale is not None and activation_dtype None; it must be None: rows stay"):
+        jmm.moe_layer(rows, router, layer.gate_up, layer.down, routing=layer.routing, x_scale=1.0)
+
+
 def test_quantised_rows_are_named_where_they_cannot_be():
     first, second, x, weights, ids = block_of("int4", 128)
     arguments = jnp.asarray(x), first.packed(), second.packed(), jnp.asarray(weights), jnp.asarray(ids)
     with pytest.raises(ValueError, match=r"activation_dtype is 'bfloat16'; it must be None .* 'float8_e4m3fn', 'int8'"):
         jmm.fused_moe(*arguments, activation_dtype="bfloat16")
     quantizer = jmm.IntermediateQuantizer.static_fp8(1.0)
-    with pytest.raises(ValueError, match="activation_dtype is 'int8' and intermediate is not None; one of them must"):
+    with pytest.raises(ValueError, match="activation_dtype is 'int8' and intermediate is not None; it must be None: s"):
         jmm.fused_moe(*arguments, activation_dtype="int8", intermediate=quantizer)
+    with pytest.raises(ValueError, match="activation_dtype is 'int8' and x_scale is not None; it must be None: scales"):
+        jmm.fused_moe(*arguments, activation_dtype="int8", x_scale=1.0)
+    blocks = jmm.IntermediateQuantizer.dynamic_nvfp4(1.0)
+    with pytest.raises(ValueError, match=r"intermediate\.kind 'dynamic_nvfp4'; it must be 'static_fp8', or inter"):
+        jmm.fused_moe(*arguments, activation_dtype="float8_e4m3fn", intermediate=blocks)
+    fp8 = arguments[0].astype(jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match="activation_dtype is 'int8' and x has dtype float8_e4m3fn; x must have 16 bi"):
+        jmm.fused_moe(fp8, *arguments[1:], activation_dtype="int8", x_scale=1.0)
     with pytest.raises(NotImplementedError, match="where activation_dtype is not None: what it rounds has no derivati"):
         jax.grad(lambda rows: jmm.fused_moe(rows, *arguments[1:], activation_dtype="int8").sum())(arguments[0])
 

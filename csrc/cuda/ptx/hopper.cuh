@@ -210,7 +210,7 @@ JMM_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
 #undef JMM_WGMMA
 
 // The same of bytes, 32 of K at a time, in registers of four: lane 4 g + t has rows g and g + 8 of a, bytes 4 t to
-// 4 t + 3 and 4 t + 16 to 4 t + 19. Rows of e4m3, or unsigned a and signed b with exact sums.
+// 4 t + 3 and 4 t + 16 to 4 t + 19. Numbers of e4m3, or signed ones with exact sums.
 #define JMM_WGMMA(T, SUM_TYPE, TYPES, N, NUMBERS, SUMS, A0, A1, A2, A3, B, ACCUMULATE, SCALES)                      \
   template <>                                                                                                       \
   struct Wgmma<T, N> {                                                                                              \
@@ -245,7 +245,7 @@ JMM_WGMMA_ALL
 #undef JMM_SUM
 #define JMM_T Signed8
 #define JMM_SUM_TYPE int32_t
-#define JMM_TYPES "s32.u8.s8"
+#define JMM_TYPES "s32.s8.s8"
 #define JMM_SCALES ""
 #define JMM_SUM "+r"
 JMM_WGMMA_ALL

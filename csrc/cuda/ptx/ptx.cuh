@@ -143,6 +143,22 @@ __device__ __forceinline__ void load_shared_words(uint32_t (&w)[kWords], uint32_
   }
 }
 
+// Words of global memory, aligned to their size, at most 16 bytes a store.
+template <int kWords>
+__device__ __forceinline__ void store_words(uint32_t* place, const uint32_t (&w)[kWords]) {
+  static_assert(kWords == 1 || kWords == 2 || kWords % 4 == 0, "whole stores");
+  if constexpr (kWords == 1) {
+    *place = w[0];
+  } else if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(place) = uint2{w[0], w[1]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      *reinterpret_cast<uint4*>(place + i) = uint4{w[i], w[i + 1], w[i + 2], w[i + 3]};
+    }
+  }
+}
+
 __device__ __forceinline__ float4 as_floats(uint4 v) {
   return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }

@@ -9,16 +9,16 @@
 
 namespace jmm {
 
-// A byte of the fragment is kFactor times the code, as T's products read it. `first` and `second` are a lane's words of
-// a sub-tile in two neighbouring steps. Output byte 16 h + 4 t + 2 s + i, or 16 s + 4 t + 2 i + h where codes have 8
-// bits, has row 16 s + 8 h + 2 t + i: kBytePlace says where a row goes.
+// A byte of the fragment is kFactor times what the code has above kOffset, as T's products read it. `first` and
+// `second` are a lane's words of a sub-tile in two neighbouring steps. Output byte 16 h + 4 t + 2 s + i, or 16 s + 4 t
+// + 2 i + h where codes have 8 bits, has row 16 s + 8 h + 2 t + i: quantize_rows.cuh permutes the rows of x alike.
 template <class Code, class T>
 struct ByteFragments;
 
 // The integer q < 16 read as e4m3 is q * 2^-9: one line of subnormal and first normal numbers.
-template <class T>
-struct ByteFragments<Int4, T> {
-  static constexpr float kFactor = kSame<T, Fp8> ? power_of_two(-9) : 1.0f;
+template <>
+struct ByteFragments<Int4, Fp8> {
+  static constexpr float kFactor = power_of_two(-9), kOffset = 0.0f;
 
   __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4]) {
     const uint32_t even = __byte_perm(first[0], second[0], 0x6420), odd = __byte_perm(first[0], second[0], 0x7531);
@@ -27,17 +27,35 @@ struct ByteFragments<Int4, T> {
   }
 };
 
-// Eight bits are multiplied as they are.
-struct WholeBytes {
-  static constexpr float kFactor = 1.0f;
+// In the upper half of a byte, with its first bit the other way round, q is 16 (q - 8).
+template <>
+struct ByteFragments<Int4, Signed8> {
+  static constexpr float kFactor = 16.0f, kOffset = 8.0f;
+
+  __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4]) {
+    const uint32_t even = __byte_perm(first[0], second[0], 0x6420), odd = __byte_perm(first[0], second[0], 0x7531);
+    a[0] = (even << 4 & 0xF0F0F0F0u) ^ 0x80808080u, a[1] = (odd << 4 & 0xF0F0F0F0u) ^ 0x80808080u;
+    a[2] = (even & 0xF0F0F0F0u) ^ 0x80808080u, a[3] = (odd & 0xF0F0F0F0u) ^ 0x80808080u;
+  }
+};
+
+template <>
+struct ByteFragments<E4M3, Fp8> {
+  static constexpr float kFactor = 1.0f, kOffset = 0.0f;
 
   __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4]) {
     a[0] = first[0], a[1] = first[1], a[2] = second[0], a[3] = second[1];
   }
 };
+
 template <>
-struct ByteFragments<E4M3, Fp8> : WholeBytes {};
-template <>
-struct ByteFragments<Int8, Signed8> : WholeBytes {};
+struct ByteFragments<Int8, Signed8> {
+  static constexpr float kFactor = 1.0f, kOffset = 128.0f;
+
+  __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4]) {
+    a[0] = first[0] ^ 0x80808080u, a[1] = first[1] ^ 0x80808080u;
+    a[2] = second[0] ^ 0x80808080u, a[3] = second[1] ^ 0x80808080u;
+  }
+};
 
 }  // namespace jmm

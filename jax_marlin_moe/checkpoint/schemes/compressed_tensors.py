@@ -31,6 +31,7 @@ from jax_marlin_moe.checkpoint.stated import (
     check_scale_dtype,
     check_zero_point_dtype,
     group_of,
+    states_e4m3_inputs,
 )
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -149,6 +150,10 @@ class PackQuantizedStorage(Scheme):
         known = quantization.method == COMPRESSED_TENSORS.name  # `find` says what is wrong elsewhere
         bits = _weights_scheme(quantization, linear.module).integer("num_bits", low=1) if known else 4
         return shape[1] * (32 // bits), shape[0]
+
+    def fixes_input_scale(self, linear: Linear, quantization: Quantization) -> bool:
+        """As the config says."""
+        return states_e4m3_inputs(quantization, linear.module) is True
 
     def rows_per_group(self, k: int) -> int:
         """As the config says."""

@@ -14,7 +14,7 @@ from jax_marlin_moe.checkpoint.quantization_keys import ACTIVATIONS, CACHE, RECO
 from jax_marlin_moe.checkpoint.schemes.stacks import bit_patterns, pack_stack, refuse_block_scales
 from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, shape_of_rank
 from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
-from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
+from jax_marlin_moe.checkpoint.stated import Assumed, check_stated, states_e4m3_inputs
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import decode_e8m0, get_format
 from jax_marlin_moe.weights import MarlinWeights
@@ -155,6 +155,12 @@ class Fp8Storage(Scheme):
         if self.weight_format == "mxfp8":
             return 32
         return FP8_BLOCK if self.groups > 1 else k
+
+    def fixes_input_scale(self, linear: Linear, quantization: Quantization) -> bool:
+        """As the config says; ModelOpt's says nothing, and means it."""
+        if self.weight_format != "fp8" or quantization.config.get("activation_scheme") == "dynamic":
+            return False
+        return states_e4m3_inputs(quantization, linear.module) is not False
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Codes and scales; e8m0 scales as bits."""

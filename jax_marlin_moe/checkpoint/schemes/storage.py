@@ -43,7 +43,7 @@ class Storage(abc.ABC):
         stacked: suffixes of the first tensor, where one holds all experts.
         weight_format: name of the format that decoding gives.
         ignored: suffixes of tensors that do not matter to weight-only results: scales of activations, which the tools
-            round and we do not.
+            round; `fixes_input_scale` tells where ours may be rounded by them.
     """
 
     known_as: ClassVar[str]
@@ -66,6 +66,10 @@ class Storage(abc.ABC):
     def row_order(self, files: TensorFolder, linear: Linear, k: int) -> np.ndarray | None:
         """The order of the rows in their groups, int32 [k]; None for ascending."""
         return None
+
+    def fixes_input_scale(self, linear: Linear, quantization: Quantization) -> bool:
+        """Whether `input_scale` of the linear, if there is one, is that of rows in e4m3."""
+        return False
 
     @abc.abstractmethod
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:

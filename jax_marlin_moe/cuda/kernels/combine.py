@@ -45,10 +45,12 @@ def combine_kernel(
     identity: IdentityExperts | None = None,
     partial_dtype: str = "float32",
     columns_of: range | None = None,
+    places: bool = False,
 ) -> Kernel:
     """Sums each token's slots, and what identity experts return.
 
-    Partials have the columns of `columns_of` alone, and the sums go to these; None is all.
+    Partials have the columns of `columns_of` alone, and the sums go to these; None is all. `places` says whether they
+    have the columns of a unit in the order of its scales, as rows of 8 bits leave them.
     """
     columns_of = range(columns) if columns_of is None else columns_of
     added = Pointer(partials, partial_dtype)
@@ -67,6 +69,7 @@ def combine_kernel(
         "input": "jmm::Half" if rows is None else rows.cpp_element,
         "identity_experts": 0 if identity is None else identity.experts,
         "input_columns": 0 if identity is None else identity.columns,
+        "places": places,
     }
     return Kernel(
         name=f"jmm_combine_m{tokens}",

@@ -1,6 +1,6 @@
 """The kernel that quantises rows to 8 bits. Twin of csrc/cuda/quantize_rows.cuh."""
 
-from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Pointer
+from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Pointer, optional
 from jax_marlin_moe.cuda.limits import grid
 from jax_marlin_moe.cuda.program import Kernel
 
@@ -23,17 +23,23 @@ def quantize_rows_kernel(
     code_bits: int,
     *,
     sums: bool,
+    places: bool,
+    in_units: bool,
     x: int,
+    fixed: int | None,
     out: int,
     scales: int,
     overlaps_predecessor: bool,
 ) -> Kernel:
     """Rows of x to 8 bits for a product with codes of `code_bits`, a scale for each row, and sums if it wants them.
 
-    Buffers: x [rows, source_stride]; out [rows, row_stride] and scales [rows], which it writes.
+    `places` says whether x has the columns of a unit in the order of its scales, as the first product leaves them.
+    `in_units` says that x has values of the type already, in units of scales that are known.
+
+    Buffers: x [rows, source_stride], fixed [1], a scale of all rows, or None; out [rows, row_stride] and, unless
+    `in_units`, scales [rows], which it writes.
     """
-    chunks = columns // 32
-    row_threads = 128 if chunks > 256 else 64 if chunks > 128 else 32
+    row_threads = 128 if columns > 8192 else 64 if columns > 4096 else 32
     return Kernel(
         name=f"jmm_quantize_{stage}_{to}",
         headers=("quantize_rows.cuh",),
@@ -48,12 +54,16 @@ def quantize_rows_kernel(
                 "code_bits": code_bits,
                 "stride": row_stride(columns, sums=sums),
                 "sums": sums,
+                "places": places,
+                "fixed": fixed is not None,
+                "in_units": in_units,
             }
         },
         pointers={
             "x": Pointer(x, dtype),
+            "fixed": optional(fixed, "float32"),
             "bytes": Pointer(out, to, written=True),
-            "scales": Pointer(scales, "float32", written=True),
+            "scales": None if in_units else Pointer(scales, "float32", written=True),
         },
         threads=_THREADS,
         shared_bytes=0,

@@ -27,11 +27,11 @@ _OTHER_CONSUMER_REGISTERS = 8  # of these, beside sums and fragments
 _PRODUCER_REGISTERS = 24
 _FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
 
-# Mixtral at 4096 tokens on an H200.
-_RATE = 0.65  # of 4096 multiply-adds a cycle
+# Blocks of Mixtral, Qwen3-30B and DeepSeek-V3 on an H200.
+_RATE = 0.7  # of 4096 multiply-adds a cycle
 _COPIED_BYTES_PER_CYCLE = 16.5  # into a multiprocessor
-_TILE_CYCLES = 700  # and _STORE_CYCLES for each sum of a thread
-_STORE_CYCLES = 12
+_TILE_CYCLES = 1500  # and _GATED_CYCLES or _STORE_CYCLES for each sum of a thread
+_GATED_CYCLES, _STORE_CYCLES = 11, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class WgmmaByteTile:
     def shared_bytes(self, shape: GemmShape) -> int:
         """Dynamic shared memory of a CTA: the ring, two records of work tiles, barriers."""
         records = 2
-        size = self.stages * self.stage_bytes(shape) + records * (6 * 4 + self.tokens * 8)
+        size = self.stages * self.stage_bytes(shape) + records * (6 * 4 + self.tokens * 12)
         return -(-(size + 8 * 2 * (self.stages + records)) // 16) * 16
 
     def column_tiles(self, shape: GemmShape) -> int:
@@ -130,7 +130,7 @@ class WgmmaByteTile:
         copies = (weights + multiplied * BLOCK_K) / _COPIED_BYTES_PER_CYCLE
         memory = weights / card.bytes_per_cycle
         block = busy * max(tensor, copies, memory)
-        ends = _TILE_CYCLES + _STORE_CYCLES * self.sub_tiles * multiplied / 2
+        ends = _TILE_CYCLES + (_GATED_CYCLES if shape.gated else _STORE_CYCLES) * self.sub_tiles * multiplied / 2
         rounds = math.ceil(tiles / (card.multiprocessors * self.ctas_per_sm))
         cycles = rounds * (math.ceil(shape.k / BLOCK_K) * block + ends)
         return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
@@ -152,7 +152,8 @@ def multiplies(shape: GemmShape) -> bool:
 def candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaByteTile]:
     """Every tile worth considering: it fits."""
     found = []
-    for sub_tiles, warpgroups_n in itertools.product((2, 4), (1, 2)):
+    # Of four sub-tiles a lane's float32 results take two stores of half a sector each: slower wherever they were timed.
+    for sub_tiles, warpgroups_n in itertools.product((2, 4) if shape.gated else (2,), (1, 2)):
         for stages in range(8, 2, -1):  # as many as there is room for
             tile = WgmmaByteTile(tokens, sub_tiles, warpgroups_n, stages)
             if tile.fits(shape, capability):

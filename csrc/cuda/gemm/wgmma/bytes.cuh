@@ -16,13 +16,38 @@ struct WgmmaByteShape : WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue> {
   using Code = typename Problem::Code;
   using Codes = ByteFragments<Code, typename Problem::T>;
   static constexpr bool kScalesSums = false, kTwoSums = true;
-  static constexpr int kTurnLanes = Code::kBits == 4 ? 8 : 4;  // see WgmmaLane
   static_assert(Zeros::kWhole && !Problem::kGlobalScales, "zero points are whole, scales are those of groups");
   static_assert(Tile::kBlockK == 128 && Tile::kWarpgroupsK == 1, "a k-block is a slab of x, and its sums are");
   static_assert(Tile::kSubTiles % 2 == 0, "two sets of fragments take turns");
   static_assert(Problem::kGroups == 1 || Problem::kGroup % 128 == 0, "a k-block is part of one group");
   static_assert(Problem::kK >= 128 && Problem::kK % 32 == 0, "K is k-blocks, of whole fragments");
   static_assert(Problem::kRowStride % 16 == 0, "rows are whole pieces");
+};
+
+// The columns of a lane. Any columns may be rows of a fragment: those of a unit are dealt out so that no two lanes read
+// the same bank, and that what a lane has of a row lies side by side in the order of a unit's scales: eight columns
+// r, r + 8, r + 16 ... for each r below 8.
+template <class Shape>
+struct WgmmaByteColumns {
+  static constexpr int kSubTiles = Shape::kWarpSubTiles;  // of a unit: 1, 2 or 4, with 16 columns each
+  static_assert(kSubTiles == 1 || kSubTiles == 2 || kSubTiles == 4, "a unit is that of four, two warps or one");
+
+  const int r;           // the columns' number modulo 8
+  const int first;       // of those, where this lane's begin: two for each sub-tile
+  const bool exchanged;  // whether the lane's two sub-tiles are the other way round
+
+  __device__ __forceinline__ explicit WgmmaByteColumns(const WgmmaLane<Shape>& lane)
+      : r(kSubTiles == 4   ? lane.lane / 4
+          : kSubTiles == 2 ? lane.warp % 2 * 4 + lane.lane / 8
+                           : lane.warp * 2 + lane.lane / 16),
+        first(kSubTiles == 4   ? 0
+              : kSubTiles == 2 ? lane.lane / 4 % 2 * 4
+                               : lane.lane / 4 % 4 * 2),
+        exchanged(kSubTiles == 2 && (Shape::Code::kBits == 4 ? lane.lane / 16 : lane.lane / 8 % 2)) {}
+
+  // The lane whose words this one reads, and which of its sub-tiles.
+  __device__ __forceinline__ int source(const WgmmaLane<Shape>& lane) const { return 4 * r + lane.lane % 4; }
+  __device__ __forceinline__ int word(int p) const { return first / 2 + (p ^ int(exchanged)); }
 };
 
 template <class Shape>
@@ -42,8 +67,9 @@ struct WgmmaByteWeights {
   // The fragments of slab j: a sub-tile of each warp.
   __device__ __forceinline__ static void make(Fragments& a, uint32_t weights, int j, const Lane& lane) {
     const int h = j / Shape::kWarpSubTiles, p = j % Shape::kWarpSubTiles;
-    const uint32_t source =
-        weights + lane.unit(h) * Packed::kBytes + lane.lane * Packed::kLaneBytes + (lane.word() + p) * kWords * 4;
+    const WgmmaByteColumns<Shape> columns(lane);
+    const uint32_t source = weights + lane.unit(h) * Packed::kBytes + columns.source(lane) * Packed::kLaneBytes +
+                            columns.word(p) * kWords * 4;
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
       uint32_t first[kWords], second[kWords];
@@ -55,23 +81,22 @@ struct WgmmaByteWeights {
     for (int f = 0; f < kFragments; ++f) wgmma_operand_ready(a[f]);
   }
 
-  // The scales of slab j.
-  struct SlabScales : ColumnScales<typename Problem::Scale, 2> {
-    __device__ __forceinline__ SlabScales(uint32_t weights, int j, const Lane& lane) {
-      const int h = j / Shape::kWarpSubTiles, p = j % Shape::kWarpSubTiles;
-      this->load(weights + Storage::kScalesAt +
-                 (lane.unit(h) * kUnitColumns + lane.lane / 4 * 8 + (lane.word() + p) * 2) * Scales::kBytes);
-    }
-  };
+  // The scales of slab j: of this lane's two columns.
+  __device__ __forceinline__ static void load_scales(float (&values)[2], uint32_t weights, int j, const Lane& lane) {
+    const int h = j / Shape::kWarpSubTiles, p = j % Shape::kWarpSubTiles;
+    const WgmmaByteColumns<Shape> columns(lane);
+    ColumnScales<typename Problem::Scale, 2> scales;
+    scales.load(weights + Storage::kScalesAt +
+                (lane.unit(h) * kUnitColumns + columns.r * 8 + columns.word(p) * 2) * Scales::kBytes);
+    values[0] = scales.exact(0), values[1] = scales.exact(1);
+  }
 
   // Adds a slab's sums of the k-block, scaled, to those of the tile.
   template <class Sum, int kSums>
   __device__ __forceinline__ static void close(float (&sums)[kSums], const Sum (&part)[kSums],
-                                               const SlabScales& scales) {
+                                               const float (&scales)[2]) {
 #pragma unroll
-    for (int s = 0; s < kSums; ++s) {
-      sums[s] = fmaf(static_cast<float>(part[s]), scales.exact(s / 2 % 2), sums[s]);
-    }
+    for (int s = 0; s < kSums; ++s) sums[s] = fmaf(static_cast<float>(part[s]), scales[s / 2 % 2], sums[s]);
   }
 };
 
@@ -86,7 +111,7 @@ struct WgmmaByteZeros {
   using Scale = typename Problem::Scale;
   using Lane = WgmmaLane<Shape>;
   using Record = typename WgmmaStorage<Shape>::Record;
-  static constexpr bool kAny = Zeros::kStored || Zeros::kBaked != 0.0f;
+  static constexpr bool kAny = Zeros::kStored || Zeros::kBaked != Shape::Codes::kOffset;
   // A power of two times a bfloat16 number is one.
   static constexpr bool kSplitsScales = Zeros::kStored || !kSame<Scale, BFloat>;
   static constexpr int kChunks = (Shape::KBlocks::kCount + 15) / 16;  // of 16 k-blocks
@@ -105,11 +130,12 @@ struct WgmmaByteZeros {
     }
   }
 
-  // Less the zero point times the scale, of this lane's columns g and g + 8 of a sub-tile, in a k-block.
+  // Less the zero point times the scale, of this lane's two columns of a sub-tile, in a k-block.
   __device__ __forceinline__ static void scaled_zeros(float (&values)[2], const Gemm& gemm, const Record& record, int j,
                                                       int k_block, const Lane& lane) {
-    const int h = j / Shape::kWarpSubTiles, word = lane.word() + j % Shape::kWarpSubTiles;
-    const int unit = Shape::packed_unit(record.column_tile, lane.unit(h)), g = lane.lane / 4;
+    const WgmmaByteColumns<Shape> columns(lane);
+    const int h = j / Shape::kWarpSubTiles, word = columns.word(j % Shape::kWarpSubTiles), r = columns.r;
+    const int unit = Shape::packed_unit(record.column_tile, lane.unit(h));
     const int group = Problem::kGroups == 1 ? 0 : min(k_block * Tile::kBlockK / Problem::kGroup, Problem::kGroups - 1);
     const ExpertArray<Problem, unsigned char> scales(gemm.operands.scales, gemm.operands.shared_scales, record.expert);
     const int64_t row = int64_t(scales.expert) * Problem::kGroups + group;
@@ -118,17 +144,17 @@ struct WgmmaByteZeros {
       const ExpertArray<Problem, unsigned char> stored(gemm.operands.zeros, gemm.operands.shared_zeros, record.expert);
       constexpr int kWords = Problem::Code::kBits / 4;
       const uint32_t* words = reinterpret_cast<const uint32_t*>(stored.elements) +
-                              (row * Problem::kUnits + unit) * (8 * kWords) + g * kWords;
+                              (row * Problem::kUnits + unit) * (8 * kWords) + r * kWords;
       Zeros of_unit;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) of_unit.words[i] = words[i];
 #pragma unroll
       for (int b = 0; b < 2; ++b) zeros[b] = of_unit[2 * word + b];
     }
-    const int64_t at = (row * Problem::kUnits + unit) * kUnitColumns + g * 8 + 2 * word;
+    const int64_t at = (row * Problem::kUnits + unit) * kUnitColumns + r * 8 + 2 * word;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      values[b] = -Shape::Codes::kFactor * zeros[b] * scale_at(scales.elements, at + b);
+      values[b] = -Shape::Codes::kFactor * (zeros[b] - Shape::Codes::kOffset) * scale_at(scales.elements, at + b);
     }
   }
 
@@ -139,6 +165,13 @@ struct WgmmaByteZeros {
     const unsigned char* tails = reinterpret_cast<const unsigned char*>(gemm.operands.x) + Problem::kK + 16 * t;
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
+      // Rows that do not exist have the sums of another, which are in columns of their own.
+      uint4 all_tails[kN / 8];
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) {
+        const int row = max(record.slots[8 * n + g], 0) / Problem::kSlotsPerRow;
+        all_tails[n] = *reinterpret_cast<const uint4*>(tails + int64_t(row) * Problem::kRowStride + 64 * chunk);
+      }
       uint32_t high[Tile::kSubTiles][4], low[Tile::kSubTiles][4];
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j)
@@ -155,12 +188,7 @@ struct WgmmaByteZeros {
         }
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n) {
-        const int slot = record.slots[8 * n + g];
-        uint4 tail = {0, 0, 0, 0};
-        if (slot >= 0) {
-          tail = *reinterpret_cast<const uint4*>(tails + int64_t(slot / Problem::kSlotsPerRow) * Problem::kRowStride +
-                                                 64 * chunk);
-        }
+        const uint4 tail = all_tails[n];
         const uint32_t high_sums[2] = {tail.x, tail.y}, low_sums[2] = {tail.z, tail.w};
 #pragma unroll
         for (int j = 0; j < Tile::kSubTiles; ++j) {
@@ -222,12 +250,56 @@ struct WgmmaByteProduct {
           Consumer::acquire(shared, stage);
           Weights::make(a[0], shared.weights(stage.at), 0, lane);
         }
-        const typename Weights::SlabScales scales(weights, j, lane);
+        float scales[2];
+        Weights::load_scales(scales, weights, j, lane);
         wgmma_wait<0>();
         Weights::close(sums[j], part, scales);
       }
       Consumer::release(shared, here.at, lane);
     }
+  }
+};
+
+// Stores the sums of a tile: of each row what a lane has, side by side.
+template <class Gemm>
+struct WgmmaByteResults {
+  using Shape = typename Gemm::Shape;
+  using Tile = typename Shape::Tile;
+  using Epilogue = typename Shape::Epilogue;
+  static constexpr int kSubTiles = Shape::kWarpSubTiles, kCount = 2 * kSubTiles;
+
+  template <int kN>
+  __device__ __forceinline__ static void gather(float (&values)[kCount], const float (&sums)[Tile::kSubTiles][kN / 2],
+                                                int half, int s, bool exchanged) {
+#pragma unroll
+    for (int p = 0; p < kSubTiles; ++p)
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const float value = sums[half * kSubTiles + p][s + 2 * b];
+        values[2 * p + b] = Gemm::Weights::kResidualScale *
+                            (kSubTiles == 2 && exchanged ? sums[half * kSubTiles + 1 - p % 2][s + 2 * b] : value);
+      }
+  }
+
+  template <int kN>
+  __device__ __forceinline__ static void store(const Gemm& gemm, const typename WgmmaStorage<Shape>::Record& record,
+                                               const WgmmaLane<Shape>& lane,
+                                               const float (&sums)[Tile::kSubTiles][kN / 2]) {
+    const typename Shape::ExpertIndex expert = record.expert;
+    const WgmmaByteColumns<Shape> columns(lane);
+    const int unit = (record.column_tile * Shape::kHalfUnits + lane.unit(0)) * kUnitColumns;
+    const int column = unit + columns.first * 8 + columns.r, place = unit + columns.r * 8 + columns.first;
+#pragma unroll
+    for (int t = 0; t < kN / 8; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 8 * t + lane.lane % 4 * 2 + i;
+        const float2 factors = {record.factors[0][row], record.factors[1][row]};
+        float values[kCount], up[kCount] = {};
+        gather<kN>(values, sums, 0, 4 * t + i, columns.exchanged);
+        if constexpr (Epilogue::kGated) gather<kN>(up, sums, 1, 4 * t + i, columns.exchanged);
+        gemm.epilogue.store_places(expert, record.slots[row], factors, column, place, values, up);
+      }
   }
 };
 

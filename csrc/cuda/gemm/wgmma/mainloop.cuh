@@ -104,7 +104,7 @@ struct WgmmaConsumer {
         const int row = 8 * t + lane.lane % 4 * 2 + i;
         const int slot = record.slots[row];
         if (slot < 0) continue;
-        const float factor = record.factors[row];
+        const float factor = record.factors[0][row];
 #pragma unroll
         for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
           const float (&up)[kN / 2] = sums[Epilogue::kGated ? Tile::kSubTiles - Shape::kWarpSubTiles + p : p];
@@ -133,10 +133,10 @@ struct WgmmaConsumer {
     float sums[Tile::kSubTiles][kN / 2];  // of the tile
     if constexpr (kIsByte<T>) {
       WgmmaByteProduct<Gemm, WgmmaConsumer>::template run<kN>(gemm, shared, record, lane, stage, sums);
-    } else if (!sum_tile<kN>(gemm, shared, record, lane, stage, sums)) {
-      return;
+      WgmmaByteResults<Gemm>::template store<kN>(gemm, record, lane, sums);
+    } else if (sum_tile<kN>(gemm, shared, record, lane, stage, sums)) {
+      store<kN>(gemm, record, lane, sums);
     }
-    store<kN>(gemm, record, lane, sums);
   }
 
   // True for the warpgroups that have the sums of the tile.

@@ -140,6 +140,10 @@ struct WgmmaProducer {
     int next_expert = -1, next_shift = 0, next_slots[kRowsOfThread];
     const auto fetch = [&](int work_tile) {
       next_expert = -1;
+      if constexpr (kIsByte<typename Problem::T>) {
+#pragma unroll
+        for (int i = 0; i < kRowsOfThread; ++i) next_slots[i] = -1;
+      }
       if (work_tile >= work_tiles) return;
       const int token_tile = place_of(work_tile, tiles).token_tile;
       next_expert = token_tiles.expert(token_tile);
@@ -151,6 +155,16 @@ struct WgmmaProducer {
       }
     };
     fetch(blockIdx.x);
+    // With rows of bytes, what the kernel before says of the next work tile's rows is fetched behind its slots.
+    float2 factors[kRowsOfThread] = {};
+    int factors_tile = -1;  // whose they are
+    const auto factors_of = [&](int slot) {
+      if constexpr (kIsByte<typename Problem::T>) {
+        return slot >= 0 ? gemm.epilogue.both_factors(slot) : float2{0.0f, 0.0f};
+      } else {
+        return float2{0.0f, 0.0f};
+      }
+    };
 
     constexpr int kPrefetched = Tile::kStages < KBlocks::kCount ? Tile::kStages : KBlocks::kCount;
     int prefetched = 0;  // k-blocks of the first work tile whose weights are on their way before its tokens exist
@@ -190,7 +204,12 @@ struct WgmmaProducer {
         if (real) last = 128 * i + 32 * warp + 32 - __clz(real);
         if (row < Tile::kTokens) {
           written.slots[row] = slots[i];
-          written.factors[row] = slots[i] >= 0 ? gemm.epilogue.factor(slots[i]) : 0.0f;
+          if constexpr (kIsByte<typename Problem::T>) {
+            if (factors_tile != work_tile) factors[i] = factors_of(slots[i]);
+            written.factors[0][row] = factors[i].x, written.factors[1][row] = factors[i].y;
+          } else {
+            written.factors[0][row] = slots[i] >= 0 ? gemm.epilogue.factor(slots[i]) : 0.0f;
+          }
         }
       }
       if (lane == 0) written.rows[warp] = last;
@@ -238,6 +257,13 @@ struct WgmmaProducer {
         }
         mbarrier_arrive_after_copies(shared.full(stage.at));
         stage.advance();
+        if constexpr (kIsByte<typename Problem::T>) {
+          if (k_block == 0) {
+            factors_tile = work_tile + gridDim.x;
+#pragma unroll
+            for (int i = 0; i < kRowsOfThread; ++i) factors[i] = factors_of(next_slots[i]);
+          }
+        }
       }
     }
     // The last record.

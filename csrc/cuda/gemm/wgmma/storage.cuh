@@ -43,13 +43,14 @@ struct WgmmaStorage {
   };
   using WeightStage = typename Select<Zeros::kStored, StageWithZeros, StageWithoutZeros>::Type;
 
+  static constexpr int kFactors = kIsByte<typename Shape::T> ? 2 : 1;
   // What the consumers need to know about a work tile.
   struct Record {
-    int expert;                    // -1 after the last work tile
-    int column_tile;               // of the product
-    int rows[4];                   // the tile's last real row + 1 is the largest of these
-    int slots[Tile::kTokens];      // -1 where the row is padding
-    float factors[Tile::kTokens];  // of the rows
+    int expert;                              // -1 after the last work tile
+    int column_tile;                         // of the product
+    int rows[4];                             // the tile's last real row + 1 is the largest of these
+    int slots[Tile::kTokens];                // -1 where the row is padding
+    float factors[kFactors][Tile::kTokens];  // of the rows
   };
   static constexpr int kRecords = 2;
   static_assert(sizeof(WeightStage) % 16 == 0 && sizeof(Record) % 8 == 0, "stages and barriers are aligned");

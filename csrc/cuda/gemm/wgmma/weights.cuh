@@ -18,13 +18,7 @@ struct WgmmaLane {
   __device__ __forceinline__ int unit(int half) const {
     return half * Shape::kHalfUnits + warpgroup * Shape::kWarpSubTiles + warp * Shape::kWarpSubTiles / 4;
   }
-  __device__ __forceinline__ int word() const {
-    int turn = warp;
-    // With rows of bytes, lanes of the warp take turns, so that no two read the same bank: eight lanes at a time with
-    // words of 4 bits, four with 8. Any columns may be rows of a fragment.
-    if constexpr (kIsByte<typename Shape::T>) turn += lane / Shape::kTurnLanes;
-    return turn * Shape::kWarpSubTiles % 4;
-  }
+  __device__ __forceinline__ int word() const { return warp * Shape::kWarpSubTiles % 4; }
 };
 
 template <class Shape>

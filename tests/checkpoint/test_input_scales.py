@@ -1,0 +1,94 @@
+"""Scales of 8-bit activations that a checkpoint fixes: loaded, used for rows of e4m3, and kept by the packed form."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from byte_blocks import in_fixed_units, relative_error
+from scheme_tensors import BF16, E, H, compressed, ct_config, expert_tensors, fp8_rows, router, silu
+
+from jax_marlin_moe.checkpoint import convert, load_moe_layer
+
+INPUTS = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+
+
+def ct_inputs(**changes):
+    config = ct_config()
+    (name,) = config["config_groups"]
+    group = config["config_groups"][name] | {"input_activations": INPUTS | changes}
+    return config | {"config_groups": {name: group}}
+
+
+INT4 = compressed(4, 32, True, BF16)
+# What the tensors are made by, the config, and whether it fixes the scales of rows.
+CASES = {
+    "W4A8 of compressed-tensors": (INT4, ct_inputs(), True),
+    "W8A8 of ModelOpt": (fp8_rows("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, True),
+    "W8A8 of fp8": (fp8_rows("tensor"), {"quant_method": "fp8", "activation_scheme": "static"}, True),
+    "scales of each token": (INT4, ct_inputs(dynamic=True, strategy="token"), False),
+    "scales of int8": (INT4, ct_inputs(type="int"), False),
+    "16 bits": (INT4, ct_config(), False),
+    "dynamic fp8": (fp8_rows("tensor"), {"quant_method": "fp8", "activation_scheme": "dynamic"}, False),
+}
+
+
+def with_scales(make, values):
+    def made(rng, n, k):
+        found, dense = make(rng, n, k)
+        return found | {".input_scale": np.float32(values.pop())}, dense
+
+    return made
+
+
+def written(save, rng, name, values):
+    make, quantization, _ = CASES[name]
+    tensors, dense = expert_tensors(rng, with_scales(make, values))
+    config = {"model_type": "qwen3_moe", "quantization_config": quantization}
+    return save(config, tensors | router(rng)), dense
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scales_of_rows_are_loaded_where_the_config_fixes_them(save, rng, name):
+    values = list(np.float32(rng.uniform(0.01, 0.1, 3 * E)))
+    of_experts = np.float32(values[::-1]).reshape(E, 3)  # gate, up, down
+    layer = load_moe_layer(written(save, rng, name, values)[0], 0)
+    if CASES[name][2]:
+        assert layer.x_scale == of_experts[:, :2].max()
+        np.testing.assert_array_equal(layer.intermediate_scales, of_experts[:, 2])
+    else:
+        assert layer.x_scale is None
+        assert layer.intermediate_scales is None
+
+
+def test_a_loaded_layer_rounds_rows_by_the_scales_of_its_file(save, rng, tmp_path):
+    values = list(np.float32(rng.uniform(0.005, 0.02, 3 * E)))
+    path, (gate, up, down) = written(save, rng, "W4A8 of compressed-tensors", values)
+    layer = load_moe_layer(path, 0)
+    x = rng.normal(size=(9, H)).astype(BF16)
+    weights, ids = (np.asarray(a, np.float64) for a in layer.route(jnp.asarray(x)))
+    codes, scale = in_fixed_units(x, layer.x_scale)
+    rows, wanted = codes * np.float64(scale), np.zeros((9, H))
+    for t in range(9):
+        for w, e in zip(weights[t], ids[t].astype(int), strict=True):
+            hidden = silu(rows[t] @ gate[e], rows[t] @ up[e])[None]
+            codes, scale = in_fixed_units(hidden, layer.intermediate_scales[e])
+            wanted[t] += w * (codes[0] * np.float64(scale[0]) @ down[e])
+    y = layer(jnp.asarray(x), activation_dtype="float8_e4m3fn")
+    assert relative_error(y, wanted) < 6e-3  # of bfloat16, and of hidden values next to a tie
+    convert(path, tmp_path / "packed")
+    again = load_moe_layer(tmp_path / "packed", 0)
+    np.testing.assert_array_equal(again(jnp.asarray(x), activation_dtype="float8_e4m3fn"), y)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.inf, np.nan])
+def test_a_scale_that_no_token_reached_leaves_rows_their_own(save, rng, caplog, bad):
+    values = [np.float32(0.02)] * (3 * E - 1) + [np.float32(bad)]  # the last one is that of the first gate
+    layer = load_moe_layer(written(save, rng, "W8A8 of fp8", values)[0], 0)
+    assert layer.x_scale is None
+    np.testing.assert_array_equal(layer.intermediate_scales, [np.float32(0.02)] * E)
+    assert "experts.0.gate_proj.input_scale is not positive and finite: rows have scales of their own" in caplog.text
+
+
+def test_scales_of_many_numbers_are_refused_by_name(save, rng):
+    path, _ = written(save, rng, "W8A8 of fp8", [np.full(3, 0.02, np.float32)] * (3 * E))
+    with pytest.raises(ValueError, match=r"gate_proj.input_scale has shape \(3,\); it must be \(\) or \(1,\), one num"):
+        load_moe_layer(path, 0)
