@@ -4,6 +4,7 @@ XLA reads the number of devices when it starts, so `test_sharding.py` runs this 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -29,7 +30,9 @@ MESH = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 EXPLICIT = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
 
 
+@functools.cache
 def block(weight_format="int4", group_size=64, halves=2):
+    """x, gate_up, down, router weights, ids."""
     keys = jax.random.split(jax.random.key(0), 6)
     first = jax.random.normal(keys[0], (EXPERTS, HIDDEN, halves * INNER)) * HIDDEN**-0.5
     second = jax.random.normal(keys[1], (EXPERTS, INNER, HIDDEN)) * INNER**-0.5
@@ -40,7 +43,13 @@ def block(weight_format="int4", group_size=64, halves=2):
         second, weight_format, group_size=group_size, bias=jax.random.normal(keys[5], (EXPERTS, HIDDEN))
     )
     x = jax.random.normal(keys[2], (TOKENS, HIDDEN), jnp.bfloat16)
-    return (x, gate_up, down, *jmm.route(jax.random.normal(keys[3], (TOKENS, EXPERTS)), top_k=TOP_K))
+    # On the host: what lies on a device, JAX cuts by a program that it compiles for every shape.
+    matrices = jax.tree.map(np.asarray, (gate_up, down))
+    return (x, *matrices, *jmm.route(jax.random.normal(keys[3], (TOKENS, EXPERTS)), top_k=TOP_K))
+
+
+def on_one_device(arguments):
+    return jax.tree.map(jnp.asarray, arguments)
 
 
 def local_map():
@@ -69,7 +78,7 @@ def assert_not_replicated(function, *arguments):
 
 
 def parallel_experts(implementation):
-    arguments = block()
+    arguments = on_one_device(block())
     x, gate_up, down, *_ = arguments
     specs = (P(), *(partition_specs(matrix, "experts", "d") for matrix in (gate_up, down)), P(), P())
 
@@ -177,7 +186,7 @@ def gradients(implementation):
 
 def explicit_tokens(implementation):
     """Types say where tokens are: the result has x's rows, and lists are replicated."""
-    x, gate_up, down, w, ids = block()
+    x, gate_up, down, w, ids = on_one_device(block())
     xs, ws, js = (jax.device_put(array, NamedSharding(EXPLICIT, P("d"))) for array in (x, w, ids))
     y = jax.jit(lambda *a: jmm.fused_moe(a[0], gate_up, down, *a[1:], implementation=implementation))(xs, ws, js)
     assert_close(y, jmm.fused_moe(x, gate_up, down, w, ids))
@@ -257,7 +266,7 @@ def partitioned_op():
 
 def sharded_tokens():
     """Plain `jit`, compiled ahead of time: each device computes its tokens, with the bits of one device."""
-    x, gate_up, down, w, ids = block()
+    x, gate_up, down, w, ids = on_one_device(block())
     run = jax.jit(jmm.fused_moe)
     wanted = run(x, gate_up, down, w, ids)
     placed = on_rows(x), gate_up, down, on_rows(w), on_rows(ids)
