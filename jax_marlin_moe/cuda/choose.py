@@ -123,6 +123,42 @@ def choose_listed_tile(shape: GemmShape, num_slots: int, num_experts: int, list_
     return _fastest_tile(shape, _expected(sizes, num_slots, num_experts), num_slots, capability)
 
 
+def choose_invariant_tile(shape: GemmShape, blocks: Mapping[int, float], num_rows: int, capability: int) -> Tile:
+    """The tile of least predicted time among those that give a row of one product the same bits always.
+
+    `blocks` are as for `_fastest_tile`. Blocks of eight rows are among them: which kernel has those in order depends on
+    the shape alone.
+
+    Raises:
+        ValueError: no kernel has such tiles for the shape.
+    """
+    least = min(mma.TOKEN_TILES)
+    kernel = next((name for name in ("wgmma", "mma") if _tiles_in_order(name, shape, least, capability)), None)
+    if kernel is None:
+        raise ValueError(
+            f"batch_invariant is True; no kernel of compute capability {capability} adds up {shape} in one order for "
+            "all numbers of rows"
+        )
+    costs = {
+        tile: tile.predicted_microseconds(shape, expected, num_rows / expected, capability)
+        for tokens, expected in blocks.items()
+        for tile in _tiles_in_order(kernel, shape, tokens, capability)
+    }
+    return min(costs, key=lambda tile: costs[tile])
+
+
+def invariant_rows_tile(shape: GemmShape, num_rows: int, capability: int) -> Tile:
+    """`choose_invariant_tile` for rows of one expert."""
+    sizes = sorted({*mma.TOKEN_TILES, *wgmma.TOKEN_TILES})
+    return choose_invariant_tile(shape, {t: -(-num_rows // t) for t in sizes}, num_rows, capability)
+
+
+def invariant_listed_tile(shape: GemmShape, num_slots: int, num_experts: int, list_block: int, capability: int) -> Tile:
+    """`choose_invariant_tile` for slots that are listed in blocks of so many."""
+    sizes = [t for t in {*mma.TOKEN_TILES, *wgmma.TOKEN_TILES} if list_block % t == 0]
+    return choose_invariant_tile(shape, _expected(sizes, num_slots, num_experts), num_slots, capability)
+
+
 def _expected(sizes: Iterable[int], num_slots: int, num_experts: int) -> dict[int, float]:
     """Blocks of each size that uniform routing fills."""
     return {tokens: expected_blocks(num_slots, num_experts, num_experts, tokens) for tokens in sorted(sizes)}

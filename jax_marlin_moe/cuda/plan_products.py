@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin_moe import reference
-from jax_marlin_moe.cuda.choose import choose_listed_tile, choose_product_tile
+from jax_marlin_moe.cuda.choose import choose_listed_tile, choose_product_tile, invariant_listed_tile
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts, slices_of_columns
 from jax_marlin_moe.cuda.kernels.align import align_kernels
@@ -28,6 +28,7 @@ def plan_moe_gemm(
     list_length: int,
     weighted: bool,
     architecture: str,
+    batch_invariant: bool = False,
 ) -> Plan:
     """Buffers: x, the matrix (5), topk_weights, sorted ids, expert ids, count; y; scratch."""
     capability = compute_capability(architecture)
@@ -36,7 +37,8 @@ def plan_moe_gemm(
     num_slots = x.shape[0] * top_k
     check_counts(num_slots, weights.num_experts, list_length)
     shape = gemm_shape(weights, False, x.dtype)
-    tile = choose_listed_tile(shape, num_slots, weights.num_experts, block_size, capability)
+    choose = invariant_listed_tile if batch_invariant else choose_listed_tile
+    tile = choose(shape, num_slots, weights.num_experts, block_size, capability)
     first_matrix, router = 1, 1 + WEIGHT_OPERANDS
     listed, y = (router + 1, router + 2, router + 3), router + 4
     first_rows = y + 1

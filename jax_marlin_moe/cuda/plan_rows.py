@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jax_marlin_moe.cuda.choose import choose_rows_tile
+from jax_marlin_moe.cuda.choose import choose_rows_tile, invariant_rows_tile
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.grouped_gemm import gemm_kernel, gemm_shape
 from jax_marlin_moe.cuda.kernels.dispatches import resolve_kernel
@@ -66,7 +66,9 @@ def plan_expert_gemm(
     return Plan((resolve, gemm), scratch)
 
 
-def plan_linear(x: jax.Array, weights: MarlinWeights, *, named: bool, architecture: str) -> Plan:
+def plan_linear(
+    x: jax.Array, weights: MarlinWeights, *, named: bool, architecture: str, batch_invariant: bool = False
+) -> Plan:
     """Buffers: x, the matrix (5), the expert's number; y."""
     capability = compute_capability(architecture)
     check_rows(x, capability)
@@ -74,7 +76,10 @@ def plan_linear(x: jax.Array, weights: MarlinWeights, *, named: bool, architectu
     num_rows = x.shape[0]
     check_counts(num_rows, weights.num_experts, num_rows)
     shape = gemm_shape(weights, False, x.dtype)
-    tile = choose_rows_tile(shape, num_rows, 1, capability)
+    if batch_invariant:
+        tile = invariant_rows_tile(shape, num_rows, capability)
+    else:
+        tile = choose_rows_tile(shape, num_rows, 1, capability)
     expert = 1 + WEIGHT_OPERANDS
     y = expert + 1
     gemm = gemm_kernel(

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.kernels import mma, wgmma, wgmma_bytes
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
@@ -85,9 +89,33 @@ def requested_scheme(
         return cuda_scheme
     if cuda_scheme is not None:
         raise ValueError("cuda_scheme is given and batch_invariant is True, which chooses one itself; pass one of them")
+    check_invariant_implementation(implementation)
+    return "batch_invariant"
+
+
+def check_invariant_implementation(implementation: str | None) -> None:
+    """Raises ValueError where results of `batch_invariant=True` would depend on the batch."""
     if implementation == "xla":
         raise ValueError(
             "batch_invariant is True and implementation 'xla', whose products add up in orders that XLA chooses by "
             "shape; pass 'cuda' or 'cpu'"
         )
-    return "batch_invariant"
+
+
+def check_invariant_product(x: jax.Array, dtype: DTypeLike, implementation: str | None) -> None:
+    """Raises ValueError where a single product of `batch_invariant=True` would depend on the batch."""
+    check_invariant_implementation(implementation)
+    if x.dtype != dtype:
+        raise ValueError(
+            f"batch_invariant is True and the result has dtype {jnp.dtype(dtype).name}; it must be rounded to that of "
+            f"the multiplied rows, {x.dtype}: pass such rows, and leave preferred_element_type out"
+        )
+
+
+def check_undivided(batch_invariant: bool, op: str) -> None:
+    """Raises ValueError where devices share the rows of a matrix, whose sums they add in float32."""
+    if batch_invariant:
+        raise ValueError(
+            f"batch_invariant is True and the rows of {op}'s weights are sharded; they must be whole on each device: "
+            "shard the columns instead"
+        )

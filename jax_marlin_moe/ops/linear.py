@@ -11,6 +11,7 @@ from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan_rows import plan_linear
 from jax_marlin_moe.cuda.program import call_program
+from jax_marlin_moe.cuda.scheme import check_invariant_product, check_undivided
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import alike, replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
@@ -30,6 +31,7 @@ def linear(
     expert: int | Int32[Array, ""] | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
+    batch_invariant: bool = False,
 ) -> Float[Array, "*batch N"]:
     """`x @ W + bias` with one packed matrix, accumulated in float32 and rounded once.
 
@@ -44,6 +46,8 @@ def linear(
         expert: which matrix of the stack, traced or not; the nearest that there is where a traced one is out of range.
         preferred_element_type: of the result: that of x, which is the default, or float32, which is not rounded.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
+        batch_invariant: whether a row has the same bits whatever other rows there are. On CUDA that takes a tile whose
+            sums depend on the matrix alone; CPUs always do so, and "xla" does not.
 
     Raises:
         IndexError: `expert` is out of range, and not traced.
@@ -73,11 +77,15 @@ def linear(
             raise TypeError(f"bias has dtype {getattr(bias, 'dtype', type(bias).__name__)}; it must be floating point")
         shape, meaning = ((weights.n,), "(N,)") if expert is None else ((experts, weights.n), "(E, N)")
         arguments.check_shape("bias", bias, shape, meaning)
-    return _product(x, weights, bias, expert, dtype=dtype, implementation=implementation)
+    if batch_invariant:
+        check_invariant_product(x, dtype, implementation)
+    return _product(
+        x, weights, bias, expert, dtype=dtype, implementation=implementation, batch_invariant=batch_invariant
+    )
 
 
-@one_program("dtype", saved_as="linear")
-def _product(x, weights, bias, expert, *, dtype, implementation):
+@one_program("dtype", "batch_invariant", saved_as="linear")
+def _product(x, weights, bias, expert, *, dtype, implementation, batch_invariant):
     rows = x.reshape(-1, x.shape[-1])
     if bias is not None:
         bias = pad_columns(bias.reshape(-1, weights.n).astype(jnp.float32), weights)
@@ -90,7 +98,8 @@ def _product(x, weights, bias, expert, *, dtype, implementation):
         ordered = rows
     expert = None if expert is None else expert.reshape(1)
     if dtype == x.dtype:
-        (y,) = linear_op(pad_rows(ordered, weights), as_packed(weights), expert, implementation=implementation)
+        options = {"implementation": implementation, "batch_invariant": batch_invariant}
+        (y,) = linear_op(pad_rows(ordered, weights), as_packed(weights), expert, **options)
     else:
         y = float32_product(pad_rows(ordered, weights), weights, _experts(rows, weights, expert), implementation)
     y = shard_rows_like(drop_column_padding(y, weights), rows)
@@ -127,20 +136,20 @@ def _cpu(x, weights, expert):
     )[:1]
 
 
-def _cuda(x, weights, expert):
+def _cuda(x, weights, expert, *, batch_invariant):
     result = jax.ShapeDtypeStruct((x.shape[0], weights.padded_n), x.dtype)
     if x.shape[0] == 0:
         return [jnp.zeros(result.shape, result.dtype)]
     architecture = target_architecture()
-    plan = plan_linear(x, weights, named=expert is not None, architecture=architecture)
+    plan = plan_linear(x, weights, named=expert is not None, architecture=architecture, batch_invariant=batch_invariant)
     operands = [x, *weight_operands(weights), expert]
     return call_program("linear", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
 
-def _jvp(op, primals, tangents, *, implementation):
+def _jvp(op, primals, tangents, *, implementation, batch_invariant):
     (x, weights, expert), (d_x, d_weights, _) = primals, tangents
     check_not_only_frozen("linear", {"weights": d_weights}, d_x, d_weights.bias, d_weights.global_scales)
-    results = op(*primals, implementation=implementation)
+    results = op(*primals, implementation=implementation, batch_invariant=batch_invariant)
     dots = product_dots(x, d_x, weights, d_weights, _experts(x, weights, expert), implementation)
     return results, [sum(dots[1:], dots[0]).astype(x.dtype)]
 
@@ -149,12 +158,13 @@ def _division():
     return Division(matrices={"weights": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n",), summed=("k",))
 
 
-def _share(call, part, x, weights, expert, *, implementation):
+def _share(call, part, x, weights, expert, *, implementation, batch_invariant=False):
     if part.first_expert is not None:
         number = jnp.zeros((1,), jnp.int32) if expert is None else jnp.clip(expert, 0, part.experts - 1)
         expert = part.local(number, weights.num_experts)
     weights = part.with_bias_once(weights)
     if part.divides_products:
+        check_undivided(batch_invariant, "linear")
         experts = jnp.broadcast_to(jnp.zeros((1,), jnp.int32) if expert is None else expert, x.shape[:1])
         y = float32_product(x, weights, experts, implementation)
     else:
@@ -168,6 +178,7 @@ linear_op = define_op(
     reference=reference.linear,
     cpu=_cpu,
     cuda=_cuda,
+    cuda_options=("batch_invariant",),
     jvp=_jvp,
     rows=("x",),
     division=_division,

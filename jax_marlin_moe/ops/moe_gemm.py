@@ -9,6 +9,7 @@ from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan_products import plan_moe_gemm
 from jax_marlin_moe.cuda.program import call_program
+from jax_marlin_moe.cuda.scheme import check_invariant_product, check_undivided
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
@@ -31,6 +32,7 @@ def moe_gemm(
     mul_topk_weights: bool = False,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
+    batch_invariant: bool = False,
 ) -> Float[Array, "tokens*top_k N"]:
     """Multiplies each routed slot's row of x by its expert's matrix.
 
@@ -49,6 +51,8 @@ def moe_gemm(
         mul_topk_weights: whether to multiply by them.
         preferred_element_type: of the result: that of x, which is the default, or float32, which is not rounded.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
+        batch_invariant: whether a row has the same bits whatever other rows there are. On CUDA that takes a tile whose
+            sums depend on the matrix alone; CPUs always do so, and "xla" does not.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
@@ -64,6 +68,7 @@ def moe_gemm(
             mul_topk_weights=mul_topk_weights,
             preferred_element_type=preferred_element_type,
             implementation=implementation,
+            batch_invariant=batch_invariant,
         )
         return y.reshape(*x.shape[:-2], x.shape[-2] * top_k, y.shape[-1])
     x, dtype = arguments.as_rows("x", x, preferred_element_type)
@@ -88,6 +93,8 @@ def moe_gemm(
             raise ValueError(
                 f"topk_weights has shape {tuple(topk_weights.shape)}; it must hold tokens * top_k = {slots} values"
             )
+    if batch_invariant:
+        check_invariant_product(x, dtype, implementation)
     return _product(
         x,
         weights,
@@ -96,11 +103,12 @@ def moe_gemm(
         top_k=top_k,
         dtype=dtype,
         implementation=implementation,
+        batch_invariant=batch_invariant,
     )
 
 
-@one_program("top_k", "dtype", saved_as="moe_gemm")
-def _product(x, weights, topk_weights, alignment, *, top_k, dtype, implementation):
+@one_program("top_k", "dtype", "batch_invariant", saved_as="moe_gemm")
+def _product(x, weights, topk_weights, alignment, *, top_k, dtype, implementation, batch_invariant):
     rows, slots_per_row = x, top_k
     if weights.input_order is not None:
         rows, slots_per_row = _reordered_rows(x, weights, alignment, top_k), 1
@@ -120,6 +128,7 @@ def _product(x, weights, topk_weights, alignment, *, top_k, dtype, implementatio
         top_k=slots_per_row,
         block_size=alignment.block_size,
         implementation=implementation,
+        batch_invariant=batch_invariant,
     )
     return shard_rows_like(drop_column_padding(y, weights), x)
 
@@ -164,7 +173,7 @@ def _cpu(x, weights, topk_weights, *alignment, top_k, block_size):
     )
 
 
-def _cuda(x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, block_size):
+def _cuda(x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, block_size, batch_invariant):
     operands = [x, *weight_operands(weights), topk_weights, sorted_ids, expert_ids, count]
     result = jax.ShapeDtypeStruct((x.shape[0] * top_k, weights.padded_n), x.dtype)
     if x.shape[0] == 0:
@@ -178,6 +187,7 @@ def _cuda(x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, blo
         list_length=sorted_ids.shape[0],
         weighted=topk_weights is not None,
         architecture=architecture,
+        batch_invariant=batch_invariant,
     )
     return call_program("moe_gemm", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
 
@@ -218,11 +228,12 @@ def _batching_rule(op, leaves, dims, *, structure, top_k, block_size, **params):
     return [y.reshape(batch, slots, -1)], [0]
 
 
-def _jvp(op, primals, tangents, *, top_k, block_size, implementation):
+def _jvp(op, primals, tangents, *, top_k, block_size, implementation, batch_invariant):
     x, weights, router, *alignment = primals
     d_x, d_weights, d_router, *_ = tangents
     check_not_only_frozen("moe_gemm", {"weights": d_weights}, d_x, d_weights.bias, d_weights.global_scales, d_router)
-    results = op(*primals, top_k=top_k, block_size=block_size, implementation=implementation)
+    options = {"implementation": implementation, "batch_invariant": batch_invariant}
+    results = op(*primals, top_k=top_k, block_size=block_size, **options)
     experts = reference.listed_experts(
         *alignment, num_slots=x.shape[0] * top_k, num_experts=weights.num_experts, block_size=block_size
     )
@@ -238,11 +249,26 @@ def _division(*, top_k, block_size):
     return Division(matrices={"weights": ("k", "n")}, share=_share, columns={"x": "k"}, results=("n",), summed=("k",))
 
 
-def _share(call, part, x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, block_size, implementation):
+def _share(
+    call,
+    part,
+    x,
+    weights,
+    topk_weights,
+    sorted_ids,
+    expert_ids,
+    count,
+    *,
+    top_k,
+    block_size,
+    implementation,
+    batch_invariant=False,
+):
     expert_ids = part.local(expert_ids, weights.num_experts)
     weights = part.with_bias_once(weights)
     if not part.divides_products:
         return [part.total(*call(x, weights, topk_weights, sorted_ids, expert_ids, count), x.dtype)]
+    check_undivided(batch_invariant, "moe_gemm")
     experts = reference.listed_experts(
         sorted_ids,
         expert_ids,
@@ -262,6 +288,7 @@ moe_gemm_op = define_op(
     cpu=_cpu,
     cuda=_cuda,
     batching_rule=_batching_rule,
+    cuda_options=("batch_invariant",),
     jvp=_jvp,
     division=_division,
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.cuda.choose import invariant_scheme
+from jax_marlin_moe.cuda.choose import invariant_listed_tile, invariant_rows_tile, invariant_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.grouped_gemm import gemm_shape
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
@@ -81,6 +81,54 @@ def test_a_layer(platform):
         lambda part: layer(x[part], batch_invariant=True),
         PARTS if platform == "cuda" else PARTS[1:3],
     )
+
+
+@pytest.mark.parametrize("weight_format", ["int4", pytest.param("nvfp4", marks=pytest.mark.gpu)])
+def test_a_product_of_rows(platform, weight_format):
+    matrix = weights_of(weight_format)[0].expert(3)
+    x, *_ = rows()
+    assert_same_bits(
+        lambda part: jmm.linear(x[part], matrix, implementation=platform, batch_invariant=True),
+        PARTS if platform == "cuda" else PARTS[1:4],
+    )
+
+
+def test_a_product_of_listed_slots(platform):
+    """The list's blocks may be of any size."""
+    matrix, _ = weights_of("int4")
+    x, router, ids = rows()
+
+    def product(part):
+        some = jnp.asarray(ids[part])
+        size = 64 if len(some) > 300 else 16
+        alignment = jmm.moe_align_block_size(some, block_size=size, num_experts=EXPERTS, implementation=platform)
+        options = {"top_k": TOP_K, "topk_weights": router[part], "mul_topk_weights": True}
+        y = jmm.moe_gemm(x[part], matrix, alignment, **options, implementation=platform, batch_invariant=True)
+        return y.reshape(len(some), -1)
+
+    assert_same_bits(product, PARTS if platform == "cuda" else PARTS[1:3])
+
+
+@pytest.mark.parametrize("weight_format", jmm.FORMATS)
+def test_tiles_of_a_product_add_up_in_one_order(weight_format):
+    dense = jax.ShapeDtypeStruct((EXPERTS, HIDDEN, 2 * INNER), "bfloat16")
+    matrix = jax.eval_shape(lambda dense: jmm.quantize(dense, weight_format), dense)
+    shape = gemm_shape(matrix, False, jnp.dtype("bfloat16"))
+    tiles = [invariant_rows_tile(shape, count, 90) for count in (1, 30, 600, 16384)]
+    tiles += [invariant_listed_tile(shape, 600, EXPERTS, block, 90) for block in (8, 16, 48, 128)]
+    assert {type(tile) for tile in tiles} == {WgmmaTile}
+    assert len({(tile.warpgroups_k, tile.scales_weights) for tile in tiles}) == 1
+    assert len({tile.tokens for tile in tiles}) > 2
+
+
+def test_products_in_float32_are_refused():
+    gate_up, _ = weights_of("int4")
+    x, _, ids = rows()
+    with pytest.raises(ValueError, match="batch_invariant is True and the result has dtype float32"):
+        jmm.linear(x, gate_up.expert(0), preferred_element_type=jnp.float32, batch_invariant=True)
+    alignment = jmm.moe_align_block_size(jnp.asarray(ids), block_size=16, num_experts=EXPERTS, implementation="xla")
+    with pytest.raises(ValueError, match="batch_invariant is True and implementation 'xla'"):
+        jmm.moe_gemm(x, gate_up, alignment, top_k=TOP_K, implementation="xla", batch_invariant=True)
 
 
 @pytest.mark.parametrize("weight_format", jmm.FORMATS)
