@@ -133,8 +133,9 @@ def _check_byte_rows(
         if not wgmma_bytes.multiplies(shape):
             raise ValueError(
                 f"activation_dtype is {activation_dtype!r} and {name} has format {weights.format.name!r}, groups of "
-                f"{shape.group_size} and K = {shape.k}; the CUDA kernels take {wgmma_bytes.FORMATS[activation_dtype]}, "
-                "groups of 128 or one group, and multiples of 32 from 128 on: pass None, or implementation='xla'"
+                f"{shape.group_size}, K = {shape.k} and N = {shape.n}; the CUDA kernels take "
+                f"{wgmma_bytes.FORMATS[activation_dtype]}, groups of 128 or one group, multiples of 32 from 128 on for "
+                "K, and of 128 for N: pass None, or implementation='xla'"
             )
 
 

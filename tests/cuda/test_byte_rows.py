@@ -89,6 +89,7 @@ def test_a_tile_of_bytes_fits_what_its_kernel_takes():
     assert tile.fits(shape_of(2048, 1536, group_size=2048, zeros="integer"), 90)
     assert not tile.fits(shape_of(2048, 1536, zeros="float"), 90)
     assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
+    assert not WgmmaByteTile(128, 2, 1, 6).fits(shape_of(2880, 2880), 90)  # and of the smallest one
     assert not tile.fits(shape_of(2048, 1536, code="e2m1", scale="e8m0", group_size=32), 90)
     assert not tile.fits(shape_of(2048, 1536, code="int8", bits=8), 90)  # not in e4m3
     assert WgmmaByteTile(128, 2, 2, 4).fits(shape_of(2048, 1536, code="int8", bits=8, dtype="int8"), 90)

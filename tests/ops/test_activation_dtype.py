@@ -152,7 +152,7 @@ def test_quantised_rows_are_named_where_they_cannot_be():
             64,
             "int8",
             "sm_90a",
-            r"gate_up has format 'int4', groups of 64 .*groups of 128 or one group.*: pass None",
+            r"gate_up has format 'int4', groups of 64, K = 256 and N = 256;.*groups of 128 or one group.*: pass None",
         ),
         ("int8", 128, "float8_e4m3fn", "sm_90a", "gate_up has format 'int8'.*take int4, int4_zp and fp8"),
         ("nvfp4", 16, "float8_e4m3fn", "sm_90a", "gate_up has format 'nvfp4'"),

@@ -146,6 +146,7 @@ def multiplies(shape: GemmShape) -> bool:
         and groups
         and shape.k >= BLOCK_K
         and shape.k % 32 == 0
+        and shape.n % (2 * UNIT) == 0  # two slabs of a warpgroup
     )
 
 
