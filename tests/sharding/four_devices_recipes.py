@@ -37,7 +37,8 @@ HOSTS, DATA = mesh((2, 2), ("hosts", "cards")), mesh((2, 2), ("data", "tensor"))
 
 
 def random(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape) * shape[-2] ** -0.5
+    # By NumPy: JAX's numbers are a program for each shape, which takes longer to compile than the checks to run.
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * shape[-2] ** -0.5, jnp.float32)
 
 
 def layer(weight_format="int4", inner=INNER, group_size=64, shared=None, **options):
