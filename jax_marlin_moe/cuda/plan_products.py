@@ -84,6 +84,7 @@ def plan_moe_gemm(
         token_tiles=token_tiles,
         epilogue=epilogue,
         overlaps_predecessor=capability >= 90,
+        in_order=batch_invariant,
     )
     return Plan((clear, find, gemm), (jax.ShapeDtypeStruct((num_slots,), jnp.int32),))
 

@@ -97,5 +97,6 @@ def plan_linear(
             x.dtype.name, shape.n, out=y, bias=None if weights.bias is None else _BIAS, topk_weights=None
         ),
         overlaps_predecessor=False,
+        in_order=batch_invariant,
     )
     return Plan((gemm,))

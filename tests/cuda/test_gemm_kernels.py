@@ -13,6 +13,8 @@ from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.plan import plan_fused_moe
+from jax_marlin_moe.cuda.plan_products import plan_moe_gemm
+from jax_marlin_moe.cuda.plan_rows import plan_linear
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme
 
 SHAPE = GemmShape(512, 512, 8, 128, False, "int4", 4, "bfloat16", None, "bfloat16")
@@ -77,3 +79,14 @@ def test_products_know_whether_their_order_is_fixed():
         plan = planned(64, scheme)
         for stage in ("gate_up", "down"):
             assert plan.kernels[plan.position(stage)].structs["Problem"]["in_order"] is in_order
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_single_products_know_it_too(batch_invariant):
+    x, weights, *_ = abstract_block(4, 2, 512, 256, 8, jnp.dtype("bfloat16"), group_size=128)
+    options = {"architecture": "sm_80", "batch_invariant": batch_invariant}
+    for plan in (
+        plan_linear(x, weights, named=False, **options),
+        plan_moe_gemm(x, weights, top_k=2, block_size=8, list_length=72, weighted=False, **options),
+    ):
+        assert plan.kernels[-1].structs["Problem"]["in_order"] is batch_invariant
