@@ -8,6 +8,7 @@
 
 #include "ptx/ptx.cuh"
 #include "scan.cuh"
+#include "token_count.cuh"
 
 namespace jmm {
 
@@ -16,9 +17,10 @@ namespace jmm {
 // The slots of each warp, and their experts.
 template <class Facts>
 struct PartsOfSlots {
-  static constexpr int kSlots = Facts::kSlots;      // of topk_ids
+  static constexpr int kSlots = Facts::kSlots;      // of topk_ids, or as many at most
   static constexpr int kExperts = Facts::kExperts;  // that topk_ids may name
   static constexpr bool kMapped = Facts::kMapped;   // whether there is an expert_map
+  static constexpr int kSlotsOfToken = Facts::kSlotsOfToken;
   static constexpr int kWarps = Facts::kWarps, kThreads = 32 * kWarps, kCtas = Facts::kCtas;
   static constexpr int kSlotsPerWarp = (kSlots + kCtas * kThreads - 1) / (kCtas * kThreads) * 32;
   static constexpr int kAhead = kSlotsPerWarp / 32 < 8 ? kSlotsPerWarp / 32 : 8;  // ids of a lane fetched at once
@@ -26,12 +28,13 @@ struct PartsOfSlots {
 
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kExperts] if kMapped
+  [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   // Calls visit(first slot, this lane's expert) for every 32 slots of this warp; -1 where a slot vanishes.
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
     const int first = (blockIdx.x * kWarps + threadIdx.x / 32) * kSlotsPerWarp, lane = threadIdx.x % 32;
-    const int last = min(first + kSlotsPerWarp, kSlots);
+    const int last = min(first + kSlotsPerWarp, count.of(kSlots / kSlotsOfToken) * kSlotsOfToken);
     for (int base = first; base < last; base += 32 * kAhead) {
       int experts[kAhead];
 #pragma unroll

@@ -2,8 +2,10 @@
 // input, and rounds once.
 #pragma once
 
+#include "four_columns.cuh"
 #include "offsets.cuh"
 #include "ptx/ptx.cuh"
+#include "token_count.cuh"
 #include "token_tiles.cuh"
 
 namespace jmm {
@@ -46,10 +48,11 @@ struct Combine {
   const X* __restrict__ x;    // [kTokens, kInputColumns]
   const float* topk_weights;  // [kTokens, kTopK]
   T* __restrict__ out;        // [kTokens, kResultColumns], from the first of the columns on
+  [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   __device__ void run() const {
     const VectorIndex i = Offset<kAllVectors + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
-    const int token = min(i / kVectors, VectorIndex(kTokens - 1)), vector = i % kVectors;
+    const int last = count.of(kTokens) - 1, token = min(i / kVectors, VectorIndex(last)), vector = i % kVectors;
     // The ids were there before this call: they are fetched while the kernel before still runs.
     uint32_t there[(kTopK + 31) / 32] = {};
 #pragma unroll
@@ -60,7 +63,7 @@ struct Combine {
     }
     allow_next_kernel();
     wait_for_previous_kernel();
-    if (!kPlaces && i >= kAllVectors) return;  // with places, the others of a unit wait
+    if (!kPlaces && i >= VectorIndex(count.of(kTokens)) * kVectors) return;  // with places, the others of a unit wait
     float4 sums[kFours] = {};
 #pragma unroll
     for (int first = 0; first < kTopK; first += kAhead) {
@@ -81,7 +84,7 @@ struct Combine {
     if constexpr (kIdentityExperts > 0) add_input(sums[0], token, vector);
     if constexpr (kPlaces) {
       sums[0] = in_order(sums[0]);
-      if (i >= kAllVectors) return;
+      if (i >= VectorIndex(count.of(kTokens)) * kVectors) return;
     }
     const int64_t place = kSliced ? int64_t(token) * (kResultColumns / kVector) + vector : int64_t(i);
 #pragma unroll
@@ -147,6 +150,66 @@ struct Combine {
     sum.y = fmaf(to_float<X>(static_cast<uint16_t>(pairs.x >> 16)), weight, sum.y);
     sum.z = fmaf(to_float<X>(static_cast<uint16_t>(pairs.y)), weight, sum.z);
     sum.w = fmaf(to_float<X>(static_cast<uint16_t>(pairs.y >> 16)), weight, sum.w);
+  }
+};
+
+// The same of rows of `FourColumns`. A thread has two vectors of four columns each: 16 bytes of a slot.
+template <class Facts>
+struct CombineFourColumns {
+  using T = typename Facts::Element;  // of the result
+  static constexpr int kTokens = Facts::kTokens, kTopK = Facts::kTopK, kColumns = Facts::kColumns;
+  static constexpr int kExperts = Facts::kExperts, kRoutedExperts = Facts::kRoutedExperts;
+  static constexpr bool kMapped = Facts::kMapped, kPairs = Facts::kPairs;
+  using Places = PlacesOfFour<kPairs>;
+  static constexpr int kThreads = 128;
+  static constexpr int kPieces = kColumns / 8;  // of a row
+  static constexpr int64_t kAllPieces = int64_t(kTokens) * kPieces;
+  static constexpr int64_t kMaxCtas = (kAllPieces + kThreads - 1) / kThreads;
+  using PieceIndex = Index<kAllPieces + kThreads>;
+  static_assert(kColumns % Places::kGroup == 0, "rows are whole groups of columns");
+
+  const float* __restrict__ partials;      // [kTokens * kTopK, kPieces] of uint4; rows of dropped slots hold nothing
+  const int32_t* __restrict__ topk_ids;    // [kTokens, kTopK]
+  const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
+  T* __restrict__ out;                     // [kTokens, kColumns]
+  [[no_unique_address]] TokenCount<Facts::kCounted> count;
+
+  __device__ void run() const {
+    const PieceIndex i = Offset<kAllPieces + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
+    const int last = count.of(kTokens) - 1, token = min(i / kPieces, PieceIndex(last)), piece = i % kPieces;
+    uint32_t there[(kTopK + 31) / 32] = {};
+#pragma unroll
+    for (int j = 0; j < kTopK; ++j) {
+      const int expert = expert_of_slot<kExperts, kRoutedExperts, kMapped>(topk_ids, expert_map, token * kTopK + j);
+      there[j / 32] |= uint32_t(expert >= 0) << (j % 32);
+    }
+    allow_next_kernel();
+    wait_for_previous_kernel();
+    if (i >= PieceIndex(count.of(kTokens)) * kPieces) return;
+    float4 sums[2] = {};
+#pragma unroll
+    for (int j = 0; j < kTopK; ++j) {
+      if (!(there[j / 32] >> (j % 32) & 1)) continue;
+      const uint4 part = reinterpret_cast<const uint4*>(partials)[int64_t(token * kTopK + j) * kPieces + piece];
+      FourColumns::add(sums[0], uint2{part.x, part.y});
+      FourColumns::add(sums[1], uint2{part.z, part.w});
+    }
+    // The columns of the second vector are next to those of the first.
+    T* const to = out + int64_t(token) * kColumns + Places::column_of(2 * piece);
+    if constexpr (kPairs) {
+      *reinterpret_cast<uint2*>(to) = uint2{both(sums[0].x, sums[0].y), both(sums[1].x, sums[1].y)};
+      *reinterpret_cast<uint2*>(to + 8) = uint2{both(sums[0].z, sums[0].w), both(sums[1].z, sums[1].w)};
+    } else {
+      *reinterpret_cast<uint32_t*>(to) = both(sums[0].x, sums[1].x);
+      *reinterpret_cast<uint32_t*>(to + 8) = both(sums[0].y, sums[1].y);
+      *reinterpret_cast<uint32_t*>(to + 16) = both(sums[0].z, sums[1].z);
+      *reinterpret_cast<uint32_t*>(to + 24) = both(sums[0].w, sums[1].w);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t both(float first, float second) {
+    return from_float<T>(first) | uint32_t(from_float<T>(second)) << 16;
   }
 };
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "activations.cuh"
+#include "four_columns.cuh"
 #include "intermediate.cuh"
 #include "ptx/ptx.cuh"
 
@@ -175,6 +176,46 @@ struct SlotPartials {
     if (slot >= 0) store_words(reinterpret_cast<uint32_t*>(out + int64_t(slot) * kColumns + place), words);
   }
 };
+
+// `SlotPartials` with four columns in 64 bits (four_columns.cuh), the first of which is `column`.
+template <class Facts>
+struct PackedPartials {
+  static constexpr int kColumns = Facts::kColumns;
+  static constexpr bool kBias = Facts::kBias, kWeighted = Facts::kWeighted, kScaled = Facts::kScaled;  // as there
+  static constexpr bool kRowScaled = Facts::kRowScaled, kPairs = Facts::kPairs;
+  using Places = PlacesOfFour<kPairs>;
+
+  float* __restrict__ out;                        // [slots, kColumns / 4] of uint2
+  const float* __restrict__ bias;                 // as in SlotPartials
+  const float* __restrict__ topk_weights;         // likewise
+  const float* __restrict__ intermediate_scales;  // likewise
+  const float* row_scales;                        // likewise
+
+  static constexpr bool kGated = false;
+
+  __device__ __forceinline__ float factor(int slot) const {
+    if constexpr (kWeighted) return topk_weights[slot];
+    return 1.0f;
+  }
+
+  template <class Expert>
+  __device__ __forceinline__ void store_four(Expert expert, int slot, float factor, int column,
+                                             float (&sums)[4]) const {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (kScaled) sums[c] *= usable_scale(intermediate_scales[expert]);
+      if constexpr (kRowScaled) sums[c] *= row_scales[slot];
+      if constexpr (kBias) sums[c] += bias[expert * kColumns + column + Places::offset(c)];
+      if constexpr (kWeighted) sums[c] *= factor;
+    }
+    reinterpret_cast<uint2*>(out)[int64_t(slot) * (kColumns / 4) + Places::vector_of(column)] =
+        FourColumns::pack(sums[0], sums[1], sums[2], sums[3]);
+  }
+};
+template <class Epilogue>
+constexpr bool kPacksFour = false;
+template <class Facts>
+constexpr bool kPacksFour<PackedPartials<Facts>> = true;
 
 // Whether an epilogue needs the two columns of a lane, and those of the lanes beside it, at once.
 template <class Epilogue>

@@ -132,9 +132,12 @@ ffi::Error Program::Read(const Driver& driver, const ProgramAttributes& attribut
   const int64_t version = reader.Next(kOldestContractVersion, kContractVersion);
   const int64_t num_buffers = reader.Next(1, kMaxBuffers);
   const int64_t num_kernels = reader.Next(1, kMaxKernels);
+  bool counts_tokens = false;
   for (int64_t b = 0; b < num_buffers; ++b) {
-    BufferShape shape{reader.Next(0, 255), {}};
+    BufferShape shape{reader.Next(0, 255), 0, {}};
     const int64_t rank = reader.Next(0, kMaxRank);
+    if (version >= kFirstCountingVersion) shape.rows_of_token = reader.Next(0, rank > 0 ? kMaxExtent : 0);
+    counts_tokens = counts_tokens || shape.rows_of_token > 0;
     for (int64_t i = 0; i < rank; ++i) shape.extents.push_back(reader.Next(0, kMaxExtent));
     buffers_.push_back(std::move(shape));
   }
@@ -152,9 +155,10 @@ ffi::Error Program::Read(const Driver& driver, const ProgramAttributes& attribut
     kernel.overlaps_predecessor = reader.Next(0, 1) == 1;
     const int64_t parameters = reader.Next(1, kMaxBuffers);
     for (int64_t p = 0; p < parameters; ++p) {
-      const int64_t buffer = reader.Next(0, num_buffers - 1);
+      const int64_t buffer = reader.Next(0, counts_tokens ? num_buffers : num_buffers - 1);
       const bool has_offset = version > kOldestContractVersion;
-      const int64_t offset = has_offset ? reader.Next(0, LastByte(buffers_[buffer])) : 0;
+      const bool moves = buffer < num_buffers && buffers_[buffer].rows_of_token == 0;
+      const int64_t offset = has_offset ? reader.Next(0, moves ? LastByte(buffers_[buffer]) : 0) : 0;
       kernel.parameters.push_back({static_cast<int>(buffer), offset});
     }
     kernels_.push_back(std::move(kernel));
@@ -239,27 +243,44 @@ ffi::Error Program::Check(const ffi::RemainingArgs& args, const ffi::RemainingRe
     return Invalid("the call has " + std::to_string(args.size() + rets.size()) +
                    " buffers, its kernels were compiled for " + std::to_string(buffers_.size()));
   }
+  const int64_t tokens = CountTokens(args, rets);
   for (size_t i = 0; i < buffers_.size(); ++i) {
     const ffi::AnyBuffer buffer = BufferAt(i, args, rets);
     const auto dims = buffer.dimensions();
     const BufferShape& expected = buffers_[i];
+    const bool counted = expected.rows_of_token > 0;
     const bool equal = static_cast<int64_t>(buffer.element_type()) == expected.dtype &&
                        dims.size() == expected.extents.size() &&
-                       std::equal(dims.begin(), dims.end(), expected.extents.begin());
-    if (!equal) {
+                       std::equal(dims.begin() + counted, dims.end(), expected.extents.begin() + counted);
+    const bool fits =
+        equal && (!counted || (dims[0] <= expected.extents[0] && dims[0] == tokens * expected.rows_of_token));
+    if (!fits) {
+      const std::string rows = counted ? " at most, " + std::to_string(expected.rows_of_token) +
+                                             " rows for each of the call's " + std::to_string(tokens) + " tokens"
+                                       : "";
       return Invalid("buffer " + std::to_string(i) + " is " +
                      Describe(static_cast<int64_t>(buffer.element_type()), dims.begin(), dims.size()) +
                      ", its kernels were compiled for " +
-                     Describe(expected.dtype, expected.extents.data(), expected.extents.size()));
+                     Describe(expected.dtype, expected.extents.data(), expected.extents.size()) + rows);
     }
   }
   return ffi::Error::Success();
+}
+
+int64_t Program::CountTokens(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) const {
+  for (size_t i = 0; i < buffers_.size(); ++i) {
+    if (buffers_[i].rows_of_token == 0) continue;
+    const auto dims = BufferAt(i, args, rets).dimensions();
+    return dims.size() == 0 ? 0 : dims[0] / buffers_[i].rows_of_token;
+  }
+  return 0;
 }
 
 ffi::Error Program::Launch(const Driver& driver, Stream stream, const ffi::RemainingArgs& args,
                            const ffi::RemainingRets& rets) const {
   void* pointers[kMaxBuffers];
   for (size_t i = 0; i < buffers_.size(); ++i) pointers[i] = BufferAt(i, args, rets).untyped_data();
+  int64_t tokens = CountTokens(args, rets);
   // A driver that cannot count a kernel's parameters may read more of them than the contract lists: they are null.
   static void* absent = nullptr;
   void* addresses[kMaxBuffers];
@@ -268,8 +289,9 @@ ffi::Error Program::Launch(const Driver& driver, Stream stream, const ffi::Remai
   for (const Kernel& kernel : kernels_) {
     for (size_t p = 0; p < kernel.parameters.size(); ++p) {
       const Parameter& parameter = kernel.parameters[p];
-      addresses[p] = static_cast<char*>(pointers[parameter.buffer]) + parameter.offset;
-      parameters[p] = &addresses[p];
+      const size_t buffer = parameter.buffer;
+      addresses[p] = buffer < buffers_.size() ? static_cast<char*>(pointers[buffer]) + parameter.offset : nullptr;
+      parameters[p] = buffer < buffers_.size() ? static_cast<void*>(&addresses[p]) : &tokens;
     }
     for (size_t p = kernel.parameters.size(); p < uncounted; ++p) parameters[p] = &absent;
     LaunchAttribute overlap{};

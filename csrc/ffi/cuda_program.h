@@ -1,4 +1,5 @@
-// A compiled program: an image for exactly one set of operand shapes, and the chain of kernels to launch.
+// A compiled program: an image for one set of operand shapes, and the chain of kernels to launch. Some buffers may have
+// fewer rows than they were compiled for, all of them for the same number of tokens; kernels get that number by value.
 //
 // Every CUDA op is such a program, so one pair of handlers runs them all; what differs is decided when the call is
 // lowered. The image is machine code, or PTX that the driver compiles: loading a program is running code. What is
@@ -8,12 +9,14 @@
 // `fingerprint` ties both to the image.
 //
 //   version, number of buffers (operands, then results), number of kernels,
-//   per buffer: dtype code, rank, extents ...
+//   per buffer: dtype code, rank, rows for each token (0: the first extent is exact, else the most), extents ...
 //   per kernel: threads, dynamic shared bytes, most blocks, blocks per multiprocessor (0: no bound), blocks of a
 //               cluster, 1 if it may start before its predecessor ends, number of parameters, of each the buffer's
-//               index and the bytes of it that lie before what the parameter points to ...
+//               index and the bytes of it that lie before what the parameter points to, or the number of buffers and 0
+//               for the number of tokens ...
 //
-// Version 3 has no such bytes: parameters are where their buffers begin.
+// Version 4 has no rows for each token: all extents are exact. Nor has version 3, in which parameters are where their
+// buffers begin.
 #ifndef JAX_MARLIN_MOE_FFI_CUDA_PROGRAM_H_
 #define JAX_MARLIN_MOE_FFI_CUDA_PROGRAM_H_
 
@@ -30,7 +33,7 @@ namespace jax_marlin_moe::cuda {
 
 namespace ffi = xla::ffi;
 
-inline constexpr int64_t kOldestContractVersion = 3, kContractVersion = 4;
+inline constexpr int64_t kOldestContractVersion = 3, kFirstCountingVersion = 5, kContractVersion = 5;
 
 // The attributes of a call; they point into memory of the executable.
 struct ProgramAttributes {
@@ -45,6 +48,7 @@ struct ProgramAttributes {
 
 struct BufferShape {
   int64_t dtype;
+  int64_t rows_of_token;  // 0 where the first extent is exact
   std::vector<int64_t> extents;
 };
 
@@ -57,7 +61,7 @@ struct Kernel {
   std::string name;
   unsigned threads, shared_bytes, cluster, blocks;  // blocks: already bounded by the device
   bool overlaps_predecessor;
-  std::vector<Parameter> parameters;
+  std::vector<Parameter> parameters;  // of a buffer past the last one: the number of tokens
   Function function;
 };
 
@@ -97,6 +101,9 @@ class Program {
  private:
   ffi::Error Read(const Driver& driver, const ProgramAttributes& attributes);
   ffi::Error Bind(const Driver& driver, Kernel& kernel) const;
+
+  // Of the call with these buffers; 0 where all extents are exact.
+  int64_t CountTokens(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) const;
 
   LoadedModule module_;
   std::vector<BufferShape> buffers_;

@@ -77,12 +77,28 @@ class Pointer:
         return _ELEMENTS[self.dtype]
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenCount:
+    """A member that holds, by value, how many tokens a call has; it may be fewer than the kernel was compiled for."""
+
+    cpp = "int64_t"
+    layer = None
+
+
+Bound = Pointer | TokenCount | None  # what a member is initialised with
+
+
+def token_count(is_counted: bool) -> dict[str, Bound]:
+    """The member `count` of kernels that may take it (token_count.cuh), where it is not a constant."""
+    return {"count": TokenCount()} if is_counted else {}
+
+
 def optional(buffer: int | None, dtype: str) -> Pointer | None:
     """A pointer to read from, or None where there is no buffer."""
     return None if buffer is None else Pointer(buffer, dtype)
 
 
-def nested(member: str, pointers: dict[str, Pointer | None]) -> dict[str, Pointer | None]:
+def nested(member: str, pointers: Mapping[str, Bound]) -> dict[str, Bound]:
     """The pointers of a member that is a struct."""
     return {f"{member}.{name}": pointer for name, pointer in pointers.items()}
 
@@ -106,7 +122,7 @@ def render_struct(name: str, facts: Facts) -> str:
     return "\n".join([*lines, "};"])
 
 
-def render_members(pointers: Mapping[str, Pointer | None]) -> str:
+def render_members(pointers: Mapping[str, Bound]) -> str:
     """The initialiser of a kernel, member by member in their order: "epilogue.out" is the member `out` of `epilogue`.
 
     Each pointer is bound to the parameter of `parameter_name`; one that is None, to nothing.

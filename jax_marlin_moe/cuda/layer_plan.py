@@ -17,9 +17,11 @@ from jax_marlin_moe.cuda.kernels.router import (
     router_tile,
     select_kernel,
 )
+from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS
 from jax_marlin_moe.cuda.plan import BlockBuffers, plan_block
-from jax_marlin_moe.cuda.program import Plan
+from jax_marlin_moe.cuda.program import CountedRows, Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
+from jax_marlin_moe.cuda.token_ranges import most_tokens
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -30,7 +32,7 @@ ROUTER_OPERANDS = (
 
 
 def plan_moe_layer(
-    x: jax.Array,
+    x: jax.Array | jax.ShapeDtypeStruct,
     gate_up: MarlinWeights,
     down: MarlinWeights,
     router: Router,
@@ -48,8 +50,15 @@ def plan_moe_layer(
     first = len(ROUTER_OPERANDS)
     expert_map = first + 4 * WEIGHT_OPERANDS
     y, topk_weights, topk_ids, logits = (expert_map + i for i in range(1, 5))
-    tile = router_tile(router, capability, batch_invariant=scheme == "batch_invariant")
     rule, weighted = router.routing, None
+    tokens, slots = x.shape[0], router.slots
+    most = most_tokens(tokens) if tokens * rule.top_k > MOST_GROUPED_SLOTS else None
+    counted = most is not None
+    if most is not None:  # the kernels are for so many
+        router = dataclasses.replace(router, rows=jax.ShapeDtypeStruct((most, router.rows.shape[1]), router.rows.dtype))
+        x = jax.ShapeDtypeStruct((most, x.shape[1]), x.dtype)
+    rows_of_token = dict.fromkeys((place["x"], place["router_input"], place["given"], y, topk_weights, topk_ids), 1)
+    tile = router_tile(router, capability, batch_invariant=scheme == "batch_invariant")
     scratch = [logits_buffer(router, tile)]
     rows: Any = x
     if rule.apply_on_input:
@@ -57,6 +66,7 @@ def plan_moe_layer(
         at = logits + len(scratch)
         weighted = WeightedRows(place["x"], at, at + 1, x.dtype, x.shape[1])
         scratch += [rows, jax.ShapeDtypeStruct(rows.shape[:1], jnp.float32)]
+        rows_of_token |= {at: slots, at + 1: slots}
     identity = None
     if rule.identity_experts:
         identity = IdentityExperts(rule.identity_experts, place["x"], x.dtype, x.shape[1], topk_weights)
@@ -72,6 +82,7 @@ def plan_moe_layer(
         gate=present("gate", router.gate),
         scale=present("input_scale", router.input_scale),
         out=logits,
+        counted=counted,
     )
     select = select_kernel(
         router,
@@ -85,7 +96,9 @@ def plan_moe_layer(
         topk_ids=topk_ids,
         overlaps_predecessor=capability >= 90,
         weighted=weighted,
+        counted=counted,
     )
+    first_of_block = logits + len(scratch)
     block = plan_block(
         rows,
         gate_up,
@@ -98,7 +111,7 @@ def plan_moe_layer(
             topk_ids=topk_ids,
             expert_map=expert_map if mapped else None,
             y=y,
-            scratch=logits + len(scratch),
+            scratch=first_of_block,
             ids_from_previous=True,
             shared_gate_up=first + 2 * WEIGHT_OPERANDS if router.shared else None,
             shared_down=first + 3 * WEIGHT_OPERANDS if router.shared else None,
@@ -112,12 +125,13 @@ def plan_moe_layer(
         scheme=scheme,
         shared=router.shared,
         out_dtype=out_dtype,
+        counted=counted,
     )
-    return dataclasses.replace(
-        block,
-        kernels=(product, select, *block.kernels),
-        scratch=(*scratch, *block.scratch),
-    )
+    plan = dataclasses.replace(block, kernels=(product, select, *block.kernels), scratch=(*scratch, *block.scratch))
+    if most is None:
+        return plan
+    rows_of_token |= {first_of_block: slots, first_of_block + 1: slots}
+    return counted_plan(plan, CountedRows(tokens, most, rows_of_token), logits)
 
 
 def choice_buffers(router: Router) -> list[jax.ShapeDtypeStruct]:

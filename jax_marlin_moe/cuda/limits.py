@@ -13,7 +13,7 @@ MOST_COLUMNS = 2**22
 _MOST_CTAS = 2**31 - 1  # of a grid
 
 
-def check_rows(x: jax.Array, capability: int) -> None:
+def check_rows(x: jax.Array | jax.ShapeDtypeStruct, capability: int) -> None:
     """Raises ValueError where the architecture cannot multiply the type."""
     if capability < 80 and x.dtype == jnp.bfloat16:
         raise ValueError(f"x has dtype bfloat16, which compute capability {capability} lacks; pass float16")

@@ -21,20 +21,23 @@ from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, host
 from jax_marlin_moe.cuda.kernels import wgmma_bytes
 from jax_marlin_moe.cuda.kernels.align import align_kernels
 from jax_marlin_moe.cuda.kernels.combine import IdentityExperts, combine_kernel
-from jax_marlin_moe.cuda.kernels.epilogue import activated, slot_partials
+from jax_marlin_moe.cuda.kernels.epilogue import activated, packed_partials, slot_partials
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.quantize_rows import quantize_rows_kernel, row_stride
 from jax_marlin_moe.cuda.kernels.token_tiles import (
     MOST_GROUPED_SLOTS,
     MOST_SLOTS_OF_A_BYTE,
+    TokenTiles,
     aligned_tiles,
     direct_tiles,
     grouped_tiles,
 )
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
-from jax_marlin_moe.cuda.program import Kernel, Plan
-from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
+from jax_marlin_moe.cuda.program import CountedRows, Kernel, Plan, counted_plan
+from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, Tile
+from jax_marlin_moe.cuda.token_ranges import most_tokens
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -139,6 +142,21 @@ def _check_byte_rows(
             )
 
 
+def _packed_pairs(tile: Tile, token_tiles: TokenTiles, dtype: jnp.dtype) -> bool | None:
+    """Whether the second product packs pairs of columns (csrc/cuda/four_columns.cuh); None where its rows are float32.
+
+    float32 rows are for results that are rounded to more bits, or not at all, and for few rows, which stay in L2.
+    """
+    if (
+        not isinstance(tile, WgmmaTile)
+        or tile.tokens <= 32
+        or token_tiles.cpp != "AlignedTiles"
+        or dtype != jnp.bfloat16
+    ):
+        return None
+    return tile.sub_tiles == 1
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockBuffers:
     """Where an expert block has its arrays among a call's buffers.
@@ -196,7 +214,8 @@ def plan_fused_moe(
 ) -> Plan:
     """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map, x_scale, intermediate scales; y; scratch.
 
-    `scaled` says whether there is an x_scale, `intermediate` how the intermediate is quantised.
+    `scaled` says whether there is an x_scale, `intermediate` how the intermediate is quantised. Many tokens get the
+    program of a range of numbers.
     """
     router = 1 + 2 * WEIGHT_OPERANDS
     buffers = BlockBuffers(
@@ -211,12 +230,15 @@ def plan_fused_moe(
         y=router + 5,
         scratch=router + 6,
     )
-    return plan_block(
-        x,
+    many = tokens * top_k > MOST_GROUPED_SLOTS and activation_dtype is None and not sliced
+    most = most_tokens(tokens) if many else None
+    rows_of_token = x.shape[0] // tokens
+    plan = plan_block(
+        x if most is None else jax.ShapeDtypeStruct((rows_of_token * most, x.shape[1]), x.dtype),
         gate_up,
         down,
         buffers,
-        tokens=tokens,
+        tokens=tokens if most is None else most,
         top_k=top_k,
         routed_experts=routed_experts,
         activation=activation,
@@ -226,11 +248,17 @@ def plan_fused_moe(
         out_dtype=out_dtype,
         activation_dtype=activation_dtype,
         sliced=sliced,
+        counted=most is not None,
     )
+    if most is None:
+        return plan
+    rows = {buffers.x: rows_of_token, buffers.topk_weights: 1, buffers.topk_ids: 1, buffers.y: 1}
+    rows |= {buffers.scratch: top_k, buffers.scratch + 1: top_k}
+    return counted_plan(plan, CountedRows(tokens, most, rows), buffers.scratch)
 
 
 def plan_block(
-    x: jax.Array,
+    x: jax.Array | jax.ShapeDtypeStruct,
     gate_up: MarlinWeights,
     down: MarlinWeights,
     buffers: BlockBuffers,
@@ -246,11 +274,13 @@ def plan_block(
     out_dtype: jnp.dtype | None = None,
     activation_dtype: ByteDtype | None = None,
     sliced: bool = False,
+    counted: bool = False,
 ) -> Plan:
     """The kernels of an expert block, over these buffers. Each token visits `shared` experts beside `top_k` others.
 
     `sliced`: the second product's rows are made and summed in slices of the columns, as many as keep them at three
-    times the memory of its input.
+    times the memory of its input. With `counted`, `tokens`, and the rows of x, are the most that a call may have; there
+    are many.
     """
     capability = compute_capability(architecture)
     check_rows(x, capability)
@@ -262,6 +292,7 @@ def plan_block(
     topk_ids, expert_map = buffers.topk_ids, buffers.expert_map
     columns = gate_up.padded_n // (2 if activation.gated else 1)  # of the activation, padding included
     overlap = capability >= 90
+    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     multiplied = jnp.dtype(x.dtype if activation_dtype is None else activation_dtype)
     first, second = gemm_shape(gate_up, activation.gated, multiplied), gemm_shape(down, False, multiplied)
 
@@ -281,6 +312,8 @@ def plan_block(
             f"cuda_scheme is {scheme}, which does not fit {first} and {second} on compute capability {capability}; "
             "pass None, or what autotune finds"
         )
+    if counted and scheme.routing == "direct":  # whose slots are those of the call, not of a list
+        scheme = dataclasses.replace(scheme, routing="aligned")
     block = scheme.gate_up.tokens
     activations = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
     slices = [range(down.padded_n)]
@@ -361,6 +394,7 @@ def plan_block(
             counts=lists + 3,
             # Behind rows that are quantised, alignment waits for them: the first product then waits for it alone.
             ids_from_previous=buffers.ids_from_previous and activation_dtype is None,
+            slots_of_token=slots if counted else None,
         )
         kernels += aligning
         scratch += [
@@ -410,6 +444,11 @@ def plan_block(
     )
     if activation_dtype is not None:
         kernels.append(for_hidden.kernel)
+    packed_pairs = None
+    if len(slices) == 1 and not in_order and buffers.identity is None:
+        packed_pairs = _packed_pairs(scheme.down, second_tiles, dtype)
+    if packed_pairs is not None:
+        scratch[1] = jax.ShapeDtypeStruct((num_slots, down.padded_n // 2), jnp.float32)
     for part in slices:
         weigh = slot_partials(
             down.padded_n,
@@ -420,6 +459,8 @@ def plan_block(
             row_scales=reads[1].scales,
             columns_of=part,
         )
+        if packed_pairs is not None:
+            weigh = packed_partials(weigh, packed_pairs)
         kernels.append(
             gemm_kernel(
                 "down",
@@ -447,7 +488,7 @@ def plan_block(
                 down.padded_n,
                 num_experts,
                 routed_experts,
-                x.dtype if out_dtype is None else out_dtype,
+                dtype,
                 partials=sums,
                 topk_ids=topk_ids,
                 expert_map=expert_map,
@@ -456,6 +497,8 @@ def plan_block(
                 identity=buffers.identity,
                 columns_of=part,
                 places=activation_dtype is not None,
+                counted=counted,
+                packed_pairs=packed_pairs,
             )
         )
     return Plan(tuple(kernels), tuple(scratch))

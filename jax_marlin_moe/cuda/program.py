@@ -14,11 +14,19 @@ import numpy as np
 
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler
-from jax_marlin_moe.cuda.facts import Facts, LayerOffset, Pointer, parameter_name, render_members, render_struct
+from jax_marlin_moe.cuda.facts import (
+    Bound,
+    Facts,
+    LayerOffset,
+    Pointer,
+    parameter_name,
+    render_members,
+    render_struct,
+)
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.layer_slice import LayerSlice, with_index_operands
 
-_CONTRACT_VERSION = 4
+_CONTRACT_VERSION = 5
 
 # XLA's codes of the types that the programs take (xla.PrimitiveType).
 _DTYPE_CODES = {"int8": 2, "int32": 4, "uint8": 6, "float16": 10, "float32": 11, "bfloat16": 16, "float8_e4m3fn": 20}
@@ -47,7 +55,7 @@ class Kernel:
     name: str
     headers: tuple[str, ...]
     body: str
-    pointers: Mapping[str, Pointer | None]
+    pointers: Mapping[str, Bound]
     threads: int
     shared_bytes: int
     max_ctas: int
@@ -64,9 +72,13 @@ class Kernel:
         return self.shared_bytes + self.padding_bytes
 
     @property
-    def parameters(self) -> tuple[tuple[int, int], ...]:
-        """What the entry point takes, in its order: buffers of the call, and the bytes before what they point to."""
-        present = [(pointer.buffer, pointer.offset) for pointer in self.pointers.values() if pointer is not None]
+    def parameters(self) -> tuple[tuple[int | None, int], ...]:
+        """What the entry point takes, in its order: buffers of the call, and the bytes before what they point to.
+
+        None in the place of a buffer is the number of tokens.
+        """
+        bound = (pointer for pointer in self.pointers.values() if pointer is not None)
+        present = [(p.buffer, p.offset) if isinstance(p, Pointer) else (None, 0) for p in bound]
         return (*present, *((buffer, 0) for buffer in self.layer_indices))
 
     @property
@@ -88,6 +100,21 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class CountedRows:
+    """The buffers of a program that is compiled for a most number of tokens.
+
+    Attributes:
+        tokens: of the call.
+        most: that the program takes.
+        rows_of_token: rows that buffers have for each token, by the buffer. Others are as compiled.
+    """
+
+    tokens: int
+    most: int
+    rows_of_token: Mapping[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The kernels of one call and what they need.
 
@@ -95,11 +122,13 @@ class Plan:
         kernels: in launch order.
         scratch: buffers that follow the results, in this order.
         preamble: C++ that the kernels' types need beside the headers.
+        counted: where the kernels take the number of tokens at run time.
     """
 
     kernels: tuple[Kernel, ...]
     scratch: tuple[jax.ShapeDtypeStruct, ...] = ()
     preamble: str = ""
+    counted: CountedRows | None = None
 
     @property
     def source(self) -> str:
@@ -120,6 +149,19 @@ class Plan:
             if kernel.name.startswith(f"jmm_{stage}_"):
                 return position
         raise ValueError(f"stage is {stage!r}; the kernels are {', '.join(kernel.name for kernel in self.kernels)}")
+
+
+def counted_plan(plan: Plan, counted: CountedRows, first_scratch: int) -> Plan:
+    """A plan for the most tokens, with the scratch of a call's: the buffers from `first_scratch` on."""
+
+    def resized(place: int, buffer: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        rows = counted.rows_of_token.get(place)
+        return (
+            buffer if rows is None else jax.ShapeDtypeStruct((rows * counted.tokens, *buffer.shape[1:]), buffer.dtype)
+        )
+
+    scratch = tuple(resized(first_scratch + place, buffer) for place, buffer in enumerate(plan.scratch))
+    return dataclasses.replace(plan, scratch=scratch, counted=counted)
 
 
 def render(kernels: Sequence[Kernel], preamble: str = "") -> str:
@@ -166,7 +208,7 @@ def render_facts(kernel: Kernel) -> str:
     lines += [
         f'static_assert(jmm::kSame<Kernel::{pointer.element}, {pointer.cpp_element}>, "elements of {path}");'
         for path, pointer in kernel.pointers.items()
-        if pointer is not None and pointer.element
+        if isinstance(pointer, Pointer) and pointer.element
     ]
     return "\n".join([*lines, "}"])
 
@@ -179,7 +221,7 @@ def _render_entry_point(kernel: Kernel) -> str:
     attributes = f"__launch_bounds__({kernel.threads}, {max(kernel.ctas_per_sm, 1)})"
     if kernel.cluster > 1:
         attributes += f" __cluster_dims__({kernel.cluster}, 1, 1)"
-    moved = [_render_layer(name, pointer) for name, pointer in pointers.items() if pointer.layer]
+    moved = [_render_layer(name, p) for name, p in pointers.items() if isinstance(p, Pointer) and p.layer]
     return "\n".join(
         [
             f'extern "C" __global__ void {attributes} {kernel.name}({", ".join(parameters)}) {{',
@@ -208,9 +250,9 @@ def _in_stacks(
     if not added:
         return list(kernels), source, arrays
 
-    def moved(pointer: Pointer | None) -> Pointer | None:
-        if pointer is None:
-            return None
+    def moved(pointer: Bound) -> Bound:
+        if not isinstance(pointer, Pointer):
+            return pointer
         operand = operands[pointer.buffer] if pointer.buffer < len(operands) else None
         if isinstance(operand, LayerSlice):
             layer = LayerOffset(indices[pointer.buffer], operand.stack.shape[0], operand.size)
@@ -237,6 +279,7 @@ def call_program(
     source: str,
     architecture: str,
     aliases: Mapping[int, int] | None = None,
+    counted: CountedRows | None = None,
 ) -> list[jax.Array]:
     """Compiles the kernels and calls them, one after the other, in one custom call of the op's name.
 
@@ -244,10 +287,16 @@ def call_program(
     made of the kernels. An operand that is None has a number among the buffers, but is not a buffer of the call; one
     that is a layer of a stack has the whole stack as its buffer, and the kernels find the layer. `aliases` has the
     operands, before any that is None, whose memory a result may take.
+    `counted` is of a plan whose kernels take the number of tokens.
     """
+    given = len(operands)
     kernels, source, operands = _in_stacks(kernels, source, operands)
     cubin = compiler.compile_cubin(source, architecture)
-    contract = _contract([*operands, *results], kernels)
+    if counted is not None:  # results and scratch follow the operands
+        added = len(operands) - given
+        rows = {buffer + added * (buffer >= given): rows for buffer, rows in counted.rows_of_token.items()}
+        counted = dataclasses.replace(counted, rows_of_token=rows)
+    contract = _contract([*operands, *results], kernels, counted)
     names = " ".join(kernel.name for kernel in kernels)
     return custom_call(
         op,
@@ -262,20 +311,26 @@ def call_program(
     )
 
 
-def _contract(buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None], kernels: Sequence[Kernel]) -> np.ndarray:
-    present = [buffer for buffer in buffers if buffer is not None]
+def _contract(
+    buffers: Sequence[jax.Array | jax.ShapeDtypeStruct | None],
+    kernels: Sequence[Kernel],
+    counted: CountedRows | None,
+) -> np.ndarray:
+    present = [(place, buffer) for place, buffer in enumerate(buffers) if buffer is not None]
     positions = list(itertools.accumulate((buffer is not None for buffer in buffers), initial=0))
     fields = [_CONTRACT_VERSION, len(present), len(kernels)]
-    for buffer in present:
-        fields += [_DTYPE_CODES[jnp.dtype(buffer.dtype).name], len(buffer.shape), *buffer.shape]
+    for place, buffer in present:
+        rows = counted.rows_of_token.get(place, 0) if counted is not None else 0
+        extents = (rows * counted.most, *buffer.shape[1:]) if counted is not None and rows else buffer.shape
+        fields += [_DTYPE_CODES[jnp.dtype(buffer.dtype).name], len(extents), rows, *extents]
     for kernel in kernels:
         fields += [kernel.threads, kernel.requested_bytes, kernel.max_ctas, kernel.ctas_per_sm]
         fields += [kernel.cluster, int(kernel.overlaps_predecessor), len(kernel.parameters)]
         for path, pointer in kernel.pointers.items():
-            if pointer is not None:
+            if isinstance(pointer, Pointer):
                 _check_pointer(kernel.name, path, pointer, buffers)
-        for place, offset in kernel.parameters:
-            fields += [positions[place], offset]
+        for parameter, offset in kernel.parameters:
+            fields += [len(present) if parameter is None else positions[parameter], offset]
     return np.asarray(fields, np.int64)
 
 

@@ -164,7 +164,8 @@ class ReplayedPlan:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs = [attribute]
             config.numAttrs = 1
-        values = tuple(pointers[buffer] + offset for buffer, offset in kernel.parameters)
+        tokens = 0 if self.plan.counted is None else self.plan.counted.tokens
+        values = tuple(tokens if buffer is None else pointers[buffer] + offset for buffer, offset in kernel.parameters)
         parameters = (values, (ctypes.c_void_p,) * len(values))
         _checked(driver.cuLaunchKernelEx(config, self._functions[index], parameters, 0))
 

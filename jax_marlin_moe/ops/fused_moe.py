@@ -437,7 +437,9 @@ def _cuda(
         activation_dtype=activation_dtype,
         sliced=cuda_sliced,
     )
-    return call_program("fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
+    return call_program(
+        "fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
+    )[:1]
 
 
 _APART = (

@@ -553,7 +553,7 @@ def _cuda(
     operands.append(expert_map)
     results = [jax.ShapeDtypeStruct((x.shape[0], down.padded_n), dtype), *choice_buffers(rule)]
     y, *choice = call_program(
-        "moe_layer", operands, [*results, *plan.scratch], plan.kernels, plan.source, architecture
+        "moe_layer", operands, [*results, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
     )[:3]
     if beside:
         y = (y + _shared_beside(x, shared, shared_activation, y.shape[1], "cuda")).astype(out_dtype)

@@ -37,9 +37,9 @@ def bound(monkeypatch, function, arguments, results):
         names[key] = jax.tree_util.keystr(path, simple=True, separator=".")
     calls, contract = [], program._contract
 
-    def watched(buffers, kernels):
+    def watched(buffers, kernels, counted):
         calls.append((buffers, kernels))
-        return contract(buffers, kernels)
+        return contract(buffers, kernels, counted)
 
     with monkeypatch.context() as patch:
         patch.setattr(program, "_contract", watched)

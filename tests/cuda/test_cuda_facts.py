@@ -52,6 +52,23 @@ def block(slots, tiles):
     )
 
 
+def many_tokens(sub_tiles):
+    """A program for a range of tokens, whose rows have four columns in 64 bits."""
+    tiles = (WgmmaTile(48, 2, 1, 1, 64, 4, 1, True), WgmmaTile(48, sub_tiles, 1, 1, 64, 4, 1, True))
+    return plan.plan_fused_moe(
+        array((70, 512), jnp.bfloat16),
+        experts(512, 640),
+        experts(320, 512),
+        tokens=70,
+        top_k=3,
+        routed_experts=16,
+        mapped=True,
+        activation=get_activation("silu"),
+        architecture="sm_90a",
+        scheme=BlockScheme("aligned", *tiles),
+    )
+
+
 def product():
     return plan_products.plan_moe_gemm(
         array((24, 512), jnp.bfloat16),
@@ -68,6 +85,8 @@ PLANS = {
     "mma": lambda: block("aligned", MMA),
     "mma grouped": lambda: block("grouped", MMA),
     "wgmma": lambda: block("grouped", WGMMA),
+    "many tokens": lambda: many_tokens(2),
+    "many tokens in pairs": lambda: many_tokens(1),
     "moe_gemm": product,
 }
 
@@ -94,6 +113,9 @@ def refusal(kernel, *, whole=False):
         ("mma", "combine"),
         ("mma grouped", "down"),
         ("wgmma", "gate_up"),
+        ("many tokens", "align"),
+        ("many tokens", "combine"),
+        ("many tokens in pairs", "down"),
         ("moe_gemm", "clear"),
         ("moe_gemm", "first_rows"),
         ("moe_gemm", "moe_gemm"),

@@ -9,7 +9,7 @@ import pytest
 
 from jax_marlin_moe import native
 from jax_marlin_moe.cuda import compiler, program
-from jax_marlin_moe.cuda.facts import Pointer
+from jax_marlin_moe.cuda.facts import Pointer, TokenCount
 from jax_marlin_moe.cuda.kernels.align import plan_align
 
 KERNEL = program.Kernel(
@@ -36,13 +36,13 @@ def test_the_contract_is_the_documented_record():
     later = Pointer(0, "int32", offset=24)
     other = dataclasses.replace(KERNEL, shared_bytes=1024, ctas_per_sm=0, cluster=4)
     other = dataclasses.replace(other, pointers=KERNEL.pointers | {"ids": later})
-    fields = program._contract(BUFFERS, [KERNEL, other])
+    fields = program._contract(BUFFERS, [KERNEL, other], None)
     assert fields.dtype == np.int64
     assert fields.tolist() == [
-        *(4, 3, 2),  # version, buffers, kernels
-        *(4, 2, 5, 6),  # int32 [5, 6]
-        *(10, 0),  # float16 []
-        *(11, 1, 0),  # float32 [0]
+        *(5, 3, 2),  # version, buffers, kernels
+        *(4, 2, 0, 5, 6),  # int32 [5, 6]
+        *(10, 0, 0),  # float16 []
+        *(11, 1, 0, 0),  # float32 [0]
         *(64, 0, 7, 2, 1, 1, 2, 0, 0, 2, 0),
         *(64, 1024, 7, 0, 4, 1, 2, 0, 24, 2, 0),
     ]
@@ -53,6 +53,22 @@ def test_launches_of_one_kernel_are_one_entry_point():
     assert program.render([KERNEL, later]) == program.render([KERNEL])
     with pytest.raises(AssertionError, match="two kernels have the name jmm_body_m3"):
         program.render([KERNEL, dataclasses.replace(KERNEL, threads=128)])
+
+
+def test_the_contract_of_counted_rows_has_their_most_and_who_takes_the_number():
+    pointers = {**KERNEL.pointers, "count": TokenCount()}
+    counting = dataclasses.replace(KERNEL, pointers=pointers)
+    fields = program._contract(BUFFERS, [counting], program.CountedRows(tokens=5, most=8, rows_of_token={0: 1, 2: 3}))
+    assert fields.tolist() == [
+        *(5, 3, 1),
+        *(4, 2, 1, 8, 6),  # int32 [tokens, 6], of 8 tokens at most
+        *(10, 0, 0),
+        *(11, 1, 3, 24),  # float32 [3 * tokens]
+        *(64, 0, 7, 2, 1, 1, 3, 0, 0, 2, 0, 3, 0),  # the last parameter is the number of tokens
+    ]
+    source = program.render([counting])
+    assert "jmm_body_m3(const int32_t* ids, float* epilogue_out, int64_t count)" in source
+    assert ".epilogue = {.out = epilogue_out}, .count = count}.run();" in source
 
 
 def test_grids_are_whole_clusters():
@@ -101,9 +117,9 @@ def test_facts_and_what_follows_from_them_are_named_in_the_source():
 def test_a_contract_names_the_pointer_that_was_planned_for_another_buffer():
     other = dataclasses.replace(KERNEL, pointers=KERNEL.pointers | {"ids": Pointer(1, "int32")})
     with pytest.raises(RuntimeError, match="ids of jmm_body_m3 is buffer 1, which has dtype float16; it must be int32"):
-        program._contract(BUFFERS, [other])
+        program._contract(BUFFERS, [other], None)
     with pytest.raises(RuntimeError, match="ids of jmm_body_m3 is buffer 0, which the call does not have"):
-        program._contract([None, *BUFFERS[1:]], [KERNEL])
+        program._contract([None, *BUFFERS[1:]], [KERNEL], None)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +146,11 @@ def alignment_program(architecture=None):
     architecture = architecture or compiler.target_architecture()
     plan = plan_align(IDS.size, 5, 8, False, architecture)
     cubin = compiler.compile_cubin(plan.source, architecture)
-    return operands, np.frombuffer(cubin, np.uint8), program._contract([*operands, *RESULTS], plan.kernels)
+    return (
+        operands,
+        np.frombuffer(cubin, np.uint8),
+        program._contract([*operands, *RESULTS], plan.kernels, plan.counted),
+    )
 
 
 def attributes_of(cubin, contract, kernels="jmm_align_m8"):
@@ -189,7 +209,8 @@ MALFORMED = {
     "too many kernels": at(2, 17),
     "a type that is none": at(3, -1),
     "a rank past all": at(4, 9),
-    "a negative extent": at(5, -1),
+    "a negative number of rows": at(5, -1),
+    "a negative extent": at(6, -1),
     "a kernel more": at(2, 2),
     "empty": lambda contract: contract[:0],
     "cut short": lambda contract: contract[:-1],

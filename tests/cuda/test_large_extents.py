@@ -106,7 +106,14 @@ def test_offsets_of_rows_are_as_wide_as_x(monkeypatch, tokens, size):
 @pytest.mark.parametrize(("tokens", "size"), [(1_048_559, 4), (1_048_577, 8)])
 def test_the_sum_counts_the_vectors_of_its_result(monkeypatch, tokens, size):
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
-    assert_size(block_plan(tokens, 8192, 64, top_k=1), "combine", "Kernel::VectorIndex", size)
+    assert_size(block_plan(tokens, 8192, 64, MMA, top_k=1), "combine", "Kernel::VectorIndex", size)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("tokens", "size"), [(1_048_559, 4), (1_048_577, 8)])
+def test_the_sum_of_packed_rows_counts_the_pieces_of_a_row(monkeypatch, tokens, size):
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "")
+    assert_size(block_plan(tokens, 2**14, 64, top_k=1), "combine", "Kernel::PieceIndex", size)
 
 
 @needs_nvrtc

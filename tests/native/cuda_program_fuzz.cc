@@ -95,14 +95,17 @@ struct Call {
 };
 
 Call MakeCall(const std::string& tag, const std::vector<std::vector<int64_t>>& shapes,
-              const std::vector<Launched>& kernels, int64_t version = 4) {
+              const std::vector<Launched>& kernels, int64_t version = 4,
+              const std::vector<int64_t>& rows_of_token = {}) {
   Call call;
   call.tag = tag;
   call.shapes = shapes;
   call.image = "FAKE " + tag;
   call.contract = {version, static_cast<int64_t>(shapes.size()), static_cast<int64_t>(kernels.size())};
-  for (const auto& shape : shapes) {
+  for (size_t b = 0; b < shapes.size(); ++b) {
+    const auto& shape = shapes[b];
     call.contract.insert(call.contract.end(), {11, static_cast<int64_t>(shape.size())});
+    if (version > 4) call.contract.push_back(b < rows_of_token.size() ? rows_of_token[b] : 0);
     call.contract.insert(call.contract.end(), shape.begin(), shape.end());
   }
   for (size_t k = 0; k < kernels.size(); ++k) {
@@ -230,6 +233,7 @@ class Cases {
     Identity();
     Addresses();
     Launches();
+    Counts();
     Failures();
     Require(*notes_.wild_pointers == 0, "a parameter's pointer was null or wild");
     Require(*notes_.bad_launches == 0, "a launch was not what the kernel was compiled for");
@@ -345,6 +349,46 @@ class Cases {
     Refused("a symbol that is not there", absent, "kernel jmm_absent: CUDA error 500");
   }
 
+  // A row for each token, and three of a vector: eight tokens at most. The kernel takes the first buffer and the
+  // number.
+  static Call Counting(
+      const std::vector<std::vector<int64_t>>& shapes, const std::function<void(Launched&)>& change = [](Launched&) {},
+      const std::vector<int64_t>& rows_of_token = {1, 3}) {
+    Launched kernel;
+    kernel.parameters = {0, 2};
+    kernel.compiled_parameters = 2;
+    change(kernel);
+    Call call = MakeCall("counting", {{8, 3}, {24}}, {kernel}, 5, rows_of_token);
+    call.shapes = shapes;
+    return call;
+  }
+
+  void Counts() const {
+    Runs("the most tokens", Counting({{8, 3}, {24}}));
+    Runs("fewer tokens", Counting({{5, 3}, {15}}));
+    Runs("no tokens", Counting({{0, 3}, {0}}));
+    Refused("more tokens", Counting({{9, 3}, {27}}), "[8, 3] at most, 1 rows for each of the call's 9 tokens");
+    for (const int64_t rows : {0, 12, 14, 16, 24}) {
+      Refused("rows of another number of tokens", Counting({{5, 3}, {rows}}),
+              "[24] at most, 3 rows for each of the call's 5 tokens");
+    }
+    Refused("other columns", Counting({{5, 4}, {15}}), "buffer 0 is dtype code 11 [5, 4]");
+    Refused("another rank", Counting({{}, {15}}), "buffer 0 is dtype code 11 []");
+    Refused("a byte of the number of tokens",
+            Counting({{8, 3}, {24}}, [](Launched& k) { k.parameters = {2, 0}, k.offset = 1; }),
+            "contract is malformed");
+    Refused("a byte of counted rows",
+            Counting({{8, 3}, {24}}, [](Launched& k) { k.parameters = {0, 0}, k.offset = 4; }),
+            "contract is malformed");
+    Refused("a number of tokens of a call that counts none", Counting({{8, 3}, {24}}, [](Launched&) {}, {0, 0}),
+            "contract is malformed");
+    Refused("a parameter past the number of tokens",
+            Counting({{8, 3}, {24}}, [](Launched& k) { k.parameters = {0, 3}; }), "contract is malformed");
+    Refused("a negative number of rows", Counting({{8, 3}, {24}}, [](Launched&) {}, {-1, 3}), "contract is malformed");
+    Refused("rows of a scalar", MakeCall("scalar", {{}, {5}}, {Launched{}}, 5, {1, 0}), "contract is malformed");
+    Runs("a contract that could count", MakeCall("exact", {{2, 3}, {5}}, {Launched{}}, 5));
+  }
+
   void Failures() const {
     for (const char* image : {"", "x", "FAKE", "no NUL", "\x7f",
                               "\x7f"
@@ -388,7 +432,8 @@ Call RandomCall(Rng& rng) {
     for (int64_t& parameter : kernel.parameters) parameter = static_cast<int64_t>(rng() % shapes.size());
     kernel.compiled_parameters = static_cast<int64_t>(kernel.parameters.size());
   }
-  return MakeCall("t" + std::to_string(rng()), shapes, kernels);
+  const std::string tag = "t" + std::to_string(rng());
+  return MakeCall(tag, shapes, kernels, 4 + static_cast<int64_t>(rng() % 2));
 }
 
 void Fuzz(const Notes& notes, long calls, Rng& rng) {

@@ -78,6 +78,17 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+// The larger number; NaN where one of them is NaN.
+__device__ __forceinline__ float maximum_or_nan(float a, float b) {
+  float larger;
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+#else
+  larger = a != a || b != b ? a + b : a > b ? a : b;
+#endif
+  return larger;
+}
+
 // Named barrier `kId` of the CTA, for `threads` of its threads. An identifier that is not a constant would reserve all
 // 16 barriers of a CTA, and a multiprocessor has 64.
 template <int kId>

@@ -4,6 +4,7 @@
 
 #include "offsets.cuh"
 #include "router/element.cuh"
+#include "token_count.cuh"
 
 namespace jmm {
 
@@ -34,6 +35,7 @@ struct PlainRouterProduct {
   const G* __restrict__ gate;    // [kK] if kGated
   const S* __restrict__ scale;   // [kK] if kNormed
   float* __restrict__ logits;    // [kSlices, kTokens, kStride]
+  [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   __device__ void run(unsigned char* shared_bytes) const {
     float (*const tokens)[kTile] = reinterpret_cast<float (*)[kTile]>(shared_bytes);  // [kBlock]
@@ -51,7 +53,7 @@ struct PlainRouterProduct {
       __syncthreads();
       for (int i = threadIdx.x; i < kBlock * kTile; i += kThreads) {
         const int row = i % kBlock, token = i / kBlock;
-        const bool there = row < rows && first_token + token < kTokens;
+        const bool there = row < rows && first_token + token < count.of(kTokens);
         tokens[row][token] = there ? number(x[int64_t(first_token + token) * kRowStride + k + row]) : 0.0f;
       }
       __syncthreads();
@@ -71,7 +73,7 @@ struct PlainRouterProduct {
     float* const out = logits + int64_t(slice) * kTokens * kStride + column;
 #pragma unroll
     for (int t = 0; t < kTile; ++t) {
-      if (first_token + t < kTokens) out[int64_t(first_token + t) * kStride] = sums[t];
+      if (first_token + t < count.of(kTokens)) out[int64_t(first_token + t) * kStride] = sums[t];
     }
   }
 

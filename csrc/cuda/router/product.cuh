@@ -12,6 +12,7 @@
 
 #include "offsets.cuh"
 #include "router/element.cuh"
+#include "token_count.cuh"
 
 namespace jmm {
 
@@ -56,6 +57,7 @@ struct RouterProduct {
   const G* __restrict__ gate;    // [kK] if kGated
   const S* __restrict__ scale;   // [kK] if kNormed
   float* __restrict__ logits;    // [kSlices, kTokens, kStride]; then the gate's, then the sum of squares
+  [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   using Fragment = uint32_t[4];
 
@@ -113,7 +115,7 @@ struct RouterProduct {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int e = expert + m * 16 + i / 2 * 8, t = token + n * 8 + i % 2;
-          if (e < kExperts && first_token + t < kTokens) out[int64_t(t) * kStride + e] = sums[m][n][i];
+          if (e < kExperts && first_token + t < count.of(kTokens)) out[int64_t(t) * kStride + e] = sums[m][n][i];
         }
     if (column_tile == 0) {
       if constexpr (kGated) store_row_sums(out + kExperts, gate_sums, first_token);
@@ -140,7 +142,7 @@ struct RouterProduct {
 #pragma unroll
     for (int i = 0; i < (kAllTokenPieces + kThreads - 1) / kThreads; ++i) {
       const int piece = i * kThreads + threadIdx.x, token = piece / kTokenPieces, at = piece % kTokenPieces * 8;
-      if (token < kTile && first_token + token < kTokens && at < rows) {
+      if (token < kTile && first_token + token < count.of(kTokens) && at < rows) {
         copy_async<16>(stage + kTokensAt + token * kTokenRow + at * 2,
                        x + int64_t(first_token + token) * kRowStride + k + at);
       }
@@ -257,15 +259,15 @@ struct RouterProduct {
     }
   }
 
-  __device__ __forceinline__ static void store_row_sums(float* out, const float (&row_sums)[kRowParts],
-                                                        int first_token) {
+  __device__ __forceinline__ void store_row_sums(float* out, const float (&row_sums)[kRowParts],
+                                                 int first_token) const {
 #pragma unroll
     for (int part = 0; part < kRowParts; ++part) {
       float sum = row_sums[part];
 #pragma unroll
       for (int distance = 1; distance < kRowPieces; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
       const int token = (part * kThreads + threadIdx.x) / kRowPieces;
-      if (threadIdx.x % kRowPieces == 0 && token < kTile && first_token + token < kTokens) {
+      if (threadIdx.x % kRowPieces == 0 && token < kTile && first_token + token < count.of(kTokens)) {
         out[int64_t(token) * kStride] = sum;
       }
     }

@@ -10,6 +10,7 @@
 #include "offsets.cuh"
 #include "router/element.cuh"
 #include "router/scoring.cuh"
+#include "token_count.cuh"
 
 namespace jmm {
 
@@ -64,6 +65,7 @@ struct RouterSelect {
   const X* __restrict__ x;
   X* __restrict__ rows;              // [kTokens, kSlots, kColumns]
   float* __restrict__ slot_weights;  // [kTokens, kSlots]
+  [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   __device__ void run(unsigned char* shared_bytes) const {
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -100,7 +102,7 @@ struct RouterSelect {
   __device__ __forceinline__ void run_token(Shared& shared, const Biases& biases, int token, const Read& read) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int thread = threadIdx.x % kThreadsOfToken, token_of_cta = warp / kWarpsOfToken;
-    if (token < kTokens) add_slices(shared.logits[warp], warp % kWarpsOfToken, lane, read);
+    if (token < count.of(kTokens)) add_slices(shared.logits[warp], warp % kWarpsOfToken, lane, read);
     sync_token();
     float* const row = shared.logits[token_of_cta * kWarpsOfToken];
     float* const choice = shared.choices[token_of_cta];
@@ -132,12 +134,12 @@ struct RouterSelect {
       if (!kNormed || e != kSquaresAt) row[e] = value;  // others read the squares
     }
     sync_token();
-    if (token < kTokens && warp % kWarpsOfToken == 0) {
+    if (token < count.of(kTokens) && warp % kWarpsOfToken == 0) {
       choose(row, choice, shared.weights[kOnInput ? token_of_cta : 0], token, lane);
     }
     if constexpr (kOnInput) {
       sync_token();
-      if (token < kTokens) write_rows(shared.weights[token_of_cta], token, thread);
+      if (token < count.of(kTokens)) write_rows(shared.weights[token_of_cta], token, thread);
     }
   }
 

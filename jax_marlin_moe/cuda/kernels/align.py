@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax_marlin_moe import reference
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.compiler import compute_capability
-from jax_marlin_moe.cuda.facts import Facts, Pointer, nested, optional
+from jax_marlin_moe.cuda.facts import Bound, Facts, Pointer, nested, optional, token_count
 from jax_marlin_moe.cuda.limits import check_counts
 from jax_marlin_moe.cuda.program import Kernel, Plan
 
@@ -26,6 +26,7 @@ def align_kernels(
     outputs: tuple[int, int, int],
     counts: int,
     ids_from_previous: bool = False,
+    slots_of_token: int | None = None,
 ) -> tuple[tuple[Kernel, ...], tuple[jax.ShapeDtypeStruct, ...]]:
     """What groups the slots by expert: one CTA, or for many slots a kernel that counts before one that places.
 
@@ -39,6 +40,7 @@ def align_kernels(
         outputs: of the list, the experts of its blocks, and its length.
         counts: of the scratch that is asked for.
         ids_from_previous: whether the kernel before writes the ids.
+        slots_of_token: where a call may have fewer tokens, and slots.
 
     Returns:
         The kernels, and the scratch that they need at `counts`: an array or none.
@@ -60,12 +62,21 @@ def align_kernels(
         "warps": warps,
         "ctas": ctas,
         "mapped": expert_map is not None,
+        "counted": slots_of_token is not None,
+        "slots_of_token": slots_of_token or 1,
     }
-    parts = nested("parts", {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": optional(expert_map, "int32")})
+    parts = nested(
+        "parts",
+        {
+            "topk_ids": Pointer(topk_ids, "int32"),
+            "expert_map": optional(expert_map, "int32"),
+            **token_count(slots_of_token is not None),
+        },
+    )
     listed = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
     written = {name: Pointer(buffer, "int32", written=True) for name, buffer in zip(listed, outputs, strict=True)}
 
-    def kernel(stage: str, body: str, pointers: dict[str, Pointer | None], size: int, overlaps: bool) -> Kernel:
+    def kernel(stage: str, body: str, pointers: dict[str, Bound], size: int, overlaps: bool) -> Kernel:
         return Kernel(
             name=f"jmm_{stage}_m{block_size}",
             headers=("align.cuh",),
@@ -84,7 +95,7 @@ def align_kernels(
 
     if ctas == 1:
         return (align(None, ids_from_previous),), ()
-    found: dict[str, Pointer | None] = {
+    found: dict[str, Bound] = {
         "sorted_token_ids": written["sorted_token_ids"],
         "counts": Pointer(counts, "int32", written=True),
     }

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, optional
+from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Bound, Facts, Pointer, optional, token_count
 from jax_marlin_moe.cuda.limits import grid
 from jax_marlin_moe.cuda.program import Kernel
 
@@ -46,11 +46,15 @@ def combine_kernel(
     partial_dtype: str = "float32",
     columns_of: range | None = None,
     places: bool = False,
+    counted: bool = False,
+    packed_pairs: bool | None = None,
 ) -> Kernel:
     """Sums each token's slots, and what identity experts return.
 
     Partials have the columns of `columns_of` alone, and the sums go to these; None is all. `places` says whether they
-    have the columns of a unit in the order of its scales, as rows of 8 bits leave them.
+    have the columns of a unit in the order of its scales, as rows of 8 bits leave them. `counted` where a call may have
+    fewer tokens, `packed_pairs` where rows are whole, and those of `packed_partials`: without experts that return their
+    input.
     """
     columns_of = range(columns) if columns_of is None else columns_of
     added = Pointer(partials, partial_dtype)
@@ -70,26 +74,33 @@ def combine_kernel(
         "identity_experts": 0 if identity is None else identity.experts,
         "input_columns": 0 if identity is None else identity.columns,
         "places": places,
+        "counted": counted,
     }
+    of_input: dict[str, Bound] = {
+        "x": rows,
+        "topk_weights": optional(None if identity is None else identity.topk_weights, "float32"),
+    }
+    vector = 16 // jnp.dtype(partial_dtype).itemsize if packed_pairs is None else 8  # columns of a thread
+    if packed_pairs is not None:
+        of_input = {}
+        others = ("partial", "result_columns", "input", "identity_experts", "input_columns", "places")
+        facts = {name: fact for name, fact in facts.items() if name not in others} | {"pairs": packed_pairs}
     return Kernel(
         name=f"jmm_combine_m{tokens}",
         headers=("combine.cuh",),
-        body="Combine<Facts>",
+        body="Combine<Facts>" if packed_pairs is None else "CombineFourColumns<Facts>",
         structs={"Facts": facts},
         pointers={
             "partials": added,
             "topk_ids": Pointer(topk_ids, "int32"),
             "expert_map": optional(expert_map, "int32"),
-            "x": rows,
-            "topk_weights": optional(None if identity is None else identity.topk_weights, "float32"),
+            **of_input,
             "out": result,
+            **token_count(counted),
         },
         threads=128,
         shared_bytes=0,
-        max_ctas=grid(
-            -(-tokens * (len(columns_of) * jnp.dtype(partial_dtype).itemsize // 16) // 128),
-            "the sum over a token's experts",
-        ),
+        max_ctas=grid(-(-tokens * (len(columns_of) // vector) // 128), "the sum over a token's experts"),
         overlaps_predecessor=overlaps_predecessor,
     )
 
@@ -117,7 +128,7 @@ def find_first_rows_kernel(
     list_block: int,
     list_length: int,
     *,
-    pointers: Mapping[str, Pointer | None],
+    pointers: Mapping[str, Bound],
     first_rows: int,
     overlaps_predecessor: bool,
 ) -> Kernel:

@@ -1,11 +1,12 @@
 """What becomes of a product's sums. Twin of csrc/cuda/epilogue.cuh, activations.cuh and intermediate.cuh."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, optional
+from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Bound, Facts, Pointer, optional
 from jax_marlin_moe.intermediate import KINDS
 
 
@@ -21,7 +22,7 @@ class Epilogue:
 
     cpp: str
     facts: Facts
-    pointers: dict[str, Pointer | None]
+    pointers: Mapping[str, Bound]
 
 
 def activation_type(activation: Activation) -> str:
@@ -116,3 +117,8 @@ def slot_partials(
         "row_scales": optional(row_scales, "float32"),
     }
     return Epilogue("SlotPartials", facts, pointers)
+
+
+def packed_partials(partials: Epilogue, pairs: bool) -> Epilogue:
+    """`slot_partials` with four columns in 64 bits; `pairs` says which ones they are (csrc/cuda/four_columns.cuh)."""
+    return Epilogue("PackedPartials", {**partials.facts, "pairs": pairs}, partials.pointers)

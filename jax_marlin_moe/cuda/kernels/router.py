@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Facts, Pointer, optional
+from jax_marlin_moe.cuda.facts import ELEMENT_TYPES, Bound, Facts, Pointer, optional, token_count
 from jax_marlin_moe.cuda.limits import grid
 from jax_marlin_moe.cuda.program import Kernel
 from jax_marlin_moe.routing import Routing
@@ -64,7 +64,7 @@ class Router:
         shared: experts that every token visits, behind those of its choice.
     """
 
-    rows: jax.Array
+    rows: jax.Array | jax.ShapeDtypeStruct
     kernel: jax.Array
     routing: Routing
     bias: jax.Array | None = None
@@ -193,9 +193,17 @@ def logits_buffer(router: Router, tile: RouterTile) -> jax.ShapeDtypeStruct:
 
 
 def product_kernel(
-    router: Router, tile: RouterTile, *, rows: int, kernel: int, gate: int | None, scale: int | None, out: int
+    router: Router,
+    tile: RouterTile,
+    *,
+    rows: int,
+    kernel: int,
+    gate: int | None,
+    scale: int | None,
+    out: int,
+    counted: bool = False,
 ) -> Kernel:
-    """The logits of every slice of K."""
+    """The logits of every slice of K; `counted` where a call may have fewer tokens than the router."""
     tokens, experts, (k, _) = router.rows.shape[0], router.experts, router.kernel.shape
     dtype, width = router.kernel.dtype.name, router.kernel.dtype.itemsize
     facts: Facts = {
@@ -214,6 +222,7 @@ def product_kernel(
         "stride": router.stride,
         "gated": gate is not None,
         "normed": scale is not None,
+        "counted": counted,
     }
     if tile.stages:
         facts |= {"stages": tile.stages, "warps_n": tile.warps_n, "warps_t": tile.warps_t}
@@ -235,6 +244,7 @@ def product_kernel(
             "gate": _vector(gate, router.gate),
             "scale": _vector(scale, router.input_scale),
             "logits": Pointer(out, "float32", written=True),
+            **token_count(counted),
         },
         threads=threads,
         shared_bytes=shared_bytes,
@@ -274,8 +284,9 @@ def select_kernel(
     topk_ids: int,
     overlaps_predecessor: bool,
     weighted: WeightedRows | None = None,
+    counted: bool = False,
 ) -> Kernel:
-    """Experts and weights from logits, and the experts' input where weights multiply it."""
+    """Experts and weights from logits, and the experts' input where weights multiply it; `counted` as before."""
     tokens, rule = router.rows.shape[0], router.routing
     facts: Facts = {
         "scores": f"jmm::{_SCORES[rule.scoring]}",
@@ -313,8 +324,9 @@ def select_kernel(
         "renormalized": rule.renormalize,
         "warps": 8,
         "warps_of_token": tile.warps_of_token,
+        "counted": counted,
     }
-    of_rows: dict[str, Pointer | None] = dict.fromkeys(("x", "rows", "slot_weights"))
+    of_rows: dict[str, Bound] = dict.fromkeys(("x", "rows", "slot_weights"))
     tokens_of_cta = 8 // tile.warps_of_token
     slot_weights = 4
     if weighted is not None:
@@ -338,6 +350,7 @@ def select_kernel(
             "topk_weights": Pointer(topk_weights, "float32", written=True),
             "topk_ids": Pointer(topk_ids, "int32", written=True),
             **of_rows,
+            **token_count(counted),
         },
         threads=256,
         shared_bytes=4 * ((8 + tokens_of_cta) * router.stride + slot_weights),

@@ -97,6 +97,18 @@ struct WgmmaConsumer {
     }
     const int first_column = record.column_tile * Shape::kHalfUnits * kUnitColumns + lane.unit(0) * kUnitColumns +
                              lane.word() * 16 + lane.lane / 4;
+    if constexpr (kPacksFour<Epilogue>) {
+      store_fours<kN>(gemm, record, lane, first_column, factors[0], sums);
+    } else {
+      store_values<kN>(gemm, record, lane, first_column, factors, sums);
+    }
+  }
+
+  template <int kN>
+  __device__ __forceinline__ static void store_values(const Gemm& gemm, const Record& record, const Lane& lane,
+                                                      int first_column, const float (&factors)[Shape::kHalves],
+                                                      const float (&sums)[Tile::kSubTiles][kN / 2]) {
+    const typename Shape::ExpertIndex expert = record.expert;
 #pragma unroll
     for (int t = 0; t < kN / 8; ++t) {
 #pragma unroll
@@ -122,6 +134,47 @@ struct WgmmaConsumer {
                                   Epilogue::kGated ? up[s] * up_factor : 0.0f);
             }
           }
+        }
+      }
+    }
+  }
+
+  // Four columns of a row at a time. A warp with one sub-tile has two of them in a lane: lanes of neighbouring columns
+  // exchange, and each has four of one of their two rows.
+  template <int kN>
+  __device__ __forceinline__ static void store_fours(const Gemm& gemm, const Record& record, const Lane& lane,
+                                                     int first_column, float factor,
+                                                     const float (&sums)[Tile::kSubTiles][kN / 2]) {
+    constexpr bool kPairs = Epilogue::kPairs;
+    static_assert(kPairs == (Shape::kWarpSubTiles == 1), "two sub-tiles have four columns of a row");
+    const typename Shape::ExpertIndex expert = record.expert;
+    const bool odd = lane.lane / 4 % 2;
+#pragma unroll
+    for (int t = 0; t < kN / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < (kPairs ? 1 : 2); ++i) {
+        const int row = 8 * t + lane.lane % 4 * 2 + (kPairs ? odd : i);
+        const int slot = record.slots[row];
+        float fours[kPairs ? 1 : Shape::kWarpSubTiles / 2][4];
+        if constexpr (kPairs) {
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const float of_rows[2] = {sums[0][4 * t + 2 * b] * factor, sums[0][4 * t + 2 * b + 1] * factor};
+            const float theirs = __shfl_xor_sync(~0u, odd ? of_rows[0] : of_rows[1], 4);
+            fours[0][2 * b] = odd ? theirs : of_rows[0], fours[0][2 * b + 1] = odd ? of_rows[1] : theirs;
+          }
+        } else {
+#pragma unroll
+          for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
+#pragma unroll
+            for (int b = 0; b < 2; ++b) fours[p / 2][p % 2 * 2 + b] = sums[p][4 * t + 2 * b + i] * factor;
+          }
+        }
+        if (slot < 0) continue;
+#pragma unroll
+        for (int f = 0; f < sizeof(fours) / sizeof(fours[0]); ++f) {
+          gemm.epilogue.store_four(expert, slot, record.factors[0][row], first_column - (kPairs ? odd : 0) + 32 * f,
+                                   fours[f]);
         }
       }
     }
