@@ -291,6 +291,16 @@ def test_every_warpgroup_has_two_stages(name):
         assert not one_each.fits(shape, 90)
 
 
+@pytest.mark.parametrize("code", ["bf16", "fp16"])
+def test_few_rows_of_weights_of_16_bits_have_k_blocks_of_64(code):
+    """Longer ones have been wrong now and then (benchmarks/NOTES.md)."""
+    shape = shape_of(1408, 64, code=code, bits=16, zeros=None, group_size=128, scale="bfloat16")
+    for tokens in wgmma.TOKEN_TILES:
+        blocks = {tile.block_k for tile in wgmma.candidates(shape, tokens, 90)}
+        assert blocks
+        assert tokens > 32 or blocks == {64}
+
+
 @pytest.mark.gpu
 @pytest.mark.long
 def test_many_runs_give_the_same_bits():
