@@ -140,13 +140,14 @@ def _chained(block: Any, x: jax.Array, matrices: Any, weights: jax.Array, ids: j
 
 def _alone(experts: int, mapped: bool, x: jax.Array, matrices: Any, weights: jax.Array, ids: jax.Array) -> jax.Array:
     """The chain of what the first card computes, fed by itself."""
+    kernels = "cuda" if jax.default_backend() == "gpu" else "cpu"
 
     def share(x, gate_up, down, weights, ids):
         gate_up = dataclasses.replace(gate_up, layout="a16")
         every = jnp.arange(experts, dtype=jnp.int32)
         expert_map = jnp.where(every < gate_up.num_experts, every, -1) if mapped else None
-        y = jmm.fused_moe(x, gate_up, down, weights, ids, expert_map=expert_map, preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        options = {"expert_map": expert_map, "preferred_element_type": jnp.float32}
+        return jmm.fused_moe(x, gate_up, down, weights, ids, **options, implementation=kernels).astype(x.dtype)
 
     return _chained(share, x, matrices, weights, ids)
 
