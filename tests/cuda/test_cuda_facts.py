@@ -37,12 +37,12 @@ def experts(k, n):
     )
 
 
-def block(slots, tiles):
+def block(slots, tiles, tokens=24):
     return plan.plan_fused_moe(
-        array((24, 512), jnp.bfloat16),
+        array((tokens, 512), jnp.bfloat16),
         experts(512, 640),
         experts(320, 512),
-        tokens=24,
+        tokens=tokens,
         top_k=3,
         routed_experts=16,
         mapped=True,
@@ -55,18 +55,7 @@ def block(slots, tiles):
 def many_tokens(sub_tiles):
     """A program for a range of tokens, whose rows have four columns in 64 bits."""
     tiles = (WgmmaTile(48, 2, 1, 1, 64, 4, 1, True), WgmmaTile(48, sub_tiles, 1, 1, 64, 4, 1, True))
-    return plan.plan_fused_moe(
-        array((70, 512), jnp.bfloat16),
-        experts(512, 640),
-        experts(320, 512),
-        tokens=70,
-        top_k=3,
-        routed_experts=16,
-        mapped=True,
-        activation=get_activation("silu"),
-        architecture="sm_90a",
-        scheme=BlockScheme("aligned", *tiles),
-    )
+    return block("aligned", tiles, tokens=70)
 
 
 def product():
