@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from abstract_calls import ptxas_log
-from oracle import assert_block_accepted, assert_block_close, expert_block, random_experts, random_routing, random_rows
+from oracle import (
+    assert_block_accepted,
+    assert_block_close,
+    assert_product_close,
+    expert_block,
+    grouped_product,
+    random_experts,
+    random_routing,
+    random_rows,
+)
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
@@ -291,14 +300,52 @@ def test_every_warpgroup_has_two_stages(name):
         assert not one_each.fits(shape, 90)
 
 
-@pytest.mark.parametrize("code", ["bf16", "fp16"])
-def test_few_rows_of_weights_of_16_bits_have_k_blocks_of_64(code):
-    """Longer ones have been wrong now and then (benchmarks/NOTES.md)."""
-    shape = shape_of(1408, 64, code=code, bits=16, zeros=None, group_size=128, scale="bfloat16")
-    for tokens in wgmma.TOKEN_TILES:
-        blocks = {tile.block_k for tile in wgmma.candidates(shape, tokens, 90)}
-        assert blocks
-        assert tokens > 32 or blocks == {64}
+# Calls behind each other: the weights of a call are there before its rows, so that no warpgroup waits for them, and
+# stages go round as fast as they can. What a stage holds is loaded before it is filled again, factors and scales too.
+def differing_calls(call, *arrays):
+    """The numbers of 300 calls in one queue that differ from a call alone, whose result comes first."""
+    if compiler.compute_capability(compiler.target_architecture()) != 90:
+        pytest.skip("wgmma is Hopper's")
+    with jax.default_device(jax.devices("cuda")[0]):
+        arrays = jax.device_put(arrays)
+        run = jax.jit(call)
+        first = jax.block_until_ready(run(*arrays))
+        results = [run(*arrays) for _ in range(300)]
+        return first, np.flatnonzero([jnp.any(result != first) for result in results]).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("bf16", "float16"), ("fp16", "float16"), ("int8", "bfloat16"), ("int4", "bfloat16"), ("int4_zp", "float16")],
+)
+def test_products_behind_each_other_agree_with_one_alone(name, dtype):
+    rng = np.random.default_rng(4)
+    experts = random_experts(rng, 2, 1408, 64, weight_format=name, group_size=128)
+    x = random_rows(rng, 5, 1408, jnp.dtype(dtype))
+    _, ids = random_routing(rng, 5, 2, 2)
+
+    def product(x, weights, ids):
+        return jmm.moe_gemm(x, weights, jmm.moe_align_block_size(ids, block_size=16, num_experts=2), top_k=2)
+
+    first, differing = differing_calls(product, x, experts.packed(), ids)
+    assert not differing
+    assert_product_close(first, grouped_product(x, experts, ids))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "activation_dtype"), [("int4", "float8_e4m3fn"), ("int8", "int8")])
+def test_blocks_of_bytes_behind_each_other_agree_with_one_alone(name, activation_dtype):
+    rng = np.random.default_rng(4)
+    gate_up = random_experts(rng, 2, 1408, 1024, weight_format=name, group_size=128)
+    down = random_experts(rng, 2, 512, 1408, weight_format=name, group_size=128)
+    x = random_rows(rng, 5, 1408, jnp.bfloat16)
+    router, ids = random_routing(rng, 5, 2, 2)
+
+    def block(*arrays):
+        return jmm.fused_moe(*arrays, activation_dtype=activation_dtype)
+
+    assert not differing_calls(block, x, gate_up.packed(), down.packed(), router, ids)[1]
 
 
 @pytest.mark.gpu

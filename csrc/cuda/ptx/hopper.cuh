@@ -15,6 +15,13 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier) : "memory");
 }
 
+// Zero, as no compiler knows: grids have one dimension.
+__device__ __forceinline__ uint32_t opaque_zero() {
+  uint32_t zero;
+  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(zero));
+  return zero;
+}
+
 // `copy16`, or zeros in its place: nothing is read then.
 __device__ __forceinline__ void copy16_or_zeros(uint32_t shared, const void* global, bool copies) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(copies ? 16 : 0)

@@ -111,9 +111,6 @@ class WgmmaTile:
         whole = shape.k >= self.block_k and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
         # A warpgroup waits for its next stage before it releases the one that it reads: of one stage, for ever.
         whole = whole and self.stages >= 2 * self.warpgroups_k
-        # Of such codes, few rows and k-blocks of 128 have returned a wrong row now and then, for a reason that is not
-        # known (benchmarks/NOTES.md, "A product that was wrong now and then").
-        whole = whole and not (shape.bits == 16 and self.tokens <= 32 and self.block_k > 64)
         whole = whole and shape.n % (UNIT * self.warpgroups_n * self.sub_tiles) == 0
         part_of_group = shape.group_size % self.block_k == 0 or shape.group_size >= shape.k
         whole_groups = self.block_k % shape.group_size == 0 and shape.k % shape.group_size == 0

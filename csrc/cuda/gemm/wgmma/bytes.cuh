@@ -236,6 +236,7 @@ struct WgmmaByteProduct {
       const uint32_t weights = shared.weights(here.at);
       const WgmmaRows tokens(shared.tokens(here.at));
       stage.advance();
+      uint32_t loaded = 0;
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j) {
         wgmma_fence();
@@ -254,8 +255,9 @@ struct WgmmaByteProduct {
         Weights::load_scales(scales, weights, j, lane);
         wgmma_wait<0>();
         Weights::close(sums[j], part, scales);
+        loaded = __float_as_uint(scales[0]) | __float_as_uint(scales[1]);
       }
-      Consumer::release(shared, here.at, lane);
+      Consumer::release(shared, here.at, lane, loaded);
     }
   }
 };

@@ -35,9 +35,12 @@ struct WgmmaConsumer {
     mbarrier_wait(shared.full(stage.at), stage.parity);
     fence_async_proxy();
   }
-  __device__ __forceinline__ static void release(const Shared& shared, int stage, const Lane& lane) {
+  // `loaded` has bits of all that was loaded from the stage and may not be in use yet. An arrival does not wait for
+  // loads, and the bulk copy that it lets go would overtake one that stands in a long queue: the barrier's address
+  // depends on the value (docs/kernels.md, "Loads before a release").
+  __device__ __forceinline__ static void release(const Shared& shared, int stage, const Lane& lane, uint32_t loaded) {
     __syncwarp();
-    if (lane.lane == 0) mbarrier_arrive(shared.empty(stage));
+    if (lane.lane == 0) mbarrier_arrive(shared.empty(stage) + (loaded & lane.zero));
   }
 
   static constexpr int kStepsPerGroup = Problem::kGroup / kStepRows;
@@ -225,6 +228,7 @@ struct WgmmaConsumer {
       const uint32_t weights = shared.weights(here.at);
       const WgmmaRows tokens(shared.tokens(here.at));
       stage.template advance<Tile::kWarpgroupsK>();
+      uint32_t loaded = 0;  // words and scales of weights have become fragments before their product; factors have not
 #pragma unroll
       for (int batch = 0; batch < Weights::kBatches; ++batch) {
         // Load the next batch, unless it is in the next stage.
@@ -260,12 +264,13 @@ struct WgmmaConsumer {
             const typename Weights::Factors factors(weights, (end - 1) / KBlocks::kStepsPerScale, lane);
             wgmma_wait<0>();
             factors.close(sums, group_sums);
+            loaded = factors.bits();
             fresh = true;
           }
         }
       }
       wgmma_wait<0>();
-      release(shared, here.at, lane);
+      release(shared, here.at, lane, loaded);
     }
     if constexpr (Tile::kWarpgroupsK > 1) return add_shares(shared, lane, sums);
     return true;
@@ -289,7 +294,7 @@ struct WgmmaConsumer {
   __device__ __forceinline__ static void run(const Gemm& gemm, const Shared& shared) {
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be the same for the whole warp
     const Lane lane{warpgroup / Tile::kWarpgroupsN, warpgroup % Tile::kWarpgroupsN, int(threadIdx.x / 32 % 4),
-                    int(threadIdx.x % 32)};
+                    int(threadIdx.x % 32), opaque_zero()};
     Stage stage;
     Cursor<Storage::kRecords> next;
 #pragma unroll 1

@@ -13,6 +13,7 @@ namespace jmm {
 template <class Shape>
 struct WgmmaLane {
   int share, warpgroup, warp, lane;  // of K; along the columns; in the warpgroup; in the warp
+  uint32_t zero;                     // opaque_zero()
 
   // The first of this warp's Shape::kWarpSubTiles sub-tiles in a half: its unit in the tile, and its word there.
   __device__ __forceinline__ int unit(int half) const {
@@ -151,6 +152,13 @@ struct WgmmaWeights {
           scales[h * Shape::kWarpSubTiles + j / 2][j % 2] = group_scales.exact(j);
         }
       }
+    }
+
+    __device__ __forceinline__ uint32_t bits() const {
+      uint32_t all = 0;
+#pragma unroll
+      for (int j = 0; j < Tile::kSubTiles; ++j) all |= __float_as_uint(scales[j][0]) | __float_as_uint(scales[j][1]);
+      return all;
     }
 
     template <int kSums, int kGroupSums>
