@@ -27,7 +27,7 @@ import jax_marlin_moe as jmm
 from benchmarks.card import MultiprocessorClock
 from benchmarks.ceilings import measure_bf16_products, measure_read_bandwidth
 from benchmarks.chain import chain_microseconds
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEER_FORMATS, PEERS
 from benchmarks.record import recorded_run
 from benchmarks.roofline import block_limit
 from jax_marlin_moe.activations import Activation, get_activation
@@ -176,7 +176,13 @@ def peer_row(name: str, ours: dict, case: Case, clock: MultiprocessorClock, args
     """The peer's row for the configuration of ours, None where it is not installed or fails."""
     try:
         times = PEERS[name](
-            case.shape, case.tokens, case.ids, dtype=args.dtype, samples=args.samples, pause_seconds=args.pause
+            case.shape,
+            case.tokens,
+            case.ids,
+            dtype=args.dtype,
+            samples=args.samples,
+            pause_seconds=args.pause,
+            weight_format=ours["format"],
         )
     except Exception as error:  # a peer that fails is a line in the log, not the end of our run
         print(f"{name} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
@@ -184,7 +190,8 @@ def peer_row(name: str, ours: dict, case: Case, clock: MultiprocessorClock, args
     if times is None:
         print(f"{name} is not installed", flush=True)
         return None
-    row = {**ours, "jit_us": None, "rel_l2": None, **times, "sm_mhz": clock.mhz()}
+    row = {**ours, "activation": "silu", "biases": False, "jit_us": None, "rel_l2": None, **times}
+    row["sm_mhz"] = clock.mhz()
     row["tb_s"] = ours["tb_s"] * ours["block_us"] / row["block_us"]
     row["tflop_s"] = ours["tflop_s"] * ours["block_us"] / row["block_us"]
     return row
@@ -260,8 +267,12 @@ def main() -> None:
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    if args.peers and args.format != ["int4"]:
-        parser.error("argument --peers: the peers are timed on int4 alone; leave --format out")
+    for peer, weight_format in itertools.product(args.peers, args.format):
+        if weight_format not in PEER_FORMATS[peer]:
+            parser.error(
+                f"argument --peers: {peer} is timed on {', '.join(PEER_FORMATS[peer])}, not on {weight_format}; "
+                "leave one of them out"
+            )
 
     dtype = jnp.dtype(args.dtype)
     device = jax.devices()[0]

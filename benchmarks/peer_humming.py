@@ -7,15 +7,16 @@ its own routing and the next layer's weights, so that L2 is cold. A block is wha
 library's products: the alignment of the routing to row tiles, gate_up, the activation, down, and the weighted sum.
 The products and the activation are the library's, in the configurations that its own heuristics choose for the card,
 the shape and the number of rows; it has no alignment and no sum, so these two are Triton kernels of this file.
-Weights are symmetric INT4 with a scale for each group of `group_size`. With an `activation_dtype` rows are quantised by
-the library, a scale for each, those of the second product as they are activated. Every timed configuration is checked
-against float32 of the dequantised weights (`rel_l2`).
+Weights are symmetric INT4 with a scale for each group of `group_size`, MXFP4 or NVFP4. With an `activation_dtype` rows
+are quantised by the library, a scale for each, those of the second product as they are activated. Every timed
+configuration is checked against float32 of the dequantised weights (`rel_l2`).
 
 Needs PyTorch with CUDA and `humming-kernels[cu13]`. JAX in the same process takes 75% of the memory when it first
 touches the card; XLA_PYTHON_CLIENT_PREALLOCATE=false leaves it to both.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import statistics
@@ -44,7 +45,36 @@ _PAD_N, _PAD_K = 256, 128
 _INDEXED = json.dumps({"gemm_type": "indexed"})
 _SILU_AND_MUL = {"activation_type": "binary_split", "activation_impl": "a / (1.0f + __expf(-a)) * b"}
 _ROW_TYPES = {"float8_e4m3fn": "float8e4m3", "int8": "int8"}  # the library's names
-_CODE_DEVIATION = (16**2 / 12) ** 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """What the library calls a format of weights.
+
+    Attributes:
+        schema: its names of the types.
+        values: of the codes, in order.
+    """
+
+    schema: dict[str, str]
+    values: tuple[float, ...]
+
+    @property
+    def deviation(self) -> float:
+        """Of uniform codes."""
+        return float(np.std(self.values))
+
+
+_E2M1_VALUES = tuple(sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6))
+_FORMATS = {
+    "int4": _Format({"dtype": "int4"}, tuple(range(-8, 8))),
+    "mxfp4": _Format({"dtype": "float4e2m1", "scale_dtype": "float8e8m0"}, _E2M1_VALUES),
+    "nvfp4": _Format(
+        {"dtype": "float4e2m1", "scale_dtype": "float8e4m3", "scale_type": "group", "scale_2_type": "tensor"},
+        _E2M1_VALUES,
+    ),
+}
+WEIGHT_FORMATS = tuple(_FORMATS)
 
 
 def _power_of_two(value: int) -> int:
@@ -208,26 +238,37 @@ def _matrix_sizes(shape: ModelShape) -> tuple[tuple[int, int, float], tuple[int,
     return (2 * shape.intermediate, shape.hidden, 1.0), (shape.hidden, shape.intermediate, 4.0)
 
 
-def _random_tensors(shape: ModelShape, layer: int, matrix: int, dtype) -> dict[str, Any]:
-    """Random codes [E, N, K / 8], eight a word, and scales [E, N, K / group_size]; the same for the same numbers."""
+def _random_tensors(shape: ModelShape, weight_format: str, layer: int, matrix: int, dtype) -> dict[str, Any]:
+    """Random codes [E, N, K / 8], eight a word, and scales [E, N, K / group_size]; the same for the same numbers.
+
+    NVFP4 has a scale for each expert besides.
+    """
     n, k, gain = _matrix_sizes(shape)[matrix]
     generator = torch.Generator("cuda").manual_seed(2 * layer + matrix)
     codes = torch.empty((shape.num_experts, n, k // 8), dtype=torch.int32, device="cuda")
     codes.random_(-(2**31), 2**31 - 1, generator=generator)
     scales = torch.empty((shape.num_experts, n, _quotient(k, shape.group_size)), dtype=torch.float32, device="cuda")
-    scales.uniform_(0.5, 1.5, generator=generator).mul_(gain / _CODE_DEVIATION / k**0.5)
+    scales.uniform_(0.5, 1.5, generator=generator)
+    gain /= _FORMATS[weight_format].deviation * k**0.5
+    if weight_format == "nvfp4":
+        gains = torch.full((shape.num_experts,), gain, dtype=torch.float32, device="cuda")
+        return {"weight": codes, "weight_scale": scales.to(torch.float8_e4m3fn), "weight_scale_2": gains}
+    scales.mul_(gain)
+    if weight_format == "mxfp4":
+        exponents = scales.log2_().round_().add_(127).to(torch.uint8)
+        return {"weight": codes, "weight_scale": exponents.view(torch.float8_e8m0fnu)}
     return {"weight": codes, "weight_scale": scales.to(dtype)}
 
 
 def _prepare_matrix(
-    shape: ModelShape, layer: int, matrix: int, dtype, activation_dtype: str | None
+    shape: ModelShape, weight_format: str, layer: int, matrix: int, dtype, activation_dtype: str | None
 ) -> tuple[Any, dict[str, Any]]:
     """The library's configuration of one matrix and its tensors in the library's order."""
     from humming.schema import HummingInputSchema, HummingWeightSchema
     from humming.transform import prepare_layer_config, transform_humming_tensors
 
     n, k, _ = _matrix_sizes(shape)[matrix]
-    schema = HummingWeightSchema.from_config({"dtype": "int4", "group_size": shape.group_size})
+    schema = HummingWeightSchema.from_config({**_FORMATS[weight_format].schema, "group_size": shape.group_size})
     config = prepare_layer_config(
         shape_n=n,
         shape_k=k,
@@ -238,34 +279,39 @@ def _prepare_matrix(
         pad_k_to_multiple=_PAD_K,
         torch_dtype=dtype,
     )
-    tensors = _random_tensors(shape, layer, matrix, dtype)
+    tensors = _random_tensors(shape, weight_format, layer, matrix, dtype)
     # Zeros up to the padded sizes. (The library's own padding counts the groups of K downwards, and takes no matrix
     # whose last group is a part.)
     widths = {"weight": config.shape_k // 8, "weight_scale": config.shape_k // shape.group_size}
-    for name, tensor in tensors.items():
-        padding = (0, widths[name] - tensor.shape[2], 0, config.shape_n - tensor.shape[1])
-        tensors[name] = torch.nn.functional.pad(tensor, padding)
-    tensors = transform_humming_tensors(config, tensors, already_padded=True)
-    return config, {name: tensors[name] for name in ("weight", "weight_scale")}
+    for name, width in widths.items():
+        tensor = tensors[name]
+        padding = (0, width - tensor.shape[2], 0, config.shape_n - tensor.shape[1])
+        # Scales of a byte are padded as bytes: 0 is the least of them, which a weight of zero does not mind.
+        stored = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+        tensors[name] = torch.nn.functional.pad(stored, padding).view(tensor.dtype)
+    return config, transform_humming_tensors(config, tensors, already_padded=True)
 
 
-def _dequantize(tensors: dict[str, Any], expert: int, group_size: int):
+def _dequantize(weight_format: str, tensors: dict[str, Any], expert: int, group_size: int):
     """One expert's matrix [N, K] in float32."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device="cuda")
     codes = ((tensors["weight"][expert][..., None] >> shifts) & 15).flatten(-2)
     scales = tensors["weight_scale"][expert].float().repeat_interleave(group_size, -1)
-    return (codes.float() - 8) * scales[:, : codes.shape[1]]
+    if "weight_scale_2" in tensors:
+        scales *= tensors["weight_scale_2"][expert]
+    values = torch.tensor(_FORMATS[weight_format].values, dtype=torch.float32, device="cuda")
+    return values[codes] * scales[:, : codes.shape[1]]
 
 
-def _reference(shape: ModelShape, x, ids, weights, dtype):
+def _reference(shape: ModelShape, weight_format: str, x, ids, weights, dtype):
     """The block on the first layer, in float32."""
-    gate_up, down = (_random_tensors(shape, 0, matrix, dtype) for matrix in (0, 1))
+    gate_up, down = (_random_tensors(shape, weight_format, 0, matrix, dtype) for matrix in (0, 1))
     out = torch.zeros(x.shape, dtype=torch.float32, device="cuda")
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (x[token].float() @ _dequantize(gate_up, expert, shape.group_size).T).chunk(2, dim=-1)
+        gate, up = (x[token].float() @ _dequantize(weight_format, gate_up, expert, shape.group_size).T).chunk(2, dim=-1)
         rows = torch.nn.functional.silu(gate) * up
-        rows = rows @ _dequantize(down, expert, shape.group_size).T
+        rows = rows @ _dequantize(weight_format, down, expert, shape.group_size).T
         out.index_add_(0, token, rows * weights[token, slot, None])
     return out
 
@@ -345,11 +391,15 @@ def _measure(
     samples: int,
     pause_seconds: float,
     activation_dtype: str | None,
+    weight_format: str,
 ) -> dict[str, Any]:
     from humming.tune import get_heuristics_config
 
-    count = layers_to_rotate(shape, "int4")
-    layers = [[_prepare_matrix(shape, i, matrix, dtype, activation_dtype) for matrix in (0, 1)] for i in range(count)]
+    count = layers_to_rotate(shape, weight_format)
+    layers = [
+        [_prepare_matrix(shape, weight_format, i, matrix, dtype, activation_dtype) for matrix in (0, 1)]
+        for i in range(count)
+    ]
     torch.cuda.empty_cache()
     slots = tokens * shape.top_k
     configs = [
@@ -366,7 +416,7 @@ def _measure(
 
     for launch in blocks[0]:
         launch()
-    expected = _reference(shape, x, routed[0], weights[0], dtype)
+    expected = _reference(shape, weight_format, x, routed[0], weights[0], dtype)
     error = float((out.float() - expected).norm() / expected.norm())
     del expected
 
@@ -394,6 +444,7 @@ def humming_block(
     samples: int = 100,
     pause_seconds: float = 0.0,
     activation_dtype: str | None = None,
+    weight_format: str = "int4",
 ) -> dict[str, Any] | None:
     """Times the expert block of `humming-kernels`.
 
@@ -405,6 +456,7 @@ def humming_block(
         samples: replays of the graph.
         pause_seconds: before each replay, so that the card stays out of its power limit.
         activation_dtype: float8_e4m3fn or int8, what rows are quantised to; None leaves them as they are.
+        weight_format: one of `WEIGHT_FORMATS`.
 
     Returns:
         `implementation`; `block_us` with its `block_p10_us` and `block_p90_us`; `align_us`, `gemm1_us` and `gemm2_us`,
@@ -418,7 +470,9 @@ def humming_block(
         return None
     try:
         with torch.no_grad():
-            return _measure(shape, tokens, ids, getattr(torch, dtype), samples, pause_seconds, activation_dtype)
+            return _measure(
+                shape, tokens, ids, getattr(torch, dtype), samples, pause_seconds, activation_dtype, weight_format
+            )
     finally:
         torch.cuda.empty_cache()
 

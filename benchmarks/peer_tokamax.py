@@ -138,6 +138,7 @@ def tokamax_block(
     dtype: str = "bfloat16",
     samples: int = _SAMPLES,
     pause_seconds: float = 0.0,
+    weight_format: str = "int4",
     implementation: str = "mosaic",
 ) -> dict[str, Any] | None:
     """Times the expert block of `tokamax`.
@@ -149,18 +150,24 @@ def tokamax_block(
         dtype: bfloat16 or float16, of the rows and the scales.
         samples: times ten calls of the chain, at most ten.
         pause_seconds: before each ten calls, so that the card stays out of its power limit.
+        weight_format: int4; this file makes weights of no other.
         implementation: which of the library's implementations computes the products.
 
     Returns:
         `implementation`; `block_us` with its `block_p10_us` and `block_p90_us`, the same as `jit_us`; `rel_l2`. The
         products are not timed alone. None where the library is not installed.
+
+    Raises:
+        ValueError: another format.
     """
+    if weight_format != "int4":
+        raise ValueError(f"weight_format is {weight_format!r}; it must be 'int4' for tokamax")
     if tokamax is None:
         return None
     # It warns of every shape that it has no measured configuration for.
     logging.getLogger("absl").setLevel(logging.ERROR)
     row_dtype = jnp.dtype(dtype)
-    layers = [_random_layer(shape, i, row_dtype) for i in range(layers_to_rotate(shape, "int4"))]
+    layers = [_random_layer(shape, i, row_dtype) for i in range(layers_to_rotate(shape, weight_format))]
     x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), row_dtype)
     weights = jax.random.uniform(jax.random.key(7), ids.shape, jnp.float32, 0.5, 1.5)
     weights /= weights.sum(-1, keepdims=True)
