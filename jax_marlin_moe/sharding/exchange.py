@@ -1,5 +1,8 @@
 """Rows between the ranks of an axis, inside `jax.shard_map`: all-to-alls of ragged rows, with sizes that are static.
 
+CPUs, for which XLA has no ragged all-to-all, and cards, on which it is slow and refused between processes, exchange
+equal blocks; other platforms use it.
+
 All ranks gather the ids of all tokens (4 bytes for each choice), and from them know every count and offset: no sizes
 are exchanged. A token goes once to each rank that has one of its experts, and one row comes back, in float32.
 """
@@ -147,6 +150,7 @@ def _exchange(axis: str, rows: Array, size: int, largest: int, sizes: tuple[Arra
     return lax.platform_dependent(
         rows, *sizes,
         cpu=lambda *args: _dense(axis, size, largest, *args),
+        cuda=lambda *args: _dense(axis, size, largest, *args),
         default=lambda *args: _ragged(axis, size, *args),
     )  # fmt: skip
 
@@ -157,14 +161,17 @@ def _ragged(axis, size, rows, send_at, sent, lands_at, take_at, got):
 
 
 def _dense(axis, size, largest, rows, send_at, sent, lands_at, take_at, got):
-    """The same by an all-to-all of equal blocks, as long as the longest can be: XLA has no ragged one for CPUs."""
+    """The same by an all-to-all of equal blocks, as long as the longest can be."""
     ranks, each = send_at.shape[0], jnp.arange(largest, dtype=jnp.int32)
     index = send_at[:, None] + each
     blocks = take_rows(rows, jnp.where(each < sent[:, None], index, rows.shape[0]).reshape(-1), 0)
     blocks = lax.all_to_all(blocks.reshape(ranks, largest, rows.shape[1]), axis, 0, 0)
-    target = jnp.where(each < got[:, None], take_at[:, None] + each, size)
-    out = _varying(jnp.zeros((size, rows.shape[1]), rows.dtype), rows)
-    return out.at[target.reshape(-1)].set(blocks.reshape(-1, rows.shape[1]), mode="drop")
+    # Rows are read from where they are, not written to where they go: XLA's scatter would clear the result first.
+    place = jnp.arange(size, dtype=jnp.int32)
+    source = jnp.sum(place[:, None] >= take_at + got, axis=1, dtype=jnp.int32)
+    first = take_at[jnp.minimum(source, ranks - 1)]
+    found = jnp.where(source < ranks, source * largest + place - first, ranks * largest)
+    return take_rows(blocks.reshape(-1, rows.shape[1]), found, 0)
 
 
 def _varying(value: Array, like: Array) -> Array:

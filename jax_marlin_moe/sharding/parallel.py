@@ -55,9 +55,10 @@ def parallel_layer(
         tokens: axes of the mesh over which the first dimension of x is, and that of the result: those of the experts,
             of the intermediate dimension or any other, such as "data".
         exchange: how rows get to the experts over each axis of the experts that `tokens` names: "gather" gathers them
-            on all ranks and scatters the sums, "ragged" sends a row to the ranks that have one of its experts, by
-            `jax.lax.ragged_all_to_all` (CPUs: equal blocks), and one row back. No row is dropped: all ranks can get all
-            rows. On a mesh of hosts and cards a row goes to a host once.
+            on all ranks and scatters the sums, "ragged" sends a row to the ranks that have one of its experts, and one
+            row back: in equal blocks on CPUs and cards, which without `capacity` move what "gather" moves, and by
+            `jax.lax.ragged_all_to_all` elsewhere. No row is dropped: all ranks can get all rows. On a mesh of hosts and
+            cards a row goes to a host once.
         capacity: for "ragged": rows that a rank gets at most over one axis; what is more, tokens of the last ranks
             first, is dropped and counted. Memory and time of the experts follow from it.
         router_input: as for `MoELayer`.

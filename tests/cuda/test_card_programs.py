@@ -36,7 +36,7 @@ def test_a_block_is_one_call_and_copies_no_weights(name):
         ("columns", ["all-reduce"]),
         ("both", ["all-gather", "reduce-scatter"]),  # of the rows, and of the results
         ("recipe, gather", ["all-gather", "reduce-scatter"]),
-        ("recipe, ragged", ["all-gather", "ragged-all-to-all", "ragged-all-to-all"]),  # of the choices; there and back
+        ("recipe, ragged", ["all-gather", "all-to-all", "all-to-all"]),  # of the choices; there and back
     ],
 )
 def test_only_rows_and_sums_go_between_cards(name, wanted):
