@@ -1,5 +1,8 @@
 """Checks of arguments that more than one function takes. Each names the argument, what it was and what it must be."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +71,33 @@ def batch_rows(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
     if found[:-1] != tuple(x.shape[:-1]):
         raise ValueError(f"{name} has shape {found}; x has shape {tuple(x.shape)}, and all but the last must be alike")
     return value.reshape(-1, found[-1])
+
+
+def over_batches(
+    call: Callable[[jax.Array, MarlinWeights, jax.Array], Any],
+    rows: tuple[str, jax.Array],
+    weights: MarlinWeights,
+    table: tuple[str, jax.Array],
+    table_rank: int = 1,
+) -> Any:
+    """What `call(rows, weights, table)` makes of each element of the leading dimensions of named rows and their table.
+
+    Raises ValueError where the leading dimensions differ, TypeError on a table of another type than int32.
+    """
+    (rows_name, x), (name, value) = rows, table
+    check_array(name, value, ndim=x.ndim - 2 + table_rank, dtype=jnp.int32)
+    if value.shape[:-table_rank] != x.shape[:-2]:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; {rows_name} has shape {tuple(x.shape)}, and their leading "
+            "dimensions must be alike"
+        )
+
+    def each(x: jax.Array, value: jax.Array) -> Any:
+        return call(x, weights, value)
+
+    for _ in x.shape[:-2]:
+        each = jax.vmap(each)
+    return each(x, value)
 
 
 def as_router_weights(name: str, value: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 The contract is docs/formats.md, "Dispatches".
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -24,14 +26,14 @@ from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding
 
 
 def expert_gemm(
-    x: Float[Array, "rows K"],
+    x: Float[Array, "*batch rows K"],
     stack: MarlinWeights,
-    dispatches: Int32[Array, "dispatches 4"],
+    dispatches: Int32[Array, "*batch dispatches 4"],
     *,
     num_out_rows: int | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "out_rows N"], Int32[Array, ""]]:
+) -> tuple[Float[Array, "*batch out_rows N"], Int32[Array, "*batch"]]:
     """Multiplies runs of rows by experts of a stack, as a table says that may be made on the device.
 
     A dispatch `(e, i, o, m)` makes rows `[o, o + m)` of the result `x[i : i + m] @ W[e] + bias[e]`, accumulated in
@@ -39,8 +41,8 @@ def expert_gemm(
     several dispatches have is of the last of them. Rows that none has are zero.
 
     A dispatch that is not whole in range (an expert outside [0, E), rows outside x or the result, a negative m) writes
-    nothing and is counted. With m = 0 it is empty, never out of range. For batches of rows with tables of their own,
-    use `jax.vmap`.
+    nothing and is counted. With m = 0 it is empty, never out of range. Leading dimensions are batches of rows with
+    tables of their own, as under `jax.vmap`.
 
     Args:
         x: bfloat16 or float16 rows; float32 ones are multiplied as bfloat16, and the result is float32.
@@ -58,8 +60,13 @@ def expert_gemm(
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
     x, dtype = arguments.as_rows("x", x, preferred_element_type)
-    arguments.check_rank("x", x, 2)
     arguments.check_weights("stack", stack)
+    if x.ndim > 2:
+        each = partial(
+            expert_gemm, num_out_rows=num_out_rows, preferred_element_type=dtype, implementation=implementation
+        )
+        return arguments.over_batches(each, ("x", x), stack, ("dispatches", dispatches), table_rank=2)
+    arguments.check_rank("x", x, 2)
     arguments.check_shape("x", x, (x.shape[0], stack.k), "(rows, K)")
     arguments.check_array("dispatches", dispatches, ndim=2, dtype=jnp.int32)
     arguments.check_shape("dispatches", dispatches, (dispatches.shape[0], 4), "(dispatches, 4)")

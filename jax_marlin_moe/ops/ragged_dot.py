@@ -1,5 +1,6 @@
 """`ragged_dot`: rows sorted by group times the packed matrix of their group, with the arguments of JAX's own."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,22 +18,22 @@ from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 
 
 def ragged_dot(
-    lhs: Float[Array, "m K"],
+    lhs: Float[Array, "*batch m K"],
     rhs: MarlinWeights | Any,
-    group_sizes: Int32[Array, " groups"],
+    group_sizes: Int32[Array, "*batch groups"],
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     group_offset: Int32[Array, ""] | None = None,
     *,
     implementation: str | None = None,
-) -> Float[Array, "m N"]:
+) -> Float[Array, "*batch m N"]:
     """`jax.lax.ragged_dot` with packed experts in the place of a dense stack.
 
     The first `group_sizes[0]` rows of lhs are of group 0, the next `group_sizes[1]` of group 1, and so on; group g is
     multiplied by `rhs[g - group_offset]`, and its bias is added if there is one. Rows of groups that rhs does not
     have, and rows past the last group, are zero. Negative sizes count as 0, and rows that sizes claim past the end of
-    lhs do not exist. Differentiable with respect to lhs, and to biases and global scales of rhs. For batches of rows
-    with sizes of their own, use `jax.vmap`.
+    lhs do not exist. Differentiable with respect to lhs, and to biases and global scales of rhs. Leading dimensions
+    are batches of rows with sizes of their own, as under `jax.vmap`.
 
     Args:
         lhs: rows sorted by group. bfloat16 or float16; float32 is multiplied as bfloat16 and returned as float32.
@@ -52,6 +53,15 @@ def ragged_dot(
         rhs = _packed(rhs)
     arguments.check_weights("rhs", rhs)
     lhs, dtype = arguments.as_rows("lhs", lhs, preferred_element_type)
+    if lhs.ndim > 2:
+        each = partial(
+            ragged_dot,
+            precision=precision,
+            preferred_element_type=dtype,
+            group_offset=group_offset,
+            implementation=implementation,
+        )
+        return arguments.over_batches(each, ("lhs", lhs), rhs, ("group_sizes", group_sizes))
     arguments.check_rank("lhs", lhs, 2)
     arguments.check_shape("lhs", lhs, (lhs.shape[0], rhs.k), "(m, K)")
     arguments.check_array("group_sizes", group_sizes, ndim=1, dtype=jnp.int32)

@@ -130,9 +130,29 @@ def test_leading_dimensions_are_rows():
         np.testing.assert_array_equal(ours.reshape(theirs.shape), theirs)
     with pytest.raises(ValueError, match=r"topk_ids has shape \(6, 2\); x has shape \(2, 3, 64\)"):
         jmm.moe_layer(x.reshape(2, 3, HIDDEN), ROUTER, GATE_UP, DOWN, routing=ROUTING, topk_ids=ids)
-    for name in ("ragged_dot", "expert_gemm"):  # rows lie where sizes or tables say
-        with pytest.raises(ValueError, match="must have 2 dimensions"):
-            OPS[name](batch)
+
+
+def test_leading_dimensions_have_sizes_and_tables_of_their_own():
+    x = jnp.stack([X, -X]).reshape(1, 2, *X.shape)
+    sizes, tables = (jnp.stack([t, t[::-1]]).reshape(1, 2, *t.shape) for t in (SIZES, TABLE))
+    calls = {
+        "group_sizes": (lambda x, table: jmm.ragged_dot(x, GATE_UP, table), sizes),
+        "dispatches": (lambda x, table: jmm.expert_gemm(x, GATE_UP, table, num_out_rows=7)[0], tables),
+    }
+    for name, (call, table) in calls.items():
+        y = call(x, table)
+        assert y.shape[:2] == (1, 2)
+        for i in range(2):
+            np.testing.assert_array_equal(y[0, i], call(x[0, i], table[0, i]))
+        assert call(x[:, :0], table[:, :0]).shape == (1, 0, *y.shape[2:])
+        moved = jax.grad(lambda x, call=call, table=table: (call(x, table) ** 2).sum())(x)
+        assert moved.shape == x.shape
+        with pytest.raises(ValueError, match=rf"{name} has shape .* leading dimensions must be alike"):
+            call(x, table[:, :1])
+        with pytest.raises(ValueError, match=rf"{name} has shape .* it must have {table.ndim} dimensions"):
+            call(x, table[0])
+    _, skipped = jmm.expert_gemm(x, GATE_UP, tables)
+    assert skipped.shape == (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["shared", "on the input", "identity"])
