@@ -8,27 +8,29 @@ the first kernel of a block with as many rows (`block_kernel_us`), both replayed
 format: the expert block at `--tokens` tokens, forward, and forward and backward (`step`), with the memory that they
 take beyond arguments and results: `peak_mb` by the statistics of the device, `temp_mb` by XLA's plan.
 
-Peers compute the same, for the first of the formats, where they are installed: `jax.lax.ragged_dot` on the dequantised
-weights ("lax"), with its own derivative; `tokamax.ragged_dot` on int4 ("tokamax", forward) and on the dequantised
-weights ("tokamax_dense"). Dequantising before a step is timed as a part of it. What a peer cannot run, what would take
-more memory than the card has, or what follows a call of seconds, has its error instead of a time. They come after all
-rows of this package.
+Peers compute the same in the same process, where they are installed, beside the first of the formats:
+`jax.lax.ragged_dot` on the dequantised weights ("lax"), with its own derivative; `tokamax.ragged_dot` on int4
+("tokamax", forward) and on the dequantised weights ("tokamax_dense"). Blocks of peers dequantise as a part of each
+call, but those named "held", whose dense weights exist before. What a peer cannot run, what would take more memory than
+the card has, or what follows a call of seconds, has its error instead of a time. They come after all rows of this
+package.
 
-Times are a user's: the least of several samples of calls in a row that are waited for once. Group sizes are those of a
-uniform routing.
+Times are a user's: the least of several samples of calls in a row that are waited for once. `device_us` is what of that
+the card's kernels take, by the profiler. Group sizes are those of a uniform routing.
 
 `--lower` only compiles the kernels, into the cache on disk, which needs no card where `JAX_MARLIN_MOE_CUDA_ARCH` names
 one: several processes may do that at once, before one measures.
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +38,9 @@ import numpy as np
 
 import jax_marlin_moe as jmm
 from benchmarks import peer_tokamax
-from benchmarks.chain import seconds_of_calls
-from benchmarks.memory import peak_bytes
+from benchmarks.programs import Bench
 from benchmarks.record import recorded_run
-from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
+from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan_products import plan_grouped_product
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import MODELS, ModelShape
@@ -48,10 +49,7 @@ from jax_marlin_moe.measure.replay import ReplayedPlan, plan_block, replayed_blo
 from jax_marlin_moe.operands import weight_operands
 from jax_marlin_moe.ops.grouped_product import multiplied
 
-_SAMPLE_SECONDS = 0.02
-_MOST_CALLS = 10
 _MOST_PEER_BYTES = 90e9  # beside packed and dense weights
-_SLOW_SECONDS = 1.0  # a call of a peer that takes longer is its only one, and the last of that peer's kind
 
 
 @jax.jit
@@ -96,71 +94,6 @@ def step(block):
     return jax.value_and_grad(loss, (0, 1))
 
 
-@dataclasses.dataclass
-class Bench:
-    """Compiles, times, and measures memory.
-
-    Attributes:
-        samples: of each time.
-        only_lowers: whether nothing runs.
-    """
-
-    samples: int
-    only_lowers: bool
-    slow: dict[str, str] = dataclasses.field(default_factory=dict)  # what took how long, by the peer and its product
-
-    def made(self, draw: Callable, seed: int, shape: tuple, dtype: Any) -> Any:
-        """A random array; of one that only lowers, its type."""
-        return jax.ShapeDtypeStruct(shape, dtype) if self.only_lowers else draw(jax.random.key(seed), shape, dtype)
-
-    def layer(self, shape: ModelShape, weight_format: str) -> Any:
-        """The matrices of a random layer; of one that only lowers, their types."""
-        make = partial(random_layers, shape, weight_format, jnp.bfloat16, 1)
-        return (jax.eval_shape(make) if self.only_lowers else make())[0]
-
-    def time(self, function: Callable, *arguments: Any, memory: bool = False, most_bytes: float = np.inf) -> dict:
-        """Microseconds, and with `memory` megabytes beyond arguments and results; or an error.
-
-        Args:
-            function: is compiled.
-            *arguments: of the call.
-            memory: whether to measure it.
-            most_bytes: a program that plans with more is not run.
-        """
-        call = jax.jit(function)
-        if self.only_lowers:
-            call.trace(*arguments).lower(lowering_platforms=("cuda",))
-            return {}
-        compiled = call.lower(*arguments).compile()
-        planned = compiled.memory_analysis().temp_size_in_bytes
-        found = {"temp_mb": planned / 1e6} if memory else {}
-        if planned > most_bytes:
-            return found | {"error": f"plans with {planned / 1e9:.0f} GB"}
-        if most_bytes < np.inf:
-            first = seconds_of_calls(lambda: compiled(*arguments), 1, 0.0)
-            if first > _SLOW_SECONDS:
-                return found | {"us": first * 1e6}
-        if memory:
-            found["peak_mb"] = peak_bytes(lambda: compiled(*arguments)) / 1e6
-        once = min(seconds_of_calls(lambda: compiled(*arguments), 1, 0.0) for _ in range(2))
-        calls = int(np.clip(_SAMPLE_SECONDS / once, 1, _MOST_CALLS))
-        samples = 1 if once > 1 else self.samples
-        seconds = min(seconds_of_calls(lambda: compiled(*arguments), calls, 0.01) for _ in range(samples))
-        return found | {"us": seconds * 1e6}
-
-    def peer(self, kind: str, function: Callable, *arguments: Any, memory: bool = False) -> dict:
-        """The same of a peer: what it raises is a line of the result, and what is slow is not called again."""
-        if kind in self.slow:
-            return {"error": f"not run: {self.slow[kind]}"}
-        try:
-            found = self.time(function, *arguments, memory=memory, most_bytes=_MOST_PEER_BYTES)
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-        if found.get("us", 0) > _SLOW_SECONDS * 1e6:
-            self.slow[kind] = f"{found['us'] / 1e6:.1f} s for {arguments[0].shape[0]} rows"
-        return found
-
-
 def named(prefix: str, found: dict) -> dict:
     """Entries of a row."""
     return {f"{prefix}_{key}": value for key, value in found.items()}
@@ -178,13 +111,15 @@ class Product:
         experts, total = self.shape.num_experts, self.rows * self.shape.num_experts
         self.ids = random_routings(experts, self.shape.top_k, total // self.shape.top_k, 1, seed=self.rows)
         self.sizes = jnp.asarray(np.bincount(self.ids.reshape(-1), minlength=experts), jnp.int32)
-        self.x = self.bench.made(jax.random.normal, 1, (total, self.shape.hidden), jnp.bfloat16)
-        self.cotangent = self.bench.made(jax.random.normal, 2, (total, 2 * self.shape.intermediate), jnp.bfloat16)
+        self.x = self.bench.normal(1, (total, self.shape.hidden), jnp.bfloat16)
+        self.cotangent = self.bench.normal(2, (total, 2 * self.shape.intermediate), jnp.bfloat16)
 
     def times(self, found: dict) -> dict:
         """With the speeds that belong to times."""
         flop = 2 * self.x.size * self.cotangent.shape[1]
-        return found | {key.replace("_us", "_tflop_s"): flop / us / 1e6 for key, us in found.items() if "_us" in key}
+        return found | {
+            key.removesuffix("us") + "tflop_s": flop / us / 1e6 for key, us in found.items() if key.endswith("_us")
+        }
 
 
 def kernel_row(bench: Bench, product: Product, packed) -> dict:
@@ -200,10 +135,10 @@ def kernel_row(bench: Bench, product: Product, packed) -> dict:
         architecture=target_architecture(),
         num_groups=matrix.num_experts,
     )
-    if bench.only_lowers:
+    if bench.plans:
         of_block = plan_block(tokens, *packed, top_k=product.shape.top_k, activation="silu", scheme=None)
         for source in (plan.source, of_block.source):
-            compile_cubin(source, target_architecture())
+            bench.compile_kernels(source)
         return {}
     result = jax.ShapeDtypeStruct((x.shape[0], matrix.padded_n), x.dtype)
     kernels = ReplayedPlan(plan, [[x, *weight_operands(matrix), product.sizes, None]] * 2, [result])
@@ -223,40 +158,85 @@ def product_row(bench: Bench, shape: ModelShape, packed, rows: int, with_kernels
     """One product at so many rows per expert."""
     product = Product(bench, shape, rows)
     ours = partial(jmm.ragged_dot, implementation="cuda")
-    row = named("packed", bench.time(ours, product.x, packed[0], product.sizes))
-    row |= named("packed_dx", bench.time(pulled(ours), product.cotangent, product.x, packed[0], product.sizes))
+    row = named("packed", bench.time(ours, product.x, packed[0], product.sizes, device=True))
+    arguments = product.cotangent, product.x, packed[0], product.sizes
+    row |= named("packed_dx", bench.time(pulled(ours), *arguments, device=True))
     return product.times(row | (kernel_row(bench, product, packed) if with_kernels else {}))
 
 
 def product_peers(bench: Bench, shape: ModelShape, dense, quantised, rows: int) -> dict:
     """The same of the peers that there are weights for."""
     product, row = Product(bench, shape, rows), {}
-    for name, multiply in ({"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()).items():
-        row |= named(name, bench.peer(name, multiply, product.x, dense, product.sizes))
-        arguments = product.cotangent, product.x, dense, product.sizes
-        row |= named(f"{name}_dx", bench.peer(f"{name}_dx", pulled(multiply), *arguments))
+    run = partial(bench.peer, device=True, most_bytes=_MOST_PEER_BYTES)
     if quantised is not None:
-        arguments = product.x, quantised, product.sizes
-        row |= named("tokamax", bench.peer("tokamax", peer_tokamax.quantised_product, *arguments))
+        row |= named("tokamax", run("tokamax", peer_tokamax.quantised_product, product.x, quantised, product.sizes))
+    for name, multiply in dense_products().items():
+        row |= named(name, run(name, multiply, product.x, dense, product.sizes))
+        arguments = product.cotangent, product.x, dense, product.sizes
+        row |= named(f"{name}_dx", run(f"{name}_dx", pulled(multiply), *arguments))
     return product.times(row)
+
+
+def dense_products() -> dict[str, Callable]:
+    """Grouped products of dense weights, by the name of the peer."""
+    return peer_tokamax.dense_products() | {"lax": jax.lax.ragged_dot}
+
+
+def block_times(run: Callable, name: str, block: Callable, arguments: tuple, matrices: tuple) -> dict:
+    """A block and its derivatives, timed by `run`."""
+    x, weights, ids, probe = arguments
+    row = named(name, run(block, x, *matrices, weights, ids, memory=True))
+    return row | named(f"{name}_step", run(step(block), x, weights, *matrices, ids, probe, memory=True))
 
 
 def block_arguments(bench: Bench, shape: ModelShape, tokens: int) -> tuple:
     """x, router weights, ids, and what the result is multiplied with."""
-    x = bench.made(jax.random.normal, 1, (tokens, shape.hidden), jnp.bfloat16)
-    logits = bench.made(jax.random.normal, 3, (tokens, shape.num_experts), jnp.float32)
-    choose = partial(jmm.route, top_k=shape.top_k)
-    routed = jax.eval_shape(choose, logits) if bench.only_lowers else choose(logits)
-    return x, *routed, bench.made(jax.random.normal, 2, x.shape, jnp.float32)
+    x = bench.normal(1, (tokens, shape.hidden), jnp.bfloat16)
+    logits = bench.normal(3, (tokens, shape.num_experts), jnp.float32)
+    weights, ids = bench.made(partial(jmm.route, top_k=shape.top_k), logits)
+    return x, weights, ids, bench.normal(2, x.shape, jnp.float32)
 
 
-def block_times(
-    bench: Bench, run: Callable, name: str, block: Callable, shape: ModelShape, packed, tokens: int
-) -> dict:
-    """A block and its derivatives at so many tokens, timed by `run`."""
-    x, weights, ids, probe = block_arguments(bench, shape, tokens)
-    row = named(name, run(block, x, *packed, weights, ids, memory=True))
-    return row | named(f"{name}_step", run(step(block), x, weights, *packed, ids, probe, memory=True))
+def packed_layer(bench: Bench, shape: ModelShape, weight_format: str) -> tuple:
+    """The matrices of a random layer."""
+    return bench.made(lambda: random_layers(shape, weight_format, jnp.bfloat16, 1)[0])
+
+
+def packed_rows(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
+    """Rows of this package: which list they belong to, what they are about, what was found."""
+    for model, weight_format in itertools.product(args.models, args.formats):
+        shape = MODELS[model].grouped(get_format(weight_format))
+        packed = packed_layer(bench, shape, weight_format)
+        head = {"model": model, "format": weight_format}
+        for tokens in args.tokens:
+            hidden = 2 * tokens * shape.top_k * 2 * shape.intermediate * 2 / 1e6
+            arguments = block_arguments(bench, shape, tokens)
+            found = block_times(bench.time, "packed", packed_block, arguments, packed)
+            yield "blocks", head | {"tokens": tokens}, {"two_hidden_buffers_mb": hidden} | found
+        for rows in args.rows:
+            found = product_row(bench, shape, packed, rows, model in args.kernels)
+            yield "products", head | {"rows_per_expert": rows}, found
+        del packed
+
+
+def peer_rows(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
+    """What peers add to rows of the first format."""
+    for model in (model for model in args.models if model in args.peers):
+        shape, head = MODELS[model].grouped(get_format(args.formats[0])), {"model": model, "format": args.formats[0]}
+        packed = packed_layer(bench, shape, args.formats[0])
+        dense = tuple(bench.made(dequantized, matrix) for matrix in packed)
+        for tokens, (name, product) in itertools.product(args.tokens, dense_products().items()):
+            run = partial(bench.peer, f"{name}_block", most_bytes=_MOST_PEER_BYTES)
+            arguments = block_arguments(bench, shape, tokens)
+            found = block_times(run, name, partial(dequantized_block, product), arguments, packed)
+            found |= block_times(run, f"{name}_held", partial(sorted_block, product), arguments, dense)
+            yield "blocks", head | {"tokens": tokens}, found
+        del packed
+        dense = dense[0]
+        quantised = bench.made(partial(peer_tokamax.random_gate_up, shape)) if peer_tokamax.installed() else None
+        for rows in args.rows:
+            yield "products", head | {"rows_per_expert": rows}, product_peers(bench, shape, dense, quantised, rows)
+        del dense, quantised
 
 
 def main() -> None:
@@ -269,54 +249,27 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=MODELS, help="models that peers are timed with; all by default")
     parser.add_argument("--kernels", nargs="*", default=MODELS, help="models with device times of the kernels alone")
+    parser.add_argument("--threads", type=int, default=8, help="that compile before anything runs")
     parser.add_argument("--lower", action="store_true")
     parser.add_argument("--commit")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    bench = Bench(args.samples, args.lower)
     run: dict = recorded_run("benchmarks.train", args.commit) | {"products": [], "blocks": []}
-
-    def add(kind: str, head: dict, found: dict) -> None:
+    if args.lower:
+        collections.deque(packed_rows(Bench(args.samples, None), args), maxlen=0)
+        return
+    with ThreadPoolExecutor(args.threads) as threads:
+        bench = Bench(args.samples, threads)
+        collections.deque(itertools.chain(packed_rows(bench, args), peer_rows(bench, args)), maxlen=0)
+    bench.plans = False
+    for kind, head, found in itertools.chain(packed_rows(bench, args), peer_rows(bench, args)):
         row = next((row for row in run[kind] if head.items() <= row.items()), None)
         if row is None:
             row = head
             run[kind].append(row)
         row |= found
         print(json.dumps(head | found), flush=True)
-        if not args.lower:
-            args.out.write_text(json.dumps(run, indent=1) + "\n")
-
-    for model, weight_format in itertools.product(args.models, args.formats):
-        shape = MODELS[model].grouped(get_format(weight_format))
-        packed = bench.layer(shape, weight_format)
-        head = {"model": model, "format": weight_format}
-        for tokens in args.tokens:
-            hidden = 2 * tokens * shape.top_k * 2 * shape.intermediate * 2 / 1e6
-            found = block_times(bench, bench.time, "packed", packed_block, shape, packed, tokens)
-            add("blocks", head | {"tokens": tokens}, {"two_hidden_buffers_mb": hidden} | found)
-        for rows in args.rows:
-            add(
-                "products",
-                head | {"rows_per_expert": rows},
-                product_row(bench, shape, packed, rows, model in args.kernels),
-            )
-        del packed
-    if args.lower:
-        return
-    for model in (model for model in args.models if model in args.peers):
-        shape, head = MODELS[model].grouped(get_format(args.formats[0])), {"model": model, "format": args.formats[0]}
-        packed = bench.layer(shape, args.formats[0])
-        dense_products = {"lax": jax.lax.ragged_dot} | peer_tokamax.dense_products()
-        for tokens, (name, product) in itertools.product(args.tokens, dense_products.items()):
-            block = partial(dequantized_block, product)
-            run_peer = partial(bench.peer, f"{name}_block")
-            found = block_times(bench, run_peer, name, block, shape, packed, tokens)
-            add("blocks", head | {"tokens": tokens}, found)
-        dense = dequantized(packed[0])
-        del packed
-        quantised = peer_tokamax.random_gate_up(shape) if peer_tokamax.installed() else None
-        for rows in args.rows:
-            add("products", head | {"rows_per_expert": rows}, product_peers(bench, shape, dense, quantised, rows))
+        args.out.write_text(json.dumps(run, indent=1) + "\n")
 
 
 if __name__ == "__main__":
