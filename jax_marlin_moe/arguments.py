@@ -19,7 +19,9 @@ def check_array(name: str, value: jax.Array, *, ndim: int, dtype: DTypeLike) -> 
     """Raises TypeError on another dtype, ValueError on another rank."""
     if not hasattr(value, "dtype") or value.dtype != jnp.dtype(dtype):
         found = getattr(value, "dtype", type(value).__name__)
-        raise TypeError(f"{name} has dtype {found}; it must be a {jnp.dtype(dtype)} array: cast it with jnp.asarray")
+        wanted = jnp.dtype(dtype).name
+        article = "an" if wanted.startswith("int") else "a"
+        raise TypeError(f"{name} has dtype {found}; it must be {article} {wanted} array: cast it with jnp.asarray")
     check_rank(name, value, ndim)
 
 
