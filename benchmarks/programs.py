@@ -113,16 +113,11 @@ class Bench:
             self.threads.submit(compile_)
 
     def _plan(self, jitted: Any, arguments: tuple) -> None:
-        """Lowers a program, and has it compiled. What is raised is raised when its turn to run has come."""
+        """Has a program compiled. What that raises is raised when its turn to run has come."""
         if self.threads is None:
             jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
-            return
-        try:
-            self.programs.append(self.threads.submit(jitted.lower(*arguments).compile))
-        except Exception as error:
-            failed: Future = Future()
-            failed.set_exception(error)
-            self.programs.append(failed)
+        else:
+            self.programs.append(self.threads.submit(lambda: jitted.lower(*arguments).compile()))
 
 
 def device_microseconds(call: Callable[[], Any]) -> float:
