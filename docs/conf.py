@@ -6,8 +6,10 @@ import re
 import types
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe import checkpoint
+import jax_marlin_moe.flax.linen
+import jax_marlin_moe.flax.nnx
 from jax_marlin_moe.checkpoint.families import FAMILIES
+from jax_marlin_moe.measure import autotune
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,8 +27,25 @@ autodoc_typehints = "none"  # shapes in jaxtyping's strings are read in the sign
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_use_ivar = True
+autodoc_mock_imports = ["qwix"]  # of an adapter
 nitpicky = False
 suppress_warnings = ["myst.header"]
+
+# Modules with a page in the API reference beside jax_marlin_moe, and the first line of it.
+API = {
+    jmm.checkpoint: "Layers, tensors and whole folders from checkpoints on disk: {doc}`../guides/load`.",
+    jmm.sharding: "Experts over the devices of a mesh: {doc}`../guides/shard`.",
+    jmm.flax.nnx: "Layers for Flax NNX: {doc}`../layers`.",
+    jmm.flax.linen: "Layers for Flax Linen: {doc}`../layers`.",
+    autotune: "What the command `tune` calls, for layers of your own: {doc}`../guides/tune`.",
+}
+# By name: some import the framework that they adapt to, which need not be installed here.
+ADAPTERS = ("levanter", "qwix", "sglang_jax", "tokamax", "tpu_inference")
+DATA = {
+    "FORMATS": "The formats of weights by name, as rows of type `WeightFormat`: {doc}`../support` lists them.",
+    "CUSTOM_CALL_TARGETS": "Names of the custom calls, which `jax.export` must be told of: {doc}`../guides/export`.",
+    "FAMILIES": "The model families that the loader knows: {doc}`../extending` says how to add one.",
+}
 
 _OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "_generated/changelog.md"}
 _OUTSIDE["CONTRIBUTING.md"] = "_generated/contributing.md"
@@ -77,39 +96,60 @@ def included(name):
     return re.sub(r"\]\((?=benchmarks/|README|CHANGELOG|CONTRIBUTING)", "](../../", text)
 
 
+def public_names(module):
+    """The names that a module is imported for: of a package all that it imports or lists, of a file its own."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not isinstance(value, types.ModuleType)
+        and (hasattr(module, "__path__") or getattr(value, "__module__", None) == module.__name__)
+    ]
+
+
+def documented(module, names):
+    """A directive for each of these names, by which the reader imports them."""
+    for name in names:
+        value = getattr(module, name)
+        options = ["   :members:", "   :special-members: __call__"] if inspect.isclass(value) else []
+        kind = "autoclass" if options else "autofunction"
+        yield from ("```{eval-rst}", f".. {kind}:: {module.__name__}.{name}", *options, "```", "")
+
+
+def tables_of(module, names):
+    """A directive for each of these names of data."""
+    for name in names:
+        yield from ("```{eval-rst}", f".. py:data:: {module.__name__}.{name}", "", f"   {DATA[name]}", "```", "")
+
+
 def api_pages():
     """The public names in groups, each with its docstring."""
-    public = {
-        name: value
-        for name, value in vars(jmm).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType)
-    }
-    functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
-    groups = {
-        "Importers": [name for name in functions if name.startswith("from_")],
-        "Functions": [name for name in functions if not name.startswith("from_")],
-        "Classes": [name for name, value in public.items() if inspect.isclass(value)],
-    }
+    names = public_names(jmm)
+    data = [name for name in names if name in DATA]
+    classes = [name for name in names if inspect.isclass(getattr(jmm, name))]
+    functions = [name for name in names if name not in {*data, *classes}]
+    importers = [name for name in functions if name.startswith("from_")]
     lines = ["# jax_marlin_moe", "", "The names of `import jax_marlin_moe as jmm`.", ""]
-    for title in ("Functions", "Importers", "Classes"):
-        lines += [f"## {title}", ""]
-        for name in sorted(groups[title]):
-            kind = "autoclass" if title == "Classes" else "autofunction"
-            lines += ["```{eval-rst}", f".. {kind}:: {public[name].__module__}.{name}"]
-            lines += ["   :members:", "   :special-members: __call__"] * (title == "Classes") + ["```", ""]
-    yield "api", "\n".join(lines)
-    lines = ["# jax_marlin_moe.checkpoint", ""]
-    for name in checkpoint.__all__:
-        value = getattr(checkpoint, name)
-        if name in public or not (inspect.isclass(value) or inspect.isfunction(value)):
-            continue  # as `MoELayer`, which stands in the page before, and tables
-        kind = "autoclass" if inspect.isclass(value) else "autofunction"
-        lines += ["```{eval-rst}", f".. {kind}:: {value.__module__}.{name}"]
-        lines += ["   :members:"] * inspect.isclass(value) + ["```", ""]
-    yield "api_checkpoint", "\n".join(lines)
-    for module in ("jax_marlin_moe.sharding", "jax_marlin_moe.flax.nnx", "jax_marlin_moe.flax.linen"):
-        body = f"# {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n"
-        yield "api_" + module.removeprefix("jax_marlin_moe.").replace(".", "_"), body
+    for title, group in (
+        ("Functions", [name for name in functions if name not in importers]),
+        ("Importers", importers),
+        ("Classes", classes),
+    ):
+        lines += [f"## {title}", "", *documented(jmm, sorted(group))]
+    yield "api", "\n".join([*lines, "## Tables", "", *tables_of(jmm, data)])
+    for module, about in API.items():
+        names = [name for name in public_names(module) if getattr(jmm, name, None) is not getattr(module, name)]
+        data = [name for name in names if name in DATA]
+        lines = [f"# {module.__name__}", "", about, "", *documented(module, [n for n in names if n not in data])]
+        name = module.__name__.removeprefix("jax_marlin_moe.").replace(".", "_")
+        yield f"api_{name}", "\n".join([*lines, *tables_of(module, data)])
+    lines = ["# jax_marlin_moe.adapters", "", "Calls with other frameworks' signatures: {doc}`../guides/adapters`.", ""]
+    for name in ADAPTERS:
+        lines += [f"## {name}", "", "```{eval-rst}", f".. automodule:: jax_marlin_moe.adapters.{name}"]
+        lines += ["   :members:", "   :special-members: __call__", "```", ""]
+    yield "api_adapters", "\n".join(lines)
 
 
 def recipes():

@@ -242,14 +242,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.path is None:
         parser.error("a path is missing; pass the folder of a checkpoint, or --random")
-    model = load(options.path, dtype=dtype, **({"quantize": options.quantize} if options.quantize else {}))
+    folder = pathlib.Path(options.path)
+    if not options.tokens and folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        parser.error(f"{options.path} has no tokenizer.json to read the prompt with; pass token ids, as --tokens 5 17")
+    try:
+        model = load(folder, dtype=dtype, **({"quantize": options.quantize} if options.quantize else {}))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"cannot load: {error}\n")
     sampling = Sampling(options.temperature, options.top_p)
     if options.tokens:
         prompt, ends, text = options.tokens, [], lambda ids: "".join(f"{token} " for token in ids)
     else:
         from tokenizers import Tokenizer  # which nothing else here needs
 
-        tokenizer = Tokenizer.from_file(str(pathlib.Path(options.path) / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         prompt, text, ends = tokenizer.encode(options.prompt).ids, tokenizer.decode, ends_of(options.path)
         sys.stdout.write(options.prompt)
     shown, ids = "", []

@@ -1,10 +1,13 @@
 """The Python of the guides runs, page by page, on small genuine checkpoints; tables of variables are complete."""
 
 import ast
+import importlib.util
 import pathlib
 import re
 
 import pytest
+
+import jax_marlin_moe as jmm
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / "start.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
@@ -59,3 +62,29 @@ def test_messages_of_the_error_glossary_are_those_of_the_package():
     of_others = {"RESOURCE_EXHAUSTED"}  # XLA's
     parts = {part for message in messages for part in re.split(r"\s*\.\.\.\s*", message) if len(part) > 8}
     assert {part for part in parts if not is_said(part)} == of_others
+
+
+def test_every_public_name_is_in_the_api_reference():
+    spec = importlib.util.spec_from_file_location("docs_conf", ROOT / "docs" / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    pages = dict(conf.api_pages())
+    listed = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert all(f"<_generated/{page}>" in listed for page in pages)
+    found = set(re.findall(r"^\.\. (?:auto|py:)(?:function|class|data):: (\S+)$", "\n".join(pages.values()), re.M))
+
+    def imported_with_as(module):
+        tree = ast.parse(pathlib.Path(module.__file__).read_text(encoding="utf-8"))
+        aliases = [alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+        return {alias.name for alias in aliases if alias.asname == alias.name}
+
+    importers = {name for name in vars(jmm) if name.startswith("from_")}
+    public = {f"jax_marlin_moe.{name}" for name in (imported_with_as(jmm) | importers) - {"checkpoint", "sharding"}}
+    public |= {f"jax_marlin_moe.sharding.{name}" for name in imported_with_as(jmm.sharding)}
+    elsewhere = {name for name in jmm.checkpoint.__all__ if hasattr(jmm, name)}
+    public |= {f"jax_marlin_moe.checkpoint.{name}" for name in {*jmm.checkpoint.__all__} - elsewhere}
+    public |= {f"jax_marlin_moe.flax.{kind}.MarlinMoE" for kind in ("nnx", "linen")}
+    assert len(public) > 60
+    assert public <= found
+    adapters = {path.stem for path in (ROOT / "jax_marlin_moe" / "adapters").glob("*.py")} - {"__init__", "names"}
+    assert adapters == set(conf.ADAPTERS)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.pt", "*.pth", "*.bin", "*.pkl")
@@ -80,6 +79,22 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _check_header(path: pathlib.Path) -> None:
+    """Holds the header of a file against its length; raises ValueError where they disagree."""
+    try:  # not with this module: free-threaded Pythons have no wheel of it, and all but checkpoints works without
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(
+            f"{path} cannot be read: the package safetensors is missing ({error}); install it with "
+            "`pip install safetensors`. It has no wheels for free-threaded Pythons; building its source takes Rust"
+        ) from None
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
 class SafetensorsFile:
     """One safetensors file, mapped into memory: `read` gives views, no copies.
 
@@ -87,19 +102,19 @@ class SafetensorsFile:
         path: the file; its header and its length are checked when it is opened.
 
     Raises:
+        ImportError: the package safetensors is missing.
         ValueError: the file is not a safetensors file, or is truncated.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         try:
-            with safe_open(path, framework="numpy"):  # checks the header against the length of the file
-                pass
+            _check_header(path)
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._start = 8 + size

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import checkpoint_files as files
 import ml_dtypes
@@ -302,3 +304,16 @@ def test_an_index_that_promises_too_much(spoil):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"the file has no tensor .*bias, although the index says so"):
         load_moe_layer(folder, 0)
+
+
+def test_without_safetensors_the_package_imports_and_checkpoints_are_refused():
+    # As on free-threaded Pythons, which have no wheel of it.
+    program = (
+        "import sys; sys.modules['safetensors'] = None; from jax_marlin_moe.checkpoint import load_moe_layer; "
+        f"load_moe_layer({str(DATA / 'ck_awq')!r}, layer=0)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1].startswith(
+        f"ImportError: {DATA / 'ck_awq' / 'model.safetensors'} cannot be read: the package safetensors is missing"
+    )
+    assert "free-threaded Pythons" in run.stderr

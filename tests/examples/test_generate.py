@@ -209,3 +209,12 @@ def test_the_command_streams_tokens_and_times_random_weights(capsys):
     assert len(capsys.readouterr().out.split()) == 3
     assert command.main(["--random", "tiny", "--new-tokens", "2"]) == 0
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_folders_that_it_cannot_read_are_refused_in_a_line(capsys):
+    with pytest.raises(SystemExit):
+        command.main([str(DATA / "gpt_oss"), "--prompt", "t5 t17"])
+    assert "gpt_oss has no tokenizer.json to read the prompt with; pass token ids" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["openai/gpt-oss-20b"])
+    assert re.fullmatch("cannot load: .* is not a folder here; .*hf download .*\n", capsys.readouterr().err)
