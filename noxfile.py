@@ -22,6 +22,15 @@ def tests(session: nox.Session, jax: str) -> None:
     session.run("python", "-P", "-m", "pytest", "-q", *(session.posargs or QUICK))
 
 
+@nox.session(python="3.13t")
+def free_threaded(session: nox.Session) -> None:
+    """A free-threaded Python. It has no wheel of safetensors, nor of later versions of JAX for 3.13t."""
+    session.install("jax==0.10.2", "jaxtyping", "numpy", "ml_dtypes", "platformdirs")
+    session.install("scikit-build-core", "nanobind", "cmake", "ninja")
+    session.install("--no-deps", "--no-build-isolation", ".")
+    session.run("python", "-P", "tests/native/free_threaded.py")
+
+
 @nox.session(python="3.12")
 def site(session: nox.Session) -> None:
     """The documentation, warnings as errors."""

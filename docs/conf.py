@@ -156,29 +156,33 @@ def recipes():
     """A recipe per family, from the registry of families."""
     lines = [
         "# Recipes by family", "",
-        "What differs from one model family to the next is a row of a registry; the call is the same for all of them.",
-        "Every name below is a `model_type` of config.json.", "",
+        "Families differ in the names of their tensors, in their routing rules and in what surrounds the experts. The",
+        "loader knows all of that by the `model_type` of config.json, so most families are called alike:", "",
+        "```python", "from jax_marlin_moe.checkpoint import load_moe_layer, load_moe_layers", "",
+        'layer = load_moe_layer("path/to/checkpoint", layer=4)  # quantize="int4" if its weights are plain',
+        "y = layer(x)  # x: [..., hidden]", "",
+        'stacked = load_moe_layers("path/to/checkpoint", stacked=True)  # all layers, where they are equal in shape',
+        "```", "",
+        "{doc}`../families` has the error of each beside the module of transformers, {doc}`../examples` whole decoders of",
+        "Qwen3-MoE, gpt-oss and DeepSeek-V3.", "",
     ]  # fmt: skip
     for family in FAMILIES:
-        types_ = ", ".join(f"`{name}`" for name in family.model_types)
-        parts = [f"experts in `{family.name(family.experts, '')}`", f"router `{family.name(family.router, '')}`"]
+        facts = [f"experts in `{family.name(family.experts, '')}`", f"router in `{family.name(family.router, '')}`"]
         if family.shared:
-            parts.append("a shared expert")
+            facts.append("a shared expert, which `layer(x)` adds")
         if family.correction_bias:
-            parts.append("a bias for the choice")
+            facts.append("a bias that takes part in the choice of experts and not in their weights")
+        call = "y = layer(x)"
         if family.hash_table:
-            parts.append("experts by token in its first layers: pass `token_ids`")
-        if family.input_scale:
-            parts.append("a router that may read other rows than the experts: pass `router_input`")
-        call = "layer(x)"
-        if family.hash_table:
-            call = "layer(x, token_ids)"
+            facts.append("experts chosen by token in the first layers, which need the ids of the tokens")
+            call = "y = layer(x, token_ids)  # int32, in the shape of x without its last dimension"
         elif family.input_scale:
-            call = "layer(x, router_input=h)"
-        lines += [
-            f"## {next(iter(family.model_types))}", "", f"{types_}: {'; '.join(parts)}.", "", "```python",
-            'layer = load_moe_layer("path/to/checkpoint", layer=4)', f"y = {call}", "```", "",
-        ]  # fmt: skip
+            facts.append("a router whose rows may be normalised apart from those of the experts")
+            call = "y = layer(x, router_input=h)  # or layer(x), where they are the same"
+        lines += [f"## {next(iter(family.model_types))}", ""]
+        if len(family.model_types) > 1:
+            lines += ["Also " + ", ".join(f"`{name}`" for name in list(family.model_types)[1:]) + ".", ""]
+        lines += [*(f"* {fact[0].upper()}{fact[1:]}" for fact in facts), "", "```python", call, "```", ""]
     yield "recipes", "\n".join(lines)
 
 

@@ -251,12 +251,22 @@ def main(arguments: list[str] | None = None) -> int:
         parser.exit(1, f"cannot load: {error}\n")
     sampling = Sampling(options.temperature, options.top_p)
     if options.tokens:
-        prompt, ends, text = options.tokens, [], lambda ids: "".join(f"{token} " for token in ids)
+        prompt, ends = options.tokens, []
+
+        def text(ids: list[int]) -> str:
+            return "".join(f"{token} " for token in ids)
+
     else:
         from tokenizers import Tokenizer  # which nothing else here needs
 
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        prompt, text, ends = tokenizer.encode(options.prompt).ids, tokenizer.decode, ends_of(options.path)
+        prompt, ends = tokenizer.encode(options.prompt).ids, ends_of(options.path)
+        before = tokenizer.decode(prompt)
+
+        def text(ids: list[int]) -> str:
+            # Behind the prompt: many tokenizers drop the space before the first token that they decode.
+            return tokenizer.decode(prompt + ids).removeprefix(before)
+
         sys.stdout.write(options.prompt)
     shown, ids = "", []
     for chunk in generate(
@@ -264,11 +274,12 @@ def main(arguments: list[str] | None = None) -> int:
         seed=options.seed,
     ):  # fmt: skip
         ids += [token for token in chunk[0].tolist() if token not in ends]
-        whole = text(ids)  # a token may be part of a character
-        sys.stdout.write(whole.removeprefix(shown))
-        sys.stdout.flush()
-        shown = whole
-    print()
+        whole = text(ids)
+        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character, which the next tokens complete
+            sys.stdout.write(whole.removeprefix(shown))
+            sys.stdout.flush()
+            shown = whole
+    print(text(ids).removeprefix(shown))
     return 0
 
 

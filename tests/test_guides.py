@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import re
 
+import jax.numpy as jnp
 import pytest
 
 import jax_marlin_moe as jmm
@@ -64,10 +65,29 @@ def test_messages_of_the_error_glossary_are_those_of_the_package():
     assert {part for part in parts if not is_said(part)} == of_others
 
 
-def test_every_public_name_is_in_the_api_reference():
+@pytest.fixture(scope="module")
+def conf():
+    """docs/conf.py, which writes pages of the site."""
     spec = importlib.util.spec_from_file_location("docs_conf", ROOT / "docs" / "conf.py")
-    conf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conf)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recipes_have_every_model_type_and_call_layers_as_they_can_be_called(conf):
+    ((_, text),) = conf.recipes()
+    named = set(re.findall(r"^## (\S+)$", text, re.MULTILINE))
+    named |= {name for line in re.findall(r"^Also (.*)\.$", text, re.MULTILINE) for name in re.findall("`(.*?)`", line)}
+    assert named == {name for family in jmm.checkpoint.FAMILIES for name in family.model_types}
+    names = {"layer": jmm.checkpoint.load_moe_layer(DATA / "ck_llmc_W4A16", layer=0), "token_ids": None}
+    names["x"] = names["h"] = jnp.ones((1, 128), jnp.bfloat16)
+    calls = set(re.findall(r"^y = .*$", text, re.MULTILINE))
+    assert len(calls) >= 3
+    for call in calls:
+        exec(call, names)
+
+
+def test_every_public_name_is_in_the_api_reference(conf):
     pages = dict(conf.api_pages())
     listed = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert all(f"<_generated/{page}>" in listed for page in pages)

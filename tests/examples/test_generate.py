@@ -207,6 +207,9 @@ def test_models_that_it_does_not_compute_are_refused(change, message):
 def test_the_command_streams_tokens_and_times_random_weights(capsys):
     assert command.main([str(DATA / "ck_modelopt"), "--tokens", "5", "17", "--new-tokens", "3"]) == 0
     assert len(capsys.readouterr().out.split()) == 3
+    text = [str(DATA / "ck_q3"), "--quantize", "int8", "--prompt", "t5 t17", "--new-tokens", "3"]
+    assert command.main(text) == 0
+    assert re.fullmatch(r"t5 t17( t\d+){3}\n", capsys.readouterr().out)
     assert command.main(["--random", "tiny", "--new-tokens", "2"]) == 0
     assert "tokens/s" in capsys.readouterr().out
 
