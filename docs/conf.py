@@ -163,8 +163,8 @@ def recipes():
         "y = layer(x)  # x: [..., hidden]", "",
         'stacked = load_moe_layers("path/to/checkpoint", stacked=True)  # all layers, where they are equal in shape',
         "```", "",
-        "{doc}`../families` has the error of each beside the module of transformers, {doc}`../examples` whole decoders of",
-        "Qwen3-MoE, gpt-oss and DeepSeek-V3.", "",
+        "{doc}`../families` has the error of each beside the module of transformers, and {doc}`../examples` whole",
+        "decoders of Qwen3-MoE, gpt-oss and DeepSeek-V3.", "",
     ]  # fmt: skip
     for family in FAMILIES:
         facts = [f"experts in `{family.name(family.experts, '')}`", f"router in `{family.name(family.router, '')}`"]
