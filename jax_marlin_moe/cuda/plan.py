@@ -278,9 +278,9 @@ def plan_block(
 ) -> Plan:
     """The kernels of an expert block, over these buffers. Each token visits `shared` experts beside `top_k` others.
 
-    `sliced`: the second product's rows are made and summed in slices of the columns, as many as keep them at three
-    times the memory of its input. With `counted`, `tokens`, and the rows of x, are the most that a call may have; there
-    are many.
+    `sliced`: the second product's rows take at most three times the memory of its input: where they need more, even
+    with four columns in 64 bits, they are made and summed in slices of the columns. With `counted`, `tokens`, and the
+    rows of x, are the most that a call may have; there are many.
     """
     capability = compute_capability(architecture)
     check_rows(x, capability)
@@ -316,13 +316,8 @@ def plan_block(
         scheme = dataclasses.replace(scheme, routing="aligned")
     block = scheme.gate_up.tokens
     activations = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
-    slices = [range(down.padded_n)]
-    if sliced and buffers.identity is None:
-        slices = slices_of_columns(second, False, scheme.down, 3 * columns * x.dtype.itemsize // 4)
-    partials = jax.ShapeDtypeStruct((num_slots, len(slices[0])), jnp.float32)
-
     kernels: list[Kernel] = []
-    scratch = [activations, partials]
+    scratch = [activations, jax.ShapeDtypeStruct((num_slots, down.padded_n), jnp.float32)]
     h, sums = buffers.scratch, buffers.scratch + 1
     reads = Rows(buffers.x, first.k), Rows(h, columns)  # of the products
     if activation_dtype is not None:
@@ -445,10 +440,14 @@ def plan_block(
     if activation_dtype is not None:
         kernels.append(for_hidden.kernel)
     packed_pairs = None
-    if len(slices) == 1 and not in_order and buffers.identity is None:
+    if not in_order and buffers.identity is None:
         packed_pairs = _packed_pairs(scheme.down, second_tiles, dtype)
-    if packed_pairs is not None:
-        scratch[1] = jax.ShapeDtypeStruct((num_slots, down.padded_n // 2), jnp.float32)
+    slices, most_columns = [range(down.padded_n)], 3 * columns * x.dtype.itemsize // 4
+    if sliced and buffers.identity is None and (packed_pairs is None or down.padded_n // 2 > most_columns):
+        slices = slices_of_columns(second, False, scheme.down, most_columns)
+        packed_pairs = packed_pairs if len(slices) == 1 else None
+    row_words = len(slices[0]) if packed_pairs is None else down.padded_n // 2
+    scratch[1] = jax.ShapeDtypeStruct((num_slots, row_words), jnp.float32)
     for part in slices:
         weigh = slot_partials(
             down.padded_n,

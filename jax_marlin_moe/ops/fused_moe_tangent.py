@@ -53,7 +53,7 @@ def block_jvp(op, primals, tangents, *, activation, activation_dtype=None, out_d
             )
     check_not_only_frozen("fused_moe", {"gate_up": gate_up, "down": down}, *moving)
     params = {"activation": activation, "out_dtype": out_dtype, "implementation": implementation}
-    # What trains wants memory: the slots' rows, the largest array of the forward pass, go in slices.
+    # What trains wants memory: the slots' rows, the largest array of the forward pass, may have to go in slices.
     results = op(*primals, activation_dtype=activation_dtype, **params, **(options | {"cuda_sliced": True}))
     return results, fused_moe_tangent_op(moving, *operands, **params)
 

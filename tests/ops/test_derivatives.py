@@ -521,7 +521,9 @@ def test_sums_in_slices_compile_for_cards_without_wgmma(monkeypatch):
     assert compiler.compile_cubin(plan.source, "sm_80")
 
 
-def test_slices_of_a_block_are_launches_of_one_kernel():
+def training_plan(dtype):
+    """Of Qwen3-30B's block, whose value is one of what a derivative computes."""
+
     def planned(x, gate_up, down):
         plan = plan_fused_moe(
             x,
@@ -539,15 +541,20 @@ def test_slices_of_a_block_are_launches_of_one_kernel():
         return x
 
     plans: list = []
-    x = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4096, 2048), dtype)
     matrices = [
-        jax.eval_shape(partial(jmm.quantize, weight_format="int4"), jax.ShapeDtypeStruct((16, k, n), jnp.bfloat16))
+        jax.eval_shape(partial(jmm.quantize, weight_format="int4"), jax.ShapeDtypeStruct((16, k, n), dtype))
         for k, n in ((2048, 1536), (768, 2048))
     ]
     jax.eval_shape(planned, x, *matrices)
-    names = [kernel.name.split("_")[1] for kernel in plans[0].kernels]
+    return plans[0]
+
+
+def test_slices_of_a_block_are_launches_of_one_kernel():
+    plan = training_plan(jnp.float16)
+    names = [kernel.name.split("_")[1] for kernel in plan.kernels]
     assert names[-4:] == ["down", "combine", "down", "combine"]
-    first, second = (kernel for kernel in plans[0].kernels if "down" in kernel.name)
+    first, second = (kernel for kernel in plan.kernels if "down" in kernel.name)
     assert [after - before for (_, before), (_, after) in zip(first.parameters, second.parameters, strict=True)][
         :3
     ] == [
@@ -555,5 +562,28 @@ def test_slices_of_a_block_are_launches_of_one_kernel():
         1024 // 64 * 512,
         1024 * 2,
     ]
-    assert (32768, 1024) in [scratch.shape for scratch in plans[0].scratch]
-    assert plans[0].source.count("__global__") == len(plans[0].kernels) - 2
+    assert (32768, 1024) in [scratch.shape for scratch in plan.scratch]
+    assert plan.source.count("__global__") == len(plan.kernels) - 2
+
+
+def test_rows_that_fit_with_four_columns_in_64_bits_are_not_sliced():
+    plan = training_plan(jnp.bfloat16)
+    names = [kernel.name.split("_")[1] for kernel in plan.kernels]
+    assert names[-3:] == ["gate", "down", "combine"]
+    assert "PackedPartials" in plan.source
+    assert (32768, 2048 // 2) in [scratch.shape for scratch in plan.scratch if scratch.dtype == jnp.float32]
+
+
+@pytest.mark.gpu
+def test_the_value_of_a_derivative_is_that_of_the_call_where_rows_are_not_sliced():
+    rng = np.random.default_rng(5)
+    gate_up, down = (
+        oracle.random_experts(rng, EXPERTS, k, n, group_size=128).packed() for k, n in ((256, 512), (256, 256))
+    )
+    x = jnp.asarray(oracle.random_rows(rng, 768, 256, jnp.bfloat16))
+    weights, ids = map(jnp.asarray, oracle.random_routing(rng, 768, TOP_K, EXPERTS, "holes"))
+
+    def block(x):
+        return jmm.fused_moe(x, gate_up, down, weights, ids, implementation="cuda")
+
+    np.testing.assert_array_equal(jax.jit(lambda x: jax.jvp(block, (x,), (x,))[0])(x), jax.jit(block)(x))
