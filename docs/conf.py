@@ -78,8 +78,12 @@ def site_links(app, name, source):
 
 def as_rst(app, what, name, obj, options, lines):
     """Docstrings are in Markdown's manner: `code` in single backticks, code blocks behind a colon and a blank line."""
-    text = re.sub(r"(?<!`)`((?:[^`\n]|\n(?!\s*\n))+)`(?!`)", r"``\1``", "\n".join(lines))
-    text = re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", text)
+    # reStructuredText wants something between code and a letter behind it.
+    text = re.sub(
+        r"(?<!`)`((?:[^`\n]|\n(?!\s*\n))+)`(?!`)(\w?)",
+        lambda match: f"``{match[1]}``" + (f"\\ {match[2]}" if match[2] else ""),
+        "\n".join(lines),
+    )
     lines[:] = text.split("\n")
     for number, line in enumerate(lines):
         ahead = next((other for other in lines[number + 2 :] if other.strip()), "")
@@ -159,10 +163,9 @@ def recipes():
         "Families differ in the names of their tensors, in their routing rules and in what surrounds the experts. The",
         "loader knows all of that by the `model_type` of config.json, so most families are called alike:", "",
         "```python", "from jax_marlin_moe.checkpoint import load_moe_layer, load_moe_layers", "",
-        'layer = load_moe_layer("path/to/checkpoint", layer=4)  # quantize="int4" if its weights are plain',
+        'layer = load_moe_layer("path/to/checkpoint", layer=4)  # of plain weights: quantize="int4"',
         "y = layer(x)  # x: [..., hidden]", "",
-        'stacked = load_moe_layers("path/to/checkpoint", stacked=True)  # all layers, where they are equal in shape',
-        "```", "",
+        'stacked = load_moe_layers("path/to/checkpoint", stacked=True)  # all layers, if they are alike', "```", "",
         "{doc}`../families` has the error of each beside the module of transformers, and {doc}`../examples` whole",
         "decoders of Qwen3-MoE, gpt-oss and DeepSeek-V3.", "",
     ]  # fmt: skip

@@ -90,7 +90,7 @@ def test_recipes_have_every_model_type_and_call_layers_as_they_can_be_called(con
 def test_every_public_name_is_in_the_api_reference(conf):
     pages = dict(conf.api_pages())
     listed = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert all(f"<_generated/{page}>" in listed for page in pages)
+    assert all(f"\n_generated/{page}\n" in listed for page in pages)
     found = set(re.findall(r"^\.\. (?:auto|py:)(?:function|class|data):: (\S+)$", "\n".join(pages.values()), re.M))
 
     def imported_with_as(module):
@@ -108,3 +108,9 @@ def test_every_public_name_is_in_the_api_reference(conf):
     assert public <= found
     adapters = {path.stem for path in (ROOT / "jax_marlin_moe" / "adapters").glob("*.py")} - {"__init__", "names"}
     assert adapters == set(conf.ADAPTERS)
+
+
+def test_code_in_docstrings_is_code_on_the_site(conf):
+    lines = ["Of `a_b` alone, with `c` and `d`s."]
+    conf.as_rst(None, "function", "name", None, None, lines)
+    assert lines == ["Of ``a_b`` alone, with ``c`` and ``d``\\ s."]
