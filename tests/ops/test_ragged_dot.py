@@ -207,3 +207,16 @@ def test_the_card_agrees_with_the_reference(weight_format, rows, dtype):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs)
         np.testing.assert_array_equal(ours.any(axis=1), theirs.any(axis=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("times", [1, 80])
+def test_the_card_gives_whatever_sizes_the_rows_that_they_claim(times):
+    matrix, x = experts(), oracle.random_rows(np.random.default_rng(1), times * ROWS, K, jnp.dtype(jnp.bfloat16))
+    packed = matrix.packed()
+    product = jax.jit(lambda x, sizes: jmm.ragged_dot(x, packed, sizes, implementation="cuda"))
+    for sizes in SIZES.values():
+        sizes = [size * times if abs(size) < 100 else size for size in sizes]
+        y, wanted = product(x, jnp.asarray(sizes, jnp.int32)), expected(x, matrix, sizes)
+        oracle.assert_product_close(y, wanted)
+        np.testing.assert_array_equal(np.asarray(y, np.float32).any(axis=1), wanted.any(axis=1))
