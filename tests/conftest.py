@@ -16,7 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "PYTEST_XDIST_WORKER" not i
 
 import jax
 import pytest
-from covering import by_name, covering
+from covering import covering, sample
 from hypothesis import settings
 
 from jax_marlin_moe.cuda import cache, compiler
@@ -59,15 +59,14 @@ def pytest_collection_modifyitems(items):
     """Marks what ordinary runs skip of large products of parameters, and puts long tests first."""
     products = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu"):
-            continue
-        sampled = item.get_closest_marker("sampled")
-        if sampled and by_name(item) % sampled.args[0]:
-            item.add_marker(pytest.mark.exhaustive)
-        if item.get_closest_marker("covering"):
+        marks = {mark.name for mark in item.iter_markers()}
+        if marks & {"covering", "sampled"} and not marks & {"gpu", "parity"}:
             products[item.nodeid.partition("[")[0]].append(item)
     for cases in products.values():
-        for item in set(cases).difference(covering(cases)):
+        kept = covering(cases) if cases[0].get_closest_marker("covering") else cases
+        if mark := cases[0].get_closest_marker("sampled"):
+            kept = sample(kept, *mark.args)
+        for item in set(cases).difference(kept):
             item.add_marker(pytest.mark.exhaustive)
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 

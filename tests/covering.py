@@ -28,3 +28,8 @@ def covering(items: list[pytest.Item]) -> list[pytest.Item]:
         seen |= left.pop(item)
         chosen.append(item)
     return chosen
+
+
+def sample(items: list[pytest.Item], n: int) -> list[pytest.Item]:
+    """One case in `n`, and at least one, whatever their order. Tests differ in what of a common list they keep."""
+    return sorted(items, key=by_name)[: -(-len(items) // n)]

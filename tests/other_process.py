@@ -6,7 +6,27 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Container, Sequence
 from typing import Any
+
+import pytest
+
+NOT_ASKED = "not asked for"  # what a program says of a check that its arguments do not name
+
+
+def cases_of(checks: Sequence[str], exhaustive: Container[str] = ()) -> list[Any]:
+    """Parameters of a test named `check`: those of `exhaustive` are skipped by ordinary runs."""
+    return [pytest.param(name, marks=pytest.mark.exhaustive if name in exhaustive else ()) for name in checks]
+
+
+def checked_by(program: str, request: pytest.FixtureRequest, checks: Sequence[str]) -> dict[str, str | None]:
+    """What a program finds of those of its checks that have a case in this run; it must have these checks."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked = dict.fromkeys(item.callspec.params["check"] for item in items if "check" in item.callspec.params)
+    found = found_by(program, str(request.path), *asked)
+    assert list(found) == list(checks), "the test and its program list different checks"
+    assert [name for name, result in found.items() if result != NOT_ASKED] == [name for name in checks if name in asked]
+    return found
 
 
 def found_by(program: str, test_file: str, *arguments: str) -> Any:

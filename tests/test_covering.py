@@ -4,7 +4,7 @@ import itertools
 import random
 from types import SimpleNamespace
 
-from covering import covering
+from covering import covering, sample
 
 KINDS = [object() for _ in range(12)]
 
@@ -36,3 +36,12 @@ def test_the_choice_depends_on_names_alone():
     names = [item.name for item in covering(items)]
     random.Random(0).shuffle(items)
     assert [item.name for item in covering(items)] == names
+
+
+def test_a_sample_is_never_empty_and_depends_on_names_alone():
+    items = cases()
+    names = {item.name for item in sample(items, 5)}
+    assert len(names) == -(-len(items) // 5)
+    assert len(sample(items[:3], 100)) == 1
+    random.Random(0).shuffle(items)
+    assert {item.name for item in sample(items, 5)} == names

@@ -11,6 +11,7 @@ import jax_marlin_moe as jmm
 W = jnp.asarray(np.random.default_rng(0).normal(size=(2, 96, 64)), jnp.float32)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", sorted(oracle.FACTS))
 def test_weights_become_what_is_packed_bit_for_bit(weight_format):
     packed = jmm.quantize(W, weight_format)

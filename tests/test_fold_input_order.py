@@ -16,6 +16,7 @@ import jax_marlin_moe as jmm
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", [name for name, facts in FACTS.items() if not facts.has_global_scales])
 @pytest.mark.parametrize("inner", [128, 100])
 def test_folding_keeps_the_function_of_the_block(weight_format, inner):

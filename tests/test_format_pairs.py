@@ -58,6 +58,7 @@ def logical_scales(weights, facts):
     return scales * (1.0 if weights.global_scales is None else float(weights.global_scales[0, 0]))
 
 
+@pytest.mark.sampled(2)
 def test_quantize_rounds_to_the_nearest_code_of_a_scale_that_fits(pair):
     facts, size = oracle.FACTS[pair], oracle.FACTS[pair].group_sizes[-1]
     dense = np.random.default_rng(0).standard_normal((1, 128, 64)).astype(np.float32)
@@ -84,6 +85,7 @@ def test_quantize_rounds_to_the_nearest_code_of_a_scale_that_fits(pair):
         np.testing.assert_allclose(covered, reach, rtol=1 / 15)  # half a step of e4m3
 
 
+@pytest.mark.sampled(2)
 def test_the_error_is_that_of_the_codes(pair):
     """With rounding that belonged to another pair it would be above 0.4 here."""
     dense = np.random.default_rng(1).standard_normal((2, 256, 128)).astype(np.float32)
@@ -116,6 +118,7 @@ def test_products_of_a_pair(platform, pair, dtype):
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 @pytest.mark.parametrize(("architecture", "tokens"), [("sm_90a", 4), ("sm_90a", 512), ("sm_80", 40)])
 def test_kernels_of_a_pair_compile(pair, architecture, tokens):

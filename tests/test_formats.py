@@ -272,6 +272,7 @@ def test_block(platform, case):
     assert_block_close(y, expected_block(case, arrays, platform))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "case",
     [case for case in BLOCKS if case.name in ("padded nvfp4", "padded gpt-oss", "padded gelu", "padded and not gated")],

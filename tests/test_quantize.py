@@ -67,6 +67,7 @@ def nearest_errors(dense, experts: Experts):
     return np.minimum(*distances), step
 
 
+@pytest.mark.sampled(2)
 @EVERY_FORMAT
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-12, 12), offset=st.floats(-2, 2))
 def test_codes_are_the_nearest_for_the_scales_as_stored(weight_format, seed, exponent, offset):
@@ -83,6 +84,7 @@ def test_codes_are_the_nearest_for_the_scales_as_stored(weight_format, seed, exp
     assert (error <= best + 1e-5 * np.maximum(step, np.abs(dense))).all()
 
 
+@pytest.mark.sampled(3)
 @EVERY_FORMAT
 @given(seed=st.integers(0, 2**32 - 1), offset=st.floats(-1, 1))
 def test_errors_are_half_a_step(weight_format, seed, offset):
@@ -185,6 +187,7 @@ def test_symmetric_codes_are_the_nearest(platform, group_size, dtype):
     assert (error <= 0.5001 * step).all()
 
 
+@pytest.mark.sampled(2)
 @GROUPS
 def test_asymmetric_codes_are_the_nearest(group_size):
     # Off centre, so that a symmetric quantiser would waste half of its codes.

@@ -39,6 +39,7 @@ def tokens(dtype=jnp.float32, batch=(2, 3)):
     return jnp.ones((*batch, H), dtype), ids, jnp.ones(ids.shape, jnp.float32)
 
 
+@pytest.mark.covering
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("intermediate", "scale", "value"),

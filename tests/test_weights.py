@@ -30,6 +30,7 @@ def experts_with_everything(group_size=32, seed=0, **changes):
     return random_experts(np.random.default_rng(seed), 3, 64, 192, group_size=group_size, **fields)
 
 
+@pytest.mark.sampled(3)
 @EVERY_FORMAT
 def test_weights_can_be_pickled(weight_format):
     weights = random_experts(np.random.default_rng(0), 2, 64, 64, weight_format=weight_format).packed()
@@ -228,6 +229,7 @@ def test_experts_that_do_not_fit_are_refused(changes, message):
         jmm.stack_experts([experts_with_everything().packed(), experts_with_everything(**changes).packed()])
 
 
+@pytest.mark.sampled(3)
 @EVERY_FORMAT
 def test_slices_and_joins_of_every_format(weight_format):
     """Columns, rows, joins and stacks are those of the logical matrix, global scales included."""
@@ -246,6 +248,7 @@ def test_slices_and_joins_of_every_format(weight_format):
         np.testing.assert_array_equal(weights.columns(64, 192).global_scales, experts.global_scales[:, 1:])
 
 
+@pytest.mark.sampled(3)
 @EVERY_FORMAT
 def test_padded_matrices_join_and_stack(weight_format):
     rng = np.random.default_rng(5)

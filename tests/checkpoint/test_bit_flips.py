@@ -28,6 +28,7 @@ DECODERS = {
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("part", range(2))
 @pytest.mark.parametrize("name", DECODERS)
 def test_flipped_bits_are_refused_or_decoded(tmp_path, name, part):

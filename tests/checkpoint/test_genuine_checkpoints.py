@@ -49,6 +49,7 @@ def relative_error(actual, answer):
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", FOLDERS)
@@ -116,6 +117,7 @@ QUANTIZED = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", QUANTIZED)
 def test_plain_weights_are_quantised_on_the_way_in(weight_format, expected):
     loaded = load_moe_layer(DATA / "ck_q3", 0, quantize=weight_format)

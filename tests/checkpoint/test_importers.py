@@ -180,6 +180,7 @@ def test_qarray_of_block_floats(rng, dtype, tile, scale_dtype, weight_format):
         jmm.from_qarray(array)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("qtype", "tile", "method", "weight_format"),
     [

@@ -27,6 +27,7 @@ def other_checkpoint(tmp_path, tensors, quantization):
     return Checkpoint(tmp_path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", files.GENUINE)
 def test_attention_is_what_its_definition_says(name):
     decoder, weight_format, _ = files.GENUINE[name]

@@ -414,7 +414,14 @@ LARGE = {"ck_llmc_NVFP4A16": nvfp4_linear, "ck_q3_gptq_True": gptq_linear}
 
 @pytest.mark.long
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("name", "form"), [(name, "source") for name in LARGE] + [("ck_llmc_NVFP4A16", "packed")])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("ck_llmc_NVFP4A16", "source"),
+        ("ck_llmc_NVFP4A16", "packed"),
+        pytest.param("ck_q3_gptq_True", "source", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_peak_memory(tmp_path, name, form):
     """Loading takes at most 1.3 times the packed layer: 100 MB of experts or more, in the file of both layers."""
     experts, hidden, size = 32, 1024, 2048

@@ -239,6 +239,7 @@ def test_checkpoints_load_under_x64_and_strict_rank_promotion(name):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("weight_format", jmm.FORMATS)
 def test_quantize_works_under_x64_and_strict_rank_promotion(weight_format):
     dense = np.random.default_rng(0).normal(size=(2, 128, 64)).astype(ml_dtypes.bfloat16)

@@ -52,7 +52,7 @@ def shape_of(k, n, *, gated=False, dtype="float8_e4m3fn", **facts):
 
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", CASES)
 def test_products_of_bytes_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like), and what it keeps in memory for want of registers."""

@@ -129,17 +129,23 @@ def test_every_format_compiles(lower, architecture, name):
     assert "dot_general" not in text
 
 
+GROUPED = [
+    (name, group_size)
+    for name, row in jmm.FORMATS.items()
+    for group_size in (*row.group_sizes, *([None] if row.per_channel else []))
+]
+
+
+@pytest.mark.sampled(3)
 @needs_nvrtc
-@pytest.mark.parametrize("name", jmm.FORMATS)
-def test_every_group_size_of_every_format_compiles(lower, name):
-    row = jmm.FORMATS[name]
-    for group_size in (*row.group_sizes, *([None] if row.per_channel else [])):
-        weights = formatted_experts(4, 448, 128, name, jnp.bfloat16, group_size=group_size)
+@pytest.mark.parametrize(("name", "group_size"), GROUPED)
+def test_every_group_size_of_every_format_compiles(lower, name, group_size):
+    weights = formatted_experts(4, 448, 128, name, jnp.bfloat16, group_size=group_size)
 
-        def product(x, weights, ids):
-            return jmm.moe_gemm(x, weights, jmm.moe_align_block_size(ids, block_size=16, num_experts=4), top_k=2)
+    def product(x, weights, ids):
+        return jmm.moe_gemm(x, weights, jmm.moe_align_block_size(ids, block_size=16, num_experts=4), top_k=2)
 
-        assert CALL in lower("sm_90a", product, array((9, 448), jnp.bfloat16), weights, array((9, 2)))
+    assert CALL in lower("sm_90a", product, array((9, 448), jnp.bfloat16), weights, array((9, 2)))
 
 
 def planned_block(tokens, scheme=None):
@@ -210,6 +216,7 @@ def test_a_scheme_that_does_not_fit_is_refused(lower, scheme):
         lower("sm_90a", block, *arguments)
 
 
+@pytest.mark.sampled(3)
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_smallest_block_compiles(lower, architecture):
@@ -254,6 +261,7 @@ def test_blocks_of_models_have_shapes(shape, tokens):
 @needs_nvrtc
 @pytest.mark.long
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tokens", DECODE_TOKENS + PREFILL_TOKENS)
 @pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
 def test_blocks_of_models_compile(lower, shape, tokens):
@@ -263,6 +271,7 @@ def test_blocks_of_models_compile(lower, shape, tokens):
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_86", "sm_120a"])
 @pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)

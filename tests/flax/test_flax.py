@@ -109,7 +109,14 @@ def assert_equal(actual, wanted):
     np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(wanted, np.float32))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Each of these has a leaf or an input that the others lack.
+DISTINCT = ("Qwen2", "DeepSeek-V3", "DeepSeek-V4", "gpt-oss", "Gemma-4", "Nemotron")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=() if family in DISTINCT else pytest.mark.exhaustive) for family in FAMILIES],
+)
 def test_both_modules_give_the_bits_of_the_layer(family, x):
     layer = FAMILIES[family]()
     rest = () if layer.token_experts is None else (jnp.arange(6, dtype=jnp.int32).reshape(2, 3),)
@@ -214,6 +221,7 @@ def test_plain_nnx_jit_returns_the_state_and_graph_false_does_not(x):
     assert outputs() > len(jax.tree.leaves(layer.layer))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("weight_format", ["int4", "int8_fzp", "nvfp4", "mxfp8"])
 def test_nnx_random(weight_format):
     sizes = jmm.FORMATS[weight_format].group_sizes

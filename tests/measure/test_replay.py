@@ -31,6 +31,7 @@ def case(request):
     return x, layers, weights, ids
 
 
+@pytest.mark.sampled(2)
 def test_operands_are_those_of_the_custom_call(case):
     x, layers, weights, ids = case
     operands = block_operands(*case)

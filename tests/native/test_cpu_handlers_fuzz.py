@@ -1,10 +1,11 @@
 """CPU handlers under sanitizers for some seconds, and the proof that the sanitizers would see a missing check.
 
-Where FUZZ_SECONDS is set, as by `.ci/run`, the fuzzer runs for so long, with the kernels of every
-instruction set.
+Where FUZZ_SECONDS is set, as by `.ci/run`, the fuzzer runs for so long, with the kernels of every instruction set that
+this processor runs.
 """
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -32,9 +33,8 @@ def run(program, calls, seconds="30"):
 def objects(tmp_path_factory):
     """Compiled once for both tests: the second one replaces the object that it changes."""
     folder = tmp_path_factory.mktemp("objects")
-    return cpu_handlers_fuzz.compile_objects(
-        SANITIZERS, folder, cpu_handlers_fuzz.sources(folder, only_portable=not SECONDS), only_portable=not SECONDS
-    )
+    kernels = cpu_handlers_fuzz.COMPILED if SECONDS else ()
+    return cpu_handlers_fuzz.compile_objects(SANITIZERS, folder, cpu_handlers_fuzz.sources(folder, kernels), kernels)
 
 
 def test_handlers_have_no_memory_errors_and_no_undefined_behaviour(objects, tmp_path):
@@ -48,7 +48,9 @@ def test_a_missing_check_of_a_shape_is_seen(objects, tmp_path):
     assert text.count(SCALES_CHECK) == 1
     unchecked = tmp_path / "matrix_operands.cc"
     unchecked.write_text(text.replace(SCALES_CHECK, ""))
-    replaced = cpu_handlers_fuzz.compile_objects(SANITIZERS, tmp_path / "build", [unchecked], only_portable=True)
-    result = run(cpu_handlers_fuzz.link(SANITIZERS, tmp_path / "fuzz", (objects | replaced).values()), 30 * CALLS)
+    replaced = cpu_handlers_fuzz.compile_objects(SANITIZERS, tmp_path / "build", [unchecked])
+    program = cpu_handlers_fuzz.link(SANITIZERS, tmp_path / "fuzz", (objects | replaced).values())
+    result = run(program, 30 * CALLS)
     assert result.returncode != 0, result.stdout
-    assert "ERROR: AddressSanitizer" in result.stderr, result.stderr
+    # Scales that are too short, or none at all: which a call reads first is the threads' affair.
+    assert re.search("ERROR: AddressSanitizer|runtime error: load of null pointer", result.stderr), result.stderr

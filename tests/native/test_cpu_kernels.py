@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from native.processor import FLAGS, runs
 
 SCRIPT = """
 import sys
@@ -20,17 +21,19 @@ from test_formats import every_code, product
 
 rng = np.random.default_rng(0)
 for name, facts in FACTS.items():
-    for dtype, scale_dtype in (("bfloat16", scale_dtypes(name)[0]), ("float16", scale_dtypes(name)[-1])):
-        # 17 tiles: with the larger groups the last is a partial one, and one group takes several steps.
-        for group_size in (facts.group_sizes[-1], None if facts.per_channel else facts.group_sizes[0]):
-            experts = random_experts(rng, 5, 272, 128, weight_format=name, group_size=group_size, bias=True,
-                                     scale_dtype=jnp.dtype(scale_dtype))
-            weights = experts.packed()
-            # From one row to more than a panel of 16, in every remainder of the rows that share a dequantisation.
-            for tokens, kind in ((1, "distinct"), (3, "one"), (23, "one"), (40, "holes")):
-                x = random_rows(rng, tokens, 272, jnp.dtype(dtype))
-                _, ids = random_routing(rng, tokens, 2, 5, kind)
-                assert_product_close(product(x, weights, ids, "cpu", 5), grouped_product(x, experts, ids))
+    # 17 tiles: with the larger groups the last is a partial one, and one group takes several steps.
+    for dtype, scale_dtype, group_size in (
+        ("bfloat16", scale_dtypes(name)[0], facts.group_sizes[-1]),
+        ("float16", scale_dtypes(name)[-1], None if facts.per_channel else facts.group_sizes[0]),
+    ):
+        experts = random_experts(rng, 5, 272, 128, weight_format=name, group_size=group_size, bias=True,
+                                 scale_dtype=jnp.dtype(scale_dtype))
+        weights = experts.packed()
+        # From one row to more than a panel of 16, in every remainder of the rows that share a dequantisation.
+        for tokens, kind in ((1, "distinct"), (3, "one"), (23, "one"), (40, "holes")):
+            x = random_rows(rng, tokens, 272, jnp.dtype(dtype))
+            _, ids = random_routing(rng, tokens, 2, 5, kind)
+            assert_product_close(product(x, weights, ids, "cpu", 5), grouped_product(x, experts, ids))
         codes = every_code(name)
         x = np.eye(codes.k).astype(jnp.dtype(dtype))
         y = np.asarray(product(x, codes.packed(), np.zeros((codes.k, 1), np.int32), "cpu", 1))
@@ -45,27 +48,11 @@ for name, facts in FACTS.items():
 print("all close")
 """
 
-# Flags of /proc/cpuinfo that a kernel needs.
-FLAGS = {
-    "portable": set(),
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
-}
-
-
-def processor_flags():
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
-
 
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", FLAGS)
 def test_kernel(kernel, tmp_path):
-    if not FLAGS[kernel] <= processor_flags():
+    if not runs(kernel):
         pytest.skip(f"this processor does not run {kernel}")
     environment = os.environ | {"JAX_MARLIN_MOE_CPU_ISA": kernel, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(

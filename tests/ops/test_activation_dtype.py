@@ -53,6 +53,7 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(dtype, bad):
     np.testing.assert_array_equal(np.delete(y, 5, 0), np.delete(whole, 5, 0))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 @pytest.mark.parametrize(
     ("weight_format", "group_size", "dtype"),

@@ -114,6 +114,7 @@ def test_many_slots(platform, block_size, case, mapped):
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("block_size", "case"),
     # XLA compiles for half a second per case, and treats all block sizes alike.

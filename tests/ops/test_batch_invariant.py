@@ -131,6 +131,7 @@ def test_products_in_float32_are_refused():
         jmm.moe_gemm(x, gate_up, alignment, top_k=TOP_K, implementation="xla", batch_invariant=True)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("weight_format", jmm.FORMATS)
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_80"])
 def test_schemes_differ_in_what_no_sum_crosses(weight_format, architecture):

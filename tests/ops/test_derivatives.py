@@ -382,6 +382,7 @@ def test_residuals_are_the_inputs_and_no_stack_is_ever_dense():
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", sorted(oracle.FACTS))
 @pytest.mark.parametrize(("dtype", "rows", "k", "n"), [("bfloat16", 45, 80, 192), ("float16", 1, 16, 64)])
 def test_the_product_with_transposed_matrices(weight_format, dtype, rows, k, n):

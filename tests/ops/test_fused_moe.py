@@ -145,6 +145,7 @@ def test_block(platform, case):
     assert_block_close(y, call.expected())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES[::9], ids=lambda case: case.name)
 def test_reference_block(case):
     call = make_call(case, "xla")
@@ -313,6 +314,7 @@ def test_the_program_holds_our_call(platform):
     assert "dot_general" not in text  # of the reference
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("reordered", [False, True])
 def test_numpy_arrays_under_jit(implementation, reordered):

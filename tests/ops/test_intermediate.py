@@ -218,6 +218,7 @@ def every_bfloat16(least_exponent, exponents):
     return np.random.default_rng(0).permuted(both, axis=1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("implementation", ["xla", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_is_rounded_to_its_nearest_code(implementation, kind):
@@ -235,6 +236,7 @@ def test_every_number_is_rounded_to_its_nearest_code(implementation, kind):
         np.testing.assert_array_equal(units.astype(np.float64) * np.float64(of_rows)[:, None], expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("implementation", ["xla", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scales_that_are_no_scales_make_zeros_where_they_are_traced(implementation, kind):

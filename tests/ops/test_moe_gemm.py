@@ -128,6 +128,7 @@ def test_product(platform, case):
     assert not np.asarray(y)[call.served < 0].any()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", [CASES[0], CASES[9], *(c for c in CASES if c.reordered)], ids=lambda case: case.name)
 def test_reference_product(case):
     call = make_call(case, "xla")
@@ -274,6 +275,7 @@ def test_vmap_over_weights_is_a_loop(platform):
         assert_product_close(y, np.asarray(expected).astype(np.float64))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("reordered", [False, True])
 def test_numpy_arrays_under_jit(implementation, reordered):

@@ -111,6 +111,7 @@ wanted_of = functools.cache(lambda call, implementation: call(implementation))
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("call", "implementation"), CALLS, ids=lambda value: getattr(value, "__name__", value))
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_of_jax_change_nothing(mode, call, implementation):
@@ -147,6 +148,7 @@ def test_eager_calls_transfer_nothing(implementation):
         module(x)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", jmm.FORMATS)
 def test_eager_packing_transfers_nothing(weight_format):

@@ -231,6 +231,7 @@ def main():
     found = {}
     for name, check in CHECKS.items():
         if len(sys.argv) > 1 and name not in sys.argv:
+            found[name] = "not asked for"
             continue
         function, *arguments = check if isinstance(check, tuple) else (check,)
         try:

@@ -1,7 +1,7 @@
 """Checkpoints over the devices of a mesh: what `four_devices_loading.py` finds in a process with four of them."""
 
 import pytest
-from other_process import found_by
+from other_process import cases_of, checked_by
 
 FOLDERS = (
     "ck_awq",
@@ -15,16 +15,15 @@ FOLDERS = (
 CHECKS = [f"{folder} both" for folder in FOLDERS]
 CHECKS += ["ck_q3 experts", "nvfp4 from plain weights", "packed", "stack", "orbax", "example"]
 
+# The rest has a scheme of every kind: packed integers, orders of rows, global scales.
+OTHER_SCHEMES = ("ck_awq both", "ck_llmc_MXFP4A16 both", "ck_modelopt both", "ck_q3 both", "nvfp4 from plain weights")
+
 
 @pytest.fixture(scope="module")
-def found():
-    return found_by("four_devices_loading.py", __file__)
+def found(request):
+    return checked_by("four_devices_loading.py", request, CHECKS)
 
 
-def test_every_check_is_listed(found):
-    assert list(found) == CHECKS
-
-
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", cases_of(CHECKS, OTHER_SCHEMES))
 def test_what_is_loaded_in_shares_is_what_is_placed(found, check):
     assert found[check] is None, found[check]
