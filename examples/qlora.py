@@ -3,9 +3,9 @@
 python -m examples.qlora path/to/Qwen3-30B-A3B-AWQ --steps 20
 python -m examples.qlora tests/data/ck_q3_gptq_True --dtype float16 --rank 4 --batch 2 --tokens 16
 
-Linears of attention and both matrices of every expert get adapters `x @ A @ B`; the rest is frozen. Rows meet their
-experts in one sorted order: `jax_marlin_moe.ragged_dot` multiplies them by the packed matrices, `jax.lax.ragged_dot` by
-the adapters. No dense expert exists at any time, in neither pass.
+Linears of attention and both matrices of every expert get adapters `x @ A @ B`; the rest is frozen. Rows are sorted by
+expert once: `jax_marlin_moe.ragged_dot` multiplies them by the packed matrices, `jax.lax.ragged_dot` by the adapters.
+No dense expert exists at any time, in either pass.
 """
 
 import argparse
