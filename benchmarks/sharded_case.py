@@ -17,6 +17,7 @@ from benchmarks.sharded_profile import module_of
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import ModelShape
 from jax_marlin_moe.measure.random_layers import random_routings
+from jax_marlin_moe.ops.fused_moe import share_of_block
 from jax_marlin_moe.ops.sums import rounded_sum
 from jax_marlin_moe.sharding import parallel_experts
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back
@@ -146,8 +147,8 @@ def _alone(experts: int, mapped: bool, x: jax.Array, matrices: Any, weights: jax
         gate_up = dataclasses.replace(gate_up, layout="a16")
         every = jnp.arange(experts, dtype=jnp.int32)
         expert_map = jnp.where(every < gate_up.num_experts, every, -1) if mapped else None
-        options = {"expert_map": expert_map, "preferred_element_type": jnp.float32}
-        return jmm.fused_moe(x, gate_up, down, weights, ids, **options, implementation=kernels).astype(x.dtype)
+        options = {"activation": "silu", "expert_map": expert_map, "implementation": kernels}
+        return share_of_block(x, gate_up, down, weights, ids, **options).astype(x.dtype)
 
     return _chained(share, x, matrices, weights, ids)
 

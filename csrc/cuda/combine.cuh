@@ -196,7 +196,17 @@ struct CombineFourColumns {
     }
     // The columns of the second vector are next to those of the first.
     T* const to = out + int64_t(token) * kColumns + Places::column_of(2 * piece);
-    if constexpr (kPairs) {
+    if constexpr (kSame<T, float>) {
+      if constexpr (kPairs) {
+        *reinterpret_cast<float4*>(to) = float4{sums[0].x, sums[0].y, sums[1].x, sums[1].y};
+        *reinterpret_cast<float4*>(to + 8) = float4{sums[0].z, sums[0].w, sums[1].z, sums[1].w};
+      } else {
+        *reinterpret_cast<float2*>(to) = float2{sums[0].x, sums[1].x};
+        *reinterpret_cast<float2*>(to + 8) = float2{sums[0].y, sums[1].y};
+        *reinterpret_cast<float2*>(to + 16) = float2{sums[0].z, sums[1].z};
+        *reinterpret_cast<float2*>(to + 24) = float2{sums[0].w, sums[1].w};
+      }
+    } else if constexpr (kPairs) {
       *reinterpret_cast<uint2*>(to) = uint2{both(sums[0].x, sums[0].y), both(sums[1].x, sums[1].y)};
       *reinterpret_cast<uint2*>(to + 8) = uint2{both(sums[0].z, sums[0].w), both(sums[1].z, sums[1].w)};
     } else {

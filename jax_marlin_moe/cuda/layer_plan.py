@@ -43,8 +43,12 @@ def plan_moe_layer(
     architecture: str,
     scheme: BlockScheme | BatchInvariant | None = None,
     out_dtype: jnp.dtype | None = None,
+    rounded_to: jnp.dtype | None = None,
 ) -> Plan:
-    """Buffers: `ROUTER_OPERANDS`, gate_up (5), down (5), those shared (10), expert_map; y, weights, ids; scratch."""
+    """Buffers: `ROUTER_OPERANDS`, gate_up (5), down (5), those shared (10), expert_map; y, weights, ids; scratch.
+
+    `rounded_to` as for `plan_block`.
+    """
     capability = compute_capability(architecture)
     place = {name: at for at, name in enumerate(ROUTER_OPERANDS)}
     first = len(ROUTER_OPERANDS)
@@ -125,6 +129,7 @@ def plan_moe_layer(
         scheme=scheme,
         shared=router.shared,
         out_dtype=out_dtype,
+        rounded_to=rounded_to,
         counted=counted,
     )
     plan = dataclasses.replace(block, kernels=(product, select, *block.kernels), scratch=(*scratch, *block.scratch))

@@ -142,16 +142,16 @@ def _check_byte_rows(
             )
 
 
-def _packed_pairs(tile: Tile, token_tiles: TokenTiles, dtype: jnp.dtype) -> bool | None:
+def _packed_pairs(tile: Tile, token_tiles: TokenTiles, rounded_to: jnp.dtype) -> bool | None:
     """Whether the second product packs pairs of columns (csrc/cuda/four_columns.cuh); None where its rows are float32.
 
-    float32 rows are for results that are rounded to more bits, or not at all, and for few rows, which stay in L2.
+    float32 rows are for results that end in more bits than bfloat16 has, and for few rows, which stay in L2.
     """
     if (
         not isinstance(tile, WgmmaTile)
         or tile.tokens <= 32
         or token_tiles.cpp != "AlignedTiles"
-        or dtype != jnp.bfloat16
+        or rounded_to != jnp.bfloat16
     ):
         return None
     return tile.sub_tiles == 1
@@ -209,6 +209,7 @@ def plan_fused_moe(
     scaled: bool = False,
     intermediate: str | None = None,
     out_dtype: jnp.dtype | None = None,
+    rounded_to: jnp.dtype | None = None,
     activation_dtype: ByteDtype | None = None,
     sliced: bool = False,
 ) -> Plan:
@@ -246,6 +247,7 @@ def plan_fused_moe(
         scheme=scheme,
         intermediate=intermediate,
         out_dtype=out_dtype,
+        rounded_to=rounded_to,
         activation_dtype=activation_dtype,
         sliced=sliced,
         counted=most is not None,
@@ -272,11 +274,14 @@ def plan_block(
     shared: int = 0,
     intermediate: str | None = None,
     out_dtype: jnp.dtype | None = None,
+    rounded_to: jnp.dtype | None = None,
     activation_dtype: ByteDtype | None = None,
     sliced: bool = False,
     counted: bool = False,
 ) -> Plan:
     """The kernels of an expert block, over these buffers. Each token visits `shared` experts beside `top_k` others.
+
+    `rounded_to`: what the caller rounds results of `out_dtype` to; None for the same.
 
     `sliced`: the second product's rows take at most three times the memory of its input: where they need more, even
     with four columns in 64 bits, they are made and summed in slices of the columns. With `counted`, `tokens`, and the
@@ -441,7 +446,7 @@ def plan_block(
         kernels.append(for_hidden.kernel)
     packed_pairs = None
     if not in_order and buffers.identity is None:
-        packed_pairs = _packed_pairs(scheme.down, second_tiles, dtype)
+        packed_pairs = _packed_pairs(scheme.down, second_tiles, dtype if rounded_to is None else jnp.dtype(rounded_to))
     slices, most_columns = [range(down.padded_n)], 3 * columns * x.dtype.itemsize // 4
     if sliced and buffers.identity is None and (packed_pairs is None or down.padded_n // 2 > most_columns):
         slices = slices_of_columns(second, False, scheme.down, most_columns)

@@ -100,6 +100,67 @@ def fused_moe(
         )
         y = fused_moe(x.reshape(-1, x.shape[-1]), gate_up, down, topk_weights, topk_ids, **options)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+    return _checked_block(
+        x,
+        gate_up,
+        down,
+        topk_weights,
+        topk_ids,
+        activation=activation,
+        expert_map=expert_map,
+        x_scale=x_scale,
+        intermediate=intermediate,
+        activation_dtype=activation_dtype,
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+        cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
+    )
+
+
+def share_of_block(
+    x: Float[Array, "tokens H"],
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    topk_weights: Float32[Array, "tokens top_k"],
+    topk_ids: Int32[Array, "tokens top_k"],
+    *,
+    activation: str | Activation,
+    expert_map: Int32[Array, " experts"] | None,
+    implementation: str | None,
+) -> Float32[Array, "tokens H"]:
+    """What some of the experts add to `fused_moe`, unrounded; the sum of all shares is rounded to the type of x."""
+    return _checked_block(
+        x,
+        gate_up,
+        down,
+        topk_weights,
+        topk_ids,
+        activation=activation,
+        expert_map=expert_map,
+        preferred_element_type=jnp.float32,
+        implementation=implementation,
+        rounded_to=jnp.dtype(x.dtype) if x.dtype in (jnp.bfloat16, jnp.float16) else None,
+    )
+
+
+def _checked_block(
+    x,
+    gate_up,
+    down,
+    topk_weights,
+    topk_ids,
+    *,
+    activation,
+    expert_map,
+    preferred_element_type,
+    implementation,
+    x_scale=None,
+    intermediate=None,
+    activation_dtype=None,
+    cuda_scheme=None,
+    rounded_to=None,
+):
+    """`fused_moe` of rows without further dimensions; `rounded_to` as for `expert_block`."""
     check_activation_dtype(activation_dtype)
     x, x_scale, out_dtype = _checked_rows(x, x_scale, preferred_element_type, activation_dtype)
     topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
@@ -128,8 +189,9 @@ def fused_moe(
         activation=act,
         activation_dtype=activation_dtype,
         out_dtype=out_dtype,
+        rounded_to=rounded_to,
         implementation=implementation,
-        cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
+        cuda_scheme=cuda_scheme,
     )
 
 
@@ -235,7 +297,7 @@ def check_intermediate(intermediate: Any, num_experts: int) -> None:
         arguments.check_shape("intermediate.scales", scales, (num_experts,), "(experts,)")
 
 
-@one_program("activation", "activation_dtype", "out_dtype", "cuda_scheme", saved_as="fused_moe")
+@one_program("activation", "activation_dtype", "out_dtype", "rounded_to", "cuda_scheme", saved_as="fused_moe")
 def expert_block(
     x,
     gate_up,
@@ -248,9 +310,14 @@ def expert_block(
     *,
     activation_dtype=None,
     out_dtype=None,
+    rounded_to=None,
     **params,
 ):
-    """`fused_moe` of arguments that are checked, or that are those of `fused_moe_op`."""
+    """`fused_moe` of arguments that are checked, or that are those of `fused_moe_op`.
+
+    `rounded_to` is what the caller rounds float32 results to once it has added others: what a kernel keeps on the way
+    to them need not have more bits than that takes. None is `out_dtype`.
+    """
     shares = count_shares(gate_up)
     if shares > 1:
         if activation_dtype is not None:
@@ -275,6 +342,7 @@ def expert_block(
         if expert_map is not None:
             expert = expert_map[jnp.clip(expert, 0, expert_map.shape[0] - 1)]
         rows = gather_input_order(jnp.repeat(rows, topk_ids.shape[1], axis=0), gate_up, expert)
+    out_dtype = rows.dtype if out_dtype is None else out_dtype
     (y,) = fused_moe_op(
         pad_rows(rows, gate_up),
         as_packed(gate_up),
@@ -285,7 +353,8 @@ def expert_block(
         x_scale,
         intermediate,
         activation_dtype=activation_dtype,
-        out_dtype=rows.dtype if out_dtype is None else out_dtype,
+        out_dtype=out_dtype,
+        cuda_rounded_to=out_dtype if rounded_to is None else rounded_to,
         **params,
     )
     return shard_rows_like(drop_column_padding(y, down), x)
@@ -410,6 +479,7 @@ def _cuda(
     activation_dtype,
     out_dtype,
     cuda_scheme,
+    cuda_rounded_to,
     cuda_sliced=False,
 ):
     scales = None if intermediate is None else intermediate.scales
@@ -434,6 +504,7 @@ def _cuda(
         scaled=x_scale is not None,
         intermediate=None if intermediate is None else intermediate.kind,
         out_dtype=out_dtype,
+        rounded_to=cuda_rounded_to,
         activation_dtype=activation_dtype,
         sliced=cuda_sliced,
     )
@@ -488,7 +559,7 @@ fused_moe_op = define_op(
     reference=reference.fused_moe,
     cpu=_cpu,
     cuda=_cuda,
-    cuda_options=("cuda_scheme", "cuda_sliced"),
+    cuda_options=("cuda_scheme", "cuda_rounded_to", "cuda_sliced"),
     jvp=block_jvp,
     rows=("x", "topk_weights", "topk_ids"),
     division=_division,

@@ -349,6 +349,7 @@ def composition(
     # What is added to something is not rounded before.
     adds = routing.apply_on_input or routing.identity_experts > 0 or shared is not None
     routed: dict[str, Any] = {"implementation": implementation, "out_dtype": jnp.dtype(jnp.float32) if adds else dtype}
+    routed |= {"rounded_to": dtype}
     routed |= {"activation": activation, "activation_dtype": activation_dtype, "cuda_scheme": cuda_scheme}
     if activation_dtype is not None:
         routed |= {"x_scale": x_scale, "intermediate": intermediate}
@@ -535,6 +536,7 @@ def _cuda(
         architecture=architecture,
         scheme=cuda_scheme,
         out_dtype=dtype,
+        rounded_to=out_dtype,
     )
     placed = {
         "x": x,
@@ -577,6 +579,7 @@ def _share(call, part, x, router, gate_up, down, *rest, **params):
     """The layer in pieces: the router is on every device alike; what is added to experts, on those that keep a row."""
 
     def block(x, gate_up, down, topk_weights, ids, expert_map, *, out_dtype, **options):
+        # `rounded_to`, among the options, is the type of the layer's result.
         local_map = part.local_map(expert_map, gate_up.num_experts)
         operands = x, gate_up, part.with_bias_once(down), topk_weights, ids, local_map
         return part.total(expert_block(*operands, out_dtype=jnp.dtype(jnp.float32), **options), out_dtype)

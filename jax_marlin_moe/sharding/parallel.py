@@ -17,7 +17,7 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.expert_placement import slots_of
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices, spread_indices
-from jax_marlin_moe.ops.fused_moe import expert_block, fused_moe
+from jax_marlin_moe.ops.fused_moe import expert_block, share_of_block
 from jax_marlin_moe.ops.sums import rounded_sum
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
@@ -236,11 +236,10 @@ def _experts_of_rank(x, weights, ids, *, gate_up, down, activation, slots, imple
     """float32 sums over this rank's experts; ids count from the first of them."""
     # As many ids as there are experts of all ranks: kernels are chosen by the rows that an expert gets of them.
     here = jnp.arange(slots, dtype=jnp.int32)
-    return fused_moe(
+    return share_of_block(
         x, gate_up, down, weights, ids,
         activation=activation,
         expert_map=jnp.where(here < gate_up.num_experts, here, -1),
-        preferred_element_type=jnp.float32,
         implementation=implementation,
     )  # fmt: skip
 
@@ -258,7 +257,8 @@ def _shared_of_rank(layer: MoELayer, block: "_Block", implementation: str | None
         gate = jnp.float32(1) if shared.gate is None else reference.shared_gate(x, jnp.asarray(shared.gate))
         y = expert_block(
             x, gate_up, shared.down, jnp.broadcast_to(gate, ids.shape), ids, None,
-            activation=activation, out_dtype=jnp.float32, cuda_scheme=None, implementation=implementation,
+            activation=activation, out_dtype=jnp.float32, rounded_to=x.dtype, cuda_scheme=None,
+            implementation=implementation,
         )  # fmt: skip
     else:
         factor = None if shared.gate is None else jnp.asarray(shared.gate)

@@ -37,7 +37,7 @@ def experts(k, n):
     )
 
 
-def block(slots, tiles, tokens=24):
+def block(slots, tiles, tokens=24, **options):
     return plan.plan_fused_moe(
         array((tokens, 512), jnp.bfloat16),
         experts(512, 640),
@@ -49,13 +49,17 @@ def block(slots, tiles, tokens=24):
         activation=get_activation("silu"),
         architecture="sm_90a",
         scheme=BlockScheme(slots, *tiles),
+        **options,
     )
 
 
-def many_tokens(sub_tiles):
+def many_tokens(sub_tiles, **options):
     """A program for a range of tokens, whose rows have four columns in 64 bits."""
     tiles = (WgmmaTile(48, 2, 1, 1, 64, 4, 1, True), WgmmaTile(48, sub_tiles, 1, 1, 64, 4, 1, True))
-    return block("aligned", tiles, tokens=70)
+    return block("aligned", tiles, tokens=70, **options)
+
+
+SHARE = {"out_dtype": jnp.dtype("float32"), "rounded_to": jnp.dtype("bfloat16")}
 
 
 def product():
@@ -76,6 +80,8 @@ PLANS = {
     "wgmma": lambda: block("grouped", WGMMA),
     "many tokens": lambda: many_tokens(2),
     "many tokens in pairs": lambda: many_tokens(1),
+    "share of many tokens": lambda: many_tokens(2, **SHARE),
+    "share of many tokens in pairs": lambda: many_tokens(1, **SHARE),
     "moe_gemm": product,
 }
 
@@ -105,6 +111,8 @@ def refusal(kernel, *, whole=False):
         ("many tokens", "align"),
         ("many tokens", "combine"),
         ("many tokens in pairs", "down"),
+        ("share of many tokens", "combine"),
+        ("share of many tokens in pairs", "combine"),
         ("moe_gemm", "clear"),
         ("moe_gemm", "first_rows"),
         ("moe_gemm", "moe_gemm"),
@@ -123,6 +131,19 @@ def test_launch_sizes_of_the_plan_are_those_of_the_kernel(name, stage):
     for field, value, constant in wrong:
         found = refusal(dataclasses.replace(kernel, **{field: value}))
         assert f"Kernel::{constant} of the plan" in found, field
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, 256),
+        (SHARE, 256),  # whose sum with other shares is rounded
+        ({"out_dtype": jnp.dtype("float32")}, 512),
+        (SHARE | {"rounded_to": jnp.dtype("float16")}, 512),
+    ],
+)
+def test_rows_of_slots_have_the_bits_that_what_they_are_rounded_to_needs(options, words):
+    assert many_tokens(2, **options).scratch[1].shape[1] == words
 
 
 @pytest.mark.parametrize(

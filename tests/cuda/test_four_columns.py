@@ -8,6 +8,7 @@ import pytest
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.ops.fused_moe import expert_block
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, TOKENS = 4, 2, 512, 256, 200
 FIRST = WgmmaTile(48, 2, 1, 1, 128, 3, 1, True)
@@ -65,3 +66,16 @@ def test_what_is_not_a_number_stays_in_its_token(second):
     assert np.isnan(exact[7]).all()
     others = np.arange(TOKENS) != 7
     assert np.isfinite(packed[others]).all()
+
+
+@pytest.mark.parametrize("second", SECOND)
+def test_shares_of_a_rounded_sum_have_packed_rows_and_results_of_float32(second):
+    arguments = operands()
+    call = {"cuda_scheme": BlockScheme("aligned", FIRST, SECOND[second]), "implementation": "cuda"}
+    call |= {"activation": jmm.activations.get_activation("silu"), "out_dtype": jnp.dtype("float32")}
+    share = expert_block(*arguments, None, rounded_to=jnp.dtype("bfloat16"), **call)
+    packed, exact = blocks(arguments, second)
+    assert share.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(share.astype(jnp.bfloat16), np.float64), packed)
+    difference = np.linalg.norm(np.asarray(share, np.float64) - exact)
+    assert 0 < difference < 0.2 * np.linalg.norm(packed - exact)
