@@ -36,17 +36,19 @@ class Recipe:
         expert: cards along the axis of the experts.
         tensor: cards along the axis of the intermediate dimension.
         exchange: of rows, where the tokens are over the cards, too; None where every card has all of them.
+        shares: the dtype of the cards' shares on their way to their sum.
     """
 
     name: str
     expert: int
     tensor: int
     exchange: str | None = None
+    shares: str = "float32"
 
     @property
     def kind(self) -> str:
-        """Its name without the exchange: which weights a card has."""
-        return self.name.removesuffix(f"-{self.exchange}")
+        """Its name without the exchange and the shares: which weights a card has."""
+        return self.name.removesuffix("-bf16").removesuffix(f"-{self.exchange}")
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -70,6 +72,7 @@ def recipes(cards: int) -> list[Recipe]:
     if cards >= 4 and cards % 2 == 0:
         kinds["ep-tp"] = (2, cards // 2)
     found = [Recipe(kind, *sizes) for kind, sizes in kinds.items()]
+    found += [Recipe(f"{kind}-bf16", *sizes, shares="bfloat16") for kind, sizes in kinds.items()]
     for kind, sizes in kinds.items():
         found.append(Recipe(f"{kind}-gather", *sizes, "gather"))
         if sizes[0] > 1:
@@ -148,6 +151,7 @@ def _alone(experts: int, mapped: bool, x: jax.Array, matrices: Any, weights: jax
         every = jnp.arange(experts, dtype=jnp.int32)
         expert_map = jnp.where(every < gate_up.num_experts, every, -1) if mapped else None
         options = {"activation": "silu", "expert_map": expert_map, "implementation": kernels}
+        options["out_dtype"] = jnp.dtype(jnp.float32)
         return share_of_block(x, gate_up, down, weights, ids, **options).astype(x.dtype)
 
     return _chained(share, x, matrices, weights, ids)
@@ -158,7 +162,7 @@ def _exchanged(recipe: Recipe, experts: int, x: jax.Array, weights: jax.Array, i
 
     def between(x, weights, ids):
         if not recipe.tokens:
-            return rounded_sum(lax.pcast(x, recipe.axes, to="varying").astype(jnp.float32), recipe.axes, x.dtype)
+            return rounded_sum(lax.pcast(x, recipe.axes, to="varying").astype(recipe.shares), recipe.axes, x.dtype)
         if recipe.exchange == "gather":
             x, weights, ids = (lax.all_gather(rows, recipe.axes, tiled=True) for rows in (x, weights, ids))
             y = x.astype(jnp.float32) * (weights.sum(-1, keepdims=True) + ids[:, :1])
@@ -197,7 +201,7 @@ class Case:
         on_first = jax.sharding.SingleDeviceSharding(devices[0])
         self._weights["one"] = jax.jit(partial(make, 0), out_shardings=on_first)()
         for recipe in recipes(ranks):
-            if recipe.exchange is not None:
+            if recipe.name != recipe.kind:
                 continue
             make_laid_out = partial(make, recipe.tensor if recipe.tensor > 1 else 0)
             specs = self._specs(recipe, jax.eval_shape(make_laid_out))
@@ -246,6 +250,7 @@ class Case:
             tensor=TENSOR if recipe.tensor > 1 else (),
             tokens=recipe.tokens,
             exchange=recipe.exchange or "gather",
+            share_dtype=recipe.shares,
         )
         return self._over_cards(recipe, recipe.name, tokens, partial(_chained, run), self._weights[recipe.kind])
 

@@ -126,9 +126,10 @@ def share_of_block(
     *,
     activation: str | Activation,
     expert_map: Int32[Array, " experts"] | None,
+    out_dtype: jnp.dtype,
     implementation: str | None,
-) -> Float32[Array, "tokens H"]:
-    """What some of the experts add to `fused_moe`, unrounded; the sum of all shares is rounded to the type of x."""
+) -> Float[Array, "tokens H"]:
+    """What some of the experts add to `fused_moe`, in any dtype; the sum of all shares is rounded to that of x."""
     return _checked_block(
         x,
         gate_up,
@@ -137,10 +138,10 @@ def share_of_block(
         topk_ids,
         activation=activation,
         expert_map=expert_map,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.float32 if out_dtype != x.dtype else None,
         implementation=implementation,
         rounded_to=jnp.dtype(x.dtype) if x.dtype in (jnp.bfloat16, jnp.float16) else None,
-    )
+    ).astype(out_dtype)
 
 
 def _checked_block(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +119,8 @@ def send(route: Route, x: Float[Array, "tokens H"]) -> Float[Array, "received H"
     )
 
 
-def send_back(route: Route, y: Float[Array, "received H"]) -> Float[Array, "tokens H"]:
-    """The sums, in the order of the ranks, of what they computed of my tokens."""
+def send_back(route: Route, y: Float[Array, "received H"]) -> Float32[Array, "tokens H"]:
+    """The float32 sums, in the order of the ranks, of what they computed of my tokens."""
     back = _exchange(
         route.axis,
         y,
@@ -130,7 +130,7 @@ def send_back(route: Route, y: Float[Array, "received H"]) -> Float[Array, "toke
     )
     last = max(route.rows.shape[0] - 1, 0)
     parts = [
-        jnp.where(there[:, None], back[jnp.minimum(place, last)], 0)
+        jnp.where(there[:, None], back[jnp.minimum(place, last)].astype(jnp.float32), 0)
         for there, place in zip(route.mine, route.place, strict=True)
     ]
     return sum(parts[1:], parts[0])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, reference
@@ -39,12 +40,13 @@ def parallel_layer(
     tokens: str | Axes = (),
     exchange: Exchange = "gather",
     capacity: int | None = None,
+    share_dtype: DTypeLike = jnp.float32,
     router_input: Float[Array, "*batch H"] | None = None,
     implementation: str | None = None,
 ) -> Any:
     """A layer over the devices of a mesh, as `layer(x)` on one: router, routed experts, shared expert.
 
-    Ranks' shares are summed in float32 and rounded once. With `tokens=()` every device has all tokens, and one
+    Ranks' shares are summed in float32 and rounded once, unless `share_dtype` says otherwise. With `tokens=()` every device has all tokens, and one
     all-reduce sums the shares: right for decoding. With tokens over the axes of the experts, rows are exchanged.
 
     Args:
@@ -61,6 +63,8 @@ def parallel_layer(
             cards a row goes to a host once.
         capacity: for "ragged": rows that a rank gets at most over one axis; what is more, tokens of the last ranks
             first, is dropped and counted. Memory and time of the experts follow from it.
+        share_dtype: of ranks' shares on their way to their sum: float32, or bfloat16 or float16 for half of the bytes
+            and a rounding of every share more.
         router_input: as for `MoELayer`.
         implementation: as for `jax_marlin_moe.fused_moe`.
 
@@ -76,12 +80,13 @@ def parallel_layer(
     axes = (tokens,) if isinstance(tokens, str) else tuple(tokens)
     check_axes("tokens", axes, sharding.mesh)
     _check_exchange(exchange, capacity, [axis for axis in axes if axis in sharding.expert_axes])
+    share = _share_dtype(share_dtype)
     ranks = sharding.size(axes)
     check_shares(f"x has {x.shape[0]} rows", x.shape[0], ranks, 1, "as many rows each", hint="append rows of zeros")
     layer = share_indices(layer)
     specs = jax.tree.map(_of_stack, sharding.specs(layer), layer, is_leaf=_is_leaf)
     leaves, structure = jax.tree.flatten(specs, is_leaf=_is_spec)
-    run = _program(sharding, tuple(leaves), structure, axes, exchange, capacity, implementation)
+    run = _program(sharding, tuple(leaves), structure, axes, exchange, capacity, share, implementation)
     return run(layer, x, token_ids, router_input)
 
 
@@ -93,6 +98,7 @@ def _program(
     tokens: Axes,
     exchange: Exchange,
     capacity: int | None,
+    share: jnp.dtype,
     implementation: str | None,
 ) -> Callable[..., Any]:
     """One function for equal calls, so that an eager one is compiled once."""
@@ -103,6 +109,7 @@ def _program(
         tokens=tokens,
         exchange=exchange,
         capacity=capacity,
+        share=share,
         implementation=implementation,
     )
     rows = spec(tokens)
@@ -135,6 +142,7 @@ def parallel_experts(
     tokens: str | Axes = (),
     exchange: Exchange = "gather",
     capacity: int | None = None,
+    share_dtype: DTypeLike = jnp.float32,
     placement: Int32[Array, " slots"] | None = None,
     num_experts: int | None = None,
     activation: str | Activation = "silu",
@@ -153,6 +161,7 @@ def parallel_experts(
         tokens: the axes, of those two kinds, over which tokens are; over the others all ranks have the same tokens.
         exchange: as for `parallel_layer`.
         capacity: likewise.
+        share_dtype: likewise.
         placement: the expert in each slot, of all ranks, where they are not in order or more than once.
         num_experts: that ids may name, with `placement`.
         activation: as for `fused_moe`.
@@ -172,7 +181,7 @@ def parallel_experts(
         if num_experts is None:
             raise ValueError("num_experts is None; with a placement, pass how many experts ids may name")
         topk_ids = slots_of(topk_ids, placement, num_experts)
-    block = _Block(expert, tensor, tokens, exchange, capacity)
+    block = _Block(expert, tensor, tokens, exchange, capacity, _share_dtype(share_dtype))
     gate_up = local_matrix(gate_up)
     slots = gate_up.num_experts * block.size(expert)
     compute = partial(_experts_of_rank, gate_up=gate_up, down=down, activation=activation, slots=slots,
@@ -181,7 +190,9 @@ def parallel_experts(
     return y if capacity is None else (y, block.total(dropped))
 
 
-def _layer_of_rank(layer, x, token_ids, router_input, *, expert, tensor, tokens, exchange, capacity, implementation):
+def _layer_of_rank(
+    layer, x, token_ids, router_input, *, expert, tensor, tokens, exchange, capacity, share, implementation
+):
     """`parallel_layer` of the tokens and weights of one rank."""
     layer = spread_indices(layer)
     shape = x.shape
@@ -196,7 +207,7 @@ def _layer_of_rank(layer, x, token_ids, router_input, *, expert, tensor, tokens,
         ids = slots_of(ids, jnp.asarray(layer.placement), layer.num_experts)
     elif layer.routing.identity_experts:
         ids = jnp.where(ids < layer.num_experts, ids, -1)
-    block = _Block(expert, tensor, tokens, exchange, capacity)
+    block = _Block(expert, tensor, tokens, exchange, capacity, share)
     gate_up = local_matrix(layer.gate_up)
     slots = gate_up.num_experts * block.size(expert)
     compute = partial(
@@ -217,7 +228,7 @@ def _layer_of_rank(layer, x, token_ids, router_input, *, expert, tensor, tokens,
             ones, none = jnp.ones((rows.shape[0], 1)), jnp.full((rows.shape[0], 1), -1, jnp.int32)
             y = (
                 y
-                + _Block((), tensor, tokens, "gather", None).sum(
+                + _Block((), tensor, tokens, "gather", None, share).sum(
                     None, rows, ones, none, slots, partial(_shared_of_rank, layer, block, implementation)
                 )[0]
             )
@@ -232,14 +243,15 @@ def _layer_of_rank(layer, x, token_ids, router_input, *, expert, tensor, tokens,
     return y if capacity is None else (y, block.total(dropped))
 
 
-def _experts_of_rank(x, weights, ids, *, gate_up, down, activation, slots, implementation):
-    """float32 sums over this rank's experts; ids count from the first of them."""
+def _experts_of_rank(x, weights, ids, *, out_dtype, gate_up, down, activation, slots, implementation):
+    """Sums over this rank's experts; ids count from the first of them."""
     # As many ids as there are experts of all ranks: kernels are chosen by the rows that an expert gets of them.
     here = jnp.arange(slots, dtype=jnp.int32)
     return share_of_block(
         x, gate_up, down, weights, ids,
         activation=activation,
         expert_map=jnp.where(here < gate_up.num_experts, here, -1),
+        out_dtype=out_dtype,
         implementation=implementation,
     )  # fmt: skip
 
@@ -281,6 +293,7 @@ class _Block:
         tokens: axes of the tokens.
         exchange: over those of `tokens` that are of the experts.
         capacity: as for `parallel_layer`.
+        share: dtype of shares between ranks.
     """
 
     expert: Axes
@@ -288,6 +301,7 @@ class _Block:
     tokens: Axes
     exchange: str
     capacity: int | None
+    share: jnp.dtype
 
     @property
     def summed(self) -> Axes:
@@ -309,7 +323,7 @@ class _Block:
         """Results of this rank's tokens, and the choices that were dropped on this rank.
 
         Args:
-            compute: rows, router weights and local ids to float32 shares; None where there are no routed experts.
+            compute: rows, router weights and local ids to shares of a dtype; None where there are no routed experts.
             x: rows.
             weights: of their choices.
             ids: of their choices; slots of all ranks.
@@ -321,13 +335,15 @@ class _Block:
             x, weights, ids = (lax.all_gather(rows, self.gathered, tiled=True) for rows in (x, weights, ids))
         y, dropped = jnp.float32(0), jnp.int32(0)
         if compute is not None:
+            # What is added to something is not rounded before.
+            compute = partial(compute, out_dtype=self.share if extra is None else jnp.dtype(jnp.float32))
             y, dropped = self._over(self.expert, compute, x, weights, ids, slots)
         if extra is not None:
             y = y + extra(x)
         if self.summed:
-            y = rounded_sum(y, self.summed, jnp.float32 if self.gathered else dtype)
+            y = rounded_sum(y.astype(self.share), self.summed, self.share if self.gathered else dtype)
         if self.gathered:
-            y = lax.psum_scatter(y, self.gathered, tiled=True)
+            y = lax.psum_scatter(y.astype(self.share), self.gathered, tiled=True)
         return y.astype(dtype), dropped
 
     def total(self, dropped: Array) -> Array:
@@ -352,7 +368,7 @@ class _Block:
         all_weights, all_ids = (lax.all_gather(rows, axis, tiled=True) for rows in (weights, ids))
         if self.exchange == "gather":
             y, dropped = inner(lax.all_gather(x, axis, tiled=True), all_weights, own(all_ids), width)
-            return lax.psum_scatter(y, axis, tiled=True), dropped
+            return lax.psum_scatter(y.astype(self.share), axis, tiled=True), dropped
         tokens, top_k = ids.shape
         owner = jnp.where(all_ids >= 0, all_ids // width, -1).reshape(ranks, tokens, top_k)
         wanted = (owner[None] == jnp.arange(ranks)[:, None, None, None]).any(-1)
@@ -360,7 +376,7 @@ class _Block:
         received = take_rows(own(all_ids), route.who, -1)
         y, dropped = inner(send(route, x), take_rows(all_weights, route.who, 0), received, width)
         here = jnp.sum(lost[..., None] & (owner == me), dtype=jnp.int32)
-        return send_back(route, y), dropped + here
+        return send_back(route, y.astype(self.share)), dropped + here
 
 
 def _check_exchange(exchange: str, capacity: int | None, axes: list[str]) -> None:
@@ -375,6 +391,14 @@ def _check_exchange(exchange: str, capacity: int | None, axes: list[str]) -> Non
         )
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
         raise ValueError(f"capacity is {capacity!r}; it must be a positive number of rows")
+
+
+def _share_dtype(share_dtype: DTypeLike) -> jnp.dtype:
+    """What shares have between ranks; raises TypeError unless they can have it."""
+    share = jnp.dtype(share_dtype)
+    if share not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise TypeError(f"share_dtype is {share}; it must be float32, bfloat16 or float16")
+    return share
 
 
 def _is_leaf(node: Any) -> bool:

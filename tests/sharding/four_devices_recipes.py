@@ -92,6 +92,19 @@ def equals_one_device(sharding, whole, wanted_collectives=None, **options):
         assert found == sorted(wanted_collectives), found
 
 
+def shares_of_16_bits():
+    """Every recipe, with a rounding more for each share."""
+    whole = layer(shared="packed")
+    for sharding, options in (
+        (MoESharding(EP), {}),
+        (MoESharding(EP), {"tokens": "expert"}),
+        (MoESharding(EP), {"tokens": "expert", "exchange": "ragged"}),
+        (MoESharding(BOTH), {"tokens": "tensor"}),
+    ):
+        run = jax.jit(lambda layer, x, s=sharding, o=options: parallel_layer(layer, x, s, share_dtype="bfloat16", **o))
+        assert_close(run(place(whole, sharding), X), whole(X), 7e-3)
+
+
 def hierarchy():
     """A row goes to a host once, then to the cards; to hosts with the tokens, and where these are the same."""
     sharding = MoESharding(HOSTS, expert=("hosts", "cards"))
@@ -214,6 +227,7 @@ CHECKS = {
     ),
     "both, zero points": lambda: equals_one_device(MoESharding(BOTH), layer("int8_zp"), ["all-reduce"]),
     "both, global scales": lambda: equals_one_device(MoESharding(BOTH), layer("nvfp4", group_size=16)),
+    "shares of 16 bits": shares_of_16_bits,
     "hierarchy": hierarchy,
     "all on one expert": all_on_one_expert,
     "copies": copies,

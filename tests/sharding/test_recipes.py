@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ CHECKS = (
     "both, weights on the input",
     "both, zero points",
     "both, global scales",
+    "shares of 16 bits",
     "hierarchy",
     "all on one expert",
     "copies",
@@ -166,6 +168,18 @@ def test_cards_exchange_rows_in_equal_blocks_and_not_by_ragged_collectives(monke
     assert CALL in text
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("share_dtype", ["float32", "bfloat16"])
+def test_shares_go_between_cards_in_the_dtype_that_is_asked_for(monkeypatch, share_dtype):
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_90a")
+    sharding = MoESharding(mesh(expert=4))
+    call = jax.jit(lambda layer, x: parallel_layer(layer, x, sharding, share_dtype=share_dtype))
+    x = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16)
+    text = call.trace(sharding.abstract(shapes()), x).lower(lowering_platforms=("cuda",)).as_text()
+    (summed,) = re.findall(r"stablehlo.all_reduce.*?\) -> tensor<8x64x(\w+)>", text, re.DOTALL)
+    assert summed == {"float32": "f32", "bfloat16": "bf16"}[share_dtype]
+
+
 def test_arguments_of_exchanges_are_checked():
     layer, x, sharding = shapes(), jnp.ones((4, 64), jnp.bfloat16), MoESharding(mesh(expert=2))
     with pytest.raises(ValueError, match=r"exchange is 'all'; it must be 'gather' or 'ragged'"):
@@ -174,6 +188,8 @@ def test_arguments_of_exchanges_are_checked():
         parallel_layer(layer, x, sharding, tokens="expert", capacity=4)
     with pytest.raises(ValueError, match=r"capacity is 0; it must be a positive number of rows"):
         parallel_layer(layer, x, sharding, tokens="expert", exchange="ragged", capacity=0)
+    with pytest.raises(TypeError, match=r"share_dtype is int8; it must be float32, bfloat16 or float16"):
+        parallel_layer(layer, x, sharding, share_dtype="int8")
     with pytest.raises(TypeError, match=r"sharding is a str; it must be a jax_marlin_moe.sharding.MoESharding"):
         parallel_layer(layer, x, "expert")
     with pytest.raises(TypeError, match=r"sharding.mesh is a AbstractMesh; it must be a jax.sharding.Mesh of devices"):
