@@ -6,7 +6,7 @@
 sees. Recipes: "ep", "tp" and, from four cards on, "ep-tp": experts, the intermediate dimension or both over the
 cards, where all cards have all tokens and results are summed; with "-gather" the tokens are over the cards, their rows
 are gathered and the sums scattered; with "-ragged" rows are sent to the cards of their experts and back; with "-bf16"
-shares are rounded to bfloat16 before they are summed (`kernels_us` is that of float32 shares all the same). `efficiency`
+shares are rounded to bfloat16 before they are summed (`kernels_us` is that of float32 shares). `efficiency`
 is the time of one card over that of all cards together. `kernels_us` is the chain of what the first card computes of
 it, by itself; what `us` has beyond it, `outside_us`, is what goes between cards and waiting for the busiest, whose
 experts have `imbalance` times the mean's choices. `between_us` is the chain of collectives alone. With `--profile`,

@@ -46,8 +46,9 @@ def parallel_layer(
 ) -> Any:
     """A layer over the devices of a mesh, as `layer(x)` on one: router, routed experts, shared expert.
 
-    Ranks' shares are summed in float32 and rounded once, unless `share_dtype` says otherwise. With `tokens=()` every device has all tokens, and one
-    all-reduce sums the shares: right for decoding. With tokens over the axes of the experts, rows are exchanged.
+    Ranks' shares are summed in float32, unless `share_dtype` says otherwise, and rounded once. With `tokens=()` every
+    device has all tokens, and one all-reduce sums the shares: right for decoding. With tokens over the axes of the
+    experts, rows are exchanged.
 
     Args:
         layer: what `place` returned, or `load_moe_layer(..., sharding=)`, or one layer of such a stack.
