@@ -9,8 +9,8 @@ Each time is that of a layer in a jitted chain of 3 to 12, each fed by the one b
 after every third layer, in all of them alike.
 
 Each model has a process of its own. All make their weights and compile at the same time; when the last one is ready,
-they time one after the other. The file is written after each row, so that a run that is cut short keeps what it has;
-`--add` begins with the rows of earlier files.
+they time one after the other, and nobody compiles meanwhile. The file is written after each row, so that a run that is
+cut short keeps what it has; `--add` begins with the rows of earlier files.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import os
 import pathlib
 import queue
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -141,24 +142,27 @@ def prepare(name: str, options: argparse.Namespace) -> list[Case]:
     made = time.perf_counter() - begin
 
     cases: dict[int, Case] = {}
+    late = threading.Event()
 
     def compiled(tokens: int) -> None:
         try:
             x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), dtype)
             cases[tokens] = case = Case(x, layers, *chosen(x, layers, repeats(tokens)))
             for form in options.forms:
-                case.chains[form] = compile_chain(FORMS[form], x, layers, case.weights, case.ids)
+                if not late.is_set():
+                    case.chains[form] = compile_chain(FORMS[form], x, layers, case.weights, case.ids)
         except Exception as error:
             print(f"{name} M={tokens} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
 
     pool = concurrent.futures.ThreadPoolExecutor(options.threads)
     futures = [pool.submit(compiled, tokens) for tokens in options.tokens]
-    _, late = concurrent.futures.wait(futures, None if options.patience is None else max(0.0, options.patience - made))
-    pool.shutdown(wait=False, cancel_futures=True)
+    concurrent.futures.wait(futures, None if options.patience is None else max(0.0, options.patience - made))
+    late.set()
+    pool.shutdown(cancel_futures=True)  # waits for what has begun: nothing compiles while something is timed
     seconds = time.perf_counter() - begin
-    print(f"{name}: weights after {made:.1f} s; after {seconds:.1f} {len(late)} are not compiled", flush=True)
-    ready = [dataclasses.replace(case, chains=dict(case.chains)) for _, case in sorted(cases.items())]
-    return [case for case in ready if len(case.chains) >= min(2, len(options.forms))]
+    ready = [case for _, case in sorted(cases.items()) if len(case.chains) >= min(2, len(options.forms))]
+    print(f"{name}: weights after {made:.1f} s; {len(ready)} of {len(futures)} ready after {seconds:.1f}", flush=True)
+    return ready
 
 
 def run_model(name: str, options: argparse.Namespace, prepared: Any, turn: Any, next_turn: Any, results: Any) -> None:

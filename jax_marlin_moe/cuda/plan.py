@@ -42,16 +42,25 @@ from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
 
-def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int) -> tables.BlockKey:
-    """The block's row in the tables of measured schemes."""
+def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int, shared: int = 0) -> tables.BlockKey:
+    """The block's row in the tables of measured schemes, in which shared experts count as any others."""
     return tables.BlockKey(
-        gate_up.num_experts,
-        top_k,
+        gate_up.num_experts + shared,
+        top_k + shared,
         gate_up.k,
         down.k,
         gate_up.group_size,
         (gate_up.format.code.name, down.format.code.name),
     )
+
+
+def measured_scheme(
+    gate_up: MarlinWeights, down: MarlinWeights, top_k: int, tokens: int, architecture: str, shared: int = 0
+) -> BlockScheme | None:
+    """The scheme of a table; where none has the block with its shared experts, that of the block without them."""
+    keys = dict.fromkeys(block_key(gate_up, down, top_k, count) for count in (shared, 0))
+    found = (tables.lookup(key, tokens, architecture) for key in keys)
+    return next((scheme for scheme in found if scheme is not None), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +318,7 @@ def plan_block(
     if scheme == "batch_invariant":
         scheme = invariant_scheme(first, second, num_slots, slots, routed_experts, capability)
     elif scheme is None:
-        scheme = tables.lookup(block_key(gate_up, down, top_k), tokens, architecture)
+        scheme = measured_scheme(gate_up, down, top_k, tokens, architecture, shared)
         if scheme is None or not scheme.fits(first, second, capability):
             scheme = predicted_scheme(first, second, num_slots, slots, routed_experts, capability)
     elif not scheme.fits(first, second, capability):

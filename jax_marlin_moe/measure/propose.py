@@ -20,6 +20,7 @@ def propose(
     experts_hit: float,
     capability: int,
     tiles_per_product: int,
+    shared: int = 0,
 ) -> list[list[BlockScheme]]:
     """Schemes to time, in groups of the same way to find slots and the same token tile.
 
@@ -34,13 +35,14 @@ def propose(
         experts_hit: distinct experts of the routings that are timed, on average.
         capability: compute capability times ten.
         tiles_per_product: at most so many tiles of each product in a group.
+        shared: experts that every token visits beside those, behind the products' own.
 
     Returns:
         The groups that have tiles for both products; none where no tile fits.
     """
-    slots, experts = tokens * top_k, first.num_experts
+    slots, experts = tokens * (top_k + shared), first.num_experts + shared
     groups = []
-    for routing, size in _token_tiles(tokens, slots, first, capability):
+    for routing, size in _token_tiles(tokens, tokens * top_k, first, capability):
         blocks = slots if routing == "direct" else max(experts_hit, expected_blocks(slots, experts, experts, size))
         ranked = []
         for shape in (first, second):
