@@ -13,6 +13,7 @@ import pathlib
 import resource
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -114,7 +115,7 @@ def adapt(model: Decoder, rank: int, seed: int = 0) -> Decoder:
     return model
 
 
-@nnx.jit
+@partial(nnx.jit, graph=False)
 def train_step(model: Decoder, optimizer: nnx.Optimizer, tokens: Int32[Array, "batch tokens"]) -> Float[Array, ""]:
     """One step on sequences; the loss before it."""
 
