@@ -6,7 +6,7 @@ from jax_marlin_moe.cuda.choose import block_sizes, candidates, expected_blocks
 from jax_marlin_moe.cuda.kernels.mma import TOKEN_TILES
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS
-from jax_marlin_moe.cuda.scheme import BlockScheme, SlotRouting
+from jax_marlin_moe.cuda.scheme import BlockScheme, SlotRouting, kernels_of
 
 _MOST_DIRECT_SLOTS = 32  # beyond one token: with more of them, slots of one expert are worth a common token tile
 
@@ -42,7 +42,7 @@ def propose(
     """
     slots, experts = tokens * (top_k + shared), first.num_experts + shared
     groups = []
-    for routing, size in _token_tiles(tokens, tokens * top_k, first, capability):
+    for routing, size in _token_tiles(tokens, top_k, shared, first, capability):
         blocks = slots if routing == "direct" else max(experts_hit, expected_blocks(slots, experts, experts, size))
         ranked = []
         for shape in (first, second):
@@ -56,11 +56,17 @@ def propose(
     return groups
 
 
-def _token_tiles(tokens: int, slots: int, shape: GemmShape, capability: int) -> list[tuple[SlotRouting, int]]:
+def _token_tiles(
+    tokens: int, top_k: int, shared: int, shape: GemmShape, capability: int
+) -> list[tuple[SlotRouting, int]]:
     """Ways to find slots, each with the rows of a token tile."""
+    slots = tokens * (top_k + shared)
     direct: tuple[SlotRouting, int] = ("direct", TOKEN_TILES[0])
     if tokens == 1:
         return [direct]
-    routing: SlotRouting = "grouped" if slots <= MOST_GROUPED_SLOTS else "aligned"
-    sizes = [(routing, size) for size in block_sizes(slots, shape.num_experts, shape, capability)]
-    return [*sizes, direct] if slots <= _MOST_DIRECT_SLOTS else sizes
+    routing: SlotRouting = "grouped" if tokens * top_k <= MOST_GROUPED_SLOTS else "aligned"
+    sizes = set(block_sizes(slots, shape.num_experts + shared, shape, capability))
+    if shared and "mma" in kernels_of(shape, capability):  # their rows are many where others have few
+        sizes |= {size for size in TOKEN_TILES if max(sizes) < size <= tokens and size <= 2 * max(sizes)}
+    found = [(routing, size) for size in sorted(sizes)]
+    return [*found, direct] if slots <= _MOST_DIRECT_SLOTS else found
