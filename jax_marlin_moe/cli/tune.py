@@ -1,6 +1,7 @@
 """Measures the CUDA tiles of blocks on this machine's card and stores the fastest beside the kernel cache."""
 
 import argparse
+import dataclasses
 import time
 
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_options(parser, tokens=[1, 16])
     parser.add_argument(
         "--candidates", type=positive, default=24, help="tiles measured for each product and block size"
+    )
+    parser.add_argument(
+        "--shared", type=positive, help="experts that every token visits beside the chosen ones (default: none)"
     )
 
 
@@ -40,6 +44,10 @@ def run(options: argparse.Namespace) -> int:
     for shape in shapes:
         try:
             layers = random_layers(shape, options.format, dtype)
+            shared = []
+            if options.shared is not None:
+                of_shared = dataclasses.replace(shape, num_experts=options.shared)
+                shared = random_layers(of_shared, options.format, dtype, len(layers))
         except ValueError as error:
             complain(f"cannot tune {shape.name}: {error}")
             return 2
@@ -52,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
                     top_k=shape.top_k,
                     dtype=dtype,
                     candidates_per_product=options.candidates,
+                    shared=shared,
                 )
             except (RuntimeError, ValueError) as error:
                 complain(f"cannot tune {shape.name} with {tokens} tokens: {error}")
@@ -61,9 +70,10 @@ def run(options: argparse.Namespace) -> int:
                 f"and {best.down_us:.1f}: {best.scheme}  ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
-            if tables.lookup(block_key(*layers[0], shape.top_k), tokens, architecture) != best.scheme:
+            key = block_key(*layers[0], shape.top_k, options.shared or 0)
+            if tables.lookup(key, tokens, architecture) != best.scheme:
                 complain(f"{path} cannot be written; set {cache.ENVIRONMENT_VARIABLE} to a folder that can")
                 return 1
-        del layers
+        del layers, shared
     print(f"stored in {path}: calls with these shapes use it from their next lowering on")
     return 0

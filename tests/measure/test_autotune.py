@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.grouped_gemm import gemm_shape
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
+from jax_marlin_moe.cuda.plan import measured_scheme
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import MODELS
 from jax_marlin_moe.measure.propose import propose
@@ -88,6 +90,39 @@ def test_the_number_of_slots_decides_how_they_are_found():
     assert routings(4) == {"direct", "grouped"}
     assert routings(MOST_GROUPED_SLOTS // QWEN.top_k) == {"grouped"}
     assert routings(MOST_GROUPED_SLOTS // QWEN.top_k + 1) == {"aligned"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kinds"),
+    [
+        (1, [("direct", 8)]),
+        (16, [("grouped", 8), ("grouped", 16)]),  # a shared expert's 16 slots are not among the 128 that are grouped
+        (64, [("aligned", 8), ("aligned", 16)]),
+    ],
+)
+def test_beside_a_shared_expert_of_many_rows_larger_token_tiles_are_tried(tokens, kinds):
+    groups = propose(
+        *shapes_of(MODELS["deepseek-v3-tp8"]),
+        tokens=tokens,
+        top_k=8,
+        experts_hit=60.0,
+        capability=90,
+        tiles_per_product=2,
+        shared=1,
+    )
+    assert [(group[0].routing, group[0].gate_up.tokens) for group in groups] == kinds
+
+
+def test_a_block_with_shared_experts_has_a_row_of_its_own_or_that_without_them(monkeypatch):
+    gate_up, down = abstract(256, 7168, 512, 128), abstract(256, 256, 7168, 128)
+    own = "E257 k9 H7168 I256 g128 int4/int4"
+    known = {"E256 k8 H7168 I256 g128 int4/int4": "without", own: "with"}
+    monkeypatch.setattr(tables, "lookup", lambda key, tokens, architecture: known.get(str(key)))
+    assert measured_scheme(gate_up, down, 8, 1, "sm_90a") == "without"
+    assert measured_scheme(gate_up, down, 8, 1, "sm_90a", shared=1) == "with"
+    del known[own]
+    assert measured_scheme(gate_up, down, 8, 1, "sm_90a", shared=1) == "without"
+    assert measured_scheme(gate_up, down, 4, 1, "sm_90a", shared=1) is None
 
 
 def test_each_architecture_has_its_own_kernels():
