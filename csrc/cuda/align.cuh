@@ -21,7 +21,6 @@ struct PartsOfSlots {
   static constexpr int kExperts = Facts::kExperts;  // that topk_ids may name
   static constexpr bool kMapped = Facts::kMapped;   // whether there is an expert_map
   static constexpr int kSlotsOfToken = Facts::kSlotsOfToken;
-  static constexpr bool kFresh = Facts::kFresh;  // whether other CTAs of this kernel write topk_ids, and one groups them
   static constexpr int kWarps = Facts::kWarps, kThreads = 32 * kWarps, kCtas = Facts::kCtas;
   static constexpr int kSlotsPerWarp = (kSlots + kCtas * kThreads - 1) / (kCtas * kThreads) * 32;
   static constexpr int kAhead = kSlotsPerWarp / 32 < 8 ? kSlotsPerWarp / 32 : 8;  // ids of a lane fetched at once
@@ -31,13 +30,10 @@ struct PartsOfSlots {
   const int32_t* __restrict__ expert_map;  // [kExperts] if kMapped
   [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
-  // The number of this CTA among those that have slots.
-  __device__ __forceinline__ static int cta() { return kFresh ? 0 : blockIdx.x; }
-
   // Calls visit(first slot, this lane's expert) for every 32 slots of this warp; -1 where a slot vanishes.
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    const int first = (cta() * kWarps + threadIdx.x / 32) * kSlotsPerWarp, lane = threadIdx.x % 32;
+    const int first = (blockIdx.x * kWarps + threadIdx.x / 32) * kSlotsPerWarp, lane = threadIdx.x % 32;
     const int last = min(first + kSlotsPerWarp, count.of(kSlots / kSlotsOfToken) * kSlotsOfToken);
     for (int base = first; base < last; base += 32 * kAhead) {
       int experts[kAhead];
@@ -52,12 +48,7 @@ struct PartsOfSlots {
   // The global id of the slot's expert, -1 where the slot vanishes.
   __device__ __forceinline__ int kept_expert(int slot, int last) const {
     if (slot >= last) return -1;
-    int e;
-    if constexpr (kFresh) {
-      e = load_fresh(topk_ids + slot);
-    } else {
-      e = topk_ids[slot];
-    }
+    const int e = topk_ids[slot];
     if (e < 0 || e >= kExperts) return -1;
     if constexpr (kMapped) {
       if (expert_map[e] < 0) return -1;
@@ -140,7 +131,7 @@ struct AlignBlockSize {
     __syncthreads();
 
     const int end = start_experts(shared);
-    if (Parts::cta() == 0 && threadIdx.x == 0) *num_tokens_post_padded = end;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *num_tokens_post_padded = end;
     name_experts(shared, end);
 
     parts.for_each([&](int slots, int e) {
@@ -189,14 +180,14 @@ struct AlignBlockSize {
       for (int cta = 0; cta < kMaxCtas; ++cta) {
         const int found = counts[cta * kExperts + expert];
         total += found;
-        before += cta < Parts::cta() ? found : 0;
+        before += cta < int(blockIdx.x) ? found : 0;
       }
     }
   }
 
   // The expert of each block: the first one whose part ends past the block's start.
   __device__ __forceinline__ void name_experts(const Shared& shared, int end) const {
-    for (int block = Parts::cta() * kThreads + threadIdx.x; block < kBlocks; block += kMaxCtas * kThreads) {
+    for (int block = blockIdx.x * kThreads + threadIdx.x; block < kBlocks; block += kMaxCtas * kThreads) {
       const int position = block * kBlock;
       int e = -1;
       if (position < end) {

@@ -63,7 +63,6 @@ def gemm_kernel(
     shared_experts: int = 0,
     columns: range | None = None,
     in_order: bool = False,
-    fills_in_turn: bool = False,
     padding_bytes: int = 0,
 ) -> Kernel:
     """A grouped GEMM, or a slice of its `columns`, whose kernel is the same for all slices of as many.
@@ -71,8 +70,7 @@ def gemm_kernel(
     `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
     buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`, and those of
     shared experts, packed alike, from `shared`. `in_order` says that a row's sums must be added up in one order,
-    however many rows its token tile has; `fills_in_turn`, that its CTAs come in beside another kernel, which leaves
-    room for all of them, and fill one multiprocessor after the other. `padding_bytes` are asked for beside the shared memory of the tile.
+    however many rows its token tile has. `padding_bytes` are asked for beside the shared memory of the tile.
     """
     columns = range(shape.k if transposed else shape.n) if columns is None else columns
     count = len(columns)
@@ -104,7 +102,6 @@ def gemm_kernel(
         "slots_per_row": slots_per_row,
         "transposed": transposed,
         "in_order": in_order,
-        "fills_in_turn": fills_in_turn,
     }
 
     def operands(first: int | None) -> dict[str, Pointer | None]:

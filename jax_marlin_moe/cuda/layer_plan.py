@@ -17,7 +17,6 @@ from jax_marlin_moe.cuda.kernels.router import (
     router_tile,
     select_kernel,
 )
-from jax_marlin_moe.cuda.kernels.select_and_align import may_align, select_and_align_kernel
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS
 from jax_marlin_moe.cuda.plan import BlockBuffers, plan_block
 from jax_marlin_moe.cuda.program import CountedRows, Plan, counted_plan
@@ -79,6 +78,16 @@ def plan_moe_layer(
     def present(name: str, array: jax.Array | None) -> int | None:
         return None if array is None else place[name]
 
+    product = product_kernel(
+        router,
+        tile,
+        rows=place["router_input" if own_input else "x"],
+        kernel=place["router"],
+        gate=present("gate", router.gate),
+        scale=present("input_scale", router.input_scale),
+        out=logits,
+        counted=counted,
+    )
     select = select_kernel(
         router,
         tile,
@@ -123,24 +132,7 @@ def plan_moe_layer(
         rounded_to=rounded_to,
         counted=counted,
     )
-    kernels, finished = block.kernels, None
-    scratch += block.scratch
-    if may_align(kernels[0]):
-        finished = logits + len(scratch)
-        select, kernels = select_and_align_kernel(select, kernels[0], finished), kernels[1:]
-        scratch.append(jax.ShapeDtypeStruct((1,), jnp.int32))
-    product = product_kernel(
-        router,
-        tile,
-        rows=place["router_input" if own_input else "x"],
-        kernel=place["router"],
-        gate=present("gate", router.gate),
-        scale=present("input_scale", router.input_scale),
-        out=logits,
-        finished=finished,
-        counted=counted,
-    )
-    plan = dataclasses.replace(block, kernels=(product, select, *kernels), scratch=tuple(scratch))
+    plan = dataclasses.replace(block, kernels=(product, select, *block.kernels), scratch=(*scratch, *block.scratch))
     if most is None:
         return plan
     rows_of_token |= {first_of_block: slots, first_of_block + 1: slots}

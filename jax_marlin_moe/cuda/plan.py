@@ -448,7 +448,6 @@ def plan_block(
             shared=buffers.shared_gate_up,
             shared_experts=shared,
             in_order=in_order,
-            fills_in_turn=overlaps_first,
             padding_bytes=padding,
         )
     )

@@ -1,7 +1,6 @@
 """The router's kernels: compiled for every architecture that has them, what they refuse, how they are cut."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -142,18 +141,16 @@ def shared_expert(inner=64, weight_format="int4", gate=True):
     return jmm.SharedExpert(*matrices, array((128, 1), jnp.bfloat16) if gate else None)
 
 
-def custom_calls(
-    architecture, monkeypatch, rule, *, tokens=3, dtype="bfloat16", router_input=None, ids=False, **fields
-):
+def custom_calls(architecture, monkeypatch, rule, *, dtype="bfloat16", router_input=None, ids=False, **fields):
     """The lowered text of a layer."""
     monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, architecture)
     experts = 16 - rule.identity_experts
     layer = jmm.MoELayer(
         stack(experts, 128, 128), stack(experts, 64, 128), array((128, 16), jnp.bfloat16), rule, **fields
     )
-    x = array((tokens, 128), jnp.dtype(dtype))
-    rows = None if router_input is None else array((tokens, 128), jnp.dtype(router_input))
-    token_ids = array((tokens,), jnp.int32) if ids else None
+    x = array((3, 128), jnp.dtype(dtype))
+    rows = None if router_input is None else array((3, 128), jnp.dtype(router_input))
+    token_ids = array((3,), jnp.int32) if ids else None
     traced = jax.jit(lambda layer, x, ids, rows: layer(x, ids, router_input=rows)).trace(layer, x, token_ids, rows)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -165,35 +162,6 @@ def test_a_layer_with_a_shared_expert_is_one_call(architecture, monkeypatch):
     assert text.count("custom_call @jax_marlin_moe") == 1
     for stage in ("router", "select", "gate_up", "down", "combine"):
         assert f"jmm_{stage}_" in text
-
-
-@pytest.mark.parametrize(
-    ("tokens", "stages", "merged"),
-    [
-        (32, ["router", "select", "gate_up", "down", "combine"], False),
-        (33, ["router", "select", "gate_up", "down", "combine"], True),
-        (256, ["router", "select", "gate_up", "down", "combine"], True),
-        (257, ["router", "select", "align", "gate_up", "down", "combine"], False),
-        (1025, ["router", "select", "count_slots", "align", "gate_up", "down", "combine"], False),
-    ],
-)
-def test_the_last_cta_that_chooses_makes_the_list_of_few_slots(tokens, stages, merged, monkeypatch):
-    sources = []
-    monkeypatch.setattr(compiler, "compile_cubin", lambda source, architecture: sources.append(source) or b"code")
-    custom_calls("sm_90a", monkeypatch, jmm.Routing(4), tokens=tokens)
-    (source,) = sources
-    assert re.findall(r"__global__ void .* jmm_(\w+?)_(?:int4_)?m\d+\(", source) == stages
-    assert ("SelectAndAlign<Facts, AlignFacts>" in source) == merged
-    assert ("static constexpr bool kClears = true" in source) == merged  # the router's product clears the count
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_90a"])
-def test_the_choice_and_the_list_compile_as_one_kernel(architecture, monkeypatch):
-    dtype = "float16" if architecture == "sm_75" else "bfloat16"
-    text = custom_calls(architecture, monkeypatch, LLAMA, dtype=dtype, tokens=140)
-    assert "jmm_select_m" in text
-    assert "jmm_align" not in text
 
 
 LLAMA = jmm.Routing(1, "chosen_sigmoid", renormalize=False, apply_on_input=True)

@@ -30,8 +30,6 @@ struct Problem {
   static constexpr bool kTransposed = Facts::kTransposed;       // whether rows of x have kN columns, and results kK
   // Whether a row's sums are added up in one order, however many rows its token tile has.
   static constexpr bool kInOrder = Facts::kInOrder;
-  // Whether CTAs come in beside another kernel, and fill one multiprocessor after the other.
-  static constexpr bool kFillsInTurn = Facts::kFillsInTurn;
   static constexpr int kPieceValues = 16 / sizeof(T);  // in 16 bytes of a row of x
   static constexpr int kUnits = kN / kUnitColumns;
   static constexpr int kGroups = (kK + kGroup - 1) / kGroup;

@@ -111,13 +111,6 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
-// A number that other CTAs of the same kernel have written.
-__device__ __forceinline__ int32_t load_fresh(const int32_t* number) {
-  int32_t v;
-  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(number) : "memory");
-  return v;
-}
-
 // Four words of shared memory.
 __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   uint4 v;

@@ -21,7 +21,6 @@ struct PlainRouterProduct {
   static constexpr int kSlices = Facts::kSlices, kBlock = Facts::kBlock;  // of K
   static constexpr int kStride = Facts::kStride;                          // of a token's logits
   static constexpr bool kGated = Facts::kGated, kNormed = Facts::kNormed;
-  static constexpr bool kClears = Facts::kClears;
   static constexpr int kThreads = kColumns;
   static constexpr int kAllColumns = kExperts + kGated + kNormed;  // behind the logits: the gate's, and the squares
   static constexpr int kTokenTiles = (kTokens + kTile - 1) / kTile;
@@ -36,7 +35,6 @@ struct PlainRouterProduct {
   const G* __restrict__ gate;    // [kK] if kGated
   const S* __restrict__ scale;   // [kK] if kNormed
   float* __restrict__ logits;    // [kSlices, kTokens, kStride]
-  int32_t* __restrict__ finished;  // [1] if kClears: CTAs of the next kernel that have chosen, none yet
   [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   __device__ void run(unsigned char* shared_bytes) const {
@@ -47,9 +45,6 @@ struct PlainRouterProduct {
     const int first_block = int64_t(slice) * kBlocks / kSlices, last_block = int64_t(slice + 1) * kBlocks / kSlices;
     allow_next_kernel();
     wait_for_previous_kernel();
-    if constexpr (kClears) {
-      if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;
-    }
 
     float sums[kTile] = {};
 #pragma unroll 1

@@ -32,7 +32,6 @@ struct RouterProduct {
   static constexpr int kStride = Facts::kStride;  // of a token's logits, the gate's behind the experts'
   static constexpr bool kGated = Facts::kGated;
   static constexpr bool kNormed = Facts::kNormed;  // rows are to be normed and scaled; their squares are added too
-  static constexpr bool kClears = Facts::kClears;
   static constexpr int kThreads = 32 * kWarpsN * kWarpsT;
   static constexpr int kTokenTiles = (kTokens + kTile - 1) / kTile;
   static constexpr int kColumnTiles = (kExperts + kColumns - 1) / kColumns;
@@ -58,7 +57,6 @@ struct RouterProduct {
   const G* __restrict__ gate;    // [kK] if kGated
   const S* __restrict__ scale;   // [kK] if kNormed
   float* __restrict__ logits;    // [kSlices, kTokens, kStride]; then the gate's, then the sum of squares
-  int32_t* __restrict__ finished;  // [1] if kClears: CTAs of the next kernel that have chosen, none yet
   [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   using Fragment = uint32_t[4];
@@ -68,9 +66,6 @@ struct RouterProduct {
     const int first_token = blockIdx.x / (kSlices * kColumnTiles) * kTile;
     allow_next_kernel();
     wait_for_previous_kernel();
-    if constexpr (kClears) {
-      if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;
-    }
     add_slice(shared_bytes, slice, column_tile, first_token,
               logits + (int64_t(slice) * kTokens + first_token) * kStride);
   }

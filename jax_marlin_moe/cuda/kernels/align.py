@@ -64,7 +64,6 @@ def align_kernels(
         "mapped": expert_map is not None,
         "counted": slots_of_token is not None,
         "slots_of_token": slots_of_token or 1,
-        "fresh": False,
     }
     parts = nested(
         "parts",
@@ -91,7 +90,7 @@ def align_kernels(
         )
 
     def align(counted: Pointer | None, overlaps: bool) -> Kernel:
-        size = shared_bytes(warps, num_experts)
+        size = _shared_bytes(warps, num_experts)
         return kernel("align", "AlignBlockSize<Facts>", {"counts": counted, **written}, size, overlaps)
 
     if ctas == 1:
@@ -105,8 +104,7 @@ def align_kernels(
     return (count, align(Pointer(counts, "int32"), True)), (scratch,)
 
 
-def shared_bytes(warps: int, num_experts: int) -> int:
-    """Of the CTAs that group slots."""
+def _shared_bytes(warps: int, num_experts: int) -> int:
     return 4 * (warps * num_experts + warps + num_experts)
 
 
@@ -114,9 +112,9 @@ def _most_warps(wanted: int, num_experts: int, capability: int) -> int:
     """As many of them as a CTA has room for."""
     warps = wanted
     room = get_architecture(capability).most_shared_kib * 1024
-    while warps > 1 and shared_bytes(warps, num_experts) > room:
+    while warps > 1 and _shared_bytes(warps, num_experts) > room:
         warps -= 1
-    if shared_bytes(warps, num_experts) > room:
+    if _shared_bytes(warps, num_experts) > room:
         most = (room // 4 - 1) // 2
         raise ValueError(
             f"num_experts is {num_experts}; the alignment kernel counts the slots of at most {most} in the shared "

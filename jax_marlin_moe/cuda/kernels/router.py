@@ -203,10 +203,9 @@ def product_kernel(
     gate: int | None,
     scale: int | None,
     out: int,
-    finished: int | None = None,
     counted: bool = False,
 ) -> Kernel:
-    """The logits of every slice of K; `finished` is the buffer of a count to clear, and `counted` where a call may have fewer tokens than the router."""
+    """The logits of every slice of K; `counted` where a call may have fewer tokens than the router."""
     tokens, experts, (k, _) = router.rows.shape[0], router.experts, router.kernel.shape
     dtype, width = router.kernel.dtype.name, router.kernel.dtype.itemsize
     facts: Facts = {
@@ -225,7 +224,6 @@ def product_kernel(
         "stride": router.stride,
         "gated": gate is not None,
         "normed": scale is not None,
-        "clears": finished is not None,
         "counted": counted,
     }
     if tile.stages:
@@ -248,7 +246,6 @@ def product_kernel(
             "gate": _vector(gate, router.gate),
             "scale": _vector(scale, router.input_scale),
             "logits": Pointer(out, "float32", written=True),
-            "finished": None if finished is None else Pointer(finished, "int32", written=True),
             **token_count(counted),
         },
         threads=threads,

@@ -92,15 +92,7 @@ struct MmaShape {
   static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
   static constexpr int64_t kMaxCtas = (kWorkTiles > 0 ? kWorkTiles : 1) * Tile::kCluster;
   __device__ __forceinline__ static int cta_of_cluster() { return blockIdx.x % Tile::kCluster; }
-  __device__ __forceinline__ static int first_work_tile() {
-    const int cluster = blockIdx.x / Tile::kCluster;
-    if constexpr (Problem::kFillsInTurn && Tile::kCluster == 1 && Tile::kCtasPerSm > 1) {
-      // Neighbours are on one multiprocessor: their tiles are far apart, so that all have work where tiles are few.
-      const int whole = gridDim.x / Tile::kCtasPerSm, multiprocessor = cluster / Tile::kCtasPerSm;
-      if (multiprocessor < whole) return cluster % Tile::kCtasPerSm * whole + multiprocessor;
-    }
-    return cluster;
-  }
+  __device__ __forceinline__ static int first_work_tile() { return blockIdx.x / Tile::kCluster; }
   __device__ __forceinline__ static int work_tile_stride() { return gridDim.x / Tile::kCluster; }
 
   // K-blocks and the first row of a share of K.
