@@ -42,7 +42,6 @@ RULE_OPTIONS = (
 _MOST_LANES = 32
 _MOST_EXPERTS = 1024
 _MOST_SLICES = 64
-_MOST_STAGES = 8
 _INVARIANT_SLICES = 8
 _MOST_PLAIN_TOKENS = 512
 
@@ -169,8 +168,7 @@ def router_tile(router: Router, capability: int, *, batch_invariant: bool = Fals
     width = router.kernel.dtype.itemsize
     stage = block * (columns * width + 16) + tile * (block * 2 + 16)
     room = get_architecture(capability).most_shared_kib * 1024
-    # Few tokens: all blocks of a CTA are on their way together.
-    stages = min(-(-blocks // slices) + 1, 5 if many else _MOST_STAGES, room // stage)
+    stages = min(-(-blocks // slices) + 1, 5, room // stage)
     return RouterTile(tile, columns, slices, block, max(2, stages), warps_n, warps_t, warps_of_token)
 
 
