@@ -96,7 +96,8 @@ def _shared_experts(
         return 0
     if len(shared) != len(layers):
         raise ValueError(f"shared has {len(shared)} layers; it must have {len(layers)}, as layers has")
-    if not all(packed_alike(*pair) for own, further in zip(layers, shared, strict=True) for pair in zip(own, further, strict=True)):
+    pairs = [pair for both in zip(layers, shared, strict=True) for pair in zip(*both, strict=True)]
+    if not all(packed_alike(*pair) for pair in pairs):
         raise ValueError("shared is not packed as layers; it must have their formats, groups and sizes, without biases")
     return shared[0][0].num_experts
 
