@@ -1,6 +1,8 @@
 """`moe_mlp`: in the manner of levanter's function of that name."""
 
+import enum
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +21,18 @@ def moe_mlp(
     w_up_gate: MarlinWeights,
     w_down: MarlinWeights,
     *,
-    activation: str | Activation | Callable[[Array], Array] = jax.nn.silu,
-    token_valid: Bool[Array, " tokens"] | None = None,
+    activation: str | Activation | enum.Enum | Callable[[Array], Array] = jax.nn.silu,
     implementation: str | None = None,
-) -> Float[Array, "tokens D"]:
+    mesh: Any = None,
+    capacity_factor: float | None = None,
+    remat_mode: Any = "none",
+    report_capacity_overflow: bool = False,
+    token_valid: Bool[Array, " tokens"] | None = None,
+) -> Float[Array, "tokens D"] | tuple[Float[Array, "tokens D"], Int[Array, ""]]:
     """Chosen experts of each token, combined. No token is dropped for want of capacity.
+
+    `mesh`, `capacity_factor` and `remat_mode` are for levanter's own exchanges of rows and change nothing here: experts
+    are computed on the devices that they are on, and a call keeps nothing but its inputs for the backward pass.
 
     Args:
         x: bfloat16 or float16 rows; those of another float are multiplied as bfloat16 and come back as they were.
@@ -31,9 +40,13 @@ def moe_mlp(
         combine_weights: of the sum.
         w_up_gate: packed experts (D, 2 I), gate in the first half of the columns, as this package has it.
         w_down: packed experts (I, D).
-        activation: of gate, a name or a function of jax.nn.
-        token_valid: tokens that are no padding; the others come back as zeros.
+        activation: of gate: a name, a member of levanter's enumeration, or a function of jax.nn.
         implementation: as for `jax_marlin_moe.fused_moe`.
+        mesh: see above.
+        capacity_factor: see above.
+        remat_mode: see above.
+        report_capacity_overflow: whether the number of dropped choices, which is zero, is returned too.
+        token_valid: tokens that are no padding; the others come back as zeros.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
@@ -52,4 +65,5 @@ def moe_mlp(
         activation=activation_named(activation),
         implementation=implementation,
     )
-    return y.astype(x.dtype)
+    y = y.astype(x.dtype)
+    return (y, jnp.zeros((), jnp.int32)) if report_capacity_overflow else y

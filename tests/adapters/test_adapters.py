@@ -1,5 +1,8 @@
 """Adapters compute what the package's own calls compute, by the frameworks' conventions; qwix and tokamax run."""
 
+import enum
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,13 +51,50 @@ def test_levanter_masks_tokens_and_takes_functions(block):
     found = moe_mlp(x.astype(jnp.float32), ids, weights, gate_up, down, activation=jax.nn.silu, token_valid=valid)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, jnp.where(valid[:, None], y, 0).astype(jnp.float32))
+    silu = enum.Enum("ActivationFunctionEnum", {"silu": "silu"}).silu
+    reported, dropped = moe_mlp(x, ids, weights, gate_up, down, activation=silu, report_capacity_overflow=True)
+    np.testing.assert_array_equal(reported, y)
+    assert dropped == 0
     with pytest.raises(ValueError, match=r"activation is .*tanh.*; it must be one of"):
         moe_mlp(x, ids, weights, gate_up, down, activation=jnp.tanh)
 
 
 def test_names_of_activations():
     assert activation_named("swigluoai") == jmm.swiglu(limit=7.0, alpha=1.702, beta=1.0)
-    assert activation_named("gelu_tanh") == "gelu_tanh"
+    assert activation_named("gelu_tanh") == activation_named("gelu_new") == activation_named(jax.nn.gelu) == "gelu_tanh"
+
+
+# The parameters of the frameworks' own functions, in their order.
+SIGNATURES = {
+    fused_moe_func: "hidden_states w1 w2 w1_scale w2_scale w1_bias w2_bias gating_output topk renormalize mesh use_ep "
+    "activation scoring_fn all_gather_fp8 enable_rs_kernel use_gmm_fused_rs_kernel onehot_moe_permute_threshold "
+    "scatter_results defer_all_reduce hash_based_topk_indices expert_score_correction_bias moe_chunk_size "
+    "num_valid_tokens",
+    moe_mlp: "x selected_experts combine_weights w_up_gate w_down activation implementation mesh capacity_factor "
+    "remat_mode report_capacity_overflow",
+    MarlinEPMoE.__call__: "self hidden_states topk_weights topk_ids out_sharding",
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_parameters_are_those_of_the_frameworks(function):
+    names = SIGNATURES[function].split()
+    assert list(inspect.signature(function).parameters)[: len(names)] == names
+
+
+def test_tpu_inference_takes_chosen_experts_a_bias_and_padding(block):
+    x, gate_up, down, logits = block
+    rest = (None, None, None, None, logits, TOP_K, True, None, False, "silu", "sigmoid")
+    bias = jnp.asarray([0.0, 3.0, 0.0, 0.0])
+    weights, ids = jmm.route(logits, top_k=TOP_K, scoring="sigmoid", correction_bias=bias)
+    y = jmm.fused_moe(x, gate_up, down, weights, ids)
+    by_bias = fused_moe_func(x, gate_up, down, *rest, expert_score_correction_bias=bias, num_valid_tokens=4)
+    np.testing.assert_array_equal(by_bias, y.at[4:].set(0))
+    by_ids = fused_moe_func(x, gate_up, down, *rest, hash_based_topk_indices=ids, moe_chunk_size=256)
+    np.testing.assert_array_equal(by_ids, y)
+    for name in ("all_gather_fp8", "scatter_results", "defer_all_reduce"):
+        with pytest.raises(ValueError, match=f"{name} is True; it must be False"):
+            fused_moe_func(x, gate_up, down, *rest, **{name: True})
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
