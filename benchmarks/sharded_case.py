@@ -18,7 +18,7 @@ from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import ModelShape
 from jax_marlin_moe.measure.random_layers import random_routings
 from jax_marlin_moe.ops.fused_moe import share_of_block
-from jax_marlin_moe.ops.sums import rounded_sum
+from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum
 from jax_marlin_moe.sharding import parallel_experts
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back
 from jax_marlin_moe.sharding.specs import matrix_specs
@@ -151,7 +151,7 @@ def _alone(experts: int, mapped: bool, x: jax.Array, matrices: Any, weights: jax
         every = jnp.arange(experts, dtype=jnp.int32)
         expert_map = jnp.where(every < gate_up.num_experts, every, -1) if mapped else None
         options = {"activation": "silu", "expert_map": expert_map, "implementation": kernels}
-        options["out_dtype"] = jnp.dtype(jnp.float32)
+        options |= {"out_dtype": jnp.dtype(jnp.float32), "rounded_to": x.dtype}
         return share_of_block(x, gate_up, down, weights, ids, **options).astype(x.dtype)
 
     return _chained(share, x, matrices, weights, ids)
@@ -166,7 +166,7 @@ def _exchanged(recipe: Recipe, experts: int, x: jax.Array, weights: jax.Array, i
         if recipe.exchange == "gather":
             x, weights, ids = (lax.all_gather(rows, recipe.axes, tiled=True) for rows in (x, weights, ids))
             y = x.astype(jnp.float32) * (weights.sum(-1, keepdims=True) + ids[:, :1])
-            return lax.psum_scatter(y, recipe.axes, tiled=True)
+            return scattered_sum(y, recipe.axes, x.dtype)
         weights, ids = (lax.all_gather(rows, EXPERT, tiled=True) for rows in (weights, ids))
         owner = (ids // (experts // recipe.expert)).reshape(recipe.expert, -1, ids.shape[1])
         wanted = (owner[None] == jnp.arange(recipe.expert)[:, None, None, None]).any(-1)

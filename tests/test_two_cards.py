@@ -93,7 +93,8 @@ def test_two_cards_agree_with_one(tokens, where, axes):
         compiled = jax.jit(block).lower(*placed).compile()
         y = compiled(*placed)
         found = jax.jit(gradients)(*placed)
-    wanted = {"all-gather", "reduce-scatter"} if (tokens, where) == (MANY, "experts") else COLLECTIVES[where]
+    # Parts of large sums come with four numbers in 64 bits, and are gathered rounded.
+    wanted = {"all-gather", "all-to-all"} if (tokens, where) == (MANY, "experts") else COLLECTIVES[where]
     assert collectives(compiled) == wanted
     assert error(y, jax.jit(block)(*rows(tokens), *weights())) < 5e-3
     for ours, other in zip(found, jax.jit(gradients)(*rows(tokens), *weights()), strict=True):
@@ -115,8 +116,10 @@ def test_columns_of_gate_and_up_in_shares_agree_with_one_card(tokens):
     assert error(compiled(*operands), jax.jit(block)(*rows(tokens), *weights())) < 5e-3
 
 
-@pytest.mark.parametrize("tokens", [8, 1024])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "tokens"),
+    [(recipe, tokens) for recipe in RECIPES for tokens in (8, 1024)] + [("ep", MANY), ("ep, gather", MANY)],
+)
 def test_recipes_on_two_cards_agree_with_one(recipe, tokens):
     expert, tensor, options = RECIPES[recipe]
     sharding = MoESharding(mesh(), expert=("cards",) if expert else (), tensor=("cards",) if tensor else ())

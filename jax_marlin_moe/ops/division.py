@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int32
 
 from jax_marlin_moe.layer_slice import is_slice
 from jax_marlin_moe.layout import TILE_K, TILE_N
-from jax_marlin_moe.ops.sums import rounded_sum
+from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum
 from jax_marlin_moe.weights import LEAVES, MarlinWeights
 
 ROWS, EXPERTS = "t", "e"
@@ -105,8 +105,8 @@ class Part:
         """The rows of the whole sum that this device keeps."""
         if self.kept is None:
             return self.sum(y, dtype)
-        total = jax.lax.psum_scatter(y, self.axis, scatter_dimension=0, axis_index_groups=self.groups, tiled=True)
-        return total.astype(dtype)
+        assert self.axis
+        return scattered_sum(y, self.axis, dtype, groups=self.groups).astype(dtype)
 
     def keep(self, y: jax.Array) -> jax.Array:
         """The same rows of what the devices have computed alike."""

@@ -127,9 +127,10 @@ def share_of_block(
     activation: str | Activation,
     expert_map: Int32[Array, " experts"] | None,
     out_dtype: jnp.dtype,
+    rounded_to: jnp.dtype,
     implementation: str | None,
 ) -> Float[Array, "tokens H"]:
-    """What some of the experts add to `fused_moe`, in any dtype; the sum of all shares is rounded to that of x."""
+    """What some of the experts add to `fused_moe`, as `out_dtype`; the sum of all shares is as `rounded_to`."""
     return _checked_block(
         x,
         gate_up,
@@ -140,7 +141,7 @@ def share_of_block(
         expert_map=expert_map,
         preferred_element_type=jnp.float32 if out_dtype != x.dtype else None,
         implementation=implementation,
-        rounded_to=jnp.dtype(x.dtype) if x.dtype in (jnp.bfloat16, jnp.float16) else None,
+        rounded_to=rounded_to,
     ).astype(out_dtype)
 
 

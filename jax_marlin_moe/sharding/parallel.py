@@ -19,7 +19,7 @@ from jax_marlin_moe.expert_placement import slots_of
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices, spread_indices
 from jax_marlin_moe.ops.fused_moe import expert_block, share_of_block
-from jax_marlin_moe.ops.sums import rounded_sum
+from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
 from jax_marlin_moe.sharding.shares import check_shares
@@ -182,11 +182,18 @@ def parallel_experts(
         if num_experts is None:
             raise ValueError("num_experts is None; with a placement, pass how many experts ids may name")
         topk_ids = slots_of(topk_ids, placement, num_experts)
-    block = _Block(expert, tensor, tokens, exchange, capacity, _share_dtype(share_dtype))
+    block = _Block(expert, tensor, tokens, exchange, capacity, _share_dtype(share_dtype), jnp.dtype(x.dtype))
     gate_up = local_matrix(gate_up)
     slots = gate_up.num_experts * block.size(expert)
-    compute = partial(_experts_of_rank, gate_up=gate_up, down=down, activation=activation, slots=slots,
-                      implementation=implementation)  # fmt: skip
+    compute = partial(
+        _experts_of_rank,
+        gate_up=gate_up,
+        down=down,
+        activation=activation,
+        slots=slots,
+        rounded_to=block.rounded_to,
+        implementation=implementation,
+    )
     y, dropped = block.sum(compute, x, topk_weights, topk_ids, slots, None, x.dtype)
     return y if capacity is None else (y, block.total(dropped))
 
@@ -208,7 +215,7 @@ def _layer_of_rank(
         ids = slots_of(ids, jnp.asarray(layer.placement), layer.num_experts)
     elif layer.routing.identity_experts:
         ids = jnp.where(ids < layer.num_experts, ids, -1)
-    block = _Block(expert, tensor, tokens, exchange, capacity, share)
+    block = _Block(expert, tensor, tokens, exchange, capacity, share, jnp.dtype(x.dtype))
     gate_up = local_matrix(layer.gate_up)
     slots = gate_up.num_experts * block.size(expert)
     compute = partial(
@@ -217,6 +224,7 @@ def _layer_of_rank(
         down=layer.down,
         activation=layer.activation,
         slots=slots,
+        rounded_to=block.rounded_to,
         implementation=implementation,
     )
     if layer.routing.apply_on_input:
@@ -229,7 +237,7 @@ def _layer_of_rank(
             ones, none = jnp.ones((rows.shape[0], 1)), jnp.full((rows.shape[0], 1), -1, jnp.int32)
             y = (
                 y
-                + _Block((), tensor, tokens, "gather", None, share).sum(
+                + dataclasses.replace(block, expert=(), exchange="gather", capacity=None).sum(
                     None, rows, ones, none, slots, partial(_shared_of_rank, layer, block, implementation)
                 )[0]
             )
@@ -244,7 +252,7 @@ def _layer_of_rank(
     return y if capacity is None else (y, block.total(dropped))
 
 
-def _experts_of_rank(x, weights, ids, *, out_dtype, gate_up, down, activation, slots, implementation):
+def _experts_of_rank(x, weights, ids, *, out_dtype, gate_up, down, activation, slots, rounded_to, implementation):
     """Sums over this rank's experts; ids count from the first of them."""
     # As many ids as there are experts of all ranks: kernels are chosen by the rows that an expert gets of them.
     here = jnp.arange(slots, dtype=jnp.int32)
@@ -253,6 +261,7 @@ def _experts_of_rank(x, weights, ids, *, out_dtype, gate_up, down, activation, s
         activation=activation,
         expert_map=jnp.where(here < gate_up.num_experts, here, -1),
         out_dtype=out_dtype,
+        rounded_to=rounded_to,
         implementation=implementation,
     )  # fmt: skip
 
@@ -270,7 +279,7 @@ def _shared_of_rank(layer: MoELayer, block: "_Block", implementation: str | None
         gate = jnp.float32(1) if shared.gate is None else reference.shared_gate(x, jnp.asarray(shared.gate))
         y = expert_block(
             x, gate_up, shared.down, jnp.broadcast_to(gate, ids.shape), ids, None,
-            activation=activation, out_dtype=jnp.float32, rounded_to=x.dtype, cuda_scheme=None,
+            activation=activation, out_dtype=jnp.float32, rounded_to=block.rounded_to, cuda_scheme=None,
             implementation=implementation,
         )  # fmt: skip
     else:
@@ -295,6 +304,7 @@ class _Block:
         exchange: over those of `tokens` that are of the experts.
         capacity: as for `parallel_layer`.
         share: dtype of shares between ranks.
+        rounded_to: dtype of the results in the end.
     """
 
     expert: Axes
@@ -303,6 +313,7 @@ class _Block:
     exchange: str
     capacity: int | None
     share: jnp.dtype
+    rounded_to: jnp.dtype
 
     @property
     def summed(self) -> Axes:
@@ -344,7 +355,7 @@ class _Block:
         if self.summed:
             y = rounded_sum(y.astype(self.share), self.summed, self.share if self.gathered else dtype)
         if self.gathered:
-            y = lax.psum_scatter(y.astype(self.share), self.gathered, tiled=True)
+            y = scattered_sum(y.astype(self.share), self.gathered, self.rounded_to)
         return y.astype(dtype), dropped
 
     def total(self, dropped: Array) -> Array:
@@ -369,7 +380,7 @@ class _Block:
         all_weights, all_ids = (lax.all_gather(rows, axis, tiled=True) for rows in (weights, ids))
         if self.exchange == "gather":
             y, dropped = inner(lax.all_gather(x, axis, tiled=True), all_weights, own(all_ids), width)
-            return lax.psum_scatter(y.astype(self.share), axis, tiled=True), dropped
+            return scattered_sum(y.astype(self.share), axis, self.rounded_to), dropped
         tokens, top_k = ids.shape
         owner = jnp.where(all_ids >= 0, all_ids // width, -1).reshape(ranks, tokens, top_k)
         wanted = (owner[None] == jnp.arange(ranks)[:, None, None, None]).any(-1)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+from functools import partial
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -19,10 +20,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.ops.sums import sum_of_packed
 from jax_marlin_moe.sharding import MoESharding, parallel_layer, place, place_experts
 
 EXPERTS, HIDDEN, INNER, TOKENS = 8, 64, 128, 8
@@ -103,6 +106,22 @@ def shares_of_16_bits():
     ):
         run = jax.jit(lambda layer, x, s=sharding, o=options: parallel_layer(layer, x, s, share_dtype="bfloat16", **o))
         assert_close(run(place(whole, sharding), X), whole(X), 7e-3)
+
+
+def sums_of_packed_shares():
+    """What cards send in place of float32, over some axes of a mesh and over all, as the sum of those."""
+    y = random(1, 4, 16, HIDDEN) * jnp.exp(random(2, 4, 16, 1))
+    for axes, ranks in (("hosts", 2), (("hosts", "cards"), 4)):
+        found, wanted = (
+            jax.jit(jax.shard_map(lambda y, one=one: one(y[0]), mesh=HOSTS, in_specs=P(axes), out_specs=P(axes)))
+            for one in (
+                partial(sum_of_packed, axes=axes, groups=None),
+                partial(lax.psum_scatter, axis_name=axes, tiled=True),
+            )
+        )
+        found, wanted = found(y[:ranks]), wanted(y[:ranks])
+        assert 0 < np.abs(found - wanted).max() <= ranks * 2.0**-13 * np.abs(y).max()
+        assert_close(found, wanted, 3e-4)
 
 
 def hierarchy():
@@ -228,6 +247,7 @@ CHECKS = {
     "both, zero points": lambda: equals_one_device(MoESharding(BOTH), layer("int8_zp"), ["all-reduce"]),
     "both, global scales": lambda: equals_one_device(MoESharding(BOTH), layer("nvfp4", group_size=16)),
     "shares of 16 bits": shares_of_16_bits,
+    "sums of packed shares": sums_of_packed_shares,
     "hierarchy": hierarchy,
     "all on one expert": all_on_one_expert,
     "copies": copies,

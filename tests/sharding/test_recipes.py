@@ -30,6 +30,7 @@ CHECKS = (
     "both, zero points",
     "both, global scales",
     "shares of 16 bits",
+    "sums of packed shares",
     "hierarchy",
     "all on one expert",
     "copies",
