@@ -3,11 +3,13 @@
 It states docs/formats.md, "Marlin layout", "Scales, zero points and bias", "Numerics" and "The expert block" anew.
 
 Nothing here calls the package but to name the result: formats, packing and arithmetic are stated a second time.
+Arrays are put on the device by `jax.device_put`: `jnp.asarray` compiles a program for every shape.
 """
 
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -219,16 +221,16 @@ class Experts:
         codes = _padded(self.codes, rows, columns, facts.zero_point or 0)
         zeros = None if self.zeros is None else _padded(self.zeros, 0, columns)
         if zeros is not None:
-            zeros = jnp.asarray(pack_zeros(zeros, facts.bits) if facts.zeros == "integer" else order_scales(zeros))
+            zeros = jax.device_put(pack_zeros(zeros, facts.bits) if facts.zeros == "integer" else order_scales(zeros))
         return jmm.MarlinWeights(
-            packed=jnp.asarray(pack_codes(codes, facts.bits)),
-            scales=jnp.asarray(order_scales(_padded(self.scales, 0, columns))),
+            packed=jax.device_put(pack_codes(codes, facts.bits)),
+            scales=jax.device_put(order_scales(_padded(self.scales, 0, columns))),
             zeros=zeros,
-            bias=None if self.bias is None else jnp.asarray(np.pad(self.bias, ((0, 0), (0, columns)))),
-            input_order=None if self.input_order is None else jnp.asarray(self.input_order),
+            bias=None if self.bias is None else jax.device_put(np.pad(self.bias, ((0, 0), (0, columns)))),
+            input_order=None if self.input_order is None else jax.device_put(self.input_order),
             format=jmm.FORMATS[self.weight_format],
             group_size=min(self.group_size, self.k),
-            global_scales=None if self.global_scales is None else jnp.asarray(self.global_scales),
+            global_scales=None if self.global_scales is None else jax.device_put(self.global_scales),
             row_padding=rows,
             column_padding=(columns,) if columns else (),
         )

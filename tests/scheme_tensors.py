@@ -1,6 +1,7 @@
 """Tensors of small checkpoints, scheme by scheme, with what they mean in numpy; and a block in float64."""
 
 import checkpoint_files as files
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -29,7 +30,7 @@ def check(layer, gate, up, down):
 
 def expected_block(layer, x, gate, up, down, activation, biases=(0.0, 0.0, 0.0)):
     """float64, with the router's choice taken from the layer."""
-    weights, ids = (np.asarray(a, np.float64) for a in layer.route(jnp.asarray(x)))
+    weights, ids = (np.asarray(a, np.float64) for a in layer.route(jax.device_put(x)))
     out = np.zeros_like(x, np.float64)
     bg, bu, bd = (np.broadcast_to(b, (E, 1)) if np.ndim(b) == 0 else b for b in biases)
     for t, (row, chosen) in enumerate(zip(weights, ids.astype(int), strict=True)):

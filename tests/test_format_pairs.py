@@ -62,7 +62,7 @@ def logical_scales(weights, facts):
 def test_quantize_rounds_to_the_nearest_code_of_a_scale_that_fits(pair):
     facts, size = oracle.FACTS[pair], oracle.FACTS[pair].group_sizes[-1]
     dense = np.random.default_rng(0).standard_normal((1, 128, 64)).astype(np.float32)
-    weights = jmm.quantize(jnp.asarray(dense), pair)
+    weights = jmm.quantize(jax.device_put(dense), pair)
     steps = logical_scales(weights, facts).repeat(size, 0)
     found = np.asarray(jmm.dequantize(weights))[0]
     values = facts.values if facts.zeros is None else np.arange(-15.0, 16.0)  # some zero point's
@@ -89,7 +89,7 @@ def test_quantize_rounds_to_the_nearest_code_of_a_scale_that_fits(pair):
 def test_the_error_is_that_of_the_codes(pair):
     """With rounding that belonged to another pair it would be above 0.4 here."""
     dense = np.random.default_rng(1).standard_normal((2, 256, 128)).astype(np.float32)
-    found = np.asarray(jmm.dequantize(jmm.quantize(jnp.asarray(dense), pair)))
+    found = np.asarray(jmm.dequantize(jmm.quantize(jax.device_put(dense), pair)))
     error = np.linalg.norm(found - dense) / np.linalg.norm(dense)
     assert error < {"mxint8": 0.012, "int4_zp_e8m0": 0.12}.get(pair, 0.13)
 

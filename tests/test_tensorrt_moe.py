@@ -95,7 +95,7 @@ def test_the_whole_contract_on_random_experts(implementation):
     ids = rng.integers(-1, E + 1, (2, 9, 3))
     scores = rng.uniform(0, 1, ids.shape).astype(np.float32)
     with default_device(implementation):
-        y = layer(h, jnp.asarray(ids), scores.astype(jnp.bfloat16), implementation=implementation)
+        y = layer(h, jax.device_put(ids), scores.astype(jnp.bfloat16), implementation=implementation)
 
     def fp8(values, scale):
         units = np.clip(np.float32(values) / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)

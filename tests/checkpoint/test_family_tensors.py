@@ -319,7 +319,7 @@ def test_gemma(save, rng):
     )
     assert loaded.activation == "gelu_tanh"
     x = rng.normal(size=(5, H)).astype(np.float32)
-    weights, ids = loaded.route(jnp.asarray(x))
+    weights, ids = loaded.route(jax.device_put(x))
     rows = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6) * scale.astype(float) / np.sqrt(H)
     logits = rows @ tensors[f"{layer}router.proj.weight"].astype(float).T
     for t in range(5):

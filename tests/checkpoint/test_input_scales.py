@@ -1,6 +1,6 @@
 """Scales of 8-bit activations that a checkpoint fixes: loaded, used for rows of e4m3, and kept by the packed form."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from byte_blocks import in_fixed_units, relative_error
@@ -64,7 +64,7 @@ def test_a_loaded_layer_rounds_rows_by_the_scales_of_its_file(save, rng, tmp_pat
     path, (gate, up, down) = written(save, rng, "W4A8 of compressed-tensors", values)
     layer = load_moe_layer(path, 0)
     x = rng.normal(size=(9, H)).astype(BF16)
-    weights, ids = (np.asarray(a, np.float64) for a in layer.route(jnp.asarray(x)))
+    weights, ids = (np.asarray(a, np.float64) for a in layer.route(jax.device_put(x)))
     codes, scale = in_fixed_units(x, layer.x_scale)
     rows, wanted = codes * np.float64(scale), np.zeros((9, H))
     for t in range(9):
@@ -72,11 +72,11 @@ def test_a_loaded_layer_rounds_rows_by_the_scales_of_its_file(save, rng, tmp_pat
             hidden = silu(rows[t] @ gate[e], rows[t] @ up[e])[None]
             codes, scale = in_fixed_units(hidden, layer.intermediate_scales[e])
             wanted[t] += w * (codes[0] * np.float64(scale[0]) @ down[e])
-    y = layer(jnp.asarray(x), activation_dtype="float8_e4m3fn")
+    y = layer(jax.device_put(x), activation_dtype="float8_e4m3fn")
     assert relative_error(y, wanted) < 6e-3  # of bfloat16, and of hidden values next to a tie
     convert(path, tmp_path / "packed")
     again = load_moe_layer(tmp_path / "packed", 0)
-    np.testing.assert_array_equal(again(jnp.asarray(x), activation_dtype="float8_e4m3fn"), y)
+    np.testing.assert_array_equal(again(jax.device_put(x), activation_dtype="float8_e4m3fn"), y)
 
 
 @pytest.mark.parametrize("bad", [0.0, np.inf, np.nan])

@@ -58,7 +58,7 @@ def test_products_of_bytes_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like), and what it keeps in memory for want of registers."""
     first, second, x, _, ids = block_of(name, 9, np.random.default_rng(0))
     planned = plan.plan_fused_moe(
-        jnp.asarray(x),
+        jax.device_put(x),
         first.packed(),
         second.packed(),
         tokens=9,
@@ -121,7 +121,7 @@ def test_a_block_of_bytes_on_the_card(name):
         )
     )
     with jax.default_device(jax.devices("cuda")[0]):
-        arguments = jnp.asarray(x), first.packed(), second.packed(), jnp.asarray(weights), jnp.asarray(ids)
+        arguments = jax.device_put(x), first.packed(), second.packed(), jax.device_put(weights), jax.device_put(ids)
         actual, again = run(*arguments), run(*arguments)
     np.testing.assert_array_equal(actual, again)
     assert not np.any(actual[2])
@@ -148,7 +148,7 @@ def test_a_block_with_fixed_scales_on_the_card():
         )
     )
     with jax.default_device(jax.devices("cuda")[0]):
-        actual = run(jnp.asarray(x), first.packed(), second.packed(), jnp.asarray(weights), jnp.asarray(ids))
+        actual = run(jax.device_put(x), first.packed(), second.packed(), jax.device_put(weights), jax.device_put(ids))
     wanted = quantized_block(first, second, x, weights, ids, "float8_e4m3fn", x_scale, hidden_scales)
     assert relative_error(actual, wanted) < 1.2e-2
     assert relative_error(actual, quantized_block(first, second, x, weights, ids, "float8_e4m3fn")) > 2e-2

@@ -66,7 +66,7 @@ def stepwise(model, tokens, prompt):
 )
 def test_logits_are_those_of_transformers(name, expected):
     tokens = expected[f"tokens_{name}" if name in OTHER_MODELS else "tokens"]
-    found = stepwise(decoder(name), jnp.asarray(tokens), tokens.shape[1] - 5)
+    found = stepwise(decoder(name), jax.device_put(tokens), tokens.shape[1] - 5)
     error = np.linalg.norm(found - expected[name], axis=-1) / np.linalg.norm(expected[name], axis=-1)
     assert error.max() < LIMIT.get(name, 1.2e-3)
     assert error.max() < 1.05 * documented_errors()[name]

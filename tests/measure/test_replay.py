@@ -38,7 +38,7 @@ def test_operands_are_those_of_the_custom_call(case):
     assert len(operands) == ROUTINGS
     for i, ours in enumerate(operands):
         layer = layers[i % len(layers)]
-        jaxpr = jax.make_jaxpr(jmm.fused_moe)(x, *layer, weights[i], jnp.asarray(ids[i]))
+        jaxpr = jax.make_jaxpr(jmm.fused_moe)(x, *layer, weights[i], jax.device_put(ids[i]))
         (block,) = jaxpr.jaxpr.eqns
         equations = block.params["jaxpr"].jaxpr.eqns
         (call,) = (equation for equation in equations if equation.primitive is fused_moe_op.primitive)
@@ -76,6 +76,6 @@ def test_replay(case):
     x, layers, weights, ids = case
     results = len(kernels._buffers[0]) - len(kernels.plan.scratch) - 1
     for i, buffers in enumerate(kernels._buffers):
-        expected = jmm.fused_moe(x, *layers[i % 2], weights[i], jnp.asarray(ids[i]), implementation="cuda")
+        expected = jmm.fused_moe(x, *layers[i % 2], weights[i], jax.device_put(ids[i]), implementation="cuda")
         assert np.array_equal(np.asarray(buffers[results])[:, : x.shape[1]], np.asarray(expected))
     kernels.close()

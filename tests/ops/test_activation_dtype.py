@@ -48,7 +48,7 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(dtype, bad):
     spoiled[5, 7] = bad
     block = partial(jmm.fused_moe, activation_dtype=dtype, implementation="cpu")
     packed = first.packed(), second.packed()
-    y, whole = (np.asarray(block(jnp.asarray(rows), *packed, weights, jnp.asarray(ids))) for rows in (spoiled, x))
+    y, whole = (np.asarray(block(jax.device_put(rows), *packed, weights, jax.device_put(ids))) for rows in (spoiled, x))
     assert np.isnan(y[5]).all()
     np.testing.assert_array_equal(np.delete(y, 5, 0), np.delete(whole, 5, 0))
 
@@ -62,11 +62,11 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(dtype, bad):
 def test_a_block_is_that_of_its_quantised_rows(implementation, weight_format, group_size, dtype):
     first, second, x, weights, ids = block_of(weight_format, group_size)
     y = jmm.fused_moe(
-        jnp.asarray(x),
+        jax.device_put(x),
         first.packed(),
         second.packed(),
-        jnp.asarray(weights),
-        jnp.asarray(ids),
+        jax.device_put(weights),
+        jax.device_put(ids),
         activation_dtype=dtype,
         preferred_element_type=jnp.float32,
         implementation=implementation,
@@ -85,11 +85,11 @@ def test_scales_that_are_fixed_take_the_place_of_those_of_rows(implementation, o
     hidden_scales = np.float32([0.11, 0.2, 0.07, 0.4]) if of_hidden else None
     quantizer = jmm.IntermediateQuantizer.static_fp8(hidden_scales) if of_hidden else None
     y = jmm.fused_moe(
-        jnp.asarray(x),
+        jax.device_put(x),
         first.packed(),
         second.packed(),
-        jnp.asarray(weights),
-        jnp.asarray(ids),
+        jax.device_put(weights),
+        jax.device_put(ids),
         activation_dtype="float8_e4m3fn",
         x_scale=x_scale,
         intermediate=quantizer,
@@ -108,7 +108,7 @@ def test_a_layer_uses_its_fixed_scales_for_rows_of_e4m3_alone():
     bare = jmm.MoELayer(first.packed(), second.packed(), router, jmm.Routing(2, "softmax"))
     scales = jnp.asarray([0.11, 0.2, 0.07, 0.4], jnp.float32)
     layer = dataclasses.replace(bare, x_scale=jnp.float32(0.02), intermediate_scales=scales)
-    rows = jnp.asarray(x)
+    rows = jax.device_put(x)
     weights, ids = layer.route(rows)
     fixed = {"x_scale": layer.x_scale, "intermediate": jmm.IntermediateQuantizer.static_fp8(scales)}
     arguments = rows, layer.gate_up, layer.down, weights, ids
@@ -127,7 +127,7 @@ def test_a_layer_uses_its_fixed_scales_for_rows_of_e4m3_alone():
 
 def test_quantised_rows_are_named_where_they_cannot_be():
     first, second, x, weights, ids = block_of("int4", 128)
-    arguments = jnp.asarray(x), first.packed(), second.packed(), jnp.asarray(weights), jnp.asarray(ids)
+    arguments = jax.device_put(x), first.packed(), second.packed(), jax.device_put(weights), jax.device_put(ids)
     with pytest.raises(ValueError, match=r"activation_dtype is 'bfloat16'; it must be None .* 'float8_e4m3fn', 'int8'"):
         jmm.fused_moe(*arguments, activation_dtype="bfloat16")
     quantizer = jmm.IntermediateQuantizer.static_fp8(1.0)
@@ -182,7 +182,7 @@ def test_a_layer_quantises_rows_for_its_experts_and_not_for_its_router():
     rng = np.random.default_rng(1)
     router = jnp.asarray(rng.normal(size=(HIDDEN, EXPERTS)), jnp.float32)
     layer = jmm.MoELayer(first.packed(), second.packed(), router, jmm.Routing(2, "softmax"))
-    rows = jnp.asarray(x)
+    rows = jax.device_put(x)
     weights, ids = layer.route(rows)
     alone = jmm.fused_moe(rows, layer.gate_up, layer.down, weights, ids, activation_dtype="int8")
     np.testing.assert_array_equal(layer(rows, activation_dtype="int8"), alone)

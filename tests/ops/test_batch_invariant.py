@@ -99,7 +99,7 @@ def test_a_product_of_listed_slots(platform):
     x, router, ids = rows()
 
     def product(part):
-        some = jnp.asarray(ids[part])
+        some = jax.device_put(ids[part])
         size = 64 if len(some) > 300 else 16
         alignment = jmm.moe_align_block_size(some, block_size=size, num_experts=EXPERTS, implementation=platform)
         options = {"top_k": TOP_K, "topk_weights": router[part], "mul_topk_weights": True}
@@ -126,7 +126,7 @@ def test_products_in_float32_are_refused():
     x, _, ids = rows()
     with pytest.raises(ValueError, match="batch_invariant is True and the result has dtype float32"):
         jmm.linear(x, gate_up.expert(0), preferred_element_type=jnp.float32, batch_invariant=True)
-    alignment = jmm.moe_align_block_size(jnp.asarray(ids), block_size=16, num_experts=EXPERTS, implementation="xla")
+    alignment = jmm.moe_align_block_size(jax.device_put(ids), block_size=16, num_experts=EXPERTS, implementation="xla")
     with pytest.raises(ValueError, match="batch_invariant is True and implementation 'xla'"):
         jmm.moe_gemm(x, gate_up, alignment, top_k=TOP_K, implementation="xla", batch_invariant=True)
 

@@ -88,7 +88,7 @@ CASES = [
 def test_gradients_of_the_block_are_those_of_differences_in_float64(weight_format, dtype, activation, options):
     x, gate_up, down, weights, ids = block(weight_format, dtype, gated=activation != "relu2", **options)
     packed = gate_up.packed(), down.packed()
-    moving = (jnp.asarray(x), jnp.asarray(weights), trainable(*packed))
+    moving = (jax.device_put(x), jax.device_put(weights), trainable(*packed))
     loss = partial(block_loss, activation=activation, ids=ids, gate_up=packed[0], down=packed[1])
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*moving)
     parameters = activation.parameters if isinstance(activation, jmm.Activation) else ()
@@ -136,7 +136,7 @@ def test_both_modes_are_those_of_the_reference():
 def test_gradients_of_a_product_are_those_of_the_reference(weight_format, reordered):
     x, experts, _, router, ids = block(weight_format, reordered=reordered)
     matrix = experts.packed()
-    alignment = jmm.moe_align_block_size(jnp.asarray(ids), block_size=8, num_experts=EXPERTS)
+    alignment = jmm.moe_align_block_size(jax.device_put(ids), block_size=8, num_experts=EXPERTS)
     names = [name for name in ("bias", "global_scales") if getattr(matrix, name) is not None]
 
     def loss(x, router, parts, implementation=None):
@@ -151,7 +151,7 @@ def test_gradients_of_a_product_are_those_of_the_reference(weight_format, reorde
         )
         return jnp.sin(y.astype(jnp.float32)).sum()
 
-    moving = (jnp.asarray(x), jnp.asarray(router), [getattr(matrix, name) for name in names])
+    moving = (jax.device_put(x), jax.device_put(router), [getattr(matrix, name) for name in names])
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*moving)
     expected = jax.jit(jax.grad(partial(loss, implementation="xla"), (0, 1, 2)))(*moving)
     assert_close(gradients, expected)
@@ -162,7 +162,7 @@ def test_gradients_of_a_product_are_those_of_the_reference(weight_format, reorde
 
 def silu_block(weight_format="int4"):
     x, gate_up, down, weights, ids = block(weight_format)
-    return jnp.asarray(x), gate_up.packed(), down.packed(), jnp.asarray(weights), jnp.asarray(ids)
+    return jax.device_put(x), gate_up.packed(), down.packed(), jax.device_put(weights), jax.device_put(ids)
 
 
 def test_both_modes_agree_with_numerical_differences():
@@ -394,13 +394,13 @@ def test_the_product_with_transposed_matrices(weight_format, dtype, rows, k, n):
     chosen = rng.integers(-1, EXPERTS + 1, rows * 2).astype(np.int32)
     x = jnp.asarray(oracle.random_rows(rng, rows, n, jnp.dtype(dtype)))
     params = {"transposed": True, "dtype": "float32", "implementation": None}
-    (y,) = grouped_product_op(x, matrix, jnp.asarray(chosen), None, None, **params)
+    (y,) = grouped_product_op(x, matrix, jax.device_put(chosen), None, None, **params)
     dense = np.asarray(dequantize(matrix), np.float64)
     has_expert = ((chosen >= 0) & (chosen < EXPERTS))[:, None]
     wide = np.repeat(np.asarray(x, np.float64), 2, axis=0)
     expected = has_expert * np.einsum("sn,skn->sk", wide, dense[np.clip(chosen, 0, EXPERTS - 1)])
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4)
-    (rounded,) = grouped_product_op(x, matrix, jnp.asarray(chosen), None, None, **(params | {"dtype": dtype}))
+    (rounded,) = grouped_product_op(x, matrix, jax.device_put(chosen), None, None, **(params | {"dtype": dtype}))
     np.testing.assert_array_equal(rounded, y.astype(dtype))
 
 

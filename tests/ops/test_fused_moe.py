@@ -400,7 +400,7 @@ def test_a_call_waits_for_what_was_just_written(tokens, loops):
                 else functools.reduce(lambda r, n: step(n, r), range(30), rows)
             )
 
-        apart = jnp.asarray(call.x)
+        apart = jax.device_put(call.x)
         for n in range(30):
             apart = jax.block_until_ready(jax.jit(step)(n, apart))
         together = [jax.jit(chain)(call.x) for _ in range(5)]

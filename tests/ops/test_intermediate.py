@@ -197,7 +197,7 @@ def identity(num_experts, size):
     codes = np.broadcast_to(2 * np.eye(size, dtype=np.uint8), (num_experts, size, size))
     scales = np.full((num_experts, size // 16, size), 0x38, np.uint8)
     return jmm.pack_logical(
-        jnp.asarray(codes), jnp.asarray(scales), "nvfp4", global_scales=jnp.ones(num_experts, jnp.float32)
+        jnp.asarray(codes), jax.device_put(scales), "nvfp4", global_scales=jnp.ones(num_experts, jnp.float32)
     )
 
 

@@ -67,7 +67,7 @@ def test_rows_of_groups_elsewhere_are_zero(offset):
 
 
 def test_it_takes_the_place_of_the_dense_one():
-    matrix, x = experts(), jnp.asarray(lhs("float32"))
+    matrix, x = experts(), jax.device_put(lhs("float32"))
     sizes = jnp.asarray([7, 0, 20, 9, 1], jnp.int32)
     packed = matrix.packed()
     y = jmm.ragged_dot(x, packed, sizes, None, jnp.float32)
@@ -92,7 +92,7 @@ def test_float32_results_are_not_rounded_on_the_way():
 
 
 def test_derivatives_are_those_of_the_reference():
-    packed, x = experts("nvfp4", bias=True).packed(), jnp.asarray(lhs())
+    packed, x = experts("nvfp4", bias=True).packed(), jax.device_put(lhs())
     sizes = jnp.asarray([3, 4, 0, 5, 6, 2], jnp.int32)
 
     def loss(x, bias, global_scales, implementation):
@@ -119,7 +119,7 @@ def test_derivatives_are_those_of_the_reference():
 
 
 def test_vmap_over_rows_and_sizes():
-    packed, x = experts().packed(), jnp.asarray(lhs())
+    packed, x = experts().packed(), jax.device_put(lhs())
     sizes = jnp.asarray([[7, 0, 20, 9, 1], [1, 2, 3, 4, 5]], jnp.int32)
     both = jax.vmap(lambda s: jmm.ragged_dot(x, packed, s))(sizes)
     for i in range(2):
