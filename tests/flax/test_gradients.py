@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import random_arrays
 from flax import nnx
 
 import jax_marlin_moe as jmm
@@ -15,7 +16,7 @@ EXPERTS, HIDDEN, INNER, TOP_K = 4, 64, 64, 2
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape) / 8
+    return random_arrays.normal(seed, shape, scale=1 / 8)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_arrays
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.formats import get_format
@@ -25,7 +26,7 @@ CASES = [(SHAPE, "int4"), (SHAPE, "int4_zp"), (SHAPE, "nvfp4"), (PADDED, "int4")
 def case(request):
     shape, weight_format = request.param
     layers = random_layers(shape.grouped(get_format(weight_format)), weight_format, "bfloat16", count=2)
-    x = jax.random.normal(jax.random.key(0), (TOKENS, shape.hidden), jnp.bfloat16)
+    x = random_arrays.normal(0, (TOKENS, shape.hidden), jnp.bfloat16)
     ids = random_routings(SHAPE.num_experts, SHAPE.top_k, TOKENS, ROUTINGS)
     weights = jax.random.uniform(jax.random.key(1), ids.shape)
     return x, layers, weights, ids

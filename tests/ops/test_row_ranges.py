@@ -5,6 +5,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_arrays
 from abstract_calls import needs_nvrtc
 
 import jax_marlin_moe as jmm
@@ -17,7 +18,7 @@ SAFE = [jax.export.DisabledSafetyCheck.custom_call(target) for target in jmm.CUS
 
 
 def weights(columns):
-    dense = jax.random.normal(jax.random.key(columns), (EXPERTS, HIDDEN, columns)) * HIDDEN**-0.5
+    dense = random_arrays.normal(columns, (EXPERTS, HIDDEN, columns), scale=HIDDEN**-0.5)
     return jmm.quantize(dense, "int4", group_size=64)
 
 
@@ -29,8 +30,8 @@ def exported(function, *, constraints, platforms=("cuda",), slots=True):
 
 
 def arguments(tokens):
-    x = jax.random.normal(jax.random.key(tokens), (tokens, HIDDEN), jnp.bfloat16)
-    return (x, *jmm.route(jax.random.normal(jax.random.key(tokens + 1), (tokens, EXPERTS)), top_k=TOP_K))
+    x = random_arrays.normal(tokens, (tokens, HIDDEN), jnp.bfloat16)
+    return (x, *jmm.route(random_arrays.normal(tokens + 1, (tokens, EXPERTS)), top_k=TOP_K))
 
 
 def block(x, w, ids):
