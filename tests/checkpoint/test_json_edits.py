@@ -92,7 +92,7 @@ def check_facts(layer):
     assert layer.norm_epsilon >= 0
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_an_odd_value_is_refused_by_name_or_changes_no_weight(tmp_path, name):
     folder = tmp_path / name

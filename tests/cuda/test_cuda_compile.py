@@ -39,6 +39,7 @@ def test_alignment_compiles(lower, architecture, mapped):
 
 # Blocks of 8, 16, 48 and 64 have token tiles of 8, 16, 24 and 32.
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("architecture", "dtype", "block_size", "zeros"),
@@ -64,6 +65,7 @@ def test_product_compiles(lower, architecture, dtype, block_size, zeros):
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("architecture", "dtype", "tokens", "zeros"),
@@ -136,7 +138,7 @@ GROUPED = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @needs_nvrtc
 @pytest.mark.parametrize(("name", "group_size"), GROUPED)
 def test_every_group_size_of_every_format_compiles(lower, name, group_size):
@@ -261,7 +263,7 @@ def test_blocks_of_models_have_shapes(shape, tokens):
 @needs_nvrtc
 @pytest.mark.long
 @pytest.mark.covering
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tokens", DECODE_TOKENS + PREFILL_TOKENS)
 @pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
 def test_blocks_of_models_compile(lower, shape, tokens):
@@ -271,7 +273,7 @@ def test_blocks_of_models_compile(lower, shape, tokens):
 
 
 @pytest.mark.covering
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_86", "sm_120a"])
 @pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)

@@ -14,7 +14,7 @@ SHAPE = ModelShape("small", 8, 4, 512, 256, group_size=64)
 
 
 @pytest.mark.covering
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("weight_format", sorted(FORMATS))
 def test_layers(weight_format, dtype):
