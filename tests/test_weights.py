@@ -7,6 +7,7 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from oracle import FACTS, random_experts
 
@@ -236,12 +237,12 @@ def test_slices_and_joins_of_every_format(weight_format):
     rng = np.random.default_rng(4)
     size = FACTS[weight_format].group_sizes[-1]
     experts = random_experts(rng, 3, 2 * size + 16, 192, weight_format=weight_format, group_size=size, bias=True)
-    weights, dense = experts.packed(), np.asarray(jmm.dequantize(experts.packed()))
+    weights, dense = experts.packed(), experts.dense()
     assert (weights.group_size, weights.num_groups) == (size, 3)
-    np.testing.assert_array_equal(jmm.dequantize(weights.columns(64, 192)), dense[..., 64:192])
+    np.testing.assert_array_equal(oracle.dense(weights.columns(64, 192)), dense[..., 64:192])
     np.testing.assert_array_equal(weights.columns(64, 192).bias, experts.bias[:, 64:192])
-    np.testing.assert_array_equal(jmm.dequantize(weights.rows(0, size)), dense[:, :size])
-    np.testing.assert_array_equal(jmm.dequantize(weights.rows(size, 2 * size + 16)), dense[:, size:])
+    np.testing.assert_array_equal(oracle.dense(weights.rows(0, size)), dense[:, :size])
+    np.testing.assert_array_equal(oracle.dense(weights.rows(size, 2 * size + 16)), dense[:, size:])
     assert_same_weights(jmm.concatenate_columns([weights.columns(0, 64), weights.columns(64, 192)]), weights)
     assert_same_weights(jmm.stack_experts([weights.expert(e) for e in range(3)]), weights)
     if experts.global_scales is not None:
@@ -258,12 +259,12 @@ def test_padded_matrices_join_and_stack(weight_format):
     )
     joined = jmm.concatenate_columns([gate.packed(), up.packed()])
     assert (joined.k, joined.n, joined.padded_n, joined.column_padding) == (size + 20, 72, 128, (28, 28))
-    dense = np.concatenate([np.asarray(jmm.dequantize(part.packed())) for part in (gate, up)], axis=-1)
-    np.testing.assert_array_equal(jmm.dequantize(joined), dense)
+    dense = np.concatenate([part.dense() for part in (gate, up)], axis=-1)
+    np.testing.assert_array_equal(oracle.dense(joined), dense)
     assert_same_weights(jmm.stack_experts([joined.expert(e) for e in range(2)]), joined)
     last = joined.rows(size, size + 20)
     assert (last.k, last.row_padding) == (20, 12)
-    np.testing.assert_array_equal(jmm.dequantize(last), dense[:, size:])
+    np.testing.assert_array_equal(oracle.dense(last), dense[:, size:])
     with pytest.raises(ValueError, match=r"column_padding is \(28, 28\).*slice before packing"):
         joined.columns(0, 64)
 
