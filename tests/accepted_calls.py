@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import host_arrays
 import jax.numpy as jnp
 import numpy as np
 from oracle import random_experts
@@ -16,9 +17,11 @@ def experts(k, n, **options):
 
 
 def gemm_arguments():
-    alignment = jmm.moe_align_block_size(jnp.zeros((TOKENS, TOP_K), jnp.int32), block_size=8, num_experts=EXPERTS)
+    alignment = jmm.moe_align_block_size(
+        host_arrays.zeros((TOKENS, TOP_K), jnp.int32), block_size=8, num_experts=EXPERTS
+    )
     return {
-        "x": jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16),
+        "x": host_arrays.zeros((TOKENS, HIDDEN), jnp.bfloat16),
         "weights": experts(HIDDEN, 64, group_size=32, weight_format="int4_zp", bias=True),
         "alignment": alignment,
         "top_k": TOP_K,
@@ -27,11 +30,11 @@ def gemm_arguments():
 
 def block_arguments():
     return {
-        "x": jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16),
+        "x": host_arrays.zeros((TOKENS, HIDDEN), jnp.bfloat16),
         "gate_up": experts(HIDDEN, 2 * INNER, group_size=32),
         "down": experts(INNER, HIDDEN, group_size=32),
-        "topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.float32),
-        "topk_ids": jnp.zeros((TOKENS, TOP_K), jnp.int32),
+        "topk_weights": host_arrays.zeros((TOKENS, TOP_K), jnp.float32),
+        "topk_ids": host_arrays.zeros((TOKENS, TOP_K), jnp.int32),
     }
 
 
@@ -41,11 +44,11 @@ def replaced(weights, **leaves):
 
 
 def cast(dtype):
-    return lambda leaf: jnp.zeros(leaf.shape, dtype)
+    return lambda leaf: host_arrays.zeros(leaf.shape, dtype)
 
 
 def shaped(*shape):
-    return lambda leaf: jnp.zeros(shape, leaf.dtype)
+    return lambda leaf: host_arrays.zeros(shape, leaf.dtype)
 
 
 def constant(value):

@@ -15,10 +15,10 @@ from functools import partial
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
-import random_arrays
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,16 +35,16 @@ EXPLICIT = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
 @functools.cache
 def block(weight_format="int4", group_size=64, halves=2):
     """x, gate_up, down, router weights, ids."""
-    first = random_arrays.normal(0, (EXPERTS, HIDDEN, halves * INNER), scale=HIDDEN**-0.5)
-    second = random_arrays.normal(1, (EXPERTS, INNER, HIDDEN), scale=INNER**-0.5)
+    first = host_arrays.normal(0, (EXPERTS, HIDDEN, halves * INNER), scale=HIDDEN**-0.5)
+    second = host_arrays.normal(1, (EXPERTS, INNER, HIDDEN), scale=INNER**-0.5)
     gate_up = jmm.quantize(
-        first, weight_format, group_size=group_size, bias=random_arrays.normal(4, (EXPERTS, first.shape[2]))
+        first, weight_format, group_size=group_size, bias=host_arrays.normal(4, (EXPERTS, first.shape[2]))
     )
-    down = jmm.quantize(second, weight_format, group_size=group_size, bias=random_arrays.normal(5, (EXPERTS, HIDDEN)))
-    x = random_arrays.normal(2, (TOKENS, HIDDEN), jnp.bfloat16)
+    down = jmm.quantize(second, weight_format, group_size=group_size, bias=host_arrays.normal(5, (EXPERTS, HIDDEN)))
+    x = host_arrays.normal(2, (TOKENS, HIDDEN), jnp.bfloat16)
     # On the host: what lies on a device, JAX cuts by a program that it compiles for every shape.
     matrices = jax.tree.map(np.asarray, (gate_up, down))
-    return (x, *matrices, *jmm.route(random_arrays.normal(3, (TOKENS, EXPERTS)), top_k=TOP_K))
+    return (x, *matrices, *jmm.route(host_arrays.normal(3, (TOKENS, EXPERTS)), top_k=TOP_K))
 
 
 def on_one_device(arguments):
@@ -334,7 +334,7 @@ def sharded_tokens_in_scan():
 
 def sharded_layer():
     x, gate_up, down, *_ = block()
-    router = random_arrays.normal(9, (HIDDEN, EXPERTS), scale=HIDDEN**-0.5)
+    router = host_arrays.normal(9, (HIDDEN, EXPERTS), scale=HIDDEN**-0.5)
 
     @jax.jit
     def run(x, router, gate_up, down):

@@ -12,10 +12,10 @@ import sys
 import traceback
 from collections import Counter
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import pytest
-import random_arrays
 from four_devices import EXPERTS, HIDDEN, INNER, TOKENS, TOP_K, assert_close, block, collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,7 +36,7 @@ ungated = functools.cache(functools.partial(block, halves=1))
 
 @functools.cache
 def wide_rows():
-    return random_arrays.normal(3, (TOKENS, INNER), jnp.bfloat16)
+    return host_arrays.normal(3, (TOKENS, INNER), jnp.bfloat16)
 
 
 def fused(x, gate_up, down, w, ids):
@@ -123,10 +123,10 @@ gradients_of = {function: gradient_of(function) for function in (product, one_ex
 @functools.cache
 def layer_operands():
     x, gate_up, down, *_ = operands()
-    router = random_arrays.normal(0, (HIDDEN, EXPERTS), scale=HIDDEN**-0.5)
+    router = host_arrays.normal(0, (HIDDEN, EXPERTS), scale=HIDDEN**-0.5)
     shared = jmm.SharedExpert(
-        random_arrays.normal(1, (HIDDEN, 2 * INNER), jnp.bfloat16, HIDDEN**-0.5),
-        random_arrays.normal(2, (INNER, HIDDEN), jnp.bfloat16, INNER**-0.5),
+        host_arrays.normal(1, (HIDDEN, 2 * INNER), jnp.bfloat16, HIDDEN**-0.5),
+        host_arrays.normal(2, (INNER, HIDDEN), jnp.bfloat16, INNER**-0.5),
     )
     return x, router, gate_up, down, shared
 

@@ -95,6 +95,7 @@ def test_the_error_is_that_of_the_codes(pair):
 
 
 @pytest.mark.covering
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_products_of_a_pair(platform, pair, dtype):
     rng = np.random.default_rng(2)

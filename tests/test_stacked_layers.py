@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import re
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
@@ -63,7 +63,7 @@ def stacked():
 
 
 def rows(dtype=jnp.bfloat16):
-    return random_arrays.normal(7, (TOKENS, HIDDEN), dtype)
+    return host_arrays.normal(7, (TOKENS, HIDDEN), dtype)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -93,7 +93,7 @@ def test_a_scan_is_equal_to_the_layers_one_by_one():
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_on_a_card_a_scan_of_whole_layers_is_equal_to_the_layers(tokens):
-    x = wanted = random_arrays.normal(8, (tokens, HIDDEN), jnp.bfloat16)
+    x = wanted = host_arrays.normal(8, (tokens, HIDDEN), jnp.bfloat16)
     stack = jmm.stack_layers(routed())
     for layer in routed():
         wanted = one(layer, wanted, implementation="cuda")
@@ -160,7 +160,7 @@ def block(x, gate_up, down, **options):
 @pytest.mark.parametrize("tokens", [1, 16, 300])
 def test_on_a_card_a_scan_is_equal_to_the_layers_one_by_one(tokens):
     """Of the block: between blocks, XLA may compile two programs to other roundings."""
-    x = wanted = random_arrays.normal(8, (tokens, HIDDEN), jnp.bfloat16)
+    x = wanted = host_arrays.normal(8, (tokens, HIDDEN), jnp.bfloat16)
     choice = jmm.route(normal(9, tokens, EXPERTS), top_k=TOP_K)
 
     @jax.jit

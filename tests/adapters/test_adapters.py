@@ -3,11 +3,11 @@
 import enum
 import inspect
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 from flax import nnx
 
 import jax_marlin_moe as jmm
@@ -23,10 +23,10 @@ GROUPS = jnp.asarray([3, 0, 2, 1], jnp.int32)
 
 @pytest.fixture(scope="module")
 def block():
-    dense = [random_arrays.normal(0, (E, H, 2 * I), scale=1 / 8), random_arrays.normal(1, (E, I, H), scale=1 / 8)]
+    dense = [host_arrays.normal(0, (E, H, 2 * I), scale=1 / 8), host_arrays.normal(1, (E, I, H), scale=1 / 8)]
     gate_up, down = (jmm.quantize(matrix.astype(jnp.bfloat16), "int4", group_size=32) for matrix in dense)
-    x = random_arrays.normal(2, (TOKENS, H), jnp.bfloat16)
-    logits = random_arrays.normal(3, (TOKENS, E))
+    x = host_arrays.normal(2, (TOKENS, H), jnp.bfloat16)
+    logits = host_arrays.normal(3, (TOKENS, E))
     return x, gate_up, down, logits
 
 
@@ -122,7 +122,7 @@ def test_tpu_inference_lowers_over_the_experts_of_a_mesh(block):
 
 def quantised():
     qwix = pytest.importorskip("qwix")
-    dense = random_arrays.normal(5, (E, H, I), scale=1 / 8)
+    dense = host_arrays.normal(5, (E, H, I), scale=1 / 8)
     return qwix.quantize(dense, "int8", channelwise_axes=(0, 2), tiled_axes={1: 32})
 
 
@@ -144,7 +144,7 @@ def test_tokamax_takes_it_as_an_implementation(block):
     array = quantised()
     y = tokamax.ragged_dot(x, array, GROUPS, implementation=[ragged_dot])
     np.testing.assert_array_equal(y, jmm.ragged_dot(x, jmm.from_qarray(array), GROUPS))
-    dense = random_arrays.normal(1, (E, H, I), jnp.bfloat16)
+    dense = host_arrays.normal(1, (E, H, I), jnp.bfloat16)
     z = tokamax.ragged_dot(x, dense, GROUPS, implementation=[ragged_dot, "xla"])
     np.testing.assert_allclose(z, jax.lax.ragged_dot(x, dense, GROUPS), atol=0.05)
 
@@ -153,7 +153,7 @@ class Experts(nnx.Module):
     """A layer of a model that knows nothing of this package."""
 
     def __init__(self) -> None:
-        self.w = nnx.Param(random_arrays.normal(2, (E, H, I), scale=1 / 8))
+        self.w = nnx.Param(host_arrays.normal(2, (E, H, I), scale=1 / 8))
         self.head = nnx.Linear(I, 8, rngs=nnx.Rngs(0))
 
     def __call__(self, x):

@@ -6,12 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import random_arrays
 from flax import nnx, serialization
 
 import jax_marlin_moe as jmm
@@ -25,7 +25,7 @@ CHECKPOINT = pathlib.Path(__file__).parents[1] / "data" / "ck_q3"
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return random_arrays.normal(seed, shape, dtype, shape[0] ** -0.5)
+    return host_arrays.normal(seed, shape, dtype, shape[0] ** -0.5)
 
 
 @functools.cache
@@ -102,7 +102,7 @@ FAMILIES = {
 
 @pytest.fixture
 def x():
-    return random_arrays.normal(1, (2, 3, HIDDEN), jnp.bfloat16)
+    return host_arrays.normal(1, (2, 3, HIDDEN), jnp.bfloat16)
 
 
 def assert_equal(actual, wanted):
@@ -238,7 +238,7 @@ def test_nnx_random(weight_format):
     assert gate_up.scales.dtype.name == ("float16" if "float16" in gate_up.format.scale_dtypes else "uint8")
     assert abs(float(jnp.std(jmm.dequantize(gate_up))) * HIDDEN**0.5 - 1) < 0.05
     assert not np.array_equal(gate_up.packed[0], gate_up.packed[1])
-    y = layer(random_arrays.normal(2, (3, HIDDEN), jnp.float16))
+    y = layer(host_arrays.normal(2, (3, HIDDEN), jnp.float16))
     assert 0.05 < float(jnp.std(y.astype(jnp.float32))) < 2
 
 
@@ -267,7 +267,7 @@ def test_a_random_layer_with_a_gate_and_no_shared_expert_is_refused():
 
 
 def test_linen_init_keeps_padding_biases_and_row_orders():
-    rows = random_arrays.normal(0, (2, 3, 40), jnp.bfloat16)
+    rows = host_arrays.normal(0, (2, 3, 40), jnp.bfloat16)
     halves = [jmm.quantize(normal(n, EXPERTS, 40, 24), "int8_zp", group_size=32) for n in range(2)]
     gate_up = dataclasses.replace(
         jmm.concatenate_columns(halves), input_order=jnp.tile(jnp.arange(40, dtype=jnp.int32)[::-1], (EXPERTS, 1))
@@ -321,7 +321,7 @@ def test_wrong_rows_and_missing_tokens_are_named(x):
 def test_both_modules_load_a_layer_of_a_checkpoint():
     options = {"quantize": "int8", "group_size": None}
     layer = load_moe_layer(CHECKPOINT, 1, **options)
-    rows = random_arrays.normal(0, (3, layer.gate_up.k), jnp.bfloat16)
+    rows = host_arrays.normal(0, (3, layer.gate_up.k), jnp.bfloat16)
     wanted = layer(rows)
     assert_equal(MarlinMoE.from_checkpoint(CHECKPOINT, 1, **options)(rows), wanted)
     module, variables = LinenMoE.from_checkpoint(CHECKPOINT, layer=1, **options)

@@ -1,11 +1,11 @@
 """Gradients through the Flax layers: those of the reference, for rows, routers and biases, under both APIs."""
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import random_arrays
 from flax import nnx
 
 import jax_marlin_moe as jmm
@@ -16,7 +16,7 @@ EXPERTS, HIDDEN, INNER, TOP_K = 4, 64, 64, 2
 
 
 def normal(seed, *shape):
-    return random_arrays.normal(seed, shape, scale=1 / 8)
+    return host_arrays.normal(seed, shape, scale=1 / 8)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pathlib
 import re
 
 import flax.linen as nn
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 from flax import nnx, serialization
 
 import jax_marlin_moe as jmm
@@ -23,7 +23,7 @@ CHECKPOINT = pathlib.Path(__file__).parents[1] / "data" / "ck_q3_gptq_False"
 
 
 def normal(seed, *shape):
-    return random_arrays.normal(seed, shape, scale=shape[-2] ** -0.5)
+    return host_arrays.normal(seed, shape, scale=shape[-2] ** -0.5)
 
 
 @functools.cache
@@ -47,13 +47,13 @@ def stacked():
 
 @pytest.fixture
 def x():
-    return random_arrays.normal(1, (5, HIDDEN), jnp.bfloat16)
+    return host_arrays.normal(1, (5, HIDDEN), jnp.bfloat16)
 
 
 @functools.cache
 def wanted():
     """Of the layers one by one, each with its own program."""
-    y = random_arrays.normal(1, (5, HIDDEN), jnp.bfloat16)
+    y = host_arrays.normal(1, (5, HIDDEN), jnp.bfloat16)
     step = jax.jit(lambda layer, h: h + layer(h))
     for layer in layers():
         y = step(layer, y)
@@ -142,7 +142,7 @@ def test_layers_of_a_checkpoint_load_into_one_stack():
     numbers = [number for number, _ in load_moe_layers(CHECKPOINT)]
     assert len(stack) == len(numbers) > 1
     module = MarlinMoE(load_moe_layers(CHECKPOINT, layers=numbers[::-1], stacked=True))
-    x = random_arrays.normal(2, (3, stack.layers.gate_up.k), jnp.bfloat16)
+    x = host_arrays.normal(2, (3, stack.layers.gate_up.k), jnp.bfloat16)
     last = np.asarray(load_moe_layer(CHECKPOINT, numbers[-1])(x), np.float32)
     np.testing.assert_array_equal(np.asarray(stack[-1](x), np.float32), last)
     np.testing.assert_array_equal(np.asarray(module(x, layer=0), np.float32), last)

@@ -1,9 +1,9 @@
 """Random layers and routings: shapes, spread and distinctness that the timings rely on."""
 
+import host_arrays
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.formats import FORMATS, get_format
@@ -28,7 +28,7 @@ def test_layers(weight_format, dtype):
     assert not np.array_equal(gate_up.packed, second[0].packed)
     assert not np.array_equal(gate_up.packed[0], gate_up.packed[1])
     # The rows keep their size.
-    x = random_arrays.normal(0, (64, SHAPE.hidden), dtype)
+    x = host_arrays.normal(0, (64, SHAPE.hidden), dtype)
     ids = jnp.asarray(random_routings(SHAPE.num_experts, SHAPE.top_k, 64, 1)[0])
     y = jmm.fused_moe(x, *first, jnp.full(ids.shape, 1 / SHAPE.top_k), ids)
     assert 0.8 < float(jnp.std(y.astype(jnp.float32))) < 1.25

@@ -1,10 +1,10 @@
 """The replay outside of XLA: the operands that it hands to the kernels are those of the custom call."""
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.formats import get_format
@@ -26,7 +26,7 @@ CASES = [(SHAPE, "int4"), (SHAPE, "int4_zp"), (SHAPE, "nvfp4"), (PADDED, "int4")
 def case(request):
     shape, weight_format = request.param
     layers = random_layers(shape.grouped(get_format(weight_format)), weight_format, "bfloat16", count=2)
-    x = random_arrays.normal(0, (TOKENS, shape.hidden), jnp.bfloat16)
+    x = host_arrays.normal(0, (TOKENS, shape.hidden), jnp.bfloat16)
     ids = random_routings(SHAPE.num_experts, SHAPE.top_k, TOKENS, ROUTINGS)
     weights = jax.random.uniform(jax.random.key(1), ids.shape)
     return x, layers, weights, ids

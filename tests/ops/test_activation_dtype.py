@@ -76,6 +76,7 @@ def test_a_block_is_that_of_its_quantised_rows(implementation, weight_format, gr
     assert not np.any(y[2])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 @pytest.mark.parametrize(("of_x", "of_hidden"), [(True, True), (True, False), (False, True)])
 def test_scales_that_are_fixed_take_the_place_of_those_of_rows(implementation, of_x, of_hidden):

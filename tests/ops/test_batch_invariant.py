@@ -1,10 +1,10 @@
 """`batch_invariant`: a token has the same bits alone and among others, wherever it stands."""
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda.choose import invariant_listed_tile, invariant_rows_tile, invariant_scheme
@@ -76,7 +76,7 @@ def test_a_layer(platform):
     """The router's logits decide the weights, to the last bit."""
     gate_up, down = weights_of("int4")
     x, *_ = rows()
-    router = random_arrays.normal(2, (HIDDEN, EXPERTS), "bfloat16", HIDDEN**-0.5)
+    router = host_arrays.normal(2, (HIDDEN, EXPERTS), "bfloat16", HIDDEN**-0.5)
     layer = MarlinMoE(jmm.MoELayer(gate_up, down, router, jmm.Routing(top_k=TOP_K)), implementation=platform)
     assert_same_bits(
         lambda part: layer(x[part], batch_invariant=True),

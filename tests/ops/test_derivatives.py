@@ -3,12 +3,12 @@
 import dataclasses
 from functools import partial
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import random_arrays
 from jax.test_util import check_grads
 
 import jax_marlin_moe as jmm
@@ -245,7 +245,7 @@ def test_gradients_of_dispatches_and_of_one_matrix_are_those_of_the_reference():
 
 def test_a_layer_trains_but_for_its_packed_leaves():
     x, gate_up, down, _, _ = silu_block()
-    router = random_arrays.normal(0, (HIDDEN, EXPERTS), scale=0.1)
+    router = host_arrays.normal(0, (HIDDEN, EXPERTS), scale=0.1)
     layer = jmm.MoELayer(gate_up, down, router, jmm.Routing(top_k=TOP_K))
 
     def loss(layer, x):
@@ -296,7 +296,7 @@ def test_rows_and_router_weights_come_in_other_types_and_in_batches():
 
 def test_a_router_trains_through_route():
     x, gate_up, down, _, _ = silu_block()
-    kernel = random_arrays.normal(0, (HIDDEN, EXPERTS), scale=0.1)
+    kernel = host_arrays.normal(0, (HIDDEN, EXPERTS), scale=0.1)
 
     def loss(kernel, implementation=None):
         weights, ids = jmm.route(x.astype(jnp.float32) @ kernel, top_k=TOP_K)
@@ -469,7 +469,7 @@ def test_the_card_agrees_on_gradients_of_the_block(tokens):
     )
     x = jnp.asarray(oracle.random_rows(rng, tokens, HIDDEN, jnp.bfloat16))
     weights, ids = map(jnp.asarray, oracle.random_routing(rng, tokens, TOP_K, EXPERTS, "holes"))
-    probe = random_arrays.normal(0, x.shape)
+    probe = host_arrays.normal(0, x.shape)
 
     def loss(x, weights, parts, implementation):
         y = jmm.fused_moe(x, *replaced(gate_up, down, parts), weights, ids, implementation=implementation)

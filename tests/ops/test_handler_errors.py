@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +37,7 @@ BLOCK = [
 
 
 def align_operands():
-    operands = [jnp.zeros((TOKENS, TOP_K), jnp.int32), jnp.zeros(EXPERTS, jnp.int32)]
+    operands = [host_arrays.zeros((TOKENS, TOP_K), jnp.int32), host_arrays.zeros(EXPERTS, jnp.int32)]
     # P = 10 + 4 * 7.
     results = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((38,), (5,), (1,))]
     return dict(zip(ALIGN, operands, strict=True)), results, {"block_size": 8, "num_experts": EXPERTS}
@@ -45,7 +46,7 @@ def align_operands():
 def with_every_operand(k, n):
     """int4 with zero points, bias and what no format has beside them: global scales."""
     weights = experts(k, n, group_size=32, weight_format="int4_zp", bias=True)
-    return dataclasses.replace(weights, global_scales=jnp.ones((EXPERTS, n // 64)))
+    return dataclasses.replace(weights, global_scales=host_arrays.ones((EXPERTS, n // 64)))
 
 
 def gemm_operands():
@@ -55,7 +56,7 @@ def gemm_operands():
     operands = [
         arguments["x"],
         *cpu_weight_operands(weights),
-        jnp.zeros(TOKENS * TOP_K),
+        host_arrays.zeros(TOKENS * TOP_K),
         alignment.sorted_token_ids,
         alignment.expert_ids,
         alignment.num_tokens_post_padded,
@@ -74,9 +75,9 @@ def block_operands():
         *cpu_weight_operands(down),
         arguments["topk_weights"],
         arguments["topk_ids"],
-        jnp.zeros(EXPERTS, jnp.int32),
-        jnp.ones(1),
-        jnp.ones(EXPERTS),
+        host_arrays.zeros(EXPERTS, jnp.int32),
+        host_arrays.ones(1),
+        host_arrays.ones(EXPERTS),
     ]
     results = [jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16)]
     attributes = {
@@ -91,7 +92,11 @@ def block_operands():
 
 def dispatch_operands():
     weights = with_every_operand(HIDDEN, 64)
-    operands = [jnp.zeros((TOKENS, HIDDEN), jnp.bfloat16), *cpu_weight_operands(weights), jnp.zeros((3, 4), jnp.int32)]
+    operands = [
+        host_arrays.zeros((TOKENS, HIDDEN), jnp.bfloat16),
+        *cpu_weight_operands(weights),
+        host_arrays.zeros((3, 4), jnp.int32),
+    ]
     results = [jax.ShapeDtypeStruct((7, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.int32)]
     return dict(zip(DISPATCHES, operands, strict=True)), results, format_attributes("", weights)
 
@@ -123,19 +128,19 @@ def test_handlers_accept_what_agrees(handler):
 
 
 def rank_three(leaf):
-    return jnp.zeros((1, *leaf.shape), leaf.dtype)
+    return host_arrays.zeros((1, *leaf.shape), leaf.dtype)
 
 
 def scalar(leaf):
-    return jnp.zeros((), leaf.dtype)
+    return host_arrays.zeros((), leaf.dtype)
 
 
 def longer(leaf):
-    return jnp.zeros((leaf.shape[0] + 8, *leaf.shape[1:]), leaf.dtype)
+    return host_arrays.zeros((leaf.shape[0] + 8, *leaf.shape[1:]), leaf.dtype)
 
 
 def another_type(leaf):
-    return jnp.zeros(leaf.shape, jnp.int32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
+    return host_arrays.zeros(leaf.shape, jnp.int32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
 
 
 DISAGREEMENTS = [
@@ -216,12 +221,13 @@ def test_handlers_refuse_attributes_that_disagree(handler, attributes, message):
 @pytest.mark.parametrize("rows", [1, TOKENS - 1, TOKENS + 1, TOKENS * TOP_K - 1, 0])
 def test_block_rows_are_one_per_token_or_per_slot(rows):
     def change(leaf):
-        return jnp.zeros((rows, HIDDEN), leaf.dtype)
+        return host_arrays.zeros((rows, HIDDEN), leaf.dtype)
 
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*x has {rows} rows"):
         run_handler("block", {"x": change})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", FACTS)
 def test_handlers_refuse_leaves_of_another_format(weight_format):
     """Attributes of every format with the operands of every other: all but those that are one format to the kernels."""

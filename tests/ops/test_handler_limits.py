@@ -4,11 +4,11 @@ import subprocess
 import sys
 import textwrap
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
@@ -161,7 +161,7 @@ def test_alignment_takes_memory_for_slots_not_for_experts():
 
 
 def test_the_first_of_several_listings_of_a_slot_counts():
-    weights = jmm.quantize(random_arrays.normal(0, (8, 512, 1024), jnp.bfloat16), "int4", group_size=128)
+    weights = jmm.quantize(host_arrays.normal(0, (8, 512, 1024), jnp.bfloat16), "int4", group_size=128)
     x = jnp.ones((2, 512), jnp.bfloat16)
     listed = np.full((9, 8), 2, np.int32)  # 2 is no slot
     listed[:, 0] = 1  # every block lists slot 1, the sixth slot 0 as well
@@ -186,8 +186,8 @@ def test_the_first_of_several_listings_of_a_slot_counts():
 
 
 def test_a_dropped_slot_contributes_nothing_whatever_its_weight():
-    gate_up = jmm.quantize(random_arrays.normal(0, (4, 128, 128), jnp.bfloat16), "int4", group_size=128)
-    down = jmm.quantize(random_arrays.normal(1, (4, 64, 128), jnp.bfloat16), "int4", group_size=None)
+    gate_up = jmm.quantize(host_arrays.normal(0, (4, 128, 128), jnp.bfloat16), "int4", group_size=128)
+    down = jmm.quantize(host_arrays.normal(1, (4, 64, 128), jnp.bfloat16), "int4", group_size=None)
     x = jnp.ones((3, 128), jnp.bfloat16)
     ids = jnp.asarray([[0, 1], [2, -1], [-1, 7]], jnp.int32)
     dropped = (np.asarray(ids) < 0) | (np.asarray(ids) >= 4)

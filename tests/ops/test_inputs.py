@@ -55,6 +55,7 @@ def assert_close(actual, wanted, limit):
     assert np.linalg.norm(actual - wanted) <= limit * np.linalg.norm(wanted)
 
 
+@pytest.mark.sampled(2)
 @all_ops
 def test_float32_rows_are_multiplied_as_bfloat16_and_results_not_rounded(op):
 
@@ -99,6 +100,7 @@ def test_an_empty_batch_has_the_shape_of_a_batch(op, dtype):
     assert (y.shape, y.dtype) == ((0, *one.shape), one.dtype)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "op", ["moe_gemm, weighted, rows in orders", "expert_gemm", "linear, rows in orders", "moe_layer"]
 )

@@ -2,11 +2,11 @@
 
 from collections import Counter
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 
 import jax_marlin_moe as jmm
 
@@ -42,8 +42,8 @@ def gradient_and_calls(function, policy, *arguments):
 
 
 def test_a_block_that_is_saved_by_its_name_runs_once(matrices):
-    x = random_arrays.normal(1, (TOKENS, HIDDEN))
-    weights, ids = jmm.route(random_arrays.normal(2, (TOKENS, EXPERTS)), top_k=2)
+    x = host_arrays.normal(1, (TOKENS, HIDDEN))
+    weights, ids = jmm.route(host_arrays.normal(2, (TOKENS, EXPERTS)), top_k=2)
 
     def layer(x):
         return jnp.tanh(jmm.fused_moe(jnp.tanh(x), *matrices, weights, ids))
@@ -57,7 +57,7 @@ def test_a_block_that_is_saved_by_its_name_runs_once(matrices):
 
 @pytest.mark.parametrize(("policy", "products"), [("nothing_saveable", 3 + 1), ("save_only_these_names", 3)])
 def test_the_first_product_of_a_block_is_computed_again_or_saved(matrices, policy, products):
-    rows = random_arrays.normal(1, (TOKENS, HIDDEN))
+    rows = host_arrays.normal(1, (TOKENS, HIDDEN))
     sizes = jnp.asarray([2, 0, 3, 1], jnp.int32)
 
     def layer(rows):

@@ -1,11 +1,11 @@
 """CUDA programs for a symbolic number of rows: a program for each of a few numbers, chosen when it runs."""
 
+import host_arrays
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 from abstract_calls import needs_nvrtc
 
 import jax_marlin_moe as jmm
@@ -18,7 +18,7 @@ SAFE = [jax.export.DisabledSafetyCheck.custom_call(target) for target in jmm.CUS
 
 
 def weights(columns):
-    dense = random_arrays.normal(columns, (EXPERTS, HIDDEN, columns), scale=HIDDEN**-0.5)
+    dense = host_arrays.normal(columns, (EXPERTS, HIDDEN, columns), scale=HIDDEN**-0.5)
     return jmm.quantize(dense, "int4", group_size=64)
 
 
@@ -30,8 +30,8 @@ def exported(function, *, constraints, platforms=("cuda",), slots=True):
 
 
 def arguments(tokens):
-    x = random_arrays.normal(tokens, (tokens, HIDDEN), jnp.bfloat16)
-    return (x, *jmm.route(random_arrays.normal(tokens + 1, (tokens, EXPERTS)), top_k=TOP_K))
+    x = host_arrays.normal(tokens, (tokens, HIDDEN), jnp.bfloat16)
+    return (x, *jmm.route(host_arrays.normal(tokens + 1, (tokens, EXPERTS)), top_k=TOP_K))
 
 
 def block(x, w, ids):

@@ -4,12 +4,12 @@ import functools
 import itertools
 import re
 
+import host_arrays
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 from flax import nnx
 
 import jax_marlin_moe as jmm
@@ -51,8 +51,8 @@ gate_up_and_down = functools.cache(quantised)
 
 
 def rows():
-    x = random_arrays.normal(1, (TOKENS, HIDDEN), jnp.bfloat16)
-    return x, random_arrays.normal(2, (TOKENS, EXPERTS), jnp.float32)
+    x = host_arrays.normal(1, (TOKENS, HIDDEN), jnp.bfloat16)
+    return x, host_arrays.normal(2, (TOKENS, EXPERTS), jnp.float32)
 
 
 def routed(logits):
@@ -94,7 +94,7 @@ def call_loops(implementation):
 
 def call_flax(implementation):
     x, _ = rows()
-    router = random_arrays.normal(3, (HIDDEN, EXPERTS), jnp.float32)
+    router = host_arrays.normal(3, (HIDDEN, EXPERTS), jnp.float32)
     layer = jmm.MoELayer(*gate_up_and_down(), router, jmm.Routing(TOP_K))
     module = MarlinMoE(layer, implementation=implementation)
     return nnx.jit(lambda module, x: module(x), graph=False)(module, x)
@@ -153,7 +153,7 @@ def test_eager_calls_transfer_nothing(implementation):
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", jmm.FORMATS)
 def test_eager_packing_transfers_nothing(weight_format):
-    dense = random_arrays.normal(0, (2, 128, 64))
+    dense = host_arrays.normal(0, (2, 128, 64))
     with jax.transfer_guard("disallow"):
         weights = jmm.quantize(dense, weight_format)
         jmm.dequantize(weights)
@@ -300,8 +300,8 @@ def test_the_number_of_tokens_may_be_symbolic(implementation, constraints):
     shapes += [jax.ShapeDtypeStruct((t, TOP_K), dtype) for dtype in (jnp.float32, jnp.int32)]
     artifact = jax.export.export(jax.jit(block), disabled_checks=SAFE)(*shapes)
     for tokens in (1, 3, 20) if not constraints else (3,):
-        x = random_arrays.normal(tokens, (tokens, HIDDEN), jnp.bfloat16)
-        arguments = (x, *routed(random_arrays.normal(tokens, (tokens, EXPERTS))))
+        x = host_arrays.normal(tokens, (tokens, HIDDEN), jnp.bfloat16)
+        arguments = (x, *routed(host_arrays.normal(tokens, (tokens, EXPERTS))))
         results = zip(jax.tree.leaves(artifact.call(*arguments)), jax.tree.leaves(block(*arguments)), strict=True)
         for ours, expected in results:
             np.testing.assert_array_equal(ours, expected)

@@ -4,12 +4,12 @@ import ast
 import functools
 import pathlib
 
+import host_arrays
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 from abstract_calls import CALL, needs_nvrtc
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,9 +25,9 @@ ALLOWED = [jax.export.DisabledSafetyCheck.custom_call(target) for target in jmm.
 
 @functools.cache
 def operands():
-    dense = [random_arrays.normal(n, (EXPERTS, HIDDEN, HIDDEN * n), scale=1 / 8) for n in (2, 1)]
-    x = random_arrays.normal(4, (TOKENS, HIDDEN), jnp.bfloat16)
-    choice = jmm.route(random_arrays.normal(3, (TOKENS, EXPERTS)), top_k=TOP_K)
+    dense = [host_arrays.normal(n, (EXPERTS, HIDDEN, HIDDEN * n), scale=1 / 8) for n in (2, 1)]
+    x = host_arrays.normal(4, (TOKENS, HIDDEN), jnp.bfloat16)
+    choice = jmm.route(host_arrays.normal(3, (TOKENS, EXPERTS)), top_k=TOP_K)
     return (x, *choice, *(jmm.quantize(matrix, "int4", group_size=64) for matrix in dense))
 
 

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import re
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_arrays
 from abstract_calls import CALL, needs_nvrtc
 from jax.sharding import AbstractMesh
 from other_process import cases_of, checked_by
@@ -118,8 +118,8 @@ def test_padding_goes_to_the_last_ranks():
     sharding = MoESharding(mesh(tensor=3), pad=True)
     laid_out = jax.eval_shape(sharding.lay_out, shapes())
     assert (laid_out.gate_up.layout, laid_out.gate_up.padded_n, laid_out.down.padded_k) == ("a16/128", 384, 192)
-    gate_up = jmm.quantize(random_arrays.normal(0, (1, 64, 256)), "int4_zp", group_size=64)
-    down = jmm.quantize(random_arrays.normal(1, (1, 128, 64)), "int8", group_size=64)
+    gate_up = jmm.quantize(host_arrays.normal(0, (1, 64, 256)), "int4_zp", group_size=64)
+    down = jmm.quantize(host_arrays.normal(1, (1, 128, 64)), "int8", group_size=64)
     wide, tall = tensor_parallel(gate_up, down, 3, pad=True)
     dense = np.asarray(jmm.reference.dequantize(wide))[0]
     whole = np.asarray(jmm.dequantize(gate_up))[0]
