@@ -105,10 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
     running.add_argument("--new-tokens", type=int, default=16)
     options = parser.parse_args(arguments)
     if options.command == "export":
-        from examples.models import load
+        from examples.models import load_for
 
-        quantize = {"quantize": options.quantize} if options.quantize else {}
-        model = load(options.checkpoint, dtype=jnp.dtype(options.dtype), **quantize)
+        model = load_for(parser, options.checkpoint, dtype=options.dtype, quantize=options.quantize)
         size = export(model, options.folder, options.capacity)
         print(f"{options.folder}: a step of {size / 1e3:.0f} kB for {jax.default_backend()}")
         return 0

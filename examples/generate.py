@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 import jax_marlin_moe as jmm
 from examples.decoder import Cache, Decoder, Reader
-from examples.models import load
+from examples.models import load_for
 from examples.qwen3_moe import Sizes
 from examples.rotary import Rotary
 from jax_marlin_moe.random_experts import random_experts
@@ -229,8 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="with --random: the first layers alone")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences at once, with --random")
     options = parser.parse_args(arguments)
-    dtype = jnp.dtype(options.dtype)
     if options.random:
+        dtype = jnp.dtype(options.dtype)
         model = random_decoder(options.random, jax.random.key(0), layers=options.layers, dtype=dtype)
         for batch in options.batch:
             row = measure(model, batch, options.new_tokens)
@@ -245,10 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = pathlib.Path(options.path)
     if not options.tokens and folder.is_dir() and not (folder / "tokenizer.json").is_file():
         parser.error(f"{options.path} has no tokenizer.json to read the prompt with; pass token ids, as --tokens 5 17")
-    try:
-        model = load(folder, dtype=dtype, **({"quantize": options.quantize} if options.quantize else {}))
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"cannot load: {error}\n")
+    model = load_for(parser, folder, dtype=options.dtype, quantize=options.quantize)
     sampling = Sampling(options.temperature, options.top_p)
     if options.tokens:
         prompt, ends = options.tokens, []

@@ -1,5 +1,6 @@
 """Decoders by the model_type of a checkpoint."""
 
+import argparse
 import os
 from typing import Any
 
@@ -32,3 +33,13 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16, **options: Any) 
         lambda number: checkpoint.load(number) if number in checkpoint.layers else None,
         SIZES[found].from_config(checkpoint.config),
     )
+
+
+def load_for(
+    parser: argparse.ArgumentParser, path: str | os.PathLike, *, dtype: str, quantize: str | None = None
+) -> Decoder:
+    """`load` for a command, which ends with the reason in a line where it fails."""
+    try:
+        return load(path, dtype=jnp.dtype(dtype), **({"quantize": quantize} if quantize else {}))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"cannot load: {error}\n")

@@ -14,7 +14,6 @@ import resource
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from jaxtyping import Array, Float, Int32
 
 import jax_marlin_moe as jmm
 from examples.decoder import Cache, Decoder, Linear, Linears
-from examples.models import load
+from examples.models import load_for
 from examples.qwen3_moe import Sizes
 from jax_marlin_moe.flax.nnx import MarlinMoE
 
@@ -161,8 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args(arguments)
-    dtype: Any = jnp.dtype(args.dtype)
-    model = adapt(load(args.checkpoint, dtype=dtype), args.rank)
+    model = adapt(load_for(parser, args.checkpoint, dtype=args.dtype), args.rank)
     shape = (args.batch, args.tokens + 1)
     # Sequences that count upwards: something to learn that needs no file.
     starts = np.random.default_rng(0).integers(0, model.sizes.vocabulary, shape[0])

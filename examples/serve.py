@@ -18,7 +18,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request as HTTPRequest
@@ -27,7 +26,7 @@ from starlette.routing import Route
 
 from examples.batching import Engine, Request
 from examples.generate import ends_of
-from examples.models import load
+from examples.models import load_for
 
 # Fields of a completion: the type that each must have. `model` and `user` change nothing; what OpenAI has besides is
 # refused unless it has the value under which nothing is asked for.
@@ -309,8 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quantize", help="format for plain experts, such as int4")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of the rows")
     options = parser.parse_args(arguments)
-    quantize = {"quantize": options.quantize} if options.quantize else {}
-    model = load(options.path, dtype=jnp.dtype(options.dtype), **quantize)
+    model = load_for(parser, options.path, dtype=options.dtype, quantize=options.quantize)
     engine = Engine(model, slots=options.slots, capacity=options.capacity, end=ends_of(options.path))
     server = Server(engine, Texts.of(options.path), pathlib.Path(options.path).resolve().name)
     try:
