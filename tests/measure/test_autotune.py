@@ -146,6 +146,17 @@ def test_where_no_tile_fits_nothing_is_proposed():
     assert propose(first, narrow, **arguments) == []
 
 
+def test_shared_experts_unlike_the_others_are_refused(monkeypatch):
+    measure = pytest.importorskip("jax_marlin_moe.measure.autotune", exc_type=ImportError)
+    monkeypatch.setenv("JAX_MARLIN_MOE_CUDA_ARCH", "sm_90a")
+    layer = abstract(16, 256, 512, 128), abstract(16, 256, 256, 128)
+    alike, wide = ((abstract(1, 256, 2 * n, 128), abstract(1, n, 256, 128)) for n in (256, 384))
+    with pytest.raises(ValueError, match="shared has 1 layers; it must have 2, as layers has"):
+        measure.autotune([layer, layer], tokens=1, top_k=2, shared=[alike])
+    with pytest.raises(ValueError, match="shared is not packed as layers"):
+        measure.autotune([layer, layer], tokens=1, top_k=2, shared=[alike, wide])
+
+
 # What is chosen.
 
 
