@@ -271,11 +271,5 @@ __device__ __forceinline__ uint16_t e4m3_pair(float first, float second) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
   return codes;
 }
-// And back, exactly: two halves.
-__device__ __forceinline__ uint32_t halves_of_e4m3_pair(uint16_t codes) {
-  uint32_t values;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(values) : "h"(codes));
-  return values;
-}
 
 }  // namespace jmm

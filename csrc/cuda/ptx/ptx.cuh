@@ -371,6 +371,32 @@ __device__ __forceinline__ float upper_half_to_float(uint32_t pair) {
   return f;
 }
 
+#if __CUDA_ARCH__ >= 890
+constexpr bool kConvertsE4M3 = true;
+#else
+constexpr bool kConvertsE4M3 = false;
+#endif
+
+// The two lower e4m3 numbers of a word as halves, exactly. Of an architecture that converts them.
+__device__ __forceinline__ uint32_t halves_of_e4m3_pair(uint32_t codes) {
+  uint32_t values = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}" : "=r"(values) : "r"(codes));
+#endif
+  return values;
+}
+
+// The two upper ones.
+__device__ __forceinline__ uint32_t halves_of_upper_e4m3_pair(uint32_t codes) {
+  uint32_t values = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}"
+      : "=r"(values)
+      : "r"(codes));
+#endif
+  return values;
+}
+
 template <>
 __device__ __forceinline__ float to_float<BFloat>(uint16_t bits) {
   return __uint_as_float(static_cast<uint32_t>(bits) << 16);

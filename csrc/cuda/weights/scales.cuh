@@ -67,27 +67,32 @@ __device__ __forceinline__ void load_bytes(uint32_t (&words)[(kCount + 3) / 4], 
   }
 }
 
-// Block scales are not negative: their 7 bits, at the low end of float16's exponent, are the scale times 2^(7 - 15),
-// subnormals included, two at a time.
+// Two at a time through float16: by an instruction where the architecture has it. Elsewhere, since block scales are not
+// negative, their 7 bits at the low end of float16's exponent are the scale times 2^(7 - 15), subnormals included.
 template <int kCount>
 struct ColumnScales<E4M3Scale, kCount> {
   using Element = unsigned char;
   static constexpr int kBytes = 1;
-  static constexpr float kFactor = power_of_two(7 - Half::kExponentBias);
+  static constexpr float kFactor = kConvertsE4M3 ? 1.0f : power_of_two(7 - Half::kExponentBias);
   static constexpr int kWords = (kCount + 3) / 4;
-  uint32_t pairs[2 * kWords];  // [j / 4 * 2 + j % 2] holds j and j + 2
+  uint32_t pairs[2 * kWords];  // converted, [j / 2] holds j and j + 1; otherwise [j / 4 * 2 + j % 2] holds j and j + 2
 
   __device__ __forceinline__ void load(uint32_t shared) {
     uint32_t words[kWords];
     load_bytes<kCount>(words, shared);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      pairs[2 * i] = (words[i] & 0x007F007Fu) << 7, pairs[2 * i + 1] = (words[i] & 0x7F007F00u) >> 1;
+      if constexpr (kConvertsE4M3) {
+        pairs[2 * i] = halves_of_e4m3_pair(words[i]), pairs[2 * i + 1] = halves_of_upper_e4m3_pair(words[i]);
+      } else {
+        pairs[2 * i] = (words[i] & 0x007F007Fu) << 7, pairs[2 * i + 1] = (words[i] & 0x7F007F00u) >> 1;
+      }
     }
   }
   __device__ __forceinline__ float operator[](int j) const {
-    const uint32_t pair = pairs[j / 4 * 2 + j % 2];
-    return j / 2 % 2 ? upper_half_to_float(pair) : to_float<Half>(static_cast<uint16_t>(pair));
+    const uint32_t pair = kConvertsE4M3 ? pairs[j / 2] : pairs[j / 4 * 2 + j % 2];
+    const int half = kConvertsE4M3 ? j % 2 : j / 2 % 2;
+    return half ? upper_half_to_float(pair) : to_float<Half>(static_cast<uint16_t>(pair));
   }
   __device__ __forceinline__ float exact(int j) const { return (*this)[j]; }
 };

@@ -37,7 +37,8 @@ struct GroupedGemm {
   Epilogue epilogue;
 
   __device__ void run(unsigned char* shared_bytes) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Kept in registers: the compiler would rather read the thread's index again for each k-block.
+    const int warp = opaque(threadIdx.x / 32), lane = opaque(threadIdx.x % 32);
     const int warp_n = warp % Tile::kWarpsN, warp_k = warp / Tile::kWarpsN;
     const MmaRings<Shape> rings(shared_bytes, warp, warp_k);
 

@@ -29,11 +29,20 @@ struct MmaLoader {
   const typename Shape::T* tokens;                             // the k-block's first column of x, this lane's piece
   typename Shape::RowOffset token_rows[Shape::kPiecesOfLane];  // element offsets of the rows of this lane's pieces
   uint32_t token_copies;                                       // bit i: piece i exists
+  uint32_t token_targets[Shape::kPiecesOfLane];                // where they go in a stage
+  const unsigned char* scales;                                 // this lane's first piece of the k-block's groups
+  const unsigned char* zeros;                                  // likewise, where zero points are stored
   int rows_left;                                               // of K, in the current group
-  int group;                                                   // of the k-block
 
   __device__ __forceinline__ MmaLoader(const Operands<Problem>& o, const Reader& r, int wn, int s, int l, int t)
       : operands(o), token_tiles(r), warp_n(wn), share(s), lane(l), work_tiles(t), work_tile(Shape::first_work_tile()) {
+#pragma unroll
+    for (int i = 0; i < Shape::kPiecesOfLane; ++i) {
+      const int piece = i * Shape::kCopyLanes + copy_lane();
+      token_targets[i] = Storage::token_piece(piece / Shape::kPieces, piece % Shape::kPieces);
+      // Few are kept: the compiler would rather make them again for each k-block.
+      if constexpr (Shape::kPiecesOfLane <= 2) token_targets[i] = opaque(token_targets[i]);
+    }
     fetch(work_tile, expert, row);
     fetch(work_tile + Shape::work_tile_stride(), next_expert, next_row);
     begin_tile();
@@ -68,9 +77,7 @@ struct MmaLoader {
 #pragma unroll
     for (int i = 0; i < Shape::kPiecesOfLane; ++i) {
       if (token_copies >> i & 1) {
-        copy16(stage + Storage::token_piece((i * Shape::kCopyLanes + copy_lane()) / Shape::kPieces,
-                                            copy_lane() % Shape::kPieces),
-               tokens + token_rows[i]);
+        copy16(stage + token_targets[i], tokens + token_rows[i]);
       }
     }
   }
@@ -78,14 +85,8 @@ struct MmaLoader {
   // Scales and zero points are wanted when a group closes.
   __device__ __forceinline__ void load_scales(uint32_t stage) const {
     if (expert < 0 || (rows_left > Tile::kBlockK && k_block < Shape::k_blocks_of(share) - 1)) return;
-    const ExpertArray<Problem, unsigned char> scales(operands.scales, operands.shared_scales, expert);
-    const int64_t first = int64_t(scales.expert) * Problem::kGroups + group;
-    const int unit = Shape::first_unit(work_tile, warp_n);
-    copy_rows<Storage::kUnitScaleBytes>(stage + Storage::kScalesAt, scales.elements, first, unit);
-    if constexpr (Zeros::kStored) {
-      const ExpertArray<Problem, unsigned char> zeros(operands.zeros, operands.shared_zeros, expert);
-      copy_rows<Zeros::kUnitBytes>(stage + Storage::kZerosAt, zeros.elements, first, unit);
-    }
+    copy_rows<Storage::kUnitScaleBytes>(stage + Storage::kScalesAt, scales);
+    if constexpr (Zeros::kStored) copy_rows<Zeros::kUnitBytes>(stage + Storage::kZerosAt, zeros);
   }
 
   __device__ __forceinline__ void advance() {
@@ -94,7 +95,8 @@ struct MmaLoader {
     rows_left -= Tile::kBlockK;
     if (rows_left <= 0) {
       rows_left = Problem::kGroup;
-      group += KBlocks::kScaleRows;
+      scales += KBlocks::kScaleRows * Problem::kUnits * Storage::kUnitScaleBytes;
+      if constexpr (Zeros::kStored) zeros += KBlocks::kScaleRows * Problem::kUnits * Zeros::kUnitBytes;
     }
     if (++k_block == Shape::k_blocks_of(share)) {
       k_block = 0;
@@ -138,24 +140,37 @@ struct MmaLoader {
       if (r < Tile::kTokens && source_row >= 0 && expert >= 0) token_copies |= 1u << i;
     }
     rows_left = Problem::kGroup - k % Problem::kGroup;
-    group = k / Problem::kGroup;
+    const ExpertArray<Problem, unsigned char> all_scales(operands.scales, operands.shared_scales, max(expert, 0));
+    scales = first_piece<Storage::kUnitScaleBytes>(all_scales, k / Problem::kGroup, unit);
+    if constexpr (Zeros::kStored) {
+      const ExpertArray<Problem, unsigned char> all_zeros(operands.zeros, operands.shared_zeros, max(expert, 0));
+      zeros = first_piece<Zeros::kUnitBytes>(all_zeros, k / Problem::kGroup, unit);
+    }
+  }
+
+  // Of the rows that begin with `group`, kBytes for each unit: pieces follow each other by unit, then by row.
+  template <int kBytes>
+  __device__ __forceinline__ const unsigned char* first_piece(const ExpertArray<Problem, unsigned char>& all, int group,
+                                                              int unit) const {
+    constexpr int kPieces = kBytes / 16, kRowPieces = Tile::kUnits * kPieces;
+    const int row = group + lane / kRowPieces, u = unit + lane % kRowPieces / kPieces * Shape::kUnitStride;
+    return all.elements + ((int64_t(all.expert) * Problem::kGroups + row) * Problem::kUnits + u) * kBytes +
+           lane % kPieces * 16;
   }
 
   // The rows of kScaleRows groups, kBytes for each unit.
   template <int kBytes>
-  __device__ __forceinline__ void copy_rows(uint32_t shared, const unsigned char* source, int64_t group,
-                                            int unit) const {
-    constexpr int kPieces = kBytes / 16, kAllPieces = Storage::kScaleRowUnits * kPieces;
+  __device__ __forceinline__ void copy_rows(uint32_t shared, const unsigned char* source) const {
+    constexpr int kRowPieces = Tile::kUnits * (kBytes / 16), kAllPieces = KBlocks::kScaleRows * kRowPieces;
+    static_assert(32 % kRowPieces == 0, "32 lanes have whole rows");
     constexpr int kLastRows = (Shape::kLastSteps + KBlocks::kStepsPerScale - 1) / KBlocks::kStepsPerScale;
     const int rows =
         kLastRows < KBlocks::kScaleRows && Shape::is_short(share, k_block) ? kLastRows : KBlocks::kScaleRows;
 #pragma unroll
     for (int i = 0; i < kAllPieces; i += 32) {
-      const int piece = i + lane, row = piece / (Tile::kUnits * kPieces), u = piece / kPieces % Tile::kUnits;
-      if ((kAllPieces % 32 == 0 && kLastRows == KBlocks::kScaleRows) || row < rows) {
-        copy16(
-            shared + piece * 16,
-            source + ((group + row) * Problem::kUnits + unit + u * Shape::kUnitStride) * kBytes + piece % kPieces * 16);
+      const int piece = i + lane;
+      if ((kAllPieces % 32 == 0 && kLastRows == KBlocks::kScaleRows) || piece / kRowPieces < rows) {
+        copy16(shared + piece * 16, source + i / kRowPieces * (Problem::kUnits * kBytes));
       }
     }
   }
