@@ -95,6 +95,7 @@ struct AlignBlockSize {
   static constexpr int kListLength = Facts::kListLength;  // room for entries, whole list blocks
   static constexpr int kWarps = Parts::kWarps, kThreads = Parts::kThreads, kMaxCtas = Parts::kCtas;
   static constexpr int kBlocks = (kListLength + kBlock - 1) / kBlock;
+  static constexpr int kProducts = Facts::kProducts;  // that follow, whose CTAs take work tiles as they come to them
 
   struct Shared {
     int counts[kWarps][kExperts];  // then: where the warp's next slot of the expert goes
@@ -108,6 +109,7 @@ struct AlignBlockSize {
   int32_t* __restrict__ sorted_token_ids;        // [kListLength]
   int32_t* __restrict__ expert_ids;              // [kBlocks]
   int32_t* __restrict__ num_tokens_post_padded;  // [1]
+  int32_t* __restrict__ taken;                   // [kProducts], cleared: work tiles that CTAs have taken
 
   __device__ void run(unsigned char* shared_bytes) const {
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -131,7 +133,11 @@ struct AlignBlockSize {
     __syncthreads();
 
     const int end = start_experts(shared);
-    if (blockIdx.x == 0 && threadIdx.x == 0) *num_tokens_post_padded = end;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      *num_tokens_post_padded = end;
+#pragma unroll
+      for (int p = 0; p < kProducts; ++p) taken[p] = 0;
+    }
     name_experts(shared, end);
 
     parts.for_each([&](int slots, int e) {

@@ -42,8 +42,9 @@ struct Activated {
   // With rows of bytes: what the sums of a row are multiplied by before the bias, and behind it.
   __device__ __forceinline__ float2 both_factors(int slot) const { return {factor(slot), 1.0f}; }
 
-  template <class Act = Activation, class Expert>
-  __device__ __forceinline__ float activated(Expert expert, int column, float gate, float up) const {
+  // What the activation takes.
+  template <class Expert>
+  __device__ __forceinline__ void finish(Expert expert, int column, float& gate, float& up) const {
     if constexpr (kScaled) {
       const float scale = usable_scale(x_scale[0]);
       gate *= scale;
@@ -54,7 +55,12 @@ struct Activated {
       gate += row[0];
       if constexpr (kGated) up += row[kColumns];
     }
-    return Act::apply(gate, up);
+  }
+
+  template <class Expert>
+  __device__ __forceinline__ float activated(Expert expert, int column, float gate, float up) const {
+    finish(expert, column, gate, up);
+    return Activation::apply(gate, up);
   }
 
   template <class Expert>
@@ -72,16 +78,17 @@ struct Activated {
     uint32_t words[kCount / 2];
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
-      float values[2];
+      const int at = 2 * i;
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int at = 2 * i + b;
-        values[b] = activated<Quick<Activation>>(expert, column + 8 * at, gate[at] * factors.x, up[at] * factors.x);
+      for (int b = at; b < at + 2; ++b) {
+        gate[b] *= factors.x, up[b] *= factors.x;
+        finish(expert, column + 8 * b, gate[b], up[b]);
       }
+      float2 values = Quick<Activation>::apply(float2{gate[at], gate[at + 1]}, float2{up[at], up[at + 1]});
       if constexpr (Intermediate::kQuantizes) {
-        Intermediate::apply(values[0], values[1], usable_scale(intermediate_scales[expert]));
+        Intermediate::apply(values.x, values.y, usable_scale(intermediate_scales[expert]));
       }
-      words[i] = from_float<T>(values[0]) | uint32_t(from_float<T>(values[1])) << 16;
+      words[i] = from_float<T>(values.x) | uint32_t(from_float<T>(values.y)) << 16;
     }
     if (slot >= 0) store_words(reinterpret_cast<uint32_t*>(out + int64_t(slot) * kColumns + place), words);
   }
@@ -197,6 +204,12 @@ struct PackedPartials {
     if constexpr (kWeighted) return topk_weights[slot];
     return 1.0f;
   }
+  // As in `SlotPartials`.
+  __device__ __forceinline__ float2 both_factors(int slot) const {
+    if constexpr (kRowScaled && kBias) return {row_scales[slot], factor(slot)};
+    if constexpr (kRowScaled) return {row_scales[slot] * factor(slot), 1.0f};
+    return {1.0f, factor(slot)};
+  }
 
   template <class Expert>
   __device__ __forceinline__ void store_four(Expert expert, int slot, float factor, int column,
@@ -210,6 +223,26 @@ struct PackedPartials {
     }
     reinterpret_cast<uint2*>(out)[int64_t(slot) * (kColumns / 4) + Places::vector_of(column)] =
         FourColumns::pack(sums[0], sums[1], sums[2], sums[3]);
+  }
+
+  // As for `Activated`; the columns are those of `store_four`, whatever their places.
+  template <int kCount, class Expert>
+  __device__ __forceinline__ void store_places(Expert expert, int slot, float2 factors, int column, int,
+                                               float (&sums)[kCount], float (&)[kCount]) const {
+    static_assert(kCount % 4 == 0 && !kPairs, "whole fours");
+    uint2* const row = reinterpret_cast<uint2*>(out) + int64_t(slot) * (kColumns / 4);
+#pragma unroll
+    for (int f = 0; f < kCount; f += 4) {
+#pragma unroll
+      for (int c = f; c < f + 4; ++c) {
+        if constexpr (kScaled) sums[c] *= usable_scale(intermediate_scales[expert]);
+        if constexpr (kRowScaled) sums[c] *= factors.x;
+        if constexpr (kBias) sums[c] += bias[expert * kColumns + column + 8 * c];
+        if constexpr (kBias || !kRowScaled) sums[c] *= factors.y;
+      }
+      const uint2 packed = FourColumns::pack(sums[f], sums[f + 1], sums[f + 2], sums[f + 3]);
+      if (slot >= 0) row[Places::vector_of(column + 8 * f)] = packed;
+    }
   }
 };
 template <class Epilogue>

@@ -19,7 +19,7 @@ struct QuantizeRows {
   using T = typename Facts::Element;  // of x
   using Byte = typename Facts::Byte;  // Fp8 or Signed8
   static constexpr int kRows = Facts::kRows, kColumns = Facts::kColumns;
-  static constexpr int kCodeBits = Facts::kCodeBits;          // of the weights: 4 or 8
+  static constexpr bool kHalvesApart = Facts::kHalvesApart;   // which of the two orders a fragment's bytes have
   static constexpr int kSourceStride = Facts::kSourceStride;  // elements from a row of x to the next
   static constexpr int kStride = Facts::kStride;              // bytes from a row of the result to the next
   static constexpr bool kSums = Facts::kSums;
@@ -49,7 +49,7 @@ struct QuantizeRows {
     const int lane = threadIdx.x % kRowThreads;
     const int64_t row = int64_t(blockIdx.x) * kCtaRows + threadIdx.x / kRowThreads;
     const bool real = row < kRows;
-    wait_for_previous_kernel();
+    if constexpr (Facts::kFromPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
 
     uint4 pieces[kRounds];
@@ -92,6 +92,9 @@ struct QuantizeRows {
     if constexpr (kSums) {
       for (int i = kSumCount + lane; real && i < kSumPlaces; i += kRowThreads) store_sum(out + kColumns, i, 0.0f);
     }
+    // Rows that were there before this call: the next kernel, which waits for this one, reads what the one before
+    // wrote.
+    if constexpr (!Facts::kFromPreviousKernel) wait_for_previous_kernel();
   }
 
  private:
@@ -124,13 +127,13 @@ struct QuantizeRows {
     return largest < least ? least : largest;
   }
 
-  // Column 32 c + 16 s + 8 h + 2 t + i goes to the byte 32 c + 16 h + 4 t + 2 s + i of a product with codes of 4 bits,
-  // 32 c + 16 s + 4 t + 2 i + h of one with 8: a word has codes of two lanes. The two exchange halves of theirs.
+  // Column 32 c + 16 s + 8 h + 2 t + i goes to the byte 32 c + 16 h + 4 t + 2 s + i where halves are apart, else to 32
+  // c
+  // + 16 s + 4 t + 2 i + h: a word has codes of two lanes. The two exchange halves of theirs.
   __device__ __forceinline__ static void store_codes(unsigned char* out, int piece, const uint32_t (&codes)[2],
                                                      bool stores) {
-    constexpr bool kNibbles = kCodeBits == 4;
     // A piece in order is (c, s, h), and its codes (t, i); else it is (t, i), and its codes (c, s, h).
-    constexpr int kOther = !kPlaces && kNibbles ? 2 : 1;
+    constexpr int kOther = !kPlaces && kHalvesApart ? 2 : 1;
     const int side = piece / kOther % 2;
     const uint32_t mine = side ? codes[1] : codes[0];
     const uint32_t other = __shfl_xor_sync(~0u, side ? codes[0] : codes[1], kOther);
@@ -140,12 +143,13 @@ struct QuantizeRows {
       const int column = piece / 8 * 64 + 32 * side, t = piece % 8 / 2;
       if (column >= kColumns) return;  // half a unit is the rest
       uint32_t* words = reinterpret_cast<uint32_t*>(out + column) + t;
-      words[0] = __byte_perm(low, high, kNibbles ? 0x6240 : 0x5410);
-      words[4] = __byte_perm(low, high, kNibbles ? 0x7351 : 0x7632);
+      words[0] = __byte_perm(low, high, kHalvesApart ? 0x6240 : 0x5410);
+      words[4] = __byte_perm(low, high, kHalvesApart ? 0x7351 : 0x7632);
     } else {
       const int c = piece / 4, s = piece / 2 % 2, h = piece % 2;
-      *reinterpret_cast<uint2*>(out + 32 * c + (kNibbles ? 16 * h + 8 * s : 16 * s + 8 * h)) =
-          uint2{__byte_perm(low, high, kNibbles ? 0x5410 : 0x5140), __byte_perm(low, high, kNibbles ? 0x7632 : 0x7362)};
+      *reinterpret_cast<uint2*>(out + 32 * c + (kHalvesApart ? 16 * h + 8 * s : 16 * s + 8 * h)) =
+          uint2{__byte_perm(low, high, kHalvesApart ? 0x5410 : 0x5140),
+                __byte_perm(low, high, kHalvesApart ? 0x7632 : 0x7362)};
     }
   }
 

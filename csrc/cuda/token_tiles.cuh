@@ -17,7 +17,7 @@ constexpr int kMostGroupedSlots = 128;  // and those of shared experts
 // The classic contract: sorted_token_ids in list blocks of kListBlock entries of one expert, taken kRows at a time.
 // Values are not trusted. kFromPreviousKernel: the list is written by the kernel before this one, not by an earlier
 // one. kMayRepeat: a slot may be listed more than once, and only its first row counts; the kernel before says which one
-// it is.
+// it is. kTaken: CTAs take work tiles as they come to them, rather than by turns.
 template <class Facts>
 struct AlignedTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
@@ -25,6 +25,7 @@ struct AlignedTiles {
   static constexpr int kListBlock = Facts::kListBlock;  // entries of a list block
   static constexpr int kListLength = Facts::kListLength;
   static constexpr bool kFromPreviousKernel = Facts::kFromPreviousKernel, kMayRepeat = Facts::kMayRepeat;
+  static constexpr bool kTaken = Facts::kTaken;
   static constexpr int kMaxTiles = (kListLength + kRows - 1) / kRows;
   static_assert(kListBlock % kRows == 0, "a token tile has one expert");
 
@@ -33,17 +34,26 @@ struct AlignedTiles {
   const int32_t* __restrict__ num_tokens_post_padded;  // [1]
   // [kSlots] if kMayRepeat: where the list has each slot first. Not __restrict__: no read may move ahead of the wait.
   const int32_t* first_rows;
+  int32_t* taken;  // [1] if kTaken: work tiles that were taken, beside the first one of each CTA
 
   static constexpr bool kNeedsPreviousKernel = kFromPreviousKernel;
-  static constexpr int kSharedBytes = 0, kScratchBytes = 0;
+  static constexpr int kSharedBytes = kTaken ? 16 : 0, kScratchBytes = 0;
 
   template <int kThreads>
   struct Reader {
     const AlignedTiles& list;
-    const int listed;  // entries of the list that count
+    const int listed;        // entries of the list that count
+    int* const shared_next;  // [2] if kTaken, for the threads that share the number of a work tile
 
-    __device__ __forceinline__ Reader(const AlignedTiles& r, unsigned char*, unsigned char*)
-        : list(r), listed(min(kListLength, max(0, *r.num_tokens_post_padded))) {}
+    __device__ __forceinline__ Reader(const AlignedTiles& r, unsigned char* shared, unsigned char*)
+        : list(r),
+          listed(min(kListLength, max(0, *r.num_tokens_post_padded))),
+          shared_next(reinterpret_cast<int*>(shared)) {}
+    // The number of a work tile that no other CTA has, of so many. Each of them is taken or asked behind once, so in
+    // the end the count is zero again.
+    __device__ __forceinline__ int take(int work_tiles) const {
+      return gridDim.x + atomicInc(reinterpret_cast<unsigned*>(list.taken), work_tiles - 1);
+    }
     __device__ __forceinline__ int count() const { return (listed + kRows - 1) / kRows; }
     __device__ __forceinline__ int expert(int tile) const {
       const int e = list.expert_ids[tile * kRows / kListBlock];
@@ -78,7 +88,7 @@ struct DirectTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
   static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
   static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
-  static constexpr bool kMayRepeat = false;
+  static constexpr bool kMayRepeat = false, kTaken = false;
   static constexpr int kRows = 1, kMaxTiles = kSlots;
 
   const int32_t* __restrict__ topk_ids;    // [kSlots]
@@ -109,7 +119,7 @@ struct GroupedTiles {
   static constexpr int kRoutedExperts = Facts::kRoutedExperts;  // that topk_ids may name
   static constexpr int kRows = Facts::kRows;                    // of a token tile
   static constexpr bool kMapped = Facts::kMapped;               // whether there is an expert_map
-  static constexpr bool kMayRepeat = false;
+  static constexpr bool kMayRepeat = false, kTaken = false;
 
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
@@ -242,7 +252,7 @@ struct DispatchTiles {
   const int32_t* tile_ends;  // [kDispatches] token tiles of the dispatches up to each
   const int32_t* owners;     // [kResultRows] the dispatch that writes the row
 
-  static constexpr bool kMayRepeat = false, kNeedsPreviousKernel = true;
+  static constexpr bool kMayRepeat = false, kTaken = false, kNeedsPreviousKernel = true;
   static constexpr int kSharedBytes = 0, kScratchBytes = 0;
 
   template <int kThreads>
@@ -287,7 +297,7 @@ struct OneExpertTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
   static constexpr int kRows = Facts::kRows;     // of a token tile
   static constexpr bool kNamed = Facts::kNamed;  // whether there is an expert to read; else it is the first
-  static constexpr bool kMayRepeat = false;
+  static constexpr bool kMayRepeat = false, kTaken = false;
   static constexpr int kMaxTiles = (kSlots + kRows - 1) / kRows;
 
   const int32_t* __restrict__ named;  // [1] if kNamed
@@ -320,7 +330,7 @@ struct RaggedTiles {
   static constexpr int kGroups = Facts::kGroups;
   static constexpr int kRows = Facts::kRows;       // of a token tile
   static constexpr bool kOffset = Facts::kOffset;  // whether the first expert is another group than the first
-  static constexpr bool kMayRepeat = false;
+  static constexpr bool kMayRepeat = false, kTaken = false;
   static constexpr int kMaxTiles = kSlots < kExperts + kSlots / kRows ? kSlots : kExperts + kSlots / kRows;
 
   const int32_t* __restrict__ group_sizes;   // [kGroups]

@@ -17,6 +17,7 @@ from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.choose import invariant_scheme, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
+from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts, slices_of_columns
 from jax_marlin_moe.cuda.kernels import wgmma_bytes
 from jax_marlin_moe.cuda.kernels.align import align_kernels
@@ -34,6 +35,7 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
     grouped_tiles,
 )
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
+from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
 from jax_marlin_moe.cuda.program import CountedRows, Kernel, Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, Tile
@@ -115,10 +117,11 @@ def _quantize(
         source_stride,
         source_dtype,
         shape.dtype,
-        shape.bits,
+        halves_apart=wgmma_bytes.halves_apart(shape),
         sums=sums,
         places=places,
         in_units=in_units,
+        from_previous=stage == "hidden",
         x=source,
         fixed=fixed,
         out=target,
@@ -156,14 +159,11 @@ def _packed_pairs(tile: Tile, token_tiles: TokenTiles, rounded_to: jnp.dtype) ->
 
     float32 rows are for results that end in more bits than bfloat16 has, and for few rows, which stay in L2.
     """
-    if (
-        not isinstance(tile, WgmmaTile)
-        or tile.tokens <= 32
-        or token_tiles.cpp != "AlignedTiles"
-        or rounded_to != jnp.bfloat16
-    ):
+    if tile.tokens <= 32 or token_tiles.cpp != "AlignedTiles" or rounded_to != jnp.bfloat16:
         return None
-    return tile.sub_tiles == 1
+    if isinstance(tile, WgmmaByteTile):
+        return False
+    return tile.sub_tiles == 1 if isinstance(tile, WgmmaTile) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +361,6 @@ def plan_block(
             places=True,
             in_units=intermediate is not None,
         )
-        kernels.append(for_x.kernel)
         scratch += [*for_x.scratch, *for_hidden.scratch]
         reads = for_x.rows, for_hidden.rows
     lists = buffers.scratch + len(scratch)
@@ -388,10 +387,7 @@ def plan_block(
     else:
         list_length = reference.padded_size(num_slots, routed_experts, block)
         listed = (lists, lists + 1, lists + 2)
-        first_tiles, second_tiles = (
-            aligned_tiles(num_slots, num_experts, block, block, list_length, listed, from_previous=from_previous)
-            for from_previous in (True, False)
-        )
+        takes = activation_dtype is not None
         aligning, counts = align_kernels(
             num_slots,
             routed_experts,
@@ -401,9 +397,17 @@ def plan_block(
             expert_map=expert_map,
             outputs=listed,
             counts=lists + 3,
-            # Behind rows that are quantised, alignment waits for them: the first product then waits for it alone.
-            ids_from_previous=buffers.ids_from_previous and activation_dtype is None,
+            ids_from_previous=buffers.ids_from_previous,
             slots_of_token=slots if counted else None,
+            products=2 if takes else 0,
+        )
+        taken = [
+            Pointer(lists + 2 + len(counts), "int32", written=True, offset=4 * product) if takes else None
+            for product in range(2)
+        ]
+        first_tiles, second_tiles = (
+            aligned_tiles(num_slots, num_experts, block, block, list_length, listed, product == 0, taken=taken[product])
+            for product in range(2)
         )
         kernels += aligning
         scratch += [
@@ -413,6 +417,9 @@ def plan_block(
             *counts,
         ]
 
+    if activation_dtype is not None:  # beside alignment
+        overlaps_first = overlap and (bool(kernels) or buffers.ids_from_previous)
+        kernels.append(dataclasses.replace(for_x.kernel, overlaps_predecessor=overlaps_first))
     activate = activated(
         activation,
         x.dtype.name,

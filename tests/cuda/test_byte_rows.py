@@ -50,18 +50,13 @@ def shape_of(k, n, *, gated=False, dtype="float8_e4m3fn", **facts):
     return GemmShape(k=k, n=n, num_experts=8, gated=gated, dtype=dtype, **facts)
 
 
-@needs_nvrtc
-@pytest.mark.long
-@pytest.mark.sampled(6)
-@pytest.mark.parametrize("name", CASES)
-def test_products_of_bytes_are_not_serialised(name):
-    """ptxas says so in its log (C7510 and its like), and what it keeps in memory for want of registers."""
-    first, second, x, _, ids = block_of(name, 9, np.random.default_rng(0))
-    planned = plan.plan_fused_moe(
+def plan_of(name, tokens):
+    first, second, x, _, ids = block_of(name, tokens, np.random.default_rng(0))
+    return plan.plan_fused_moe(
         jax.device_put(x),
         first.packed(),
         second.packed(),
-        tokens=9,
+        tokens=tokens,
         top_k=ids.shape[1],
         routed_experts=EXPERTS,
         mapped=False,
@@ -70,10 +65,33 @@ def test_products_of_bytes_are_not_serialised(name):
         scheme=scheme_of(name),
         activation_dtype=CASES[name][3],
     )
+
+
+@needs_nvrtc
+@pytest.mark.long
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("name", CASES)
+def test_products_of_bytes_are_not_serialised(name):
+    """ptxas says so in its log (C7510 and its like), and what it keeps in memory for want of registers."""
+    planned = plan_of(name, 9)
     assert planned.source.count("WgmmaGroupedGemm") == 2
     log = ptxas_log(planned.source)
     assert "registers" in log
     assert "serialized" not in log
+
+
+def test_work_tiles_of_bytes_are_counted_by_each_product_from_what_alignment_clears():
+    kernels = {kernel.name: kernel for kernel in plan_of("int4, fp8", 9).kernels}
+    stages = ["align_m128", "quantize_x_", "gate_up_", "quantize_hidden_", "down_", "combine_"]
+    assert [stage in name for stage, name in zip(stages, kernels, strict=True)] == [True] * len(stages)
+    align, _, gate_up, _, down, _ = kernels.values()
+    cleared = align.pointers["taken"]
+    taken = [product.pointers["token_tiles.taken"] for product in (gate_up, down)]
+    assert [(pointer.buffer, pointer.offset) for pointer in taken] == [(cleared.buffer, 0), (cleared.buffer, 4)]
+    assert align.structs["Facts"]["products"] == 2
+    # The kernel that quantises x runs beside alignment; the next one waits for both.
+    assert not align.overlaps_predecessor
+    assert all(kernel.overlaps_predecessor for kernel in list(kernels.values())[1:])
 
 
 def test_a_tile_of_bytes_fits_what_its_kernel_takes():
@@ -129,6 +147,28 @@ def test_a_block_of_bytes_on_the_card(name):
     # larger than their weights. Hidden values next to a tie are then rounded to the other of two neighbours.
     most = {"int8": 1e-3, "float8_e4m3fn": 3e-3 if CASES[name][0] == "fp8" else 1.2e-2}
     assert relative_error(actual, quantized_block(first, second, x, weights, ids, dtype)) < most[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["int4, fp8", "int4, int8", "int8_zp, int8"])
+def test_a_rounded_block_of_bytes_on_the_card(name):
+    """Its slots' rows, with four columns in 64 bits, go to the sum: what is rounded twice is within 1.1 roundings."""
+    if compiler.compute_capability(compiler.target_architecture()) != 90:
+        pytest.skip("wgmma is Hopper's")
+    first, second, x, weights, ids = block_of(name, 300, np.random.default_rng(1))
+    run = jax.jit(
+        lambda *a: [
+            jmm.fused_moe(
+                *a, activation_dtype=CASES[name][3], cuda_scheme=scheme_of(name), preferred_element_type=dtype
+            )
+            for dtype in (jnp.bfloat16, jnp.float32)
+        ]
+    )
+    with jax.default_device(jax.devices("cuda")[0]):
+        arguments = jnp.asarray(x), first.packed(), second.packed(), jnp.asarray(weights), jnp.asarray(ids)
+        rounded, exact = (np.asarray(y, np.float32) for y in run(*arguments))
+    once = relative_error(exact.astype(jnp.bfloat16).astype(np.float32), exact)
+    assert once < relative_error(rounded, exact) < 1.1 * once
 
 
 @pytest.mark.gpu

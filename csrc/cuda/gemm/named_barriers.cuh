@@ -6,10 +6,11 @@ namespace jmm {
 enum NamedBarrier : int {
   // mma.sync: the warps that share a part of K, one barrier per part, counted from here.
   kTokensArrived = 1,
-  // wgmma: the producer's threads; the consumers where several share K.
+  // wgmma: the producer's threads, the last one too; the consumers where several share K.
   kRecordWritten = 1,
   kPartialsRead = 2,
   kPartialsWritten = 3,
+  kNextWritten = 4,
 };
 
 }  // namespace jmm

@@ -27,6 +27,7 @@ def align_kernels(
     counts: int,
     ids_from_previous: bool = False,
     slots_of_token: int | None = None,
+    products: int = 0,
 ) -> tuple[tuple[Kernel, ...], tuple[jax.ShapeDtypeStruct, ...]]:
     """What groups the slots by expert: one CTA, or for many slots a kernel that counts before one that places.
 
@@ -41,9 +42,11 @@ def align_kernels(
         counts: of the scratch that is asked for.
         ids_from_previous: whether the kernel before writes the ids.
         slots_of_token: where a call may have fewer tokens, and slots.
+        products: that follow, whose CTAs take work tiles as they come to them.
 
     Returns:
-        The kernels, and the scratch that they need at `counts`: an array or none.
+        The kernels, and the scratch that they need at `counts`: an array or none, and behind it, if there are
+        `products`, the number of work tiles that were taken of each, which is zero then.
 
     Raises:
         ValueError: there are more slots or experts than the kernels count.
@@ -64,6 +67,7 @@ def align_kernels(
         "mapped": expert_map is not None,
         "counted": slots_of_token is not None,
         "slots_of_token": slots_of_token or 1,
+        "products": products,
     }
     parts = nested(
         "parts",
@@ -91,17 +95,20 @@ def align_kernels(
 
     def align(counted: Pointer | None, overlaps: bool) -> Kernel:
         size = _shared_bytes(warps, num_experts)
-        return kernel("align", "AlignBlockSize<Facts>", {"counts": counted, **written}, size, overlaps)
+        taken = Pointer(counts + (ctas > 1), "int32", written=True) if products else None
+        pointers: dict[str, Bound] = {"counts": counted, **written, "taken": taken}
+        return kernel("align", "AlignBlockSize<Facts>", pointers, size, overlaps)
 
+    of_products = (jax.ShapeDtypeStruct((products,), jnp.int32),) if products else ()
     if ctas == 1:
-        return (align(None, ids_from_previous),), ()
+        return (align(None, ids_from_previous),), of_products
     found: dict[str, Bound] = {
         "sorted_token_ids": written["sorted_token_ids"],
         "counts": Pointer(counts, "int32", written=True),
     }
     count = kernel("count_slots", "CountSlots<Facts>", found, 4 * num_experts, ids_from_previous)
     scratch = jax.ShapeDtypeStruct((ctas * num_experts,), jnp.int32)
-    return (count, align(Pointer(counts, "int32"), True)), (scratch,)
+    return (count, align(Pointer(counts, "int32"), True)), (scratch, *of_products)
 
 
 def _shared_bytes(warps: int, num_experts: int) -> int:

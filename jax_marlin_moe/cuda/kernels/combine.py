@@ -144,7 +144,10 @@ def find_first_rows_kernel(
         headers=("combine.cuh",),
         body="FindFirstRows<Facts>",
         structs={"Facts": facts},
-        pointers={**pointers, "first_rows": Pointer(first_rows, "int32", written=True)},
+        pointers={
+            **{name: pointers[name] for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")},
+            "first_rows": Pointer(first_rows, "int32", written=True),
+        },
         threads=256,
         shared_bytes=0,
         max_ctas=max(1, -(-list_length // 256)),

@@ -20,21 +20,24 @@ def quantize_rows_kernel(
     source_stride: int,
     dtype: str,
     to: str,
-    code_bits: int,
     *,
+    halves_apart: bool,
     sums: bool,
     places: bool,
     in_units: bool,
+    from_previous: bool,
     x: int,
     fixed: int | None,
     out: int,
     scales: int,
     overlaps_predecessor: bool,
 ) -> Kernel:
-    """Rows of x to 8 bits for a product with codes of `code_bits`, a scale for each row, and sums if it wants them.
+    """Rows of x to 8 bits for a product, a scale for each row, and sums if it wants them.
 
+    `halves_apart` says which of two orders the bytes of the product's fragments have (`wgmma_bytes.halves_apart`).
     `places` says whether x has the columns of a unit in the order of its scales, as the first product leaves them.
-    `in_units` says that x has values of the type already, in units of scales that are known.
+    `in_units` says that x has values of the type already, in units of scales that are known, `from_previous` that the
+    kernel before writes x.
 
     Buffers: x [rows, source_stride], fixed [1], a scale of all rows, or None; out [rows, row_stride] and, unless
     `in_units`, scales [rows], which it writes.
@@ -51,12 +54,13 @@ def quantize_rows_kernel(
                 "rows": rows,
                 "columns": columns,
                 "source_stride": source_stride,
-                "code_bits": code_bits,
+                "halves_apart": halves_apart,
                 "stride": row_stride(columns, sums=sums),
                 "sums": sums,
                 "places": places,
                 "fixed": fixed is not None,
                 "in_units": in_units,
+                "from_previous_kernel": from_previous,
             }
         },
         pointers={

@@ -6,6 +6,7 @@ from jax_marlin_moe.cuda.facts import Facts, Pointer, optional
 
 MOST_GROUPED_SLOTS = 128
 MOST_SLOTS_OF_A_BYTE = 254
+TAKEN_BYTES = 16  # of shared memory, where CTAs take work tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,12 @@ def aligned_tiles(
     buffers: tuple[int, int, int],
     from_previous: bool,
     first_rows: int | None = None,
+    taken: Pointer | None = None,
 ) -> TokenTiles:
     """Token tiles off an aligned list.
 
-    `first_rows` is the buffer of `FindFirstRows`, where the list may have a slot more than once.
+    `first_rows` is the buffer of `FindFirstRows`, where the list may have a slot more than once; `taken` is what the
+    CTAs of a wgmma kernel count work tiles in, which they take as they come to them: zero before the call.
     """
     facts: Facts = {
         "slots": num_slots,
@@ -51,6 +54,7 @@ def aligned_tiles(
         "list_length": list_length,
         "from_previous_kernel": from_previous,
         "may_repeat": first_rows is not None,
+        "taken": taken is not None,
     }
     sorted_token_ids, expert_ids, num_tokens_post_padded = (Pointer(buffer, "int32") for buffer in buffers)
     pointers = {
@@ -58,8 +62,10 @@ def aligned_tiles(
         "expert_ids": expert_ids,
         "num_tokens_post_padded": num_tokens_post_padded,
         "first_rows": optional(first_rows, "int32"),
+        "taken": taken,
     }
-    return TokenTiles("AlignedTiles", facts, pointers, -(-list_length // rows))
+    most, shared_bytes = -(-list_length // rows), 0 if taken is None else TAKEN_BYTES
+    return TokenTiles("AlignedTiles", facts, pointers, most, shared_bytes)
 
 
 def direct_tiles(

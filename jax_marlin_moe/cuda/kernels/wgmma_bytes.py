@@ -7,8 +7,9 @@ import math
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
 from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, UNIT, GemmShape
+from jax_marlin_moe.cuda.kernels.token_tiles import TAKEN_BYTES
 
-TOKEN_TILES = (16, 32, 48, 64, 96, 128)
+TOKEN_TILES = (16, 32, 48, 64, 80, 96, 112, 128)
 BLOCK_K = 128  # rows of K in one stage: those whose sums are made before they are scaled
 
 # (type of rows, type of codes) that there are fragments for.
@@ -111,7 +112,7 @@ class WgmmaByteTile:
             and multiplies(shape)
             and self.tokens in TOKEN_TILES
             and shape.n % (UNIT * self.warpgroups_n * self.sub_tiles) == 0
-            and card.fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm)
+            and card.fits_shared_memory(self.shared_bytes(shape) + TAKEN_BYTES, self.ctas_per_sm)
             and self.registers(shape) <= self.consumer_registers
         )
 
@@ -148,6 +149,11 @@ def multiplies(shape: GemmShape) -> bool:
         and shape.k % 32 == 0
         and shape.n % (2 * UNIT) == 0  # two slabs of a warpgroup
     )
+
+
+def halves_apart(shape: GemmShape) -> bool:
+    """Whether bytes of a fragment have the order of its own halves first (csrc/cuda/weights/fragments_bytes.cuh)."""
+    return shape.bits == 4
 
 
 def candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaByteTile]:

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "gemm/wgmma/weights.cuh"
+#include "gemm/wgmma/zero_stages.cuh"
 #include "weights/fragments_bytes.cuh"
 
 namespace jmm {
@@ -100,21 +101,21 @@ struct WgmmaByteWeights {
   }
 };
 
-// What zero points take from the sums, as one product of its own: of the scaled zero points of columns and k-blocks,
-// and the sums of the rows of x over k-blocks, which stand behind the rows. Both are two bfloat16 numbers each.
-template <class Gemm>
+// Gemm is the kernel, Consumer its WgmmaConsumer.
+template <class Gemm, class Consumer>
 struct WgmmaByteZeros {
   using Shape = typename Gemm::Shape;
   using Problem = typename Shape::Problem;
   using Tile = typename Shape::Tile;
   using Zeros = typename Shape::Zeros;
   using Scale = typename Problem::Scale;
+  using Stages = WgmmaByteZeroStages<Shape>;
+  using Shared = WgmmaShared<Shape>;
   using Lane = WgmmaLane<Shape>;
   using Record = typename WgmmaStorage<Shape>::Record;
-  static constexpr bool kAny = Zeros::kStored || Zeros::kBaked != Shape::Codes::kOffset;
+  using Stage = Cursor<Tile::kStages>;
   // A power of two times a bfloat16 number is one.
   static constexpr bool kSplitsScales = Zeros::kStored || !kSame<Scale, BFloat>;
-  static constexpr int kChunks = (Shape::KBlocks::kCount + 15) / 16;  // of 16 k-blocks
 
   __device__ __forceinline__ static uint32_t pair(float first, float second) {
     return from_float<BFloat>(first) | uint32_t(from_float<BFloat>(second)) << 16;
@@ -122,27 +123,20 @@ struct WgmmaByteZeros {
   __device__ __forceinline__ static float rest(float value) {
     return value - to_float<BFloat>(from_float<BFloat>(value));
   }
-  __device__ __forceinline__ static float scale_at(const unsigned char* scales, int64_t at) {
-    if constexpr (kSame<Scale, Float>) {
-      return reinterpret_cast<const float*>(scales)[at];
-    } else {
-      return to_float<Scale>(reinterpret_cast<const uint16_t*>(scales)[at]);
-    }
-  }
 
-  // Less the zero point times the scale, of this lane's two columns of a sub-tile, in a k-block.
-  __device__ __forceinline__ static void scaled_zeros(float (&values)[2], const Gemm& gemm, const Record& record, int j,
-                                                      int k_block, const Lane& lane) {
+  // Less the zero point times the scale, of this lane's two columns of slab j, in a k-block.
+  __device__ __forceinline__ static void scaled_zeros(float (&values)[2], const Gemm& gemm, const Record& record,
+                                                      uint32_t scales_at, int first_group, int j, int k_block,
+                                                      const Lane& lane) {
     const WgmmaByteColumns<Shape> columns(lane);
     const int h = j / Shape::kWarpSubTiles, word = columns.word(j % Shape::kWarpSubTiles), r = columns.r;
-    const int unit = Shape::packed_unit(record.column_tile, lane.unit(h));
-    const int group = Problem::kGroups == 1 ? 0 : min(k_block * Tile::kBlockK / Problem::kGroup, Problem::kGroups - 1);
-    const ExpertArray<Problem, unsigned char> scales(gemm.operands.scales, gemm.operands.shared_scales, record.expert);
-    const int64_t row = int64_t(scales.expert) * Problem::kGroups + group;
+    const int group = Stages::group_of(k_block);
     float zeros[2] = {Zeros::kBaked, Zeros::kBaked};
     if constexpr (Zeros::kStored) {
       const ExpertArray<Problem, unsigned char> stored(gemm.operands.zeros, gemm.operands.shared_zeros, record.expert);
       constexpr int kWords = Problem::Code::kBits / 4;
+      const int64_t row = int64_t(stored.expert) * Problem::kGroups + group;
+      const int unit = Shape::packed_unit(record.column_tile, lane.unit(h));
       const uint32_t* words = reinterpret_cast<const uint32_t*>(stored.elements) +
                               (row * Problem::kUnits + unit) * (8 * kWords) + r * kWords;
       Zeros of_unit;
@@ -151,45 +145,48 @@ struct WgmmaByteZeros {
 #pragma unroll
       for (int b = 0; b < 2; ++b) zeros[b] = of_unit[2 * word + b];
     }
-    const int64_t at = (row * Problem::kUnits + unit) * kUnitColumns + r * 8 + 2 * word;
+    ColumnScales<Scale, 2> scales;
+    scales.load(scales_at + (group - first_group) * Stages::kGroupBytes +
+                (lane.unit(h) * kUnitColumns + r * 8 + 2 * word) * Shape::Scales::kBytes);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      values[b] = -Shape::Codes::kFactor * (zeros[b] - Shape::Codes::kOffset) * scale_at(scales.elements, at + b);
+      values[b] = -Shape::Codes::kFactor * (zeros[b] - Shape::Codes::kOffset) * scales.exact(b);
     }
   }
 
+  // On mma.sync: as sums of wgmma those of the tile would have to lie side by side, which takes registers that there
+  // are not.
   template <int kN>
-  __device__ __forceinline__ static void add(const Gemm& gemm, const Record& record, const Lane& lane,
-                                             float (&sums)[Tile::kSubTiles][kN / 2]) {
+  __device__ __forceinline__ static void add(const Gemm& gemm, const Shared& shared, const Record& record,
+                                             const Lane& lane, Stage stage, float (&sums)[Tile::kSubTiles][kN / 2]) {
     const int g = lane.lane / 4, t = lane.lane % 4;
-    const unsigned char* tails = reinterpret_cast<const unsigned char*>(gemm.operands.x) + Problem::kK + 16 * t;
 #pragma unroll 1
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      // Rows that do not exist have the sums of another, which are in columns of their own.
-      uint4 all_tails[kN / 8];
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-        const int row = max(record.slots[8 * n + g], 0) / Problem::kSlotsPerRow;
-        all_tails[n] = *reinterpret_cast<const uint4*>(tails + int64_t(row) * Problem::kRowStride + 64 * chunk);
-      }
-      uint32_t high[Tile::kSubTiles][4], low[Tile::kSubTiles][4];
+    for (int s = 0; s < Stages::kCount; ++s) {
+      Consumer::acquire(shared, stage);
+      const int first_group = Stages::first_group(s);
+      uint32_t high[Tile::kSubTiles][4], low[Tile::kSubTiles][4], loaded = 0;
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          const int k_block = 16 * s + 8 * half + 2 * t;
           float first[2], second[2];
-          scaled_zeros(first, gemm, record, j, 16 * chunk + 8 * half + 2 * t, lane);
-          scaled_zeros(second, gemm, record, j, 16 * chunk + 8 * half + 2 * t + 1, lane);
+          scaled_zeros(first, gemm, record, shared.weights(stage.at), first_group, j, k_block, lane);
+          scaled_zeros(second, gemm, record, shared.weights(stage.at), first_group, j, k_block + 1, lane);
 #pragma unroll
           for (int b = 0; b < 2; ++b) {
             high[j][2 * half + b] = pair(first[b], second[b]);
             if constexpr (kSplitsScales) low[j][2 * half + b] = pair(rest(first[b]), rest(second[b]));
+            loaded |= high[j][2 * half + b];
           }
         }
+      const uint32_t tails = shared.tokens(stage.at) + g * 128 + (t ^ g) * 16;
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n) {
-        const uint4 tail = all_tails[n];
-        const uint32_t high_sums[2] = {tail.x, tail.y}, low_sums[2] = {tail.z, tail.w};
+        uint32_t tail[4];  // high parts of sums 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a row, and low ones
+        load_shared_words(tail, tails + n * 1024);
+        const uint32_t high_sums[2] = {tail[0], tail[1]}, low_sums[2] = {tail[2], tail[3]};
+        loaded |= tail[3];
 #pragma unroll
         for (int j = 0; j < Tile::kSubTiles; ++j) {
           float d[4] = {sums[j][4 * n], sums[j][4 * n + 1], sums[j][4 * n + 2], sums[j][4 * n + 3]};
@@ -200,6 +197,8 @@ struct WgmmaByteZeros {
           for (int i = 0; i < 4; ++i) sums[j][4 * n + i] = d[i];
         }
       }
+      Consumer::release(shared, stage.at, lane, loaded);
+      stage.advance();
     }
   }
 };
@@ -211,7 +210,7 @@ struct WgmmaByteProduct {
   using Tile = typename Shape::Tile;
   using KBlocks = typename Shape::KBlocks;
   using Weights = typename Gemm::Weights;
-  using Zeros = WgmmaByteZeros<Gemm>;
+  using Zeros = WgmmaByteZeros<Gemm, Consumer>;
   using Shared = WgmmaShared<Shape>;
   using Record = typename WgmmaStorage<Shape>::Record;
   using Lane = WgmmaLane<Shape>;
@@ -226,7 +225,6 @@ struct WgmmaByteProduct {
     for (int j = 0; j < Tile::kSubTiles; ++j)
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) sums[j][i] = 0.0f;
-    if constexpr (Zeros::kAny) Zeros::template add<kN>(gemm, record, lane, sums);
 
     Consumer::acquire(shared, stage);
     Weights::make(a[0], shared.weights(stage.at), 0, lane);
@@ -259,6 +257,7 @@ struct WgmmaByteProduct {
       }
       Consumer::release(shared, here.at, lane, loaded);
     }
+    if constexpr (Zeros::Stages::kAny) Zeros::template add<kN>(gemm, shared, record, lane, stage, sums);
   }
 };
 

@@ -37,7 +37,7 @@ struct WgmmaConsumer {
   }
   // `loaded` has bits of all that was loaded from the stage and may not be in use yet. An arrival does not wait for
   // loads, and the bulk copy that it lets go would overtake one that stands in a long queue: the barrier's address
-  // depends on the value (docs/kernels.md, "Loads before a release").
+  // depends on the value (docs/kernels.md, "The wgmma kernel").
   __device__ __forceinline__ static void release(const Shared& shared, int stage, const Lane& lane, uint32_t loaded) {
     __syncwarp();
     if (lane.lane == 0) mbarrier_arrive(shared.empty(stage) + (loaded & lane.zero));
@@ -304,7 +304,7 @@ struct WgmmaConsumer {
       if (record.expert < 0) break;
       const int rows = max(max(record.rows[0], record.rows[1]), max(record.rows[2], record.rows[3]));
       multiply_rows<1>(gemm, rows, shared, record, lane, stage);
-      stage.template advance<KBlocks::kCount>();
+      stage.template advance<KBlocks::kCount + zero_stages<Shape>()>();
       __syncwarp();
       if (lane.lane == 0) mbarrier_arrive(shared.record_empty(next.at));
     }

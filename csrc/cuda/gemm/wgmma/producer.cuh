@@ -7,6 +7,7 @@
 
 #include "gemm/named_barriers.cuh"
 #include "gemm/wgmma/storage.cuh"
+#include "gemm/wgmma/zero_stages.cuh"
 
 namespace jmm {
 
@@ -41,6 +42,10 @@ struct WgmmaWeightCopies {
     template <class Element>
     __device__ __forceinline__ Runs(const ExpertArray<Problem, Element>& array, int column_tile, int w)
         : Runs(array.elements, array.expert, column_tile, w) {}
+    // The same rows, but as many of them as there are here.
+    template <int kOtherRows>
+    __device__ __forceinline__ explicit Runs(const Runs<kUnitBytes, kRowsOfExpert, kOtherRows>& other)
+        : warp(other.warp), source(other.source) {}
 
     // One lane's: copies the warp's runs of the rows from `row` on, and has the barrier wait for them.
     __device__ __forceinline__ void copy(uint32_t target, int row, uint32_t barrier, uint64_t policy) const {
@@ -75,6 +80,13 @@ struct WgmmaWeightCopies {
     weights.copy(stage, step, barrier, policy);
     scales.copy(stage + Storage::kScalesAt, group, barrier, policy);
     if constexpr (Zeros::kStored) zeros.copy(stage + Storage::kZerosAt, group, barrier, policy);
+  }
+
+  // Scales of so many groups, from `group` on.
+  template <int kCount>
+  __device__ __forceinline__ void copy_scales(uint32_t target, int group, uint32_t barrier, uint64_t policy) const {
+    const Runs<kUnitColumns * Scales::kBytes, Problem::kGroups, kCount> runs(scales);
+    runs.copy(target, group, barrier, policy);
   }
 };
 
@@ -112,6 +124,7 @@ struct WgmmaProducer {
   static constexpr int kCopiedRows = (Tile::kTokens + kRowStep - 1) / kRowStep;  // of a thread
   static_assert(kCopiedRows <= 32, "one bit each");
   static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
+  static constexpr bool kTakes = TokenTiles::kTaken;  // whether work tiles go to CTAs as they come to them
 
   // Work tiles go in bands of token tiles, column by column: neighbours share their weights.
   struct Place {
@@ -137,8 +150,9 @@ struct WgmmaProducer {
     Cursor<Storage::kRecords> record;
 
     // The next work tile's expert and slots are fetched a tile ahead.
-    int next_expert = -1, next_shift = 0, next_slots[kRowsOfThread];
+    int next_work_tile = 0, turn = 0, next_expert = -1, next_shift = 0, next_slots[kRowsOfThread];
     const auto fetch = [&](int work_tile) {
+      next_work_tile = work_tile;
       next_expert = -1;
       if constexpr (kIsByte<typename Problem::T>) {
 #pragma unroll
@@ -166,17 +180,38 @@ struct WgmmaProducer {
       }
     };
 
+    // Where CTAs take work tiles as they come to them, one thread asks for the next one when most of this one's
+    // k-blocks are on their way, and the others read its number a k-block later.
+    int taken = 0;
+    const auto take = [&] {
+      if (thread == 0) taken = token_tiles.take(work_tiles);
+    };
+    const auto fetch_taken = [&] {
+      if (thread == 0) token_tiles.shared_next[turn] = taken;
+      named_barrier_sync<kNextWritten>(128);
+      fetch(token_tiles.shared_next[turn]);
+      turn ^= 1;  // a thread may still read the number while the next one is written
+    };
+    constexpr int kTakenAt = KBlocks::kCount > 4 ? KBlocks::kCount - 4 : 0;  // k-blocks
+    constexpr int kFetchedAt = KBlocks::kCount > 3 ? KBlocks::kCount - 3 : 0;
+    constexpr int kFactorsAt = !kTakes ? 0 : KBlocks::kCount > 2 ? KBlocks::kCount - 2 : KBlocks::kCount - 1;
+
     constexpr int kPrefetched = Tile::kStages < KBlocks::kCount ? Tile::kStages : KBlocks::kCount;
     int prefetched = 0;  // k-blocks of the first work tile whose weights are on their way before its tokens exist
     bool waited = TokenTiles::kNeedsPreviousKernel;
 #pragma unroll 1
-    for (int work_tile = blockIdx.x; work_tile < work_tiles; work_tile += gridDim.x) {
+    for (int work_tile = blockIdx.x; work_tile < work_tiles; work_tile = next_work_tile) {
       const int expert = __shfl_sync(~0u, next_expert, 0);  // known to be uniform
       const int shift = next_shift;
       int slots[kRowsOfThread];
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) slots[i] = next_slots[i];
-      fetch(work_tile + gridDim.x);
+      if constexpr (!kTakes) {
+        fetch(work_tile + gridDim.x);
+      } else if (expert < 0) {
+        take();
+        fetch_taken();
+      }
       if (expert < 0) continue;
       const auto [token_tile, column_tile] = place_of(work_tile, tiles);
 
@@ -257,12 +292,36 @@ struct WgmmaProducer {
         }
         mbarrier_arrive_after_copies(shared.full(stage.at));
         stage.advance();
+        if constexpr (kTakes) {
+          if (k_block == kTakenAt) take();
+          if (k_block == kFetchedAt) fetch_taken();
+        }
         if constexpr (kIsByte<typename Problem::T>) {
-          if (k_block == 0) {
-            factors_tile = work_tile + gridDim.x;
+          if (k_block == kFactorsAt) {
+            factors_tile = next_work_tile;
 #pragma unroll
             for (int i = 0; i < kRowsOfThread; ++i) factors[i] = factors_of(next_slots[i]);
           }
+        }
+      }
+      if constexpr (zero_stages<Shape>() > 0) {
+        using Stages = WgmmaByteZeroStages<Shape>;
+        const uint4* sums = reinterpret_cast<const uint4*>(gemm.operands.x) + Problem::kK / Problem::kPieceValues;
+#pragma unroll 1
+        for (int s = 0; s < Stages::kCount; ++s, sums += Stages::kPieces) {
+          mbarrier_wait(shared.empty(stage.at), stage.parity ^ 1);
+          if (elected) {
+            copies.template copy_scales<Stages::kGroups>(shared.weights(stage.at), Stages::first_group(s),
+                                                         shared.full(stage.at), policy);
+          }
+#pragma unroll
+          for (int i = 0; i < kCopiedRows; ++i) {
+            if (piece < Stages::kPieces && (real >> i & 1)) {
+              copy16(shared.tokens(stage.at) + first_target + i * kRowStep * 128, sums + offsets[i]);
+            }
+          }
+          mbarrier_arrive_after_copies(shared.full(stage.at));
+          stage.advance();
         }
       }
     }
