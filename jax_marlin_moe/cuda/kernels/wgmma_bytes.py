@@ -9,7 +9,7 @@ from jax_marlin_moe.cuda.facts import Facts
 from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, UNIT, GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import TAKEN_BYTES
 
-TOKEN_TILES = (16, 32, 48, 64, 80, 96, 112, 128)
+TOKEN_TILES = (16, 32, 48, 64, 96, 128)
 BLOCK_K = 128  # rows of K in one stage: those whose sums are made before they are scaled
 
 # (type of rows, type of codes) that there are fragments for.
