@@ -18,6 +18,9 @@ package.
 Times are a user's: the least of several samples of calls in a row that are waited for once. `device_us` is what of that
 the card's kernels take, by the profiler. Group sizes are those of a uniform routing.
 
+XLA tries kernels for the products that `jax.lax.ragged_dot` becomes, over matrices as wide as all experts: that takes
+more than a minute; with `XLA_FLAGS=--xla_gpu_enable_triton_gemm=false` it has cuBLAS alone to try.
+
 `--lower` only compiles the kernels, into the cache on disk, which needs no card where `JAX_MARLIN_MOE_CUDA_ARCH` names
 one: several processes may do that at once, before one measures.
 """
@@ -28,7 +31,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -49,6 +52,7 @@ from jax_marlin_moe.measure.replay import ReplayedPlan, plan_block, replayed_blo
 from jax_marlin_moe.operands import weight_operands
 from jax_marlin_moe.ops.grouped_product import multiplied
 
+_PEERS = ("tokamax", "tokamax_dense", "lax")
 _MOST_PEER_BYTES = 90e9  # beside packed and dense weights
 
 
@@ -164,22 +168,25 @@ def product_row(bench: Bench, shape: ModelShape, packed, rows: int, with_kernels
     return product.times(row | (kernel_row(bench, product, packed) if with_kernels else {}))
 
 
-def product_peers(bench: Bench, shape: ModelShape, dense, quantised, rows: int) -> dict:
-    """The same of the peers that there are weights for."""
+def product_peers(
+    bench: Bench, shape: ModelShape, multiplies: dict[str, Callable], dense, quantised, rows: int
+) -> dict:
+    """The same of the peers that there are weights for: `multiplies` are those with dense ones."""
     product, row = Product(bench, shape, rows), {}
     run = partial(bench.peer, device=True, most_bytes=_MOST_PEER_BYTES)
     if quantised is not None:
         row |= named("tokamax", run("tokamax", peer_tokamax.quantised_product, product.x, quantised, product.sizes))
-    for name, multiply in dense_products().items():
+    for name, multiply in multiplies.items():
         row |= named(name, run(name, multiply, product.x, dense, product.sizes))
         arguments = product.cotangent, product.x, dense, product.sizes
         row |= named(f"{name}_dx", run(f"{name}_dx", pulled(multiply), *arguments))
     return product.times(row)
 
 
-def dense_products() -> dict[str, Callable]:
+def dense_products(against: Collection[str]) -> dict[str, Callable]:
     """Grouped products of dense weights, by the name of the peer."""
-    return peer_tokamax.dense_products() | {"lax": jax.lax.ragged_dot}
+    products = peer_tokamax.dense_products() | {"lax": jax.lax.ragged_dot}
+    return {name: multiply for name, multiply in products.items() if name in against}
 
 
 def block_times(run: Callable, name: str, block: Callable, arguments: tuple, matrices: tuple) -> dict:
@@ -221,21 +228,24 @@ def packed_rows(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, d
 
 def peer_rows(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     """What peers add to rows of the first format."""
+    multiplies = dense_products(args.against)
+    quantises = peer_tokamax.installed() and "tokamax" in args.against
     for model in (model for model in args.models if model in args.peers):
         shape, head = MODELS[model].grouped(get_format(args.formats[0])), {"model": model, "format": args.formats[0]}
-        packed = packed_layer(bench, shape, args.formats[0])
+        packed = packed_layer(bench, shape, args.formats[0]) if multiplies else ()
         dense = tuple(bench.made(dequantized, matrix) for matrix in packed)
-        for tokens, (name, product) in itertools.product(args.tokens, dense_products().items()):
+        for tokens, (name, product) in itertools.product(args.tokens, multiplies.items()):
             run = partial(bench.peer, f"{name}_block", most_bytes=_MOST_PEER_BYTES)
             arguments = block_arguments(bench, shape, tokens)
             found = block_times(run, name, partial(dequantized_block, product), arguments, packed)
             found |= block_times(run, f"{name}_held", partial(sorted_block, product), arguments, dense)
             yield "blocks", head | {"tokens": tokens}, found
         del packed
-        dense = dense[0]
-        quantised = bench.made(partial(peer_tokamax.random_gate_up, shape)) if peer_tokamax.installed() else None
+        dense = dense[0] if multiplies else None
+        quantised = bench.made(partial(peer_tokamax.random_gate_up, shape)) if quantises else None
         for rows in args.rows:
-            yield "products", head | {"rows_per_expert": rows}, product_peers(bench, shape, dense, quantised, rows)
+            found = product_peers(bench, shape, multiplies, dense, quantised, rows)
+            yield "products", head | {"rows_per_expert": rows}, found
         del dense, quantised
 
 
@@ -248,6 +258,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=[4096])
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=MODELS, help="models that peers are timed with; all by default")
+    parser.add_argument("--against", nargs="*", default=_PEERS, choices=_PEERS, help="which peers; all by default")
     parser.add_argument("--kernels", nargs="*", default=MODELS, help="models with device times of the kernels alone")
     parser.add_argument("--threads", type=int, default=8, help="that compile before anything runs")
     parser.add_argument("--lower", action="store_true")
