@@ -147,6 +147,7 @@ def prepare(name: str, options: argparse.Namespace) -> list[Case]:
     def compiled(tokens: int) -> None:
         try:
             x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), dtype)
+            jnp.isfinite((x + 0).astype(jnp.float32)).all()  # small programs of `time_chain`
             cases[tokens] = case = Case(x, layers, *chosen(x, layers, repeats(tokens)))
             for form in options.forms:
                 if not late.is_set():
