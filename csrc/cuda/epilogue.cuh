@@ -69,6 +69,19 @@ struct Activated {
     out[int64_t(slot) * kColumns + column].bits = from_float<T>(activated(expert, column, gate, up));
   }
 
+  // A column of two rows, side by side in a word; and two columns of a row, of which nothing is stored if the slot is
+  // below 0. There is no branch between rows, so they overlap.
+  template <class Expert>
+  __device__ __forceinline__ uint32_t of_two_rows(Expert expert, int column, float2 gate, float2 up) const {
+    static_assert(!kRowScaled, "rows have no scales of their own");
+    return from_float<T>(activated(expert, column, gate.x, up.x)) |
+           uint32_t(from_float<T>(activated(expert, column, gate.y, up.y))) << 16;
+  }
+  __device__ __forceinline__ void store_two_columns(int slot, int column, uint32_t word) const {
+    static_assert(kColumns % 2 == 0, "words are aligned");
+    if (slot >= 0) *reinterpret_cast<uint32_t*>(out + column + uint64_t(uint32_t(slot)) * kColumns) = word;
+  }
+
   // Of a row of bytes, columns that are eight apart, `column` the first; their results lie side by side, from `place`
   // on. Nothing is stored of a slot below 0.
   template <int kCount, class Expert>
@@ -127,6 +140,11 @@ struct SlotRows {
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column].bits = from_float<T>(sum);
   }
+  template <class Expert>
+  __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float sum,
+                                                float) const {
+    if (slot >= 0) store(expert, slot, factor, column, sum, 0.0f);
+  }
 };
 
 // The same in float32, for the sum over a token's experts that follows.
@@ -164,6 +182,11 @@ struct SlotPartials {
     if constexpr (kBias) sum += bias[expert * kBiasColumns + column];
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
+  }
+  template <class Expert>
+  __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float sum,
+                                                float) const {
+    if (slot >= 0) store(expert, slot, factor, column, sum, 0.0f);
   }
 
   // As for `Activated`.
@@ -211,18 +234,30 @@ struct PackedPartials {
     return {1.0f, factor(slot)};
   }
 
-  template <class Expert>
-  __device__ __forceinline__ void store_four(Expert expert, int slot, float factor, int column,
-                                             float (&sums)[4]) const {
+  // The vector of the first slot that begins with a column, in registers: no compiler makes it anew for each row.
+  __device__ __forceinline__ uint2* vectors_from(int column) const {
+    uint2* vectors = reinterpret_cast<uint2*>(out) + Places::vector_of(column);
+    asm volatile("" : "+l"(vectors));
+    return vectors;
+  }
+
+  // Four columns behind the one that `vectors` are from, whose sums have yet to be multiplied by `residual`. Nothing is
+  // stored of a slot below 0.
+  template <int kBehind, class Expert>
+  __device__ __forceinline__ void store_four(Expert expert, int slot, float residual, float factor, uint2* vectors,
+                                             int column, float (&sums)[4]) const {
+    if constexpr (!kBias && kWeighted) residual *= factor;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
+      sums[c] *= residual;
       if constexpr (kScaled) sums[c] *= usable_scale(intermediate_scales[expert]);
-      if constexpr (kRowScaled) sums[c] *= row_scales[slot];
-      if constexpr (kBias) sums[c] += bias[expert * kColumns + column + Places::offset(c)];
-      if constexpr (kWeighted) sums[c] *= factor;
+      if constexpr (kRowScaled) sums[c] *= row_scales[max(slot, 0)];
+      if constexpr (kBias) sums[c] += bias[expert * kColumns + column + kBehind + Places::offset(c)];
+      if constexpr (kBias && kWeighted) sums[c] *= factor;
     }
-    reinterpret_cast<uint2*>(out)[int64_t(slot) * (kColumns / 4) + Places::vector_of(column)] =
-        FourColumns::pack(sums[0], sums[1], sums[2], sums[3]);
+    const uint2 packed = FourColumns::pack(sums[0], sums[1], sums[2], sums[3]);
+    static_assert(kBehind % Places::kGroup == 0, "whole groups of columns behind");
+    if (slot >= 0) vectors[uint64_t(uint32_t(slot)) * (kColumns / 4) + kBehind / 4] = packed;
   }
 
   // As for `Activated`; the columns are those of `store_four`, whatever their places.
@@ -255,6 +290,12 @@ template <class Epilogue>
 constexpr bool kQuantizes = false;
 template <class Facts>
 constexpr bool kQuantizes<Activated<Facts>> = Activated<Facts>::Intermediate::kQuantizes;
+
+// Whether results are 16 bits that pairs of rows can exchange: activated, and not quantised.
+template <class Epilogue>
+constexpr bool kExchangesRows = false;
+template <class Facts>
+constexpr bool kExchangesRows<Activated<Facts>> = !kQuantizes<Activated<Facts>> && !Activated<Facts>::kRowScaled;
 
 // Columns `column` and `column + 8` of a slot, in x and y. The lanes of equal lane % 4 call it together.
 template <class Epilogue, class Expert>

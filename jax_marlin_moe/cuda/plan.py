@@ -29,6 +29,7 @@ from jax_marlin_moe.cuda.kernels.quantize_rows import quantize_rows_kernel, row_
 from jax_marlin_moe.cuda.kernels.token_tiles import (
     MOST_GROUPED_SLOTS,
     MOST_SLOTS_OF_A_BYTE,
+    TAKEN_BYTES,
     TokenTiles,
     aligned_tiles,
     direct_tiles,
@@ -164,6 +165,16 @@ def _packed_pairs(tile: Tile, token_tiles: TokenTiles, rounded_to: jnp.dtype) ->
     if isinstance(tile, WgmmaByteTile):
         return False
     return tile.sub_tiles == 1 if isinstance(tile, WgmmaTile) else None
+
+
+def _takes_tiles(tile: Tile, shape: GemmShape, capability: int) -> bool:
+    """Whether CTAs take work tiles as they come to them: of many rows, whose number differs from tile to tile.
+
+    Not with slices of the columns: they would share a counter, and one may begin while the one before ends.
+    """
+    many = isinstance(tile, WgmmaTile) and tile.tokens > 32
+    size = tile.shared_bytes(shape) + TAKEN_BYTES
+    return many and get_architecture(capability).fits_shared_memory(size, tile.ctas_per_sm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +398,11 @@ def plan_block(
     else:
         list_length = reference.padded_size(num_slots, routed_experts, block)
         listed = (lists, lists + 1, lists + 2)
-        takes = activation_dtype is not None
+        takes = activation_dtype is not None or (
+            not sliced
+            and _takes_tiles(scheme.gate_up, first, capability)
+            and _takes_tiles(scheme.down, second, capability)
+        )
         aligning, counts = align_kernels(
             num_slots,
             routed_experts,

@@ -203,3 +203,18 @@ def test_no_member_is_left_unbound(member):
     assert "sizeof(Kernel)" in refusal(dataclasses.replace(kernel, pointers=fewer))
     more = kernel.pointers | {"further": Pointer(0, "bfloat16")}
     assert refusal(dataclasses.replace(kernel, pointers=more))
+
+
+def test_the_transposed_product_shares_the_ends_of_tiles_with_the_others():
+    """It compiles: what the wgmma kernels have in common needs nothing that one of them lacks."""
+    planned = plan_products.plan_grouped_product(
+        array((2048, 640), jnp.bfloat16),
+        experts(512, 640),
+        2048,
+        transposed=True,
+        dtype=jnp.dtype(jnp.bfloat16),
+        architecture="sm_90a",
+    )
+    kernel = kernel_of(planned, "transposed")
+    assert "WgmmaGroupedGemm" in kernel.body
+    assert b"wgmma" in compiler._compile(render([kernel]), "compute_90a")

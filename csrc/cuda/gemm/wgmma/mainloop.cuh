@@ -102,8 +102,37 @@ struct WgmmaConsumer {
                              lane.word() * 16 + lane.lane / 4;
     if constexpr (kPacksFour<Epilogue>) {
       store_fours<kN>(gemm, record, lane, first_column, factors[0], sums);
+    } else if constexpr (kExchangesRows<Epilogue>) {
+      store_words<kN>(gemm, record, lane, first_column, factors, sums);
     } else {
       store_values<kN>(gemm, record, lane, first_column, factors, sums);
+    }
+  }
+
+  // Results of 16 bits: a lane has a column of two rows, and after a transposition two columns of one row.
+  template <int kN>
+  __device__ __forceinline__ static void store_words(const Gemm& gemm, const Record& record, const Lane& lane,
+                                                     int first_column, const float (&factors)[Shape::kHalves],
+                                                     const float (&sums)[Tile::kSubTiles][kN / 2]) {
+    const typename Shape::ExpertIndex expert = record.expert;
+    const float up_factor = factors[Shape::kHalves - 1];
+    const int first_of_row =
+        first_column + (lane.word_of_pair() - lane.word()) * 16 - lane.lane / 4 + lane.lane % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < kN / 8; ++t) {
+      const int slot = record.slots[8 * t + lane.lane / 4];
+#pragma unroll
+      for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
+        const float (&up)[kN / 2] = sums[Epilogue::kGated ? Tile::kSubTiles - Shape::kWarpSubTiles + p : p];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const int s = 4 * t + 2 * b, column = 16 * p + 8 * b;
+          const uint32_t word = gemm.epilogue.of_two_rows(expert, first_column + column,
+                                                          float2{sums[p][s] * factors[0], sums[p][s + 1] * factors[0]},
+                                                          float2{up[s] * up_factor, up[s + 1] * up_factor});
+          gemm.epilogue.store_two_columns(slot, first_of_row + column, transpose_matrix(word));
+        }
+      }
     }
   }
 
@@ -118,7 +147,7 @@ struct WgmmaConsumer {
       for (int i = 0; i < 2; ++i) {
         const int row = 8 * t + lane.lane % 4 * 2 + i;
         const int slot = record.slots[row];
-        if (slot < 0) continue;
+        if (kQuantizes<Epilogue> && slot < 0) continue;
         const float factor = record.factors[0][row];
 #pragma unroll
         for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
@@ -133,8 +162,8 @@ struct WgmmaConsumer {
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
               const int s = 4 * t + 2 * b + i;
-              gemm.epilogue.store(expert, slot, factor, column + 8 * b, sums[p][s] * factors[0],
-                                  Epilogue::kGated ? up[s] * up_factor : 0.0f);
+              gemm.epilogue.store_if_real(expert, slot, factor, column + 8 * b, sums[p][s] * factors[0],
+                                          Epilogue::kGated ? up[s] * up_factor : 0.0f);
             }
           }
         }
@@ -152,6 +181,8 @@ struct WgmmaConsumer {
     static_assert(kPairs == (Shape::kWarpSubTiles == 1), "two sub-tiles have four columns of a row");
     const typename Shape::ExpertIndex expert = record.expert;
     const bool odd = lane.lane / 4 % 2;
+    const int column = first_column - (kPairs ? odd : 0);
+    uint2* const vectors = gemm.epilogue.vectors_from(column);
 #pragma unroll
     for (int t = 0; t < kN / 8; ++t) {
 #pragma unroll
@@ -162,7 +193,7 @@ struct WgmmaConsumer {
         if constexpr (kPairs) {
 #pragma unroll
           for (int b = 0; b < 2; ++b) {
-            const float of_rows[2] = {sums[0][4 * t + 2 * b] * factor, sums[0][4 * t + 2 * b + 1] * factor};
+            const float of_rows[2] = {sums[0][4 * t + 2 * b], sums[0][4 * t + 2 * b + 1]};
             const float theirs = __shfl_xor_sync(~0u, odd ? of_rows[0] : of_rows[1], 4);
             fours[0][2 * b] = odd ? theirs : of_rows[0], fours[0][2 * b + 1] = odd ? of_rows[1] : theirs;
           }
@@ -170,14 +201,13 @@ struct WgmmaConsumer {
 #pragma unroll
           for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
 #pragma unroll
-            for (int b = 0; b < 2; ++b) fours[p / 2][p % 2 * 2 + b] = sums[p][4 * t + 2 * b + i] * factor;
+            for (int b = 0; b < 2; ++b) fours[p / 2][p % 2 * 2 + b] = sums[p][4 * t + 2 * b + i];
           }
         }
-        if (slot < 0) continue;
-#pragma unroll
-        for (int f = 0; f < sizeof(fours) / sizeof(fours[0]); ++f) {
-          gemm.epilogue.store_four(expert, slot, record.factors[0][row], first_column - (kPairs ? odd : 0) + 32 * f,
-                                   fours[f]);
+        const float weight = record.factors[0][row];
+        gemm.epilogue.template store_four<0>(expert, slot, factor, weight, vectors, column, fours[0]);
+        if constexpr (Shape::kWarpSubTiles == 4) {
+          gemm.epilogue.template store_four<32>(expert, slot, factor, weight, vectors, column, fours[1]);
         }
       }
     }

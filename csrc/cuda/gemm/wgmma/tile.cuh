@@ -107,6 +107,12 @@ struct WgmmaShape : WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue> {
                     (Tile::kBlockK % Problem::kGroup == 0 && Problem::kK % Problem::kGroup == 0),
                 "a k-block is part of one group, or whole groups");
 
+  // Whether lanes take turns at the words of a unit: where a warp reads one of four words, the first product's. Results
+  // are scattered then, which costs more than conflicts do where sums leave registers for one step in flight only.
+  static constexpr bool kTakesTurns = WorkTiles::kHalves == 2 && WorkTiles::kWarpSubTiles == 1 &&
+                                      WorkTiles::Packed::kSubTileWords == 1 && Tile::kTokens <= 128 &&
+                                      !kQuantizes<Epilogue> && !Zeros::kStored;
+
   // The sums of a group and those of the tile, unless there is one group or weights have their scale.
   static constexpr bool kTwoSums = !Tile::kScalesWeights && Problem::kGroups > 1;
 };

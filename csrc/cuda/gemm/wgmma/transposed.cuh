@@ -55,6 +55,7 @@ struct WgmmaTransposedShape {
   static constexpr int kStageScaleUnits = kTileGroups * KBlocks::kUnits;
 
   static constexpr bool kTwoSums = false, kScalesSums = false;
+  static constexpr bool kTakesTurns = false;  // at the words of a unit: a lane reads whole pieces
   static constexpr int kThreadSums = Tile::kSubTiles * Tile::kTokens / 2;
   static constexpr bool kMovesRegisters =
       Tile::kEntryRegisters < 240 && Tile::kEntryRegisters > Tile::kProducerRegisters;

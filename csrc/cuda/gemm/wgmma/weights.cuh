@@ -19,7 +19,19 @@ struct WgmmaLane {
   __device__ __forceinline__ int unit(int half) const {
     return half * Shape::kHalfUnits + warpgroup * Shape::kWarpSubTiles + warp * Shape::kWarpSubTiles / 4;
   }
-  __device__ __forceinline__ int word() const { return warp * Shape::kWarpSubTiles % 4; }
+  // Four neighbouring lanes' words of one sub-tile lie in banks of their own, those of the lanes behind them in the
+  // same banks again, as every fourth word is of the sub-tile. So pairs of columns take turns: each reads another
+  // sub-tile.
+  __device__ __forceinline__ int word() const { return word_of(lane / 8); }
+  // Of the columns 2 t and 2 t + 1, t = lane % 4, as `word` is of those around lane / 4.
+  __device__ __forceinline__ int word_of_pair() const { return word_of(lane % 4); }
+
+ private:
+  __device__ __forceinline__ int word_of(int pair) const {
+    const int first = warp * Shape::kWarpSubTiles % 4;
+    if constexpr (!Shape::kTakesTurns) return first;
+    return (first + pair) % 4;
+  }
 };
 
 template <class Shape>
