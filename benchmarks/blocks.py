@@ -10,6 +10,7 @@ configuration is checked against float32 of the dequantised weights.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import itertools
@@ -27,7 +28,7 @@ import jax_marlin_moe as jmm
 from benchmarks.card import MultiprocessorClock
 from benchmarks.ceilings import measure_bf16_products, measure_read_bandwidth
 from benchmarks.chain import chain_microseconds
-from benchmarks.peers import PEER_FORMATS, PEERS
+from benchmarks.peers import COMPILERS, PEER_FORMATS, PEERS
 from benchmarks.record import recorded_run
 from benchmarks.roofline import block_limit
 from jax_marlin_moe.activations import Activation, get_activation
@@ -115,7 +116,11 @@ def our_row(case: Case, routing: str, ceilings: tuple[float, float], clock: Mult
     times = kernels.microseconds(samples=args.samples, pause_seconds=args.pause)
     sm_mhz = clock.mhz()
     gemm1_us, gemm2_us = (
-        statistics.median(kernels.microseconds([kernels.plan.position(stage)], pause_seconds=args.pause))
+        statistics.median(
+            kernels.microseconds(
+                [kernels.plan.position(stage)], samples=min(args.samples, 15), pause_seconds=args.pause
+            )
+        )
         for stage in ("gate_up", "down")
     )
     kernels.close()
@@ -197,9 +202,12 @@ def peer_row(name: str, ours: dict, case: Case, clock: MultiprocessorClock, args
     return row
 
 
-def precompile(args: argparse.Namespace, dtype: jnp.dtype) -> None:
-    """Compiles the kernels of all rows beside each other; the blocks find them in the kernel cache."""
-    sources = set()
+def precompile(args: argparse.Namespace, dtype: jnp.dtype) -> dict[tuple[str, str], list[concurrent.futures.Future]]:
+    """Compiles the kernels of all rows beside each other; blocks find them in the kernel cache.
+
+    Returns those of each model and format. With device times alone they may still be at work while others are timed.
+    """
+    sources: dict[str, tuple[str, str]] = {}
     for name, weight_format in itertools.product(args.models, args.format):
         ((gate_up, down),) = jax.eval_shape(lambda n=name, f=weight_format: make_layers(n, f, dtype, args, 1))
         for tokens in args.tokens:
@@ -211,9 +219,29 @@ def precompile(args: argparse.Namespace, dtype: jnp.dtype) -> None:
                 activation=LAYERS[name].activation if args.own_activation else "silu",
                 scheme="batch_invariant" if args.batch_invariant else None,
             )
-            sources.add(plan.source)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: compile_cubin(source, target_architecture()), sources))
+            sources.setdefault(plan.source, (name, weight_format))
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    found = collections.defaultdict(list)
+    for source, case in sources.items():
+        found[case].append(pool.submit(compile_cubin, source, target_architecture()))
+    if not args.device_times:
+        concurrent.futures.wait(itertools.chain(*found.values()))
+    return found
+
+
+_KEY = ("model", "format", "group_size", "dtype", "activation", "biases", "batch_invariant", "routing", "M",
+        "implementation")  # fmt: skip
+
+
+def with_rows(rows: list[dict], more: list[dict]) -> list[dict]:
+    """All rows, by what was timed; of two of the same, the later one. Versions of an implementation are the same."""
+
+    def key(row: dict) -> tuple:
+        *what, implementation = (row[name] for name in _KEY)
+        return *what, implementation.split()[0]
+
+    found = {key(row): row for row in (*rows, *more)}
+    return [found[one] for one in sorted(found)]
 
 
 def raise_ceiling(document: dict) -> None:
@@ -264,6 +292,9 @@ def main() -> None:
     parser.add_argument(
         "--own-activation", action="store_true", help="the model's activation and biases, not silu and none"
     )
+    parser.add_argument(
+        "--add", nargs="*", type=pathlib.Path, default=[], metavar="FILE", help="earlier results, whose rows stay"
+    )
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
@@ -276,7 +307,7 @@ def main() -> None:
 
     dtype = jnp.dtype(args.dtype)
     device = jax.devices()[0]
-    precompile(args, dtype)
+    compiled = precompile(args, dtype)
     products = measure_bf16_products()
     fastest = max(products, key=lambda name: products[name])
     ceilings = measure_read_bandwidth(), products[fastest]
@@ -288,10 +319,18 @@ def main() -> None:
         "bf16_products": products,
         "rows": [],
     }
+    for path in args.add:
+        earlier = json.loads(path.read_text())
+        document["rows"] = with_rows(document["rows"], earlier["rows"])
+        document["bf16_tflop_s"] = max(document["bf16_tflop_s"], earlier["bf16_tflop_s"])
     for name, weight_format in itertools.product(args.models, args.format):
         shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
         layers = make_layers(name, weight_format, dtype, args)
         activation = LAYERS[name].activation if args.own_activation else "silu"
+        for peer in set(args.peers) & COMPILERS.keys():
+            COMPILERS[peer](shape, args.tokens, dtype=args.dtype, weight_format=weight_format)
+        for program in compiled[name, weight_format]:
+            program.result()
         for tokens, routing in itertools.product(args.tokens, args.routing):
             repeats = min(args.repeats, max(_FEWEST_REPEATS, _ROUTED_TOKENS // tokens))
             case = make_case(shape, layers, tokens, repeats, routing, dtype, activation)
@@ -299,7 +338,7 @@ def main() -> None:
             others = [peer_row(peer, ours, case, clock, args) for peer in args.peers]
             for row in (ours, *others):
                 if row is not None:
-                    document["rows"].append(row)
+                    document["rows"] = with_rows(document["rows"], [row | {"commit": document["commit"]}])
                     print_row(row)
             raise_ceiling(document)
             args.out.write_text(json.dumps(document, indent=1) + "\n")  # a run that is cut short keeps its rows

@@ -16,7 +16,9 @@ touches the card; XLA_PYTHON_CLIENT_PREALLOCATE=false leaves it to both.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import statistics
@@ -383,24 +385,34 @@ def _make_blocks(shape: ModelShape, layers: Sequence, configs: Sequence[str], x,
     return [block(i) for i in range(len(ids))]
 
 
-def _measure(
-    shape: ModelShape,
-    tokens: int,
-    ids: np.ndarray,
-    dtype,
-    samples: int,
-    pause_seconds: float,
-    activation_dtype: str | None,
-    weight_format: str,
-) -> dict[str, Any]:
-    from humming.tune import get_heuristics_config
-
+@functools.lru_cache(maxsize=1)  # the blocks of a model follow each other
+def _prepare_layers(shape: ModelShape, weight_format: str, dtype, activation_dtype: str | None) -> list[list]:
     count = layers_to_rotate(shape, weight_format)
     layers = [
         [_prepare_matrix(shape, weight_format, i, matrix, dtype, activation_dtype) for matrix in (0, 1)]
         for i in range(count)
     ]
     torch.cuda.empty_cache()
+    return layers
+
+
+@dataclasses.dataclass
+class _Run:
+    """Blocks on their routings, and what the first of them reads and writes."""
+
+    blocks: list[list[Callable[[], None]]]
+    x: Any
+    ids: Any
+    weights: Any
+    out: Any
+
+
+def _make_run(
+    shape: ModelShape, weight_format: str, tokens: int, ids: np.ndarray, dtype, activation_dtype: str | None
+) -> _Run:
+    from humming.tune import get_heuristics_config
+
+    layers = _prepare_layers(shape, weight_format, dtype, activation_dtype)
     slots = tokens * shape.top_k
     configs = [
         json.dumps(get_heuristics_config(config, shape_m=slots, gemm_type="indexed", device=0))
@@ -413,10 +425,64 @@ def _measure(
     routed = [torch.from_numpy(np.ascontiguousarray(one, np.int32)).cuda() for one in ids]
     out = torch.empty_like(x)
     blocks = _make_blocks(shape, layers, configs, x, routed, weights, out)
+    return _Run(blocks, x, routed[0], weights[0], out)
 
+
+def compile_humming_blocks(
+    shape: ModelShape,
+    tokens: Sequence[int],
+    *,
+    dtype: str = "bfloat16",
+    activation_dtype: str | None = None,
+    weight_format: str = "int4",
+) -> None:
+    """Compiles the library's kernels for all these numbers of tokens beside each other; it keeps them on disk."""
+    if not _is_installed():
+        return
+    with torch.no_grad():
+        blocks = []
+        for number in tokens:
+            ids = random_routings(shape.num_experts, shape.top_k, number, 1)
+            run = _make_run(shape, weight_format, number, ids, getattr(torch, dtype), activation_dtype)
+            blocks += run.blocks
+        for block in blocks:
+            block[0]()
+
+        def launch(block: list[Callable[[], None]]) -> None:
+            with torch.no_grad():
+                for kernel in block[1:4]:
+                    kernel()
+
+        with concurrent.futures.ThreadPoolExecutor(len(blocks)) as pool:
+            list(pool.map(launch, blocks))
+        torch.cuda.synchronize()
+
+
+def _is_installed() -> bool:
+    if torch is None:
+        return False
+    try:
+        import humming.layer  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _measure(
+    shape: ModelShape,
+    tokens: int,
+    ids: np.ndarray,
+    dtype,
+    samples: int,
+    pause_seconds: float,
+    activation_dtype: str | None,
+    weight_format: str,
+) -> dict[str, Any]:
+    run = _make_run(shape, weight_format, tokens, ids, dtype, activation_dtype)
+    blocks, out = run.blocks, run.out
     for launch in blocks[0]:
         launch()
-    expected = _reference(shape, weight_format, x, routed[0], weights[0], dtype)
+    expected = _reference(shape, weight_format, run.x, run.ids, run.weights, dtype)
     error = float((out.float() - expected).norm() / expected.norm())
     del expected
 
@@ -462,11 +528,7 @@ def humming_block(
         `implementation`; `block_us` with its `block_p10_us` and `block_p90_us`; `align_us`, `gemm1_us` and `gemm2_us`,
         each from a graph of that part alone; `rel_l2`. None where PyTorch or the library is not installed.
     """
-    if torch is None:
-        return None
-    try:
-        import humming.layer  # noqa: F401
-    except ImportError:
+    if not _is_installed():
         return None
     try:
         with torch.no_grad():

@@ -8,10 +8,14 @@ that fails raises. Blocks of peers have silu and no biases.
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.peer_humming import WEIGHT_FORMATS, humming_block
+from benchmarks.peer_humming import WEIGHT_FORMATS, compile_humming_blocks, humming_block
 from benchmarks.peer_tokamax import tokamax_block
 
 PEERS: dict[str, Callable[..., dict[str, Any] | None]] = {"humming": humming_block, "tokamax": tokamax_block}
 
 # The formats of weights that each is timed on.
 PEER_FORMATS = {"humming": WEIGHT_FORMATS, "tokamax": ("int4",)}
+
+# Those that compile the kernels of all numbers of tokens beside each other: (shape, numbers of tokens, dtype=,
+# weight_format=).
+COMPILERS: dict[str, Callable[..., None]] = {"humming": compile_humming_blocks}

@@ -3,10 +3,11 @@
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --out decode.svg
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --dark --out decode_dark.svg
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --show share --out share.svg
+    python -m benchmarks.plot benchmarks/results/h200/scan.json --out scan.svg
 
 Lines are medians, bands reach from the 10th to the 90th percentile of the samples. Takes any number of result files of
-`benchmarks.blocks`. A line is an implementation; where a model was timed in several formats, group sizes, dtypes or
-routings, each has lines of its own. Needs matplotlib.
+`benchmarks.blocks` and `benchmarks.scan`. A line is an implementation; where a model was timed in several formats,
+group sizes, dtypes or routings, each has lines of its own. Needs matplotlib.
 """
 
 import argparse
@@ -27,8 +28,11 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 _SVG = {"svg.hashsalt": "jax_marlin_moe", "svg.fonttype": "none"}
 _VARIANT = ("format", "group_size", "dtype", "routing")
 _PANEL_INCHES = 4.2, 3.4
+_MOST_DECODED = 64  # tokens, beyond which products may take longer than their bytes
 _MOST_COLUMNS = 2  # what a page's column leaves legible
 _CAPTION_LETTERS = 56  # per column
+_MOST_MARKERS = 20  # of a line
+_MOST_TICKS = 9  # that have room under a panel
 
 
 def read_rows(paths: list[pathlib.Path]) -> list[dict]:
@@ -61,14 +65,15 @@ def read_caption(paths: list[pathlib.Path], show: str = "time") -> str:
     )
     speeds = sorted(result["read_tb_s"] for result in results if "read_tb_s" in result)
     measured = f" ({speeds[0]:.2f} TB/s here)" if speeds else ""
+    limit = f"bytes of the experts that are hit, over the read bandwidth measured in the same run{measured}"
+    if any(row["M"] > _MOST_DECODED for row in rows):
+        ceiling = max((result["bf16_tflop_s"] for result in results if "bf16_tflop_s" in result), default=None)
+        rate = "" if ceiling is None else f" ({ceiling:.0f} TFLOP/s here)"
+        limit += f", or the products at the rate of the best dense product of a library{rate}, whichever takes longer"
     what = "Device time of one block of experts with cold L2: lower is better."
     if show == "share":
         what = "Limit over the device time of one block of experts with cold L2: higher is better, 100 % is the limit."
-    return (
-        f"{cards}; {kinds}. {what}\n"
-        f"Limit: bytes of the experts that are hit, over the read bandwidth measured in the same run{measured}. "
-        "Bands: 10th to 90th percentile."
-    )
+    return f"{cards}; {kinds}. {what}\nLimit: {limit}. Bands: 10th to 90th percentile."
 
 
 def draw(rows: list[dict], caption: str = "", show: str = "time") -> Figure:
@@ -109,7 +114,7 @@ def _draw_panel(axes: Axes, model: str, rows: list[dict], names: list[str], show
         axes.plot(
             *zip(*sorted(points), strict=True),
             color=f"C{names.index(name)}",
-            marker="os^Dv"[names.index(name) % 5],
+            marker="os^Dv"[names.index(name) % 5] if len(points) <= _MOST_MARKERS else None,
             markersize=4,
             linestyle=("-", "--", "-.", ":")[variants.index(variant) % 4],
             label=" ".join([name, *variant]),
@@ -123,7 +128,10 @@ def _draw_panel(axes: Axes, model: str, rows: list[dict], names: list[str], show
         label = " ".join(["limit", *variant])
         axes.plot(*zip(*sorted(points.items()), strict=True), color="0.5", linewidth=1.5, linestyle=":", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({row["M"] for row in rows}))
+    counts = sorted({row["M"] for row in rows})
+    if len(counts) > _MOST_TICKS:
+        counts = [4**i for i in range(10) if counts[0] <= 4**i <= counts[-1]]
+    axes.set_xticks(counts)
     if show == "time":
         axes.set_yscale("log")
         # Panels span one or two decades: powers of ten alone would leave some without a label.
