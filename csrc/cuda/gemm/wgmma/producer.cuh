@@ -184,13 +184,17 @@ struct WgmmaProducer {
     // k-blocks are on their way, and the others read its number a k-block later.
     int taken = 0;
     const auto take = [&] {
-      if (thread == 0) taken = token_tiles.take(work_tiles);
+      if constexpr (kTakes) {
+        if (thread == 0) taken = token_tiles.take(work_tiles);
+      }
     };
     const auto fetch_taken = [&] {
-      if (thread == 0) token_tiles.shared_next[turn] = taken;
-      named_barrier_sync<kNextWritten>(128);
-      fetch(token_tiles.shared_next[turn]);
-      turn ^= 1;  // a thread may still read the number while the next one is written
+      if constexpr (kTakes) {
+        if (thread == 0) token_tiles.shared_next[turn] = taken;
+        named_barrier_sync<kNextWritten>(128);
+        fetch(token_tiles.shared_next[turn]);
+        turn ^= 1;  // a thread may still read the number while the next one is written
+      }
     };
     constexpr int kTakenAt = KBlocks::kCount > 4 ? KBlocks::kCount - 4 : 0;  // k-blocks
     constexpr int kFetchedAt = KBlocks::kCount > 3 ? KBlocks::kCount - 3 : 0;
