@@ -428,11 +428,11 @@ def test_peak_memory(tmp_path, name, form):
     rng = np.random.default_rng(0)
     tensors, config = {}, json.loads((DATA / name / "config.json").read_text())
     config.get("quantization_config", {}).update({"group_size": 128} if name == "ck_q3_gptq_True" else {})
+    wide, tall = (LARGE[name](rng, n, k) for n, k in ((size, hidden), (hidden, size)))
     for layer in range(2):
         block = f"model.layers.{layer}.mlp"
         for e in range(experts):
-            for part, n, k in (("gate_proj", size, hidden), ("up_proj", size, hidden), ("down_proj", hidden, size)):
-                found = LARGE[name](rng, n, k)
+            for part, found in (("gate_proj", wide), ("up_proj", wide), ("down_proj", tall)):
                 tensors |= {f"{block}.experts.{e}.{part}.{suffix}": value for suffix, value in found.items()}
         tensors[f"{block}.gate.weight"] = np.zeros((experts, hidden), np.float32)
     config |= {"hidden_size": hidden, "moe_intermediate_size": size, "num_local_experts": experts}

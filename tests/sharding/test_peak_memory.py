@@ -37,9 +37,10 @@ def enlarge(folder, source):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="it reads a process's peak from Linux")
 def test_a_process_needs_at_most_three_tenths_more_than_its_share(tmp_path):
     enlarge(tmp_path, DATA / "ck_llmc_NVFP4A16")
-    # Freed arrays are given back, so that what was there before is not more than it seems.
-    freeing = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    for line in last_lines_of_two("peak_of_loading.py", __file__, str(tmp_path), environment=freeing):
+    # Freed arrays are given back, so that what was there before is not more than it seems. And 80 MB take longer than
+    # optimised code takes to compile.
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "XLA_FLAGS": ""}
+    for line in last_lines_of_two("peak_of_loading.py", __file__, str(tmp_path), environment=environment):
         for axis, found in json.loads(line).items():
             assert found["local"] > 40e6, "the kernel maps files in pieces of 2 MiB: too little to tell from them"
             assert found["peak"] <= 1.3 * found["local"], (axis, found)
