@@ -3,7 +3,7 @@
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --out decode.svg
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --dark --out decode_dark.svg
     python -m benchmarks.plot benchmarks/results/h200/decode_with_peers.json --show share --out share.svg
-    python -m benchmarks.plot benchmarks/results/h200/scan.json --out scan.svg
+    python -m benchmarks.plot scan.json --out scan.svg
 
 Lines are medians, bands reach from the 10th to the 90th percentile of the samples. Takes any number of result files of
 `benchmarks.blocks` and `benchmarks.scan`. A line is an implementation; where a model was timed in several formats,
