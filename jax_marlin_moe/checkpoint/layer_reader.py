@@ -17,7 +17,6 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts
 from jax_marlin_moe.checkpoint.numbering import claim_number
-from jax_marlin_moe.checkpoint.progress import Progress
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
@@ -25,6 +24,7 @@ from jax_marlin_moe.checkpoint.sharded import Share, add_bias, cut_of, load_bloc
 from jax_marlin_moe.checkpoint.tensors import FLOATS, ShapeError, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.layer import MoELayer, check_layer
+from jax_marlin_moe.progress import progress_bar
 from jax_marlin_moe.sharding.moe_sharding import MoESharding
 from jax_marlin_moe.shared_expert import SharedExpert, split_like
 from jax_marlin_moe.weights import MarlinWeights
@@ -155,7 +155,7 @@ class LayerReader:
         files, biased = self.files, self.family.biased
         stored = find_matrix(files, first, hidden, size, self.quantization, self.target)
         down_stored = find_matrix(files, second, size, hidden, self.quantization, self.target)
-        bar = Progress(f"layer {self.layer}", len(first) + len(second))
+        bar = progress_bar(f"layer {self.layer}", len(first) + len(second))
         read: set[str] = set()
 
         def load(share: Share) -> tuple[MarlinWeights, MarlinWeights]:
@@ -165,7 +165,7 @@ class LayerReader:
                 stored,
                 biased=biased,
                 column_orders=down_stored.column_orders,
-                advance=bar.advance,
+                advance=bar.update,
                 members=share.experts,
                 cut=cut_of(share, hidden, down=False),
             )
@@ -173,7 +173,7 @@ class LayerReader:
                 files,
                 down_stored,
                 biased=biased,
-                advance=bar.advance,
+                advance=bar.update,
                 members=share.experts,
                 cut=cut_of(share, hidden, down=True),
             )
@@ -264,16 +264,16 @@ class LayerReader:
         """Both matrices of some experts; a row order of the second is folded into the columns of the first."""
         files = self.files
         down_stored = find_matrix(files, second, size, hidden, self.quantization, target)
-        bar = Progress(f"layer {self.layer}", len(first) + len(second))
+        bar = progress_bar(f"layer {self.layer}", len(first) + len(second))
         try:
             gate_up = load_matrix(
                 files,
                 find_matrix(files, first, hidden, size, self.quantization, target),
                 biased=biased,
                 column_orders=down_stored.column_orders,
-                advance=bar.advance,
+                advance=bar.update,
             )
-            down = load_matrix(files, down_stored, biased=biased, advance=bar.advance)
+            down = load_matrix(files, down_stored, biased=biased, advance=bar.update)
         finally:
             bar.close()
         return gate_up, dataclasses.replace(down, input_order=None)

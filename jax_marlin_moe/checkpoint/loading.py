@@ -17,11 +17,11 @@ from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.families import FAMILIES
 from jax_marlin_moe.checkpoint.family import Family
 from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
-from jax_marlin_moe.checkpoint.progress import Progress
 from jax_marlin_moe.checkpoint.schemes.plain import Target
 from jax_marlin_moe.checkpoint.source import Source
 from jax_marlin_moe.checkpoint.tensors import read_json
 from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.progress import progress_bar
 from jax_marlin_moe.sharding.moe_sharding import MoESharding
 from jax_marlin_moe.sharding.placement import check_devices
 from jax_marlin_moe.stacked_layer import StackedMoELayer, stack_layers
@@ -156,11 +156,11 @@ def _loaded(
     checkpoint: "Checkpoint", numbers: Sequence[int], sharding: MoESharding | None
 ) -> Iterator[tuple[int, MoELayer]]:
     """The layers, one by one, with a line on a terminal that counts them."""
-    bar = Progress("layers", len(numbers))
+    bar = progress_bar("layers", len(numbers))
     try:
         for number in numbers:
             layer = checkpoint.load(number, sharding)
-            bar.advance()
+            bar.update()
             yield number, layer
     finally:
         bar.close()

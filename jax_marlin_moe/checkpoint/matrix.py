@@ -70,7 +70,7 @@ def load_matrix(
     *,
     biased: bool | None,
     column_orders: Sequence[np.ndarray | None] | None = None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], object] = lambda: None,
     members: Sequence[int] | None = None,
     cut: Cut | None = None,
 ) -> MarlinWeights:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_marlin_moe.cli.console import complain
+from jax_marlin_moe.cli.console import complain, measured_table
 from jax_marlin_moe.cli.shape_options import add_shape_options, positive, shapes_to_measure
 from jax_marlin_moe.cuda.compiler import CompilationError
 from jax_marlin_moe.measure.random_layers import random_layers, random_routings
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a line for every block; returns 1 if nothing can be measured, 2 for unusable options."""
+    """Prints a table of the blocks; returns 1 if nothing can be measured, 2 for unusable options."""
     shapes, status = shapes_to_measure(options, "measure")
     if status:
         return status
@@ -32,32 +32,36 @@ def run(options: argparse.Namespace) -> int:
     from jax_marlin_moe.measure.replay import replayed_block
 
     dtype = jnp.dtype(options.dtype)
-    print(f"{jax.devices('cuda')[0].device_kind}, {options.format}, {dtype}: us of a block (10 % to 90 % of replays)")
-    for shape in shapes:
-        try:
-            layers = random_layers(shape, options.format, dtype)
-        except ValueError as error:
-            complain(f"cannot measure {shape.name}: {error}")
-            return 2
-        expert_bytes = sum(weights.nbytes for weights in layers[0]) / shape.num_experts
-        for tokens in options.tokens:
-            ids = random_routings(shape.num_experts, shape.top_k, tokens, _ROUTINGS)
-            x = jax.random.normal(jax.random.key(0), (tokens, shape.hidden), dtype)
-            weights = jnp.full((tokens, shape.top_k), 1 / shape.top_k, jnp.float32)
+    print(f"{jax.devices('cuda')[0].device_kind}, {options.format}, {dtype}: blocks, by {options.samples} replays")
+    count = len(shapes) * len(options.tokens)
+    with measured_table("blocks", count, "model", "tokens", "experts hit", "us", "10 % to 90 %", "TB/s") as add_row:
+        for shape in shapes:
             try:
-                kernels = replayed_block(x, layers, [weights] * _ROUTINGS, ids)
-            except (CompilationError, RuntimeError, ValueError) as error:
-                complain(f"cannot measure {shape.name} with {tokens} tokens: {error}")
-                return 1
-            times = kernels.microseconds(samples=options.samples, pause_seconds=_PAUSE_SECONDS)
-            kernels.close()
-            hit = float(np.mean([len(np.unique(chosen)) for chosen in ids]))
-            block_us = statistics.median(times)
-            print(
-                f"{shape.name:18s} {tokens:6d} tokens  {hit:6.1f} experts hit  {block_us:8.1f} us "
-                f"({times[len(times) // 10]:.1f} - {times[-1 - len(times) // 10]:.1f}), "
-                f"{hit * expert_bytes / block_us / 1e6:.2f} TB/s",
-                flush=True,
-            )
-        del layers
+                layers = random_layers(shape, options.format, dtype)
+            except ValueError as error:
+                complain(f"cannot measure {shape.name}: {error}")
+                return 2
+            expert_bytes = sum(weights.nbytes for weights in layers[0]) / shape.num_experts
+            for tokens in options.tokens:
+                ids = random_routings(shape.num_experts, shape.top_k, tokens, _ROUTINGS)
+                x = jax.random.normal(jax.random.key(0), (tokens, shape.hidden), dtype)
+                weights = jnp.full((tokens, shape.top_k), 1 / shape.top_k, jnp.float32)
+                try:
+                    kernels = replayed_block(x, layers, [weights] * _ROUTINGS, ids)
+                except (CompilationError, RuntimeError, ValueError) as error:
+                    complain(f"cannot measure {shape.name} with {tokens} tokens: {error}")
+                    return 1
+                times = kernels.microseconds(samples=options.samples, pause_seconds=_PAUSE_SECONDS)
+                kernels.close()
+                hit = float(np.mean([len(np.unique(chosen)) for chosen in ids]))
+                block_us = statistics.median(times)
+                add_row(
+                    shape.name,
+                    str(tokens),
+                    f"{hit:.1f}",
+                    f"{block_us:.1f}",
+                    f"{times[len(times) // 10]:.1f} - {times[-1 - len(times) // 10]:.1f}",
+                    f"{hit * expert_bytes / block_us / 1e6:.2f}",
+                )
+            del layers
     return 0

@@ -3,7 +3,11 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from tabulate import tabulate
+
+from jax_marlin_moe.progress import progress_bar
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signals that end a program of C in the same place
 
@@ -19,6 +23,26 @@ def progress(text: str) -> None:
         print(text, flush=True)
     except OSError:
         _discard_output()
+
+
+@contextlib.contextmanager
+def measured_table(what: str, count: int, *headers: str) -> Iterator[Callable[..., None]]:
+    """A table whose `count` rows take a while: what it yields adds one, of texts.
+
+    A terminal sees how far it is; the block's end prints the rows, also where an error ends it.
+    """
+    rows: list[tuple[str, ...]] = []
+    try:
+        with progress_bar(what, count) as bar:
+
+            def add_row(*row: str) -> None:
+                rows.append(row)
+                bar.update()
+
+            yield add_row
+    finally:
+        if rows:
+            print(tabulate(rows, headers, disable_numparse=True), flush=True)
 
 
 def escaped(text: str) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import load_moe_layer
-from jax_marlin_moe.cli.console import complain
+from jax_marlin_moe.cli.console import complain, measured_table
 from jax_marlin_moe.cli.devices import no_device_reason
 from jax_marlin_moe.measure.models import MODELS
 from jax_marlin_moe.measure.random_layers import random_layers, random_routings
@@ -27,7 +27,7 @@ from jax_marlin_moe.ops.implementation import unavailable_reason
 CHECKPOINT = pathlib.Path(__file__).parent / "demo_checkpoint"
 
 _LARGE_MODEL = "qwen3-30b-a3b"
-_LARGE_TOKENS = (1, 16)
+_SMALL_TOKENS = _LARGE_TOKENS = (1, 16)
 # Blocks in a timed chain, each with a routing of its own, so that caches do not hold the experts; on a GPU enough of
 # them to hide the call from Python.
 _LINKS = {"cpu": 8, "gpu": 32}
@@ -77,23 +77,21 @@ def run(options: argparse.Namespace) -> int:
     if native_name is None:
         print(f"no kernels for platform {device.platform}: the reference runs alone")
     print()
-    print(f"{'layer':30s} {'tokens':>6s}  {'runs on':8s} {'error':>8s} {'time':>11s} {'of limit':>8s}")
-
     wrong = False
-    for case in _cases(dtype, options.small, _LINKS.get(device.platform, 1)):
-        expected = _float32_block(case)
-        for name in names:
-            error, seconds = _measure(case, name, expected)
-            wrong |= not error <= _ERROR_LIMIT[options.dtype]
-            # The shipped layer is so small that caches hold it: a share of the memory's bandwidth would say nothing.
-            share = "-"
-            if bandwidth is not None and len(case.ids) > 1:
-                share = f"{case.bytes_per_block() / seconds / bandwidth:.0%}"
-            time_text = f"{seconds * 1e6:.0f} us" if seconds < 1e-2 else f"{seconds * 1e3:.0f} ms"
-            print(
-                f"{case.name:30s} {case.x.shape[0]:6d}  {name:8s} {error:8.1e} {time_text:>11s} {share:>8s}",
-                flush=True,
-            )
+    count = len(_SMALL_TOKENS) + (0 if options.small else len(_LARGE_TOKENS))
+    headers = ("layer", "tokens", "runs on", "error", "time", "of limit")
+    with measured_table("layers", count * len(names), *headers) as add_row:
+        for case in _cases(dtype, options.small, _LINKS.get(device.platform, 1)):
+            expected = _float32_block(case)
+            for name in names:
+                error, seconds = _measure(case, name, expected)
+                wrong |= not error <= _ERROR_LIMIT[options.dtype]
+                # The shipped layer is so small that caches hold it: a share of the memory's bandwidth says nothing.
+                share = "-"
+                if bandwidth is not None and len(case.ids) > 1:
+                    share = f"{case.bytes_per_block() / seconds / bandwidth:.0%}"
+                time_text = f"{seconds * 1e6:.0f} us" if seconds < 1e-2 else f"{seconds * 1e3:.0f} ms"
+                add_row(case.name, str(case.x.shape[0]), name, f"{error:.1e}", time_text, share)
     print()
     print("runs on: xla is the reference in plain JAX; the first of each group is what a call uses by itself")
     print("error: relative L2 against float32 on the dequantised weights; of limit: hit experts' bytes / time / read")
@@ -106,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:
     layer = load_moe_layer(CHECKPOINT, layer=0)
-    for tokens in (1, 16):
+    for tokens in _SMALL_TOKENS:
         x = jax.random.normal(jax.random.key(tokens), (tokens, layer.gate_up.k), dtype)
         weights, chosen = layer.route(x)
         name = f"AWQ checkpoint, E={layer.gate_up.num_experts} H={layer.gate_up.k}"

@@ -6,7 +6,7 @@ import time
 
 import jax.numpy as jnp
 
-from jax_marlin_moe.cli.console import complain
+from jax_marlin_moe.cli.console import complain, measured_table
 from jax_marlin_moe.cli.shape_options import add_shape_options, positive, shapes_to_measure
 from jax_marlin_moe.cuda import cache
 from jax_marlin_moe.cuda.compiler import target_architecture
@@ -41,39 +41,43 @@ def run(options: argparse.Namespace) -> int:
 
     dtype, architecture = jnp.dtype(options.dtype), target_architecture()
     path = tables.user_path(architecture)
-    for shape in shapes:
-        try:
-            layers = random_layers(shape, options.format, dtype)
-            shared = []
-            if options.shared is not None:
-                of_shared = dataclasses.replace(shape, num_experts=options.shared)
-                shared = random_layers(of_shared, options.format, dtype, len(layers))
-        except ValueError as error:
-            complain(f"cannot tune {shape.name}: {error}")
-            return 2
-        for tokens in options.tokens:
-            start = time.perf_counter()
+    headers = ("model", "tokens", "block us", "gate_up us", "down us", "seconds", "scheme")
+    with measured_table("blocks", len(shapes) * len(options.tokens), *headers) as add_row:
+        for shape in shapes:
             try:
-                best = autotune(
-                    layers,
-                    tokens=tokens,
-                    top_k=shape.top_k,
-                    dtype=dtype,
-                    candidates_per_product=options.candidates,
-                    shared=shared,
+                layers = random_layers(shape, options.format, dtype)
+                shared = []
+                if options.shared is not None:
+                    of_shared = dataclasses.replace(shape, num_experts=options.shared)
+                    shared = random_layers(of_shared, options.format, dtype, len(layers))
+            except ValueError as error:
+                complain(f"cannot tune {shape.name}: {error}")
+                return 2
+            for tokens in options.tokens:
+                start = time.perf_counter()
+                try:
+                    best = autotune(
+                        layers,
+                        tokens=tokens,
+                        top_k=shape.top_k,
+                        dtype=dtype,
+                        candidates_per_product=options.candidates,
+                        shared=shared,
+                    )
+                except (RuntimeError, ValueError) as error:
+                    complain(f"cannot tune {shape.name} with {tokens} tokens: {error}")
+                    return 1
+                add_row(
+                    shape.name,
+                    str(tokens),
+                    *(f"{us:.1f}" for us in (best.block_us, best.gate_up_us, best.down_us)),
+                    f"{time.perf_counter() - start:.0f}",
+                    str(best.scheme),
                 )
-            except (RuntimeError, ValueError) as error:
-                complain(f"cannot tune {shape.name} with {tokens} tokens: {error}")
-                return 1
-            print(
-                f"{shape.name:18s} {tokens:6d} tokens  block {best.block_us:.1f} us, products {best.gate_up_us:.1f} "
-                f"and {best.down_us:.1f}: {best.scheme}  ({time.perf_counter() - start:.0f} s)",
-                flush=True,
-            )
-            key = block_key(*layers[0], shape.top_k, options.shared or 0)
-            if tables.lookup(key, tokens, architecture) != best.scheme:
-                complain(f"{path} cannot be written; set {cache.ENVIRONMENT_VARIABLE} to a folder that can")
-                return 1
-        del layers, shared
+                key = block_key(*layers[0], shape.top_k, options.shared or 0)
+                if tables.lookup(key, tokens, architecture) != best.scheme:
+                    complain(f"{path} cannot be written; set {cache.ENVIRONMENT_VARIABLE} to a folder that can")
+                    return 1
+            del layers, shared
     print(f"stored in {path}: calls with these shapes use it from their next lowering on")
     return 0

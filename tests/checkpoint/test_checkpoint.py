@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.checkpoint import MoELayer, load_moe_layer, load_moe_layers, progress
+from jax_marlin_moe import progress
+from jax_marlin_moe.checkpoint import MoELayer, load_moe_layer, load_moe_layers
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 4, 128, 128, 64
@@ -73,22 +74,15 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 def test_a_long_load_shows_progress_on_a_terminal(stream, monkeypatch):
-    monkeypatch.setattr(progress, "_AFTER", 0.0)
+    monkeypatch.setattr(progress, "_AFTER_SECONDS", 0.0)
     monkeypatch.setattr("sys.stderr", stream())
     load_moe_layer(DATA / "ck_awq", 1)
-    shown = sys.stderr.getvalue()
-    if stream is Terminal:
-        assert shown.endswith("\rlayer 1 [##############################] 8/8\n")
-    else:
-        assert shown == ""
+    assert ("layer 1:   0%|" in sys.stderr.getvalue()) == (stream is Terminal)
     monkeypatch.setattr("sys.stderr", stream())
     assert len(list(load_moe_layers(DATA / "ck_awq"))) == 2
     shown = sys.stderr.getvalue()
-    if stream is Terminal:
-        assert shown.endswith("\rlayers [##############################] 2/2\n")
-        assert "\rlayers [###############...............] 1/2\r" in shown
-    else:
-        assert shown == ""
+    assert ("layers:   0%|" in shown) == ("layer 1:   0%|" in shown) == (stream is Terminal)
+    assert shown == "" or stream is Terminal
 
 
 def test_layer_is_a_pytree():
