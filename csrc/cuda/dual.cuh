@@ -2,7 +2,7 @@
 // functions that activations are made of, of both.
 #pragma once
 
-#include "types.cuh"
+#include "ptx/ptx.cuh"
 
 namespace jmm {
 
@@ -25,10 +25,7 @@ __device__ __forceinline__ Dual operator+(Dual a, float b) { return {a.value + b
 // Off by a few units of its last place, without a branch, and zero below 2^-126.
 __device__ __forceinline__ float sigmoid(float value) {
   constexpr float kLog2E = 1.4426950409f;
-  float power, quotient;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value * -kLog2E));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1.0f + power));
-  return quotient;
+  return quick_reciprocal(1.0f + quick_power_of_two(value * -kLog2E));
 }
 __device__ __forceinline__ Dual sigmoid(Dual x) {
   const float value = sigmoid(x.value);

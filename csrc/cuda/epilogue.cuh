@@ -234,11 +234,9 @@ struct PackedPartials {
     return {1.0f, factor(slot)};
   }
 
-  // The vector of the first slot that begins with a column, in registers: no compiler makes it anew for each row.
+  // The vector of the first slot that begins with a column, not made anew for each row.
   __device__ __forceinline__ uint2* vectors_from(int column) const {
-    uint2* vectors = reinterpret_cast<uint2*>(out) + Places::vector_of(column);
-    asm volatile("" : "+l"(vectors));
-    return vectors;
+    return opaque(reinterpret_cast<uint2*>(out) + Places::vector_of(column));
   }
 
   // Four columns behind the one that `vectors` are from, whose sums have yet to be multiplied by `residual`. Nothing is

@@ -309,6 +309,25 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
+// The address in registers, as it is here: no compiler makes it anew where it is used.
+template <class T>
+__device__ __forceinline__ T* opaque(T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+
+// 2^value and 1 / value, off by a unit or two of the last place; numbers below 2^-126 are zero.
+__device__ __forceinline__ float quick_power_of_two(float value) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  return power;
+}
+__device__ __forceinline__ float quick_reciprocal(float value) {
+  float quotient;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(value));
+  return quotient;
+}
+
 // The bits of a where mask has ones, those of b elsewhere. The compiler would rather clear bits of a or b beforehand,
 // in an instruction more.
 __device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {

@@ -1,6 +1,7 @@
 // The wgmma kernel's tile, and all that is known at compile time about a product that is cut into such tiles.
 #pragma once
 
+#include "epilogue.cuh"
 #include "gemm/problem.cuh"
 #include "weights/fragments_offset.cuh"
 
