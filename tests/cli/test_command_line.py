@@ -21,6 +21,7 @@ import jax_marlin_moe
 from jax_marlin_moe import native
 from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.cli import bench, demo, precompile, shape_options, tune
+from jax_marlin_moe.cli.console import measured_table
 from jax_marlin_moe.cli.main import main
 from jax_marlin_moe.cuda import cache, compiler
 
@@ -259,6 +260,17 @@ def test_a_full_output(capfd, tmp_path):
         assert main(["convert", str(CHECKPOINT), str(tmp_path / "packed")]) == 0
     assert capfd.readouterr().err == ""
     assert packed_form.read_manifest(tmp_path / "packed").layers == [0, 1]
+
+
+def test_a_table_has_what_was_measured_before_an_error(capsys):
+    def measure():
+        with measured_table("rows", 2, "name", "us") as add_row:
+            add_row("first", "1.50")
+            raise ValueError("the second")
+
+    with pytest.raises(ValueError, match="the second"):
+        measure()
+    assert capsys.readouterr().out.splitlines() == ["name    us", "------  ----", "first   1.50"]
 
 
 def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
