@@ -10,7 +10,22 @@
 
 namespace jmm {
 
-// Facts of all three: jax_marlin_moe/cuda/kernels/combine.py.
+// Which slots of a token have an expert with weights, a bit each. Facts of all: jax_marlin_moe/cuda/kernels/combine.py.
+template <class Facts>
+struct SlotsWithRows {
+  uint32_t bits[(Facts::kTopK + 31) / 32] = {};
+
+  __device__ __forceinline__ SlotsWithRows(const int32_t* topk_ids, const int32_t* expert_map, int token) {
+#pragma unroll
+    for (int j = 0; j < Facts::kTopK; ++j) {
+      const int expert = expert_of_slot<Facts::kExperts, Facts::kRoutedExperts, Facts::kMapped>(
+          topk_ids, expert_map, token * Facts::kTopK + j);
+      bits[j / 32] |= uint32_t(expert >= 0) << (j % 32);
+    }
+  }
+  __device__ __forceinline__ bool has(int j) const { return bits[j / 32] >> (j % 32) & 1; }
+};
+
 template <class Facts>
 struct Combine {
   using T = typename Facts::Element;        // of the result
@@ -54,13 +69,7 @@ struct Combine {
     const VectorIndex i = Offset<kAllVectors + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
     const int last = count.of(kTokens) - 1, token = min(i / kVectors, VectorIndex(last)), vector = i % kVectors;
     // The ids were there before this call: they are fetched while the kernel before still runs.
-    uint32_t there[(kTopK + 31) / 32] = {};
-#pragma unroll
-    for (int j = 0; j < kTopK; ++j) {
-      const int slot = token * kTopK + j;
-      const int expert = expert_of_slot<kExperts, kRoutedExperts, kMapped>(topk_ids, expert_map, slot);
-      there[j / 32] |= uint32_t(expert >= 0) << (j % 32);
-    }
+    const SlotsWithRows<Facts> slots(topk_ids, expert_map, token);
     allow_next_kernel();
     wait_for_previous_kernel();
     if (!kPlaces && i >= VectorIndex(count.of(kTokens)) * kVectors) return;  // with places, the others of a unit wait
@@ -68,17 +77,17 @@ struct Combine {
 #pragma unroll
     for (int first = 0; first < kTopK; first += kAhead) {
       if constexpr (kAhead == 1) {
-        if (there[first / 32] >> (first % 32) & 1) add_words(sums, partial(token * kTopK + first, vector));
+        if (slots.has(first)) add_words(sums, partial(token * kTopK + first, vector));
         continue;
       }
       uint4 words[kAhead];
 #pragma unroll
       for (int j = first; j < first + kAhead && j < kTopK; ++j) {
-        if (there[j / 32] >> (j % 32) & 1) words[j - first] = partial(token * kTopK + j, vector);
+        if (slots.has(j)) words[j - first] = partial(token * kTopK + j, vector);
       }
 #pragma unroll
       for (int j = first; j < first + kAhead && j < kTopK; ++j) {
-        if (there[j / 32] >> (j % 32) & 1) add_words(sums, words[j - first]);
+        if (slots.has(j)) add_words(sums, words[j - first]);
       }
     }
     if constexpr (kIdentityExperts > 0) add_input(sums[0], token, vector);
@@ -177,19 +186,14 @@ struct CombineFourColumns {
   __device__ void run() const {
     const PieceIndex i = Offset<kAllPieces + kThreads>(blockIdx.x) * kThreads + threadIdx.x;
     const int last = count.of(kTokens) - 1, token = min(i / kPieces, PieceIndex(last)), piece = i % kPieces;
-    uint32_t there[(kTopK + 31) / 32] = {};
-#pragma unroll
-    for (int j = 0; j < kTopK; ++j) {
-      const int expert = expert_of_slot<kExperts, kRoutedExperts, kMapped>(topk_ids, expert_map, token * kTopK + j);
-      there[j / 32] |= uint32_t(expert >= 0) << (j % 32);
-    }
+    const SlotsWithRows<Facts> slots(topk_ids, expert_map, token);
     allow_next_kernel();
     wait_for_previous_kernel();
     if (i >= PieceIndex(count.of(kTokens)) * kPieces) return;
     float4 sums[2] = {};
 #pragma unroll
     for (int j = 0; j < kTopK; ++j) {
-      if (!(there[j / 32] >> (j % 32) & 1)) continue;
+      if (!(slots.has(j))) continue;
       const uint4 part = reinterpret_cast<const uint4*>(partials)[int64_t(token * kTopK + j) * kPieces + piece];
       FourColumns::add(sums[0], uint2{part.x, part.y});
       FourColumns::add(sums[1], uint2{part.z, part.w});

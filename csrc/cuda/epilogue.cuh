@@ -147,6 +147,24 @@ struct SlotRows {
   }
 };
 
+// With rows of bytes: what partial sums of a slot are multiplied by before the bias, and behind it.
+template <class Partials>
+__device__ __forceinline__ float2 factors_around_bias(const Partials& partials, int slot) {
+  if constexpr (Partials::kRowScaled && Partials::kBias) return {partials.row_scales[slot], partials.factor(slot)};
+  if constexpr (Partials::kRowScaled) return {partials.row_scales[slot] * partials.factor(slot), 1.0f};
+  return {1.0f, partials.factor(slot)};
+}
+
+// From the sum of a column to what is stored of it, with these factors.
+template <class Partials, class Expert>
+__device__ __forceinline__ void finish_sum(const Partials& partials, Expert expert, float2 factors, int column,
+                                           float& sum) {
+  if constexpr (Partials::kScaled) sum *= usable_scale(partials.intermediate_scales[expert]);
+  if constexpr (Partials::kRowScaled) sum *= factors.x;
+  if constexpr (Partials::kBias) sum += partials.bias[expert * Partials::kBiasColumns + column];
+  if constexpr (Partials::kBias || !Partials::kRowScaled) sum *= factors.y;
+}
+
 // The same in float32, for the sum over a token's experts that follows.
 template <class Facts>
 struct SlotPartials {
@@ -169,12 +187,7 @@ struct SlotPartials {
     if constexpr (kWeighted) return topk_weights[slot];
     return 1.0f;
   }
-  // With rows of bytes: what the sums of a row are multiplied by before the bias, and behind it.
-  __device__ __forceinline__ float2 both_factors(int slot) const {
-    if constexpr (kRowScaled && kBias) return {row_scales[slot], factor(slot)};
-    if constexpr (kRowScaled) return {row_scales[slot] * factor(slot), 1.0f};
-    return {1.0f, factor(slot)};
-  }
+  __device__ __forceinline__ float2 both_factors(int slot) const { return factors_around_bias(*this, slot); }
 
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
@@ -196,12 +209,8 @@ struct SlotPartials {
     uint32_t words[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      float sum = sums[i];
-      if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
-      if constexpr (kRowScaled) sum *= factors.x;
-      if constexpr (kBias) sum += bias[expert * kBiasColumns + column + 8 * i];
-      if constexpr (kBias || !kRowScaled) sum *= factors.y;
-      words[i] = __float_as_uint(sum);
+      finish_sum(*this, expert, factors, column + 8 * i, sums[i]);
+      words[i] = __float_as_uint(sums[i]);
     }
     if (slot >= 0) store_words(reinterpret_cast<uint32_t*>(out + int64_t(slot) * kColumns + place), words);
   }
@@ -210,7 +219,7 @@ struct SlotPartials {
 // `SlotPartials` with four columns in 64 bits (four_columns.cuh), the first of which is `column`.
 template <class Facts>
 struct PackedPartials {
-  static constexpr int kColumns = Facts::kColumns;
+  static constexpr int kColumns = Facts::kColumns, kBiasColumns = Facts::kBiasColumns;
   static constexpr bool kBias = Facts::kBias, kWeighted = Facts::kWeighted, kScaled = Facts::kScaled;  // as there
   static constexpr bool kRowScaled = Facts::kRowScaled, kPairs = Facts::kPairs;
   using Places = PlacesOfFour<kPairs>;
@@ -227,12 +236,7 @@ struct PackedPartials {
     if constexpr (kWeighted) return topk_weights[slot];
     return 1.0f;
   }
-  // As in `SlotPartials`.
-  __device__ __forceinline__ float2 both_factors(int slot) const {
-    if constexpr (kRowScaled && kBias) return {row_scales[slot], factor(slot)};
-    if constexpr (kRowScaled) return {row_scales[slot] * factor(slot), 1.0f};
-    return {1.0f, factor(slot)};
-  }
+  __device__ __forceinline__ float2 both_factors(int slot) const { return factors_around_bias(*this, slot); }
 
   // The vector of the first slot that begins with a column, not made anew for each row.
   __device__ __forceinline__ uint2* vectors_from(int column) const {
@@ -250,7 +254,7 @@ struct PackedPartials {
       sums[c] *= residual;
       if constexpr (kScaled) sums[c] *= usable_scale(intermediate_scales[expert]);
       if constexpr (kRowScaled) sums[c] *= row_scales[max(slot, 0)];
-      if constexpr (kBias) sums[c] += bias[expert * kColumns + column + kBehind + Places::offset(c)];
+      if constexpr (kBias) sums[c] += bias[expert * kBiasColumns + column + kBehind + Places::offset(c)];
       if constexpr (kBias && kWeighted) sums[c] *= factor;
     }
     const uint2 packed = FourColumns::pack(sums[0], sums[1], sums[2], sums[3]);
@@ -267,12 +271,7 @@ struct PackedPartials {
 #pragma unroll
     for (int f = 0; f < kCount; f += 4) {
 #pragma unroll
-      for (int c = f; c < f + 4; ++c) {
-        if constexpr (kScaled) sums[c] *= usable_scale(intermediate_scales[expert]);
-        if constexpr (kRowScaled) sums[c] *= factors.x;
-        if constexpr (kBias) sums[c] += bias[expert * kColumns + column + 8 * c];
-        if constexpr (kBias || !kRowScaled) sums[c] *= factors.y;
-      }
+      for (int c = f; c < f + 4; ++c) finish_sum(*this, expert, factors, column + 8 * c, sums[c]);
       const uint2 packed = FourColumns::pack(sums[f], sums[f + 1], sums[f + 2], sums[f + 3]);
       if (slot >= 0) row[Places::vector_of(column + 8 * f)] = packed;
     }

@@ -155,7 +155,6 @@ class LayerReader:
         files, biased = self.files, self.family.biased
         stored = find_matrix(files, first, hidden, size, self.quantization, self.target)
         down_stored = find_matrix(files, second, size, hidden, self.quantization, self.target)
-        bar = progress_bar(f"layer {self.layer}", len(first) + len(second))
         read: set[str] = set()
 
         def load(share: Share) -> tuple[MarlinWeights, MarlinWeights]:
@@ -179,7 +178,7 @@ class LayerReader:
             )
             return gate_up, dataclasses.replace(down, input_order=None)
 
-        try:
+        with progress_bar(f"layer {self.layer}", len(first) + len(second)) as bar:
             loaded = load_block(
                 load,
                 sharding,
@@ -189,8 +188,6 @@ class LayerReader:
                 group_size=down_stored.storage.rows_per_group(size),
                 activation=self.facts.activation,
             )
-        finally:
-            bar.close()
         # What was read of one expert is known of those that other processes read.
         suffixes = {
             name.removeprefix(module)
@@ -264,8 +261,7 @@ class LayerReader:
         """Both matrices of some experts; a row order of the second is folded into the columns of the first."""
         files = self.files
         down_stored = find_matrix(files, second, size, hidden, self.quantization, target)
-        bar = progress_bar(f"layer {self.layer}", len(first) + len(second))
-        try:
+        with progress_bar(f"layer {self.layer}", len(first) + len(second)) as bar:
             gate_up = load_matrix(
                 files,
                 find_matrix(files, first, hidden, size, self.quantization, target),
@@ -274,8 +270,6 @@ class LayerReader:
                 advance=bar.update,
             )
             down = load_matrix(files, down_stored, biased=biased, advance=bar.update)
-        finally:
-            bar.close()
         return gate_up, dataclasses.replace(down, input_order=None)
 
     def _kernel(self, template: str | None, n: int, k: int) -> Array | None:

@@ -156,14 +156,11 @@ def _loaded(
     checkpoint: "Checkpoint", numbers: Sequence[int], sharding: MoESharding | None
 ) -> Iterator[tuple[int, MoELayer]]:
     """The layers, one by one, with a line on a terminal that counts them."""
-    bar = progress_bar("layers", len(numbers))
-    try:
+    with progress_bar("layers", len(numbers)) as bar:
         for number in numbers:
             layer = checkpoint.load(number, sharding)
             bar.update()
             yield number, layer
-    finally:
-        bar.close()
 
 
 class Checkpoint:

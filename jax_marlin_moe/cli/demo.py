@@ -27,7 +27,7 @@ from jax_marlin_moe.ops.implementation import unavailable_reason
 CHECKPOINT = pathlib.Path(__file__).parent / "demo_checkpoint"
 
 _LARGE_MODEL = "qwen3-30b-a3b"
-_SMALL_TOKENS = _LARGE_TOKENS = (1, 16)
+_TOKENS = (1, 16)  # of either layer
 # Blocks in a timed chain, each with a routing of its own, so that caches do not hold the experts; on a GPU enough of
 # them to hide the call from Python.
 _LINKS = {"cpu": 8, "gpu": 32}
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"no kernels for platform {device.platform}: the reference runs alone")
     print()
     wrong = False
-    count = len(_SMALL_TOKENS) + (0 if options.small else len(_LARGE_TOKENS))
+    count = len(_TOKENS) * (1 if options.small else 2)
     headers = ("layer", "tokens", "runs on", "error", "time", "of limit")
     with measured_table("layers", count * len(names), *headers) as add_row:
         for case in _cases(dtype, options.small, _LINKS.get(device.platform, 1)):
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:
     layer = load_moe_layer(CHECKPOINT, layer=0)
-    for tokens in _SMALL_TOKENS:
+    for tokens in _TOKENS:
         x = jax.random.normal(jax.random.key(tokens), (tokens, layer.gate_up.k), dtype)
         weights, chosen = layer.route(x)
         name = f"AWQ checkpoint, E={layer.gate_up.num_experts} H={layer.gate_up.k}"
@@ -113,7 +113,7 @@ def _cases(dtype: jnp.dtype, small: bool, links: int) -> Iterator[_Case]:
         return
     shape = MODELS[_LARGE_MODEL]
     ((gate_up, down),) = random_layers(shape, "int4", dtype, count=1)
-    for tokens in _LARGE_TOKENS:
+    for tokens in _TOKENS:
         ids = random_routings(shape.num_experts, shape.top_k, tokens, links, seed=tokens)
         weights = jnp.full(ids.shape, 1 / shape.top_k, jnp.float32)
         x = jax.random.normal(jax.random.key(tokens), (tokens, shape.hidden), dtype)

@@ -89,32 +89,19 @@ def fused_moe(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
+    options: dict[str, Any] = {"activation": activation, "expert_map": expert_map}
+    options |= {"x_scale": x_scale, "intermediate": intermediate, "activation_dtype": activation_dtype}
+    options |= {"preferred_element_type": preferred_element_type, "implementation": implementation}
     if arguments.has_batch(x):
-        options: dict[str, Any] = {"activation": activation, "expert_map": expert_map}
-        options |= {"x_scale": x_scale, "intermediate": intermediate, "activation_dtype": activation_dtype}
-        options |= {"preferred_element_type": preferred_element_type}
-        options |= {"implementation": implementation, "cuda_scheme": cuda_scheme, "batch_invariant": batch_invariant}
+        options |= {"cuda_scheme": cuda_scheme, "batch_invariant": batch_invariant}
         topk_weights, topk_ids = (
             arguments.batch_rows(name, operand, x)
             for name, operand in (("topk_weights", topk_weights), ("topk_ids", topk_ids))
         )
         y = fused_moe(x.reshape(-1, x.shape[-1]), gate_up, down, topk_weights, topk_ids, **options)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    return _checked_block(
-        x,
-        gate_up,
-        down,
-        topk_weights,
-        topk_ids,
-        activation=activation,
-        expert_map=expert_map,
-        x_scale=x_scale,
-        intermediate=intermediate,
-        activation_dtype=activation_dtype,
-        preferred_element_type=preferred_element_type,
-        implementation=implementation,
-        cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
-    )
+    scheme = requested_scheme(cuda_scheme, batch_invariant, implementation)
+    return _checked_block(x, gate_up, down, topk_weights, topk_ids, cuda_scheme=scheme, **options)
 
 
 def share_of_block(
