@@ -29,7 +29,7 @@ from benchmarks.card import MultiprocessorClock
 from benchmarks.ceilings import measure_bf16_products, measure_read_bandwidth
 from benchmarks.chain import chain_microseconds
 from benchmarks.peers import COMPILERS, PEER_FORMATS, PEERS
-from benchmarks.record import recorded_run
+from benchmarks.record import recorded_run, with_rows
 from benchmarks.roofline import block_limit
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
@@ -233,15 +233,10 @@ _KEY = ("model", "format", "group_size", "dtype", "activation", "biases", "batch
         "implementation")  # fmt: skip
 
 
-def with_rows(rows: list[dict], more: list[dict]) -> list[dict]:
-    """All rows, by what was timed; of two of the same, the later one. Versions of an implementation are the same."""
-
-    def key(row: dict) -> tuple:
-        *what, implementation = (row[name] for name in _KEY)
-        return *what, implementation.split()[0]
-
-    found = {key(row): row for row in (*rows, *more)}
-    return [found[one] for one in sorted(found)]
+def block_of(row: dict) -> tuple:
+    """What a row has timed. Versions of an implementation are the same."""
+    *what, implementation = (row[name] for name in _KEY)
+    return *what, implementation.split()[0]
 
 
 def raise_ceiling(document: dict) -> None:
@@ -321,7 +316,7 @@ def main() -> None:
     }
     for path in args.add:
         earlier = json.loads(path.read_text())
-        document["rows"] = with_rows(document["rows"], earlier["rows"])
+        document["rows"] = with_rows(document["rows"], earlier["rows"], block_of)
         document["bf16_tflop_s"] = max(document["bf16_tflop_s"], earlier["bf16_tflop_s"])
     for name, weight_format in itertools.product(args.models, args.format):
         shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
@@ -338,7 +333,8 @@ def main() -> None:
             others = [peer_row(peer, ours, case, clock, args) for peer in args.peers]
             for row in (ours, *others):
                 if row is not None:
-                    document["rows"] = with_rows(document["rows"], [row | {"commit": document["commit"]}])
+                    row |= {"commit": document["commit"]}
+                    document["rows"] = with_rows(document["rows"], [row], block_of)
                     print_row(row)
             raise_ceiling(document)
             args.out.write_text(json.dumps(document, indent=1) + "\n")  # a run that is cut short keeps its rows

@@ -35,7 +35,7 @@ import numpy as np
 
 import jax_marlin_moe as jmm
 from benchmarks.chain import compile_chain, ends_a_norm, time_chain, unit_rows
-from benchmarks.record import recorded_run
+from benchmarks.record import recorded_run, with_rows
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.measure.models import LAYERS, MODELS, ModelShape
 from jax_marlin_moe.measure.random_layers import random_layers
@@ -200,11 +200,9 @@ def print_row(row: dict) -> None:
     print(f"{row['model']:16s} M={row['M']:<5d} {first.removesuffix('_us')} {times[first]:8.1f} us, {more}", flush=True)
 
 
-def with_rows(rows: list[dict], more: list[dict]) -> list[dict]:
-    """All rows in the order of models and tokens; of two for the same, the later one."""
-    found = {(row["model"], row["format"], row["M"]): row for row in (*rows, *more)}
-    models = list(LAYERS)
-    return [found[key] for key in sorted(found, key=lambda key: (models.index(key[0]), key[1], key[2]))]
+def layer_of(row: dict) -> tuple[int, str, int]:
+    """What a row has timed, in the order of models and tokens."""
+    return list(LAYERS).index(row["model"]), row["format"], row["M"]
 
 
 def main() -> None:
@@ -227,7 +225,7 @@ def main() -> None:
     earlier = [json.loads(path.read_text()) for path in options.add]
     rows: list[dict] = []
     for document in earlier:
-        rows = with_rows(rows, document["rows"])
+        rows = with_rows(rows, document["rows"], layer_of)
     if not options.models:
         options.out.write_text(json.dumps({**earlier[-1], "rows": rows}, indent=1) + "\n")
         return
@@ -250,7 +248,7 @@ def main() -> None:
             continue
         timed += 1
         print_row(row)
-        rows = with_rows(rows, [{**row, "commit": record["commit"]}])
+        rows = with_rows(rows, [{**row, "commit": record["commit"]}], layer_of)
         options.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     if timed < len(options.models) * len(options.tokens):
         raise SystemExit("not everything was timed")

@@ -3,7 +3,8 @@
 import pytest
 
 pytest.importorskip("cuda.bindings.driver")
-from benchmarks.blocks import with_rows
+from benchmarks.blocks import block_of
+from benchmarks.record import with_rows
 from benchmarks.scan import cliffs, token_counts
 from jax_marlin_moe.cuda.token_ranges import most_tokens
 
@@ -42,7 +43,7 @@ def row(model: str, tokens: int, implementation: str, block_us: float) -> dict:
 
 def test_a_later_row_replaces_that_of_another_version():
     earlier = [row("a", 1, "peer 0.1", 10.0), row("a", 16, "peer 0.1", 20.0), row("a", 1, "ours 1", 5.0)]
-    found = with_rows(earlier, [row("a", 1, "peer 0.2", 9.0)])
+    found = with_rows(earlier, [row("a", 1, "peer 0.2", 9.0)], block_of)
     assert [(one["M"], one["implementation"], one["block_us"]) for one in found] == [
         (1, "ours 1", 5.0),
         (1, "peer 0.2", 9.0),
