@@ -4,10 +4,12 @@ CPUs, for which XLA has no ragged all-to-all, and cards, on which it is slow and
 equal blocks; other platforms use it.
 
 All ranks gather the ids of all tokens (4 bytes for each choice), and from them know every count and offset: no sizes
-are exchanged. A token goes once to each rank that has one of its experts, and one row comes back, in float32.
+are exchanged. A token goes once to each rank that has one of its experts, and one row comes back, of
+the shares' dtype.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -147,12 +149,8 @@ def _exchange(axis: str, rows: Array, size: int, largest: int, sizes: tuple[Arra
         sizes: by rank, where my rows for it begin, their number, where they land there; where its rows land here, and
             their number.
     """
-    return lax.platform_dependent(
-        rows, *sizes,
-        cpu=lambda *args: _dense(axis, size, largest, *args),
-        cuda=lambda *args: _dense(axis, size, largest, *args),
-        default=lambda *args: _ragged(axis, size, *args),
-    )  # fmt: skip
+    dense = partial(_dense, axis, size, largest)
+    return lax.platform_dependent(rows, *sizes, cpu=dense, cuda=dense, default=partial(_ragged, axis, size))
 
 
 def _ragged(axis, size, rows, send_at, sent, lands_at, take_at, got):
