@@ -13,6 +13,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -40,7 +41,7 @@ from jax_marlin_moe.measure.replay import plan_block, replayed_block
 
 _CHECKED_TOKENS = 64  # of a block, evenly spread
 _ROUTED_TOKENS = 1 << 15  # in all routings of a replay, at most, but for the fewest routings
-_FEWEST_REPEATS = 4
+_FEWEST_REPEATS = 2
 
 
 @dataclasses.dataclass
@@ -52,7 +53,7 @@ class Case:
     dtype: jnp.dtype
     layers: list
     ids: np.ndarray
-    weights: jax.Array
+    weights: list[jax.Array]  # of each routing
     x: jax.Array
     activation: str | Activation = "silu"
 
@@ -80,28 +81,53 @@ def make_case(
     activation: str | Activation = "silu",
 ) -> Case:
     """Routings and rows for `layers`."""
-    ids = random_routings(shape.num_experts, shape.top_k, tokens, repeats, zipf=routing == "zipf")
-    weights = jax.random.uniform(jax.random.key(7), (repeats, tokens, shape.top_k), jnp.float32, 0.5, 1.5)
-    x = jax.random.normal(jax.random.key(8), (tokens, shape.hidden), dtype)
-    return Case(shape, tokens, dtype, layers, ids, weights / weights.sum(-1, keepdims=True), x, activation)
+    ids = _routings(shape, tokens, repeats, routing)
+    weights = np.random.default_rng(7).uniform(0.5, 1.5, ids.shape).astype(np.float32)
+    weights /= weights.sum(-1, keepdims=True)
+    # From the host: a program that draws them would be compiled for each number of tokens.
+    x = jax.device_put(_random_rows(max(tokens, _ROUTED_TOKENS), shape.hidden, dtype)[:tokens])
+    return Case(shape, tokens, dtype, layers, ids, [jax.device_put(one) for one in weights], x, activation)
 
 
-@partial(jax.jit, static_argnames="activation")
-def _reference_block(*arguments, activation):
-    return jmm.fused_moe(*arguments, activation=activation, implementation="xla")
+@functools.lru_cache
+def _routings(shape: ModelShape, tokens: int, repeats: int, routing: str) -> np.ndarray:
+    return random_routings(shape.num_experts, shape.top_k, tokens, repeats, zipf=routing == "zipf")
+
+
+@functools.lru_cache(maxsize=1)  # the blocks of a model follow each other
+def _random_rows(tokens: int, columns: int, dtype: jnp.dtype) -> np.ndarray:
+    """Normal numbers on the host."""
+    return np.asarray(jax.random.normal(jax.random.key(8), (tokens, columns), dtype))
+
+
+@partial(jax.jit, static_argnames=("activation", "implementation", "batch_invariant"))
+def _block(*arguments, activation, implementation, batch_invariant=False):
+    return jmm.fused_moe(
+        *arguments, activation=activation, implementation=implementation, batch_invariant=batch_invariant
+    )
 
 
 def relative_error(case: Case, batch_invariant: bool) -> float:
     """Relative L2 error of one block of the CUDA kernels, in up to `_CHECKED_TOKENS` tokens, against the reference."""
     gate_up, down = case.layers[0]
-    x, weights, ids = case.x, case.weights[0], jnp.asarray(case.ids[0])
-    block = jax.jit(
-        partial(jmm.fused_moe, activation=case.activation, implementation="cuda", batch_invariant=batch_invariant)
-    )
+    arrays = case.x, case.weights[0], case.ids[0]
     checked = slice(None, None, max(1, case.tokens // _CHECKED_TOKENS))
-    ours = block(x, gate_up, down, weights, ids)[checked]
-    expected = _reference_block(x[checked], gate_up, down, weights[checked], ids[checked], activation=case.activation)
-    ours, expected = (np.asarray(a, np.float64) for a in (ours, expected))
+    blocks = []
+    for implementation, rows in (("cuda", slice(None)), ("xla", checked)):
+        x, weights, ids = (jax.device_put(np.asarray(array)[rows]) for array in arrays)
+        invariant = batch_invariant and implementation == "cuda"
+        out = _block(
+            x,
+            gate_up,
+            down,
+            weights,
+            ids,
+            activation=case.activation,
+            implementation=implementation,
+            batch_invariant=invariant,
+        )
+        blocks.append(np.asarray(out))
+    ours, expected = blocks[0][checked].astype(np.float64), blocks[1].astype(np.float64)
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
@@ -202,6 +228,11 @@ def peer_row(name: str, ours: dict, case: Case, clock: MultiprocessorClock, args
     return row
 
 
+def repeats_of(tokens: int, args: argparse.Namespace) -> int:
+    """Blocks of a replay, each with a routing of its own."""
+    return min(args.repeats, max(_FEWEST_REPEATS, _ROUTED_TOKENS // tokens))
+
+
 def precompile(args: argparse.Namespace, dtype: jnp.dtype) -> dict[tuple[str, str], list[concurrent.futures.Future]]:
     """Compiles the kernels of all rows beside each other; blocks find them in the kernel cache.
 
@@ -227,6 +258,15 @@ def precompile(args: argparse.Namespace, dtype: jnp.dtype) -> dict[tuple[str, st
     if not args.device_times:
         concurrent.futures.wait(itertools.chain(*found.values()))
     return found
+
+
+def draw_routings(args: argparse.Namespace) -> None:
+    """Begins with the routings of all rows, which take seconds where tokens are many, beside what follows."""
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    for name, weight_format in itertools.product(args.models, args.format):
+        shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
+        for tokens, routing in itertools.product(args.tokens, args.routing):
+            pool.submit(_routings, shape, tokens, repeats_of(tokens, args), routing)
 
 
 _KEY = ("model", "format", "group_size", "dtype", "activation", "biases", "batch_invariant", "routing", "M",
@@ -303,6 +343,7 @@ def main() -> None:
     dtype = jnp.dtype(args.dtype)
     device = jax.devices()[0]
     compiled = precompile(args, dtype)
+    draw_routings(args)
     products = measure_bf16_products()
     fastest = max(products, key=lambda name: products[name])
     ceilings = measure_read_bandwidth(), products[fastest]
@@ -327,7 +368,7 @@ def main() -> None:
         for program in compiled[name, weight_format]:
             program.result()
         for tokens, routing in itertools.product(args.tokens, args.routing):
-            repeats = min(args.repeats, max(_FEWEST_REPEATS, _ROUTED_TOKENS // tokens))
+            repeats = repeats_of(tokens, args)
             case = make_case(shape, layers, tokens, repeats, routing, dtype, activation)
             ours = our_row(case, routing, ceilings, clock, args)
             others = [peer_row(peer, ours, case, clock, args) for peer in args.peers]

@@ -442,7 +442,8 @@ def compile_humming_blocks(
     with torch.no_grad():
         blocks = []
         for number in tokens:
-            ids = random_routings(shape.num_experts, shape.top_k, number, 1)
+            slots = np.arange(number * shape.top_k, dtype=np.int32)
+            ids = (slots % shape.num_experts).reshape(1, number, shape.top_k)
             run = _make_run(shape, weight_format, number, ids, getattr(torch, dtype), activation_dtype)
             blocks += run.blocks
         for block in blocks:

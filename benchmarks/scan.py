@@ -79,7 +79,8 @@ class Scan:
         self._programs = sources
         self._layers = random_layers(shape, args.format, jnp.bfloat16)
         most = max(args.tokens)
-        self._x = jax.random.normal(jax.random.key(8), (most, shape.hidden), jnp.bfloat16)
+        # On the host: cutting an array of the device is a program for each number of tokens.
+        self._x = np.asarray(jax.random.normal(jax.random.key(8), (most, shape.hidden), jnp.bfloat16))
         self._ids = random_routings(shape.num_experts, shape.top_k, most, 2, zipf=args.routing == "zipf")
         self._weights = np.random.default_rng(7).uniform(0.5, 1.5, self._ids.shape).astype(np.float32)
 
@@ -94,9 +95,8 @@ class Scan:
         ids = np.stack([flat[start : start + tokens] for start in starts])
         weights = self._weights.reshape(-1, shape.top_k)
         router = np.stack([weights[start : start + tokens] for start in starts])
-        block = replayed_block(
-            self._x[:tokens], self._layers, [jnp.asarray(one) for one in router], ids, activation="silu"
-        )
+        x = jax.device_put(self._x[:tokens])
+        block = replayed_block(x, self._layers, [jax.device_put(one) for one in router], ids, activation="silu")
         times = block.microseconds(samples=args.samples, pause_seconds=args.pause)
         block.close()
         gate_up, down = self._layers[0]

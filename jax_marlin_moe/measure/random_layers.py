@@ -85,4 +85,8 @@ def random_routings(
         popularity = 1 / rng.permutation(np.arange(1, experts + 1))
     # Gumbel top-k draws without replacement in proportion to the popularity.
     noise = rng.gumbel(size=(count, tokens, experts))
-    return np.argsort(-(np.log(popularity) + noise), axis=-1)[..., :top_k].astype(np.int32)
+    noise += np.log(popularity)
+    # The largest top_k first: sorting all experts of many tokens takes seconds.
+    ids = np.argpartition(noise, -top_k, axis=-1)[..., -top_k:]
+    order = np.argsort(-np.take_along_axis(noise, ids, -1), axis=-1)
+    return np.take_along_axis(ids, order, -1).astype(np.int32)

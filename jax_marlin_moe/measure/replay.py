@@ -10,6 +10,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def block_operands(
         return [array for matrix in shared[i % len(layers)] for array in weight_operands(matrix)]
 
     return [
-        [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jnp.asarray(topk_ids[i]), *behind(i)]
+        [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jax.device_put(topk_ids[i]), *behind(i)]
         for i in range(len(topk_ids))
         for gate_up, down in [layers[i % len(layers)]]
     ]
@@ -140,6 +141,10 @@ def timed_samples(
         time.sleep(pause_seconds)
         times.append(replay(replays))
     return sorted(times)
+
+
+def _zeros(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    return [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
 
 
 class ReplayedPlan:
@@ -170,16 +175,18 @@ class ReplayedPlan:
             _checked(driver.cuFuncSetAttribute(function, _CARVEOUT, 100))  # as csrc/ffi/cuda_program.cc does
             self._functions.append(function)
         self._stream = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
-        rows = {i: jnp.zeros(s.shape, s.dtype) for i, s in enumerate(plan.scratch) if s.dtype != jnp.int32}
         # Those of 32 bits say what the routing is: with lists of its own, a repetition's kernel can be timed alone.
-        self._buffers = [
-            [
-                *inputs,
-                *(jnp.zeros(s.shape, s.dtype) for s in results),
-                *(rows[i] if i in rows else jnp.zeros(s.shape, s.dtype) for i, s in enumerate(plan.scratch)),
-            ]
-            for inputs in operands
-        ]
+        shared = {i: shape for i, shape in enumerate(plan.scratch) if shape.dtype != jnp.int32}
+        own = [*results, *(shape for i, shape in enumerate(plan.scratch) if i not in shared)]
+        # One program for all of them: each that is compiled takes a tenth of a second.
+        rows = dict(zip(shared, jax.jit(partial(_zeros, tuple(shared.values())))(), strict=True))
+        allocate = jax.jit(partial(_zeros, tuple(own)))
+        self._buffers = []
+        for inputs in operands:
+            arrays = iter(allocate())
+            outputs = [next(arrays) for _ in results]
+            scratch = [rows[i] if i in rows else next(arrays) for i in range(len(plan.scratch))]
+            self._buffers.append([*inputs, *outputs, *scratch])
         jax.block_until_ready(self._buffers)
         self._pointers = [[0 if b is None else b.unsafe_buffer_pointer() for b in buffers] for buffers in self._buffers]
 
