@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     # They import the driver's bindings, which a machine without CUDA need not have.
     from jax_marlin_moe.cuda import tables
-    from jax_marlin_moe.cuda.plan import block_key
+    from jax_marlin_moe.cuda.block_scheme import block_key
     from jax_marlin_moe.measure.autotune import autotune
 
     dtype, architecture = jnp.dtype(options.dtype), target_architecture()

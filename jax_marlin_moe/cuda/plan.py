@@ -5,176 +5,38 @@ spelled here.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.byte_rows import ByteDtype
-from jax_marlin_moe.cuda import tables
+from jax_marlin_moe.cuda.aligned_list import AlignedList, aligned_list
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.choose import invariant_scheme, predicted_scheme
+from jax_marlin_moe.cuda.block_scheme import block_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
-from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts, slices_of_columns
-from jax_marlin_moe.cuda.kernels import wgmma_bytes
-from jax_marlin_moe.cuda.kernels.align import align_kernels
 from jax_marlin_moe.cuda.kernels.combine import IdentityExperts, combine_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import activated, packed_partials, slot_partials
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
-from jax_marlin_moe.cuda.kernels.quantize_rows import quantize_rows_kernel, row_stride
 from jax_marlin_moe.cuda.kernels.token_tiles import (
     MOST_GROUPED_SLOTS,
     MOST_SLOTS_OF_A_BYTE,
     TAKEN_BYTES,
     TokenTiles,
-    aligned_tiles,
     direct_tiles,
     grouped_tiles,
 )
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
+from jax_marlin_moe.cuda.plan_byte_rows import QuantizedRows, Rows, check_byte_products, quantized_rows
 from jax_marlin_moe.cuda.program import CountedRows, Kernel, Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, Tile
 from jax_marlin_moe.cuda.token_ranges import most_tokens
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
-
-
-def block_key(gate_up: MarlinWeights, down: MarlinWeights, top_k: int, shared: int = 0) -> tables.BlockKey:
-    """The block's row in the tables of measured schemes, in which shared experts count as any others."""
-    return tables.BlockKey(
-        gate_up.num_experts + shared,
-        top_k + shared,
-        gate_up.k,
-        down.k,
-        gate_up.group_size,
-        (gate_up.format.code.name, down.format.code.name),
-    )
-
-
-def measured_scheme(
-    gate_up: MarlinWeights, down: MarlinWeights, top_k: int, tokens: int, architecture: str, shared: int = 0
-) -> BlockScheme | None:
-    """The scheme of a table; where none has the block with its shared experts, that of the block without them."""
-    keys = dict.fromkeys(block_key(gate_up, down, top_k, count) for count in (shared, 0))
-    found = (tables.lookup(key, tokens, architecture) for key in keys)
-    return next((scheme for scheme in found if scheme is not None), None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What a product reads.
-
-    Attributes:
-        buffer: of the rows.
-        stride: elements from one to the next.
-        scales: the buffer of a scale for each, or None.
-    """
-
-    buffer: int
-    stride: int
-    scales: int | None = None
-
-
-class _Quantised(NamedTuple):
-    """Rows in 8 bits: what makes them, and its results."""
-
-    kernel: Kernel
-    rows: Rows
-    scratch: tuple[jax.ShapeDtypeStruct, ...]
-
-
-def _quantize(
-    stage: str,
-    rows: int,
-    source_stride: int,
-    source: int,
-    source_dtype: str,
-    shape: GemmShape,
-    matrix: MarlinWeights,
-    target: int,
-    overlaps_predecessor: bool,
-    *,
-    places: bool,
-    fixed: int | None = None,
-    in_units: bool = False,
-) -> _Quantised:
-    """Rows from buffer `source` to `target`, and their scales behind them, for a product of this shape.
-
-    `places`, `fixed` and `in_units` are those of `quantize_rows_kernel`.
-    """
-    # Of codes that have a zero point to subtract; the integers of int8 products are less that of the format already.
-    sums = bool(matrix.format.zeros or (matrix.format.zero_point and shape.dtype != "int8"))
-    stride = row_stride(shape.k, sums=sums)
-    kernel = quantize_rows_kernel(
-        stage,
-        rows,
-        shape.k,
-        source_stride,
-        source_dtype,
-        shape.dtype,
-        halves_apart=wgmma_bytes.halves_apart(shape),
-        sums=sums,
-        places=places,
-        in_units=in_units,
-        from_previous=stage == "hidden",
-        x=source,
-        fixed=fixed,
-        out=target,
-        scales=target + 1,
-        overlaps_predecessor=overlaps_predecessor,
-    )
-    quantised = jax.ShapeDtypeStruct((rows, stride), shape.dtype)
-    if in_units:
-        return _Quantised(kernel, Rows(target, stride), (quantised,))
-    return _Quantised(kernel, Rows(target, stride, target + 1), (quantised, jax.ShapeDtypeStruct((rows,), jnp.float32)))
-
-
-def _check_byte_rows(
-    activation_dtype: str, matrices: dict[str, tuple[MarlinWeights, GemmShape]], architecture: str
-) -> None:
-    """Raises ValueError, by the name of the matrix, where there is no kernel for such rows."""
-    capability = compute_capability(architecture)
-    if "wgmma_bytes" not in get_architecture(capability).kernels:
-        raise ValueError(
-            f"activation_dtype is {activation_dtype!r}, which the CUDA kernels multiply on compute capability 9.0 "
-            f"alone; this is {capability / 10:.1f}: pass None, or implementation='xla'"
-        )
-    for name, (weights, shape) in matrices.items():
-        if not wgmma_bytes.multiplies(shape):
-            raise ValueError(
-                f"activation_dtype is {activation_dtype!r} and {name} has format {weights.format.name!r}, groups of "
-                f"{shape.group_size}, K = {shape.k} and N = {shape.n}; the CUDA kernels take "
-                f"{wgmma_bytes.FORMATS[activation_dtype]}, groups of 128 or one group, multiples of 32 from 128 on for "
-                "K, and of 128 for N: pass None, or implementation='xla'"
-            )
-
-
-def _packed_pairs(tile: Tile, token_tiles: TokenTiles, rounded_to: jnp.dtype) -> bool | None:
-    """Whether the second product packs pairs of columns (csrc/cuda/four_columns.cuh); None where its rows are float32.
-
-    float32 rows are for results that end in more bits than bfloat16 has, and for few rows, which stay in L2.
-    """
-    if tile.tokens <= 32 or token_tiles.cpp != "AlignedTiles" or rounded_to != jnp.bfloat16:
-        return None
-    if isinstance(tile, WgmmaByteTile):
-        return False
-    return tile.sub_tiles == 1 if isinstance(tile, WgmmaTile) else None
-
-
-def _takes_tiles(tile: Tile, shape: GemmShape, capability: int) -> bool:
-    """Whether CTAs take work tiles as they come to them: of many rows, whose number differs from tile to tile.
-
-    Not with slices of the columns: they would share a counter, and one may begin while the one before ends.
-    """
-    many = isinstance(tile, WgmmaTile) and tile.tokens > 32
-    size = tile.shared_bytes(shape) + TAKEN_BYTES
-    return many and get_architecture(capability).fits_shared_memory(size, tile.ctas_per_sm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,229 +173,333 @@ def plan_block(
     check_rows(x, capability)
     check_matrix("gate_up", gate_up)
     check_matrix("down", down)
-    slots, num_slots = top_k + shared, tokens * (top_k + shared)
-    num_experts, routed_experts = gate_up.num_experts + shared, routed_experts + shared
-    check_counts(num_slots, max(num_experts, routed_experts), num_slots)
-    topk_ids, expert_map = buffers.topk_ids, buffers.expert_map
-    columns = gate_up.padded_n // (2 if activation.gated else 1)  # of the activation, padding included
-    overlap = capability >= 90
-    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    num_slots, num_experts = tokens * (top_k + shared), gate_up.num_experts + shared
+    check_counts(num_slots, max(num_experts, routed_experts + shared), num_slots)
     multiplied = jnp.dtype(x.dtype if activation_dtype is None else activation_dtype)
     first, second = gemm_shape(gate_up, activation.gated, multiplied), gemm_shape(down, False, multiplied)
-
-    in_order = scheme == "batch_invariant"
     if activation_dtype is not None:
-        _check_byte_rows(activation_dtype, {"gate_up": (gate_up, first), "down": (down, second)}, architecture)
-        if scheme is None or scheme == "batch_invariant":  # all schemes of bytes add up in one order
-            scheme = predicted_scheme(first, second, num_slots, slots, routed_experts, capability)
-    if scheme == "batch_invariant":
-        scheme = invariant_scheme(first, second, num_slots, slots, routed_experts, capability)
-    elif scheme is None:
-        scheme = measured_scheme(gate_up, down, top_k, tokens, architecture, shared)
-        if scheme is None or not scheme.fits(first, second, capability):
-            scheme = predicted_scheme(first, second, num_slots, slots, routed_experts, capability)
-    elif not scheme.fits(first, second, capability):
-        raise ValueError(
-            f"cuda_scheme is {scheme}, which does not fit {first} and {second} on compute capability {capability}; "
-            "pass None, or what autotune finds"
-        )
-    if counted and scheme.routing == "direct":  # whose slots are those of the call, not of a list
-        scheme = dataclasses.replace(scheme, routing="aligned")
-    block = scheme.gate_up.tokens
-    activations = jax.ShapeDtypeStruct((num_slots, columns), x.dtype)
-    kernels: list[Kernel] = []
-    scratch = [activations, jax.ShapeDtypeStruct((num_slots, down.padded_n), jnp.float32)]
-    h, sums = buffers.scratch, buffers.scratch + 1
-    reads = Rows(buffers.x, first.k), Rows(h, columns)  # of the products
-    if activation_dtype is not None:
-        for_x = _quantize(
-            "x",
-            x.shape[0],
-            x.shape[1],
-            reads[0].buffer,
-            x.dtype.name,
-            first,
-            gate_up,
-            sums + 1,
-            False,
-            places=False,
-            fixed=buffers.x_scale,
-        )
-        for_hidden = _quantize(
-            "hidden",
-            num_slots,
-            columns,
-            h,
-            x.dtype.name,
-            second,
-            down,
-            sums + 3,
-            overlap,
-            places=True,
-            in_units=intermediate is not None,
-        )
-        scratch += [*for_x.scratch, *for_hidden.scratch]
-        reads = for_x.rows, for_hidden.rows
-    lists = buffers.scratch + len(scratch)
-    # The second product may read at once what the kernel before the block has written: the first one lets it in only
-    # when it has waited for that kernel.
-    from_previous = (buffers.ids_from_previous, False)
-    grouped = [
-        grouped_tiles(num_slots, num_experts, routed_experts, block, topk_ids, expert_map, previous, tokens * shared)
-        for previous in from_previous
-    ]
-    if scheme.routing == "direct":
-        first_tiles, second_tiles = (
-            direct_tiles(num_slots, num_experts, routed_experts, topk_ids, expert_map, previous)
-            for previous in from_previous
-        )
-    elif (
-        scheme.routing == "grouped"
-        and tokens * top_k <= MOST_GROUPED_SLOTS
-        and num_slots <= MOST_SLOTS_OF_A_BYTE
-        and hosts(scheme.gate_up, first, grouped[0], capability)
-        and hosts(scheme.down, second, grouped[1], capability)
-    ):
-        first_tiles, second_tiles = grouped
-    else:
-        list_length = reference.padded_size(num_slots, routed_experts, block)
-        listed = (lists, lists + 1, lists + 2)
-        takes = activation_dtype is not None or (
-            not sliced
-            and _takes_tiles(scheme.gate_up, first, capability)
-            and _takes_tiles(scheme.down, second, capability)
-        )
-        aligning, counts = align_kernels(
-            num_slots,
-            routed_experts,
-            block,
-            capability,
-            topk_ids=topk_ids,
-            expert_map=expert_map,
-            outputs=listed,
-            counts=lists + 3,
-            ids_from_previous=buffers.ids_from_previous,
-            slots_of_token=slots if counted else None,
-            products=2 if takes else 0,
-        )
-        taken = [
-            Pointer(lists + 2 + len(counts), "int32", written=True, offset=4 * product) if takes else None
-            for product in range(2)
-        ]
-        first_tiles, second_tiles = (
-            aligned_tiles(num_slots, num_experts, block, block, list_length, listed, product == 0, taken=taken[product])
-            for product in range(2)
-        )
-        kernels += aligning
-        scratch += [
-            jax.ShapeDtypeStruct((list_length,), jnp.int32),
-            jax.ShapeDtypeStruct((first_tiles.most,), jnp.int32),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
-            *counts,
-        ]
-
-    if activation_dtype is not None:  # beside alignment
-        overlaps_first = overlap and (bool(kernels) or buffers.ids_from_previous)
-        kernels.append(dataclasses.replace(for_x.kernel, overlaps_predecessor=overlaps_first))
-    activate = activated(
-        activation,
-        x.dtype.name,
-        columns,
-        out=h,
-        bias=None if gate_up.bias is None else buffers.gate_up + BIAS,
-        x_scale=buffers.x_scale if activation_dtype is None else None,  # else it is that of each row
-        intermediate=intermediate,
-        intermediate_scales=buffers.intermediate_scales,
-        row_scales=reads[0].scales,
-        slots_per_row=num_slots // x.shape[0],
+        check_byte_products(activation_dtype, {"gate_up": (gate_up, first), "down": (down, second)}, capability)
+    chosen = block_scheme(
+        scheme,
+        gate_up,
+        down,
+        first,
+        second,
+        tokens=tokens,
+        top_k=top_k,
+        routed_experts=routed_experts,
+        shared=shared,
+        architecture=architecture,
     )
-    overlaps_first = overlap and (bool(kernels) or buffers.ids_from_previous)
-    padding = 0
-    if overlaps_first and isinstance(scheme.gate_up, MmaTile):
-        # CTAs that come in while another kernel runs fill one multiprocessor after the other.
-        own = scheme.gate_up.shared_bytes(first) + first_tiles.shared_bytes
-        padding = get_architecture(capability).padding(own, scheme.gate_up.ctas_per_sm)
-    kernels.append(
-        gemm_kernel(
+    if counted and chosen.routing == "direct":  # whose slots are those of the call, not of a list
+        chosen = dataclasses.replace(chosen, routing="aligned")
+    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    block = _Block(
+        x,
+        gate_up,
+        down,
+        first,
+        second,
+        buffers,
+        tokens=tokens,
+        top_k=top_k,
+        shared=shared,
+        routed_experts=routed_experts + shared,
+        activation=activation,
+        capability=capability,
+        scheme=chosen,
+        in_order=scheme == "batch_invariant",
+        intermediate=intermediate,
+        dtype=dtype,
+        rounded_to=dtype if rounded_to is None else jnp.dtype(rounded_to),
+        sliced=sliced,
+        counted=counted,
+    )
+    return block.plan()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A block whose shapes and scheme fit each other. Attributes are the arguments of `plan_block`, but for these.
+
+    Attributes:
+        first: the shape of the product with `gate_up`.
+        second: of that with `down`.
+        routed_experts: that ids may name, shared ones among them.
+        scheme: how the block is cut.
+        in_order: whether sums are added up in one order, however many rows there are.
+        dtype: of the result.
+        rounded_to: what the caller rounds it to.
+    """
+
+    x: jax.Array | jax.ShapeDtypeStruct
+    gate_up: MarlinWeights
+    down: MarlinWeights
+    first: GemmShape
+    second: GemmShape
+    buffers: BlockBuffers
+    _: dataclasses.KW_ONLY
+    tokens: int
+    top_k: int
+    shared: int
+    routed_experts: int
+    activation: Activation
+    capability: int
+    scheme: BlockScheme
+    in_order: bool
+    intermediate: str | None
+    dtype: jnp.dtype
+    rounded_to: jnp.dtype
+    sliced: bool
+    counted: bool
+
+    @property
+    def slots(self) -> int:
+        """Of a token."""
+        return self.top_k + self.shared
+
+    @property
+    def num_slots(self) -> int:
+        """Of all tokens."""
+        return self.tokens * self.slots
+
+    @property
+    def num_experts(self) -> int:
+        """Of the matrices, and those shared."""
+        return self.gate_up.num_experts + self.shared
+
+    @property
+    def hidden(self) -> jax.ShapeDtypeStruct:
+        """What the activation leaves, padding included."""
+        columns = self.gate_up.padded_n // (2 if self.activation.gated else 1)
+        return jax.ShapeDtypeStruct((self.num_slots, columns), self.x.dtype)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether kernels may start before the ones before them have ended."""
+        return self.capability >= 90
+
+    def plan(self) -> Plan:
+        """The kernels, and the scratch: `hidden`, the rows of the second product, rows in 8 bits, a list of slots."""
+        buffers = self.buffers
+        hidden = buffers.scratch
+        in_bytes = self._byte_rows(hidden, first_scratch=hidden + 2) if self.first.has_byte_rows else None
+        if in_bytes is None:
+            reads = Rows(buffers.x, self.first.k), Rows(hidden, self.hidden.shape[1])
+            quantized: list[jax.ShapeDtypeStruct] = []
+        else:
+            reads = in_bytes[0].rows, in_bytes[1].rows
+            quantized = [*in_bytes[0].scratch, *in_bytes[1].scratch]
+
+        kernels: list[Kernel] = []
+        lists: tuple[jax.ShapeDtypeStruct, ...] = ()
+        tiles = self._tiles_without_list()
+        if tiles is None:
+            listed = self._aligned_list(hidden + 2 + len(quantized))
+            first_tiles, second_tiles = listed.tiles
+            kernels, lists = [*listed.kernels], listed.scratch
+        else:
+            first_tiles, second_tiles = tiles
+
+        overlaps_first = self.overlaps and (bool(kernels) or buffers.ids_from_previous)
+        if in_bytes is not None:  # beside alignment
+            kernels.append(dataclasses.replace(in_bytes[0].kernel, overlaps_predecessor=overlaps_first))
+            overlaps_first = self.overlaps
+        kernels.append(self._first_product(reads[0], first_tiles, hidden, overlaps_first))
+        if in_bytes is not None:
+            kernels.append(in_bytes[1].kernel)
+        second_kernels, partials = self._second_product(reads[1], second_tiles, hidden + 1)
+        return Plan((*kernels, *second_kernels), (self.hidden, partials, *quantized, *lists))
+
+    def _byte_rows(self, hidden: int, first_scratch: int) -> tuple[QuantizedRows, QuantizedRows]:
+        """The rows of both products in 8 bits."""
+        of_x = quantized_rows(
+            "x",
+            self.x,
+            self.buffers.x,
+            self.first,
+            self.gate_up,
+            first_scratch,
+            overlaps_predecessor=False,
+            fixed=self.buffers.x_scale,
+        )
+        of_hidden = quantized_rows(
+            "hidden",
+            self.hidden,
+            hidden,
+            self.second,
+            self.down,
+            first_scratch + len(of_x.scratch),
+            overlaps_predecessor=self.overlaps,
+            in_units=self.intermediate is not None,
+        )
+        return of_x, of_hidden
+
+    def _tiles_without_list(self) -> tuple[TokenTiles, TokenTiles] | None:
+        """How the products find their slots from the ids themselves; None where they read an aligned list.
+
+        The second product may read at once what the kernel before the block has written: the first one lets it in only
+        when it has waited for that kernel.
+        """
+        counts = self.num_slots, self.num_experts, self.routed_experts
+        ids, expert_map, waits = self.buffers.topk_ids, self.buffers.expert_map, self.buffers.ids_from_previous
+        scheme = self.scheme
+        if scheme.routing == "direct":
+            return direct_tiles(*counts, ids, expert_map, waits), direct_tiles(*counts, ids, expert_map, False)
+        few = self.tokens * self.top_k <= MOST_GROUPED_SLOTS and self.num_slots <= MOST_SLOTS_OF_A_BYTE
+        if scheme.routing == "aligned" or not few:
+            return None
+        first, second = (
+            grouped_tiles(*counts, scheme.gate_up.tokens, ids, expert_map, previous, self.tokens * self.shared)
+            for previous in (waits, False)
+        )
+        hosted = hosts(scheme.gate_up, self.first, first, self.capability)
+        return (first, second) if hosted and hosts(scheme.down, self.second, second, self.capability) else None
+
+    def _aligned_list(self, scratch: int) -> AlignedList:
+        tiles = (self.scheme.gate_up, self.first), (self.scheme.down, self.second)
+        return aligned_list(
+            self.num_slots,
+            self.num_experts,
+            self.routed_experts,
+            self.scheme.gate_up.tokens,
+            self.capability,
+            topk_ids=self.buffers.topk_ids,
+            expert_map=self.buffers.expert_map,
+            scratch=scratch,
+            products=2,
+            takes_tiles=self.first.has_byte_rows
+            or (not self.sliced and all(_takes_tiles(tile, shape, self.capability) for tile, shape in tiles)),
+            ids_from_previous=self.buffers.ids_from_previous,
+            slots_of_token=self.slots if self.counted else None,
+        )
+
+    def _first_product(self, reads: Rows, tiles: TokenTiles, out: int, overlaps_predecessor: bool) -> Kernel:
+        """Up to the activation, whose result goes to `out`."""
+        tile, buffers, slots_per_row = self.scheme.gate_up, self.buffers, self.num_slots // self.x.shape[0]
+        activate = activated(
+            self.activation,
+            self.x.dtype.name,
+            self.hidden.shape[1],
+            out=out,
+            bias=None if self.gate_up.bias is None else buffers.gate_up + BIAS,
+            x_scale=None if self.first.has_byte_rows else buffers.x_scale,  # in bytes it is that of each row
+            intermediate=self.intermediate,
+            intermediate_scales=buffers.intermediate_scales,
+            row_scales=reads.scales,
+            slots_per_row=slots_per_row,
+        )
+        padding = 0
+        if overlaps_predecessor and isinstance(tile, MmaTile):
+            # CTAs that come in while another kernel runs fill one multiprocessor after the other.
+            own = tile.shared_bytes(self.first) + tiles.shared_bytes
+            padding = get_architecture(self.capability).padding(own, tile.ctas_per_sm)
+        return gemm_kernel(
             "gate_up",
-            first,
-            scheme.gate_up,
-            gate_up,
-            multiplied,
-            slots_per_row=num_slots // x.shape[0],
-            row_stride=reads[0].stride,
-            x=reads[0].buffer,
+            self.first,
+            tile,
+            self.gate_up,
+            jnp.dtype(self.first.dtype),
+            slots_per_row=slots_per_row,
+            row_stride=reads.stride,
+            x=reads.buffer,
             first_operand=buffers.gate_up,
-            token_tiles=first_tiles,
+            token_tiles=tiles,
             epilogue=activate,
-            overlaps_predecessor=overlaps_first,
+            overlaps_predecessor=overlaps_predecessor,
             shared=buffers.shared_gate_up,
-            shared_experts=shared,
-            in_order=in_order,
+            shared_experts=self.shared,
+            in_order=self.in_order,
             padding_bytes=padding,
         )
-    )
-    if activation_dtype is not None:
-        kernels.append(for_hidden.kernel)
-    packed_pairs = None
-    if not in_order and buffers.identity is None:
-        packed_pairs = _packed_pairs(scheme.down, second_tiles, dtype if rounded_to is None else jnp.dtype(rounded_to))
-    slices, most_columns = [range(down.padded_n)], 3 * columns * x.dtype.itemsize // 4
-    if sliced and buffers.identity is None and (packed_pairs is None or down.padded_n // 2 > most_columns):
-        slices = slices_of_columns(second, False, scheme.down, most_columns)
-        packed_pairs = packed_pairs if len(slices) == 1 else None
-    row_words = len(slices[0]) if packed_pairs is None else down.padded_n // 2
-    scratch[1] = jax.ShapeDtypeStruct((num_slots, row_words), jnp.float32)
-    for part in slices:
-        weigh = slot_partials(
-            down.padded_n,
-            out=sums,
-            bias=None if down.bias is None else buffers.down + BIAS,
-            topk_weights=buffers.topk_weights,
-            intermediate_scales=buffers.intermediate_scales,
-            row_scales=reads[1].scales,
-            columns_of=part,
-        )
-        if packed_pairs is not None:
-            weigh = packed_partials(weigh, packed_pairs)
-        kernels.append(
-            gemm_kernel(
-                "down",
-                second,
-                scheme.down,
-                down,
-                multiplied,
-                slots_per_row=1,
-                row_stride=reads[1].stride,
-                x=reads[1].buffer,
-                first_operand=buffers.down,
-                token_tiles=second_tiles,
-                epilogue=weigh,
-                overlaps_predecessor=overlap and (scheme.overlaps or activation_dtype is not None),
-                shared=buffers.shared_down,
-                shared_experts=shared,
-                columns=part,
-                in_order=in_order,
+
+    def _second_product(
+        self, reads: Rows, tiles: TokenTiles, partials: int
+    ) -> tuple[list[Kernel], jax.ShapeDtypeStruct]:
+        """Into buffer `partials`, and the sums over slots: of slices of the columns, one after the other."""
+        buffers, tile, columns, in_bytes = self.buffers, self.scheme.down, self.second.n, self.second.has_byte_rows
+        slices, packed_pairs = self._slices(tiles)
+        kernels = []
+        for part in slices:
+            weigh = slot_partials(
+                columns,
+                out=partials,
+                bias=None if self.down.bias is None else buffers.down + BIAS,
+                topk_weights=buffers.topk_weights,
+                intermediate_scales=buffers.intermediate_scales,
+                row_scales=reads.scales,
+                columns_of=part,
             )
-        )
-        kernels.append(
-            combine_kernel(
-                tokens,
-                slots,
-                down.padded_n,
-                num_experts,
-                routed_experts,
-                dtype,
-                partials=sums,
-                topk_ids=topk_ids,
-                expert_map=expert_map,
+            product = gemm_kernel(
+                "down",
+                self.second,
+                tile,
+                self.down,
+                jnp.dtype(self.second.dtype),
+                slots_per_row=1,
+                row_stride=reads.stride,
+                x=reads.buffer,
+                first_operand=buffers.down,
+                token_tiles=tiles,
+                epilogue=weigh if packed_pairs is None else packed_partials(weigh, packed_pairs),
+                overlaps_predecessor=self.overlaps and (self.scheme.overlaps or in_bytes),
+                shared=buffers.shared_down,
+                shared_experts=self.shared,
+                columns=part,
+                in_order=self.in_order,
+            )
+            combine = combine_kernel(
+                self.tokens,
+                self.slots,
+                columns,
+                self.num_experts,
+                self.routed_experts,
+                self.dtype,
+                partials=partials,
+                topk_ids=buffers.topk_ids,
+                expert_map=buffers.expert_map,
                 out=buffers.y,
-                overlaps_predecessor=overlap,
+                overlaps_predecessor=self.overlaps,
                 identity=buffers.identity,
                 columns_of=part,
-                places=activation_dtype is not None,
-                counted=counted,
+                places=in_bytes,
+                counted=self.counted,
                 packed_pairs=packed_pairs,
             )
-        )
-    return Plan(tuple(kernels), tuple(scratch))
+            kernels += [product, combine]
+        row_words = len(slices[0]) if packed_pairs is None else columns // 2
+        return kernels, jax.ShapeDtypeStruct((self.num_slots, row_words), jnp.float32)
+
+    def _slices(self, tiles: TokenTiles) -> tuple[list[range], bool | None]:
+        """The columns that the second product has at once, and what `_packed_pairs` says of its rows."""
+        columns, whole = self.second.n, [range(self.second.n)]
+        if self.buffers.identity is not None:
+            return whole, None
+        packed_pairs = None if self.in_order else _packed_pairs(self.scheme.down, tiles, self.rounded_to)
+        most_columns = 3 * self.hidden.shape[1] * self.x.dtype.itemsize // 4
+        if not self.sliced or (packed_pairs is not None and columns // 2 <= most_columns):
+            return whole, packed_pairs
+        slices = slices_of_columns(self.second, False, self.scheme.down, most_columns)
+        return slices, packed_pairs if len(slices) == 1 else None
+
+
+def _packed_pairs(tile: Tile, token_tiles: TokenTiles, rounded_to: jnp.dtype) -> bool | None:
+    """Whether the second product packs pairs of columns (csrc/cuda/four_columns.cuh); None where its rows are float32.
+
+    float32 rows are for results that end in more bits than bfloat16 has, and for few rows, which stay in L2.
+    """
+    if tile.tokens <= 32 or token_tiles.cpp != "AlignedTiles" or rounded_to != jnp.bfloat16:
+        return None
+    if isinstance(tile, WgmmaByteTile):
+        return False
+    return tile.sub_tiles == 1 if isinstance(tile, WgmmaTile) else None
+
+
+def _takes_tiles(tile: Tile, shape: GemmShape, capability: int) -> bool:
+    """Whether CTAs take work tiles as they come to them: of many rows, whose number differs from tile to tile.
+
+    Not with slices of the columns: they would share a counter, and one may begin while the one before ends.
+    """
+    many = isinstance(tile, WgmmaTile) and tile.tokens > 32
+    size = tile.shared_bytes(shape) + TAKEN_BYTES
+    return many and get_architecture(capability).fits_shared_memory(size, tile.ctas_per_sm)

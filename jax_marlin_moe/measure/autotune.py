@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.cuda import tables
+from jax_marlin_moe.cuda.block_scheme import block_key, measured_scheme
 from jax_marlin_moe.cuda.compiler import CompilationError, compile_cubin, compute_capability, target_architecture
 from jax_marlin_moe.cuda.grouped_gemm import gemm_shape
-from jax_marlin_moe.cuda.plan import block_key, measured_scheme
 from jax_marlin_moe.cuda.program import Plan
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.propose import propose

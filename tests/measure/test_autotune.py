@@ -10,10 +10,10 @@ import pytest
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import tables
+from jax_marlin_moe.cuda.block_scheme import measured_scheme
 from jax_marlin_moe.cuda.grouped_gemm import gemm_shape
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
-from jax_marlin_moe.cuda.plan import measured_scheme
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import MODELS
 from jax_marlin_moe.measure.propose import propose
