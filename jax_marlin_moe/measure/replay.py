@@ -188,12 +188,17 @@ class ReplayedPlan:
             scratch = [rows[i] if i in rows else next(arrays) for i in range(len(plan.scratch))]
             self._buffers.append([*inputs, *outputs, *scratch])
         jax.block_until_ready(self._buffers)
+        self._results = slice(len(operands[0]), len(operands[0]) + len(results))
         self._pointers = [[0 if b is None else b.unsafe_buffer_pointer() for b in buffers] for buffers in self._buffers]
 
     def close(self) -> None:
         """Unloads the module."""
         _checked(driver.cuStreamSynchronize(self._stream))
         _checked(driver.cuModuleUnload(self._module))
+
+    def results(self, repetition: int = 0) -> list[jax.Array]:
+        """What the last replay of all kernels has left of one repetition; the next one overwrites it."""
+        return self._buffers[repetition][self._results]
 
     def _launch(self, index: int, pointers: Sequence[int], overlap: bool) -> None:
         kernel = self.plan.kernels[index]
