@@ -17,11 +17,9 @@ from jax_marlin_moe.cuda.kernels.router import (
     router_tile,
     select_kernel,
 )
-from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS
-from jax_marlin_moe.cuda.plan import BlockBuffers, plan_block
-from jax_marlin_moe.cuda.program import CountedRows, Plan, counted_plan
+from jax_marlin_moe.cuda.plan import BlockBuffers, most_of_program, plan_block
+from jax_marlin_moe.cuda.program import Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
-from jax_marlin_moe.cuda.token_ranges import most_tokens
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -56,7 +54,7 @@ def plan_moe_layer(
     y, topk_weights, topk_ids, logits = (expert_map + i for i in range(1, 5))
     rule, weighted = router.routing, None
     tokens, slots = x.shape[0], router.slots
-    most = most_tokens(tokens) if tokens * rule.top_k > MOST_GROUPED_SLOTS else None
+    most = most_of_program(tokens, rule.top_k)
     counted = most is not None
     if most is not None:  # the kernels are for so many
         router = dataclasses.replace(router, rows=jax.ShapeDtypeStruct((most, router.rows.shape[1]), router.rows.dtype))
@@ -102,25 +100,25 @@ def plan_moe_layer(
         weighted=weighted,
         counted=counted,
     )
-    first_of_block = logits + len(scratch)
+    buffers = BlockBuffers(
+        x=place["x"] if weighted is None else weighted.rows,
+        gate_up=first,
+        down=first + WEIGHT_OPERANDS,
+        topk_weights=topk_weights if weighted is None else weighted.slot_weights,
+        topk_ids=topk_ids,
+        expert_map=expert_map if mapped else None,
+        y=y,
+        scratch=logits + len(scratch),
+        ids_from_previous=True,
+        shared_gate_up=first + 2 * WEIGHT_OPERANDS if router.shared else None,
+        shared_down=first + 3 * WEIGHT_OPERANDS if router.shared else None,
+        identity=identity,
+    )
     block = plan_block(
         rows,
         gate_up,
         down,
-        BlockBuffers(
-            x=place["x"] if weighted is None else weighted.rows,
-            gate_up=first,
-            down=first + WEIGHT_OPERANDS,
-            topk_weights=topk_weights if weighted is None else weighted.slot_weights,
-            topk_ids=topk_ids,
-            expert_map=expert_map if mapped else None,
-            y=y,
-            scratch=first_of_block,
-            ids_from_previous=True,
-            shared_gate_up=first + 2 * WEIGHT_OPERANDS if router.shared else None,
-            shared_down=first + 3 * WEIGHT_OPERANDS if router.shared else None,
-            identity=identity,
-        ),
+        buffers,
         tokens=x.shape[0],
         top_k=rule.top_k,
         routed_experts=router.experts - rule.identity_experts,
@@ -133,10 +131,7 @@ def plan_moe_layer(
         counted=counted,
     )
     plan = dataclasses.replace(block, kernels=(product, select, *block.kernels), scratch=(*scratch, *block.scratch))
-    if most is None:
-        return plan
-    rows_of_token |= {first_of_block: slots, first_of_block + 1: slots}
-    return counted_plan(plan, CountedRows(tokens, most, rows_of_token), logits)
+    return counted_plan(plan, tokens, most, rows_of_token | buffers.rows_of_scratch(slots), logits)
 
 
 def choice_buffers(router: Router) -> list[jax.ShapeDtypeStruct]:

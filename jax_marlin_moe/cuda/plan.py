@@ -32,7 +32,7 @@ from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
 from jax_marlin_moe.cuda.plan_byte_rows import QuantizedRows, Rows, check_byte_products, quantized_rows
-from jax_marlin_moe.cuda.program import CountedRows, Kernel, Plan, counted_plan
+from jax_marlin_moe.cuda.program import Kernel, Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, Tile
 from jax_marlin_moe.cuda.token_ranges import most_tokens
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
@@ -75,6 +75,10 @@ class BlockBuffers:
     intermediate_scales: int | None = None
     identity: IdentityExperts | None = None
 
+    def rows_of_scratch(self, slots: int) -> dict[int, int]:
+        """Rows that buffers of the scratch have for each token of so many slots, by the buffer."""
+        return {self.scratch: slots, self.scratch + 1: slots}
+
 
 def plan_fused_moe(
     x: jax.Array,
@@ -94,13 +98,17 @@ def plan_fused_moe(
     rounded_to: jnp.dtype | None = None,
     activation_dtype: ByteDtype | None = None,
     sliced: bool = False,
+    shared: int = 0,
 ) -> Plan:
     """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map, x_scale, intermediate scales; y; scratch.
 
     `scaled` says whether there is an x_scale, `intermediate` how the intermediate is quantised. Many tokens get the
-    program of a range of numbers.
+    program of a range of numbers. Each token visits `shared` experts beside `top_k` others: weights and ids name them
+    too, and their gate_up (5) and down (5) are before y.
     """
     router = 1 + 2 * WEIGHT_OPERANDS
+    of_shared = router + 5
+    y = of_shared + (2 * WEIGHT_OPERANDS if shared else 0)
     buffers = BlockBuffers(
         x=0,
         gate_up=1,
@@ -110,11 +118,12 @@ def plan_fused_moe(
         expert_map=router + 2 if mapped else None,
         x_scale=router + 3 if scaled else None,
         intermediate_scales=None if intermediate is None else router + 4,
-        y=router + 5,
-        scratch=router + 6,
+        y=y,
+        scratch=y + 1,
+        shared_gate_up=of_shared if shared else None,
+        shared_down=of_shared + WEIGHT_OPERANDS if shared else None,
     )
-    many = tokens * top_k > MOST_GROUPED_SLOTS and activation_dtype is None and not sliced
-    most = most_tokens(tokens) if many else None
+    most = None if activation_dtype is not None or sliced else most_of_program(tokens, top_k)
     rows_of_token = x.shape[0] // tokens
     plan = plan_block(
         x if most is None else jax.ShapeDtypeStruct((rows_of_token * most, x.shape[1]), x.dtype),
@@ -127,6 +136,7 @@ def plan_fused_moe(
         activation=activation,
         architecture=architecture,
         scheme=scheme,
+        shared=shared,
         intermediate=intermediate,
         out_dtype=out_dtype,
         rounded_to=rounded_to,
@@ -134,11 +144,16 @@ def plan_fused_moe(
         sliced=sliced,
         counted=most is not None,
     )
-    if most is None:
-        return plan
     rows = {buffers.x: rows_of_token, buffers.topk_weights: 1, buffers.topk_ids: 1, buffers.y: 1}
-    rows |= {buffers.scratch: top_k, buffers.scratch + 1: top_k}
-    return counted_plan(plan, CountedRows(tokens, most, rows), buffers.scratch)
+    return counted_plan(plan, tokens, most, rows | buffers.rows_of_scratch(top_k + shared), buffers.scratch)
+
+
+def most_of_program(tokens: int, top_k: int) -> int | None:
+    """The most tokens of the program that blocks of so many share; None where they have one of their own.
+
+    Few slots are grouped by the CTAs of the products, which are compiled for their number.
+    """
+    return most_tokens(tokens) if tokens * top_k > MOST_GROUPED_SLOTS else None
 
 
 def plan_block(

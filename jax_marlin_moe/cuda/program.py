@@ -151,17 +151,27 @@ class Plan:
         raise ValueError(f"stage is {stage!r}; the kernels are {', '.join(kernel.name for kernel in self.kernels)}")
 
 
-def counted_plan(plan: Plan, counted: CountedRows, first_scratch: int) -> Plan:
-    """A plan for the most tokens, with the scratch of a call's: the buffers from `first_scratch` on."""
+def counted_plan(
+    plan: Plan, tokens: int, most: int | None, rows_of_token: Mapping[int, int], first_scratch: int
+) -> Plan:
+    """A plan for the most tokens that a call may have, with the scratch of one that has `tokens`.
+
+    Args:
+        plan: whose kernels take the number of tokens.
+        tokens: of the call.
+        most: that the plan is for; None returns the plan as it is, for exactly those of the call.
+        rows_of_token: as in `CountedRows`.
+        first_scratch: the first buffer of the plan's scratch.
+    """
+    if most is None:
+        return plan
 
     def resized(place: int, buffer: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        rows = counted.rows_of_token.get(place)
-        return (
-            buffer if rows is None else jax.ShapeDtypeStruct((rows * counted.tokens, *buffer.shape[1:]), buffer.dtype)
-        )
+        rows = rows_of_token.get(place)
+        return buffer if rows is None else jax.ShapeDtypeStruct((rows * tokens, *buffer.shape[1:]), buffer.dtype)
 
     scratch = tuple(resized(first_scratch + place, buffer) for place, buffer in enumerate(plan.scratch))
-    return dataclasses.replace(plan, scratch=scratch, counted=counted)
+    return dataclasses.replace(plan, scratch=scratch, counted=CountedRows(tokens, most, rows_of_token))
 
 
 def render(kernels: Sequence[Kernel], preamble: str = "") -> str:

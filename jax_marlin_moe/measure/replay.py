@@ -20,11 +20,10 @@ from cuda.bindings import driver
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
-from jax_marlin_moe.cuda.plan import BlockBuffers, plan_fused_moe
-from jax_marlin_moe.cuda.plan import plan_block as plan_buffers
+from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import Plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
-from jax_marlin_moe.operands import WEIGHT_OPERANDS, weight_operands
+from jax_marlin_moe.operands import weight_operands
 from jax_marlin_moe.weights import MarlinWeights, pad_rows
 
 _SHARED_LIMIT = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -50,38 +49,7 @@ def plan_block(
     activation_dtype: ByteDtype | None = None,
     shared: int = 0,
 ) -> Plan:
-    """`plan_fused_moe` for the card at hand, with a row of x for each token and every expert in the matrices.
-
-    With `shared` experts behind the others, which every token visits, in matrices of their own: the operands are x,
-    gate_up, down, weights and ids of all slots, and the two matrices of the shared ones.
-    """
-    if shared:
-        router = 1 + 2 * WEIGHT_OPERANDS
-        buffers = BlockBuffers(
-            x=0,
-            gate_up=1,
-            down=1 + WEIGHT_OPERANDS,
-            topk_weights=router,
-            topk_ids=router + 1,
-            expert_map=None,
-            y=router + 2 + 2 * WEIGHT_OPERANDS,
-            scratch=router + 3 + 2 * WEIGHT_OPERANDS,
-            shared_gate_up=router + 2,
-            shared_down=router + 2 + WEIGHT_OPERANDS,
-        )
-        return plan_buffers(
-            x,
-            gate_up,
-            down,
-            buffers,
-            tokens=x.shape[0],
-            top_k=top_k,
-            routed_experts=gate_up.num_experts,
-            activation=get_activation(activation),
-            architecture=target_architecture(),
-            scheme=scheme,
-            shared=shared,
-        )
+    """`plan_fused_moe` for the card at hand, with a row of x for each token and every expert in the matrices."""
     return plan_fused_moe(
         x,
         gate_up,
@@ -94,6 +62,7 @@ def plan_block(
         architecture=target_architecture(),
         scheme=scheme,
         activation_dtype=activation_dtype,
+        shared=shared,
     )
 
 
@@ -107,15 +76,20 @@ def block_operands(
     """Operands of `plan_block`, one list per routing; each takes the next layer, and its `shared` experts."""
     x = pad_rows(x, layers[0][0])
 
-    def behind(i: int) -> list[jax.Array | None]:
-        if not shared:
-            return [None, None, None]  # map, scale of x, scales of the intermediate
-        return [array for matrix in shared[i % len(layers)] for array in weight_operands(matrix)]
+    def arrays(matrices: Sequence[MarlinWeights]) -> list[jax.Array | None]:
+        return [array for matrix in matrices for array in weight_operands(matrix)]
 
+    absent = [None, None, None]  # map, scale of x, scales of the intermediate
     return [
-        [x, *weight_operands(gate_up), *weight_operands(down), topk_weights[i], jax.device_put(topk_ids[i]), *behind(i)]
+        [
+            x,
+            *arrays(layers[i % len(layers)]),
+            topk_weights[i],
+            jax.device_put(topk_ids[i]),
+            *absent,
+            *(arrays(shared[i % len(layers)]) if shared else []),
+        ]
         for i in range(len(topk_ids))
-        for gate_up, down in [layers[i % len(layers)]]
     ]
 
 

@@ -5,8 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import formatted_experts
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.cuda import compiler, program
+from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import ModelShape
 from jax_marlin_moe.measure.random_layers import random_layers, random_routings
@@ -14,7 +17,7 @@ from jax_marlin_moe.ops.fused_moe import fused_moe_op
 
 pytest.importorskip("cuda.bindings")
 
-from jax_marlin_moe.measure.replay import block_operands, replayed_block, timed_samples
+from jax_marlin_moe.measure.replay import block_operands, plan_block, replayed_block, timed_samples
 
 SHAPE = ModelShape("small", 8, 2, 256, 128, group_size=64)
 PADDED = ModelShape("padded", 8, 2, 200, 120, group_size=64)
@@ -52,6 +55,31 @@ def test_operands_are_those_of_the_custom_call(case):
         assert 1 < position < len(ours)
         assert np.array_equal(present[-1], ids[i])
         assert np.array_equal(present[-2], weights[i])
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_operands_with_shared_experts_are_where_the_kernels_read_them(tokens, monkeypatch):
+    monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_90a")
+    layer, shared = (
+        (
+            formatted_experts(experts, 256, 256, "int4", "bfloat16"),
+            formatted_experts(experts, 128, 256, "int4", "bfloat16"),
+        )
+        for experts in (8, 1)
+    )
+    x = host_arrays.normal(0, (tokens, 256), jnp.bfloat16)
+    plan = plan_block(x, *layer, top_k=2, activation="silu", scheme=None, shared=1)
+    ids = np.zeros((1, tokens, 3), np.int32)
+    (operands,) = block_operands(x, [layer], jnp.ones(ids.shape), ids, [shared])
+    buffers = [*operands, jax.ShapeDtypeStruct(x.shape, x.dtype), *plan.scratch]
+    program._contract(buffers, plan.kernels, plan.counted)  # raises where a kernel reads what is not there
+    read = {
+        pointer.buffer
+        for kernel in plan.kernels
+        for pointer in kernel.pointers.values()
+        if isinstance(pointer, Pointer)
+    }
+    assert read == {place for place, buffer in enumerate(buffers) if buffer is not None}
 
 
 def test_a_sample_lasts_two_milliseconds():
