@@ -1,6 +1,7 @@
 """Times whole layers on this machine's GPU, beside their expert blocks alone, and writes one JSON file.
 
     python -m benchmarks.layers --models qwen3-30b-a3b deepseek-v3-tp8 --tokens 1 16 64 --out layers.json
+    python -m benchmarks.layers --add layers.json --out layers.json
     python -m benchmarks.layers --models --add half.json layers.json --out layers.json
 
 Each time is that of a layer in a jitted chain of 3 to 12, each fed by the one before, called again and again:
@@ -10,7 +11,7 @@ after every third layer, in all of them alike.
 
 Each model has a process of its own. All make their weights and compile at the same time; when the last one is ready,
 they time one after the other, and nobody compiles meanwhile. The file is written after each row, so that a run that is
-cut short keeps what it has; `--add` begins with the rows of earlier files.
+cut short keeps what it has; `--add` begins with the rows of earlier files, and times what they lack.
 """
 
 import argparse
@@ -124,24 +125,29 @@ class Case:
     chains: dict[str, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict)
 
     def row(self, name: str, options: argparse.Namespace) -> dict:
-        """Times all forms."""
+        """Times all forms, in turns: what slows the card for a while slows all of them."""
         inputs = self.x, self.layers, self.weights, self.ids
-        times = {}
-        for form, chain in self.chains.items():
-            (about,) = time_chain(chain, *inputs, 1, 0.0, 2)
-            calls = min(max(math.ceil(_SAMPLE_MICROSECONDS / (about * len(self.ids))), 2), _MOST_CALLS)
-            times[form] = round(statistics.median(time_chain(chain, *inputs, options.samples, options.pause, calls)), 2)
+        samples: dict[str, list[float]] = {form: [] for form in FORMS if form in self.chains}
+        calls = {}
+        for form in samples:
+            (about,) = time_chain(self.chains[form], *inputs, 1, 0.0, 2)
+            calls[form] = min(max(math.ceil(_SAMPLE_MICROSECONDS / (about * len(self.ids))), 2), _MOST_CALLS)
+        for _ in range(options.samples):
+            for form, of_form in samples.items():
+                of_form += time_chain(self.chains[form], *inputs, 1, options.pause, calls[form])
+        times = {form: round(statistics.median(of_form), 2) for form, of_form in samples.items()}
         shared = self.layers[0].shared is not None
         return {"model": name, "M": self.x.shape[0], "format": options.format, "shared": shared, **times}
 
 
-def prepare(name: str, options: argparse.Namespace) -> list[Case]:
+def prepare(name: str, all_tokens: list[int], options: argparse.Namespace) -> list[Case]:
     """What is timed of a model; a number of tokens that fails or takes too long is a line in the log."""
     shape, dtype, begin = MODELS[name], jnp.dtype(options.dtype), time.perf_counter()
     layers = jax.block_until_ready(make_layers(shape, options.format, dtype))
     made = time.perf_counter() - begin
 
     cases: dict[int, Case] = {}
+    spent: dict[str, float] = dict.fromkeys(("inputs", *options.forms), 0.0)  # seconds of threads
     late = threading.Event()
 
     def begin_case(tokens: int) -> None:
@@ -151,21 +157,24 @@ def prepare(name: str, options: argparse.Namespace) -> list[Case]:
 
     def compile_forms(tokens: int, forms: list[str], before: concurrent.futures.Future | None = None) -> None:
         try:
+            start = time.perf_counter()
             if before is None:
                 begin_case(tokens)
+                spent["inputs"] += time.perf_counter() - start
             else:
                 before.result()
             for form in forms:
                 if tokens in cases and not late.is_set():
-                    case = cases[tokens]
+                    case, start = cases[tokens], time.perf_counter()
                     case.chains[form] = compile_chain(FORMS[form], case.x, layers, case.weights, case.ids)
+                    spent[form] += time.perf_counter() - start
         except Exception as error:
             print(f"{name} M={tokens} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
 
     # What is compared at every number of tokens, before what takes longest.
     pool = concurrent.futures.ThreadPoolExecutor(options.threads)
     first, rest = options.forms[:2], options.forms[2:]
-    futures = {tokens: pool.submit(compile_forms, tokens, first) for tokens in options.tokens}
+    futures = {tokens: pool.submit(compile_forms, tokens, first) for tokens in all_tokens}
     behind = [pool.submit(compile_forms, tokens, rest, future) for tokens, future in futures.items() if rest]
     patience = None if options.patience is None else max(0.0, options.patience - made)
     concurrent.futures.wait([*futures.values(), *behind], patience)
@@ -173,15 +182,21 @@ def prepare(name: str, options: argparse.Namespace) -> list[Case]:
     pool.shutdown(cancel_futures=True)  # waits for what has begun: nothing compiles while something is timed
     seconds = time.perf_counter() - begin
     ready = [case for _, case in sorted(cases.items()) if len(case.chains) >= min(2, len(options.forms))]
-    print(f"{name}: weights after {made:.1f} s; {len(ready)} of {len(futures)} ready after {seconds:.1f}", flush=True)
+    compiled = ", ".join(f"{what.removesuffix('_us')} {t:.0f}" for what, t in spent.items())
+    print(
+        f"{name}: weights after {made:.1f} s; {len(ready)} of {len(futures)} ready after {seconds:.1f}; {compiled}",
+        flush=True,
+    )
     return ready
 
 
-def run_model(name: str, options: argparse.Namespace, prepared: Any, turn: Any, next_turn: Any, results: Any) -> None:
+def run_model(
+    name: str, tokens: list[int], options: argparse.Namespace, prepared: Any, turn: Any, next_turn: Any, results: Any
+) -> None:
     """One model's process: prepares, waits until all have, and times in its turn."""
     cases: list[Case] = []
     try:
-        cases = prepare(name, options)
+        cases = prepare(name, tokens, options)
     finally:
         prepared.wait()
         turn.wait()
@@ -205,6 +220,16 @@ def layer_of(row: dict) -> tuple[int, str, int]:
     return list(LAYERS).index(row["model"]), row["format"], row["M"]
 
 
+def missing(rows: list[dict], options: argparse.Namespace) -> dict[str, list[int]]:
+    """The numbers of tokens by model that the rows do not have with all the forms."""
+    found = {layer_of(row) for row in rows if all(form in row for form in options.forms)}
+    wanted = {
+        name: [m for m in options.tokens if layer_of({"model": name, "format": options.format, "M": m}) not in found]
+        for name in options.models
+    }
+    return {name: tokens for name, tokens in wanted.items() if tokens}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,7 +242,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.02, help="seconds of rest before each sample")
     parser.add_argument("--threads", type=int, default=4, help="that compile for a model")
     parser.add_argument("--patience", type=float, help="seconds; what is not compiled by then is not timed")
-    parser.add_argument("--add", nargs="*", type=pathlib.Path, default=[], metavar="FILE", help="whose rows stay")
+    parser.add_argument("--add", nargs="*", type=pathlib.Path, default=[], metavar="FILE", help="whose rows stay as they are")
     parser.add_argument("--commit", help="of the code, where the machine has no checkout")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     options = parser.parse_args()
@@ -226,16 +251,19 @@ def main() -> None:
     rows: list[dict] = []
     for document in earlier:
         rows = with_rows(rows, document["rows"], layer_of)
-    if not options.models:
+    wanted = missing(rows, options)
+    if not wanted and not earlier:
+        parser.error("--models names none, and there is no --add")
+    if not wanted:
         options.out.write_text(json.dumps({**earlier[-1], "rows": rows}, indent=1) + "\n")
         return
     spawn = multiprocessing.get_context("spawn")
-    prepared, results = spawn.Barrier(len(options.models)), spawn.Queue()
-    turns = [spawn.Event() for _ in range(len(options.models) + 1)]
+    prepared, results = spawn.Barrier(len(wanted)), spawn.Queue()
+    turns = [spawn.Event() for _ in range(len(wanted) + 1)]
     turns[0].set()
     processes = [
-        spawn.Process(target=run_model, args=(name, options, prepared, *turns[i : i + 2], results))
-        for i, name in enumerate(options.models)
+        spawn.Process(target=run_model, args=(name, tokens, options, prepared, *turns[i : i + 2], results))
+        for i, (name, tokens) in enumerate(wanted.items())
     ]
     for process in processes:
         process.start()
@@ -250,7 +278,7 @@ def main() -> None:
         print_row(row)
         rows = with_rows(rows, [{**row, "commit": record["commit"]}], layer_of)
         options.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
-    if timed < len(options.models) * len(options.tokens):
+    if timed < sum(map(len, wanted.values())):
         raise SystemExit("not everything was timed")
 
 
