@@ -1,10 +1,12 @@
 """The table of whole layers in the documentation is that of the measured file."""
 
+import argparse
 import json
 import pathlib
 
 import pytest
 
+from benchmarks.layers import missing
 from benchmarks.layers_table import BEGIN, END, table, with_table
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,3 +37,14 @@ def test_a_model_is_named_once_and_what_was_not_timed_is_empty():
 def test_a_document_without_a_place_for_it_is_refused(document):
     with pytest.raises(ValueError, match="the document must have"):
         with_table(document, ROWS)
+
+
+def test_what_earlier_rows_lack_is_timed():
+    forms, models = ["block_us", "layer_us", "composed_us"], ["kimi-k2", "qwen3-30b-a3b"]
+    options = argparse.Namespace(models=models, tokens=[16, 1], forms=forms, format="int4")
+    rows = [{**row, "format": "int4"} for row in ROWS]
+    assert missing(rows, options) == {"kimi-k2": [16], "qwen3-30b-a3b": [16]}
+    assert missing([], options) == {"kimi-k2": [16, 1], "qwen3-30b-a3b": [16, 1]}
+    options.forms = ["layer_us"]
+    assert missing(rows, options) == {"kimi-k2": [16]}
+    assert missing(rows, argparse.Namespace(**{**vars(options), "models": ["qwen3-30b-a3b"]})) == {}
