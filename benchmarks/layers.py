@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.02, help="seconds of rest before each sample")
     parser.add_argument("--threads", type=int, default=4, help="that compile for a model")
     parser.add_argument("--patience", type=float, help="seconds; what is not compiled by then is not timed")
-    parser.add_argument("--add", nargs="*", type=pathlib.Path, default=[], metavar="FILE", help="whose rows stay as they are")
+    parser.add_argument("--add", nargs="*", type=pathlib.Path, default=[], metavar="FILE", help="whose rows stay")
     parser.add_argument("--commit", help="of the code, where the machine has no checkout")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     options = parser.parse_args()
