@@ -6,7 +6,6 @@ fast path. It is the executable form of docs/formats.md, "Block alignment", "Num
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
@@ -14,8 +13,6 @@ from jax_marlin_moe.byte_rows import ByteDtype, quantize_rows, rounded
 from jax_marlin_moe.intermediate import IntermediateQuantizer, usable
 from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
 from jax_marlin_moe.operand_types import alike
-from jax_marlin_moe.routing import Routing, route_rows
-from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 
 
@@ -359,104 +356,3 @@ def _quantized(
     """The values that 8-bit rows stand for."""
     values, scales = quantize_rows(rows, dtype, scale)
     return values * scales
-
-
-def moe_layer(
-    x: Float[Array, "tokens H"],
-    router: Float[Array, "H experts"],
-    gate_up: MarlinWeights,
-    down: MarlinWeights,
-    shared: SharedExpert | None,
-    router_bias: Float[Array, " experts"] | None,
-    correction_bias: Float[Array, " experts"] | None,
-    expert_scale: Float[Array, " experts"] | None,
-    router_input: Float[Array, "tokens H"] | None,
-    router_input_scale: Float[Array, " H"] | None,
-    topk_ids: Int32[Array, "tokens top_k"] | None,
-    expert_map: Int32[Array, " experts"] | None,
-    *,
-    routing: Routing,
-    activation: Activation,
-    shared_activation: Activation,
-    norm_epsilon: float,
-    out_dtype: DTypeLike,
-) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
-    """`route_rows`, the experts that it chooses, and the shared one: one sum in float32, rounded once; the choice.
-
-    Weights on the input multiply it in float32, which is then rounded to the type of x. The router reads as many
-    columns of x as it has rows. Its last experts may be those that return their input, which the matrices lack.
-    """
-    topk_weights, ids = route_rows(
-        x[:, : router.shape[0]] if router_input is None else router_input,
-        router,
-        routing,
-        router_bias=router_bias,
-        correction_bias=correction_bias,
-        expert_scale=expert_scale,
-        input_scale=router_input_scale,
-        norm_epsilon=norm_epsilon,
-        ids=topk_ids,
-    )
-    if routing.apply_on_input:
-        rows = weighted_rows(x, topk_weights)
-        ones = jnp.ones((rows.shape[0], 1), jnp.float32)
-        y = weighted_sum(rows, gate_up, down, ones, ids.reshape(-1, 1), expert_map, activation=activation)
-        y = y.reshape(x.shape[0], routing.top_k, -1).sum(1)
-    else:
-        y = weighted_sum(x, gate_up, down, topk_weights, ids, expert_map, activation=activation)
-    y = drop_column_padding(y, down)
-    if routing.identity_experts:
-        y = y + identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
-    if shared is not None:
-        extra = shared_sum(x, shared, shared_activation)
-        y = y + jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1])))  # padding, where down has it
-    return y.astype(out_dtype), topk_weights, ids
-
-
-def weighted_rows(x: Float[Array, "tokens H"], topk_weights: Float32[Array, "tokens top_k"]) -> Float[Array, "slots H"]:
-    """A row of x for each slot, times the slot's weight, rounded to the type of x."""
-    rows = x[:, None].astype(jnp.float32) * topk_weights[..., None]
-    return rows.astype(x.dtype).reshape(-1, x.shape[1])
-
-
-def identity_sum(
-    x: Float[Array, "tokens H"],
-    topk_weights: Float32[Array, "tokens top_k"],
-    topk_ids: Int32[Array, "tokens top_k"],
-    first: int,
-    columns: int,
-) -> Float32[Array, "tokens columns"]:
-    """What the experts from `first` on add, which return their input: x times the sum of their weights."""
-    kept = jnp.sum(jnp.where(topk_ids >= first, topk_weights, 0), axis=-1, keepdims=True)
-    rows = x.astype(jnp.float32)[:, :columns] * kept
-    return jnp.pad(rows, ((0, 0), (0, columns - rows.shape[1])))
-
-
-def shared_sum(
-    x: Float[Array, "tokens H"], shared: SharedExpert, activation: Activation
-) -> Float32[Array, "tokens padded_n"]:
-    """The shared experts' results, times the sigmoid of the gate, before they are added and rounded."""
-    gate_up, down = shared.gate_up, shared.down
-    if isinstance(gate_up, MarlinWeights):
-        assert isinstance(down, MarlinWeights)
-        ids = every_expert(x.shape[0], gate_up.num_experts)
-        y = weighted_sum(x, gate_up, down, jnp.ones(ids.shape, jnp.float32), ids, None, activation=activation)
-        y = drop_column_padding(y, down)
-    else:
-        assert not isinstance(down, MarlinWeights)
-        rows = x[:, : gate_up.shape[0]]
-        h = jnp.matmul(rows, gate_up.astype(x.dtype), preferred_element_type=jnp.float32)
-        a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
-        y = jnp.matmul(a.astype(x.dtype), down.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y if shared.gate is None else y * shared_gate(x, shared.gate)
-
-
-def shared_gate(x: Float[Array, "tokens H"], gate: Float[Array, "H 1"]) -> Float32[Array, "tokens 1"]:
-    """What multiplies the shared expert's result: the sigmoid of a product in float32."""
-    rows = x[:, : gate.shape[0]].astype(jnp.float32)
-    return jax.nn.sigmoid(jnp.matmul(rows, gate.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST))
-
-
-def every_expert(tokens: int, experts: int) -> Int32[Array, "tokens experts"]:
-    """Ids with which each token visits all of a stack."""
-    return jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32), (tokens, experts))

@@ -4,8 +4,7 @@ The contract is docs/formats.md, "The expert block".
 """
 
 import dataclasses
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,16 @@ from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
-from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind, in_units, usable
-from jax_marlin_moe.layout import TILE_N
+from jax_marlin_moe.intermediate import IntermediateQuantizer, in_units, usable
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
+from jax_marlin_moe.ops.block_arguments import (
+    FP8_ROWS,
+    as_block_rows,
+    check_experts,
+    check_fixed_scales,
+    check_intermediate,
+)
 from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, slot_columns
@@ -32,8 +37,6 @@ from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.primitive import define_op, one_program
 from jax_marlin_moe.ops.shares import choose_shares, count_shares, split_block
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
-
-_FP8_ROWS = jnp.bfloat16  # as what the kernels read float8_e4m3fn: it holds every value
 
 
 def fused_moe(
@@ -89,19 +92,28 @@ def fused_moe(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
-    options: dict[str, Any] = {"activation": activation, "expert_map": expert_map}
-    options |= {"x_scale": x_scale, "intermediate": intermediate, "activation_dtype": activation_dtype}
-    options |= {"preferred_element_type": preferred_element_type, "implementation": implementation}
+    lead = None
     if arguments.has_batch(x):
-        options |= {"cuda_scheme": cuda_scheme, "batch_invariant": batch_invariant}
-        topk_weights, topk_ids = (
-            arguments.batch_rows(name, operand, x)
-            for name, operand in (("topk_weights", topk_weights), ("topk_ids", topk_ids))
-        )
-        y = fused_moe(x.reshape(-1, x.shape[-1]), gate_up, down, topk_weights, topk_ids, **options)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-    scheme = requested_scheme(cuda_scheme, batch_invariant, implementation)
-    return _checked_block(x, gate_up, down, topk_weights, topk_ids, cuda_scheme=scheme, **options)
+        lead = x.shape[:-1]
+        topk_weights = arguments.batch_rows("topk_weights", topk_weights, x)
+        topk_ids = arguments.batch_rows("topk_ids", topk_ids, x)
+        x = x.reshape(-1, x.shape[-1])
+    y = _checked_block(
+        x,
+        gate_up,
+        down,
+        topk_weights,
+        topk_ids,
+        activation=activation,
+        expert_map=expert_map,
+        x_scale=x_scale,
+        intermediate=intermediate,
+        activation_dtype=activation_dtype,
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+        cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
+    )
+    return y if lead is None else y.reshape(*lead, y.shape[-1])
 
 
 def share_of_block(
@@ -151,7 +163,7 @@ def _checked_block(
 ):
     """`fused_moe` of rows without further dimensions; `rounded_to` as for `expert_block`."""
     check_activation_dtype(activation_dtype)
-    x, x_scale, out_dtype = _checked_rows(x, x_scale, preferred_element_type, activation_dtype)
+    x, x_scale, out_dtype = as_block_rows(x, x_scale, preferred_element_type, activation_dtype)
     topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
     act = get_activation(activation)
     check_experts(x, gate_up, down, act)
@@ -182,108 +194,6 @@ def _checked_block(
         implementation=implementation,
         cuda_scheme=cuda_scheme,
     )
-
-
-def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act: Activation, within: str = "") -> None:
-    """Raises TypeError or ValueError unless the matrices are those of one block, for rows like x.
-
-    `within` is what comes before their names in messages.
-    """
-    first, second = f"{within}gate_up", f"{within}down"
-    shares = count_shares(gate_up)
-    if shares > 1 and isinstance(down, MarlinWeights):
-        gate_up, down = jax.eval_shape(partial(split_block, shares=shares), gate_up, down)
-    arguments.check_weights(first, gate_up)
-    arguments.check_weights(second, down)
-    arguments.check_shape("x", x, (x.shape[0], gate_up.k), "(tokens, H)")
-    halves = 2 if act.gated else 1
-    if gate_up.n != halves * down.k:
-        raise ValueError(
-            f"{first} has N = {gate_up.n} columns and {second} K = {down.k} rows; activation "
-            f"{act.name!r} needs N = {halves} * K"
-        )
-    if gate_up.padded_n % (halves * TILE_N) or len(gate_up.column_padding or halves * (0,)) != halves:
-        raise ValueError(
-            f"{first} has {gate_up.padded_n} columns, with column_padding = {gate_up.column_padding}; the block needs "
-            f"gate and up in whole tiles of {TILE_N} columns each: pack them one by one and join them with "
-            "jax_marlin_moe.concatenate_columns"
-        )
-    if down.n != gate_up.k:
-        raise ValueError(f"{second} has N = {down.n} columns; it must be H = {gate_up.k}")
-    if down.num_experts != gate_up.num_experts:
-        raise ValueError(
-            f"{second} has {down.num_experts} experts; it must have as many as gate_up: {gate_up.num_experts}"
-        )
-    if down.input_order is not None:
-        raise ValueError(
-            f"{second}.input_order is not None; fold it into the columns of gate_up first, with "
-            "jax_marlin_moe.fold_input_order(gate_up, down)"
-        )
-
-
-def check_fixed_scales(
-    activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None
-) -> None:
-    """Raises ValueError where fixed scales do not go with what rows are quantised to."""
-    if activation_dtype == "int8":
-        for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
-            if value is not None:
-                raise ValueError(
-                    f"activation_dtype is 'int8' and {name} is not None; it must be None: scales that are fixed are "
-                    "those of 'float8_e4m3fn'"
-                )
-    if activation_dtype is not None and intermediate is not None and intermediate.kind != "static_fp8":
-        raise ValueError(
-            f"activation_dtype is {activation_dtype!r} and intermediate.kind {intermediate.kind!r}; it must be "
-            "'static_fp8', or intermediate None: both say how rows are quantised"
-        )
-
-
-def _checked_rows(x, x_scale, preferred_element_type, activation_dtype):
-    """The rows of products, their scale and the dtype of the result, where they go together."""
-    is_fp8 = hasattr(x, "dtype") and x.dtype == jnp.float8_e4m3fn
-    if is_fp8:
-        if activation_dtype is not None:
-            raise ValueError(
-                f"activation_dtype is {activation_dtype!r} and x has dtype float8_e4m3fn; x must have 16 bits, which "
-                "the call quantises, or activation_dtype be None"
-            )
-        arguments.check_rank("x", x, 2)
-        if x_scale is None:
-            raise ValueError(
-                "x_scale is None; x has dtype float8_e4m3fn, whose values are in units of it: pass a float32"
-            )
-        dtype = arguments.as_result_type("x", x, _FP8_ROWS, jnp.float32, preferred_element_type)
-    else:
-        rows, dtype = arguments.as_rows("x", x, preferred_element_type)
-        if x_scale is not None and activation_dtype is None:
-            raise ValueError(
-                f"x_scale is not None, but x has dtype {x.dtype}; it must be None, or x float8_e4m3fn: multiply x by it"
-            )
-        x = rows
-        arguments.check_rank("x", x, 2)
-    return x, None if x_scale is None else as_scale(x_scale), dtype
-
-
-def as_scale(x_scale: Any) -> Float32[Array, ""]:
-    """A scale of rows as an array; raises TypeError or ValueError unless it is one float32 number."""
-    x_scale = jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
-    arguments.check_array("x_scale", x_scale, ndim=0, dtype=jnp.float32)
-    return x_scale
-
-
-def check_intermediate(intermediate: Any, num_experts: int) -> None:
-    """Raises TypeError or ValueError unless it is a quantiser for so many experts."""
-    if not isinstance(intermediate, IntermediateQuantizer):
-        raise TypeError(
-            f"intermediate is a {type(intermediate).__name__}; it must be made by "
-            "jax_marlin_moe.IntermediateQuantizer.static_fp8 or .dynamic_nvfp4"
-        )
-    check_kind("intermediate.kind", intermediate.kind)
-    scales = intermediate.scales
-    arguments.check_array("intermediate.scales", scales, ndim=scales.ndim and 1, dtype=jnp.float32)
-    if scales.ndim:
-        arguments.check_shape("intermediate.scales", scales, (num_experts,), "(experts,)")
 
 
 @one_program("activation", "activation_dtype", "out_dtype", "rounded_to", "cuda_scheme", saved_as="fused_moe")
@@ -321,7 +231,7 @@ def expert_block(
             intermediate = dataclasses.replace(intermediate, scales=jnp.tile(intermediate.scales, shares))
     rows = x
     if x_scale is not None:
-        rows = x if activation_dtype is not None else x.astype(_FP8_ROWS)
+        rows = x if activation_dtype is not None else x.astype(FP8_ROWS)
         x_scale = x_scale.reshape(1)
     if intermediate is not None:
         scales = jnp.broadcast_to(intermediate.scales, (gate_up.num_experts,))
@@ -349,83 +259,65 @@ def expert_block(
     return shard_rows_like(drop_column_padding(y, down), x)
 
 
-# x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
+class _Operands(NamedTuple):
+    """Of `fused_moe_op`; the names are those of the reference.
+
+    x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
+    """
+
+    x: jax.Array
+    gate_up: MarlinWeights
+    down: MarlinWeights
+    topk_weights: jax.Array
+    topk_ids: jax.Array
+    expert_map: jax.Array | None
+    x_scale: jax.Array | None
+    intermediate: IntermediateQuantizer | None
+
+    def result(self, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """Column padding included."""
+        return jax.ShapeDtypeStruct((self.topk_ids.shape[0], self.down.padded_n), dtype)
 
 
-def _shape_rule(
-    x,
-    gate_up,
-    down,
-    topk_weights,
-    topk_ids,
-    expert_map,
-    x_scale,
-    intermediate,
-    *,
-    activation,
-    activation_dtype,
-    out_dtype,
-):
-    return [replicated_type(x, (topk_ids.shape[0], down.padded_n), out_dtype)]
+def _shape_rule(*operands, activation, activation_dtype, out_dtype):
+    block = _Operands(*operands)
+    return [replicated_type(block.x, block.result(out_dtype).shape, out_dtype)]
 
 
-def _cpu(
-    x,
-    gate_up,
-    down,
-    topk_weights,
-    topk_ids,
-    expert_map,
-    x_scale,
-    intermediate,
-    *,
-    activation,
-    activation_dtype,
-    out_dtype,
-):
+def _cpu(*operands, activation, activation_dtype, out_dtype):
+    block = _Operands(*operands)
     if activation_dtype is not None:
-        options = {"activation": activation, "activation_dtype": activation_dtype, "out_dtype": out_dtype}
-        operands = x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate
-        return [_composed_of_bytes(*operands, **options)]
-    result = jax.ShapeDtypeStruct((topk_ids.shape[0], down.padded_n), out_dtype)
-    matrices = [*cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
+        y = _composed_of_bytes(block, activation=activation, activation_dtype=activation_dtype)
+        return [y.astype(out_dtype)]
+    intermediate = block.intermediate
     return custom_call(
         "fused_moe",
         native.TARGETS["fused_moe", "cpu"],
         [
-            x,
-            *matrices,
-            topk_weights,
-            topk_ids,
-            or_empty(expert_map, jnp.int32),
-            or_empty(x_scale, jnp.float32),
+            block.x,
+            *cpu_weight_operands(block.gate_up),
+            *cpu_weight_operands(block.down),
+            block.topk_weights,
+            block.topk_ids,
+            or_empty(block.expert_map, jnp.int32),
+            or_empty(block.x_scale, jnp.float32),
             or_empty(None if intermediate is None else intermediate.scales, jnp.float32),
         ],
-        [result],
+        [block.result(out_dtype)],
         activation=activation.name,
         activation_parameters=np.asarray(activation.parameters, np.float32),
         intermediate="none" if intermediate is None else intermediate.kind,
-        **format_attributes("gate_up_", gate_up),
-        **format_attributes("down_", down),
+        **format_attributes("gate_up_", block.gate_up),
+        **format_attributes("down_", block.down),
     )
 
 
 def _composed_of_bytes(
-    x,
-    gate_up,
-    down,
-    topk_weights,
-    topk_ids,
-    expert_map,
-    x_scale,
-    intermediate,
-    *,
-    activation,
-    activation_dtype,
-    out_dtype,
-):
+    block: _Operands, *, activation: Activation, activation_dtype: ByteDtype
+) -> Float32[Array, "tokens padded_n"]:
     """The block whose rows are quantised, of the CPU's products: 16 bits hold every number of 8 bits."""
-    experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
+    gate_up, down, intermediate = block.gate_up, block.down, block.intermediate
+    experts = reference.slot_experts(block.topk_ids, block.expert_map, gate_up.num_experts)
 
     def product(values, scales, weights):
         (y,) = grouped_product_op(
@@ -441,64 +333,49 @@ def _composed_of_bytes(
         y = y * jnp.repeat(scales, experts.shape[0] // values.shape[0], axis=0) if values.shape[0] else y
         return y if weights.bias is None else y + slot_columns(weights.bias, experts)
 
-    h = product(*quantize_rows(x, activation_dtype, x_scale), gate_up)
+    h = product(*quantize_rows(block.x, activation_dtype, block.x_scale), gate_up)
     a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
     a = a[:, : down.padded_k]
     if intermediate is None:
-        hidden = quantize_rows(rounded(a, x.dtype), activation_dtype)
+        hidden = quantize_rows(rounded(a, block.x.dtype), activation_dtype)
     else:
         scales = usable(intermediate.scales[jnp.clip(experts, 0, gate_up.num_experts - 1)])[:, None]
         hidden = in_units(a, scales), scales
-    y = product(*hidden, down).reshape(*topk_ids.shape, -1)
-    kept = jnp.where((experts >= 0).reshape(topk_ids.shape), topk_weights, 0)
-    return (y * kept[..., None]).sum(1).astype(out_dtype)
+    y = product(*hidden, down).reshape(*block.topk_ids.shape, -1)
+    kept = jnp.where((experts >= 0).reshape(block.topk_ids.shape), block.topk_weights, 0)
+    return (y * kept[..., None]).sum(1)
 
 
-def _cuda(
-    x,
-    gate_up,
-    down,
-    topk_weights,
-    topk_ids,
-    expert_map,
-    x_scale,
-    intermediate,
-    *,
-    activation,
-    activation_dtype,
-    out_dtype,
-    cuda_scheme,
-    cuda_rounded_to,
-    cuda_sliced=False,
-):
-    scales = None if intermediate is None else intermediate.scales
-    operands = [x, *weight_operands(gate_up), *weight_operands(down), topk_weights, topk_ids, expert_map]
-    operands += [x_scale, scales]
-    tokens, top_k = topk_ids.shape
-    result = jax.ShapeDtypeStruct((tokens, down.padded_n), out_dtype)
+def _cuda(*operands, activation, activation_dtype, out_dtype, cuda_scheme, cuda_rounded_to, cuda_sliced=False):
+    block = _Operands(*operands)
+    result, intermediate, expert_map = block.result(out_dtype), block.intermediate, block.expert_map
+    tokens, top_k = block.topk_ids.shape
     if tokens == 0:
         return [jnp.zeros(result.shape, result.dtype)]
     architecture = target_architecture()
     plan = plan_fused_moe(
-        x,
-        gate_up,
-        down,
+        block.x,
+        block.gate_up,
+        block.down,
         tokens=tokens,
         top_k=top_k,
-        routed_experts=gate_up.num_experts if expert_map is None else expert_map.shape[0],
+        routed_experts=block.gate_up.num_experts if expert_map is None else expert_map.shape[0],
         mapped=expert_map is not None,
         activation=activation,
         architecture=architecture,
         scheme=cuda_scheme,
-        scaled=x_scale is not None,
+        scaled=block.x_scale is not None,
         intermediate=None if intermediate is None else intermediate.kind,
         out_dtype=out_dtype,
         rounded_to=cuda_rounded_to,
         activation_dtype=activation_dtype,
         sliced=cuda_sliced,
     )
+    buffers = [block.x, *weight_operands(block.gate_up), *weight_operands(block.down)]
+    buffers += [block.topk_weights, block.topk_ids, expert_map, block.x_scale]
+    buffers.append(None if intermediate is None else intermediate.scales)
     return call_program(
-        "fused_moe", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
+        "fused_moe", buffers, [result, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
     )[:1]
 
 
@@ -533,13 +410,12 @@ def _division(*, activation, activation_dtype, out_dtype):
     return block_division(activation, activation_dtype)
 
 
-def _share(
-    call, part, x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate, *, out_dtype, **params
-):
-    local_map = part.local_map(expert_map, gate_up.num_experts)
-    down = part.with_bias_once(down)
-    operands = x, gate_up, down, topk_weights, topk_ids, local_map, x_scale, intermediate
-    return [part.total(*call(*operands, out_dtype=jnp.dtype(jnp.float32)), out_dtype)]
+def _share(call, part, *operands, out_dtype, **params):
+    block = _Operands(*operands)
+    local = block._replace(
+        down=part.with_bias_once(block.down), expert_map=part.local_map(block.expert_map, block.gate_up.num_experts)
+    )
+    return [part.total(*call(*local, out_dtype=jnp.dtype(jnp.float32)), out_dtype)]
 
 
 fused_moe_op = define_op(

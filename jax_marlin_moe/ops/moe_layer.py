@@ -4,7 +4,6 @@ The contract is docs/formats.md, "The layer".
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,30 +13,25 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe import arguments, native, reference
+from jax_marlin_moe import arguments, native, reference_layer
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype
 from jax_marlin_moe.cuda.compiler import compute_capability, target_architecture
 from jax_marlin_moe.cuda.kernels.router import RULE_OPTIONS, Router
 from jax_marlin_moe.cuda.layer_plan import ROUTER_OPERANDS, choice_buffers, plan_moe_layer
 from jax_marlin_moe.cuda.program import call_program
-from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, requested_scheme
+from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
 from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
-from jax_marlin_moe.ops.fused_moe import (
-    as_scale,
-    block_division,
-    check_experts,
-    check_fixed_scales,
-    check_intermediate,
-    expert_block,
-)
+from jax_marlin_moe.ops.block_arguments import as_scale, check_experts, check_fixed_scales, check_intermediate
+from jax_marlin_moe.ops.fused_moe import block_division, expert_block
+from jax_marlin_moe.ops.layer_composition import composition, shared_beside
 from jax_marlin_moe.ops.primitive import define_op, jvp_of, one_program
 from jax_marlin_moe.ops.shares import count_shares
-from jax_marlin_moe.routing import Routing, check_routing, route_rows
+from jax_marlin_moe.routing import Routing, check_routing
 from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
@@ -117,35 +111,12 @@ def moe_layer(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
+    lead = None
     if arguments.has_batch(x):
-        rows = x.reshape(-1, x.shape[-1])
-        results = moe_layer(
-            rows,
-            router,
-            gate_up,
-            down,
-            routing=routing,
-            activation=activation,
-            shared=shared,
-            shared_activation=shared_activation,
-            router_bias=router_bias,
-            correction_bias=correction_bias,
-            expert_scale=expert_scale,
-            router_input=None if router_input is None else arguments.batch_rows("router_input", router_input, x),
-            router_input_scale=router_input_scale,
-            norm_epsilon=norm_epsilon,
-            topk_ids=None if topk_ids is None else arguments.batch_rows("topk_ids", topk_ids, x),
-            expert_map=expert_map,
-            activation_dtype=activation_dtype,
-            x_scale=x_scale,
-            intermediate=intermediate,
-            return_routing=return_routing,
-            preferred_element_type=preferred_element_type,
-            implementation=implementation,
-            cuda_scheme=cuda_scheme,
-            batch_invariant=batch_invariant,
-        )
-        return jax.tree.map(lambda result: result.reshape(*x.shape[:-1], result.shape[-1]), results)
+        lead = x.shape[:-1]
+        router_input = None if router_input is None else arguments.batch_rows("router_input", router_input, x)
+        topk_ids = None if topk_ids is None else arguments.batch_rows("topk_ids", topk_ids, x)
+        x = x.reshape(-1, x.shape[-1])
     rows, dtype = arguments.as_rows("x", x, preferred_element_type)
     if router_input is None and rows.dtype != x.dtype:
         router_input = x
@@ -203,6 +174,8 @@ def moe_layer(
         implementation=implementation,
         cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
     )
+    if lead is not None:
+        results = tuple(result.reshape(*lead, result.shape[-1]) for result in results)
     return results if return_routing else results[0]
 
 
@@ -294,103 +267,6 @@ def _has_order(shared: SharedExpert) -> bool:
     return isinstance(shared.gate_up, MarlinWeights) and shared.gate_up.input_order is not None
 
 
-def composition(
-    x: Float[Array, "tokens H"],
-    router: Float[Array, "H experts"],
-    gate_up: MarlinWeights,
-    down: MarlinWeights,
-    shared: SharedExpert | None,
-    router_bias: Float[Array, " experts"] | None,
-    correction_bias: Float[Array, " experts"] | None,
-    expert_scale: Float[Array, " experts"] | None,
-    router_input: Float[Array, "tokens H"] | None,
-    router_input_scale: Float[Array, " H"] | None,
-    topk_ids: Int32[Array, "tokens top_k"] | None,
-    expert_map: Int32[Array, " experts"] | None,
-    *,
-    routing: Routing,
-    activation: Activation,
-    shared_activation: Activation,
-    norm_epsilon: float,
-    implementation: str | None,
-    cuda_scheme: BlockScheme | BatchInvariant | None = None,
-    activation_dtype: ByteDtype | None = None,
-    x_scale: Float32[Array, ""] | None = None,
-    intermediate: IntermediateQuantizer | None = None,
-    out_dtype: DTypeLike | None = None,
-    block: Callable[..., jax.Array] = expert_block,
-    keep: Callable[[jax.Array], jax.Array] = lambda rows: rows,
-) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
-    """The layer of `route_rows` and `fused_moe`, each with its own derivative and partitioning, and the shared expert.
-
-    The operands are those of `moe_layer_op`, or, with orders of their rows and paddings, those of `moe_layer`. The
-    result has the type of x, or `out_dtype`. `block` computes the routed experts; its rows are those that `keep` keeps.
-
-    Raises:
-        ValueError: the same bits in every batch are asked for: XLA chooses how the router's product adds up by shape.
-    """
-    if cuda_scheme == "batch_invariant":
-        raise ValueError(
-            "batch_invariant is True; a layer has it where one custom call is the whole layer, which is not so for "
-            "this router, shared expert, order of columns or derivative: route, then pass batch_invariant to fused_moe"
-        )
-    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    topk_weights, ids = route_rows(
-        x[:, : router.shape[0]] if router_input is None else router_input,
-        router,
-        routing,
-        router_bias=router_bias,
-        correction_bias=correction_bias,
-        expert_scale=expert_scale,
-        input_scale=router_input_scale,
-        norm_epsilon=norm_epsilon,
-        ids=topk_ids,
-    )
-    # What is added to something is not rounded before.
-    adds = routing.apply_on_input or routing.identity_experts > 0 or shared is not None
-    routed: dict[str, Any] = {"implementation": implementation, "out_dtype": jnp.dtype(jnp.float32) if adds else dtype}
-    routed |= {"rounded_to": dtype}
-    routed |= {"activation": activation, "activation_dtype": activation_dtype, "cuda_scheme": cuda_scheme}
-    if activation_dtype is not None:
-        routed |= {"x_scale": x_scale, "intermediate": intermediate}
-    if routing.apply_on_input:
-        rows = reference.weighted_rows(x, topk_weights)
-        ones = jnp.ones((rows.shape[0], 1), jnp.float32)
-        y = block(rows, gate_up, down, ones, ids.reshape(-1, 1), expert_map, **routed)
-        y = y.reshape(y.shape[0] // routing.top_k, routing.top_k, -1).sum(1)
-    else:
-        y = block(x, gate_up, down, topk_weights, ids, expert_map, **routed)
-    x, topk_weights, ids = keep(x), keep(topk_weights), keep(ids)
-    if routing.identity_experts:
-        y = y + reference.identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
-    if shared is not None:
-        y = y + _shared_beside(x, shared, shared_activation, y.shape[1], implementation, activation_dtype)
-    return y.astype(dtype), topk_weights, ids
-
-
-def _shared_beside(
-    x: Float[Array, "tokens H"],
-    shared: SharedExpert,
-    activation: Activation,
-    columns: int,
-    implementation: str | None,
-    activation_dtype: ByteDtype | None = None,
-) -> Float32[Array, "tokens columns"]:
-    """What the shared expert adds, from calls of its own."""
-    if isinstance(shared.gate_up, MarlinWeights):
-        assert isinstance(shared.down, MarlinWeights)
-        all_ids = reference.every_expert(x.shape[0], shared.gate_up.num_experts)
-        gate = jnp.float32(1) if shared.gate is None else reference.shared_gate(x, shared.gate)
-        ones = jnp.broadcast_to(gate, all_ids.shape)
-        float32 = jnp.dtype(jnp.float32)
-        common: dict[str, Any] = {"activation": activation, "out_dtype": float32, "implementation": implementation}
-        common |= {"activation_dtype": activation_dtype}
-        extra = expert_block(x, shared.gate_up, shared.down, ones, all_ids, None, cuda_scheme=None, **common)
-    else:
-        extra = reference.shared_sum(x, shared, activation)
-    return jnp.pad(extra, ((0, 0), (0, columns - extra.shape[1])))
-
-
 # The matrices are as packed, and x has the rows' padding; the router and a dense shared expert have none.
 
 
@@ -413,7 +289,7 @@ def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_ac
     if shared is not None and (activation != shared_activation or not _sized_alike(gate_up, down, shared)):
         rules |= {"shared_activation": shared_activation, "out_dtype": jnp.dtype(jnp.float32)}
         y, *choice = _cpu(x, router, gate_up, down, None, *rest, **rules)
-        y += _shared_beside(x, shared, shared_activation, y.shape[1], "cpu")
+        y += _padded_to(y, shared_beside(x, shared, shared_activation, implementation="cpu"))
         return [y.astype(out_dtype), *choice]
     gate = None if shared is None else shared.gate
     vectors = (router, router_input, bias, correction_bias, expert_scale, input_scale, gate)
@@ -466,6 +342,11 @@ def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_ac
         norm_epsilon=np.float32(norm_epsilon),
         **formats,
     )
+
+
+def _padded_to(y, extra):
+    """What is added to y, which has the columns' padding."""
+    return jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1])))
 
 
 def _sized_alike(gate_up: MarlinWeights, down: MarlinWeights, shared: SharedExpert) -> bool:
@@ -558,7 +439,8 @@ def _cuda(
         "moe_layer", operands, [*results, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
     )[:3]
     if beside:
-        y = (y + _shared_beside(x, shared, shared_activation, y.shape[1], "cuda")).astype(out_dtype)
+        extra = shared_beside(x, shared, shared_activation, implementation="cuda")
+        y = (y + _padded_to(y, extra)).astype(out_dtype)
     return [y, *(slots[:, : routing.top_k] for slots in choice)]
 
 
@@ -590,7 +472,7 @@ def _share(call, part, x, router, gate_up, down, *rest, **params):
 moe_layer_op = define_op(
     "moe_layer",
     shape_rule=_shape_rule,
-    reference=reference.moe_layer,
+    reference=reference_layer.moe_layer,
     cpu=_cpu,
     cuda=_cuda,
     cuda_options=("cuda_scheme",),

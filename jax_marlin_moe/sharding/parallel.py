@@ -13,12 +13,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe import arguments, reference
+from jax_marlin_moe import arguments, reference_layer
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.expert_placement import slots_of
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices, spread_indices
-from jax_marlin_moe.ops.fused_moe import expert_block, share_of_block
+from jax_marlin_moe.ops.fused_moe import share_of_block
+from jax_marlin_moe.ops.layer_composition import shared_beside
 from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
@@ -210,7 +211,7 @@ def _layer_of_rank(
     rows, _ = arguments.as_rows("x", x)
     kept = None
     if layer.routing.identity_experts:
-        kept = reference.identity_sum(rows, weights, ids, layer.num_experts, rows.shape[1])
+        kept = reference_layer.identity_sum(rows, weights, ids, layer.num_experts, rows.shape[1])
     if layer.placement is not None:
         ids = slots_of(ids, jnp.asarray(layer.placement), layer.num_experts)
     elif layer.routing.identity_experts:
@@ -230,7 +231,7 @@ def _layer_of_rank(
     if layer.routing.apply_on_input:
         # Each slot is a row of its own, with weight 1.
         top_k = ids.shape[1]
-        each = reference.weighted_rows(rows, weights)
+        each = reference_layer.weighted_rows(rows, weights)
         y, dropped = block.sum(compute, each, jnp.ones((each.shape[0], 1)), ids.reshape(-1, 1), slots, None)
         y = y.reshape(rows.shape[0], top_k, -1).sum(1)
         if layer.shared is not None:
@@ -272,21 +273,13 @@ def _shared_of_rank(layer: MoELayer, block: "_Block", implementation: str | None
     assert shared is not None
     activation = get_activation(layer.activation if layer.shared_activation is None else layer.shared_activation)
     whole = [axis for axis in block.summed if axis in block.expert]
+    gate = None if shared.gate is None else jnp.asarray(shared.gate)
     if isinstance(shared.gate_up, MarlinWeights):
-        assert isinstance(shared.down, MarlinWeights)
-        gate_up = local_matrix(shared.gate_up)
-        ids = reference.every_expert(x.shape[0], gate_up.num_experts)
-        gate = jnp.float32(1) if shared.gate is None else reference.shared_gate(x, jnp.asarray(shared.gate))
-        y = expert_block(
-            x, gate_up, shared.down, jnp.broadcast_to(gate, ids.shape), ids, None,
-            activation=activation, out_dtype=jnp.float32, rounded_to=block.rounded_to, cuda_scheme=None,
-            implementation=implementation,
-        )  # fmt: skip
+        here = SharedExpert(local_matrix(shared.gate_up), shared.down, gate)
     else:
-        factor = None if shared.gate is None else jnp.asarray(shared.gate)
-        dense = SharedExpert(jnp.asarray(shared.gate_up), jnp.asarray(shared.down), factor)
-        y = reference.shared_sum(x, dense, activation)
+        here = SharedExpert(jnp.asarray(shared.gate_up), jnp.asarray(shared.down), gate)
         whole += block.tensor
+    y = shared_beside(x, here, activation, implementation=implementation, rounded_to=block.rounded_to)
     first = jnp.bool_(True)
     for axis in whole:
         first = first & (lax.axis_index(axis) == 0)

@@ -10,7 +10,7 @@ from oracle import activate, assert_block_close, expert_block, random_experts
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.ops.moe_layer import composition
+from jax_marlin_moe.ops.layer_composition import composition
 from jax_marlin_moe.shared_expert import split_like
 
 HIDDEN, INNER, EXPERTS = 128, 64, 16

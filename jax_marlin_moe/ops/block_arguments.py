@@ -1,0 +1,126 @@
+"""The arguments of expert blocks, alone and within layers, checked. Errors name the argument and what it must be."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32
+
+from jax_marlin_moe import arguments
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.byte_rows import ByteDtype
+from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind
+from jax_marlin_moe.layout import TILE_N
+from jax_marlin_moe.ops.shares import count_shares, split_block
+from jax_marlin_moe.weights import MarlinWeights
+
+FP8_ROWS = jnp.bfloat16  # as what the kernels read float8_e4m3fn: it holds every value
+
+
+def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act: Activation, within: str = "") -> None:
+    """Raises TypeError or ValueError unless the matrices are those of one block, for rows like x.
+
+    `within` is what comes before their names in messages.
+    """
+    first, second = f"{within}gate_up", f"{within}down"
+    shares = count_shares(gate_up)
+    if shares > 1 and isinstance(down, MarlinWeights):
+        gate_up, down = jax.eval_shape(partial(split_block, shares=shares), gate_up, down)
+    arguments.check_weights(first, gate_up)
+    arguments.check_weights(second, down)
+    arguments.check_shape("x", x, (x.shape[0], gate_up.k), "(tokens, H)")
+    halves = 2 if act.gated else 1
+    if gate_up.n != halves * down.k:
+        raise ValueError(
+            f"{first} has N = {gate_up.n} columns and {second} K = {down.k} rows; activation "
+            f"{act.name!r} needs N = {halves} * K"
+        )
+    if gate_up.padded_n % (halves * TILE_N) or len(gate_up.column_padding or halves * (0,)) != halves:
+        raise ValueError(
+            f"{first} has {gate_up.padded_n} columns, with column_padding = {gate_up.column_padding}; the block needs "
+            f"gate and up in whole tiles of {TILE_N} columns each: pack them one by one and join them with "
+            "jax_marlin_moe.concatenate_columns"
+        )
+    if down.n != gate_up.k:
+        raise ValueError(f"{second} has N = {down.n} columns; it must be H = {gate_up.k}")
+    if down.num_experts != gate_up.num_experts:
+        raise ValueError(
+            f"{second} has {down.num_experts} experts; it must have as many as gate_up: {gate_up.num_experts}"
+        )
+    if down.input_order is not None:
+        raise ValueError(
+            f"{second}.input_order is not None; fold it into the columns of gate_up first, with "
+            "jax_marlin_moe.fold_input_order(gate_up, down)"
+        )
+
+
+def as_block_rows(
+    x: jax.Array, x_scale: Any, preferred_element_type: DTypeLike | None, activation_dtype: ByteDtype | None
+) -> tuple[jax.Array, Float32[Array, ""] | None, jnp.dtype]:
+    """The rows of a block as its products read them, their scale and the dtype of the result.
+
+    Raises TypeError or ValueError where the arguments do not go together.
+    """
+    is_fp8 = hasattr(x, "dtype") and x.dtype == jnp.float8_e4m3fn
+    if is_fp8:
+        if activation_dtype is not None:
+            raise ValueError(
+                f"activation_dtype is {activation_dtype!r} and x has dtype float8_e4m3fn; x must have 16 bits, which "
+                "the call quantises, or activation_dtype be None"
+            )
+        arguments.check_rank("x", x, 2)
+        if x_scale is None:
+            raise ValueError(
+                "x_scale is None; x has dtype float8_e4m3fn, whose values are in units of it: pass a float32"
+            )
+        dtype = arguments.as_result_type("x", x, FP8_ROWS, jnp.float32, preferred_element_type)
+    else:
+        rows, dtype = arguments.as_rows("x", x, preferred_element_type)
+        if x_scale is not None and activation_dtype is None:
+            raise ValueError(
+                f"x_scale is not None, but x has dtype {x.dtype}; it must be None, or x float8_e4m3fn: multiply x by it"
+            )
+        x = rows
+        arguments.check_rank("x", x, 2)
+    return x, None if x_scale is None else as_scale(x_scale), dtype
+
+
+def as_scale(x_scale: Any) -> Float32[Array, ""]:
+    """A scale of rows as an array; raises TypeError or ValueError unless it is one float32 number."""
+    x_scale = jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
+    arguments.check_array("x_scale", x_scale, ndim=0, dtype=jnp.float32)
+    return x_scale
+
+
+def check_intermediate(intermediate: Any, num_experts: int) -> None:
+    """Raises TypeError or ValueError unless it is a quantiser for so many experts."""
+    if not isinstance(intermediate, IntermediateQuantizer):
+        raise TypeError(
+            f"intermediate is a {type(intermediate).__name__}; it must be made by "
+            "jax_marlin_moe.IntermediateQuantizer.static_fp8 or .dynamic_nvfp4"
+        )
+    check_kind("intermediate.kind", intermediate.kind)
+    scales = intermediate.scales
+    arguments.check_array("intermediate.scales", scales, ndim=scales.ndim and 1, dtype=jnp.float32)
+    if scales.ndim:
+        arguments.check_shape("intermediate.scales", scales, (num_experts,), "(experts,)")
+
+
+def check_fixed_scales(
+    activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None
+) -> None:
+    """Raises ValueError where fixed scales do not go with what rows are quantised to."""
+    if activation_dtype == "int8":
+        for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
+            if value is not None:
+                raise ValueError(
+                    f"activation_dtype is 'int8' and {name} is not None; it must be None: scales that are fixed are "
+                    "those of 'float8_e4m3fn'"
+                )
+    if activation_dtype is not None and intermediate is not None and intermediate.kind != "static_fp8":
+        raise ValueError(
+            f"activation_dtype is {activation_dtype!r} and intermediate.kind {intermediate.kind!r}; it must be "
+            "'static_fp8', or intermediate None: both say how rows are quantised"
+        )
