@@ -29,13 +29,6 @@ def check_placement(name: str, placement: object, experts: int) -> np.ndarray:
     return table.astype(np.int32)
 
 
-def check_permutation(name: str, table: np.ndarray) -> None:
-    """Raises ValueError where a placement has an expert in more than one slot."""
-    experts, counts = np.unique(table, return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(f"{name} has expert {experts[counts > 1][0]} in {counts.max()} slots; it must be in one")
-
-
 def slots_of(
     ids: Int32[Array, "tokens top_k"], placement: Int32[Array, " slots"], experts: int
 ) -> Int32[Array, "tokens top_k"]:

@@ -5,8 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_marlin_moe.checkpoint import routing_rules as rules
+from jax_marlin_moe.checkpoint.deepseek_families import (
+    DEEPSEEK_FAMILIES,
+    DEEPSEEK_SHARED,
+    RENORMALIZED,
+    SIGMOID_ONLY,
+    W1_W3_W2,
+)
 from jax_marlin_moe.checkpoint.family import Family, StackedNames
-from jax_marlin_moe.checkpoint.keys import REQUIRED
 from jax_marlin_moe.checkpoint.routing_rules import Defaults
 
 _TWO_MEANINGS = (
@@ -14,61 +20,13 @@ _TWO_MEANINGS = (
     "both alternate, other tools do either, and nothing says which wrote the file: use a file with stacked experts "
     "(gate_up_proj_blocks)"
 )
-_DEEPSEEK_SHARED = ("{block}.shared_experts", "{block}.shared_expert")
 _TRANSPOSED = (StackedNames("{experts}.gate_up_proj", "{experts}.down_proj", transposed=True),)
 
-_RENORMALIZED = Defaults(renormalize=True)
 _NOT_RENORMALIZED = Defaults(renormalize=False)
-_DEEPSEEK_V3 = Defaults(renormalize=True, groups=8, top_groups=4, scale=2.5)
-_SCALED = Defaults(renormalize=True, scale=2.5)
-# No class of transformers says what a missing key means.
-_UNKNOWN = Defaults(scale=REQUIRED)
-_SIGMOID_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "scoring_func": ("sigmoid", "noaux_tc"),  # dots1's files have the latter
-    "topk_method": ("noaux_tc",),
-}
-_KIMI_ONLY: Mapping[str, tuple[Any, ...]] = {
-    **_SIGMOID_ONLY,
-    "moe_router_activation_func": ("sigmoid",),
-    "score_function": ("sigmoid",),
-    "use_grouped_topk": (True,),
-    "moe_router_enable_expert_bias": (True,),
-}
 _MINIMAX: Mapping[str, tuple[Any, ...]] = {
     "scoring_func": ("sigmoid",), "use_routing_bias": (True,), "n_group": (1,), "topk_group": (1,),
 }  # fmt: skip
 
-_W1_W3_W2 = ("w1", "w3", "w2")
-
-_DEEPSEEK = Family(
-    model_types={
-        **dict.fromkeys(("deepseek_v3", "deepseek_v32", "kimi_vl", "kimi_k2", "kimi_k25"), _DEEPSEEK_V3),
-        "glm4_moe": _RENORMALIZED,
-        "glm4_moe_lite": Defaults(renormalize=True, scale=1.8),
-        "glm4v_moe_text": _RENORMALIZED,
-        "glm_moe_dsa": _SCALED,
-        "glm5_next_text": Defaults(renormalize=True, scale=2.5, limit=10.0),
-        "mimo_v2_flash": _RENORMALIZED,
-        "dots1": _NOT_RENORMALIZED,
-        "solar_open": _RENORMALIZED,
-        "beam": _DEEPSEEK_V3,
-        "sarvam_mla": _SCALED,
-        "kimi_k3": _UNKNOWN,
-        "glm5_moe": _UNKNOWN,
-    },
-    wholes=("kimi_vl", "kimi_k25", "kimi_k3", "glm4v_moe", "glm5_next"),
-    block="mlp",
-    routing=rules.GROUPED_SIGMOID,
-    correction_bias="{block}.gate.e_score_correction_bias",
-    shared=_DEEPSEEK_SHARED,
-    activation=rules.clamped_silu(),
-    fixed=_SIGMOID_ONLY,
-)
-# Names that transformers' classes have beside DeepSeek's own.
-_KIMI_KEYS = {
-    "norm_topk_prob": ("moe_renormalize", "norm_topk_prob"),
-    "n_group": ("num_expert_group", "n_group"),
-}
 _GPT_OSS = Family(
     model_types={"gpt_oss": Defaults()},
     block="mlp",
@@ -110,7 +68,7 @@ _ERNIE = Family(
     block="mlp",
     routing=rules.scored("softmax", renormalize=True),
     correction_bias="{block}.moe_statics.e_score_correction_bias",
-    shared=_DEEPSEEK_SHARED,
+    shared=DEEPSEEK_SHARED,
     # What the sum of the chosen scores is at least: a softmax's sum is more, and this changes nothing.
     fixed={"moe_norm_min": (1e-12,), "moe_use_aux_free": (True,), "moe_gate": ("topk", "top2_fused")},
     ignored=("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "moe_capacity", "norm_topk_prob"),
@@ -122,7 +80,7 @@ FAMILIES: tuple[Family, ...] = (
             "qwen3_moe": _NOT_RENORMALIZED,
             "olmoe": _NOT_RENORMALIZED,
             "flex_olmo": _NOT_RENORMALIZED,
-            "mellum": _RENORMALIZED,
+            "mellum": RENORMALIZED,
         },
         block="mlp",
         routing=rules.scored("softmax"),
@@ -146,8 +104,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         model_types={
             "qwen2_moe": _NOT_RENORMALIZED,
-            "qwen3_next": _RENORMALIZED,
-            "qwen4_exp_text": _RENORMALIZED,
+            "qwen3_next": RENORMALIZED,
+            "qwen4_exp_text": RENORMALIZED,
         },
         wholes=("qwen4_exp",),
         block="mlp",
@@ -166,13 +124,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         # The shared expert has no gate.
-        model_types={"lara_mini": _RENORMALIZED},
+        model_types={"lara_mini": RENORMALIZED},
         block="mlp",
         routing=rules.scored("softmax"),
         shared=("{block}.shared_expert",),
     ),
     Family(
-        model_types={"flint": _RENORMALIZED},
+        model_types={"flint": RENORMALIZED},
         block="mlp",
         routing=rules.scored("sigmoid"),
         shared=("{block}.shared_expert",),
@@ -182,22 +140,22 @@ FAMILIES: tuple[Family, ...] = (
         model_types=dict.fromkeys(("mixtral", "minimax"), Defaults()),
         block="block_sparse_moe",
         routing=rules.scored("softmax", renormalize=True),
-        linears=_W1_W3_W2,
+        linears=W1_W3_W2,
         ignored=("norm_topk_prob",),
     ),
     Family(
         model_types={"phimoe": Defaults()},
         block="block_sparse_moe",
         routing=rules.SPARSEMIXER,
-        linears=_W1_W3_W2,
+        linears=W1_W3_W2,
     ),
     Family(
         model_types={"minimax_m2": Defaults()},
         block="block_sparse_moe",
         routing=rules.scored("sigmoid", renormalize=True),
-        linears=_W1_W3_W2,
+        linears=W1_W3_W2,
         correction_bias="{block}.e_score_correction_bias",
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
         shared_size=("shared_intermediate_size",),
         fixed={**_MINIMAX, "routed_scaling_factor": (1.0,)},
         ignored=("norm_topk_prob",),
@@ -207,105 +165,20 @@ FAMILIES: tuple[Family, ...] = (
         wholes=("minimax_m3", "minimax_m3_vl"),
         block="block_sparse_moe",
         routing=rules.scored("sigmoid", renormalize=True, scaled=True),
-        linears=_W1_W3_W2,
+        linears=W1_W3_W2,
         correction_bias="{block}.e_score_correction_bias",
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
         activation=rules.swiglu_oai(("silu", "swigluoai", "swiglu_oai")),
         shared_size=("shared_intermediate_size",),
         fixed=_MINIMAX,
         ignored=("norm_topk_prob",),
     ),
+    *DEEPSEEK_FAMILIES,
     Family(
-        model_types={
-            "deepseek_v2": Defaults(shared=2),
-            "deepseek_ocr2_text": Defaults(shared=2),
-            "unlimited_ocr_text": Defaults(shared=2),
-        },
-        wholes=("deepseek_ocr2", "unlimited_ocr"),
-        block="mlp",
-        routing=rules.DEEPSEEK_V2,
-        shared=_DEEPSEEK_SHARED,
-        fixed={"scoring_func": ("softmax",)},
-        ignored=("norm_topk_prob",),
-    ),
-    _DEEPSEEK,
-    dataclasses.replace(
-        # With groups, this block counts the experts of dropped groups as 0, below which a biased score may lie.
-        _DEEPSEEK,
-        model_types={"axk2": _SCALED},
-        wholes=(),
-        routing=rules.scored("sigmoid", scaled=True),
-        fixed={**_SIGMOID_ONLY, "n_group": (1,), "topk_group": (1,)},
-    ),
-    dataclasses.replace(
-        _DEEPSEEK, model_types={"axk1": _DEEPSEEK_V3}, wholes=(), output_norm="post_mlp_layernorm.weight"
-    ),
-    dataclasses.replace(
-        _DEEPSEEK, model_types={"exaone_moe": _SCALED}, wholes=(), correction_bias="{block}.e_score_correction_bias"
-    ),
-    Family(
-        # Ling and Ring, as their authors published them (github.com/inclusionAI/Ling, models/modeling_bailing_moe.py):
-        # the first ones here, those of Ling 2.0 behind it.
-        model_types={"bailing_moe": Defaults()},
-        block="mlp",
-        routing=rules.of_several(rules.scored("softmax")),
-        shared=_DEEPSEEK_SHARED,
-        fixed={"multi_gate": (False,), "score_function": ("softmax",)},
-    ),
-    dataclasses.replace(
-        _DEEPSEEK,
-        model_types={"bailing_moe_v2": Defaults(scale=REQUIRED, groups=REQUIRED, top_groups=REQUIRED)},
-        wholes=(),
-        routing=rules.of_several(rules.GROUPED_SIGMOID),
-        correction_bias="{block}.gate.expert_bias",
-        correction_if="moe_router_enable_expert_bias",
-        shared_each=True,
-        fixed={
-            **_SIGMOID_ONLY,
-            "score_function": ("sigmoid",),
-            "multi_gate": (False,),
-            "router_type": ("topN",),
-            "moe_router_enable_shared_expert": (True,),
-            "moe_router_enable_routed_scaling": (True,),
-        },
-    ),
-    dataclasses.replace(
-        _DEEPSEEK,
-        model_types={"bailing_hybrid": _DEEPSEEK_V3, "sarvam_moe": _SCALED},
-        wholes=(),
-        correction_bias="{block}.gate.expert_bias",
-        keys=_KIMI_KEYS,
-        fixed=_KIMI_ONLY,
-    ),
-    dataclasses.replace(
-        _DEEPSEEK,
-        model_types={"kimi_linear": Defaults(renormalize=True, scale=2.446)},
-        wholes=("kimi_k3",),
-        block="block_sparse_moe",
-        linears=_W1_W3_W2,
-        keys=_KIMI_KEYS,
-        fixed=_KIMI_ONLY,
-    ),
-    dataclasses.replace(
-        # Its routed experts are clamped, its shared one is not.
-        _DEEPSEEK,
-        model_types=dict.fromkeys(("hy_v4", "hy_v4_vl_text"), Defaults(renormalize=True, scale=2.827, limit=10.0)),
-        wholes=("hy_v4_vl",),
-        shared_names=(("linear_gate", "up_proj", "down_proj"),),
-        shared_activation=rules.HIDDEN_ACT,
-    ),
-    dataclasses.replace(
-        _DEEPSEEK,
-        model_types={"dots3_note_text": _RENORMALIZED},
-        wholes=("dots3_note",),
-        shared_size=("shared_experts_intermediate_size",),
-        shared_each=True,
-    ),
-    Family(
-        model_types={"mistral4": _RENORMALIZED},
+        model_types={"mistral4": RENORMALIZED},
         block="mlp",
         routing=rules.scored("softmax", grouped=True, scaled=True),
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
     ),
     Family(
         model_types={"mistral_large4_text": Defaults()},
@@ -314,7 +187,7 @@ FAMILIES: tuple[Family, ...] = (
         experts="{block}",
         router="gate.weight",
         routing=rules.scored("softmax", renormalize=True, grouped=True, scaled=True),
-        linears=_W1_W3_W2,
+        linears=W1_W3_W2,
         shared=("shared_experts",),
         ignored=("norm_topk_prob",),
     ),
@@ -322,10 +195,10 @@ FAMILIES: tuple[Family, ...] = (
         model_types={"deepseek_v4": Defaults(scale=1.5, limit=10.0)},
         block="ffn",
         routing=rules.DEEPSEEK_V4,
-        linears=_W1_W3_W2,
+        linears=W1_W3_W2,
         correction_bias="{block}.gate.bias",
         hash_table="{block}.gate.tid2eid",
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
         activation=rules.clamped_silu(),
         fixed={"topk_method": ("noaux_tc",), "n_group": (1,), "topk_group": (1,)},
         ignored=("norm_topk_prob",),
@@ -361,25 +234,25 @@ FAMILIES: tuple[Family, ...] = (
         size=("intermediate_size",),
     ),
     Family(
-        model_types={"lfm2_moe": _RENORMALIZED},
+        model_types={"lfm2_moe": RENORMALIZED},
         block="feed_forward",
         routing=rules.scored("sigmoid", scaled=True, renormalize_epsilon=1e-6),
-        linears=_W1_W3_W2,
+        linears=W1_W3_W2,
         correction_bias="{block}.expert_bias",
         correction_if="use_expert_bias",
         activation=rules.SILU,
     ),
     Family(
-        model_types={"nemotron_h": _RENORMALIZED},
+        model_types={"nemotron_h": RENORMALIZED},
         wholes=("nemotron_h_omni", "nemo_speechlm"),
         block="mixer",
         routing=rules.GROUPED_SIGMOID,
         linears=(None, "up_proj", "down_proj"),
         correction_bias="{block}.gate.e_score_correction_bias",
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
         shared_size=("moe_shared_expert_intermediate_size",),
         activation=rules.RELU2,
-        fixed=_SIGMOID_ONLY,
+        fixed=SIGMOID_ONLY,
         ignored=("n_groups",),  # of its state-space layers
     ),
     _GEMMA,
@@ -450,7 +323,7 @@ FAMILIES: tuple[Family, ...] = (
         routing=rules.scored("sigmoid", renormalize=True, scaled=True),
         router="{block}.router.gate.weight",
         correction_bias="{block}.expert_bias",
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
         keys={"routed_scaling_factor": ("route_scale",)},
         fixed={
             "score_func": ("sigmoid",),
@@ -476,13 +349,13 @@ FAMILIES: tuple[Family, ...] = (
         block="mlp",
         routing=rules.scored("chosen_sigmoid"),
         correction_bias="moe.router.expert_bias",
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
     ),
     Family(
-        model_types={"cohere2_moe": _RENORMALIZED},
+        model_types={"cohere2_moe": RENORMALIZED},
         block="mlp",
         routing=rules.COHERE,
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
         shared_scale=rules.cohere_shared_scale,
         size=("intermediate_size",),
     ),
@@ -492,7 +365,7 @@ FAMILIES: tuple[Family, ...] = (
         block="mlp",
         routing=rules.SOFTMAX_AFTER_TOPK,
         router="{block}.router.weight",
-        shared=_DEEPSEEK_SHARED,
+        shared=DEEPSEEK_SHARED,
         stacked=(StackedNames("{experts}.fc1", "{experts}.fc2", transposed=True),),
         size=("intermediate_size",),
         activation=rules.SILU,

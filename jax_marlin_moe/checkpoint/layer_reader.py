@@ -325,57 +325,68 @@ class LayerReader:
         return jnp.asarray(table.astype(np.int32))
 
     def _shared(self, hidden: int) -> SharedExpert | None:
-        family, files = self.family, self.files
-        module = next(
-            (m for m in map(self.name, family.shared) if any(name.startswith(f"{m}.") for name in files.names)), None
-        )
+        module = self._shared_module()
         if module is None:
-            if self.facts.promised is not None:
-                key, value = self.facts.promised
-                raise ValueError(
-                    f"{files.folder} has no tensors {self.name(family.shared[0])}.* of a shared expert; "
-                    f"{self.source} says {key} = {value}"
-                )
             return None
-        if self.facts.denied is not None:
-            key, value = self.facts.denied
+        gate_up, down = self._shared_linears(module)
+        gate = self._kernel(self.family.shared_gate, 1, hidden)
+        if any(plain_suffix(self.files, part) is not None for part in (down, *gate_up)):
+            return SharedExpert(*self._dense_block(gate_up, down, hidden), gate)
+        if self.facts.shared_scale != 1:
+            raise ValueError(
+                f"{self.files.folder}: the shared expert {module} counts {self.facts.shared_scale} times and is "
+                "quantised; such a factor is supported for plain shared experts alone"
+            )
+        size = self.facts.shared_size or self.facts.usual_shared_size
+        return SharedExpert(*self._matrices([gate_up], [[down]], hidden, size, None, biased=False), gate)
+
+    def _shared_module(self) -> str | None:
+        """Where the shared expert's tensors are; raises ValueError where the config denies or promises it."""
+        files, facts = self.files, self.facts
+        modules = map(self.name, self.family.shared)
+        module = next((m for m in modules if any(name.startswith(f"{m}.") for name in files.names)), None)
+        if module is None and facts.promised is not None:
+            key, value = facts.promised
+            raise ValueError(
+                f"{files.folder} has no tensors {self.name(self.family.shared[0])}.* of a shared expert; "
+                f"{self.source} says {key} = {value}"
+            )
+        if module is not None and facts.denied is not None:
+            key, value = facts.denied
             raise ValueError(
                 f"{files.folder} has tensors {module}.* of a shared expert; {self.source} says {key} = {value}"
             )
-        names = next(
-            (
-                names
-                for names in family.shared_linears
-                if any(name.startswith(f"{module}.{names[2]}.") for name in files.names)
-            ),
-            family.linears,
+        return module
+
+    def _shared_linears(self, module: str) -> tuple[list[Linear], Linear]:
+        """The linears of gate and up, and of down, of the shared expert, by the first names that the files have."""
+        family, files = self.family, self.files
+        found = (
+            names
+            for names in family.shared_linears
+            if any(name.startswith(f"{module}.{names[2]}.") for name in files.names)
         )
-        if names[0] == names[1]:
-            gate_up = [Linear(f"{module}.{names[1]}", part=part, parts=2) for part in range(2)]
+        gate, up, down = next(found, family.linears)
+        if gate == up:
+            gate_up = [Linear(f"{module}.{up}", part=part, parts=2) for part in range(2)]
         else:
-            gate_up = [Linear(f"{module}.{name}") for name in names[:2] if name is not None]
-        down = Linear(f"{module}.{names[2]}")
-        gate = self._kernel(family.shared_gate, 1, hidden)
-        scale = self.facts.shared_scale
-        plain = next((part for part in (down, *gate_up) if plain_suffix(files, part) is not None), None)
-        if plain is not None:
+            gate_up = [Linear(f"{module}.{name}") for name in (gate, up) if name is not None]
+        return gate_up, Linear(f"{module}.{down}")
+
+    def _dense_block(self, gate_up: list[Linear], down: Linear, hidden: int) -> tuple[Array, Array]:
+        """Both matrices of a shared expert of which a linear is plain; its size is the config's, or that linear's."""
+        files, size, scale = self.files, self.facts.shared_size, self.facts.shared_scale
+        if size is None:
+            plain = next(part for part in (down, *gate_up) if plain_suffix(files, part) is not None)
             name = plain.name(plain_suffix(files, plain) or "")
             shape = files.info(name).shape
-            if self.facts.shared_size is None and len(shape) != 2:
+            if len(shape) != 2:
                 raise files.fault(name, f"has shape {shape}; it must have two dimensions")
-            size = shape[plain is down] // plain.parts if self.facts.shared_size is None else self.facts.shared_size
-            dense = [self._dense(part, hidden, size) for part in gate_up]
-            last = self._dense(down, size, hidden)
-            last = last if scale == 1 else (last.astype(np.float32) * scale).astype(last.dtype)
-            return SharedExpert(jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True), gate)
-        if scale != 1:
-            raise ValueError(
-                f"{files.folder}: the shared expert {module} counts {scale} times and is quantised; such a factor is "
-                "supported for plain shared experts alone"
-            )
-        size = self.facts.shared_size or self.facts.usual_shared_size
-        packed_gate_up, packed_down = self._matrices([gate_up], [[down]], hidden, size, None, biased=False)
-        return SharedExpert(packed_gate_up, packed_down, gate)
+            size = shape[plain is down] // plain.parts
+        dense = [self._dense(part, hidden, size) for part in gate_up]
+        last = self._dense(down, size, hidden)
+        last = last if scale == 1 else (last.astype(np.float32) * scale).astype(last.dtype)
+        return jnp.asarray(np.concatenate(dense, axis=1)), jnp.array(last, copy=True)
 
     def _in_one_launch(self, layer: MoELayer, shared: SharedExpert) -> SharedExpert:
         """The shared expert as experts like the others, where the kernels can then run all of them at once."""

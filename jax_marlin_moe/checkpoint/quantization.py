@@ -57,7 +57,7 @@ class Quantization:
             raise ValueError(f"{self.source}: the pattern {short(pattern)} cannot be matched: {error}") from None
 
 
-def group_size_from(keys: Keys, *names: str, k: int, sizes: Collection[int], per_channel: bool = True) -> int | None:
+def group_size_from(keys: Keys, *names: str, k: int, sizes: Collection[int]) -> int | None:
     """The group size that a config states, None for one group over all k rows.
 
     Raises:
@@ -65,9 +65,8 @@ def group_size_from(keys: Keys, *names: str, k: int, sizes: Collection[int], per
     """
     name = next((name for name in names if name in keys), names[0])
     size = keys.integer(name, low=-1)
-    if per_channel and (size == -1 or size == k):
+    if size in (-1, k):
         return None
     if size not in sizes:
-        one = "-1 (one group), K = " + f"{k} or " if per_channel else ""
-        raise keys.fault(name, f"{one}one of {tuple(sizes)}, the group sizes that a format has")
+        raise keys.fault(name, f"-1 (one group), K = {k} or one of {tuple(sizes)}, the group sizes that a format has")
     return size

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -130,14 +130,16 @@ def _places(sharding: MoESharding) -> Iterator[tuple[jax.Device, tuple[int, int]
     assert isinstance(mesh, jax.sharding.Mesh)
     for at in np.ndindex(mesh.devices.shape):
         coordinates = dict(zip(mesh.axis_names, at, strict=True))
+        expert, tensor = (_rank(mesh, axes, coordinates) for axes in (sharding.expert_axes, sharding.tensor_axes))
+        yield mesh.devices[at], (expert, tensor)
 
-        def rank(axes: tuple[str, ...], coordinates: dict = coordinates) -> int:
-            found = 0
-            for axis in axes:
-                found = found * mesh.shape[axis] + coordinates[axis]
-            return found
 
-        yield mesh.devices[at], (rank(sharding.expert_axes), rank(sharding.tensor_axes))
+def _rank(mesh: jax.sharding.Mesh, axes: Sequence[str], coordinates: Mapping[str, int]) -> int:
+    """Of a device, along axes of which the first is the outermost."""
+    rank = 0
+    for axis in axes:
+        rank = rank * mesh.shape[axis] + coordinates[axis]
+    return rank
 
 
 def cut_of(share: Share, k: int, *, down: bool) -> Cut:

@@ -22,20 +22,18 @@ from jax_marlin_moe.cuda.layer_plan import ROUTER_OPERANDS, choice_buffers, plan
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
-from jax_marlin_moe.formats import ACTIVATION_DTYPES
 from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
-from jax_marlin_moe.ops.block_arguments import as_scale, check_experts, check_fixed_scales, check_intermediate
+from jax_marlin_moe.ops.block_arguments import check_experts
 from jax_marlin_moe.ops.fused_moe import block_division, expert_block
+from jax_marlin_moe.ops.layer_arguments import ROUTER_DTYPES, check_floats, check_shared, checked_scales
 from jax_marlin_moe.ops.layer_composition import composition, shared_beside
 from jax_marlin_moe.ops.primitive import define_op, jvp_of, one_program
 from jax_marlin_moe.ops.shares import count_shares
 from jax_marlin_moe.routing import Routing, check_routing
 from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
-
-ROUTER_DTYPES = (*ACTIVATION_DTYPES, jnp.dtype(jnp.float32))
 
 
 def moe_layer(
@@ -130,7 +128,7 @@ def moe_layer(
         raise TypeError(f"routing is a {type(routing).__name__}; it must be a jax_marlin_moe.Routing")
     experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
     experts += routing.identity_experts
-    _check_floats("router", router, (gate_up.k, experts), "(H, experts)", narrow=True)
+    check_floats("router", router, (gate_up.k, experts), "(H, experts)", narrow=True)
     check_routing(routing, experts, alone=correction_bias is None and topk_ids is None)
     for name, vector in (
         ("router_bias", router_bias),
@@ -138,18 +136,18 @@ def moe_layer(
         ("expert_scale", expert_scale),
     ):
         if vector is not None:
-            _check_floats(name, vector, (experts,), "(experts,)")
+            check_floats(name, vector, (experts,), "(experts,)")
     if router_input is not None:
-        _check_floats("router_input", router_input, (x.shape[0], gate_up.k), "(tokens, H)", narrow=True)
+        check_floats("router_input", router_input, (x.shape[0], gate_up.k), "(tokens, H)", narrow=True)
     if router_input_scale is not None:
-        _check_floats("router_input_scale", router_input_scale, (gate_up.k,), "(H,)")
+        check_floats("router_input_scale", router_input_scale, (gate_up.k,), "(H,)")
     if topk_ids is not None:
         arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)
         arguments.check_shape("topk_ids", topk_ids, (x.shape[0], routing.top_k), "(tokens, top_k)")
     if shared is not None:
-        _check_shared(x, shared, shared_act)
+        check_shared(x, shared, shared_act)
     check_activation_dtype(activation_dtype)
-    x_scale = _checked_scales(activation_dtype, x_scale, intermediate, gate_up.num_experts)
+    x_scale = checked_scales(activation_dtype, x_scale, intermediate, gate_up.num_experts)
     results = _layer(
         x,
         router,
@@ -177,56 +175,6 @@ def moe_layer(
     if lead is not None:
         results = tuple(result.reshape(*lead, result.shape[-1]) for result in results)
     return results if return_routing else results[0]
-
-
-def _checked_scales(
-    activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None, num_experts: int
-) -> Float32[Array, ""] | None:
-    """The scale of x; raises TypeError or ValueError where it, or the intermediate's, goes with nothing."""
-    for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
-        if activation_dtype is None and value is not None:
-            raise ValueError(f"{name} is not None and activation_dtype None; it must be None: rows stay in 16 bits")
-    check_fixed_scales(activation_dtype, x_scale, intermediate)
-    if intermediate is not None:
-        check_intermediate(intermediate, num_experts)
-    return None if x_scale is None else as_scale(x_scale)
-
-
-def _check_floats(name: str, array: Any, shape: tuple[int, ...], meaning: str, *, narrow: bool = False) -> None:
-    """Raises TypeError on dtypes other than floats (`narrow`: those that kernels read), ValueError on another shape."""
-    dtype = getattr(array, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or (narrow and jnp.dtype(dtype) not in ROUTER_DTYPES):
-        found = type(array).__name__ if dtype is None else dtype
-        wanted = "bfloat16, float16 or float32" if narrow else "floating point"
-        raise TypeError(f"{name} has dtype {found}; it must be {wanted}: cast it before the call")
-    arguments.check_shape(name, array, shape, meaning)
-
-
-def _check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) -> None:
-    """Raises TypeError or ValueError unless the shared expert is one for rows like x."""
-    if not isinstance(shared, SharedExpert):
-        raise TypeError(f"shared is a {type(shared).__name__}; it must be a jax_marlin_moe.SharedExpert")
-    gate_up, down, hidden = shared.gate_up, shared.down, x.shape[1]
-    if isinstance(gate_up, MarlinWeights) != isinstance(down, MarlinWeights):
-        raise TypeError(
-            f"shared.gate_up is a {type(gate_up).__name__} and shared.down a {type(down).__name__}; both must be "
-            "packed, or both dense"
-        )
-    if isinstance(gate_up, MarlinWeights):
-        assert isinstance(down, MarlinWeights)
-        check_experts(x, gate_up, down, activation, within="shared.")
-    else:
-        assert not isinstance(down, MarlinWeights)
-        halves = 2 if activation.gated else 1
-        for name, matrix in (("shared.gate_up", gate_up), ("shared.down", down)):
-            if not hasattr(matrix, "ndim") or matrix.ndim != 2:
-                found = f"of shape {tuple(matrix.shape)}" if hasattr(matrix, "shape") else f"a {type(matrix).__name__}"
-                raise ValueError(f"{name} is {found}; it must be a matrix, or packed")
-        inner = down.shape[0]
-        _check_floats("shared.gate_up", gate_up, (hidden, halves * inner), f"(H, {halves} * rows of shared.down)")
-        _check_floats("shared.down", down, (inner, hidden), "(I, H)")
-    if shared.gate is not None:
-        _check_floats("shared.gate", shared.gate, (hidden, 1), "(H, 1)")
 
 
 @one_program(

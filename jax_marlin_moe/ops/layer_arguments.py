@@ -1,0 +1,68 @@
+"""The arguments of layers beside those of their blocks, checked. Errors name the argument and what it must be."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from jax_marlin_moe import arguments
+from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.byte_rows import ByteDtype
+from jax_marlin_moe.formats import ACTIVATION_DTYPES
+from jax_marlin_moe.intermediate import IntermediateQuantizer
+from jax_marlin_moe.ops.block_arguments import as_scale, check_experts, check_fixed_scales, check_intermediate
+from jax_marlin_moe.shared_expert import SharedExpert
+from jax_marlin_moe.weights import MarlinWeights
+
+ROUTER_DTYPES = (*ACTIVATION_DTYPES, jnp.dtype(jnp.float32))
+
+
+def checked_scales(
+    activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None, num_experts: int
+) -> Float32[Array, ""] | None:
+    """The scale of x; raises TypeError or ValueError where it, or the intermediate's, goes with nothing."""
+    for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
+        if activation_dtype is None and value is not None:
+            raise ValueError(f"{name} is not None and activation_dtype None; it must be None: rows stay in 16 bits")
+    check_fixed_scales(activation_dtype, x_scale, intermediate)
+    if intermediate is not None:
+        check_intermediate(intermediate, num_experts)
+    return None if x_scale is None else as_scale(x_scale)
+
+
+def check_floats(name: str, array: Any, shape: tuple[int, ...], meaning: str, *, narrow: bool = False) -> None:
+    """Raises TypeError on dtypes other than floats (`narrow`: those that kernels read), ValueError on another shape."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or (narrow and jnp.dtype(dtype) not in ROUTER_DTYPES):
+        found = type(array).__name__ if dtype is None else dtype
+        wanted = "bfloat16, float16 or float32" if narrow else "floating point"
+        raise TypeError(f"{name} has dtype {found}; it must be {wanted}: cast it before the call")
+    arguments.check_shape(name, array, shape, meaning)
+
+
+def check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) -> None:
+    """Raises TypeError or ValueError unless the shared expert is one for rows like x."""
+    if not isinstance(shared, SharedExpert):
+        raise TypeError(f"shared is a {type(shared).__name__}; it must be a jax_marlin_moe.SharedExpert")
+    gate_up, down, hidden = shared.gate_up, shared.down, x.shape[1]
+    if isinstance(gate_up, MarlinWeights) != isinstance(down, MarlinWeights):
+        raise TypeError(
+            f"shared.gate_up is a {type(gate_up).__name__} and shared.down a {type(down).__name__}; both must be "
+            "packed, or both dense"
+        )
+    if isinstance(gate_up, MarlinWeights):
+        assert isinstance(down, MarlinWeights)
+        check_experts(x, gate_up, down, activation, within="shared.")
+    else:
+        assert not isinstance(down, MarlinWeights)
+        halves = 2 if activation.gated else 1
+        for name, matrix in (("shared.gate_up", gate_up), ("shared.down", down)):
+            if not hasattr(matrix, "ndim") or matrix.ndim != 2:
+                found = f"of shape {tuple(matrix.shape)}" if hasattr(matrix, "shape") else f"a {type(matrix).__name__}"
+                raise ValueError(f"{name} is {found}; it must be a matrix, or packed")
+        inner = down.shape[0]
+        check_floats("shared.gate_up", gate_up, (hidden, halves * inner), f"(H, {halves} * rows of shared.down)")
+        check_floats("shared.down", down, (inner, hidden), "(I, H)")
+    if shared.gate is not None:
+        check_floats("shared.gate", shared.gate, (hidden, 1), "(H, 1)")
