@@ -6,7 +6,6 @@ a program to threads that compile, then with arrays, when the same calls in the 
 
 import collections
 import dataclasses
-import pathlib
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks.chain import seconds_of_calls
+from benchmarks.kernel_events import kernel_events
 from benchmarks.memory import peak_bytes
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
 
@@ -130,13 +130,5 @@ def device_microseconds(call: Callable[[], Any]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             jax.block_until_ready([call() for _ in range(_PROFILED_CALLS)])
-        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        nanoseconds = sum(
-            event.duration_ns
-            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        )
+        nanoseconds = sum(event.duration_ns for event in kernel_events(folder))
     return nanoseconds / _PROFILED_CALLS / 1e3

@@ -41,7 +41,7 @@ import numpy as np
 from benchmarks.chain import seconds_of_calls
 from benchmarks.record import recorded_run
 from benchmarks.sharded_case import Case, Recipe, blocks_of, recipes
-from benchmarks.sharded_profile import device_microseconds
+from benchmarks.sharded_profile import block_microseconds
 from jax_marlin_moe.measure.models import MODELS
 
 KEY = ("model", "format", "M", "recipe", "cards")
@@ -137,7 +137,7 @@ class Programs:
                 for program in ("one", *programs.values()):
                     compiled, arguments = self._futures[program].result()
                     jax.block_until_ready(compiled(*arguments))
-            found = device_microseconds(folder, ["one", *programs.values()], blocks_of(self.tokens))
+            found = block_microseconds(folder, ["one", *programs.values()], blocks_of(self.tokens))
             for recipe, program in programs.items():
                 if program in found:
                     yield {**self._key(recipe), "device_us": found[program], "one_card_device_us": found["one"]}

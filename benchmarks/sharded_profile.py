@@ -1,11 +1,10 @@
 """Device time of the kernels of programs, by kind, from a profile that `jax.profiler` has written."""
 
-import pathlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from jax.profiler import ProfileData
+from benchmarks.kernel_events import kernel_events
 
 _KINDS = (
     ("jmm_align", "alignment"),
@@ -27,7 +26,7 @@ def module_of(program: str) -> str:
     return "jit_chain_" + re.sub(r"\W", "_", program)
 
 
-def device_microseconds(folder: str, programs: Sequence[str], blocks: int) -> dict[str, dict[str, float]]:
+def block_microseconds(folder: str, programs: Sequence[str], blocks: int) -> dict[str, dict[str, float]]:
     """Microseconds of a block on the first card, by program and kind of kernel; programs without kernels are not there.
 
     "idle" is what no kernel covers, of the time from the first to the last.
@@ -39,18 +38,10 @@ def device_microseconds(folder: str, programs: Sequence[str], blocks: int) -> di
     """
     names = {module_of(program): program for program in programs}
     spans: dict[str, dict[str, list[Span]]] = defaultdict(lambda: defaultdict(list))
-    for path in pathlib.Path(folder).rglob("*.xplane.pb"):
-        for plane in ProfileData.from_file(str(path)).planes:
-            if plane.name != "/device:GPU:0":
-                continue
-            for line in plane.lines:
-                if not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    program = names.get(str(dict(event.stats).get("hlo_module")))
-                    if program is not None:
-                        span = event.start_ns, event.start_ns + event.duration_ns
-                        spans[program][kind_of(event.name)].append(span)
+    for event in kernel_events(folder, device="0"):
+        program = names.get(str(dict(event.stats).get("hlo_module")))
+        if program is not None:
+            spans[program][kind_of(event.name)].append((event.start_ns, event.start_ns + event.duration_ns))
     found = {}
     for program, kinds in spans.items():
         times = {kind: sum(stop - start for start, stop in each) for kind, each in kinds.items()}

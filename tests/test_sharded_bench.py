@@ -1,9 +1,12 @@
 """The benchmark of several cards: its whole path on four devices, and how its results add up."""
 
+from types import SimpleNamespace
+
 from other_process import found_by
 
+from benchmarks import kernel_events
 from benchmarks.sharded_case import recipes
-from benchmarks.sharded_profile import kind_of, uncovered
+from benchmarks.sharded_profile import block_microseconds, kind_of, module_of, uncovered
 
 
 def test_rows_of_several_runs_add_up_in_one_file(tmp_path):
@@ -51,3 +54,25 @@ def test_kernels_are_told_apart_by_their_names():
 
 def test_idle_time_is_what_no_kernel_covers():
     assert uncovered([(10, 20), (12, 15), (30, 40), (18, 25)]) == 5
+
+
+def test_times_of_a_block_are_those_of_the_first_card_s_streams(tmp_path, monkeypatch):
+    def event(name, start, duration, program="ep"):
+        stats = [("hlo_module", module_of(program))]
+        return SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats)
+
+    def plane(name, **lines):
+        lines = [SimpleNamespace(name=line.replace("_", " "), events=events) for line, events in lines.items()]
+        return SimpleNamespace(name=name, lines=lines)
+
+    first = [event("jmm_gate_up", 0, 4000), event("jmm_down", 6000, 2000), event("jmm_down", 0, 9000, "another")]
+    planes = [
+        plane("/device:GPU:0", Stream_1=first, XLA_Ops=[event("jmm_down", 0, 50000)]),
+        plane("/device:GPU:1", Stream_1=[event("jmm_down", 0, 50000)]),
+        plane("/host:CPU", Stream_1=[event("jmm_down", 0, 50000)]),
+    ]
+    (tmp_path / "host.xplane.pb").touch()
+    profile = SimpleNamespace(from_file=lambda _: SimpleNamespace(planes=planes))
+    monkeypatch.setattr(kernel_events, "ProfileData", profile)
+    assert block_microseconds(str(tmp_path), ["ep", "tp"], 2) == {"ep": {"products": 3.0, "idle": 1.0}}
+    assert len(list(kernel_events.kernel_events(str(tmp_path)))) == 4

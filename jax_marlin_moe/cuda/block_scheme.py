@@ -67,12 +67,11 @@ def block_scheme(
                 "pass None, or what autotune finds"
             )
         return asked
-    slots = top_k + shared
-    sizes = first, second, tokens * slots, slots, routed_experts + shared, capability
+    slots, experts = top_k + shared, routed_experts + shared
     if not first.has_byte_rows:  # which no table has, and whose schemes all add up in one order
         if asked == "batch_invariant":
-            return invariant_scheme(*sizes)
+            return invariant_scheme(first, second, tokens * slots, experts, capability)
         measured = measured_scheme(gate_up, down, top_k, tokens, architecture, shared)
         if measured is not None and measured.fits(first, second, capability):
             return measured
-    return predicted_scheme(*sizes)
+    return predicted_scheme(first, second, tokens * slots, slots, experts, capability)

@@ -3,12 +3,12 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.kernels import mma, transposed, wgmma
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
-from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, Tile, kernels_of
+from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, SlotRouting, Tile, kernels_of
 
 # Over 143 pairs of tiles, timed with and without an overlap (benchmarks/NOTES.md), what `overlaps` chooses loses 0.2 %
 # to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
@@ -74,7 +74,7 @@ def choose_tile(
         found = [tile for tile in found if isinstance(tile, mma.MmaTile)]
     if not found:
         raise ValueError(f"no kernel tile supports {shape} with {tokens}-row blocks on compute capability {capability}")
-    return min(found, key=lambda tile: tile.predicted_microseconds(shape, expected_blocks, rows, capability))
+    return _cheapest(found, shape, expected_blocks, rows, capability)
 
 
 def choose_rows_tile(shape: GemmShape, num_rows: int, parts: int, capability: int) -> Tile:
@@ -192,30 +192,26 @@ def overlaps(shape: GemmShape, tile: Tile, microseconds: float, capability: int)
 def predicted_scheme(
     first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
 ) -> BlockScheme:
-    """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere."""
+    """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere.
+
+    Raises:
+        ValueError: no kernel supports the shapes.
+    """
 
     def fastest(tokens: int, blocks: float, rows: float | None, direct: bool) -> tuple[float, BlockScheme]:
         tiles = [choose_tile(shape, tokens, blocks, capability, rows) for shape in (first, second)]
-        microseconds = sum(
-            tile.predicted_microseconds(shape, blocks, rows, capability)
-            for shape, tile in zip((first, second), tiles, strict=True)
-        )
         # A thread that has one slot to group does so in less than an alignment kernel takes.
         groups = num_slots <= min(tile.threads for tile in tiles)
-        overlapping = overlaps(second, tiles[1], microseconds, capability)
-        return microseconds, BlockScheme(
-            "direct" if direct else "grouped" if groups else "aligned", *tiles, overlaps=overlapping
-        )
+        routing: SlotRouting = "direct" if direct else "grouped" if groups else "aligned"
+        return _timed_scheme(routing, (first, second), tiles, blocks, rows, capability)
 
     few = num_slots == top_k or num_slots * num_slots <= 8 * routed_experts
     if few and not first.has_byte_rows:
         return fastest(mma.TOKEN_TILES[0], num_slots, rows=None, direct=True)[1]
     found = []
     for tokens in block_sizes(num_slots, routed_experts, first, capability):
-        blocks = expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
-        rows = num_slots * first.num_experts / routed_experts / blocks
         with contextlib.suppress(ValueError):  # no tile of this size supports one of the shapes
-            found.append(fastest(tokens, blocks, rows, direct=False))
+            found.append(fastest(tokens, *_filled(first, num_slots, routed_experts, tokens), direct=False))
     if not found:
         raise ValueError(f"no kernel tile supports {first} and {second} on compute capability {capability}")
     return min(found, key=lambda predicted: predicted[0])[1]
@@ -223,7 +219,7 @@ def predicted_scheme(
 
 @functools.lru_cache(maxsize=1024)
 def invariant_scheme(
-    first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
+    first: GemmShape, second: GemmShape, num_slots: int, routed_experts: int, capability: int
 ) -> BlockScheme:
     """The cost model's choice among schemes that give a row the same bits, whatever the number of rows.
 
@@ -233,24 +229,16 @@ def invariant_scheme(
     Raises:
         ValueError: no kernel has such tiles for the shapes.
     """
-    blocks_of = {
-        tokens: expected_blocks(num_slots, routed_experts, first.num_experts, tokens)
-        for tokens in sorted({*mma.TOKEN_TILES, *wgmma.TOKEN_TILES})
-    }
+    shapes = first, second
     for kernel in ("wgmma", "mma"):
         found = []
-        for tokens, blocks in blocks_of.items():
-            rows = num_slots * first.num_experts / routed_experts / blocks
-            tiles, microseconds = [], 0.0
-            for shape in (first, second):
-                fitting = _tiles_in_order(kernel, shape, tokens, capability)
-                if fitting:
-                    costs = [tile.predicted_microseconds(shape, blocks, rows, capability) for tile in fitting]
-                    tiles.append(fitting[costs.index(min(costs))])
-                    microseconds += min(costs)
-            if len(tiles) == 2:
-                overlapping = overlaps(second, tiles[1], microseconds, capability)
-                found.append((microseconds, BlockScheme("grouped", *tiles, overlaps=overlapping)))
+        for tokens in sorted({*mma.TOKEN_TILES, *wgmma.TOKEN_TILES}):
+            blocks, rows = _filled(first, num_slots, routed_experts, tokens)
+            fitting = [_tiles_in_order(kernel, shape, tokens, capability) for shape in shapes]
+            if all(fitting):
+                pairs = zip(fitting, shapes, strict=True)
+                tiles = [_cheapest(of_shape, shape, blocks, rows, capability) for of_shape, shape in pairs]
+                found.append(_timed_scheme("grouped", shapes, tiles, blocks, rows, capability))
         # Which kernel has tiles depends on the shapes alone.
         if found:
             return min(found, key=lambda predicted: predicted[0])[1]
@@ -258,6 +246,35 @@ def invariant_scheme(
         f"batch_invariant is True; no kernel of compute capability {capability} adds up {first} and {second} in one "
         "order for all numbers of rows"
     )
+
+
+def _filled(shape: GemmShape, num_slots: int, routed_experts: int, tokens: int) -> tuple[float, float]:
+    """Blocks of `tokens` rows that uniform routing fills for the experts of a product, and the rows of one."""
+    blocks = expected_blocks(num_slots, routed_experts, shape.num_experts, tokens)
+    return blocks, num_slots * shape.num_experts / routed_experts / blocks
+
+
+def _cheapest(
+    tiles: Sequence[Tile], shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
+) -> Tile:
+    """The tile of least predicted time, the first of equals."""
+    return min(tiles, key=lambda tile: tile.predicted_microseconds(shape, expected_blocks, rows, capability))
+
+
+def _timed_scheme(
+    routing: SlotRouting,
+    shapes: tuple[GemmShape, GemmShape],
+    tiles: Sequence[Tile],
+    blocks: float,
+    rows: float | None,
+    capability: int,
+) -> tuple[float, BlockScheme]:
+    """The predicted microseconds of both products, and their scheme with or without an overlap."""
+    microseconds = sum(
+        tile.predicted_microseconds(shape, blocks, rows, capability) for shape, tile in zip(shapes, tiles, strict=True)
+    )
+    overlapping = overlaps(shapes[1], tiles[1], microseconds, capability)
+    return microseconds, BlockScheme(routing, *tiles, overlaps=overlapping)
 
 
 def _tiles_in_order(kernel: str, shape: GemmShape, tokens: int, capability: int) -> list[Tile]:

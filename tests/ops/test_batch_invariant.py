@@ -143,7 +143,7 @@ def test_schemes_differ_in_what_no_sum_crosses(weight_format, architecture):
     shapes = gemm_shape(gate_up, True, jnp.dtype("bfloat16")), gemm_shape(down, False, jnp.dtype("bfloat16"))
     orders, rows_of_a_tile = set(), set()
     for tokens in (1, 16, 600, 16384):
-        planned = invariant_scheme(*shapes, tokens * TOP_K, TOP_K, EXPERTS, compute_capability(architecture))
+        planned = invariant_scheme(*shapes, tokens * TOP_K, EXPERTS, compute_capability(architecture))
         for place, tile in enumerate((planned.gate_up, planned.down)):
             rows_of_a_tile.add(tile.tokens)
             assert isinstance(tile, MmaTile if architecture == "sm_80" else WgmmaTile)

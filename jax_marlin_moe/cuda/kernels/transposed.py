@@ -6,7 +6,7 @@ import itertools
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
 from jax_marlin_moe.cuda.kernels.problem import TILE_K, UNIT, GemmShape
-from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
+from jax_marlin_moe.cuda.kernels.wgmma import OTHER_CONSUMER_REGISTERS, WgmmaTile
 
 TOKEN_TILES = (8, 16, 32, 64)
 
@@ -93,7 +93,8 @@ class WgmmaTransposedTile(WgmmaTile):
         shares = shape.group_size >= self.sub_tiles * TILE_K
         scaling = 8 * (1 + (shape.scale != shape.dtype) + 2 * (shape.zeros is not None) + (shape.zeros == "float"))
         sums = self.sub_tiles * self.tokens // 2
-        return sums + 8 * self.sub_tiles + scaling * (1 if shares else self.sub_tiles) + 40
+        scaling *= 1 if shares else self.sub_tiles
+        return sums + 8 * self.sub_tiles + scaling + OTHER_CONSUMER_REGISTERS
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its CTAs fit the multiprocessor."""

@@ -11,7 +11,7 @@ from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, TILE_K, UNI
 TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128, 144)
 
 _MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
-_OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
+OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
 
 # The same for wgmma: within 10 % of Mixtral at 64 and 256 tokens and Qwen3-30B at 4096 on an H200, 14 to 19 % too fast
 # for Qwen3-30B at 1024.
@@ -62,11 +62,8 @@ class WgmmaTile:
 
     @property
     def consumer_registers(self) -> int:
-        """Registers of a thread that multiplies: it gets what those that copy do not need of their equal share."""
-        warpgroups = self.warpgroups_n * self.warpgroups_k
-        entry = 65536 // (self.ctas_per_sm * self.threads) // 8 * 8
-        spared = (entry * (warpgroups + 1) - self.producer_registers) // warpgroups // 8 * 8
-        return min(_MOST_CONSUMER_REGISTERS, spared)
+        """Registers of a thread that multiplies."""
+        return consumer_registers(self.warpgroups_n * self.warpgroups_k, self.ctas_per_sm, self.producer_registers)
 
     @property
     def facts(self) -> Facts:
@@ -74,7 +71,7 @@ class WgmmaTile:
         return dataclasses.asdict(self) | {
             "producer_registers": self.producer_registers,
             "consumer_registers": self.consumer_registers,
-            "other_registers": _OTHER_CONSUMER_REGISTERS,
+            "other_registers": OTHER_CONSUMER_REGISTERS,
         }
 
     def stage_bytes(self, shape: GemmShape) -> int:
@@ -100,7 +97,7 @@ class WgmmaTile:
         """Of a thread that multiplies: sums, weights being made and in use, the rest."""
         two_sums = not self.scales_weights and shape.group_size < shape.k
         sums = self.sub_tiles * self.tokens // 2 * (2 if two_sums else 1)
-        return sums + 8 * self.sub_tiles + _OTHER_CONSUMER_REGISTERS
+        return sums + 8 * self.sub_tiles + OTHER_CONSUMER_REGISTERS
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
@@ -154,6 +151,16 @@ class WgmmaTile:
         rounds = math.ceil(tiles / (card.multiprocessors * self.ctas_per_sm))
         cycles = rounds * (math.ceil(shape.k / self.block_k) * chunk + ends)
         return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
+
+
+def consumer_registers(warpgroups: int, ctas_per_sm: int, producer_registers: int) -> int:
+    """Registers of a thread of `warpgroups` that multiply, beside one that copies.
+
+    It gets what those that copy do not need of their equal share.
+    """
+    entry = 65536 // (ctas_per_sm * 128 * (warpgroups + 1)) // 8 * 8
+    spared = (entry * (warpgroups + 1) - producer_registers) // warpgroups // 8 * 8
+    return min(_MOST_CONSUMER_REGISTERS, spared)
 
 
 def _weights_can_be_scaled(shape: GemmShape) -> bool:

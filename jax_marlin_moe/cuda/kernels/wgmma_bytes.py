@@ -8,6 +8,7 @@ from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
 from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, UNIT, GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import TAKEN_BYTES
+from jax_marlin_moe.cuda.kernels.wgmma import consumer_registers
 
 TOKEN_TILES = (16, 32, 48, 64, 96, 128)
 BLOCK_K = 128  # rows of K in one stage: those whose sums are made before they are scaled
@@ -23,8 +24,7 @@ _MULTIPLIED = {
 # The formats of these, in words.
 FORMATS = {"float8_e4m3fn": "int4, int4_zp and fp8", "int8": "int4, int4_zp, int8 and int8_zp"}
 
-_MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
-_OTHER_CONSUMER_REGISTERS = 8  # of these, beside sums and fragments
+_OTHER_CONSUMER_REGISTERS = 8  # of a thread that multiplies, beside sums and fragments
 _PRODUCER_REGISTERS = 24
 _FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
 
@@ -68,10 +68,8 @@ class WgmmaByteTile:
 
     @property
     def consumer_registers(self) -> int:
-        """Registers of a thread that multiplies: it gets what those that copy do not need of their equal share."""
-        entry = 65536 // (self.ctas_per_sm * self.threads) // 8 * 8
-        spared = (entry * (self.warpgroups_n + 1) - _PRODUCER_REGISTERS) // self.warpgroups_n // 8 * 8
-        return min(_MOST_CONSUMER_REGISTERS, spared)
+        """Registers of a thread that multiplies."""
+        return consumer_registers(self.warpgroups_n, self.ctas_per_sm, _PRODUCER_REGISTERS)
 
     @property
     def facts(self) -> Facts:
