@@ -1,5 +1,6 @@
 """Checks of arguments that more than one function takes. Each names the argument, what it was and what it must be."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +26,41 @@ def check_array(name: str, value: jax.Array, *, ndim: int, dtype: DTypeLike) -> 
     check_rank(name, value, ndim)
 
 
+def as_dtype(name: str, value: Any) -> jnp.dtype:
+    """The dtype that an argument names; TypeError where it names none."""
+    try:
+        return jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a dtype, as jnp.float32 or its name") from None
+
+
+def as_number(name: str, value: Any) -> float:
+    """A real number that is known, as a float; TypeError on anything else, text and booleans among it."""
+    if isinstance(value, str | bytes | bool | np.bool_ | jax.core.Tracer) or getattr(value, "shape", ()) != ():
+        raise TypeError(f"{name} is {value!r}; it must be a number that is known when the call is traced")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+
+
 def check_rank(name: str, value: jax.Array, ndim: int) -> None:
-    """Raises ValueError on another rank."""
+    """Raises ValueError on another rank, TypeError on what is no array."""
+    _check_is_array(name, value)
     if value.ndim != ndim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have {ndim} dimensions")
 
 
 def check_shape(name: str, value: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
-    """Raises ValueError on another shape; `meaning` spells the expected one in words."""
+    """Raises ValueError on another shape, TypeError on what is no array; `meaning` spells the shape in words."""
+    _check_is_array(name, value)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {meaning} = {tuple(shape)}")
+
+
+def _check_is_array(name: str, value: Any) -> None:
+    if not hasattr(value, "shape"):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be an array: make it one with jnp.asarray")
 
 
 def as_rows(name: str, x: jax.Array, preferred_element_type: DTypeLike | None = None) -> tuple[jax.Array, jnp.dtype]:
@@ -53,7 +79,7 @@ def as_result_type(
     name: str, x: jax.Array, rounded: DTypeLike, default: DTypeLike, preferred_element_type: DTypeLike | None
 ) -> jnp.dtype:
     """The type of the result for rows `x`: `rounded`, float32, or else TypeError."""
-    wanted = jnp.dtype(default if preferred_element_type is None else preferred_element_type)
+    wanted = as_dtype("preferred_element_type", default if preferred_element_type is None else preferred_element_type)
     if wanted not in (jnp.dtype(rounded), jnp.dtype(jnp.float32)):
         raise TypeError(
             f"preferred_element_type is {wanted}; for {name} of dtype {x.dtype} it must be {jnp.dtype(rounded)} or "
@@ -72,7 +98,7 @@ def batch_rows(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
     found = tuple(getattr(value, "shape", ()))
     if found[:-1] != tuple(x.shape[:-1]):
         raise ValueError(f"{name} has shape {found}; x has shape {tuple(x.shape)}, and all but the last must be alike")
-    return value.reshape(-1, found[-1])
+    return value.reshape(math.prod(found[:-1]), found[-1])
 
 
 def over_batches(

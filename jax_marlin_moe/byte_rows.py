@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jax_marlin_moe.formats import E4M3
-from jax_marlin_moe.intermediate import in_units, nearest, usable
+from jax_marlin_moe.intermediate import in_units, nearest, nearest_integer, usable
 
 ByteDtype = Literal["float8_e4m3fn", "int8"]
 
@@ -52,5 +52,5 @@ def quantize_rows(
     # Behind a barrier: XLA would turn the division and the product into one division.
     values = rows * jax.lax.optimization_barrier(largest / extent)
     if dtype == "int8":
-        return jnp.clip(jnp.round(values), -largest, largest), scales
+        return jnp.clip(nearest_integer(values), -largest, largest), scales
     return nearest(values, E4M3), scales

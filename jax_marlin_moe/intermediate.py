@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float32
 
 from jax_marlin_moe.formats import E2M1, E4M3, CodeType
+from jax_marlin_moe.no_derivative import refused_tangents
 
 BLOCK = 16  # columns of a dynamic block scale
 
@@ -27,8 +28,8 @@ _LEAST_EXPONENT = {"e4m3": -6, "e2m1": 0}  # of normal numbers
 def nearest(values: Float32[Array, "..."], code: CodeType) -> Float32[Array, "..."]:
     """The nearest value of a code, ties to even, saturating; NaN stays NaN.
 
-    In arithmetic: XLA may drop a cast to a narrow type and back. Differentiation raises NotImplementedError rather than
-    returning zeros without a word.
+    In arithmetic: XLA may drop a cast to a narrow type and back. The use of a derivative raises NotImplementedError,
+    which is better than zeros without a word.
     """
     clipped = jnp.clip(values, -code.largest, code.largest)
     exponent = (jax.lax.bitcast_convert_type(clipped, jnp.uint32) >> 23 & 255).astype(jnp.int32) - 127
@@ -38,10 +39,26 @@ def nearest(values: Float32[Array, "..."], code: CodeType) -> Float32[Array, "..
 
 
 @nearest.defjvp
-def _refuse_to_differentiate(code: CodeType, _: tuple, __: tuple) -> tuple[Array, Array]:
-    raise NotImplementedError(
-        f"rounding to {code.name} has no derivative: put jax.lax.stop_gradient around what is quantised"
+def _without_derivative(code: CodeType, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return _refuse(code.name, nearest(*primals, code), tangents)
+
+
+@jax.custom_jvp
+def nearest_integer(values: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """`jnp.round`, without a derivative as `nearest`."""
+    return jnp.round(values)
+
+
+@nearest_integer.defjvp
+def _integer_without_derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return _refuse("integers", nearest_integer(*primals), tangents)
+
+
+def _refuse(of: str, result: Array, tangents: tuple) -> tuple[Array, Array]:
+    error = NotImplementedError(
+        f"rounding to {of} has no derivative: put jax.lax.stop_gradient around what is quantised, or around the result"
     )
+    return result, refused_tangents(error, [result], tangents)[0]
 
 
 def usable(scales: Float32[Array, "..."]) -> Float32[Array, "..."]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.arguments import check_shape
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.expert_placement import first_slots
 from jax_marlin_moe.intermediate import IntermediateQuantizer
@@ -111,6 +112,7 @@ class MoELayer:
             implementation: as for `jax_marlin_moe.fused_moe`.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
         """
+        check_rows(self, x, token_ids, router_input)
         rows = x.reshape(-1, x.shape[-1])
         placement = None if self.placement is None else jnp.asarray(self.placement)
         fixed = activation_dtype == "float8_e4m3fn"
@@ -165,6 +167,21 @@ class MoELayer:
         if token_ids is None:
             raise ValueError("token_ids is None; this layer chooses experts by token, so it must be given")
         return self.token_experts[token_ids]
+
+
+def check_rows(layer: MoELayer, x: object, token_ids: object | None, router_input: object | None) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless rows have the shapes that a layer takes."""
+    hidden = layer.router.shape[0]
+    if not hasattr(x, "shape") or not x.shape:
+        raise TypeError(f"x is a {type(x).__name__}; it must be an array whose last dimension is H = {hidden}")
+    if x.shape[-1] != hidden:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be H = {hidden}")
+    for name, rows, shape, meaning in (
+        ("token_ids", token_ids, x.shape[:-1], "that of x without the last dimension"),
+        ("router_input", router_input, x.shape, "that of x"),
+    ):
+        if rows is not None:
+            check_shape(name, rows, shape, meaning)  # type: ignore[arg-type]
 
 
 def check_layer(source: object, layer: MoELayer) -> None:

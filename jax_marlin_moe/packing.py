@@ -204,7 +204,9 @@ def check_stack(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) ->
 
 
 def check_group_size(name: str, group_size: int | None, k: int, row: WeightFormat) -> None:
-    """Raises ValueError unless the format has such groups over K rows; None is one group."""
+    """Raises unless the format has such groups over K rows: TypeError on no integer; None is one group."""
+    if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
+        raise TypeError(f"{name} is {group_size!r}; it must be an int, None for one group, or 'customary'")
     if group_size is None or group_size == k:
         allowed = row.per_channel or group_size in row.group_sizes
     else:

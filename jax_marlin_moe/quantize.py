@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jax_marlin_moe.arguments import check_rank
+from jax_marlin_moe.arguments import as_dtype, check_rank
 from jax_marlin_moe.formats import FLOAT_SCALES, WeightFormat, get_format, round_to
 from jax_marlin_moe.ops.each_expert import define_each_expert
 from jax_marlin_moe.packing import assemble, check_group_size, pack_expert
@@ -133,14 +133,13 @@ def _choice(
     if group_size == "customary":
         group_size = row.customary_group_size
     k = dense.shape[-2]
-    assert not isinstance(group_size, str)
-    check_group_size("group_size", group_size, k, row)
+    check_group_size("group_size", group_size, k, row)  # type: ignore[arg-type]
     if 0 in dense.shape:
         raise ValueError(f"{name} has shape {dense.shape}; it must not be empty")
     if row.scale != FLOAT_SCALES:
         dtype = jnp.dtype(jnp.uint8)
     elif scale_dtype is not None:
-        dtype = jnp.dtype(scale_dtype)
+        dtype = as_dtype("scale_dtype", scale_dtype)
     elif row.quantized_scale_dtype is not None:
         dtype = jnp.dtype(row.quantized_scale_dtype)
     elif dense.dtype == jnp.float32:
@@ -154,7 +153,7 @@ def _choice(
             )
     if dtype.name not in row.scale_dtypes:
         raise TypeError(f"scale_dtype is {dtype}; format {row.name} takes {' or '.join(row.scale_dtypes)}")
-    return row, group_size or k, dtype
+    return row, group_size or k, dtype  # type: ignore[return-value]
 
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))

@@ -114,7 +114,7 @@ def composed_layer(
     if routing.apply_on_input:
         rows = weighted_rows(x, topk_weights)
         y = block(rows, jnp.ones((rows.shape[0], 1), jnp.float32), ids.reshape(-1, 1))
-        y = y.reshape(y.shape[0] // routing.top_k, routing.top_k, -1).sum(1)
+        y = y.reshape(y.shape[0] // routing.top_k, routing.top_k, y.shape[1]).sum(1)
     else:
         y = block(x, topk_weights, ids)
     x, topk_weights, ids = keep(x), keep(topk_weights), keep(ids)

@@ -6,9 +6,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe.arguments import check_array, check_rank, check_shape, check_top_k
+from jax_marlin_moe.arguments import as_number, check_array, check_rank, check_shape, check_top_k
 
 # Scores of all experts from float32 logits.
 _SCORINGS = {
@@ -20,6 +21,8 @@ _SCORINGS = {
     "sparsemixer": lambda logits: logits,
 }
 _MIXER_ALONE = "scoring is 'sparsemixer', which takes no correction_bias, no ids and num_groups=1"
+_COUNTS = ("top_k", "num_groups", "top_groups", "identity_experts")
+_FLAGS = ("renormalize", "softmax_after_topk", "apply_on_input")
 # What a group of experts is worth, from its scores [..., group]: V3's rule and V2's.
 _GROUP_SCORES = {
     "top2": lambda scores: jax.lax.top_k(scores, min(2, scores.shape[-1]))[0].sum(-1),
@@ -126,7 +129,7 @@ def route(
         Weights (float32) and expert ids (int32).
 
     Raises:
-        TypeError: logits are not floating point.
+        TypeError: an argument has the wrong dtype or type.
         ValueError: an option is out of range, or a shape does not fit.
     """
     if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
@@ -151,6 +154,8 @@ def route(
     for name, vector in (("correction_bias", correction_bias), ("expert_scale", expert_scale)):
         if vector is not None:
             check_shape(name, vector, (num_experts,), "(experts,)")
+            if not jnp.issubdtype(vector.dtype, jnp.floating):
+                raise TypeError(f"{name} has dtype {vector.dtype}; it must be floating point: cast it before the call")
     if ids is not None:
         check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
         check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
@@ -174,11 +179,19 @@ def route(
 
 
 def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> None:
-    """Raises ValueError, naming the option, unless the rule chooses among so many experts.
+    """Raises, naming the option, unless the rule chooses among so many experts: TypeError on a wrong type of it.
 
     `alone` says that there are neither biases for the choice nor ids that are chosen already.
     """
+    for name in _COUNTS:
+        if not isinstance(getattr(routing, name), int | np.integer):
+            raise TypeError(f"{name} is {getattr(routing, name)!r}; it must be an int")
+    for name in _FLAGS:
+        if not isinstance(getattr(routing, name), bool | np.bool_):
+            raise TypeError(f"{name} is {getattr(routing, name)!r}; it must be True or False")
     top_k, num_groups, top_groups = routing.top_k, routing.num_groups, routing.top_groups
+    if routing.identity_experts < 0:
+        raise ValueError(f"identity_experts is {routing.identity_experts}; it must not be negative")
     check_top_k(top_k, num_experts)
     for name, known in (("scoring", _SCORINGS), ("group_score", _GROUP_SCORES)):
         if getattr(routing, name) not in known:
@@ -190,7 +203,10 @@ def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> 
         )
     if top_groups * (num_experts // num_groups) < top_k:
         raise ValueError(f"top_k is {top_k}; {top_groups} groups have {top_groups * num_experts // num_groups} experts")
-    cap, epsilon, jitter = routing.logits_soft_cap, routing.renormalize_epsilon, routing.jitter
+    cap = None if routing.logits_soft_cap is None else as_number("logits_soft_cap", routing.logits_soft_cap)
+    epsilon, jitter = (as_number(name, getattr(routing, name)) for name in ("renormalize_epsilon", "jitter"))
+    if not math.isfinite(as_number("scale", routing.scale)):
+        raise ValueError(f"scale is {routing.scale}; it must be finite")
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"logits_soft_cap is {cap}; it must be positive and finite, or None for no cap")
     if not 0 <= epsilon < math.inf:
@@ -227,7 +243,7 @@ def _route(
     if not given:
         choice = scores if correction_bias is None else scores + _along_experts(correction_bias, scores)
         if top_groups < num_groups:
-            grouped = choice.reshape(*choice.shape[:-1], num_groups, -1)
+            grouped = choice.reshape(*choice.shape[:-1], num_groups, choice.shape[-1] // num_groups)
             _, best = jax.lax.top_k(_GROUP_SCORES[group_score](grouped), top_groups)
             kept = jax.nn.one_hot(best, num_groups, dtype=jnp.bool_).any(-2)
             choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)

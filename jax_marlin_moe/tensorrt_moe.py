@@ -116,6 +116,7 @@ class TensorRTMoE:
         x, scale = self._rows(hidden_states)
         batch = hidden_states.shape[:-1]
         check_rank("selected_experts", selected_experts, hidden_states.ndim)
+        check_rank("scores", scores, hidden_states.ndim)
         if not jnp.issubdtype(selected_experts.dtype, jnp.integer):
             raise TypeError(f"selected_experts has dtype {selected_experts.dtype}; it must be integers")
         if not jnp.issubdtype(scores.dtype, jnp.floating):
@@ -130,15 +131,15 @@ class TensorRTMoE:
             x,
             self.gate_up,
             self.down,
-            scores.reshape(-1, top_k).astype(jnp.float32),
-            ids.reshape(-1, top_k),
+            scores.reshape(x.shape[0], top_k).astype(jnp.float32),
+            ids.reshape(x.shape[0], top_k),
             activation=self.activation,
             x_scale=scale,
             intermediate=self.intermediate,
             preferred_element_type=jnp.float32 if scale is not None else result,
             implementation=implementation,
         )
-        return y.astype(result).reshape(*batch, -1)
+        return y.astype(result).reshape(*batch, y.shape[-1])
 
     def _rows(self, hidden_states: Array) -> tuple[Array, Array | None]:
         """Rows of x, and what they are in units of."""

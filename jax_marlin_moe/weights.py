@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jax_marlin_moe.formats import WeightFormat
@@ -108,6 +109,8 @@ class MarlinWeights:
 
         A traced index is clamped to the experts there are, as those of `jax.lax.dynamic_slice` are.
         """
+        if not jnp.issubdtype(getattr(index, "dtype", type(index)), jnp.integer) or getattr(index, "shape", ()) != ():
+            raise TypeError(f"index is {index!r}; it must be an integer, or an int32 array of one")
         if not isinstance(index, jax.core.Tracer) and not 0 <= index < self.num_experts:
             raise IndexError(f"index is {index}; it must lie in [0, {self.num_experts})")
 
@@ -316,6 +319,9 @@ def _equal_arrays(a: Array, b: Array | None) -> bool:
 
 def _check_slice(what: str, start: int, stop: int, size: int, step: int, unit: str, *, open_end: bool = False) -> None:
     """Both ends must be multiples of `step`, the extent of `unit`; `open_end` lets the range end where `size` does."""
+    for end in (start, stop):
+        if not isinstance(end, int | np.integer):
+            raise TypeError(f"{what} [{start!r}, {stop!r}) must be a range between two ints")
     if not 0 <= start < stop <= size:
         raise ValueError(f"{what} [{start}, {stop}) must be a non-empty range inside [0, {size})")
     for end in (start, stop):

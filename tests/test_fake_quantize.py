@@ -61,6 +61,9 @@ def test_packing_again_compiles_once_and_reuses_the_memory():
         ((jnp.zeros((64, 64), jnp.int8),), TypeError, "w has dtype int8"),
         ((W, "int3"), ValueError, "int3"),
         ((W, "nvfp4", 32), ValueError, "group_size is 32; format nvfp4"),
+        ((W, "int4", "largest"), TypeError, "group_size is 'largest'; it must be an int, None"),
+        ((W, "int4", 32.0), TypeError, r"group_size is 32\.0; it must be an int"),
+        (([[1.0]],), TypeError, "w is a list; it must be an array"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, error, message):

@@ -53,6 +53,17 @@ def test_an_output_norm_divides_the_result_by_its_root_mean_square(layer, x):
     np.testing.assert_allclose(normed, expected, rtol=2e-3, atol=2e-3)
 
 
+def test_rows_beside_x_are_in_its_shape(layer, x):
+    by_token = dataclasses.replace(layer, token_experts=jnp.zeros((7, 2), jnp.int32).at[:, 1].set(1))
+    by_token(x, jnp.ones((3, 5), jnp.int32))
+    with pytest.raises(ValueError, match=r"token_ids has shape \(5, 3\); it must be .* = \(3, 5\)"):
+        by_token(x, jnp.ones((5, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"router_input has shape \(5, 3, 64\); it must be that of x = \(3, 5, 64\)"):
+        layer(x, router_input=x.reshape(5, 3, H))
+    with pytest.raises(TypeError, match="x is a list; it must be an array"):
+        layer([1.0])
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_shared_expert_may_have_an_activation_of_its_own(layer, x, dense):
     """Of HunYuan V4 and Step 3.7, whose routed experts clamp what the shared one does not."""

@@ -288,3 +288,16 @@ def test_bad_dense_weights_are_refused(shape, options, message):
 def test_bad_dense_types_are_refused(dtype, options, message):
     with pytest.raises(TypeError, match=message):
         jmm.quantize(np.ones((1, 128, 64), dtype), **options)
+
+
+@pytest.mark.parametrize(
+    ("dense", "options", "message"),
+    [
+        ([[[1.0]]], {}, "dense is a list; it must be an array"),
+        (np.ones((1, 128, 64), np.float32), {"bias": [[0.0]]}, "bias is a list; it must be an array"),
+        (np.ones((1, 128, 64), np.float32), {"scale_dtype": "bf16"}, "scale_dtype is 'bf16'; it must be a dtype"),
+    ],
+)
+def test_what_is_no_array_or_dtype_is_refused_by_name(dense, options, message):
+    with pytest.raises(TypeError, match=message):
+        jmm.quantize(dense, **options)

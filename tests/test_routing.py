@@ -193,6 +193,12 @@ def test_factors_by_expert():
     np.testing.assert_allclose(weights, plain * BIAS[np.asarray(ids)], rtol=1e-6)
 
 
+def test_no_rows_have_no_experts():
+    for options in ({}, {"num_groups": 4}, {"scoring": "sparsemixer", "renormalize": False}):
+        weights, ids = jmm.route(LOGITS[:0], top_k=1, **options)
+        assert weights.shape == ids.shape == (0, 1)
+
+
 def test_given_experts():
     given = np.random.default_rng(6).integers(0, 16, (40, 3)).astype(np.int32)
     weights, ids = jmm.route(LOGITS, top_k=3, scoring="sqrtsoftplus", scale=1.5, ids=given)
@@ -234,6 +240,13 @@ def test_given_ids_that_name_nobody_weigh_nothing(options):
             ValueError,
             "takes no correction_bias",
         ),
+        (LOGITS, {"top_k": "1"}, TypeError, "top_k is '1'; it must be an int"),
+        (LOGITS, {"top_k": 1, "num_groups": 2.0}, TypeError, r"num_groups is 2\.0; it must be an int"),
+        (LOGITS, {"top_k": 1, "renormalize": "no"}, TypeError, "renormalize is 'no'; it must be True or False"),
+        (LOGITS, {"top_k": 1, "scale": np.nan}, ValueError, "scale is nan; it must be finite"),
+        (LOGITS, {"top_k": 1, "scale": "2"}, TypeError, "scale is '2'; it must be a number"),
+        (LOGITS, {"top_k": 1, "expert_scale": [1.0]}, TypeError, "expert_scale is a list; it must be an array"),
+        (LOGITS, {"top_k": 1, "correction_bias": BIAS > 0}, TypeError, "correction_bias has dtype bool"),
         (LOGITS, {"top_k": 1, "num_groups": 3}, ValueError, "num_groups is 3"),
         (LOGITS, {"top_k": 1, "num_groups": 4, "top_groups": 5}, ValueError, "top_groups 5"),
         (LOGITS, {"top_k": 5, "num_groups": 4}, ValueError, "top_k is 5; 1 groups have 4 experts"),

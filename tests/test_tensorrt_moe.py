@@ -65,6 +65,10 @@ def test_the_result_has_the_type_of_the_hidden_states(dtype):
     np.testing.assert_array_equal(np.asarray(y, np.float32), 57344)
 
 
+def test_no_tokens_have_a_result():
+    assert jax.eval_shape(sample(), *(part[:, :0] for part in tokens())).shape == (2, 0, H)
+
+
 def test_the_product_without_an_activation():
     np.testing.assert_array_equal(np.asarray(sample("static_fp8", activation="none")(*tokens())), 57344)
     np.testing.assert_array_equal(np.asarray(sample(activation="none")(*tokens())), 4 * 32 * 1024)
@@ -180,6 +184,7 @@ BAD = [
     (lambda: sample()(tokens()[0], *[tokens()[2]] * 2), TypeError, "selected_experts has dtype float32"),
     (lambda: sample()(*tokens()[:2], tokens()[2][:1]), ValueError, r"scores has shape \(1, 3, 4\)"),
     (lambda: sample()(*tokens()[:2], tokens()[1]), TypeError, "scores has dtype int32"),
+    (lambda: sample()(*tokens()[:2], [[1.0]]), TypeError, "scores is a list; it must be an array"),
 ]  # fmt: skip
 
 

@@ -108,6 +108,15 @@ def test_an_expert_that_is_not_there_is_refused(index):
         experts_with_everything().packed().expert(index)
 
 
+def test_slices_that_are_no_integers_are_refused():
+    packed = experts_with_everything().packed()
+    for index in (1.0, "1", jnp.zeros(2, jnp.int32)):
+        with pytest.raises(TypeError, match=r"index is .*; it must be an integer"):
+            packed.expert(index)
+    with pytest.raises(TypeError, match=r"columns \[0, 64\.0\) must be a range between two ints"):
+        packed.columns(0, 64.0)
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (128, 256), (64, 64), (-64, 64), (0, 193)])
 def test_column_ranges_that_are_not_there_are_refused(start, stop):
     with pytest.raises(ValueError, match=rf"columns \[{start}, {stop}\) must be a non-empty range inside \[0, 192\)"):

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_marlin_moe.arguments import as_dtype
 from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.families import FAMILIES
 from jax_marlin_moe.checkpoint.family import Family
@@ -194,7 +194,7 @@ class Checkpoint:
         manifest = packed_form.read_manifest(self.folder)
         if manifest is not None and quantize is not None:
             raise ValueError(f"{self.folder} is packed already; quantize={quantize!r} is for plain weights")
-        scale_name = None if scale_dtype is None else jnp.dtype(scale_dtype).name
+        scale_name = None if scale_dtype is None else as_dtype("scale_dtype", scale_dtype).name
         target = None if quantize is None else Target(quantize, group_size, scale_name)
         self.contents: packed_form.Manifest | Source = (
             Source(self.folder, target, families) if manifest is None else manifest

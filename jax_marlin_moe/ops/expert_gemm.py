@@ -171,7 +171,7 @@ def _batching_rule(op, leaves, dims, *, structure, num_out_rows, **params):
     first = first.at[:, 2].set(element * num_out_rows)
     table = _without_misfits(table, **sizes) + first[:, None]
     y, _ = op(rows.reshape(-1, rows.shape[2]), stack, table.reshape(-1, 4), num_out_rows=batch * num_out_rows, **params)
-    return [y.reshape(batch, num_out_rows, -1), jnp.broadcast_to(skipped[:, None], (batch, 1))], [0, 0]
+    return [y.reshape(batch, num_out_rows, y.shape[1]), jnp.broadcast_to(skipped[:, None], (batch, 1))], [0, 0]
 
 
 def _jvp(op, primals, tangents, *, num_out_rows, implementation):

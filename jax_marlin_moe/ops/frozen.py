@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 import jax
 
+from jax_marlin_moe.no_derivative import NoDerivative
 from jax_marlin_moe.weights import MarlinWeights
 
 _FROZEN = ("packed", "scales", "zeros", "input_order")
 
 
 def check_not_only_frozen(op: str, weights: Mapping[str, MarlinWeights], *trainable: jax.Array | None) -> None:
-    """Raises TypeError where a derivative is asked for of frozen leaves alone.
+    """Raises `NoDerivative`, of a TypeError, where a derivative is asked for of frozen leaves alone.
 
     Beside others, as in the gradient of a whole model, frozen leaves have derivatives of zero.
 
@@ -24,8 +25,9 @@ def check_not_only_frozen(op: str, weights: Mapping[str, MarlinWeights], *traina
     frozen = [
         f"{name}.{leaf}" for name, moving in weights.items() for leaf in _FROZEN if getattr(moving, leaf) is not None
     ]
-    raise TypeError(
+    error = TypeError(
         f"{op} was differentiated with respect to {', '.join(frozen)} alone, which are constants: its derivatives are "
         "those of x, router weights, biases and global scales. Train dense weights through "
         "jax_marlin_moe.fake_quantize, or pass implementation='xla' (the reference, which JAX differentiates, slowly)"
     )
+    raise NoDerivative(error)

@@ -341,7 +341,7 @@ def _composed_of_bytes(
     else:
         scales = usable(intermediate.scales[jnp.clip(experts, 0, gate_up.num_experts - 1)])[:, None]
         hidden = in_units(a, scales), scales
-    y = product(*hidden, down).reshape(*block.topk_ids.shape, -1)
+    y = product(*hidden, down).reshape(*block.topk_ids.shape, down.padded_n)
     kept = jnp.where((experts >= 0).reshape(block.topk_ids.shape), block.topk_weights, 0)
     return (y * kept[..., None]).sum(1)
 

@@ -14,6 +14,7 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float32
 
 from jax_marlin_moe import reference
+from jax_marlin_moe.no_derivative import NoDerivative
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import (
@@ -47,10 +48,11 @@ def block_jvp(op, primals, tangents, *, activation, activation_dtype=None, out_d
     rounding = (("activation_dtype", activation_dtype), ("x_scale", x_scale), ("intermediate", intermediate))
     for name, value in rounding:
         if value is not None:
-            raise NotImplementedError(
+            error = NotImplementedError(
                 f"fused_moe cannot be differentiated where {name} is not None: what it rounds has no derivative. Pass "
-                "rows of bfloat16 or float16 without it, or put jax.lax.stop_gradient around the arguments"
+                "rows of bfloat16 or float16 without it, or put jax.lax.stop_gradient around arguments or results"
             )
+            raise NoDerivative(error)
     check_not_only_frozen("fused_moe", {"gate_up": gate_up, "down": down}, *moving)
     params = {"activation": activation, "out_dtype": out_dtype, "implementation": implementation}
     # What trains wants memory: the slots' rows, the largest array of the forward pass, may have to go in slices.
@@ -90,7 +92,7 @@ def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, 
     a = activated(_add_bias(h, gate_up, experts), activation, down.padded_k).astype(x.dtype)
     (y,) = product(a, multiplied(down), experts, None, None)
     y = _add_bias(y, down, experts) * jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
-    return y.reshape(*topk_ids.shape, -1).sum(1).astype(out_dtype)
+    return y.reshape(*topk_ids.shape, down.padded_n).sum(1).astype(out_dtype)
 
 
 def _composed(tangents, *operands, implementation=None, **params):
@@ -153,7 +155,11 @@ def _cotangents(
 
     found = dict.fromkeys(Tangents._fields)
     if wanted.down_bias:
-        chosen = (jax.nn.one_hot(experts, down.num_experts) * router).reshape(-1, top_k, down.num_experts).sum(1)
+        chosen = (
+            (jax.nn.one_hot(experts, down.num_experts) * router)
+            .reshape(topk_ids.shape[0], top_k, down.num_experts)
+            .sum(1)
+        )
         found["down_bias"] = jnp.matmul(chosen.T, cotangent.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     if wanted.down_global_scales:
         h = _add_bias(product(x, first, dtype=dtype).astype(jnp.float32), gate_up, experts)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -64,7 +65,9 @@ def linear(
             raise ValueError(
                 f"weights has {experts} experts; it must have one: take weights.expert(e), or pass its number as expert"
             )
-    elif isinstance(expert, int):
+    elif isinstance(expert, bool):
+        raise TypeError(f"expert is {expert}; it must be an int, or an int32 array of one")
+    elif isinstance(expert, int | np.integer):
         if not 0 <= expert < experts:
             raise IndexError(f"expert is {expert}; it must lie in [0, {experts})")
         expert = jnp.full((), expert, jnp.int32)

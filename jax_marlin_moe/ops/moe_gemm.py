@@ -225,7 +225,7 @@ def _batching_rule(op, leaves, dims, *, structure, top_k, block_size, **params):
         jnp.full((1,), batch * blocks * block_size, jnp.int32),
         **params,
     )
-    return [y.reshape(batch, slots, -1)], [0]
+    return [y.reshape(batch, slots, y.shape[1])], [0]
 
 
 def _jvp(op, primals, tangents, *, top_k, block_size, implementation, batch_invariant):

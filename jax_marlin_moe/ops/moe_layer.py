@@ -164,7 +164,7 @@ def moe_layer(
         routing=routing,
         activation=act,
         shared_activation=shared_act,
-        norm_epsilon=float(norm_epsilon),
+        norm_epsilon=arguments.as_number("norm_epsilon", norm_epsilon),
         activation_dtype=activation_dtype,
         x_scale=x_scale,
         intermediate=intermediate,

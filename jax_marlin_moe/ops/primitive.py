@@ -19,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_marlin_moe.layer_slice import is_slice, read_slices, share_indices, spread_indices
+from jax_marlin_moe.no_derivative import NoDerivative, refused_tangents
 from jax_marlin_moe.operand_types import alike, vary_alike
 from jax_marlin_moe.ops.division import Division, Labels, Part, label
 from jax_marlin_moe.ops.explicit import explicit_mesh, over_explicit_axes
@@ -130,11 +131,12 @@ def define_op(
             call.
         cuda_options: parameters that only `cuda` takes.
         jvp: forward derivatives, `(op, primals, tangents, *, implementation, **params)` to `(results, tangents)`.
+            Raises `NoDerivative`, before it computes anything, where there are none: its error is that of their use.
             Primals and tangents are tuples of operands; a leaf without a tangent (integers always) is None among the
             tangents, and so is a result's in the returned list. Called only if there is a tangent. To be
             differentiable in reverse as well, it computes the tangents by an op that is linear in them and has a
-            `transpose`; operands of that op beside the tangents are its residuals. Without it, differentiation raises
-            NotImplementedError and says what to do.
+            `transpose`; operands of that op beside the tangents are its residuals. Without it, the use of a derivative
+            raises NotImplementedError and says what to do.
         transpose: for an op that is linear in some operands, `(op, cotangents, operands, *, implementation, **params)`
             to a tuple like the operands. Cotangents are one per result, None where zero; the leaves in which the op is
             linear are `jax.interpreters.ad.UndefinedPrimal`. The tuple has their cotangents in their places, or None
@@ -229,10 +231,14 @@ def define_op(
 
     def differentiated(primals, tangents, *, structure, **params):
         moving = [None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents]
-        if jvp is None:
-            raise NotImplementedError(_no_derivative(name, _places(reference, structure, moving)))
-        operands, moving = _read_moving(*(jax.tree.unflatten(structure, leaves) for leaves in (primals, moving)))
-        results, dots = jvp(op, operands, moving, **params)
+        try:
+            if jvp is None:
+                raise NoDerivative(NotImplementedError(_no_derivative(name, _places(reference, structure, moving))))
+            read = _read_moving(*(jax.tree.unflatten(structure, leaves) for leaves in (primals, moving)))
+            results, dots = jvp(op, *read, **params)
+        except NoDerivative as refusal:
+            results = primitive.bind(*primals, structure=structure, **params)
+            return results, refused_tangents(refusal.error, results, [dot for dot in moving if dot is not None])
         pairs = zip(results, dots, strict=True)
         return results, [ad.Zero(jax.typeof(result).to_tangent_aval()) if dot is None else dot for result, dot in pairs]
 
@@ -370,5 +376,5 @@ def _no_derivative(name: str, places: Sequence[str]) -> str:
     return (
         f"{name} cannot be differentiated with respect to {where}: its kernels have no derivative. Pass "
         "implementation='xla' (the reference, which JAX differentiates, slowly), or, where no gradient is needed, put "
-        f"jax.lax.stop_gradient around {where}, before the call and not around its result"
+        f"jax.lax.stop_gradient around {where} or the result"
     )

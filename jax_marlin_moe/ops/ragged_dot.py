@@ -40,7 +40,8 @@ def ragged_dot(
         rhs: packed experts, as many as there are groups or fewer; or a QArray of qwix, which `from_qarray` packs in
             every call: pack experts that stay once, before.
         group_sizes: int32.
-        precision: None or the default. Products accumulate in float32; there is no other precision.
+        precision: None or the default, by any of its names, or a pair of them. Products accumulate in float32; there
+            is no other precision.
         preferred_element_type: of the result: that of lhs, which is the default, or float32, which is not rounded.
         group_offset: an int or int32, the group that `rhs[0]` is; None is 0.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
@@ -78,9 +79,18 @@ def ragged_dot(
         arguments.check_array("group_offset", group_offset, ndim=group_offset.ndim, dtype=jnp.int32)
         if group_offset.size != 1:
             raise ValueError(f"group_offset has shape {tuple(group_offset.shape)}; it must be one number")
-    if precision not in (None, jax.lax.Precision.DEFAULT, "default"):
+    if not _is_default(precision):
         raise ValueError(f"precision is {precision}; it must be None: products are of 16-bit rows, summed in float32")
     return _ragged_dot(lhs, rhs, group_sizes, group_offset, dtype=dtype.name, implementation=implementation)
+
+
+def _is_default(precision: Any) -> bool:
+    """Whether `jax.lax.ragged_dot` takes both operands at the default precision."""
+    both = precision if isinstance(precision, tuple) and len(precision) == 2 else (precision,)
+    try:
+        return all(one is None or jax.lax.Precision(one) is jax.lax.Precision.DEFAULT for one in both)
+    except ValueError:  # no name of a precision
+        return False
 
 
 def _packed(array: Any) -> MarlinWeights:

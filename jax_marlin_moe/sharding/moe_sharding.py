@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layer_slice import is_slice
-from jax_marlin_moe.sharding.specs import Axes, check_experts, matrix_specs, spec
+from jax_marlin_moe.sharding.specs import Axes, as_axes, check_experts, matrix_specs, spec
 from jax_marlin_moe.sharding.tensor_parallel import check_block, shares_of, tensor_parallel
 from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.stacked_layer import StackedMoELayer
@@ -28,6 +28,7 @@ class MoESharding:
         pad: whether zeros fill the shares of the last ranks where the intermediate dimension has no equal ones.
 
     Raises:
+        TypeError: the mesh is none, or an axis no name.
         ValueError: the mesh has no such axis, or an axis is named twice.
     """
 
@@ -37,11 +38,13 @@ class MoESharding:
     pad: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh | AbstractMesh):
+            raise TypeError(f"mesh is a {type(self.mesh).__name__}; it must be a jax.sharding.Mesh")
         for name in ("expert", "tensor"):
             axes = getattr(self, name)
             if axes is None:
                 axes = (name,) if name in self.mesh.axis_names else ()
-            axes = (axes,) if isinstance(axes, str) else tuple(axes)
+            axes = as_axes(name, axes)
             check_axes(name, axes, self.mesh)
             object.__setattr__(self, name, axes)
         both = [axis for axis in self.expert_axes if axis in self.tensor_axes]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_marlin_moe import arguments, reference_layer
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.expert_placement import slots_of
-from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.layer import MoELayer, check_rows
 from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices, spread_indices
 from jax_marlin_moe.ops.fused_moe import share_of_block
 from jax_marlin_moe.ops.layer_composition import shared_beside
@@ -24,7 +24,7 @@ from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
 from jax_marlin_moe.sharding.shares import check_shares
-from jax_marlin_moe.sharding.specs import Axes, spec
+from jax_marlin_moe.sharding.specs import Axes, as_axes, spec
 from jax_marlin_moe.sharding.tensor_parallel import local_matrix
 from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights
@@ -79,7 +79,10 @@ def parallel_layer(
     """
     if not isinstance(sharding, MoESharding):
         raise TypeError(f"sharding is a {type(sharding).__name__}; it must be a jax_marlin_moe.sharding.MoESharding")
-    axes = (tokens,) if isinstance(tokens, str) else tuple(tokens)
+    if not isinstance(layer, MoELayer):
+        raise TypeError(f"layer is a {type(layer).__name__}; it must be a MoELayer, of a stack the one that is called")
+    check_rows(layer, x, token_ids, router_input)
+    axes = as_axes("tokens", tokens)
     check_axes("tokens", axes, sharding.mesh)
     _check_exchange(exchange, capacity, [axis for axis in axes if axis in sharding.expert_axes])
     share = _share_dtype(share_dtype)
@@ -177,7 +180,9 @@ def parallel_experts(
         TypeError: an argument has the wrong dtype or type.
         ValueError: an argument has the wrong shape or value.
     """
-    expert, tensor, tokens = ((axes,) if isinstance(axes, str) else tuple(axes) for axes in (expert, tensor, tokens))
+    expert, tensor, tokens = (
+        as_axes(name, axes) for name, axes in (("expert", expert), ("tensor", tensor), ("tokens", tokens))
+    )
     _check_exchange(exchange, capacity, [axis for axis in tokens if axis in expert])
     if placement is not None:
         if num_experts is None:
@@ -233,7 +238,7 @@ def _layer_of_rank(
         top_k = ids.shape[1]
         each = reference_layer.weighted_rows(rows, weights)
         y, dropped = block.sum(compute, each, jnp.ones((each.shape[0], 1)), ids.reshape(-1, 1), slots, None)
-        y = y.reshape(rows.shape[0], top_k, -1).sum(1)
+        y = y.reshape(rows.shape[0], top_k, y.shape[1]).sum(1)
         if layer.shared is not None:
             ones, none = jnp.ones((rows.shape[0], 1)), jnp.full((rows.shape[0], 1), -1, jnp.int32)
             y = (
@@ -400,7 +405,7 @@ def _check_exchange(exchange: str, capacity: int | None, axes: list[str]) -> Non
 
 def _share_dtype(share_dtype: DTypeLike) -> jnp.dtype:
     """What shares have between ranks; raises TypeError unless they can have it."""
-    share = jnp.dtype(share_dtype)
+    share = arguments.as_dtype("share_dtype", share_dtype)
     if share not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"share_dtype is {share}; it must be float32, bfloat16 or float16")
     return share

@@ -24,9 +24,11 @@ def place_experts(layer: MoELayer, experts: Sequence[int] | np.ndarray | jax.Arr
         experts: for each slot, the expert that is in it; ranks have equal ranges of slots, in their order.
 
     Raises:
-        TypeError: `experts` is not a vector of integers.
+        TypeError: `layer` is no layer, or `experts` not a vector of integers.
         ValueError: it names an expert that there is not, or leaves one out.
     """
+    if not isinstance(layer, MoELayer):
+        raise TypeError(f"layer is a {type(layer).__name__}; it must be a MoELayer")
     count = layer.num_experts
     table = check_placement("experts", experts, count)
     if layer.placement is None:

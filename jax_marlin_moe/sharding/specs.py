@@ -34,12 +34,15 @@ def partition_specs(
             [gate | up] is not, and is cut over "columns" only as `tensor_parallel` has laid it out.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: there is no such dimension, or the matrix cannot be cut along it: gate and up would come apart, the
             rows have an order of their own, padding is where the cut would be, or the size has no such shares.
     """
     if over not in ("experts", "columns", "rows"):
         raise ValueError(f"over is {over!r}; it must be 'experts', 'columns' or 'rows'")
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if not isinstance(weights, MarlinWeights):
+        raise TypeError(f"weights is a {type(weights).__name__}; it must be a MarlinWeights")
+    axes = as_axes("axis", axis)
     laid_out = shares_of(weights)
     if over == "columns" and laid_out is None and not one_matrix:
         raise ValueError(
@@ -65,6 +68,14 @@ def partition_specs(
     if ranks is not None:
         _check_ranks(weights, over, ranks)
     return matrix_specs(weights, *{"experts": (axes,), "columns": ((), axes), "rows": ((), (), axes)}[over])
+
+
+def as_axes(name: str, axes: Any) -> Axes:
+    """The name of an axis, or those of several, as a tuple; TypeError on anything else."""
+    found = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(found, tuple | list) or not all(isinstance(axis, str) for axis in found):
+        raise TypeError(f"{name} is {axes!r}; it must be the name of an axis of the mesh, or a tuple of names")
+    return tuple(found)
 
 
 def matrix_specs(

@@ -71,6 +71,8 @@ def check_block(
     gate_up: MarlinWeights, down: MarlinWeights, ranks: int, *, activation: str | Activation, pad: bool
 ) -> int:
     """The share of `inner_share`; errors as for `tensor_parallel`."""
+    if not isinstance(ranks, int):
+        raise TypeError(f"ranks is {ranks!r}; it must be an int")
     check_weights("gate_up", gate_up)
     check_weights("down", down)
     if down.input_order is not None:

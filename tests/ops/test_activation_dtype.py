@@ -146,6 +146,18 @@ def test_quantised_rows_are_named_where_they_cannot_be():
         jax.grad(lambda rows: jmm.fused_moe(rows, *arguments[1:], activation_dtype="int8").sum())(arguments[0])
 
 
+@pytest.mark.parametrize("activation_dtype", ["float8_e4m3fn", "int8"])
+def test_the_reference_has_no_derivative_of_rounding_either(activation_dtype):
+    def total(rows):
+        values, scales = quantize_rows(rows, activation_dtype)
+        return (values * scales).sum()
+
+    rows = jnp.ones((2, 8))
+    with pytest.raises(NotImplementedError, match=r"rounding to (e4m3|integers) has no derivative"):
+        jax.eval_shape(jax.grad(total), rows)
+    np.testing.assert_array_equal(jax.grad(lambda rows: (rows + jax.lax.stop_gradient(total(rows))).sum())(rows), 1)
+
+
 @pytest.mark.parametrize(
     ("weight_format", "group_size", "dtype", "architecture", "message"),
     [

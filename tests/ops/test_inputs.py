@@ -100,6 +100,28 @@ def test_an_empty_batch_has_the_shape_of_a_batch(op, dtype):
     assert (y.shape, y.dtype) == ((0, *one.shape), one.dtype)
 
 
+NO_ROWS = {
+    "moe_layer, weights on the input": lambda x, **o: jmm.moe_layer(
+        x, ROUTER, GATE_UP, DOWN, routing=jmm.Routing(1, apply_on_input=True), **o
+    ),
+    "moe_layer, groups": lambda x, **o: jmm.moe_layer(
+        x, ROUTER, GATE_UP, DOWN, routing=jmm.Routing(1, num_groups=2), **o
+    ),
+    "fused_moe, bytes": lambda x, **o: jmm.fused_moe(
+        x, GATE_UP, DOWN, WEIGHTS[:0], IDS[:0], activation_dtype="int8", **o
+    ),
+    "derivative": lambda x, **o: jax.jvp(
+        lambda x: jmm.fused_moe(x, GATE_UP, DOWN, WEIGHTS[:0], IDS[:0], **o), (x,), (x,)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("op", NO_ROWS.values(), ids=NO_ROWS)
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_no_rows_have_a_result(op, implementation):
+    assert jax.jit(lambda x: op(x, implementation=implementation))(X[:0]).shape == (0, HIDDEN)
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "op", ["moe_gemm, weighted, rows in orders", "expert_gemm", "linear, rows in orders", "moe_layer"]

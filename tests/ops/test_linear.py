@@ -121,6 +121,8 @@ def test_batches_of_rows_weights_and_numbers():
         ({"weights": jnp.zeros((K, N))}, TypeError, "weights is a .*; it must be a MarlinWeights"),
         ({"expert": None}, ValueError, "weights has 3 experts; it must have one: take weights.expert"),
         ({"expert": 3}, IndexError, r"expert is 3; it must lie in \[0, 3\)"),
+        ({"expert": True}, TypeError, "expert is True; it must be an int"),
+        ({"preferred_element_type": "float33"}, TypeError, "preferred_element_type is 'float33'; it must be a dtype"),
         ({"expert": 1.0}, TypeError, "expert has dtype float; it must be an int32 array"),
         ({"expert": np.zeros(2, np.int32)}, ValueError, r"expert has shape \(2,\); it must have 0 dimensions"),
         ({"bias": np.zeros((EXPERTS, N))}, ValueError, "bias is not None, and neither is weights.bias"),

@@ -67,20 +67,45 @@ def test_without_a_rule_differentiation_names_the_op_the_operands_and_the_ways_o
     op = scaled_op()
     message = (
         rf"{op.primitive.name} cannot be differentiated with respect to x, table\['scale'\]: .*implementation='xla'.*"
-        r"stop_gradient around x, table\['scale'\], before the call"
+        r"stop_gradient around x, table\['scale'\] or the result"
     )
 
     def loss(x, scale, implementation=None):
         return call(op, x, TABLE | {"scale": scale}, implementation).sum()
 
-    for transform in (jax.grad(loss, (0, 1)), lambda *a: jax.jvp(loss, a, a), lambda *a: jax.linearize(loss, *a)):
+    for transform in (
+        jax.grad(loss, (0, 1)),
+        lambda *a: jax.jvp(loss, a, a),
+        lambda *a: jax.linearize(loss, *a)[1](*a),
+    ):
         with pytest.raises(NotImplementedError, match=message):
             transform(X, TABLE["scale"])
     with pytest.raises(NotImplementedError, match=r"with respect to x: .*implementation='xla'"):
         jax.linear_transpose(lambda x: call(op, x, TABLE), X)(X)
     np.testing.assert_array_equal(jax.grad(lambda x: loss(x, TABLE["scale"], "xla"))(X), np.full(4, 9.0))
-    frozen = jax.grad(lambda x: (x + call(op, jax.lax.stop_gradient(x), TABLE)).sum())(X)
-    np.testing.assert_array_equal(frozen, np.ones(4))
+
+
+def test_without_a_rule_a_result_may_be_frozen():
+    op = scaled_op()
+
+    def around_arguments(x):
+        return (x + call(op, jax.lax.stop_gradient(x), TABLE)).sum()
+
+    def around_the_result(x):
+        return (x + jax.lax.stop_gradient(call(op, x, TABLE))).sum()
+
+    def in_a_scan(x):
+        return jax.lax.scan(lambda h, _: (h + jax.lax.stop_gradient(call(op, h, TABLE)), None), x, None, length=2)[
+            0
+        ].sum()
+
+    for loss in (around_arguments, around_the_result, in_a_scan, jax.checkpoint(around_the_result)):
+        np.testing.assert_array_equal(jax.grad(loss)(X), np.ones(4))
+        np.testing.assert_array_equal(jax.vmap(jax.grad(loss))(X[None]), np.ones((1, 4)))
+    twice = jax.grad(lambda x: (x * jax.grad(around_the_result)(x)).sum())
+    np.testing.assert_array_equal(twice(X), np.ones(4))
+    with pytest.raises(NotImplementedError, match="with respect to x"):
+        jax.vmap(jax.grad(lambda x: call(op, x, TABLE).sum()))(X[None])
 
 
 def tangent_rule(op, cotangents, operands, *, implementation, power, hint):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,14 @@ def test_derivatives_are_those_of_the_reference():
     assert not rows[20:].any()
 
 
+@pytest.mark.parametrize("precision", ["default", "bfloat16", jax.lax.Precision.DEFAULT, ("default", "fastest")])
+def test_the_default_precision_has_the_names_of_jax(precision):
+    arguments = jnp.zeros((3, K), jnp.bfloat16), jnp.zeros((EXPERTS, K, N), jnp.bfloat16), jnp.zeros(EXPERTS, jnp.int32)
+    wanted = jax.eval_shape(partial(jax.lax.ragged_dot, precision=precision), *arguments)
+    found = jax.eval_shape(partial(jmm.ragged_dot, precision=precision), arguments[0], experts().packed(), arguments[2])
+    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+
+
 def test_vmap_over_rows_and_sizes():
     packed, x = experts().packed(), jax.device_put(lhs())
     sizes = jnp.asarray([[7, 0, 20, 9, 1], [1, 2, 3, 4, 5]], jnp.int32)
@@ -141,6 +150,7 @@ def test_vmap_over_rows_and_sizes():
         ({"group_offset": jnp.float32(1)}, TypeError, "group_offset has dtype float32"),
         ({"group_offset": jnp.zeros((2,), jnp.int32)}, ValueError, r"group_offset has shape \(2,\)"),
         ({"precision": "highest"}, ValueError, "precision is highest"),
+        ({"precision": ("default", "highest")}, ValueError, "precision is .*'highest'"),
         ({"preferred_element_type": jnp.float16}, TypeError, "preferred_element_type is float16"),
     ],
 )
