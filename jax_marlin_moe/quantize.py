@@ -32,6 +32,9 @@ def quantize(
     microscaling formats 1.0, section 6.3). "bf16" and "fp16" keep the weights, rounded to 16 bits where they have more;
     their scales are 1.
 
+    Infinities and NaN are refused. In weights that are traced, they make all of their group NaN or infinite ("nvfp4":
+    all of their expert).
+
     Experts that are over the devices of a mesh are quantised where they are, and the result is sharded as they are.
 
     Weights that change, as those of a policy that is trained, are packed again without compiling anything and into the
@@ -51,7 +54,10 @@ def quantize(
     check_rank("dense", dense, 3)
     row, size, dtype = _choice("dense", dense, weight_format, group_size, scale_dtype)
     _, k, n = dense.shape
-    return assemble(_quantize_and_pack(dense, row, size, dtype), k, n, row, size, bias=bias)
+    leaves, are_finite = _quantize_and_pack(dense, row, size, dtype)
+    if not isinstance(are_finite, jax.core.Tracer) and not are_finite:
+        raise ValueError("dense holds infinities or NaN; such weights cannot be quantised")
+    return assemble(leaves, k, n, row, size, bias=bias)
 
 
 def fake_quantize(
@@ -158,7 +164,8 @@ def _choice(
 
 @partial(jax.jit, static_argnames=("row", "group_size", "scale_dtype"))
 def _quantize_and_pack(dense, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
-    return _pack_each(dense, row=row, group_size=group_size, scale_dtype=scale_dtype)
+    leaves = _pack_each(dense, row=row, group_size=group_size, scale_dtype=scale_dtype)
+    return leaves, jnp.isfinite(dense).all()
 
 
 def _pack_matrices(dense, *, row: WeightFormat, group_size: int, scale_dtype: jnp.dtype):
@@ -188,6 +195,13 @@ def quantize_expert(w: Array, row: WeightFormat, group_size: int, scale_dtype: j
         return row.code.encode(w.astype(jnp.float32)), jnp.ones((len(groups), n), scale_dtype), None, None
     scales = row.scale.encode(extents, reach, unit, scale_dtype)
     step = row.decode_scales(scales) * unit
+    finite = jnp.isfinite(groups).all(1)  # Most codes hold no NaN, and XLA's maxima may pass over one.
+    if row.scale == FLOAT_SCALES:
+        scales = jnp.where(finite, scales, jnp.nan)
+    elif global_scale is None:
+        scales = jnp.where(finite, scales, 255).astype(scales.dtype)
+    else:
+        global_scale = jnp.where(finite.all(), global_scale, jnp.nan)
     step = jnp.where(step == 0, 1.0, step)
     values, zeros = groups / step[:, None], None
     if row.zeros == "integer":

@@ -290,6 +290,25 @@ def test_bad_dense_types_are_refused(dtype, options, message):
         jmm.quantize(np.ones((1, 128, 64), dtype), **options)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("weight_format", ["int4", "int4_zp", "nvfp4", "mxfp4"])
+def test_weights_that_are_not_finite_are_refused_or_spoil_their_group(weight_format, value):
+    dense = np.ones((2, 64, 64), np.float32)
+    dense[0, 3, 5] = value
+    with pytest.raises(ValueError, match="dense holds infinities or NaN"):
+        jmm.quantize(dense, weight_format, group_size=FACTS[weight_format].group_sizes[0])
+
+    @jax.jit
+    def grids(dense):
+        size = FACTS[weight_format].group_sizes[0]
+        packed = jmm.dequantize(jmm.quantize(dense, weight_format, group_size=size))
+        return packed, jmm.fake_quantize(dense, weight_format, size)
+
+    for grid in grids(dense):
+        assert not np.isfinite(np.asarray(grid)[0, 3, 5])
+        assert np.isfinite(grid[1]).all()
+
+
 @pytest.mark.parametrize(
     ("dense", "options", "message"),
     [
