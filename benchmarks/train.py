@@ -10,7 +10,8 @@ take beyond arguments and results: `peak_mb` by the statistics of the device, `t
 
 Peers compute the same in the same process, where they are installed, beside the first of the formats:
 `jax.lax.ragged_dot` on the dequantised weights ("lax"), with its own derivative; `tokamax.ragged_dot` on int4
-("tokamax", forward) and on the dequantised weights ("tokamax_dense"). Blocks of peers dequantise as a part of each
+("tokamax", forward) and on the dequantised weights ("tokamax_dense"). "equal" is no peer but the card's limit: XLA's
+batched product of dense weights, as if all groups had equally many rows. Blocks of peers dequantise as a part of each
 call, but those named "held", whose dense weights exist before. What a peer cannot run, what would take more memory than
 the card has, or what follows a call of seconds, has its error instead of a time. They come after all rows of this
 package.
@@ -52,7 +53,7 @@ from jax_marlin_moe.measure.replay import ReplayedPlan, plan_block, replayed_blo
 from jax_marlin_moe.operands import weight_operands
 from jax_marlin_moe.ops.grouped_product import multiplied
 
-_PEERS = ("tokamax", "tokamax_dense", "lax")
+_PEERS = ("tokamax", "tokamax_dense", "lax", "equal")
 _MOST_PEER_BYTES = 90e9  # beside packed and dense weights
 
 
@@ -189,6 +190,11 @@ def dense_products(against: Collection[str]) -> dict[str, Callable]:
     return {name: multiply for name, multiply in products.items() if name in against}
 
 
+def equal_product(rows, matrix, sizes):
+    """The product of groups that have equally many rows, whatever `sizes` are."""
+    return jax.lax.batch_matmul(rows.reshape(sizes.shape[0], -1, rows.shape[1]), matrix).reshape(rows.shape[0], -1)
+
+
 def block_times(run: Callable, name: str, block: Callable, arguments: tuple, matrices: tuple) -> dict:
     """A block and its derivatives, timed by `run`."""
     x, weights, ids, probe = arguments
@@ -228,13 +234,14 @@ def packed_rows(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, d
 
 def peer_rows(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     """What peers add to rows of the first format."""
-    multiplies = dense_products(args.against)
+    of_blocks = dense_products(args.against)
+    multiplies = of_blocks | ({"equal": equal_product} if "equal" in args.against else {})
     quantises = peer_tokamax.installed() and "tokamax" in args.against
     for model in (model for model in args.models if model in args.peers):
         shape, head = MODELS[model].grouped(get_format(args.formats[0])), {"model": model, "format": args.formats[0]}
         packed = packed_layer(bench, shape, args.formats[0]) if multiplies else ()
         dense = tuple(bench.made(dequantized, matrix) for matrix in packed)
-        for tokens, (name, product) in itertools.product(args.tokens, multiplies.items()):
+        for tokens, (name, product) in itertools.product(args.tokens, of_blocks.items()):
             run = partial(bench.peer, f"{name}_block", most_bytes=_MOST_PEER_BYTES)
             arguments = block_arguments(bench, shape, tokens)
             found = block_times(run, name, partial(dequantized_block, product), arguments, packed)
