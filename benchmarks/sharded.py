@@ -10,8 +10,9 @@ shares are rounded to bfloat16 before they are summed (`kernels_us` is that of f
 is the time of one card over that of all cards together. `kernels_us` is the chain of what the first card computes of
 it, by itself; what `us` has beyond it, `outside_us`, is what goes between cards and waiting for the busiest, whose
 experts have `imbalance` times the mean's choices. `between_us` is the chain of collectives alone. With `--profile`,
-`device_us` is what kernels on the first card take of a block, by kind: "products", "alignment" and "sums of slots" are
-ours, "collectives" NCCL's with the waiting for the others, "xla" the rest, "idle" what no kernel covers.
+`device_us` is what kernels on the first card take of a block, by kind: "products", "alignment", "sums of slots" and
+"sums over cards" are ours, "collectives" NCCL's with the waiting for the others, "xla" the rest, "idle" what no kernel
+covers.
 `rel_l2` is the deviation from the rows of one card at the chain's end. Weights are random codes, the same in all
 recipes. `kernels_efficiency` is the time of one card over `kernels_us` of all, as if nothing were between them.
 

@@ -10,6 +10,8 @@ _KINDS = (
     ("jmm_align", "alignment"),
     ("jmm_count_slots", "alignment"),
     ("jmm_combine", "sums of slots"),
+    ("jmm_pack_share", "sums over cards"),
+    ("jmm_add_shares", "sums over cards"),
     ("jmm", "products"),
     ("nccl", "collectives"),
 )

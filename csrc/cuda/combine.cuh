@@ -28,7 +28,7 @@ struct SlotsWithRows {
 
 template <class Facts>
 struct Combine {
-  using T = typename Facts::Element;        // of the result
+  using T = typename Facts::Element;        // of the result; int32_t for `FourColumns` of neighbours
   using X = typename Facts::Input;          // of x
   using Partial = typename Facts::Partial;  // of the rows that are added
   static constexpr int kTokens = Facts::kTokens, kTopK = Facts::kTopK;
@@ -62,7 +62,7 @@ struct Combine {
   // If there are identity experts: the layer's input, and the slots' weights, from a kernel of this call.
   const X* __restrict__ x;    // [kTokens, kInputColumns]
   const float* topk_weights;  // [kTokens, kTopK]
-  T* __restrict__ out;        // [kTokens, kResultColumns], from the first of the columns on
+  T* __restrict__ out;        // [kTokens, kResultColumns], from the first of the columns on; half of it as int32_t
   [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   __device__ void run() const {
@@ -101,6 +101,8 @@ struct Combine {
       const float4 sum = sums[f];
       if constexpr (kSame<T, float>) {
         reinterpret_cast<float4*>(out)[place * kFours + f] = sum;
+      } else if constexpr (kSame<T, int32_t>) {
+        reinterpret_cast<uint2*>(out)[place * kFours + f] = FourColumns::pack(sum.x, sum.y, sum.z, sum.w);
       } else {
         reinterpret_cast<uint2*>(out)[place * kFours + f] =
             uint2{from_float<T>(sum.x) | uint32_t(from_float<T>(sum.y)) << 16,
@@ -165,7 +167,7 @@ struct Combine {
 // The same of rows of `FourColumns`. A thread has two vectors of four columns each: 16 bytes of a slot.
 template <class Facts>
 struct CombineFourColumns {
-  using T = typename Facts::Element;  // of the result
+  using T = typename Facts::Element;  // of the result; int32_t for `FourColumns` of neighbours
   static constexpr int kTokens = Facts::kTokens, kTopK = Facts::kTopK, kColumns = Facts::kColumns;
   static constexpr int kExperts = Facts::kExperts, kRoutedExperts = Facts::kRoutedExperts;
   static constexpr bool kMapped = Facts::kMapped, kPairs = Facts::kPairs;
@@ -180,7 +182,7 @@ struct CombineFourColumns {
   const float* __restrict__ partials;      // [kTokens * kTopK, kPieces] of uint4; rows of dropped slots hold nothing
   const int32_t* __restrict__ topk_ids;    // [kTokens, kTopK]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
-  T* __restrict__ out;                     // [kTokens, kColumns]
+  T* __restrict__ out;                     // [kTokens, kColumns], half of it as int32_t
   [[no_unique_address]] TokenCount<Facts::kCounted> count;
 
   __device__ void run() const {
@@ -198,6 +200,15 @@ struct CombineFourColumns {
       FourColumns::add(sums[0], uint2{part.x, part.y});
       FourColumns::add(sums[1], uint2{part.z, part.w});
     }
+    if constexpr (kSame<T, int32_t>) {
+      store_packed(sums, token, piece);
+    } else {
+      store(sums, token, piece);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void store(const float4 (&sums)[2], int token, int piece) const {
     // The columns of the second vector are next to those of the first.
     T* const to = out + int64_t(token) * kColumns + Places::column_of(2 * piece);
     if constexpr (kSame<T, float>) {
@@ -221,9 +232,32 @@ struct CombineFourColumns {
     }
   }
 
- private:
   __device__ __forceinline__ static uint32_t both(float first, float second) {
     return from_float<T>(first) | uint32_t(from_float<T>(second)) << 16;
+  }
+
+  // Two vectors of four neighbours each, eight columns apart.
+  __device__ __forceinline__ void store_packed(const float4 (&sums)[2], int token, int piece) const {
+    float4 first, second;
+    int column = Places::column_of(2 * piece);
+    if constexpr (kPairs) {
+      first = float4{sums[0].x, sums[0].y, sums[1].x, sums[1].y};
+      second = float4{sums[0].z, sums[0].w, sums[1].z, sums[1].w};
+    } else {
+      // Two threads have 16 columns' pairs: the even one stores the first half of their 32, the odd one the second.
+      const bool odd = piece % 2;
+      const float4 sent =
+          odd ? float4{sums[0].x, sums[1].x, sums[0].y, sums[1].y} : float4{sums[0].z, sums[1].z, sums[0].w, sums[1].w};
+      const uint32_t pair = 3u << (threadIdx.x % 32 & ~1);
+      const float4 got = {__shfl_xor_sync(pair, sent.x, 1), __shfl_xor_sync(pair, sent.y, 1),
+                          __shfl_xor_sync(pair, sent.z, 1), __shfl_xor_sync(pair, sent.w, 1)};
+      first = odd ? float4{got.x, got.y, sums[0].z, sums[1].z} : float4{sums[0].x, sums[1].x, got.x, got.y};
+      second = odd ? float4{got.z, got.w, sums[0].w, sums[1].w} : float4{sums[0].y, sums[1].y, got.z, got.w};
+      column += odd ? 16 - 2 : 0;
+    }
+    uint2* const to = reinterpret_cast<uint2*>(out) + (int64_t(token) * kColumns + column) / 4;
+    to[0] = FourColumns::pack(first.x, first.y, first.z, first.w);
+    to[2] = FourColumns::pack(second.x, second.y, second.z, second.w);
   }
 };
 

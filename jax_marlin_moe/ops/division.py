@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int32
 
 from jax_marlin_moe.layer_slice import is_slice
 from jax_marlin_moe.layout import TILE_K, TILE_N
-from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum
+from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum, sends_packed, sum_of_packed
 from jax_marlin_moe.weights import LEAVES, MarlinWeights
 
 ROWS, EXPERTS = "t", "e"
@@ -63,6 +63,7 @@ class Part:
             divided. Each row then has one device that adds something: the one with its expert.
         kept: which of as many equal shares of the rows of results this device keeps; None where it keeps all.
         shares: of rows.
+        platform: "cuda" or "cpu" where the program is lowered for one already, so that nothing differentiates it.
     """
 
     axis: str | tuple[str, ...]
@@ -72,6 +73,7 @@ class Part:
     first_sums: Bool[Array, ""] | None
     kept: Int32[Array, ""] | None
     shares: int
+    platform: str | None = None
 
     def local(self, ids: Int32[Array, "..."], count: int) -> Int32[Array, "..."]:
         """Experts by their numbers on this device, which has `count`; -1 for those elsewhere."""
@@ -106,7 +108,16 @@ class Part:
         if self.kept is None:
             return self.sum(y, dtype)
         assert self.axis
-        return scattered_sum(y, self.axis, dtype, groups=self.groups).astype(dtype)
+        return scattered_sum(y, self.axis, dtype, groups=self.groups, dtype=dtype)
+
+    def packs(self, shape: tuple[int, int], dtype: Any) -> bool:
+        """Whether shares of this shape are sent packed on their way to a sum of this dtype, where a card computes."""
+        return bool(self.axis) and sends_packed(shape, dtype, self.axis, self.groups, scattered=self.kept is not None)
+
+    def total_of_packed(self, words: jax.Array, dtype: Any) -> jax.Array:
+        """`total` of packed shares."""
+        assert self.axis
+        return sum_of_packed(words, self.axis, dtype, groups=self.groups, scattered=self.kept is not None)
 
     def keep(self, y: jax.Array) -> jax.Array:
         """The same rows of what the devices have computed alike."""

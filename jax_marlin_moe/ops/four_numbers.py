@@ -1,45 +1,133 @@
-"""Four float32 numbers in 64 bits, as csrc/cuda/four_columns.cuh has them, for rows that are sent only to be added up.
+"""Four float32 numbers in 64 bits, for rows that devices send each other only to be added up.
 
 14 bits of each, in units of one power of two, which follows from the largest of them: the error is at most half a unit,
-2^-13 of the largest. A number that is not finite makes all four NaN.
+2^-13 of the largest. A number that is not finite makes all four NaN. csrc/cuda/four_columns.cuh says where the bits
+are, and csrc/cuda/shares.cuh has kernels for cards.
 """
+
+import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, UInt32
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir, xla
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
 
-_BITS, _NOT_FINITE = 14, 255
+from jax_marlin_moe.cuda.compiler import compute_capability, target_architecture
+from jax_marlin_moe.cuda.kernels.shares import VECTOR, add_shares_kernel, pack_share_kernel
+from jax_marlin_moe.cuda.program import Plan, call_program
+from jax_marlin_moe.operand_types import replicated_type
+from jax_marlin_moe.ops.implementation import unavailable_reason
+
+WORDS = jnp.dtype(jnp.int32)  # of packed numbers, and of no other result of an op that may have them
+_BITS, _LEAST, _NOT_FINITE = 14, 13, 255
+_SIGN = 1 << (2 * _BITS - 1)  # of the second number of a word, which borrows from the exponent above it
 
 
-def pack_fours(y: Float32[Array, "*rows columns"]) -> tuple[UInt32[Array, "*rows fours"], UInt32[Array, "*rows fours"]]:
-    """The low and the high words; the four are a quarter of the columns apart."""
-    parts = jnp.split(y, 4, axis=-1)
-    largest = jnp.maximum(
-        jnp.maximum(jnp.abs(parts[0]), jnp.abs(parts[1])), jnp.maximum(jnp.abs(parts[2]), jnp.abs(parts[3]))
-    )
+def pack_fours(y: Float32[Array, "*rows columns"]) -> Int32[Array, "*rows words"]:
+    """Two words for each four neighbours."""
+    fours = y.reshape(*y.shape[:-1], -1, 4)
     # Of the power of two above, rounded as the numbers will be: no number rounds to 2^13 units.
-    exponent = (lax.bitcast_convert_type(largest, jnp.uint32) + jnp.uint32(1 << (24 - _BITS))) >> 23
-    exponent = jnp.clip(exponent, _BITS, _NOT_FINITE)
+    largest = lax.bitcast_convert_type(jnp.abs(fours).max(-1), jnp.uint32)
+    exponent = jnp.clip((largest + jnp.uint32(1 << (24 - _BITS))) >> 23, _LEAST, _NOT_FINITE)
     units = lax.bitcast_convert_type((252 + _BITS - exponent) << 23, jnp.float32)  # of one
-    a, b, c, d = (
-        lax.bitcast_convert_type(jnp.round(part * units).astype(jnp.int32), jnp.uint32) & ((1 << _BITS) - 1)
-        for part in parts
-    )
-    return a | b << _BITS | (exponent & 15) << 28, c | d << _BITS | (exponent >> 4) << 28
+    whole = lax.bitcast_convert_type(jnp.round(fours * units[..., None]).astype(jnp.int32), jnp.uint32)
+    a, b, c, d = jnp.moveaxis(whole, -1, 0)
+    first = jnp.uint32((1 << _BITS) - 1)
+    words = [(a & first) + (b << _BITS) + (exponent << 28), (c & first) + (d << _BITS) + (exponent >> 4 << 28)]
+    return lax.bitcast_convert_type(jnp.stack(words, -1), jnp.int32).reshape(*y.shape[:-1], -1)
 
 
-def unpack_fours(
-    low: UInt32[Array, "*rows fours"], high: UInt32[Array, "*rows fours"]
-) -> Float32[Array, "*rows columns"]:
+def unpack_fours(words: Int32[Array, "*rows words"]) -> Float32[Array, "*rows columns"]:
     """What `pack_fours` has packed."""
-    exponent = low >> 28 | (high >> 28) << 4
+    pairs = lax.bitcast_convert_type(words, jnp.uint32).reshape(*words.shape[:-1], -1, 2)
+    low, high = pairs[..., 0], pairs[..., 1]
+    exponent = (low + _SIGN) >> 28 | ((high + _SIGN) >> 28) << 4
     unit = lax.bitcast_convert_type((exponent + 2 - _BITS) << 23, jnp.float32)
     unit = jnp.where(exponent == _NOT_FINITE, jnp.nan, unit)
-    return jnp.concatenate([_signed(word, place) * unit for word in (low, high) for place in (0, _BITS)], axis=-1)
+    numbers = jnp.stack([_signed(word, place) * unit for word in (low, high) for place in (0, _BITS)], -1)
+    return numbers.reshape(*words.shape[:-1], -1)
 
 
 def _signed(word: jax.Array, place: int) -> jax.Array:
     """The number of 14 bits at a place of a word."""
     above = 32 - _BITS
     return (lax.bitcast_convert_type(word << (above - place), jnp.int32) >> above).astype(jnp.float32)
+
+
+def pack_share(y: Float32[Array, "*rows columns"]) -> Int32[Array, "*rows words"]:
+    """`pack_fours`, for a sum of shares."""
+    return _pack_share.bind(y)
+
+
+def add_shares(words: Int32[Array, "shares *rows words"], dtype: DTypeLike) -> Float[Array, "*rows columns"]:
+    """The sum of packed shares, in their order, rounded to a dtype."""
+    return _add_shares.bind(words, dtype=jnp.dtype(dtype))
+
+
+def _added(words, *, dtype):
+    return unpack_fours(words).sum(0).astype(dtype)
+
+
+def _packed_on_cuda(y):
+    if not y.size or y.size % VECTOR:
+        return pack_fours(y)
+    kernel = pack_share_kernel(y.size, share=0, words=1)
+    return _called(kernel, y, jax.ShapeDtypeStruct(_packed_shape(y), jnp.int32))
+
+
+def _added_on_cuda(words, *, dtype):
+    result = jax.ShapeDtypeStruct(_added_shape(words), dtype)
+    numbers = math.prod(result.shape)
+    rounds = dtype == jnp.bfloat16 and compute_capability(target_architecture()) >= 80
+    if not numbers or numbers % VECTOR or not (rounds or dtype == jnp.float32):
+        return _added(words, dtype=dtype)
+    return _called(add_shares_kernel(words.shape[0], numbers, dtype, words=0, total=1), words, result)
+
+
+def _called(kernel, operand, result):
+    (found,) = call_program(kernel.name, [operand], [result], [kernel], Plan((kernel,)).source, target_architecture())
+    return found
+
+
+def _packed_shape(y):
+    return (*y.shape[:-1], y.shape[-1] // 2)
+
+
+def _added_shape(words):
+    return (*words.shape[1:-1], words.shape[-1] * 2)
+
+
+def _primitive(name: str, type_of: Callable, form: Callable, on_cuda: Callable, front: int) -> Primitive:
+    """An operation on one array, whose dimension `front` may be joined by others in front of it."""
+    primitive = Primitive(name)
+
+    def batched(operands, dims, **params):
+        return primitive.bind(jnp.moveaxis(operands[0], dims[0], front), **params), 0
+
+    def lowered_for_cuda(operand, **params):
+        return (form if unavailable_reason("cuda") else on_cuda)(operand, **params)
+
+    primitive.def_impl(partial(xla.apply_primitive, primitive))
+    primitive.def_abstract_eval(type_of)
+    mlir.register_lowering(primitive, mlir.lower_fun(form, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(lowered_for_cuda, multiple_results=False), platform="cuda")
+    batching.primitive_batchers[primitive] = batched
+    return primitive
+
+
+# No op of `define_op`, whose sums over devices need these.
+_pack_share = _primitive(
+    "pack_share", lambda y: replicated_type(y, _packed_shape(y), jnp.int32), pack_fours, _packed_on_cuda, 0
+)
+_add_shares = _primitive(
+    "add_shares",
+    lambda words, *, dtype: replicated_type(words, _added_shape(words), dtype),
+    _added,
+    _added_on_cuda,
+    1,
+)

@@ -4,7 +4,9 @@ The contract is docs/formats.md, "The expert block".
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from jax_marlin_moe.ops.block_arguments import (
     check_intermediate,
 )
 from jax_marlin_moe.ops.division import Division
+from jax_marlin_moe.ops.four_numbers import WORDS, pack_fours
 from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, slot_columns
 from jax_marlin_moe.ops.input_order import gather_input_order
@@ -129,7 +132,10 @@ def share_of_block(
     rounded_to: jnp.dtype,
     implementation: str | None,
 ) -> Float[Array, "tokens H"]:
-    """What some of the experts add to `fused_moe`, as `out_dtype`; the sum of all shares is as `rounded_to`."""
+    """What some of the experts add to `fused_moe`, as `out_dtype`; the sum of all shares is as `rounded_to`.
+
+    An `out_dtype` of `four_numbers.WORDS` packs float32 shares; that has no derivative, and needs `can_pack`.
+    """
     return _checked_block(
         x,
         gate_up,
@@ -141,7 +147,13 @@ def share_of_block(
         preferred_element_type=jnp.float32 if out_dtype != x.dtype else None,
         implementation=implementation,
         rounded_to=rounded_to,
+        packed=out_dtype == WORDS,
     ).astype(out_dtype)
+
+
+def can_pack(down: MarlinWeights) -> bool:
+    """Whether shares of a block with this second matrix can be packed where they are made: it has no padded columns."""
+    return down.n == down.padded_n
 
 
 def _checked_block(
@@ -160,8 +172,9 @@ def _checked_block(
     activation_dtype=None,
     cuda_scheme=None,
     rounded_to=None,
+    packed=False,
 ):
-    """`fused_moe` of rows without further dimensions; `rounded_to` as for `expert_block`."""
+    """`fused_moe` of rows without further dimensions, or its packed shares; `rounded_to` as for `expert_block`."""
     check_activation_dtype(activation_dtype)
     x, x_scale, out_dtype = as_block_rows(x, x_scale, preferred_element_type, activation_dtype)
     topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
@@ -189,7 +202,7 @@ def _checked_block(
         intermediate,
         activation=act,
         activation_dtype=activation_dtype,
-        out_dtype=out_dtype,
+        out_dtype=WORDS if packed else out_dtype,
         rounded_to=rounded_to,
         implementation=implementation,
         cuda_scheme=cuda_scheme,
@@ -215,7 +228,8 @@ def expert_block(
     """`fused_moe` of arguments that are checked, or that are those of `fused_moe_op`.
 
     `rounded_to` is what the caller rounds float32 results to once it has added others: what a kernel keeps on the way
-    to them need not have more bits than that takes. None is `out_dtype`.
+    to them need not have more bits than that takes. None is `out_dtype`. An `out_dtype` of `WORDS` is for float32
+    results as `pack_fours` packs them, of matrices without padded columns.
     """
     shares = count_shares(gate_up)
     if shares > 1:
@@ -256,7 +270,7 @@ def expert_block(
         cuda_rounded_to=out_dtype if rounded_to is None else rounded_to,
         **params,
     )
-    return shard_rows_like(drop_column_padding(y, down), x)
+    return shard_rows_like(y if out_dtype == WORDS else drop_column_padding(y, down), x)
 
 
 class _Operands(NamedTuple):
@@ -276,7 +290,8 @@ class _Operands(NamedTuple):
 
     def result(self, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         """Column padding included."""
-        return jax.ShapeDtypeStruct((self.topk_ids.shape[0], self.down.padded_n), dtype)
+        columns = self.down.padded_n // 2 if dtype == WORDS else self.down.padded_n
+        return jax.ShapeDtypeStruct((self.topk_ids.shape[0], columns), dtype)
 
 
 def _shape_rule(*operands, activation, activation_dtype, out_dtype):
@@ -284,6 +299,20 @@ def _shape_rule(*operands, activation, activation_dtype, out_dtype):
     return [replicated_type(block.x, block.result(out_dtype).shape, out_dtype)]
 
 
+def _packing(form: Callable) -> Callable:
+    """A form that returns float32 where `out_dtype` says so, for words as well."""
+
+    @wraps(form)
+    def packed(*operands: Any, out_dtype: Any, **params: Any) -> Any:
+        if out_dtype != WORDS:
+            return form(*operands, out_dtype=out_dtype, **params)
+        y = form(*operands, out_dtype=jnp.dtype(jnp.float32), **params)
+        return [pack_fours(*(y if isinstance(y, list) else [y]))]
+
+    return packed
+
+
+@_packing
 def _cpu(*operands, activation, activation_dtype, out_dtype):
     block = _Operands(*operands)
     if activation_dtype is not None:
@@ -415,13 +444,16 @@ def _share(call, part, *operands, out_dtype, **params):
     local = block._replace(
         down=part.with_bias_once(block.down), expert_map=part.local_map(block.expert_map, block.gate_up.num_experts)
     )
+    tokens, columns = block.topk_ids.shape[0], block.down.padded_n
+    if part.platform == "cuda" and params["activation_dtype"] is None and part.packs((tokens, columns), out_dtype):
+        return [part.total_of_packed(*call(*local, out_dtype=WORDS), out_dtype)]
     return [part.total(*call(*local, out_dtype=jnp.dtype(jnp.float32)), out_dtype)]
 
 
 fused_moe_op = define_op(
     "fused_moe",
     shape_rule=_shape_rule,
-    reference=reference.fused_moe,
+    reference=_packing(reference.fused_moe),
     cpu=_cpu,
     cuda=_cuda,
     cuda_options=("cuda_scheme", "cuda_rounded_to", "cuda_sliced"),

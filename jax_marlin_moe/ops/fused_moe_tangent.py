@@ -16,6 +16,7 @@ from jaxtyping import Array, Float32
 from jax_marlin_moe import reference
 from jax_marlin_moe.no_derivative import NoDerivative
 from jax_marlin_moe.operand_types import replicated_type
+from jax_marlin_moe.ops.four_numbers import WORDS
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import (
     grouped_product_op,
@@ -53,6 +54,7 @@ def block_jvp(op, primals, tangents, *, activation, activation_dtype=None, out_d
                 "rows of bfloat16 or float16 without it, or put jax.lax.stop_gradient around arguments or results"
             )
             raise NoDerivative(error)
+    assert out_dtype != WORDS, "words have no derivative: that of the sum is of what they stand for"
     check_not_only_frozen("fused_moe", {"gate_up": gate_up, "down": down}, *moving)
     params = {"activation": activation, "out_dtype": out_dtype, "implementation": implementation}
     # What trains wants memory: the slots' rows, the largest array of the forward pass, may have to go in slices.

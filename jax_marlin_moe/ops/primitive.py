@@ -194,6 +194,7 @@ def define_op(
 
                     def share(part, *leaves):
                         operands = jax.tree.unflatten(structure, leaves)
+                        part = dataclasses.replace(part, platform=platform)
                         return _share(found, form, part, operands, implementation=implementation, **params)
 
                     found, labels = divided(jax.tree.unflatten(structure, leaves), types, **params)
@@ -234,7 +235,7 @@ def define_op(
         try:
             if jvp is None:
                 raise NoDerivative(NotImplementedError(_no_derivative(name, _places(reference, structure, moving))))
-            read = _read_moving(*(jax.tree.unflatten(structure, leaves) for leaves in (primals, moving)))
+            read = read_moving(*(jax.tree.unflatten(structure, leaves) for leaves in (primals, moving)))
             results, dots = jvp(op, *read, **params)
         except NoDerivative as refusal:
             results = primitive.bind(*primals, structure=structure, **params)
@@ -281,8 +282,8 @@ def jvp_of(function: Callable, operands: Sequence[Any], tangents: Sequence[Any])
     return jax.jvp(of_moving, [leaves[place] for place in places], [moving[place] for place in places])
 
 
-def _read_moving(operands: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    """Both with arrays in place of the slices that have a tangent, and None as the tangent of the other slices."""
+def read_moving(operands: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    """Operands and tangents with arrays in place of slices that have a tangent; that of other slices is None."""
     structure: Any
     nodes, structure = jax.tree.flatten(spread_indices(operands), is_leaf=is_slice)
     dots = structure.flatten_up_to(tangents)

@@ -1,5 +1,6 @@
 """Sums over devices of what each has computed in float32."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe.ops.four_numbers import pack_fours, unpack_fours
+from jax_marlin_moe.ops.four_numbers import add_shares, pack_share
 
 # Bytes in float32 from which rows are scattered and gathered: what that saves is then more than a second start costs.
 _MANY_BYTES = 8 << 20
@@ -34,14 +35,10 @@ def rounded_sum(
         groups: of devices that have the shares of one sum; None for all.
     """
     ranks = _ranks(axes, groups)
-    saves = jnp.dtype(dtype).itemsize < y.dtype.itemsize and y.size * y.dtype.itemsize >= _MANY_BYTES
+    saves = jnp.dtype(dtype).itemsize < y.dtype.itemsize and _has_many_bytes(y.shape, y.dtype)
     if ranks == 1 or not saves or y.shape[0] % ranks:
         return lax.psum(y, axes, axis_index_groups=groups).astype(dtype)
-    part = scattered_sum(y, axes, dtype, groups=groups).astype(dtype)
-    # Without groups types say what varies; the devices of groups belong to a program that is partitioned already.
-    if groups is None:
-        return lax.all_gather(part, axes, tiled=True, to="invarying")
-    return lax.all_gather(part, axes, axis_index_groups=groups, tiled=True)
+    return _gathered(scattered_sum(y, axes, dtype, groups=groups, dtype=dtype), axes, groups)
 
 
 def scattered_sum(
@@ -50,8 +47,9 @@ def scattered_sum(
     rounded_to: Any,
     *,
     groups: Sequence[Sequence[int]] | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
-    """Each device's equal part of the rows of the sum over devices, unrounded.
+    """Each device's equal part of the rows of the sum over devices.
 
     Cards send large rows with four numbers in 64 bits where the sum will be rounded to bfloat16.
 
@@ -60,37 +58,73 @@ def scattered_sum(
         axes: of the mesh, over which devices have shares.
         rounded_to: what the caller rounds the sum to.
         groups: as for `rounded_sum`.
+        dtype: of the result; None leaves it that of y, unrounded.
     """
-    many = y.dtype == jnp.float32 and y.size * y.dtype.itemsize >= _MANY_BYTES
-    if not many or rounded_to != jnp.bfloat16 or y.shape[-1] % 4:
-        return lax.psum_scatter(y, axes, axis_index_groups=groups, tiled=True)
-    return _packed_sum(y, axes, None if groups is None else tuple(tuple(group) for group in groups))
+    dtype = jnp.dtype(y.dtype if dtype is None else dtype)
+    if y.dtype != jnp.float32 or not _packs(y.shape, rounded_to):
+        return _scattered(y, axes, groups, dtype)
+    return _packed_sum(y, axes, None if groups is None else tuple(tuple(group) for group in groups), dtype)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _packed_sum(y, axes, groups):
+def sends_packed(
+    shape: tuple[int, int],
+    dtype: Any,
+    axes: str | tuple[str, ...],
+    groups: Sequence[Sequence[int]] | None = None,
+    *,
+    scattered: bool = False,
+) -> bool:
+    """Whether cards send float32 shares of this shape packed, to their sum as a dtype; of `sum_of_packed`."""
+    ranks = _ranks(axes, groups)
+    return _packs(shape, dtype) and (scattered or ranks > 1) and shape[0] % ranks == 0
+
+
+def sum_of_packed(
+    words: Int32[Array, "rows words"],
+    axes: str | tuple[str, ...],
+    dtype: Any,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    scattered: bool = False,
+) -> Float[Array, "kept columns"]:
+    """`rounded_sum`, or `scattered_sum`, of shares that are packed already."""
+    words = words.reshape(_ranks(axes, groups), -1, words.shape[-1])
+    part = add_shares(lax.all_to_all(words, axes, 0, 0, axis_index_groups=groups), dtype)
+    return part if scattered else _gathered(part, axes, groups)
+
+
+def _has_many_bytes(shape, dtype):
+    return math.prod(shape) * jnp.dtype(dtype).itemsize >= _MANY_BYTES
+
+
+def _packs(shape, rounded_to):
+    return _has_many_bytes(shape, jnp.float32) and rounded_to == jnp.bfloat16 and shape[-1] % 4 == 0
+
+
+def _scattered(y, axes, groups, dtype):
+    return lax.psum_scatter(y, axes, axis_index_groups=groups, tiled=True).astype(dtype)
+
+
+def _gathered(part, axes, groups):
+    # Without groups types say what varies; the devices of groups belong to a program that is partitioned already.
+    if groups is None:
+        return lax.all_gather(part, axes, tiled=True, to="invarying")
+    return lax.all_gather(part, axes, axis_index_groups=groups, tiled=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _packed_sum(y, axes, groups, dtype):
     return lax.platform_dependent(
         y,
-        cuda=partial(sum_of_packed, axes=axes, groups=groups),
-        default=partial(lax.psum_scatter, axis_name=axes, axis_index_groups=groups, tiled=True),
+        cuda=lambda y: sum_of_packed(pack_share(y), axes, dtype, groups=groups, scattered=True),
+        default=partial(_scattered, axes=axes, groups=groups, dtype=dtype),
     )
 
 
 @_packed_sum.defjvp
-def _(axes, groups, primals, tangents):
+def _(axes, groups, dtype, primals, tangents):
     (y,), (dot,) = primals, tangents
-    return _packed_sum(y, axes, groups), lax.psum_scatter(dot, axes, axis_index_groups=groups, tiled=True)
-
-
-def sum_of_packed(
-    y: Float32[Array, "rows columns"],
-    axes: str | tuple[str, ...],
-    groups: Sequence[Sequence[int]] | None,
-) -> Float32[Array, "part columns"]:
-    """`scattered_sum` of shares that are sent with four numbers in 64 bits."""
-    words = jnp.concatenate(pack_fours(y.reshape(_ranks(axes, groups), -1, y.shape[-1])), axis=-1)
-    words = lax.all_to_all(words, axes, 0, 0, axis_index_groups=groups)
-    return unpack_fours(*jnp.split(words, 2, axis=-1)).sum(0)
+    return _packed_sum(y, axes, groups, dtype), _scattered(dot, axes, groups, dtype)
 
 
 def _ranks(axes: str | tuple[str, ...], groups: Sequence[Sequence[int]] | None) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
@@ -18,9 +19,11 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.expert_placement import slots_of
 from jax_marlin_moe.layer import MoELayer, check_rows
 from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices, spread_indices
-from jax_marlin_moe.ops.fused_moe import share_of_block
+from jax_marlin_moe.ops.four_numbers import WORDS
+from jax_marlin_moe.ops.fused_moe import can_pack, share_of_block
 from jax_marlin_moe.ops.layer_composition import shared_beside
-from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum
+from jax_marlin_moe.ops.primitive import jvp_of, read_moving
+from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum, sends_packed, sum_of_packed
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
 from jax_marlin_moe.sharding.shares import check_shares
@@ -193,14 +196,12 @@ def parallel_experts(
     slots = gate_up.num_experts * block.size(expert)
     compute = partial(
         _experts_of_rank,
-        gate_up=gate_up,
-        down=down,
         activation=activation,
         slots=slots,
         rounded_to=block.rounded_to,
         implementation=implementation,
     )
-    y, dropped = block.sum(compute, x, topk_weights, topk_ids, slots, None, x.dtype)
+    y, dropped = block.sum(compute, (gate_up, down), x, topk_weights, topk_ids, slots, None, x.dtype)
     return y if capacity is None else (y, block.total(dropped))
 
 
@@ -222,12 +223,10 @@ def _layer_of_rank(
     elif layer.routing.identity_experts:
         ids = jnp.where(ids < layer.num_experts, ids, -1)
     block = _Block(expert, tensor, tokens, exchange, capacity, share, jnp.dtype(x.dtype))
-    gate_up = local_matrix(layer.gate_up)
+    matrices = gate_up, _ = local_matrix(layer.gate_up), layer.down
     slots = gate_up.num_experts * block.size(expert)
     compute = partial(
         _experts_of_rank,
-        gate_up=gate_up,
-        down=layer.down,
         activation=layer.activation,
         slots=slots,
         rounded_to=block.rounded_to,
@@ -237,29 +236,30 @@ def _layer_of_rank(
         # Each slot is a row of its own, with weight 1.
         top_k = ids.shape[1]
         each = reference_layer.weighted_rows(rows, weights)
-        y, dropped = block.sum(compute, each, jnp.ones((each.shape[0], 1)), ids.reshape(-1, 1), slots, None)
+        y, dropped = block.sum(compute, matrices, each, jnp.ones((each.shape[0], 1)), ids.reshape(-1, 1), slots, None)
         y = y.reshape(rows.shape[0], top_k, y.shape[1]).sum(1)
         if layer.shared is not None:
             ones, none = jnp.ones((rows.shape[0], 1)), jnp.full((rows.shape[0], 1), -1, jnp.int32)
             y = (
                 y
                 + dataclasses.replace(block, expert=(), exchange="gather", capacity=None).sum(
-                    None, rows, ones, none, slots, partial(_shared_of_rank, layer, block, implementation)
+                    None, None, rows, ones, none, slots, partial(_shared_of_rank, layer, block, implementation)
                 )[0]
             )
     else:
         extra = None if layer.shared is None else partial(_shared_of_rank, layer, block, implementation)
         # What is added to something is not rounded before.
         dtype = x.dtype if kept is None else jnp.float32
-        y, dropped = block.sum(compute, rows, weights, ids, slots, extra, dtype)
+        y, dropped = block.sum(compute, matrices, rows, weights, ids, slots, extra, dtype)
     if kept is not None:
         y = y + kept
     y = layer.normalized(y.astype(x.dtype)).reshape(shape)
     return y if capacity is None else (y, block.total(dropped))
 
 
-def _experts_of_rank(x, weights, ids, *, out_dtype, gate_up, down, activation, slots, rounded_to, implementation):
+def _experts_of_rank(matrices, x, weights, ids, *, out_dtype, activation, slots, rounded_to, implementation):
     """Sums over this rank's experts; ids count from the first of them."""
+    gate_up, down = matrices
     # As many ids as there are experts of all ranks: kernels are chosen by the rows that an expert gets of them.
     here = jnp.arange(slots, dtype=jnp.int32)
     return share_of_block(
@@ -328,12 +328,22 @@ class _Block:
         return lax.axis_size(axes) if axes else 1
 
     def sum(
-        self, compute: Any, x: Array, weights: Array, ids: Array, slots: int, extra: Any, dtype: Any = jnp.float32
+        self,
+        compute: Any,
+        matrices: Any,
+        x: Array,
+        weights: Array,
+        ids: Array,
+        slots: int,
+        extra: Any,
+        dtype: Any = jnp.float32,
     ) -> tuple[Array, Array]:
         """Results of this rank's tokens, and the choices that were dropped on this rank.
 
         Args:
-            compute: rows, router weights and local ids to shares of a dtype; None where there are no routed experts.
+            compute: matrices, rows, router weights and local ids to shares of a dtype; None where there are no routed
+                experts.
+            matrices: of this rank's experts.
             x: rows.
             weights: of their choices.
             ids: of their choices; slots of all ranks.
@@ -341,20 +351,57 @@ class _Block:
             extra: rows to float32 shares that are added, or None.
             dtype: of the results.
         """
+        if compute is not None and extra is None and self._packs_shares(matrices, x, dtype):
+            return self._packed_sum(compute, matrices, x, weights, ids, slots, dtype), jnp.int32(0)
         if self.gathered:
             x, weights, ids = (lax.all_gather(rows, self.gathered, tiled=True) for rows in (x, weights, ids))
         y, dropped = jnp.float32(0), jnp.int32(0)
         if compute is not None:
             # What is added to something is not rounded before.
-            compute = partial(compute, out_dtype=self.share if extra is None else jnp.dtype(jnp.float32))
-            y, dropped = self._over(self.expert, compute, x, weights, ids, slots)
+            out_dtype = self.share if extra is None else jnp.dtype(jnp.float32)
+            y, dropped = self._over(
+                self.expert, partial(compute, matrices, out_dtype=out_dtype), x, weights, ids, slots
+            )
         if extra is not None:
             y = y + extra(x)
         if self.summed:
             y = rounded_sum(y.astype(self.share), self.summed, self.share if self.gathered else dtype)
         if self.gathered:
-            y = scattered_sum(y.astype(self.share), self.gathered, self.rounded_to)
+            y = scattered_sum(y.astype(self.share), self.gathered, self.rounded_to, dtype=dtype)
         return y.astype(dtype), dropped
+
+    def _packs_shares(self, matrices: Any, x: Array, dtype: Any) -> bool:
+        """Whether shares go to their sum as they are made, all ranks have all tokens, and cards send them packed."""
+        if not self.summed or set(self.summed) != {*self.expert, *self.tensor} or self.share != jnp.float32:
+            return False
+        down = matrices[1]
+        return can_pack(down) and sends_packed((x.shape[0], down.n), dtype, self.summed)
+
+    def _packed_sum(
+        self, compute: Any, matrices: Any, x: Array, weights: Array, ids: Array, slots: int, dtype: Any
+    ) -> Array:
+        """The sum of shares that cards pack where they make them."""
+
+        def shares(out_dtype: Any, matrices: Any, x: Array, weights: Array, ids: Array) -> Array:
+            return self._over(self.expert, partial(compute, matrices, out_dtype=out_dtype), x, weights, ids, slots)[0]
+
+        def plain(*operands: Any) -> Array:
+            return rounded_sum(shares(jnp.dtype(jnp.float32), *operands), self.summed, dtype)
+
+        def packed(*operands: Any) -> Array:
+            return sum_of_packed(shares(WORDS, *operands), self.summed, dtype)
+
+        @jax.custom_jvp
+        def total(*operands: Any) -> Array:
+            return lax.platform_dependent(*operands, cuda=packed, default=plain)
+
+        def derivative(operands: Any, tangents: Any) -> tuple[Array, Array]:
+            moving = jax.tree.map(lambda dot: None if isinstance(dot, SymbolicZero) else dot, tangents)
+            _, dot = jvp_of(plain, *read_moving(operands, moving))
+            return total(*operands), dot
+
+        total.defjvp(derivative, symbolic_zeros=True)
+        return total(matrices, x, weights, ids)
 
     def total(self, dropped: Array) -> Array:
         """The choices that were dropped on all ranks."""

@@ -23,6 +23,8 @@ from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import DECODE_TOKENS, MODELS, PREFILL_TOKENS
+from jax_marlin_moe.ops.four_numbers import WORDS, add_shares, pack_share
+from jax_marlin_moe.ops.fused_moe import expert_block
 
 
 @pytest.mark.covering
@@ -84,6 +86,45 @@ def test_block_compiles(lower, architecture, dtype, tokens, zeros):
     text = lower(architecture, block, *arguments, array((24,)) if extras else None)
     assert text.count(CALL) == 1
     assert "dot_general" not in text  # of the reference
+
+
+@pytest.mark.covering
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_over_cards_compile(lower, architecture):
+    def total(shares):
+        return add_shares(pack_share(shares), "float32"), add_shares(pack_share(shares[:2]), "bfloat16")
+
+    text = lower(architecture, total, array((9, 64, 128), jnp.float32))
+    assert text.count(CALL) == (3 if architecture == "sm_75" else 4)  # which lacks bfloat16
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("down", "rows"),
+    [
+        (WgmmaTile(48, 2, 1, 1, 128, 3, 1, True), "CombineFourColumns"),
+        (WgmmaTile(48, 1, 1, 1, 128, 3, 1, True), "CombineFourColumns"),
+        (MmaTile(32, 2, 1, 2, 64, 3, 1), "Combine"),
+    ],
+)
+def test_a_block_that_packs_its_shares_compiles(lower, monkeypatch, down, rows):
+    scheme = BlockScheme("aligned", down if rows == "Combine" else WgmmaTile(48, 2, 1, 1, 128, 3, 1, True), down)
+    sources = []
+    compile_cubin = compiler.compile_cubin
+    monkeypatch.setattr(
+        compiler, "compile_cubin", lambda source, *to: (sources.append(source), compile_cubin(source, *to))[1]
+    )
+
+    def block(*arrays):
+        return expert_block(
+            *arrays, None, activation=get_activation("silu"), out_dtype=WORDS, rounded_to=jnp.dtype("bfloat16"),
+            cuda_scheme=scheme, implementation=None,
+        )  # fmt: skip
+
+    lower("sm_90a", block, *abstract_block(200, 4, 512, 256, 16, jnp.bfloat16, group_size=64))
+    assert f"jmm::{rows}<Facts>" in sources[-1]
+    assert "using Element = int32_t;" in sources[-1]
 
 
 @pytest.mark.covering

@@ -8,6 +8,7 @@ import pytest
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.ops.four_numbers import WORDS, add_shares, pack_fours, pack_share, unpack_fours
 from jax_marlin_moe.ops.fused_moe import expert_block
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, TOKENS = 4, 2, 512, 256, 200
@@ -79,3 +80,27 @@ def test_shares_of_a_rounded_sum_have_packed_rows_and_results_of_float32(second)
     np.testing.assert_array_equal(np.asarray(share.astype(jnp.bfloat16), np.float64), packed)
     difference = np.linalg.norm(np.asarray(share, np.float64) - exact)
     assert 0 < difference < 0.2 * np.linalg.norm(packed - exact)
+
+
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("rounded_to", ["bfloat16", "float16"])
+def test_a_block_packs_the_numbers_that_it_would_return(second, rounded_to):
+    """Rows of slots are packed, or float32 where the sum is rounded to more bits."""
+    call = {"cuda_scheme": BlockScheme("aligned", FIRST, SECOND[second]), "implementation": "cuda"}
+    call |= {"activation": jmm.activations.get_activation("silu"), "rounded_to": jnp.dtype(rounded_to)}
+    arguments = operands()
+    share, words = (expert_block(*arguments, None, out_dtype=dtype, **call) for dtype in (jnp.dtype("float32"), WORDS))
+    np.testing.assert_array_equal(words, pack_fours(share))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shares", [2, 3, 9])
+def test_shares_are_packed_and_added_as_specified(shares, dtype):
+    keys = jax.random.split(jax.random.key(0), 2)
+    y = jax.random.normal(keys[0], (shares, 70, 40)) * jnp.exp(8 * jax.random.normal(keys[1], (shares, 70, 40)))
+    y = y.at[1, 3, 5].set(jnp.inf).at[0, 4, 9].set(-0.0)
+    words = pack_share(y)
+    np.testing.assert_array_equal(words, pack_fours(y))
+    total = sum(unpack_fours(words))
+    np.testing.assert_array_equal(add_shares(words, dtype).astype(jnp.float32), total.astype(dtype).astype(jnp.float32))
+    assert np.isnan(np.asarray(total)[3, 4:8]).all()

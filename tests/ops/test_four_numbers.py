@@ -5,18 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_marlin_moe.ops.four_numbers import pack_fours, unpack_fours
+from jax_marlin_moe.ops.four_numbers import WORDS, add_shares, pack_fours, pack_share, unpack_fours
 
 
 def there_and_back(y):
-    return np.asarray(unpack_fours(*pack_fours(jnp.asarray(y, jnp.float32))))
+    return np.asarray(unpack_fours(pack_fours(jnp.asarray(y, jnp.float32))))
 
 
 def test_the_error_is_half_a_unit_of_the_largest_of_four():
     keys = jax.random.split(jax.random.key(0), 2)
     y = jax.random.normal(keys[0], (64, 256)) * jnp.exp(8 * jax.random.normal(keys[1], (64, 256)))
-    largest = np.abs(np.asarray(y)).reshape(64, 4, 64).max(1)
-    error = np.abs(there_and_back(y) - y).reshape(64, 4, 64).max(1)
+    largest = np.abs(np.asarray(y)).reshape(64, 64, 4).max(2)
+    error = np.abs(there_and_back(y) - y).reshape(64, 64, 4).max(2)
     assert (error <= 2.0**-13 * largest).all()
     assert error.max() > 0
 
@@ -31,6 +31,38 @@ def test_what_is_not_finite_makes_its_four_numbers_nan(value):
     y = np.ones((2, 16), np.float32)
     y[1, 6] = value
     found = there_and_back(y)
-    assert np.isnan(found[1, 2::4]).all()
-    assert np.isfinite(np.delete(found, np.s_[2::4], axis=1)).all()
+    assert np.isnan(found[1, 4:8]).all()
+    assert np.isfinite(np.delete(found, np.s_[4:8], axis=1)).all()
     assert np.isfinite(found[0]).all()
+
+
+def words_of(fours):
+    """As csrc/cuda/four_columns.cuh has them, number by number."""
+    found = []
+    for four in fours.tolist():
+        exponent = max(13, int(np.float32(max(map(abs, four))).view(np.uint32) + (1 << 10)) >> 23)
+        a, b, c, d = (round(number * 2.0 ** (139 - exponent)) for number in four)
+        found += [(a % 2**14 + (b << 14) + (exponent << 28)), (c % 2**14 + (d << 14) + (exponent >> 4 << 28))]
+    return np.asarray([word % 2**32 for word in found], np.uint32).view(np.int32)
+
+
+def test_words_are_those_of_the_kernels():
+    y = np.float32([[1, -1, 0.5, -0.25], [-3.4e38, 1e38, 0, 7e37], [0, 0, 0, 0], [-1e-30, 2e-30, -3e-30, 4e-30]])
+    np.testing.assert_array_equal(pack_fours(jnp.asarray(y)).reshape(-1), words_of(y))
+
+
+def test_shares_are_added_in_float32_and_rounded_once():
+    y = jax.random.normal(jax.random.key(0), (3, 4, 16))
+    words = pack_share(y)
+    assert (words.dtype, words.shape) == (WORDS, (3, 4, 8))
+    wanted = sum(np.asarray(unpack_fours(words)))
+    np.testing.assert_array_equal(add_shares(words, jnp.float32), wanted)
+    np.testing.assert_array_equal(add_shares(words, jnp.bfloat16), jnp.asarray(wanted).astype(jnp.bfloat16))
+
+
+def test_shares_are_packed_and_added_in_batches():
+    y = jax.random.normal(jax.random.key(1), (2, 3, 4, 16))  # shares, batch, rows, columns
+    words = jax.vmap(pack_share, in_axes=1, out_axes=2)(y)
+    np.testing.assert_array_equal(words, jnp.moveaxis(pack_share(y), 1, 2))
+    sums = jax.vmap(lambda one: add_shares(one, jnp.float32), in_axes=2)(words)
+    np.testing.assert_array_equal(sums, [add_shares(pack_share(y[:, i]), jnp.float32) for i in range(3)])

@@ -25,6 +25,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.ops import sums
+from jax_marlin_moe.ops.four_numbers import pack_share
 from jax_marlin_moe.ops.sums import sum_of_packed
 from jax_marlin_moe.sharding import MoESharding, parallel_layer, place, place_experts
 
@@ -115,13 +117,40 @@ def sums_of_packed_shares():
         found, wanted = (
             jax.jit(jax.shard_map(lambda y, one=one: one(y[0]), mesh=HOSTS, in_specs=P(axes), out_specs=P(axes)))
             for one in (
-                partial(sum_of_packed, axes=axes, groups=None),
+                lambda y, axes=axes: sum_of_packed(pack_share(y), axes, y.dtype, scattered=True),
                 partial(lax.psum_scatter, axis_name=axes, tiled=True),
             )
         )
         found, wanted = found(y[:ranks]), wanted(y[:ranks])
         assert 0 < np.abs(found - wanted).max() <= ranks * 2.0**-13 * np.abs(y).max()
         assert_close(found, wanted, 3e-4)
+
+
+def shares_packed_where_they_are_made():
+    """What cards do with many rows, here with few: words of 64 bits, and derivatives that know nothing of them."""
+    chosen, many = lax.platform_dependent, sums._MANY_BYTES
+    lax.platform_dependent, sums._MANY_BYTES = lambda *operands, cuda, default: cuda(*operands), 0
+    jax.clear_caches()
+    try:
+        sharding, layers = MoESharding(BOTH), [layer(), layer()]
+        equals_one_device(sharding, layers[0], ["all-gather", "all-to-all"])
+        placed = place(jmm.stack_layers(layers), sharding)
+
+        def loss(call, stack, x, bias):
+            of_stack = dataclasses.replace(stack.layers, down=dataclasses.replace(stack.layers.down, bias=bias))
+            stack = dataclasses.replace(stack, layers=of_stack)
+            y, _ = jax.lax.scan(lambda h, index: (h + call(stack[index], h), None), x, jnp.arange(2))
+            return jnp.sin(y.astype(jnp.float32)).sum()
+
+        over_devices = jax.jit(jax.grad(partial(loss, partial(parallel_layer, sharding=sharding)), (1, 2)))
+        on_one = jax.jit(jax.grad(partial(loss, lambda layer, x: layer(x)), (1, 2)))
+        stack = jmm.stack_layers(layers)
+        found, wanted = over_devices(placed, X, placed.layers.down.bias), on_one(stack, X, stack.layers.down.bias)
+        assert_close(found[0], wanted[0], 2e-2)
+        assert_close(found[1][:, :, :HIDDEN], wanted[1], 2e-2)
+    finally:
+        lax.platform_dependent, sums._MANY_BYTES = chosen, many
+        jax.clear_caches()
 
 
 def hierarchy():
@@ -258,6 +287,7 @@ CHECKS = {
     "gradients": gradients,
     "quantized, automatic axes": (quantized, "Auto"),
     "quantized, explicit axes": (quantized, "Explicit"),
+    "shares packed where they are made": shares_packed_where_they_are_made,
 }
 
 

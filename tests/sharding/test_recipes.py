@@ -42,6 +42,7 @@ CHECKS = (
     "gradients",
     "quantized, automatic axes",
     "quantized, explicit axes",
+    "shares packed where they are made",
 )
 # What these have by itself, the others have together with something else.
 COMBINED = (
