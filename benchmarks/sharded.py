@@ -6,7 +6,8 @@
 sees. Recipes: "ep", "tp" and, from four cards on, "ep-tp": experts, the intermediate dimension or both over the
 cards, where all cards have all tokens and results are summed; with "-gather" the tokens are over the cards, their rows
 are gathered and the sums scattered; with "-ragged" rows are sent to the cards of their experts and back; with "-bf16"
-shares are rounded to bfloat16 before they are summed (`kernels_us` is that of float32 shares). `efficiency`
+shares are rounded to bfloat16 before they are summed (`kernels_us` is that of float32 shares); with "-peer", of two
+cards, XLA copies shares by the cards' copy engines (`--xla_gpu_collective_permute_mode=peer`). `efficiency`
 is the time of one card over that of all cards together. `kernels_us` is the chain of what the first card computes of
 it, by itself; what `us` has beyond it, `outside_us`, is what goes between cards and waiting for the busiest, whose
 experts have `imbalance` times the mean's choices. `between_us` is the chain of collectives alone. With `--profile`,
@@ -50,9 +51,11 @@ SAMPLES = 3
 
 
 def wanted_recipes(case: Case, tokens: int, names: list[str] | None) -> list[Recipe]:
-    """Those that are named; else all for many tokens and, for few, whose rows are small, those that sum."""
+    """Those that are named; else all for many tokens and, for few, whose shares are small, those that sum them."""
     every = [one for one in recipes(case.ranks) if case.together_runs or not one.exchange]
-    return [one for one in every if (one.name in names if names else tokens >= 1024 or not one.exchange)]
+    return [
+        one for one in every if (one.name in names if names else tokens >= 1024 or not (one.exchange or one.copies))
+    ]
 
 
 def microseconds(program: tuple[Any, tuple], tokens: int) -> float:

@@ -25,6 +25,7 @@ from jax_marlin_moe.sharding.specs import matrix_specs
 
 EXPERT, TENSOR = "expert", "tensor"
 AXES = (EXPERT, TENSOR)
+COPIES = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Recipe:
         tensor: cards along the axis of the intermediate dimension.
         exchange: of rows, where the tokens are over the cards, too; None where every card has all of them.
         shares: the dtype of the cards' shares on their way to their sum.
+        copies: whether XLA copies shares between two cards by their copy engines, not by NCCL's kernels.
     """
 
     name: str
@@ -44,11 +46,12 @@ class Recipe:
     tensor: int
     exchange: str | None = None
     shares: str = "float32"
+    copies: bool = False
 
     @property
     def kind(self) -> str:
         """Its name without the exchange and the shares: which weights a card has."""
-        return self.name.removesuffix("-bf16").removesuffix(f"-{self.exchange}")
+        return self.name.removesuffix("-bf16").removesuffix("-peer").removesuffix(f"-{self.exchange}")
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -73,6 +76,8 @@ def recipes(cards: int) -> list[Recipe]:
         kinds["ep-tp"] = (2, cards // 2)
     found = [Recipe(kind, *sizes) for kind, sizes in kinds.items()]
     found += [Recipe(f"{kind}-bf16", *sizes, shares="bfloat16") for kind, sizes in kinds.items()]
+    if cards == 2:
+        found += [Recipe(f"{kind}-peer", *sizes, copies=True) for kind, sizes in kinds.items()]
     for kind, sizes in kinds.items():
         found.append(Recipe(f"{kind}-gather", *sizes, "gather"))
         if sizes[0] > 1:
@@ -265,7 +270,7 @@ class Case:
         x, weights, ids = self._rows(tokens, NamedSharding(mesh, over), NamedSharding(mesh, slots))
         specs = over, *(self._specs(recipe, block) for block in matrices), slots, slots
         body = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=over)
-        return _compiled(name, body, x, *matrices, weights, ids)
+        return _compiled(name, body, x, *matrices, weights, ids, options=COPIES if recipe.copies else None)
 
     def imbalance(self, recipe: Recipe, tokens: int) -> float:
         """Choices of the experts of the busiest card over those of the mean one."""
@@ -275,12 +280,12 @@ class Case:
         return float(np.mean(counts.max(0) / counts.mean(0)))
 
 
-def _compiled(name: str, function: Any, *arguments: Any) -> tuple[Any, tuple]:
+def _compiled(name: str, function: Any, *arguments: Any, options: Any = None) -> tuple[Any, tuple]:
     def chain(*arguments: Any) -> jax.Array:
         return function(*arguments)
 
     chain.__name__ = module_of(name).removeprefix("jit_")
-    return jax.jit(chain).lower(*arguments).compile(), arguments
+    return jax.jit(chain, compiler_options=options).lower(*arguments).compile(), arguments
 
 
 def _is_spec(node: Any) -> bool:

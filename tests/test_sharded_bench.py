@@ -33,7 +33,9 @@ def test_one_card_times_the_first_of_many_ranks(tmp_path):
 
 
 def test_recipes_follow_from_the_number_of_cards():
-    assert [one.name for one in recipes(2)] == ["ep", "tp", "ep-bf16", "tp-bf16", "ep-gather", "ep-ragged", "tp-gather"]
+    sums, exchanges = ["ep", "tp", "ep-bf16", "tp-bf16", "ep-peer", "tp-peer"], ["ep-gather", "ep-ragged", "tp-gather"]
+    assert [one.name for one in recipes(2)] == sums + exchanges
+    assert [one.kind for one in recipes(2) if one.copies] == ["ep", "tp"]
     four = {one.name: (one.expert, one.tensor, one.kind, one.tokens) for one in recipes(4)}
     assert four["ep-tp"] == (2, 2, "ep-tp", ())
     assert four["ep-tp-ragged"] == (2, 2, "ep-tp", ("expert", "tensor"))

@@ -37,6 +37,7 @@ struct AddShares {
   using T = typename Facts::Element;  // of the sum
   static constexpr int64_t kNumbers = Facts::kNumbers;
   static constexpr int kShares = Facts::kShares;
+  static constexpr bool kApart = Facts::kApart;  // two shares, in arrays of their own
   static constexpr int kThreads = 128;
   static constexpr int kVector = 8;                         // numbers of a thread
   static constexpr int kAhead = kShares < 8 ? kShares : 8;  // loads on their way at a time
@@ -44,7 +45,10 @@ struct AddShares {
   static constexpr int64_t kMaxCtas = (kPieces + kThreads - 1) / kThreads;
   static_assert(kNumbers % kVector == 0, "whole vectors");
 
-  const int32_t* __restrict__ words;  // [kShares, kNumbers / 2]
+  static_assert(!kApart || kShares == 2, "one array, or two shares");
+
+  const int32_t* __restrict__ words;  // [kShares, kNumbers / 2], or the first share
+  const int32_t* __restrict__ other;  // the second one if kApart
   T* __restrict__ sum;                // [kNumbers]
 
   __device__ void run() const {
@@ -56,7 +60,7 @@ struct AddShares {
       uint4 parts[kAhead];
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) {
-        if (first + s < kShares) parts[s] = reinterpret_cast<const uint4*>(words)[(first + s) * kPieces + i];
+        if (first + s < kShares) parts[s] = piece(first + s, i);
       }
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) {
@@ -75,6 +79,10 @@ struct AddShares {
   }
 
  private:
+  __device__ __forceinline__ uint4 piece(int share, int64_t i) const {
+    if constexpr (kApart) return reinterpret_cast<const uint4*>(share == 0 ? words : other)[i];
+    return reinterpret_cast<const uint4*>(words)[share * kPieces + i];
+  }
   __device__ __forceinline__ static uint32_t both(float first, float second) {
     return from_float<T>(first) | uint32_t(from_float<T>(second)) << 16;
   }

@@ -110,7 +110,7 @@ class Part:
         assert self.axis
         return scattered_sum(y, self.axis, dtype, groups=self.groups, dtype=dtype)
 
-    def packs(self, shape: tuple[int, int], dtype: Any) -> bool:
+    def packs(self, shape: tuple[int, ...], dtype: Any) -> bool:
         """Whether shares of this shape are sent packed on their way to a sum of this dtype, where a card computes."""
         return bool(self.axis) and sends_packed(shape, dtype, self.axis, self.groups, scattered=self.kept is not None)
 

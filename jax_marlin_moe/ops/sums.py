@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe.ops.four_numbers import add_shares, pack_share
+from jax_marlin_moe.ops.four_numbers import add_shares, add_two_shares, pack_share
 
 # Bytes in float32 from which rows are scattered and gathered: what that saves is then more than a second start costs.
 _MANY_BYTES = 8 << 20
@@ -38,7 +38,9 @@ def rounded_sum(
     saves = jnp.dtype(dtype).itemsize < y.dtype.itemsize and _has_many_bytes(y.shape, y.dtype)
     if ranks == 1 or not saves or y.shape[0] % ranks:
         return lax.psum(y, axes, axis_index_groups=groups).astype(dtype)
-    return _gathered(scattered_sum(y, axes, dtype, groups=groups, dtype=dtype), axes, groups)
+    if sends_packed(y.shape, dtype, axes, groups):
+        return _packed_sum(y, axes, _hashable(groups), dtype, False)
+    return _sum_of_parts(y, axes, groups, dtype, False)
 
 
 def scattered_sum(
@@ -63,11 +65,11 @@ def scattered_sum(
     dtype = jnp.dtype(y.dtype if dtype is None else dtype)
     if y.dtype != jnp.float32 or not _packs(y.shape, rounded_to):
         return _scattered(y, axes, groups, dtype)
-    return _packed_sum(y, axes, None if groups is None else tuple(tuple(group) for group in groups), dtype)
+    return _packed_sum(y, axes, _hashable(groups), dtype, True)
 
 
 def sends_packed(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: Any,
     axes: str | tuple[str, ...],
     groups: Sequence[Sequence[int]] | None = None,
@@ -88,6 +90,12 @@ def sum_of_packed(
     scattered: bool = False,
 ) -> Float[Array, "kept columns"]:
     """`rounded_sum`, or `scattered_sum`, of shares that are packed already."""
+    if _ranks(axes, groups) == 2 and not scattered:
+        # Whole shares are as many bytes as halves of them and rounded halves of the sum, and one collective less.
+        pairs = [(0, 1)] if groups is None else groups
+        other = lax.ppermute(words, axes, [pair for a, b in pairs for pair in ((a, b), (b, a))])
+        names = (axes,) if isinstance(axes, str) else tuple(axes)
+        return add_two_shares(words, other, dtype, alike_over=names if groups is None else ())
     words = words.reshape(_ranks(axes, groups), -1, words.shape[-1])
     part = add_shares(lax.all_to_all(words, axes, 0, 0, axis_index_groups=groups), dtype)
     return part if scattered else _gathered(part, axes, groups)
@@ -112,19 +120,28 @@ def _gathered(part, axes, groups):
     return lax.all_gather(part, axes, axis_index_groups=groups, tiled=True)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _packed_sum(y, axes, groups, dtype):
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _packed_sum(y, axes, groups, dtype, scattered):
     return lax.platform_dependent(
         y,
-        cuda=lambda y: sum_of_packed(pack_share(y), axes, dtype, groups=groups, scattered=True),
-        default=partial(_scattered, axes=axes, groups=groups, dtype=dtype),
+        cuda=lambda y: sum_of_packed(pack_share(y), axes, dtype, groups=groups, scattered=scattered),
+        default=partial(_sum_of_parts, axes=axes, groups=groups, dtype=dtype, scattered=scattered),
     )
 
 
 @_packed_sum.defjvp
-def _(axes, groups, dtype, primals, tangents):
+def _(axes, groups, dtype, scattered, primals, tangents):
     (y,), (dot,) = primals, tangents
-    return _packed_sum(y, axes, groups, dtype), _scattered(dot, axes, groups, dtype)
+    return _packed_sum(y, axes, groups, dtype, scattered), _sum_of_parts(dot, axes, groups, dtype, scattered)
+
+
+def _sum_of_parts(y, axes, groups, dtype, scattered):
+    part = _scattered(y, axes, groups, dtype)
+    return part if scattered else _gathered(part, axes, groups)
+
+
+def _hashable(groups):
+    return None if groups is None else tuple(tuple(group) for group in groups)
 
 
 def _ranks(axes: str | tuple[str, ...], groups: Sequence[Sequence[int]] | None) -> int:

@@ -38,6 +38,7 @@ def mesh(shape, names):
 
 
 EP, BOTH = mesh((4,), ("expert",)), mesh((2, 2), ("expert", "tensor"))
+PAIR = jax.make_mesh((2,), ("hosts",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 HOSTS, DATA = mesh((2, 2), ("hosts", "cards")), mesh((2, 2), ("data", "tensor"))
 
 
@@ -113,17 +114,29 @@ def shares_of_16_bits():
 def sums_of_packed_shares():
     """What cards send in place of float32, over some axes of a mesh and over all, as the sum of those."""
     y = random(1, 4, 16, HIDDEN) * jnp.exp(random(2, 4, 16, 1))
-    for axes, ranks in (("hosts", 2), (("hosts", "cards"), 4)):
-        found, wanted = (
-            jax.jit(jax.shard_map(lambda y, one=one: one(y[0]), mesh=HOSTS, in_specs=P(axes), out_specs=P(axes)))
-            for one in (
-                lambda y, axes=axes: sum_of_packed(pack_share(y), axes, y.dtype, scattered=True),
-                partial(lax.psum_scatter, axis_name=axes, tiled=True),
-            )
-        )
-        found, wanted = found(y[:ranks]), wanted(y[:ranks])
+
+    def over(mesh, out, one, y, **options):
+        axes = mesh.axis_names
+        run = jax.shard_map(lambda y: one(y[0]), mesh=mesh, in_specs=P(axes), out_specs=out, **options)
+        return jax.jit(run)(y)
+
+    def packed(y, axes, **options):
+        return sum_of_packed(pack_share(y), axes, y.dtype, **options)
+
+    def is_sum(found, wanted, ranks):
         assert 0 < np.abs(found - wanted).max() <= ranks * 2.0**-13 * np.abs(y).max()
         assert_close(found, wanted, 3e-4)
+
+    for axes in (("hosts",), ("hosts", "cards")):
+        mesh, ranks = HOSTS if len(axes) == 2 else PAIR, 2 * len(axes)
+        wanted = sum(y[:ranks])
+        is_sum(over(mesh, P(axes), partial(packed, axes=axes, scattered=True), y[:ranks]), wanted, ranks)
+        is_sum(over(mesh, P(), partial(packed, axes=axes), y[:ranks]), wanted, ranks)
+    pairs = [[0, 2], [3, 1]]
+    found = over(EP, P("expert"), partial(packed, axes="expert", groups=pairs), y, check_vma=False)
+    for one, other in pairs:
+        is_sum(found[16 * one : 16 * one + 16], y[one] + y[other], 2)
+        np.testing.assert_array_equal(found[16 * one : 16 * one + 16], found[16 * other : 16 * other + 16])
 
 
 def shares_packed_where_they_are_made():

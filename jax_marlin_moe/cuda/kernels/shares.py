@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jax_marlin_moe.cuda.facts import Pointer
+from jax_marlin_moe.cuda.facts import Pointer, optional
 from jax_marlin_moe.cuda.limits import grid
 from jax_marlin_moe.cuda.program import Kernel
 
@@ -24,15 +24,19 @@ def pack_share_kernel(numbers: int, *, share: int, words: int) -> Kernel:
     )
 
 
-def add_shares_kernel(shares: int, numbers: int, dtype: jnp.dtype, *, words: int, total: int) -> Kernel:
-    """The sum of packed shares of so many numbers each, rounded to a dtype."""
+def add_shares_kernel(
+    shares: int, numbers: int, dtype: jnp.dtype, *, words: int, other: int | None = None, total: int
+) -> Kernel:
+    """The sum of packed shares of so many numbers each, rounded to a dtype; of two, the second may be in `other`."""
     result = Pointer(total, dtype.name, written=True)
     return Kernel(
         name="jmm_add_shares",
         headers=("shares.cuh",),
         body="AddShares<Facts>",
-        structs={"Facts": {"element": result.cpp_element, "numbers": numbers, "shares": shares}},
-        pointers={"words": Pointer(words, "int32"), "sum": result},
+        structs={
+            "Facts": {"element": result.cpp_element, "numbers": numbers, "shares": shares, "apart": other is not None}
+        },
+        pointers={"words": Pointer(words, "int32"), "other": optional(other, "int32"), "sum": result},
         threads=_THREADS,
         shared_bytes=0,
         max_ctas=_ctas(numbers),
