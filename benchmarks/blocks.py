@@ -40,7 +40,8 @@ from jax_marlin_moe.measure.random_layers import random_layers, random_routings
 from jax_marlin_moe.measure.replay import plan_block, replayed_block
 
 _CHECKED_TOKENS = 64  # of a block, evenly spread
-_ROUTED_TOKENS = 1 << 15  # in all routings of a replay, at most, but for the fewest routings
+# In all routings of a replay, at most, but for the fewest: a longer one runs into the power limit by itself.
+_ROUTED_TOKENS = 1 << 13
 _FEWEST_REPEATS = 2
 
 
@@ -85,7 +86,7 @@ def make_case(
     weights = np.random.default_rng(7).uniform(0.5, 1.5, ids.shape).astype(np.float32)
     weights /= weights.sum(-1, keepdims=True)
     # From the host: a program that draws them would be compiled for each number of tokens.
-    x = jax.device_put(_random_rows(max(tokens, _ROUTED_TOKENS), shape.hidden, dtype)[:tokens])
+    x = jax.device_put(_random_rows(1 << max(14, (tokens - 1).bit_length()), shape.hidden, dtype)[:tokens])
     return Case(shape, tokens, dtype, layers, ids, [jax.device_put(one) for one in weights], x, activation)
 
 
