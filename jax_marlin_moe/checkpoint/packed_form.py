@@ -84,9 +84,7 @@ class Manifest:
         path = self._path(layer)
         if sharding is not None:
             return self._load_sharded(path, layer, sharding)
-        found, wanted = sha256(path), self.entries[layer].text("sha256")
-        if found != wanted:
-            raise ValueError(f"{path} has SHA-256 {found}; {MANIFEST} says {wanted}: the file is damaged")
+        _check_digest(path, self.entries[layer].text("sha256"))
         file = SafetensorsFile(path)
         facts = self._facts(layer, file)
         leaves = {}
@@ -142,9 +140,7 @@ class Manifest:
         assert self.others is not None
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; {MANIFEST} names it")
-        found, wanted = sha256(path), self.others[path.name]
-        if found != wanted:
-            raise ValueError(f"{path} has SHA-256 {found}; {MANIFEST} says {wanted}: the file is damaged")
+        _check_digest(path, self.others[path.name])
 
     def _path(self, layer: int) -> pathlib.Path:
         path = self.folder / self.entries[layer].text("file")
@@ -354,6 +350,12 @@ def sha256(path: pathlib.Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _check_digest(path: pathlib.Path, wanted: str) -> None:
+    found = sha256(path)
+    if found != wanted:
+        raise ValueError(f"{path} has SHA-256 {found}; {MANIFEST} says {wanted}: the file is damaged")
 
 
 def _layer_of(path: pathlib.Path, leaves: Mapping[str, jax.Array], facts: Facts) -> MoELayer:

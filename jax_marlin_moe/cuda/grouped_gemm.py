@@ -73,53 +73,7 @@ def gemm_kernel(
     however many rows its token tile has. `padding_bytes` are asked for beside the shared memory of the tile.
     """
     columns = range(shape.k if transposed else shape.n) if columns is None else columns
-    count = len(columns)
-    column_tiles = tile.column_tiles(
-        dataclasses.replace(shape, k=count) if transposed else dataclasses.replace(shape, n=count)
-    )
-    work_tiles = token_tiles.most * column_tiles
-    if work_tiles > MOST_COUNTED:
-        raise ValueError(
-            f"{token_tiles.most} token tiles by {column_tiles} of columns are {work_tiles} work "
-            f"tiles; the CUDA kernels take at most {MOST_COUNTED}: split the tokens"
-        )
-    row = weights.format
-    scale_dtype = weights.scales.dtype.name
-    zeros_dtype = {None: None, "integer": "int32", "float": scale_dtype}[row.zeros]
-    problem: Facts = {
-        "element": ELEMENT_TYPES[dtype.name],
-        "code": row.code.cpp,
-        "scale": row.scale.cpp or ELEMENT_TYPES[scale_dtype],
-        "zeros": _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
-        "global_scales": row.has_global_scales,
-        "k": shape.k,
-        "n": shape.n,
-        "columns": count,
-        "experts": shape.num_experts,
-        "shared_experts": shared_experts,
-        "group": shape.group_size,
-        "row_stride": row_stride,
-        "slots_per_row": slots_per_row,
-        "transposed": transposed,
-        "in_order": in_order,
-    }
-
-    def operands(first: int | None) -> dict[str, Pointer | None]:
-        if first is None:
-            return dict.fromkeys(("packed", "scales", "zeros", "global_scales"))
-        found = {
-            "packed": Pointer(first + _PACKED, "int32"),
-            "scales": Pointer(first + _SCALES, scale_dtype, element="ScaleElement"),
-            "zeros": Pointer(first + _ZEROS, zeros_dtype, element="ZeroElement") if zeros_dtype else None,
-            "global_scales": optional(first + _GLOBAL_SCALES if row.has_global_scales else None, "float32"),
-        }
-        if columns.start == 0:
-            return found
-        return {
-            name: pointer and dataclasses.replace(pointer, offset=_slice_offset(weights, name, columns, transposed))
-            for name, pointer in found.items()
-        }
-
+    work_tiles = _work_tiles(shape, tile, token_tiles, len(columns), transposed)
     found_tiles = f"jmm::{token_tiles.cpp}<TokenTiles>"
     constants = {
         f"{found_tiles}::kMaxTiles": token_tiles.most,
@@ -128,13 +82,28 @@ def gemm_kernel(
     }
     if token_tiles.cpp == "GroupedTiles":
         constants["jmm::kMostGroupedSlots"] = MOST_GROUPED_SLOTS
-    if isinstance(tile, (TransposedTile, WgmmaTransposedTile)):
-        header = tile.header
-    else:
-        header = next(kernel.header for kernel in KERNELS.values() if kernel.tile is type(tile))
+    row = weights.format
+    problem: Facts = {
+        "element": ELEMENT_TYPES[dtype.name],
+        "code": row.code.cpp,
+        "scale": row.scale.cpp or ELEMENT_TYPES[weights.scales.dtype.name],
+        "zeros": _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
+        "global_scales": row.has_global_scales,
+        "k": shape.k,
+        "n": shape.n,
+        "columns": len(columns),
+        "experts": shape.num_experts,
+        "shared_experts": shared_experts,
+        "group": shape.group_size,
+        "row_stride": row_stride,
+        "slots_per_row": slots_per_row,
+        "transposed": transposed,
+        "in_order": in_order,
+    }
+    matrix, shared_matrix = (_matrix_pointers(weights, first, columns, transposed) for first in (first_operand, shared))
     return Kernel(
         name=f"jmm_{stage}_{row.name}_m{tile.tokens}",
-        headers=(header, "epilogue.cuh", "token_tiles.cuh"),
+        headers=(_header_of(tile), "epilogue.cuh", "token_tiles.cuh"),
         body=(f"{tile.kernel}<jmm::Problem<Problem>, {tile.cpp}<Tile>, {found_tiles}, jmm::{epilogue.cpp}<Epilogue>>"),
         structs={
             "Problem": problem,
@@ -145,8 +114,8 @@ def gemm_kernel(
         constants=constants,
         pointers={
             "operands.x": Pointer(x, dtype.name),
-            **nested("operands", operands(first_operand)),
-            **nested("operands", {f"shared_{name}": pointer for name, pointer in operands(shared).items()}),
+            **nested("operands", matrix),
+            **nested("operands", {f"shared_{name}": pointer for name, pointer in shared_matrix.items()}),
             **nested("token_tiles", token_tiles.pointers),
             **nested("epilogue", epilogue.pointers),
         },
@@ -158,6 +127,50 @@ def gemm_kernel(
         padding_bytes=padding_bytes,
         overlaps_predecessor=overlaps_predecessor,
     )
+
+
+def _work_tiles(
+    shape: GemmShape, tile: Tile | TransposedTile, token_tiles: TokenTiles, columns: int, transposed: bool
+) -> int:
+    """Token tiles times tiles of so many columns; raises ValueError where they are more than the kernels count."""
+    column_tiles = tile.column_tiles(
+        dataclasses.replace(shape, k=columns) if transposed else dataclasses.replace(shape, n=columns)
+    )
+    work_tiles = token_tiles.most * column_tiles
+    if work_tiles > MOST_COUNTED:
+        raise ValueError(
+            f"{token_tiles.most} token tiles by {column_tiles} of columns are {work_tiles} work "
+            f"tiles; the CUDA kernels take at most {MOST_COUNTED}: split the tokens"
+        )
+    return work_tiles
+
+
+def _header_of(tile: Tile | TransposedTile) -> str:
+    if isinstance(tile, (TransposedTile, WgmmaTransposedTile)):
+        return tile.header
+    return next(kernel.header for kernel in KERNELS.values() if kernel.tile is type(tile))
+
+
+def _matrix_pointers(
+    weights: MarlinWeights, first: int | None, columns: range, transposed: bool
+) -> dict[str, Pointer | None]:
+    """Of a matrix whose operands follow from `first`, to the first of the columns; of None, of no matrix."""
+    if first is None:
+        return dict.fromkeys(("packed", "scales", "zeros", "global_scales"))
+    row, scale_dtype = weights.format, weights.scales.dtype.name
+    zeros_dtype = {None: None, "integer": "int32", "float": scale_dtype}[row.zeros]
+    found = {
+        "packed": Pointer(first + _PACKED, "int32"),
+        "scales": Pointer(first + _SCALES, scale_dtype, element="ScaleElement"),
+        "zeros": Pointer(first + _ZEROS, zeros_dtype, element="ZeroElement") if zeros_dtype else None,
+        "global_scales": optional(first + _GLOBAL_SCALES if row.has_global_scales else None, "float32"),
+    }
+    if columns.start == 0:
+        return found
+    return {
+        name: pointer and dataclasses.replace(pointer, offset=_slice_offset(weights, name, columns, transposed))
+        for name, pointer in found.items()
+    }
 
 
 def slices_of_columns(shape: GemmShape, transposed: bool, tile: Tile | TransposedTile, most: int) -> list[range]:
