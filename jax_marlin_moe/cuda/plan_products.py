@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from jax_marlin_moe import reference
+from jax_marlin_moe.cuda.aligned_list import aligned_list
 from jax_marlin_moe.cuda.choose import choose_listed_tile, choose_product_tile, invariant_listed_tile
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts, slices_of_columns
-from jax_marlin_moe.cuda.kernels.align import align_kernels
 from jax_marlin_moe.cuda.kernels.combine import clear_kernel, combine_kernel, find_first_rows_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import slot_partials, slot_rows
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS, aligned_tiles, grouped_tiles, ragged_tiles
@@ -125,24 +124,20 @@ def plan_grouped_product(
         group_offset = experts + 1 if offset else None
         token_tiles = ragged_tiles(num_slots, num_experts, num_groups, tile.tokens, experts, group_offset)
     elif num_slots > MOST_GROUPED_SLOTS or not hosts(tile, shape, token_tiles, capability):
-        list_length = reference.padded_size(num_slots, num_experts, tile.tokens)
-        listed = (y + 1, y + 2, y + 3)
-        token_tiles = aligned_tiles(
-            num_slots, num_experts, tile.tokens, tile.tokens, list_length, listed, from_previous=True
-        )
-        aligning, counts = align_kernels(
+        listed = aligned_list(
             num_slots,
+            num_experts,
             num_experts,
             tile.tokens,
             capability,
             topk_ids=experts,
             expert_map=None,
-            outputs=listed,
-            counts=y + 4,
+            scratch=y + 1,
+            products=1,
         )
-        kernels += aligning
-        scratch += [jax.ShapeDtypeStruct(extents, jnp.int32) for extents in ((list_length,), (token_tiles.most,), (1,))]
-        scratch += counts
+        (token_tiles,) = listed.tiles
+        kernels += listed.kernels
+        scratch += listed.scratch
     columns = shape.k if transposed else shape.n
     slices, slots = [range(columns)], y
     if summed > 1:
