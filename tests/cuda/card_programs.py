@@ -42,6 +42,7 @@ runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS, LAYERS = 16, 512, 256, 2, 8, 4
+MANY = 4096
 
 
 def shapes(mesh, *spec):
@@ -75,17 +76,17 @@ def scan(x, w, ids, *stack):
     return jax.lax.scan(layer, x, jnp.arange(LAYERS))[0]
 
 
-def recipe(mesh, exchange):
-    """A layer whose experts and tokens are over the cards."""
+def recipe(mesh, *where, tokens=TOKENS, **options):
+    """A layer whose experts are over the cards, and tokens where it is said."""
     sharding = jmm.sharding.MoESharding(mesh, expert="cards")
     one = jmm.MoELayer(
         *block(jax.ShapeDtypeStruct), jax.ShapeDtypeStruct((HIDDEN, EXPERTS), jnp.float32), jmm.Routing(2)
     )
 
     def call(layer, x):
-        return jmm.sharding.parallel_layer(layer, x, sharding, tokens="cards", exchange=exchange)
+        return jmm.sharding.parallel_layer(layer, x, sharding, tokens=where, **options)
 
-    return call, sharding.abstract(one), shapes(mesh, "cards")((TOKENS, HIDDEN), jnp.bfloat16)
+    return call, sharding.abstract(one), shapes(mesh, *where)((tokens, HIDDEN), jnp.bfloat16)
 
 
 def in_shares(mesh):
@@ -135,7 +136,11 @@ def main():
         programs[name] = (call, *rows(shapes(four, *of_rows)), *block(shapes(four, *of_experts)))
     programs["columns"] = in_shares(two)
     for exchange in ("gather", "ragged"):
-        programs[f"recipe, {exchange}"] = recipe(four, exchange)
+        programs[f"recipe, {exchange}"] = recipe(four, "cards", exchange=exchange)
+    for name, mesh in (("two", two), ("four", four)):  # 8 MiB of float32
+        operands = *rows(shapes(mesh), MANY), *block(shapes(mesh, "cards"))
+        programs[f"many rows, {name} cards"] = call, *operands
+    programs["recipe, many rows"] = recipe(two, tokens=MANY)
     print(json.dumps({name: counts(*program) for name, program in programs.items()}))
 
 

@@ -42,3 +42,16 @@ def test_a_block_is_one_call_and_copies_no_weights(name):
 def test_only_rows_and_sums_go_between_cards(name, wanted):
     assert programs()[name]["others"] == wanted
     assert programs()[name]["calls"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("many rows, two cards", ["collective-permute"]),  # of whole shares
+        ("many rows, four cards", ["all-gather", "all-to-all"]),  # of parts, and of their rounded sums
+        ("recipe, many rows", ["collective-permute"]),
+    ],
+)
+def test_large_shares_go_packed_from_the_block_to_one_kernel_that_adds_them(name, wanted):
+    assert programs()[name]["others"] == wanted
+    assert programs()[name]["calls"] == 2
