@@ -8,7 +8,9 @@ import pytest
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
+from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.cuda.plan import plan_fused_moe
 
 needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
@@ -44,6 +46,13 @@ def abstract_block(tokens, top_k, hidden, inner, num_experts, dtype, **options):
         array((tokens, top_k), jnp.float32),
         array((tokens, top_k)),
     )
+
+
+def planned_block(x, gate_up, down, *, top_k, **options):
+    """`plan_fused_moe` for a row of each token, by default for H200s with every expert in the matrices."""
+    usual = {"routed_experts": gate_up.num_experts, "mapped": False, "activation": get_activation("silu")}
+    options = usual | {"architecture": "sm_90a"} | options
+    return plan_fused_moe(x, gate_up, down, tokens=x.shape[0], top_k=top_k, **options)
 
 
 def types_of(architecture):

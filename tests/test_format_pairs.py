@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from abstract_calls import needs_nvrtc, planned_block
 from oracle import assert_product_close, grouped_product, random_experts, random_routing, random_rows
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import activations, formats
-from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.cuda import choose, compiler, plan
+from jax_marlin_moe.cuda import choose, compiler
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.formats import E2M1, E4M3_SCALES, E8M0_SCALES, FLOAT_SCALES, INT4, INT8, WeightFormat
 
@@ -120,23 +120,14 @@ def test_products_of_a_pair(platform, pair, dtype):
 
 @pytest.mark.covering
 @pytest.mark.sampled(2)
-@pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
+@needs_nvrtc
 @pytest.mark.parametrize(("architecture", "tokens"), [("sm_90a", 4), ("sm_90a", 512), ("sm_80", 40)])
 def test_kernels_of_a_pair_compile(pair, architecture, tokens):
     def experts(k, n):
         return jax.eval_shape(lambda w: jmm.quantize(w, pair), jax.ShapeDtypeStruct((8, k, n), jnp.float16))
 
-    planned = plan.plan_fused_moe(
-        jax.ShapeDtypeStruct((tokens, 256), jnp.float16),
-        experts(256, 512),
-        experts(256, 256),
-        tokens=tokens,
-        top_k=2,
-        routed_experts=8,
-        mapped=False,
-        activation=Activation("silu"),
-        architecture=architecture,
-    )
+    x = jax.ShapeDtypeStruct((tokens, 256), jnp.float16)
+    planned = planned_block(x, experts(256, 512), experts(256, 256), top_k=2, architecture=architecture)
     assert compiler.compile_cubin(planned.source, architecture)
 
 
@@ -180,15 +171,9 @@ def test_what_the_cuda_kernels_lack_is_refused_by_name(monkeypatch, architecture
         array = jax.ShapeDtypeStruct
         dense = array((8, 256, 256), jnp.float16)
         weights = [jax.eval_shape(lambda w: jmm.quantize(w, weight_format), dense) for _ in range(2)]
-        return plan.plan_fused_moe(
-            array((1, 256), jnp.float16),
-            *weights,
-            tokens=1,
-            top_k=2,
-            routed_experts=8,
-            mapped=False,
-            activation=Activation(activation),
-            architecture=architecture,
+        x = array((1, 256), jnp.float16)
+        return planned_block(
+            x, *weights, top_k=2, activation=activations.Activation(activation), architecture=architecture
         )
 
     with pytest.raises(ValueError, match="activation is 'softsign', which the CUDA kernels lack"):

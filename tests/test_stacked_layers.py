@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import needs_nvrtc
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
@@ -103,9 +104,6 @@ def test_on_a_card_a_scan_of_whole_layers_is_equal_to_the_layers(tokens):
     for layer in stack:
         x = one(layer, x, implementation="cuda")
     assert_equal(x, wanted)
-
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 
 @functools.cache

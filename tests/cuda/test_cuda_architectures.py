@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from abstract_calls import CALL, abstract_block, needs_nvrtc
+from abstract_calls import CALL, abstract_block, needs_nvrtc, planned_block
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import cache, compiler, plan
+from jax_marlin_moe.cuda import cache, compiler
 from jax_marlin_moe.cuda.kernels.align import plan_align
 
 
@@ -104,11 +103,10 @@ def test_a_block_for_a_virtual_architecture_has_its_tiles(lower):
     arguments = abstract_block(33, 2, 256, 128, 8, jnp.float16, scale_dtype=jnp.float16)
     assert lower("compute_86", jmm.fused_moe, *arguments).count(CALL) == 1
     x, gate_up, down, *_ = arguments
-    options = {"tokens": 33, "top_k": 2, "routed_experts": 8, "mapped": False, "activation": get_activation("silu")}
-    sources = [
-        plan.plan_fused_moe(x, gate_up, down, **options, architecture=name).source for name in ("sm_86", "compute_86")
-    ]
-    assert sources[0] == sources[1]
+    own, virtual = (
+        planned_block(x, gate_up, down, top_k=2, architecture=name).source for name in ("sm_86", "compute_86")
+    )
+    assert own == virtual
 
 
 @needs_nvrtc

@@ -5,17 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from abstract_calls import needs_nvrtc, planned_block
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import compiler, plan, plan_products
+from jax_marlin_moe.cuda import compiler, plan_products
 from jax_marlin_moe.cuda.facts import Pointer
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.program import render, render_facts, render_includes
 from jax_marlin_moe.cuda.scheme import BlockScheme
 
-pytestmark = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
+pytestmark = needs_nvrtc
 
 MMA = (MmaTile(16, 2, 1, 2, 64, 3, 2), MmaTile(16, 2, 4, 1, 32, 3, 2))
 WGMMA = (WgmmaTile(16, 2, 1, 2, 64, 4, 1, False), WgmmaTile(16, 1, 2, 1, 64, 4, 1, False))
@@ -38,16 +38,13 @@ def experts(k, n):
 
 
 def block(slots, tiles, tokens=24, **options):
-    return plan.plan_fused_moe(
+    return planned_block(
         array((tokens, 512), jnp.bfloat16),
         experts(512, 640),
         experts(320, 512),
-        tokens=tokens,
         top_k=3,
         routed_experts=16,
         mapped=True,
-        activation=get_activation("silu"),
-        architecture="sm_90a",
         scheme=BlockScheme(slots, *tiles),
         **options,
     )

@@ -4,15 +4,13 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from abstract_calls import abstract_block
+from abstract_calls import abstract_block, planned_block
 
-from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import choose, compiler
 from jax_marlin_moe.cuda.architectures import ARCHITECTURES, get_architecture
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
-from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.plan_products import plan_moe_gemm
 from jax_marlin_moe.cuda.plan_rows import plan_linear
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme
@@ -43,18 +41,7 @@ def test_sizes_of_token_tiles_are_those_of_the_architectures_kernels(capability)
 
 def planned(tokens, scheme):
     x, gate_up, down, *_ = abstract_block(tokens, 4, 512, 256, 64, jnp.dtype("bfloat16"), group_size=128)
-    return plan_fused_moe(
-        x,
-        gate_up,
-        down,
-        tokens=tokens,
-        top_k=4,
-        routed_experts=64,
-        mapped=False,
-        activation=get_activation("silu"),
-        architecture="sm_90a",
-        scheme=scheme,
-    )
+    return planned_block(x, gate_up, down, top_k=4, scheme=scheme)
 
 
 @pytest.mark.parametrize("ctas", [1, 3, 8])

@@ -12,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import needs_nvrtc, planned_block
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import cache, compiler, limits, plan, plan_products
+from jax_marlin_moe.cuda import cache, compiler, limits, plan_products
 from jax_marlin_moe.cuda.kernels.align import plan_align
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.program import render_facts, render_includes
 from jax_marlin_moe.cuda.scheme import BlockScheme
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 ROOT = pathlib.Path(__file__).parents[2]
 MMA = BlockScheme("aligned", MmaTile(8, 2, 1, 1, 64, 2, 2), MmaTile(8, 2, 1, 1, 64, 2, 2))
@@ -46,16 +44,13 @@ def experts(num_experts, k, n, *, bias=False):
 
 
 def block_plan(tokens, hidden, inner, scheme=None, *, num_experts=8, top_k=2, routed_experts=None, bias=False):
-    return plan.plan_fused_moe(
+    return planned_block(
         array((tokens, hidden), jnp.bfloat16),
         experts(num_experts, hidden, 2 * inner, bias=bias),
         experts(num_experts, inner, hidden, bias=bias),
-        tokens=tokens,
         top_k=top_k,
         routed_experts=routed_experts or num_experts,
         mapped=routed_experts is not None,
-        activation=get_activation("silu"),
-        architecture="sm_90a",
         scheme=scheme,
     )
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from abstract_calls import needs_nvrtc
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import compiler
@@ -17,8 +18,6 @@ from jax_marlin_moe.cuda.kernels.router import (
 )
 from jax_marlin_moe.cuda.program import Plan
 from jax_marlin_moe.measure.models import MODELS
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 
 def array(shape, dtype=jnp.float32):

@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from abstract_calls import formatted_experts
+from abstract_calls import formatted_experts, planned_block
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda.plan import plan_fused_moe
 
 EXPERTS, TOP_K = 5, 3
 
@@ -51,17 +49,7 @@ def training_plan(dtype):
     """Of Qwen3-30B's block, whose value is one of what a derivative computes."""
     x = jax.ShapeDtypeStruct((4096, 2048), dtype)
     matrices = [formatted_experts(16, k, n, "int4", dtype) for k, n in ((2048, 1536), (768, 2048))]
-    return plan_fused_moe(
-        x,
-        *matrices,
-        tokens=4096,
-        top_k=8,
-        routed_experts=16,
-        mapped=False,
-        activation=get_activation("silu"),
-        architecture="sm_90a",
-        sliced=True,
-    )
+    return planned_block(x, *matrices, top_k=8, sliced=True)
 
 
 def test_slices_of_a_block_are_launches_of_one_kernel():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import planned_block
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import plan
@@ -71,18 +72,7 @@ def test_a_product_by_itself_leaves_the_counter_as_it_was():
 def test_few_rows_take_their_turns():
     def counters(tile):
         x, gate_up, down = jax.eval_shape(lambda: operands()[:3])
-        planned = plan.plan_fused_moe(
-            x,
-            gate_up,
-            down,
-            tokens=TOKENS,
-            top_k=TOP_K,
-            routed_experts=EXPERTS,
-            mapped=False,
-            activation=jmm.activations.get_activation("silu"),
-            architecture="sm_90a",
-            scheme=BlockScheme("aligned", tile, tile),
-        )
+        planned = planned_block(x, gate_up, down, top_k=TOP_K, scheme=BlockScheme("aligned", tile, tile))
         offsets = [
             kernel.pointers["token_tiles.taken"].offset
             for kernel in planned.kernels

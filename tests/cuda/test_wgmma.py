@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from abstract_calls import ptxas_log
+from abstract_calls import needs_nvrtc, planned_block, ptxas_log
 from oracle import (
     assert_block_accepted,
     assert_block_close,
@@ -22,8 +22,7 @@ from oracle import (
 )
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import choose, compiler, plan, tables
+from jax_marlin_moe.cuda import choose, compiler, tables
 from jax_marlin_moe.cuda.kernels import wgmma
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
@@ -31,8 +30,6 @@ from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.formats import FLOAT_SCALES
 from jax_marlin_moe.measure.models import MODELS
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +129,8 @@ def shape_of(k, n, *, gated=False, dtype="bfloat16", **facts):
 def test_products_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like)."""
     gate_up, down = (experts.packed() for experts in experts_of(name, np.random.default_rng(0)))
-    planned = plan.plan_fused_moe(
-        jnp.zeros((9, SCHEMES[name].hidden), SCHEMES[name].dtype),
-        gate_up,
-        down,
-        tokens=9,
-        top_k=TOP_K,
-        routed_experts=EXPERTS,
-        mapped=False,
-        activation=get_activation("silu"),
-        architecture="sm_90a",
-        scheme=scheme_of(name),
-    )
+    x = jnp.zeros((9, SCHEMES[name].hidden), SCHEMES[name].dtype)
+    planned = planned_block(x, gate_up, down, top_k=TOP_K, scheme=scheme_of(name))
     assert planned.source.count("WgmmaGroupedGemm") == 2
     log = ptxas_log(planned.source)
     assert "registers" in log

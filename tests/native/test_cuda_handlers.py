@@ -7,6 +7,7 @@ import subprocess
 
 import jax
 import pytest
+from abstract_calls import needs_nvrtc
 
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.cuda.kernels.align import plan_align
@@ -19,8 +20,6 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(CXX is None or CC is None, reason="there is no C++ compiler"),
 ]
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 
 def run(*command, **variables):

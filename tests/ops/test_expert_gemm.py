@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import needs_nvrtc
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_product_close, products, random_experts, random_rows
@@ -14,8 +15,6 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import compiler, plan_rows
 from jax_marlin_moe.cuda.plan_rows import plan_expert_gemm
 from jax_marlin_moe.cuda.scheme import KERNELS
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 ROWS, OUT_ROWS, EXPERTS, K, N = 40, 48, 4, 80, 100
 MOST = 2**31 - 1

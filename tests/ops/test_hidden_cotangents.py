@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import needs_nvrtc
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda.compiler import compile_cubin, unavailable_reason
+from jax_marlin_moe.cuda.compiler import compile_cubin
 from jax_marlin_moe.cuda.plan_hidden import plan_hidden_cotangents
 from jax_marlin_moe.ops.hidden_cotangents import hidden_cotangents_op
 
@@ -70,7 +71,7 @@ def test_the_card_does_not_read_rows_without_an_expert():
         assert not found[absent].any()
 
 
-@pytest.mark.skipif(unavailable_reason() is not None, reason="no NVRTC")
+@needs_nvrtc
 @pytest.mark.parametrize("activation", ["gelu", "swiglu_step", "situ"])
 def test_its_kernel_compiles(activation):
     hidden, pulled = (jax.ShapeDtypeStruct((SLOTS, n), jnp.bfloat16) for n in (2 * COLUMNS, INNER))

@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from abstract_calls import needs_nvrtc, planned_block
 from oracle import E2M1, E4M3, Experts, local_experts, products
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import compiler, plan
+from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
 
 KINDS = ("static_fp8", "dynamic_nvfp4")
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 
 def nearest(values, table):
@@ -303,9 +302,8 @@ def test_scales_that_are_one_for_all_or_batched(platform):
 def test_quantising_kernels_compile(architecture, tile, kind, name):
     weights = jax.eval_shape(lambda: identity(4, 256))
     gate_up = jax.eval_shape(lambda w: jmm.concatenate_columns([w, w]), weights)
-    planned = plan.plan_fused_moe(
-        jax.ShapeDtypeStruct((40, 256), jnp.bfloat16), gate_up, weights, tokens=40, top_k=2, routed_experts=4,
-        mapped=False, activation=get_activation("silu"), architecture=architecture,
+    planned = planned_block(
+        jax.ShapeDtypeStruct((40, 256), jnp.bfloat16), gate_up, weights, top_k=2, architecture=architecture,
         scheme=BlockScheme("aligned", tile, tile), scaled=True, intermediate=kind, out_dtype=jnp.dtype("float32"),
     )  # fmt: skip
     assert name in planned.source

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import needs_nvrtc
 from oracle import assert_product_close, products, random_experts, random_rows
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.cuda.plan_rows import plan_linear
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 EXPERTS, K, N = 3, 144, 192
 

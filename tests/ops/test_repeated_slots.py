@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import needs_nvrtc
 from oracle import assert_product_close, grouped_product, random_experts, random_rows
 
 import jax_marlin_moe as jmm
@@ -11,8 +12,6 @@ from jax_marlin_moe.cuda import compiler, plan_products
 from jax_marlin_moe.cuda.choose import candidates
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 EXPERTS, TOP_K = 6, 2
 
