@@ -32,8 +32,8 @@ def quantize(
     microscaling formats 1.0, section 6.3). "bf16" and "fp16" keep the weights, rounded to 16 bits where they have more;
     their scales are 1.
 
-    Infinities and NaN are refused. In weights that are traced, they make all of their group NaN or infinite ("nvfp4":
-    all of their expert).
+    Infinities and NaN are refused. In weights that are traced, they make the scale of their group NaN or infinite
+    ("nvfp4": that of their expert).
 
     Experts that are over the devices of a mesh are quantised where they are, and the result is sharded as they are.
 

@@ -160,9 +160,14 @@ def grouped_product(
     """
     if experts is None:
         experts = ragged_experts(group_sizes, group_offset, num_rows=rows.shape[0], num_experts=weights.num_experts)
-    slots_per_row = experts.shape[0] // max(1, rows.shape[0])
-    y = expert_products(jnp.repeat(rows, slots_per_row, axis=0), weights, experts, transposed=transposed)
+    each = slots_per_row(experts.shape[0], rows.shape[0])
+    y = expert_products(jnp.repeat(rows, each, axis=0), weights, experts, transposed=transposed)
     return y.astype(dtype)
+
+
+def slots_per_row(num_slots: int, num_rows: int) -> int:
+    """How many slots each row has, which is a number even where theirs are symbolic; 1 where there are no rows."""
+    return 1 if num_rows == 0 else num_slots // num_rows
 
 
 def ragged_experts(

@@ -64,7 +64,7 @@ def _cpu(rows, weights, experts, group_sizes, group_offset, *, transposed, dtype
         [rows, *cpu_weight_operands(weights), experts],
         [jax.ShapeDtypeStruct(*_result(rows, weights, experts, transposed, dtype))],
         transposed=transposed,
-        slots_per_row=experts.shape[0] // max(1, rows.shape[0]) or 1,
+        slots_per_row=reference.slots_per_row(experts.shape[0], rows.shape[0]),
         **format_attributes("", weights),
     )
 
@@ -121,7 +121,7 @@ def _along_global_scales(op, rows, weights, row_map, moving, *, transposed, dtyp
     if not transposed:
         (y,) = op(rows, unscaled, *row_map, dtype="float32", **params)
         return sum_slots(y * of_slots, y.shape[0] // summed).astype(dtype)
-    slots = jnp.repeat(rows, experts.shape[0] // max(1, rows.shape[0]), axis=0)
+    slots = jnp.repeat(rows, reference.slots_per_row(experts.shape[0], rows.shape[0]), axis=0)
     params |= {"summed": summed}
     return op((slots * of_slots).astype(rows.dtype), unscaled, experts, None, None, dtype=dtype, **params)[0]
 

@@ -46,6 +46,7 @@ class Op:
     def __call__(self, *operands: Any, implementation: str | None, **params: Any) -> list[jax.Array]:
         """The results; `implementation` "xla" leaves no trace of the primitive."""
         leaves, structure = jax.tree.flatten(share_indices(operands))
+        _check_no_symbolic_shards(self.primitive.name, leaves)
         mesh = explicit_mesh(leaves)
         if mesh is not None:
             return self._over_explicit_axes(leaves, structure, mesh, implementation=implementation, **params)
@@ -67,6 +68,16 @@ class Op:
         types = jax.eval_shape(partial(self.primitive.bind, structure=structure, **params), *abstract)
         division, labels = self.divided(jax.tree.unflatten(structure, leaves), types, **params)
         return over_explicit_axes(call, share, leaves, labels, division.summed, mesh, op=self.primitive.name)
+
+
+def _check_no_symbolic_shards(name: str, leaves: Sequence[jax.Array]) -> None:
+    """Raises ValueError for what takes down the process that loads it: symbolic shapes in the body of a `shard_map`."""
+    for leaf in leaves:
+        if is_symbolic(leaf.shape) and jax.typeof(leaf).sharding.mesh.manual_axes:
+            raise ValueError(
+                f"{name} has an operand of the symbolic shape {leaf.shape} inside of jax.shard_map, and jaxlib crashes "
+                "when it loads such a program: export one for each number of rows"
+            )
 
 
 def one_program(*static: str, saved_as: str | None = None) -> Callable[[Callable], Callable]:

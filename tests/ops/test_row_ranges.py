@@ -80,6 +80,22 @@ def test_an_export_for_cuda_has_a_program_per_range(monkeypatch):
 
 
 @needs_nvrtc
+def test_a_symbolic_number_in_a_shard_map_is_refused():
+    mesh = jax.make_mesh((1,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (jax.sharding.PartitionSpec(),) * 3
+    run = jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    with pytest.raises(ValueError, match=r"fused_moe has an operand of the symbolic shape \(t, 64\) inside of"):
+        exported(run, constraints=(), platforms=("cpu",))
+
+
+def test_a_derivative_has_a_symbolic_number_of_rows_on_cpus():
+    def gradient(x, w, ids):
+        return jax.grad(lambda x: block(x, w, ids).astype(jnp.float32).sum())(x)
+
+    program = exported(gradient, constraints=(), platforms=("cpu",))
+    np.testing.assert_array_equal(program.call(*arguments(5)), gradient(*arguments(5)))
+
+
 def test_ops_whose_rows_depend_on_each_other_refuse_a_symbolic_number(monkeypatch):
     monkeypatch.setenv(compiler.ARCHITECTURE_VARIABLE, "sm_90a")
 
