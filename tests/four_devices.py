@@ -5,11 +5,8 @@ XLA reads the number of devices when it starts, so `test_sharding.py` runs this 
 
 import dataclasses
 import functools
-import json
 import os
 import re
-import sys
-import traceback
 from functools import partial
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from printed_checks import print_failures
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.operand_types import replicated_type
@@ -373,19 +371,5 @@ CHECKS = {
 }
 
 
-def main():
-    found = {}
-    for name, (check, *arguments) in CHECKS.items():
-        if len(sys.argv) > 1 and name not in sys.argv:
-            found[name] = "not asked for"
-            continue
-        try:
-            check(*arguments)
-            found[name] = None
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    print_failures(CHECKS)

@@ -10,8 +10,9 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import pytest
+from printed_checks import NOT_ASKED
 
-NOT_ASKED = "not asked for"  # what a program says of a check that its arguments do not name
+_TESTS = str(pathlib.Path(__file__).parent)  # whose modules programs in other folders import, too
 
 
 def cases_of(checks: Sequence[str], exhaustive: Container[str] = ()) -> list[Any]:
@@ -32,7 +33,14 @@ def checked_by(program: str, request: pytest.FixtureRequest, checks: Sequence[st
 def found_by(program: str, test_file: str, *arguments: str) -> Any:
     """The JSON in the last line that a program beside the file of a test prints."""
     path = pathlib.Path(test_file).with_name(program)
-    run = subprocess.run([sys.executable, path, *arguments], capture_output=True, text=True, check=True, timeout=1200)
+    run = subprocess.run(
+        [sys.executable, path, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([_TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=1200,
+    )
     return json.loads(run.stdout.splitlines()[-1])
 
 

@@ -2,12 +2,10 @@
 
 import contextlib
 import importlib
-import json
 import os
 import pathlib
 import sys
 import tempfile
-import traceback
 from functools import partial
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -19,6 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 from jax.sharding import AxisType
+from printed_checks import print_failures
 
 from jax_marlin_moe.checkpoint import convert, load_moe_layer, load_moe_layers, with_facts, without_facts
 from jax_marlin_moe.sharding import MoESharding, place
@@ -109,19 +108,5 @@ CHECKS = {
 }
 
 
-def main():
-    found = {}
-    for name, check in CHECKS.items():
-        if len(sys.argv) > 1 and name not in sys.argv:
-            found[name] = "not asked for"
-            continue
-        try:
-            check()
-            found[name] = None
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    print_failures(CHECKS)

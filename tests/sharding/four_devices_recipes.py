@@ -4,11 +4,8 @@ XLA reads the number of devices when it starts, so `test_recipes.py` runs this i
 """
 
 import dataclasses
-import json
 import os
 import re
-import sys
-import traceback
 from functools import partial
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -23,6 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from printed_checks import print_failures
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.ops import sums
@@ -304,20 +302,5 @@ CHECKS = {
 }
 
 
-def main():
-    found = {}
-    for name, check in CHECKS.items():
-        if len(sys.argv) > 1 and name not in sys.argv:
-            found[name] = "not asked for"
-            continue
-        function, *arguments = check if isinstance(check, tuple) else (check,)
-        try:
-            function(*arguments)
-            found[name] = None
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    print_failures(CHECKS)
