@@ -112,16 +112,22 @@ def load_block(
         matrix_specs(down, sharding.expert_axes, (), rows, grouped=group is not None),
     )
     named = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
-    whole = []
-    for index, one_spec in enumerate(named):
-        placing = NamedSharding(sharding.mesh, one_spec)
-        pieces = [shards[device][index] for device in placing.addressable_devices]
-        shape = tuple(
-            extent * sharding.size(() if axes is None else (axes,) if isinstance(axes, str) else axes)
-            for extent, axes in itertools.zip_longest(pieces[0].shape, one_spec)
-        )
-        whole.append(jax.make_array_from_single_device_arrays(shape, placing, pieces))
+    whole = [
+        _whole_leaf(sharding, spec, {device: leaves[index] for device, leaves in shards.items()})
+        for index, spec in enumerate(named)
+    ]
     return jax.tree.unflatten(jax.tree.structure((gate_up, down)), whole), one
+
+
+def _whole_leaf(sharding: MoESharding, spec: PartitionSpec, shards: Mapping[jax.Device, jax.Array]) -> jax.Array:
+    """The array of which each device of this process has its shard."""
+    placing = NamedSharding(sharding.mesh, spec)
+    pieces = [shards[device] for device in placing.addressable_devices]
+    shape = tuple(
+        extent * sharding.size(() if axes is None else (axes,) if isinstance(axes, str) else axes)
+        for extent, axes in itertools.zip_longest(pieces[0].shape, spec)
+    )
+    return jax.make_array_from_single_device_arrays(shape, placing, pieces)
 
 
 def _places(sharding: MoESharding) -> Iterator[tuple[jax.Device, tuple[int, int]]]:

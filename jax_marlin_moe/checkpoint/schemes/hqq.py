@@ -43,6 +43,31 @@ def decode_hqq(w_q: Array, scale: Array, zero: Array, *, bits: int, k: int, n: i
     return LogicalLinear(rows.reshape(n, k).T, *grouped)
 
 
+def _weight_params(quantization: Quantization) -> Keys:
+    """What the config says of weights; raises ValueError on keys that the loader does not know."""
+    empty = Keys({}, quantization.source)
+    outer = quantization.keys.object("quant_config", empty, null=True)
+    for name in outer.values:
+        if name in ("scale_quant_params", "zero_quant_params") and outer.values[name]:
+            raise outer.fault(name, "null", ": HQQ scales and zeros must be floats, not quantised themselves")
+        if name not in _QUANT_CONFIG:
+            raise outer.fault(name, "omitted", ": the loader does not know this key")
+    params = outer.object("weight_quant_params", empty, null=True)
+    for name in params.values:
+        if name not in _WEIGHT_PARAMS:
+            raise params.fault(name, "omitted", ": the loader does not know this key")
+    return params
+
+
+def _one_integer(files: TensorFolder, name: str) -> int:
+    """The value of a tensor of one; raises ValueError on others, and on what is no integer of 32 bits."""
+    value = files.read(name, files.info(name).shape, _DTYPES)
+    number = float(value.reshape(-1)[0]) if value.size == 1 else np.nan
+    if not np.isfinite(number) or number != int(number) or abs(number) > 2**31:
+        raise files.fault(name, f"is {short(value.tolist())}; it must be one integer")
+    return int(number)
+
+
 @dataclasses.dataclass(frozen=True)
 class HqqStorage(Scheme):
     """How an HQQ linear (k, n) is stored: `bits` 4 or 8, `group_size` rows of K under one scale, None for K."""
@@ -73,29 +98,15 @@ class HqqStorage(Scheme):
         """The scalars beside the weight count before the config."""
         if linear.name(".W_q") not in files:
             return None
-        empty = Keys({}, quantization.source)
-        outer = quantization.keys.object("quant_config", empty, null=True)
-        for name in outer.values:
-            if name in ("scale_quant_params", "zero_quant_params") and outer.values[name]:
-                raise outer.fault(name, "null", ": HQQ scales and zeros must be floats, not quantised themselves")
-            if name not in _QUANT_CONFIG:
-                raise outer.fault(name, "omitted", ": the loader does not know this key")
-        params = outer.object("weight_quant_params", empty, null=True)
-        for name in params.values:
-            if name not in _WEIGHT_PARAMS:
-                raise params.fault(name, "omitted", ": the loader does not know this key")
+        params = _weight_params(quantization)
 
         def setting(name: str, default: Any) -> Any:
             """The scalar beside the weight, which counts before the config."""
             tensor = linear.name(f".{name}")
-            if tensor not in files:
-                reader = params.boolean if isinstance(default, bool) else params.integer
-                return reader(name, default, null=True)
-            value = files.read(tensor, files.info(tensor).shape, _DTYPES)
-            number = float(value.reshape(-1)[0]) if value.size == 1 else np.nan
-            if not np.isfinite(number) or number != int(number) or abs(number) > 2**31:
-                raise files.fault(tensor, f"is {short(value.tolist())}; it must be one integer")
-            return int(number)
+            if tensor in files:
+                return _one_integer(files, tensor)
+            reader = params.boolean if isinstance(default, bool) else params.integer
+            return reader(name, default, null=True)
 
         where = f"{files.file_of(linear.name('.W_q'))}: {linear.module}"
         for name in ("quant_scale", "quant_zero", "view_as_float"):
