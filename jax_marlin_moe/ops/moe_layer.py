@@ -5,7 +5,7 @@ The contract is docs/formats.md, "The layer".
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,63 +215,77 @@ def _has_order(shared: SharedExpert) -> bool:
     return isinstance(shared.gate_up, MarlinWeights) and shared.gate_up.input_order is not None
 
 
-# The matrices are as packed, and x has the rows' padding; the router and a dense shared expert have none.
+class _Operands(NamedTuple):
+    """Of `moe_layer_op`; the names are those of the reference.
+
+    The matrices are as packed, and x has the rows' padding; the router and a dense shared expert have none.
+    """
+
+    x: jax.Array
+    router: jax.Array
+    gate_up: MarlinWeights
+    down: MarlinWeights
+    shared: SharedExpert | None
+    router_bias: jax.Array | None
+    correction_bias: jax.Array | None
+    expert_scale: jax.Array | None
+    router_input: jax.Array | None
+    router_input_scale: jax.Array | None
+    topk_ids: jax.Array | None
+    expert_map: jax.Array | None
+
+    def results(self, top_k: int, dtype: DTypeLike) -> list[jax.ShapeDtypeStruct]:
+        """Rows, column padding included, router weights and ids."""
+        tokens = self.x.shape[0]
+        return [
+            jax.ShapeDtypeStruct((tokens, self.down.padded_n), dtype),
+            jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+            jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
+        ]
 
 
-def _shape_rule(x, router, gate_up, down, *rest, routing, out_dtype, **params):
-    choice = (x.shape[0], routing.top_k)
-    return [
-        replicated_type(x, (x.shape[0], down.padded_n), out_dtype),
-        replicated_type(x, choice, jnp.float32),
-        replicated_type(x, choice, jnp.int32),
-    ]
+def _shape_rule(*operands, routing, out_dtype, **params):
+    layer = _Operands(*operands)
+    results = layer.results(routing.top_k, out_dtype)
+    return [replicated_type(layer.x, result.shape, result.dtype) for result in results]
 
 
 # The scorings that the handler of csrc/ffi/moe_layer_cpu.cc knows.
 _CPU_SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmoid", "sparsemixer")
 
 
-def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_activation, norm_epsilon, out_dtype):
-    bias, correction_bias, expert_scale, router_input, input_scale, given, expert_map = rest
+def _cpu(*operands, routing, activation, shared_activation, norm_epsilon, out_dtype):
+    layer = _Operands(*operands)
+    shared = layer.shared
     rules = {"routing": routing, "activation": activation, "norm_epsilon": norm_epsilon}
-    if shared is not None and (activation != shared_activation or not _sized_alike(gate_up, down, shared)):
-        rules |= {"shared_activation": shared_activation, "out_dtype": jnp.dtype(jnp.float32)}
-        y, *choice = _cpu(x, router, gate_up, down, None, *rest, **rules)
-        y += _padded_to(y, shared_beside(x, shared, shared_activation, implementation="cpu"))
+    rules |= {"shared_activation": shared_activation}
+    if shared is not None and (activation != shared_activation or not _sized_alike(layer, shared)):
+        y, *choice = _cpu(*layer._replace(shared=None), **rules, out_dtype=jnp.dtype(jnp.float32))
+        y += _padded_to(y, shared_beside(layer.x, shared, shared_activation, implementation="cpu"))
         return [y.astype(out_dtype), *choice]
-    gate = None if shared is None else shared.gate
-    vectors = (router, router_input, bias, correction_bias, expert_scale, input_scale, gate)
-    known = Routing(**{name: getattr(routing, name) for name in RULE_OPTIONS})
-    if (
-        known != routing
-        or routing.scoring not in _CPU_SCORINGS
-        or not all(vector is None or vector.dtype in ROUTER_DTYPES for vector in vectors)
-    ):
-        rules |= {"shared_activation": shared_activation, "out_dtype": out_dtype}
-        return composition(x, router, gate_up, down, shared, *rest, **rules, implementation="cpu")
-    matrices = {"gate_up": gate_up, "down": down}
-    operands = [x, *cpu_weight_operands(gate_up), *cpu_weight_operands(down)]
-    if shared is None:
-        operands += [or_empty(None, jnp.int32)] * (2 * WEIGHT_OPERANDS)
-    else:
+    if not _has_cpu_kernels(layer, routing):
+        return composition(*layer, **rules, out_dtype=out_dtype, implementation="cpu")
+    matrices = {"gate_up": layer.gate_up, "down": layer.down}
+    if shared is not None:
         matrices |= {"shared_gate_up": shared.gate_up, "shared_down": shared.down}
-        operands += [*cpu_weight_operands(shared.gate_up), *cpu_weight_operands(shared.down)]
-    operands += [or_empty(expert_map, jnp.int32), router]
-    operands += [or_empty(array, jnp.float32) for array in (router_input, bias, correction_bias, expert_scale)]
-    operands += [or_empty(given, jnp.int32), or_empty(gate, jnp.float32), or_empty(input_scale, jnp.float32)]
-    formats = {}
-    for name, matrix in matrices.items():
-        formats |= format_attributes(f"{name}_", matrix)
-    choice = (x.shape[0], routing.top_k)
+    buffers, formats = [layer.x], {}
+    for name in ("gate_up", "down", "shared_gate_up", "shared_down"):
+        if name in matrices:
+            buffers += cpu_weight_operands(matrices[name])
+            formats |= format_attributes(f"{name}_", matrices[name])
+        else:
+            buffers += [or_empty(None, jnp.int32)] * WEIGHT_OPERANDS
+    floats = (layer.router_input, layer.router_bias, layer.correction_bias, layer.expert_scale)
+    buffers += [or_empty(layer.expert_map, jnp.int32), layer.router]
+    buffers += [or_empty(array, jnp.float32) for array in floats]
+    buffers.append(or_empty(layer.topk_ids, jnp.int32))
+    buffers.append(or_empty(None if shared is None else shared.gate, jnp.float32))
+    buffers.append(or_empty(layer.router_input_scale, jnp.float32))
     return custom_call(
         "moe_layer",
         native.TARGETS["moe_layer", "cpu"],
-        operands,
-        [
-            jax.ShapeDtypeStruct((x.shape[0], down.padded_n), out_dtype),
-            jax.ShapeDtypeStruct(choice, jnp.float32),
-            jax.ShapeDtypeStruct(choice, jnp.int32),
-        ],
+        buffers,
+        layer.results(routing.top_k, out_dtype),
         activation=activation.name,
         activation_parameters=np.asarray(activation.parameters, np.float32),
         scoring=routing.scoring,
@@ -292,104 +306,100 @@ def _cpu(x, router, gate_up, down, shared, *rest, routing, activation, shared_ac
     )
 
 
+def _has_cpu_kernels(layer: _Operands, routing: Routing) -> bool:
+    """Whether the handler knows the rule, and every option of it, and has the types of the router's arrays."""
+    gate = None if layer.shared is None else layer.shared.gate
+    biases = (layer.router_bias, layer.correction_bias, layer.expert_scale)
+    arrays = (layer.router, layer.router_input, layer.router_input_scale, *biases, gate)
+    return (
+        routing == Routing(**{name: getattr(routing, name) for name in RULE_OPTIONS})
+        and routing.scoring in _CPU_SCORINGS
+        and all(array is None or array.dtype in ROUTER_DTYPES for array in arrays)
+    )
+
+
 def _padded_to(y, extra):
     """What is added to y, which has the columns' padding."""
     return jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1])))
 
 
-def _sized_alike(gate_up: MarlinWeights, down: MarlinWeights, shared: SharedExpert) -> bool:
+def _sized_alike(layer: _Operands, shared: SharedExpert) -> bool:
     """Whether the shared experts are packed, and as large as the others."""
     return all(
         isinstance(one, MarlinWeights) and (one.padded_k, one.padded_n) == (other.padded_k, other.padded_n)
-        for one, other in ((shared.gate_up, gate_up), (shared.down, down))
+        for one, other in ((shared.gate_up, layer.gate_up), (shared.down, layer.down))
     )
 
 
-def _cuda(
-    x,
-    router,
-    gate_up,
-    down,
-    shared,
-    *rest,
-    routing,
-    activation,
-    shared_activation,
-    norm_epsilon,
-    out_dtype,
-    cuda_scheme,
-):
-    bias, correction_bias, expert_scale, router_input, input_scale, given, expert_map = rest
+def _cuda(*operands, routing, activation, shared_activation, norm_epsilon, out_dtype, cuda_scheme):
+    layer = _Operands(*operands)
     architecture = target_architecture()
-    # One launch has the shared experts if they are packed as the others and have their activation, and if the router
-    # may compute their gate; an expert map and identity experts have no place for them. Otherwise they run beside.
-    one_launch = (
-        shared is not None
-        and activation == shared_activation
-        and (shared.gate is None or (router_input is None and input_scale is None))
-        and expert_map is None
-        and not routing.identity_experts
-        and packed_alike(gate_up, shared.gate_up)
-        and packed_alike(down, shared.down)
-    )
-    rule = Router(
-        x if router_input is None else router_input,
-        router,
+    within = layer.shared if activation == shared_activation and _in_one_launch(layer, routing) else None
+    beside = None if within is not None else layer.shared
+    router = Router(
+        layer.x if layer.router_input is None else layer.router_input,
+        layer.router,
         routing,
-        bias=bias,
-        correction_bias=correction_bias,
-        expert_scale=expert_scale,
-        given=given,
-        input_scale=input_scale,
+        bias=layer.router_bias,
+        correction_bias=layer.correction_bias,
+        expert_scale=layer.expert_scale,
+        given=layer.topk_ids,
+        input_scale=layer.router_input_scale,
         norm_epsilon=norm_epsilon,
-        gate=shared.gate if one_launch else None,
-        shared=shared.gate_up.num_experts if one_launch else 0,
+        gate=None if within is None else within.gate,
+        shared=0 if within is None else within.gate_up.num_experts,
     )
     invariant = cuda_scheme == "batch_invariant"
-    beside = shared is not None and not one_launch
-    fits = rule.fits(compute_capability(architecture), batch_invariant=invariant)
-    if x.shape[0] == 0 or not fits or (beside and invariant):
+    fits = router.fits(compute_capability(architecture), batch_invariant=invariant)
+    if layer.x.shape[0] == 0 or not fits or (beside is not None and invariant):
         rules = {"routing": routing, "activation": activation, "shared_activation": shared_activation}
         rules |= {"norm_epsilon": norm_epsilon, "out_dtype": out_dtype}
         rules |= {"cuda_scheme": cuda_scheme, "implementation": "cuda"}
-        return composition(x, router, gate_up, down, shared, *rest, **rules)
-    dtype = jnp.dtype(jnp.float32) if beside else out_dtype
+        return composition(*layer, **rules)
+    dtype = out_dtype if beside is None else jnp.dtype(jnp.float32)
     plan = plan_moe_layer(
-        x,
-        gate_up,
-        down,
-        rule,
-        own_input=router_input is not None,
-        mapped=expert_map is not None,
+        layer.x,
+        layer.gate_up,
+        layer.down,
+        router,
+        own_input=layer.router_input is not None,
+        mapped=layer.expert_map is not None,
         activation=activation,
         architecture=architecture,
         scheme=cuda_scheme,
         out_dtype=dtype,
         rounded_to=out_dtype,
     )
-    placed = {
-        "x": x,
-        "router": router,
-        "router_input": router_input,
-        "router_bias": bias,
-        "correction_bias": correction_bias,
-        "expert_scale": expert_scale,
-        "input_scale": input_scale,
-        "gate": rule.gate,
-        "given": given,
-    }
-    operands = [placed[name] for name in ROUTER_OPERANDS]
-    for matrix in (gate_up, down, *((shared.gate_up, shared.down) if one_launch else (None, None))):
-        operands += [None] * WEIGHT_OPERANDS if matrix is None else weight_operands(matrix)
-    operands.append(expert_map)
-    results = [jax.ShapeDtypeStruct((x.shape[0], down.padded_n), dtype), *choice_buffers(rule)]
+    placed = layer._asdict() | {"input_scale": layer.router_input_scale, "gate": router.gate, "given": layer.topk_ids}
+    buffers = [placed[name] for name in ROUTER_OPERANDS]
+    for matrix in (layer.gate_up, layer.down, *((None, None) if within is None else (within.gate_up, within.down))):
+        buffers += [None] * WEIGHT_OPERANDS if matrix is None else weight_operands(matrix)
+    buffers.append(layer.expert_map)
+    results = [layer.results(routing.top_k, dtype)[0], *choice_buffers(router)]
     y, *choice = call_program(
-        "moe_layer", operands, [*results, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
+        "moe_layer", buffers, [*results, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
     )[:3]
-    if beside:
-        extra = shared_beside(x, shared, shared_activation, implementation="cuda")
+    if beside is not None:
+        extra = shared_beside(layer.x, beside, shared_activation, implementation="cuda")
         y = (y + _padded_to(y, extra)).astype(out_dtype)
     return [y, *(slots[:, : routing.top_k] for slots in choice)]
+
+
+def _in_one_launch(layer: _Operands, routing: Routing) -> bool:
+    """Whether the CUDA kernels of the routed experts can run the shared ones too, which have the same activation.
+
+    They must be packed as the others, and the router must be able to compute their gate; an expert map and identity
+    experts have no place for them.
+    """
+    shared = layer.shared
+    return (
+        shared is not None
+        and (shared.gate is None or (layer.router_input is None and layer.router_input_scale is None))
+        and layer.expert_map is None
+        and not routing.identity_experts
+        and packed_alike(layer.gate_up, shared.gate_up)
+        and packed_alike(layer.down, shared.down)
+    )
 
 
 def _jvp(op, primals, tangents, *, implementation, **params):

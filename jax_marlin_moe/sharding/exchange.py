@@ -4,8 +4,7 @@ CPUs, for which XLA has no ragged all-to-all, and cards, on which it is slow and
 equal blocks; other platforms use it.
 
 All ranks gather the ids of all tokens (4 bytes for each choice), and from them know every count and offset: no sizes
-are exchanged. A token goes once to each rank that has one of its experts, and one row comes back, of
-the shares' dtype.
+are exchanged. A token goes once to each rank that has one of its experts, and one row comes back, of the shares' dtype.
 """
 
 import dataclasses
@@ -20,11 +19,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """Who sends which rows to whom; the same on all ranks but for what is named `my`.
+    """Who sends which rows to whom, as one rank sees it.
 
     Attributes:
         axis: of the ranks.
-        me: the rank.
         sent: rows that I send to each rank.
         send_at: where they begin among the rows that I send.
         got: rows that each rank sends to me.
@@ -40,7 +38,6 @@ class Route:
     """
 
     axis: str
-    me: Int32[Array, ""]
     sent: Int32[Array, " ranks"]
     send_at: Int32[Array, " ranks"]
     got: Int32[Array, " ranks"]
@@ -86,7 +83,6 @@ def find_route(
     who = jnp.flatnonzero(kept[me].reshape(-1), size=received, fill_value=ranks * tokens).astype(jnp.int32)
     route = Route(
         axis=axis,
-        me=me,
         sent=counts[:, me],
         send_at=out_of[:, me],
         got=counts[me],
