@@ -305,8 +305,8 @@ def print_row(row: dict) -> None:
     )
 
 
-def main() -> None:
-    """Runs the benchmark."""
+def parsed_arguments() -> argparse.Namespace:
+    """The options; ends the program where they do not go together."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["mixtral-8x7b", "qwen3-30b-a3b"], choices=sorted(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64])
@@ -340,7 +340,12 @@ def main() -> None:
                 f"argument --peers: {peer} is timed on {', '.join(PEER_FORMATS[peer])}, not on {weight_format}; "
                 "leave one of them out"
             )
+    return args
 
+
+def main() -> None:
+    """Runs the benchmark."""
+    args = parsed_arguments()
     dtype = jnp.dtype(args.dtype)
     device = jax.devices()[0]
     compiled = precompile(args, dtype)

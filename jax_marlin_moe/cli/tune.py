@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jax_marlin_moe.cli.console import complain, measured_table
 from jax_marlin_moe.cli.shape_options import add_shape_options, positive, shapes_to_measure
-from jax_marlin_moe.cuda import cache
+from jax_marlin_moe.cuda import cache, tables
+from jax_marlin_moe.cuda.block_scheme import block_key
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.measure.random_layers import random_layers
 
@@ -34,9 +35,7 @@ def run(options: argparse.Namespace) -> int:
     except cache.OffError as error:
         complain(f"cannot tune: the kernel cache is off: {error}")
         return 1
-    # They import the driver's bindings, which a machine without CUDA need not have.
-    from jax_marlin_moe.cuda import tables
-    from jax_marlin_moe.cuda.block_scheme import block_key
+    # It imports the driver's bindings, which a machine without CUDA need not have.
     from jax_marlin_moe.measure.autotune import autotune
 
     dtype, architecture = jnp.dtype(options.dtype), target_architecture()
