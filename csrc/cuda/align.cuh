@@ -141,7 +141,7 @@ struct AlignBlockSize {
     name_experts(shared, end);
 
     parts.for_each([&](int slots, int e) {
-      const uint32_t peers = lanes_of_equal(e);
+      const uint32_t peers = lanes_of_equal<kExperts>(e);
       const int rank = __popc(peers & ((1u << lane) - 1));
       const int start = e >= 0 ? shared.counts[warp][e] : 0;
       __syncwarp();
@@ -209,17 +209,6 @@ struct AlignBlockSize {
       }
       expert_ids[block] = e;
     }
-  }
-
-  // The lanes whose expert is the same, bit by bit: match.any takes a turn for every different value.
-  __device__ __forceinline__ static uint32_t lanes_of_equal(int expert) {
-    uint32_t lanes = ~0u;
-#pragma unroll
-    for (int bit = 1; bit <= kExperts; bit *= 2) {  // -1 differs from every expert
-      const uint32_t set = __ballot_sync(~0u, expert & bit);
-      lanes &= expert & bit ? set : ~set;
-    }
-    return lanes;
   }
 
   __device__ __forceinline__ static int leader(uint32_t peers) { return __ffs(peers) - 1; }

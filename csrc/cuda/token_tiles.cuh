@@ -12,7 +12,7 @@
 namespace jmm {
 
 constexpr int kNoRow = 0x7FFFFFFF;      // of a list
-constexpr int kMostGroupedSlots = 128;  // and those of shared experts
+constexpr int kMostGroupedSlots = 512;  // and those of shared experts
 
 // The classic contract: sorted_token_ids in list blocks of kListBlock entries of one expert, taken kRows at a time.
 // Values are not trusted. kFromPreviousKernel: the list is written by the kernel before this one, not by an earlier
@@ -111,8 +111,12 @@ struct DirectTiles {
   };
 };
 
-// Slots grouped by expert with no kernel before: every CTA makes the same table. Experts are in the order of their
-// first slots, the slots of an expert in their own, so that an expert's token tiles follow each other.
+// Slots grouped by expert with no kernel before: every CTA makes the same table. Experts ascend, and so do the slots of
+// each, so that an expert's token tiles follow each other.
+//
+// A warp knows 32 slots at a time, a word of them: which lanes have equal experts, and so how many slots of its expert
+// in the word are before its own. A byte for each expert and word counts those; the bytes of an expert are summed up to
+// a word, and experts are summed up to an expert.
 template <class Facts>
 struct GroupedTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
@@ -124,112 +128,127 @@ struct GroupedTiles {
   const int32_t* __restrict__ topk_ids;    // [kSlots]
   const int32_t* __restrict__ expert_map;  // [kRoutedExperts] if kMapped
 
-  static constexpr int kWords = (kSlots + 31) / 32;  // of a set of slots
-  static constexpr int kNoSlot = 255;
-  static_assert(kSlots - Facts::kSharedSlots <= kMostGroupedSlots && kSlots < kNoSlot, "a slot is a byte");
+  static_assert(kSlots - Facts::kSharedSlots <= kMostGroupedSlots && kSlots <= 1 << 15, "a slot is 16 bits");
   static_assert(kExperts <= 1 << 16, "an expert is 16 bits");
   static constexpr int kMaxTiles = kSlots < kExperts + kSlots / kRows ? kSlots : kExperts + kSlots / kRows;
+  static constexpr int kWords = (kSlots + 31) / 32;  // of 32 slots
+  static constexpr int kFours = (kWords + 3) / 4;    // of words, whose bytes are counted together
+  static constexpr int kMostWarps = 32;              // of a CTA
 
   struct Table {
-    unsigned char slots[(kMaxTiles * kRows + 15) / 16 * 16];  // kNoSlot where the row is padding
-    uint16_t experts[(kMaxTiles + 7) / 8 * 8];
-    unsigned char first_tiles[32 * kWords];  // at an expert's first slot: its first tile, less those of words before
-    uint32_t tiles_of_word[kWords > 4 ? 8 : 4];  // that the experts whose first slots are in a word have
+    uint2 tiles[(kMaxTiles + 1) / 2 * 2];  // the expert and, in the upper half, how many rows; the first of its slots
+    uint16_t slots[(kSlots + 7) / 8 * 8];
+  };
+  struct Scratch {
+    uint32_t counts[kExperts][kFours];  // bytes: slots of the expert in a word
+    uint32_t sums[kMostWarps];          // of the experts of a warp: slots, and token tiles in the upper half
+    uint16_t firsts[kExperts];          // of an expert's slots in the table
   };
 
   static constexpr bool kNeedsPreviousKernel = Facts::kFromPreviousKernel;  // whether it writes topk_ids
-  static constexpr int kSharedBytes = sizeof(Table);
-  static constexpr int kScratchBytes = kExperts * kWords * 4;  // the set of each expert's slots
+  static constexpr int kSharedBytes = sizeof(Table), kScratchBytes = (sizeof(Scratch) + 15) / 16 * 16;
 
   template <int kThreads>
   struct Reader {
     const Table& table;
     int tiles = 0;
 
-    __device__ __forceinline__ Reader(const GroupedTiles& slots, unsigned char* shared, unsigned char* scratch)
+    __device__ __forceinline__ Reader(const GroupedTiles& slots, unsigned char* shared, unsigned char* lent)
         : table(*reinterpret_cast<Table*>(shared)) {
-      constexpr int kSlotsOfThread = (32 * kWords + kThreads - 1) / kThreads;
+      constexpr int kWarps = kThreads / 32, kWordsOfWarp = (kWords + kWarps - 1) / kWarps;
+      constexpr int kExpertsOfThread = (kExperts + kThreads - 1) / kThreads;
+      static_assert(kThreads % 32 == 0 && kWarps <= kMostWarps, "whole warps");
+      const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
       Table& made = *reinterpret_cast<Table*>(shared);
-      uint32_t (*members)[kWords] = reinterpret_cast<uint32_t (*)[kWords]>(scratch);
+      Scratch& scratch = *reinterpret_cast<Scratch*>(lent);
 
-      int experts[kSlotsOfThread], ranks[kSlotsOfThread];
+      int experts[kWordsOfWarp], ranks[kWordsOfWarp];
 #pragma unroll
-      for (int i = 0; i < kSlotsOfThread; ++i) {
-        const int slot = i * kThreads + threadIdx.x;
+      for (int i = 0; i < kWordsOfWarp; ++i) {
+        const int slot = (i * kWarps + warp) * 32 + lane;
         experts[i] = -1;
         if (slot < kSlots) {
           experts[i] = expert_of_slot<kExperts, kRoutedExperts, kMapped>(slots.topk_ids, slots.expert_map, slot);
         }
       }
-      fill(scratch, kScratchBytes, 0);
-      fill(made.slots, sizeof(made.slots), kNoSlot * 0x01010101u);
-      __syncthreads();
-
 #pragma unroll
-      for (int i = 0; i < kSlotsOfThread; ++i) {
-        const int slot = i * kThreads + threadIdx.x;
-        if (experts[i] >= 0) atomicOr(&members[experts[i]][slot / 32], 1u << slot % 32);
+      for (int i = 0; i < (kExperts * kFours + kThreads - 1) / kThreads; ++i) {
+        const int at = i * kThreads + threadIdx.x;
+        if (at < kExperts * kFours) scratch.counts[0][at] = 0;
       }
       __syncthreads();
 
 #pragma unroll
-      for (int i = 0; i < kSlotsOfThread; ++i) {
-        const int slot = i * kThreads + threadIdx.x;
-        ranks[i] = 0;
-        int expert_tiles = 0;  // at the expert's first slot
-        if (experts[i] >= 0) {
-          const uint32_t (&set)[kWords] = members[experts[i]];
-          ranks[i] = count_below(set, slot);
-          if (ranks[i] == 0) expert_tiles = (count_below(set, kSlots) + kRows - 1) / kRows;
+      for (int i = 0; i < kWordsOfWarp; ++i) {
+        const uint32_t peers = lanes_of_equal<kExperts>(experts[i]);
+        ranks[i] = __popc(peers & ((1u << lane) - 1));
+        if (experts[i] >= 0 && ranks[i] == 0) {
+          reinterpret_cast<unsigned char*>(scratch.counts[experts[i]])[i * kWarps + warp] = __popc(peers);
         }
-        const int end = inclusive_sum_of_warp(expert_tiles);
-        if (expert_tiles > 0) made.first_tiles[slot] = end - expert_tiles;
-        if (slot % 32 == 31 && slot < 32 * kWords) made.tiles_of_word[slot / 32] = end;
+      }
+      __syncthreads();
+
+      // Slots and token tiles of this thread's experts, and of all before them.
+      uint32_t sum = 0, counts[kExpertsOfThread];
+#pragma unroll
+      for (int i = 0; i < kExpertsOfThread; ++i) {
+        const int e = threadIdx.x * kExpertsOfThread + i;
+        counts[i] = e < kExperts ? count_before(scratch.counts[e], kWords) : 0;
+        sum += counts[i] | tiles_of(counts[i]) << 16;
+      }
+      const uint32_t end_of_thread = inclusive_sum_of_warp(sum);
+      if (lane == 31) scratch.sums[warp] = end_of_thread;
+      __syncthreads();
+      uint32_t start = end_of_thread - sum, end = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const uint32_t of_warp = scratch.sums[w];
+        if (w < warp) start += of_warp;
+        end += of_warp;
+      }
+      tiles = end >> 16;
+#pragma unroll
+      for (int i = 0; i < kExpertsOfThread; ++i) {
+        const int e = threadIdx.x * kExpertsOfThread + i;
+        if (e < kExperts) scratch.firsts[e] = start;
+        for (int row = 0; row < int(counts[i]); row += kRows) {
+          made.tiles[(start >> 16) + row / kRows] = {e | min(kRows, int(counts[i]) - row) << 16,
+                                                     (start & 0xFFFF) + row};
+        }
+        start += counts[i] | tiles_of(counts[i]) << 16;
       }
       __syncthreads();
 
 #pragma unroll
-      for (int i = 0; i < kSlotsOfThread; ++i) {
+      for (int i = 0; i < kWordsOfWarp; ++i) {
         if (experts[i] < 0) continue;
-        const int first = lowest(members[experts[i]]);
-        int tile = made.first_tiles[first] + ranks[i] / kRows;
-#pragma unroll
-        for (int w = 0; w < kWords - 1; ++w) tile += first / 32 > w ? made.tiles_of_word[w] : 0;
-        made.slots[tile * kRows + ranks[i] % kRows] = i * kThreads + threadIdx.x;
-        if (ranks[i] % kRows == 0) made.experts[tile] = experts[i];
+        const int word = i * kWarps + warp;
+        const int place = scratch.firsts[experts[i]] + count_before(scratch.counts[experts[i]], word) + ranks[i];
+        made.slots[place] = word * 32 + lane;
       }
       __syncthreads();
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) tiles += table.tiles_of_word[w];
     }
 
     __device__ __forceinline__ int count() const { return tiles; }
-    __device__ __forceinline__ int expert(int tile) const { return table.experts[tile]; }
+    __device__ __forceinline__ int expert(int tile) const { return table.tiles[tile].x & 0xFFFF; }
     __device__ __forceinline__ int slot(int tile, int row) const {
-      const int s = table.slots[tile * kRows + row];
-      return s == kNoSlot ? -1 : s;
+      const uint2 one = table.tiles[tile];
+      return row < (one.x >> 16) ? table.slots[one.y + row] : -1;
     }
     __device__ __forceinline__ int shift(int) const { return 0; }
 
    private:
-    __device__ __forceinline__ static void fill(void* words, int bytes, uint32_t value) {
-      for (int i = threadIdx.x; i < bytes / 4; i += kThreads) static_cast<uint32_t*>(words)[i] = value;
-    }
-    // How many of a set are less than `slot`.
-    __device__ __forceinline__ static int count_below(const uint32_t (&set)[kWords], int slot) {
-      int count = 0;
+    __device__ __forceinline__ static uint32_t tiles_of(uint32_t rows) { return (rows + kRows - 1) / kRows; }
+    // Slots of an expert in the words before one.
+    __device__ __forceinline__ static uint32_t count_before(const uint32_t (&counts)[kFours], int word) {
+      uint32_t count = 0;
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const int bits = slot - 32 * w;
-        count += bits >= 32 ? __popc(set[w]) : bits > 0 ? __popc(set[w] & ((1u << bits) - 1)) : 0;
+      for (int i = 0; i < kFours; ++i) {
+        const int bytes = word - 4 * i;
+        const uint32_t kept = bytes >= 4 ? counts[i] : bytes > 0 ? counts[i] & ((1u << 8 * bytes) - 1) : 0;
+        count = sum_of_bytes(kept, count);
       }
       return count;
-    }
-    __device__ __forceinline__ static int lowest(const uint32_t (&set)[kWords]) {
-      int slot = 0;
-#pragma unroll
-      for (int w = kWords - 1; w >= 0; --w) slot = set[w] != 0 ? 32 * w + __ffs(set[w]) - 1 : slot;
-      return slot;
     }
   };
 };

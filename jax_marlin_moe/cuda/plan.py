@@ -22,7 +22,7 @@ from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import (
     MOST_GROUPED_SLOTS,
-    MOST_SLOTS_OF_A_BYTE,
+    MOST_SLOTS_OF_16_BITS,
     TAKEN_BYTES,
     TokenTiles,
     direct_tiles,
@@ -34,7 +34,7 @@ from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
 from jax_marlin_moe.cuda.plan_byte_rows import QuantizedRows, Rows, check_byte_products, quantized_rows
 from jax_marlin_moe.cuda.program import Kernel, Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, Tile
-from jax_marlin_moe.cuda.token_ranges import most_tokens
+from jax_marlin_moe.cuda.token_ranges import MOST_EXACT_SLOTS, most_tokens
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -151,9 +151,9 @@ def plan_fused_moe(
 def most_of_program(tokens: int, top_k: int) -> int | None:
     """The most tokens of the program that blocks of so many share; None where they have one of their own.
 
-    Few slots are grouped by the CTAs of the products, which are compiled for their number.
+    Where the CTAs of the products group the slots, they are compiled for their number.
     """
-    return most_tokens(tokens) if tokens * top_k > MOST_GROUPED_SLOTS else None
+    return most_tokens(tokens) if tokens * top_k > MOST_EXACT_SLOTS else None
 
 
 def plan_block(
@@ -361,8 +361,8 @@ class _Block:
         scheme = self.scheme
         if scheme.routing == "direct":
             return direct_tiles(*counts, ids, expert_map, waits), direct_tiles(*counts, ids, expert_map, False)
-        few = self.tokens * self.top_k <= MOST_GROUPED_SLOTS and self.num_slots <= MOST_SLOTS_OF_A_BYTE
-        if scheme.routing == "aligned" or not few:
+        few = self.tokens * self.top_k <= MOST_GROUPED_SLOTS and self.num_slots <= MOST_SLOTS_OF_16_BITS
+        if scheme.routing == "aligned" or not few or self.counted:
             return None
         first, second = (
             grouped_tiles(*counts, scheme.gate_up.tokens, ids, expert_map, previous, self.tokens * self.shared)

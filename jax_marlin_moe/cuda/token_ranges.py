@@ -6,6 +6,7 @@ have room for the most of a range, and the kernels that count tokens get the num
 
 # Few tokens are decoded, in a few batch sizes, where a program for exactly so many is fastest.
 _MOST_EXACT = 64
+MOST_EXACT_SLOTS = 128
 # Beyond, the program of one number of tokens is small beside what it computes.
 _MOST_SHARED = 1 << 16
 _STEPS = 4  # from one power of two to the next

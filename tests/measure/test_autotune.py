@@ -96,8 +96,10 @@ def test_the_number_of_slots_decides_how_they_are_found():
     ("tokens", "kinds"),
     [
         (1, [("direct", 8)]),
-        (16, [("grouped", 8), ("grouped", 16)]),  # a shared expert's 16 slots are not among the 128 that are grouped
-        (64, [("aligned", 8), ("aligned", 16)]),
+        (16, [("grouped", 8), ("grouped", 16)]),
+        # Of 64 tokens, a shared expert's slots are not among the 512 that are grouped.
+        (64, [("grouped", 8), ("grouped", 16)]),
+        (65, [("aligned", 8), ("aligned", 16)]),
     ],
 )
 def test_beside_a_shared_expert_of_many_rows_larger_token_tiles_are_tried(tokens, kinds):

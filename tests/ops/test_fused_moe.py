@@ -469,6 +469,21 @@ def test_grouped_slots_give_the_bits_of_aligned_ones(routing, tokens, tile):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [17, 64])
+@pytest.mark.parametrize("routing", ["distinct", "few", "one", "duplicates", "holes"])
+def test_as_many_slots_are_grouped_as_a_cta_groups(routing, tokens):
+    """A word of counts and several; an expert has most of a word's slots, or all of them."""
+    case, tile = Case("", tokens=tokens, top_k=8, experts=40, routing=routing), MmaTile(8, 2, 1, 1, 64, 2, 2)
+    with jax.default_device(jax.devices("cuda")[0]):
+        call = make_call(case, "cuda")
+        aligned, grouped = (
+            np.asarray(call.run(cuda_scheme=BlockScheme(way, tile, tile))) for way in ("aligned", "grouped")
+        )
+    assert_block_close(grouped, call.expected())
+    np.testing.assert_array_equal(grouped.view(np.uint16), aligned.view(np.uint16))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("routing", ["grouped", "direct"])
 @pytest.mark.parametrize("weight_format", ["int4_zp", "nvfp4"])
 @pytest.mark.parametrize(

@@ -259,6 +259,12 @@ __device__ __forceinline__ uint32_t maximum_of_warp(uint32_t value) {
   return most;
 }
 
+// The sum of four bytes and a number.
+__device__ __forceinline__ uint32_t sum_of_bytes(uint32_t bytes, uint32_t sum) {
+  asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(0x01010101));
+  return sum;
+}
+
 // d (16 x 8, float32) += a (16 x 16) * b (16 x 8).
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

@@ -24,27 +24,57 @@ __device__ __forceinline__ uint32_t order_of(float value) {
   return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
 }
 
+// The number of which an order is.
+__device__ __forceinline__ float number_of(uint32_t order) {
+  return __uint_as_float(order >> 31 ? order & 0x7FFFFFFFu : ~order);
+}
+
 // Not a number if any is.
 __device__ __forceinline__ float largest_of_warp(float value) {
   const bool none = __any_sync(~0u, value != value);
   const uint32_t most = maximum_of_warp(order_of(value));
-  return __uint_as_float(none ? 0x7FC00000u : most >> 31 ? most & 0x7FFFFFFFu : ~most);
+  return none ? __uint_as_float(0x7FC00000u) : number_of(most);
 }
+
+// Divides numbers from 0 to 1 by one from 1 to 1024, or by NaN. Quotients are rounded rightly (but for the last bit of
+// subnormal ones), without the branch, one for each, in which a division asks for sizes.
+struct Divisor {
+  const float divisor;
+  float inverse;
+
+  __device__ __forceinline__ explicit Divisor(float d) : divisor(d), inverse(quick_reciprocal(d)) {
+    inverse = fmaf(inverse, fmaf(-divisor, inverse, 1.0f), inverse);
+  }
+  __device__ __forceinline__ float divide(float value) const {
+    const float about = value * inverse;
+    return fmaf(fmaf(-divisor, about, value), inverse, about);
+  }
+};
 
 struct SoftmaxScores {
   static constexpr bool kOfAll = true;
 
+  // Times their sum, which is 1 or more.
   template <int kCount>
-  __device__ __forceinline__ static void apply(float (&values)[kCount]) {
-    float most = values[0], sum = 0.0f;
+  __device__ __forceinline__ static void exponentiate(float (&values)[kCount]) {
+    float most = values[0];
 #pragma unroll
     for (int i = 1; i < kCount; ++i) most = most > values[i] || most != most ? most : values[i];
     most = largest_of_warp(most);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += values[i] = expf(values[i] - most);
-    sum = sum_of_warp(sum);
+    for (int i = 0; i < kCount; ++i) values[i] = expf(values[i] - most);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ static void apply(float (&values)[kCount]) {
+    exponentiate(values);
+    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] /= sum;
+    for (int i = 0; i < kCount; ++i) sum += values[i];
+    sum = sum_of_warp(sum);
+    const Divisor divisor(sum);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = divisor.divide(values[i]);
   }
 };
 

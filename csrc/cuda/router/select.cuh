@@ -1,8 +1,9 @@
 // From logits to experts and weights, as `route` has it (jax_marlin_moe/routing.py): one token per warp.
 //
-// The slices of K that the product left are added in their order. A lane has consecutive experts, so that among equal
-// scores the lowest lane has the lowest expert. Scores are compared as integers in the order of their bits, which is
-// that of the numbers, with NaN at both ends: whatever the logits are, the ids are distinct and in range.
+// The slices of K that the product left are added in their order: by one warp for a token of few experts, each lane
+// those of its experts, and by several otherwise. A lane has consecutive experts, so that among equal scores the lowest
+// lane has the lowest expert. Scores are compared as integers in the order of their bits, which is that of the numbers,
+// with NaN at both ends: whatever the logits are, the ids are distinct and in range.
 //
 // Where weights multiply the input of experts, this kernel writes that input too, a row for each slot.
 #pragma once
@@ -41,10 +42,19 @@ struct RouterSelect {
   static constexpr int kCount = (kExperts + 31) / 32;  // experts of a lane
   static constexpr int kVectors = kStride / 4, kLaneVectors = (kVectors + 31) / 32;
   static constexpr int kThreadsOfToken = 32 * kWarpsOfToken;
-  static constexpr int kOfThread = (kStride + kThreadsOfToken - 1) / kThreadsOfToken;  // logits to be made scores
+  // Whether one warp has a token from its logits on, in registers.
+  static constexpr bool kAlone = Facts::kAlone;
+  // Whether only quotients of scores matter, so that a softmax need not be divided by its sum.
+  static constexpr bool kQuotients = Facts::kQuotients;
+  // Whether a weight is made of the number that the expert was chosen by, rather than of the score in its row.
+  static constexpr bool kByChoice = !kGiven && !kBiased && !kMixer && kTopGroups == kGroups;
+  // Logits to be made scores.
+  static constexpr int kOfThread = kAlone ? kCount : (kStride + kThreadsOfToken - 1) / kThreadsOfToken;
   static_assert(kStride % 4 == 0, "logits are read four at a time");
   static_assert(kSlots <= 32 && kGroups <= 32 && kCount <= 32, "a lane for each slot and group, a bit for each expert");
   static_assert(kExperts % kGroups == 0, "groups are equal");
+  static_assert(!kAlone || (kWarpsOfToken == 1 && !kGated && !kNormed && !kOnInput && kTopGroups == kGroups),
+                "what is behind the experts' logits, and groups, are for several warps");
   static_assert(!kOnInput || kColumns % 8 == 0, "rows are read eight numbers at a time");
 
   struct Shared {
@@ -76,10 +86,14 @@ struct RouterSelect {
     wait_for_previous_kernel();
     // Not before the kernel before has left: between its CTAs, those of the next kernel would be dealt out unevenly.
     allow_next_kernel();
-    const auto read = [&](int slice, int vector) {
-      return reinterpret_cast<const float4*>(logits + (int64_t(slice) * kTokens + token) * kStride)[vector];
-    };
-    run_token(shared, biases, token, read);
+    if constexpr (kAlone) {
+      if (token < count.of(kTokens)) run_warp(shared, biases, token, threadIdx.x / 32, thread);
+    } else {
+      const auto read = [&](int slice, int vector) {
+        return reinterpret_cast<const float4*>(logits + (int64_t(slice) * kTokens + token) * kStride)[vector];
+      };
+      run_token(shared, biases, token, read);
+    }
   }
 
   // What a thread adds to logits and scores.
@@ -90,7 +104,7 @@ struct RouterSelect {
   __device__ __forceinline__ void read_biases(Biases& biases, int thread) const {
 #pragma unroll
     for (int i = 0; i < kOfThread; ++i) {
-      const int e = min(i * kThreadsOfToken + thread, kExperts - 1);
+      const int e = min(kAlone ? thread * kCount + i : i * kThreadsOfToken + thread, kExperts - 1);
       biases.of_logits[i] = biases.of_choices[i] = 0.0f;
       if constexpr (kRouterBiased) biases.of_logits[i] = number(router_bias[e]);
       if constexpr (kBiased) biases.of_choices[i] = number(correction_bias[e]);
@@ -123,12 +137,7 @@ struct RouterSelect {
       for (int w = 1; w < kWarpsOfToken; ++w) value += row[w * kStride + e];
       if (e < kExperts) {
         if constexpr (kNormed) value *= norm;
-        value += biases.of_logits[i];
-        if constexpr (kCapped) {
-          constexpr uint32_t kCap = Facts::kCap;
-          value = tanhf(value / __uint_as_float(kCap)) * __uint_as_float(kCap);
-        }
-        if constexpr (!Scores::kOfAll) value = Scores::of(value);
+        value = score_of(value, biases.of_logits[i]);
         choice[e] = Scores::kOfAll ? biases.of_choices[i] : value + biases.of_choices[i];
       }
       if (!kNormed || e != kSquaresAt) row[e] = value;  // others read the squares
@@ -144,6 +153,42 @@ struct RouterSelect {
   }
 
  private:
+  // A token by itself: what it chooses among is never in memory.
+  __device__ __forceinline__ void run_warp(Shared& shared, const Biases& biases, int token, int warp, int lane) const {
+    float values[kCount];
+    add_slices_of_lane(values, token, lane);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = score_of(values[i], biases.of_logits[i]);
+      if (Scores::kOfAll && lane * kCount + i >= kExperts) values[i] = __uint_as_float(kMinusInfinity);
+    }
+    if constexpr (kQuotients) {
+      Scores::exponentiate(values);
+    } else if constexpr (Scores::kOfAll) {
+      Scores::apply(values);
+    }
+    float* const row = shared.logits[warp];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int e = lane * kCount + i;
+      if (!kByChoice && e < kExperts) row[e] = values[i];
+      if constexpr (kBiased) values[i] += biases.of_choices[i];
+    }
+    if constexpr (!kByChoice) __syncwarp();
+    choose_among(row, shared.choices[warp], nullptr, 1.0f, values, token, lane);
+  }
+
+  // A logit with its bias, capped; and its score, where that is of one logit.
+  __device__ __forceinline__ static float score_of(float value, float bias) {
+    value += bias;
+    if constexpr (kCapped) {
+      constexpr uint32_t kCap = Facts::kCap;
+      value = tanhf(value / __uint_as_float(kCap)) * __uint_as_float(kCap);
+    }
+    if constexpr (!Scores::kOfAll) value = Scores::of(value);
+    return value;
+  }
+
   static constexpr uint32_t kMinusInfinity = 0xFF800000u;
   static constexpr int kSquaresAt = kExperts + kGated;  // of the logits
   static constexpr int kGroupSize = kExperts / kGroups;
@@ -200,6 +245,48 @@ struct RouterSelect {
     }
   }
 
+  static constexpr int kMostNumbers = 192;  // of slices, that a lane has registers for
+
+  // The logits of a lane's experts, any numbers where it has none.
+  __device__ __forceinline__ void add_slices_of_lane(float (&sums)[kCount], int token, int lane) const {
+    constexpr int kMost = kMostNumbers / kCount, kTurns = (kSlices + kMost - 1) / kMost;
+    constexpr int kAtOnce = (kSlices + kTurns - 1) / kTurns;  // on their way together
+    constexpr int kVector = kCount % 4 == 0 ? 4 : kCount % 2 == 0 ? 2 : 1;
+    const float* const first = logits + int64_t(token) * kStride + min(lane * kCount, kStride - kCount);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
+#pragma unroll 1
+    for (int slice = 0; slice < kSlices; slice += kAtOnce) {
+      float parts[kAtOnce][kCount];
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s)
+#pragma unroll
+        for (int i = 0; i < kCount; i += kVector) {
+          const int from = kSlices % kAtOnce == 0 ? slice + s : min(slice + s, kSlices - 1);
+          load_global_words<kVector>(parts[s] + i, first + int64_t(from) * kTokens * kStride + i);
+        }
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s)
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (kSlices % kAtOnce == 0 || slice + s < kSlices) sums[i] += parts[s][i];
+        }
+    }
+  }
+
+  template <int kVector>
+  __device__ __forceinline__ static void load_global_words(float* to, const float* from) {
+    if constexpr (kVector == 4) {
+      const float4 v = *reinterpret_cast<const float4*>(from);
+      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    } else if constexpr (kVector == 2) {
+      const float2 v = *reinterpret_cast<const float2*>(from);
+      to[0] = v.x, to[1] = v.y;
+    } else {
+      to[0] = *from;
+    }
+  }
+
   __device__ __forceinline__ void choose(float* row, float* choice, float* slots, int token, int lane) const {
     const float gate = kGated ? exact_sigmoid(row[kExperts]) : 1.0f;
     float values[kCount];
@@ -223,12 +310,17 @@ struct RouterSelect {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[i] = choice[min(lane * kCount + i, kExperts - 1)];
     }
+    choose_among(row, choice, slots, gate, values, token, lane);
+  }
 
-    int id = 0;
+  // By what the experts of each lane are chosen by: `values`. The row has their scores; `choice` is theirs by groups.
+  __device__ __forceinline__ void choose_among(float* row, float* choice, float* slots, float gate,
+                                               const float (&values)[kCount], int token, int lane) const {
+    Choice chosen;
     bool there = lane < kTopK;
     if constexpr (kGiven) {
-      if (there) id = given[int64_t(token) * kTopK + lane];
-      there = there && id >= 0 && id < kExperts;
+      if (there) chosen.id = given[int64_t(token) * kTopK + lane];
+      there = there && chosen.id >= 0 && chosen.id < kExperts;
     } else {
       uint32_t keys[kCount];
 #pragma unroll
@@ -243,9 +335,9 @@ struct RouterSelect {
           if (keys[i] != 0 && !stays) keys[i] = order_of(__uint_as_float(kMinusInfinity));
         }
       }
-      id = best_experts(keys, choice, lane);
+      chosen = best_experts(keys, choice, lane);
     }
-    weigh(row, gate, slots, id, there, token, lane);
+    weigh(row, gate, slots, chosen, there, token, lane);
   }
 
   // The best two of a group: their keys, and the numbers.
@@ -326,37 +418,96 @@ struct RouterSelect {
     }
   }
 
-  // Lane j gets the expert of the j-th largest key. `ids` is room for the bits of all of them.
-  __device__ __forceinline__ static int best_experts(const uint32_t (&all_keys)[kCount], float* ids, int lane) {
+  static constexpr int kMostSorted = 4;  // experts of a lane: their number of exchanges is quadratic
+
+  // The keys of a lane, largest first, and whose they are. Neighbours change places: of equal keys the lower expert
+  // stays first.
+  __device__ __forceinline__ static void sort(uint32_t (&keys)[kCount], int (&experts)[kCount], int lane) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) experts[i] = lane * kCount + i;
+#pragma unroll
+    for (int end = kCount - 1; end > 0; --end)
+#pragma unroll
+      for (int i = 0; i < end; ++i) {
+        const bool swaps = keys[i + 1] > keys[i];
+        const uint32_t key = keys[i];
+        const int expert = experts[i];
+        keys[i] = swaps ? keys[i + 1] : key, keys[i + 1] = swaps ? key : keys[i + 1];
+        experts[i] = swaps ? experts[i + 1] : expert, experts[i + 1] = swaps ? expert : experts[i + 1];
+      }
+  }
+
+  // What a lane has been given.
+  struct Choice {
+    int id = 0;
+    float number = 0.0f;  // of its key
+    float first = 0.0f;   // the number of lane 0's key
+    float sum = 0.0f;     // of all lanes' numbers; or of their exponentials, if that is what weights are
+
+    __device__ __forceinline__ void take(int j, uint32_t key, int lane) {
+      const float value = number_of(key);
+      if (lane == j) number = value;
+      if (j == 0) first = value;
+      sum += kSoftmaxOfChosen ? expf(value - first) : value;
+    }
+  };
+
+  // Lane j gets the j-th largest key, and its expert. `ids` is room for the bits of all of them.
+  __device__ __forceinline__ static Choice best_experts(const uint32_t (&all_keys)[kCount], float* ids, int lane) {
+    Choice chosen;
     uint32_t keys[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) keys[i] = all_keys[i];
     __syncwarp();  // the room has been read
     // As if no keys were equal: a lane that has the maximum takes it without asking who else has it.
     bool equal = false;
+    if constexpr (kCount <= kMostSorted) {
+      int experts[kCount];
+      sort(keys, experts, lane);
+#pragma unroll kTopK <= 8 ? kTopK : 1
+      for (int j = 0; j < kTopK; ++j) {
+        const uint32_t most = maximum_of_warp(keys[0]);
+        const bool mine = keys[0] == most;
+        chosen.take(j, most, lane);
+        if (mine) ids[j] = __int_as_float(experts[0]);
+        equal |= __popc(__ballot_sync(~0u, mine)) > 1;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          keys[i] = !mine ? keys[i] : i + 1 < kCount ? keys[i + 1] : 0;
+          if (i + 1 < kCount) experts[i] = mine ? experts[i + 1] : experts[i];
+        }
+      }
+    } else {
 #pragma unroll 1
-    for (int j = 0; j < kTopK; ++j) {
-      const BestOfLane best(keys);
-      const bool mine = best.key == maximum_of_warp(best.key);
-      clear(keys, best.at, mine);
-      if (mine) ids[j] = __int_as_float(lane * kCount + best.at);
-      equal |= __popc(__ballot_sync(~0u, mine)) > 1;
+      for (int j = 0; j < kTopK; ++j) {
+        const BestOfLane best(keys);
+        const uint32_t most = maximum_of_warp(best.key);
+        const bool mine = best.key == most;
+        chosen.take(j, most, lane);
+        clear(keys, best.at, mine);
+        if (mine) ids[j] = __int_as_float(lane * kCount + best.at);
+        equal |= __popc(__ballot_sync(~0u, mine)) > 1;
+      }
     }
     __syncwarp();
-    if (!equal) return __float_as_int(ids[min(lane, kTopK - 1)]);
-
-    int id = 0;
+    if (!equal) {
+      chosen.id = __float_as_int(ids[min(lane, kTopK - 1)]);
+      return chosen;
+    }
+    chosen = {};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) keys[i] = all_keys[i];
 #pragma unroll 1
     for (int j = 0; j < kTopK; ++j) {
       const BestOfLane best(keys);
-      const int owner = __ffs(__ballot_sync(~0u, best.key == maximum_of_warp(best.key))) - 1;
+      const uint32_t most = maximum_of_warp(best.key);
+      const int owner = __ffs(__ballot_sync(~0u, best.key == most)) - 1;
+      chosen.take(j, most, lane);
       clear(keys, best.at, lane == owner);
-      const int chosen = __shfl_sync(~0u, lane * kCount + best.at, owner);
-      if (lane == j) id = chosen;
+      const int expert = __shfl_sync(~0u, lane * kCount + best.at, owner);
+      if (lane == j) chosen.id = expert;
     }
-    return id;
+    return chosen;
   }
 
   // Lane j gets the softmax of the j-th chosen logit over itself and those close to it that are not chosen before it.
@@ -408,18 +559,23 @@ struct RouterSelect {
     return from_float<X>(low * weight) | uint32_t(from_float<X>(high * weight)) << 16;
   }
 
-  __device__ __forceinline__ void weigh(const float* row, float gate, float* slots, int id, bool there, int token,
-                                        int lane) const {
+  __device__ __forceinline__ void weigh(const float* row, float gate, float* slots, const Choice& chosen, bool there,
+                                        int token, int lane) const {
     constexpr uint32_t kScale = Facts::kScale, kEpsilon = Facts::kEpsilon;
-    float weight = there ? row[id] : 0.0f;
+    constexpr bool kSummed = kByChoice && !kChosenSigmoid;
+    int id = chosen.id;
+    float weight = 0.0f;
+    if (there) weight = kByChoice ? chosen.number : row[id];
     if constexpr (kMixer) weight = mix(row, id, lane);
     if constexpr (kChosenSigmoid) weight = there ? exact_sigmoid(weight) : 0.0f;
     if constexpr (kSoftmaxOfChosen) {
-      const float most = largest_of_warp(there ? weight : __uint_as_float(0xFF800000u));
+      // The first choice is the largest, or not a number.
+      const float most = kSummed ? chosen.first : largest_of_warp(there ? weight : __uint_as_float(kMinusInfinity));
       weight = there ? expf(weight - most) : 0.0f;
-      weight /= sum_of_warp<kLanesOfChoice>(weight);
+      weight = Divisor(kSummed ? chosen.sum : sum_of_warp<kLanesOfChoice>(weight)).divide(weight);
     } else if constexpr (kRenormalized) {
-      weight /= sum_of_warp<kLanesOfChoice>(weight) + __uint_as_float(kEpsilon);
+      const float sum = (kSummed ? chosen.sum : sum_of_warp<kLanesOfChoice>(weight)) + __uint_as_float(kEpsilon);
+      weight = kQuotients ? Divisor(sum).divide(weight) : weight / sum;
     }
     if constexpr (kScale != 0x3F800000u) weight *= __uint_as_float(kScale);
     if constexpr (kScaled) weight *= there ? number(expert_scale[id]) : 1.0f;

@@ -44,6 +44,10 @@ _MOST_EXPERTS = 1024
 _MOST_SLICES = 64
 _INVARIANT_SLICES = 8
 _MOST_PLAIN_TOKENS = 512
+_MOST_ALONE = 128  # experts
+_MOST_NUMBERS = 192  # of slices, that a lane has registers for
+_MOST_APART = 1024  # tokens
+_LEAST_FELT = 1e-12  # beside the largest of 1024 scores whose sum is 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +166,8 @@ def router_tile(router: Router, capability: int, *, batch_invariant: bool = Fals
     # What a slice leaves is written and read again, which few tokens do not feel.
     most = min(_MOST_SLICES, blocks if tokens <= 16 else -(-blocks // 2))
     slices = max(1, min(most, get_architecture(capability).multiprocessors // tiles))
+    if _is_alone(router):  # a lane reads the numbers of its experts at once
+        slices = min(slices, -(-blocks // -(-blocks * -(-experts // 32) // _MOST_NUMBERS)))
     if batch_invariant:
         slices = min(_INVARIANT_SLICES, blocks)
     warps_of_token = _warps_of_token(slices) if batch_invariant or tokens <= 512 else 1
@@ -288,6 +294,10 @@ def select_kernel(
 ) -> Kernel:
     """Experts and weights from logits, and the experts' input where weights multiply it; `counted` as before."""
     tokens, rule = router.rows.shape[0], router.routing
+    alone = _is_alone(router)
+    warps = 1 if alone and tokens <= _MOST_APART else 8
+    warps_of_token = 1 if alone else tile.warps_of_token
+    tokens_of_cta = warps // warps_of_token
     facts: Facts = {
         "scores": f"jmm::{_SCORES[rule.scoring]}",
         "router_bias": _element(router.bias),
@@ -322,12 +332,13 @@ def select_kernel(
         "on_input": weighted is not None,
         "softmax_of_chosen": rule.softmax_after_topk,
         "renormalized": rule.renormalize,
-        "warps": 8,
-        "warps_of_token": tile.warps_of_token,
+        "alone": alone,
+        "quotients": alone and _has_quotients(router),
+        "warps": warps,
+        "warps_of_token": warps_of_token,
         "counted": counted,
     }
     of_rows: dict[str, Bound] = dict.fromkeys(("x", "rows", "slot_weights"))
-    tokens_of_cta = 8 // tile.warps_of_token
     slot_weights = 4
     if weighted is not None:
         slot_weights = tokens_of_cta * router.slots
@@ -352,11 +363,25 @@ def select_kernel(
             **of_rows,
             **token_count(counted),
         },
-        threads=256,
-        shared_bytes=4 * ((8 + tokens_of_cta) * router.stride + slot_weights),
+        threads=32 * warps,
+        shared_bytes=4 * ((warps + tokens_of_cta) * router.stride + slot_weights),
         max_ctas=grid(-(-tokens // tokens_of_cta), "the choice of experts"),
         overlaps_predecessor=overlaps_predecessor,
     )
+
+
+def _is_alone(router: Router) -> bool:
+    """Whether one warp chooses for a token, with its experts in registers from their logits on."""
+    beside = router.gate is not None or router.input_scale is not None or router.routing.apply_on_input
+    grouped = router.routing.top_groups < router.routing.num_groups
+    return router.experts <= _MOST_ALONE and not beside and not grouped
+
+
+def _has_quotients(router: Router) -> bool:
+    """Whether weights do not feel what a softmax is divided by, which no smaller number than itself is added to."""
+    rule = router.routing
+    divided = rule.renormalize and not rule.softmax_after_topk and rule.renormalize_epsilon <= _LEAST_FELT
+    return rule.scoring == "softmax" and divided and router.correction_bias is None and router.given is None
 
 
 def _element(vector: jax.Array | None) -> str:

@@ -4,8 +4,8 @@ import dataclasses
 
 from jax_marlin_moe.cuda.facts import Facts, Pointer, optional
 
-MOST_GROUPED_SLOTS = 128
-MOST_SLOTS_OF_A_BYTE = 254
+MOST_GROUPED_SLOTS = 512
+MOST_SLOTS_OF_16_BITS = 1 << 15
 TAKEN_BYTES = 16  # of shared memory, where CTAs take work tiles
 
 
@@ -104,14 +104,14 @@ def grouped_tiles(
         "mapped": expert_map is not None,
     }
     pointers = {"topk_ids": Pointer(topk_ids, "int32"), "expert_map": optional(expert_map, "int32")}
-    most, words = min(num_slots, num_experts + num_slots // rows), -(-num_slots // 32)
+    most, fours = min(num_slots, num_experts + num_slots // rows), -(-num_slots // 128)
     return TokenTiles(
         "GroupedTiles",
         facts,
         pointers,
         most,
-        shared_bytes=-(-most * rows // 16) * 16 + -(-most // 8) * 16 + 32 * words + (32 if words > 4 else 16),
-        scratch_bytes=num_experts * words * 4,
+        shared_bytes=-(-most // 2) * 16 + -(-num_slots // 8) * 16,
+        scratch_bytes=-(-(num_experts * fours * 4 + 128 + num_experts * 2) // 16) * 16,
     )
 
 
