@@ -20,9 +20,10 @@ recipes. `kernels_efficiency` is the time of one card over `kernels_us` of all, 
 With `--ranks` greater than the number of cards, one card is timed and what the first of so many ranks computes, by
 itself; `room_us` is what may be outside of it where the efficiency shall be 85 %.
 
-Rows are written as they are timed, models, formats and tokens in the order of the command line, until `--seconds` are
-over. A file that is there already keeps its rows but those that are timed again, so that subsets add up; `run` is the
-number of the entry of `runs`, with its commit and command.
+The programs of a number of tokens are timed in turns; `us`, `one_card_us` and so on are medians. Rows are written as
+they are timed, models, formats and tokens in the order of the command line, until `--seconds` are over. A file that is
+there already keeps its rows but those that are timed again, so that subsets add up; `run` is the number of the entry of
+`runs`, with its commit and command.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from benchmarks.sharded_profile import block_microseconds
 from jax_marlin_moe.measure.models import MODELS
 
 KEY = ("model", "format", "M", "recipe", "cards")
-SAMPLES = 3
+SAMPLES = 5
 
 
 def wanted_recipes(case: Case, tokens: int, names: list[str] | None) -> list[Recipe]:
@@ -59,16 +60,15 @@ def wanted_recipes(case: Case, tokens: int, names: list[str] | None) -> list[Rec
 
 
 def microseconds(program: tuple[Any, tuple], tokens: int) -> float:
-    """Of one block of a compiled chain."""
+    """Of one block of a compiled chain, once."""
     compiled, arguments = program
     calls = 10 if tokens <= 1024 else 3
 
     def call() -> jax.Array:
         return compiled(*arguments)
 
-    seconds_of_calls(call, 2, 0)
-    found = [seconds_of_calls(call, calls, 0.01) for _ in range(SAMPLES)]
-    return statistics.median(found) / blocks_of(tokens) * 1e6
+    seconds_of_calls(call, 1, 0)
+    return seconds_of_calls(call, calls, 0.01) / blocks_of(tokens) * 1e6
 
 
 class Programs:
@@ -84,8 +84,9 @@ class Programs:
                 self._futures[f"{recipe.kind} alone"] = submit(case.alone, recipe, tokens)
             if case.together_runs:
                 self._futures[recipe.name] = submit(case.together, recipe, tokens)
-                self._futures[f"{recipe.name} between"] = submit(case.between, recipe, tokens)
-        self._times: dict[str, float] = {}
+                if recipe.between not in self._futures:
+                    self._futures[recipe.between] = submit(case.between, recipe, tokens)
+        self._times: dict[str, list[float]] = {}
 
     def wait(self) -> None:
         """Until all are compiled, so that compilers do not disturb what is timed."""
@@ -99,9 +100,10 @@ class Programs:
         except Exception as error:
             self._report("one", error)
             return
+        if time.monotonic() > end:
+            return
+        self._time_in_turns(end)
         for recipe in self._recipes:
-            if time.monotonic() > end:
-                return
             try:
                 yield self._row(recipe, of_one)
             except Exception as error:  # one recipe that fails must not cost the others
@@ -128,7 +130,7 @@ class Programs:
                 "us": us,
                 "efficiency": one / us / ranks,
                 "outside_us": us - kernels,
-                "between_us": self._time(f"{recipe.name} between"),
+                "between_us": self._time(recipe.between),
                 "rel_l2": float(np.linalg.norm(of_all - of_one) / np.linalg.norm(of_one)),
             }
         return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
@@ -154,10 +156,21 @@ class Programs:
         values = self.case.shape.name, self.case.weight_format, self.tokens, recipe.name, self.case.ranks
         return dict(zip(KEY, values, strict=True))
 
+    def _time_in_turns(self, end: float) -> None:
+        """All programs, one after the other, `SAMPLES` times or until the end: what clocks do is in all of them."""
+        names = list(self._futures)
+        for _ in range(SAMPLES):
+            for name in list(names):
+                try:
+                    self._times.setdefault(name, []).append(microseconds(self._futures[name].result(), self.tokens))
+                except Exception as error:
+                    self._report(name, error)
+                    names.remove(name)
+            if time.monotonic() > end:
+                return
+
     def _time(self, name: str) -> float:
-        if name not in self._times:
-            self._times[name] = microseconds(self._futures[name].result(), self.tokens)
-        return self._times[name]
+        return statistics.median(self._times[name])
 
     def _report(self, name: str, error: Exception) -> None:
         case = self.case
@@ -193,7 +206,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", help="names; by default all that make sense for a number of tokens")
     parser.add_argument("--cards", type=int, help="of those that are there, all by default")
     parser.add_argument("--ranks", type=int, help="as many as cards by default")
-    parser.add_argument("--seconds", type=float, default=600, help="no recipe begins later")
+    parser.add_argument("--seconds", type=float, default=600, help="no round of programs begins later")
     parser.add_argument("--profile", action="store_true", help="device time by kind of kernel")
     parser.add_argument("--commit", help="recorded instead of git's HEAD")
     parser.add_argument("--out", type=pathlib.Path, required=True)

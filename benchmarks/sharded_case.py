@@ -54,6 +54,12 @@ class Recipe:
         return self.name.removesuffix("-bf16").removesuffix("-peer").removesuffix(f"-{self.exchange}")
 
     @property
+    def between(self) -> str:
+        """The name of what goes between the cards without experts: two cards' sums are the same for both kinds."""
+        one = self.name if self.exchange or not (self.expert == 1 or self.tensor == 1) else self.name.partition("-")[2]
+        return f"{one or 'sum'} between"
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """Of both axes."""
         return self.expert, self.tensor
