@@ -140,6 +140,7 @@ class Activation:
         parameters: in the order in which the kernels take them.
 
     Raises:
+        TypeError: a parameter is no number.
         ValueError: there is no such name, or it takes no such parameters.
     """
 
@@ -153,6 +154,9 @@ class Activation:
             raise ValueError(
                 f"parameters is {self.parameters}; {self.name!r} takes {_FUNCTIONS[self.name].parameters} of them"
             )
+        for parameter in self.parameters:
+            if isinstance(parameter, bool) or not isinstance(parameter, int | float):
+                raise TypeError(f"parameters is {self.parameters}; they must be numbers")
         _FUNCTIONS[self.name].check(*self.parameters)
 
     @property
@@ -170,15 +174,26 @@ class Activation:
         return _FUNCTIONS[self.name].apply(gate, up, *self.parameters)
 
 
+def _number(name: str, value: Any) -> float:
+    """A parameter as a float; TypeError on anything else, text and booleans among it."""
+    try:
+        if not isinstance(value, str | bytes | bool):
+            return float(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} is {value!r}; it must be a number") from None
+
+
 def swiglu(limit: float = math.inf, alpha: float = 1.0, beta: float = 0.0) -> Activation:
     """`g * sigmoid(alpha * g) * (u + beta)` of `g = min(gate, limit)` and `u = clip(up, -limit, limit)`.
 
     gpt-oss has (7, 1.702, 1); GLM-5.3-Flash and DeepSeek-V4 have a limit of 10.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: limit is not positive, or alpha or beta is not finite.
     """
-    return Activation("swiglu", (float(limit), float(alpha), float(beta)))
+    return Activation("swiglu", (_number("limit", limit), _number("alpha", alpha), _number("beta", beta)))
 
 
 def swiglu_step(limit: float) -> Activation:
@@ -188,9 +203,10 @@ def swiglu_step(limit: float) -> Activation:
     models/step3p7/modeling_step3p7.py, Step3p7Experts.
 
     Raises:
+        TypeError: limit is no number.
         ValueError: limit is not positive.
     """
-    return Activation("swiglu_step", (float(limit),))
+    return Activation("swiglu_step", (_number("limit", limit),))
 
 
 def situ(beta: float, linear_beta: float = math.inf) -> Activation:
@@ -200,9 +216,10 @@ def situ(beta: float, linear_beta: float = math.inf) -> Activation:
     infinity here.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: beta or linear_beta is not positive.
     """
-    return Activation("situ", (float(beta), float(linear_beta)))
+    return Activation("situ", (_number("beta", beta), _number("linear_beta", linear_beta)))
 
 
 ACTIVATIONS: dict[str, Activation] = {

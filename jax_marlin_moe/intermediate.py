@@ -180,7 +180,10 @@ def check_positive(name: str, scales: Array | np.ndarray) -> None:
 
 
 def _checked_scales(name: str, scale: ArrayLike) -> Array:
-    scales = jnp.asarray(scale, jnp.float32)
+    try:
+        scales = jnp.asarray(scale, jnp.float32)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {scale!r}; it must be a number, or one per expert") from None
     if scales.ndim > 1:
         raise ValueError(f"{name} has shape {scales.shape}; it must be (), or (experts,)")
     check_positive(name, scales)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.arguments import check_rank, check_shape, check_weights
 from jax_marlin_moe.intermediate import IntermediateQuantizer, check_positive, in_units, usable
+from jax_marlin_moe.ops.block_arguments import check_intermediate
 from jax_marlin_moe.ops.fused_moe import fused_moe
 from jax_marlin_moe.weights import MarlinWeights, concatenate_columns, summary
 
@@ -79,11 +80,16 @@ class TensorRTMoE:
                     f"{name} is {found[0]} matrices {found[1:]}; with fc_gate, {experts} matrices {(hidden, inner)}, "
                     f"it must be {experts} matrices {shape}"
                 )
+        if intermediate is not None:
+            check_intermediate(intermediate, experts)
         act = get_activation(activation)
         if not act.gated:
             raise ValueError(f"activation is {act.name!r}, which is not gated; the layer has fc_gate and fc_up")
         if hidden_scale is not None:
-            hidden_scale = jnp.asarray(hidden_scale, jnp.float32)
+            try:
+                hidden_scale = jnp.asarray(hidden_scale, jnp.float32)
+            except (TypeError, ValueError):
+                raise TypeError(f"hidden_scale is {hidden_scale!r}; it must be a number") from None
             check_shape("hidden_scale", hidden_scale, (), "()")
             check_positive("hidden_scale", hidden_scale)
         layer = cls(concatenate_columns([fc_gate, fc_up]), fc_down, intermediate, hidden_scale, act)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import jax
+import numpy as np
 from jax.typing import DTypeLike
 
 from jax_marlin_moe.arguments import as_dtype
@@ -190,6 +191,7 @@ class Checkpoint:
         families: Sequence[Family] = FAMILIES,
     ) -> None:
         _check_folder(path)
+        _check_families(families)
         self.folder = pathlib.Path(path)
         manifest = packed_form.read_manifest(self.folder)
         if manifest is not None and quantize is not None:
@@ -258,6 +260,9 @@ class Checkpoint:
                     f"{self.folder}: layer {layer!r} has no experts; names of such layers: {found or 'none'}"
                 )
             return self.contents.load(layer, sharding)
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+            raise TypeError(f"layer is {layer!r}; it must be a number, or the name of a layer")
+        layer = int(layer)
         if layer not in self.layers:
             found = f"{self.layers[0]} to {self.layers[-1]}" if self.layers else "none"
             further = self.layer_names[len(self.layers) :]
@@ -267,6 +272,17 @@ class Checkpoint:
         loaded = self.contents.load(layer, sharding)
         _LOGGER.info("layer %d of %s in %.2f s: %r", layer, self.folder, time.perf_counter() - start, loaded)
         return loaded
+
+
+def _check_families(families: Sequence[Family]) -> None:
+    """Raises TypeError unless they are rows of families."""
+    if not isinstance(families, Sequence):
+        raise TypeError(f"families is a {type(families).__name__}; it must be a sequence of rows, as (*FAMILIES, row)")
+    for number, row in enumerate(families):
+        if not isinstance(row, Family):
+            raise TypeError(
+                f"families[{number}] is a {type(row).__name__}; it must be a jax_marlin_moe.checkpoint.Family"
+            )
 
 
 def _check_folder(path: str | os.PathLike) -> None:

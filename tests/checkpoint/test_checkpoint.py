@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import progress
-from jax_marlin_moe.checkpoint import MoELayer, load_moe_layer, load_moe_layers
+from jax_marlin_moe.checkpoint import FAMILIES, MoELayer, load_moe_layer, load_moe_layers
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 4, 128, 128, 64
@@ -315,6 +315,17 @@ def test_rules_for_other_modules_do_not_matter(copy):
 def test_missing_layer():
     with pytest.raises(ValueError, match="layer 2 has no experts; layers with experts: 0 to 1"):
         load_moe_layer(DATA / "ck_awq", 2)
+
+
+def test_layers_and_families_have_types():
+    one, other = (load_moe_layer(DATA / "ck_awq", number) for number in (np.int64(1), 1))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    for number in (1.0, True, None):
+        with pytest.raises(TypeError, match=f"layer is {number!r}; it must be a number, or the name of a layer"):
+            load_moe_layer(DATA / "ck_awq", number)
+    for families, message in ((FAMILIES[0], "families is a Family"), ([1], r"families\[0\] is a int")):
+        with pytest.raises(TypeError, match=f"{message}; it must be a"):
+            load_moe_layer(DATA / "ck_awq", 0, families=families)
 
 
 def test_missing_files(tmp_path):

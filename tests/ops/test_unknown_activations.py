@@ -37,3 +37,11 @@ def test_activations_that_the_kernels_do_not_know_cannot_be_made(arguments, mess
 def test_an_activation_computes_what_its_name_says():
     with pytest.raises(TypeError, match="unexpected keyword argument 'apply'"):
         Activation("silu", apply=lambda gate, up: gate)
+
+
+def test_parameters_that_are_no_numbers_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"parameters is \('7', 1, 0\); they must be numbers"):
+        Activation("swiglu", ("7", 1, 0))
+    for make, message in ((lambda: jmm.swiglu("7"), "limit is '7'"), (lambda: jmm.situ(None), "beta is None")):
+        with pytest.raises(TypeError, match=f"{message}; it must be a number"):
+            make()
