@@ -72,7 +72,7 @@ struct Activated {
   // A column of two rows, side by side in a word; and two columns of a row, of which nothing is stored if the slot is
   // below 0. There is no branch between rows, so they overlap.
   template <class Expert>
-  __device__ __forceinline__ uint32_t of_two_rows(Expert expert, int column, float2 gate, float2 up) const {
+  __device__ __forceinline__ uint32_t of_two_rows(Expert expert, float2, int column, float2 gate, float2 up) const {
     static_assert(!kRowScaled, "rows have no scales of their own");
     return from_float<T>(activated(expert, column, gate.x, up.x)) |
            uint32_t(from_float<T>(activated(expert, column, gate.y, up.y))) << 16;
@@ -135,15 +135,26 @@ struct SlotRows {
   }
 
   template <class Expert>
-  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
+  __device__ __forceinline__ float finished(Expert expert, float factor, int column, float sum) const {
     if constexpr (kBias) sum += bias[expert * kColumns + column];
     if constexpr (kWeighted) sum *= factor;
-    out[int64_t(slot) * kColumns + column].bits = from_float<T>(sum);
+    return sum;
   }
   template <class Expert>
-  __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float sum,
-                                                float) const {
-    if (slot >= 0) store(expert, slot, factor, column, sum, 0.0f);
+  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
+    out[int64_t(slot) * kColumns + column].bits = from_float<T>(finished(expert, factor, column, sum));
+  }
+
+  // As for `Activated`.
+  template <class Expert>
+  __device__ __forceinline__ uint32_t of_two_rows(Expert expert, float2 row_factors, int column, float2 sums,
+                                                  float2) const {
+    return from_float<T>(finished(expert, row_factors.x, column, sums.x)) |
+           uint32_t(from_float<T>(finished(expert, row_factors.y, column, sums.y))) << 16;
+  }
+  __device__ __forceinline__ void store_two_columns(int slot, int column, uint32_t word) const {
+    static_assert(kColumns % 2 == 0, "words are aligned");
+    if (slot >= 0) *reinterpret_cast<uint32_t*>(out + column + uint64_t(uint32_t(slot)) * kColumns) = word;
   }
 };
 
@@ -288,9 +299,11 @@ constexpr bool kQuantizes = false;
 template <class Facts>
 constexpr bool kQuantizes<Activated<Facts>> = Activated<Facts>::Intermediate::kQuantizes;
 
-// Whether results are 16 bits that pairs of rows can exchange: activated, and not quantised.
+// Whether results are 16 bits that pairs of rows can exchange: not quantised.
 template <class Epilogue>
 constexpr bool kExchangesRows = false;
+template <class Facts>
+constexpr bool kExchangesRows<SlotRows<Facts>> = true;
 template <class Facts>
 constexpr bool kExchangesRows<Activated<Facts>> = !kQuantizes<Activated<Facts>> && !Activated<Facts>::kRowScaled;
 

@@ -343,6 +343,9 @@ struct OneExpertTiles {
 
 // Rows sorted by group, whose sizes memory has: expert e has the rows of group kOffset + e. Every CTA finds where they
 // begin and end. Sizes are not trusted: negative ones count as 0, and rows past the last are of no group.
+//
+// Where token tiles are multiplied in part, those with most rows come first: the full ones of all experts, and then
+// what is left of each, by eighths of a tile. CTAs that take them by turns have equal shares then.
 template <class Facts>
 struct RaggedTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
@@ -355,10 +358,16 @@ struct RaggedTiles {
   const int32_t* __restrict__ group_sizes;   // [kGroups]
   const int32_t* __restrict__ group_offset;  // [1] if kOffset
 
+  static constexpr bool kMostFirst = kRows >= 48;
+
   struct Table {
-    int first_rows[kExperts], end_rows[kExperts], tile_ends[kExperts];
-    int first_row, end_row, tiles;  // of all experts
+    int first_rows[kExperts], end_rows[kExperts];
+    int tile_ends[kExperts];  // of full tiles alone if kMostFirst
+    int first_row, end_row;   // of all experts
+    int full_tiles, tiles;
+    uint16_t last_of[kMostFirst ? kExperts : 1];  // the expert of each tile that is not full
   };
+  static_assert(kExperts <= 1 << 16, "an expert is 16 bits");
 
   static constexpr bool kNeedsPreviousKernel = false;
   static constexpr int kSharedBytes = (sizeof(Table) + 15) / 16 * 16, kScratchBytes = 0;
@@ -380,6 +389,7 @@ struct RaggedTiles {
     }
     __device__ __forceinline__ int count() const { return table.tiles; }
     __device__ __forceinline__ int expert(int tile) const {
+      if (kMostFirst && tile >= table.full_tiles) return table.last_of[tile - table.full_tiles];
       int before = 0;  // experts whose tiles end at this one or before it
 #pragma unroll
       for (int step = 1 << 30; step > 0; step /= 2) {
@@ -391,7 +401,8 @@ struct RaggedTiles {
     }
     __device__ __forceinline__ int slot(int tile, int row) const {
       const int e = expert(tile), first = e == 0 ? 0 : table.tile_ends[e - 1];
-      const int s = table.first_rows[e] + (tile - first) * kRows + row;
+      const int of_expert = (kMostFirst && tile >= table.full_tiles ? table.tile_ends[e] : tile) - first;
+      const int s = table.first_rows[e] + of_expert * kRows + row;
       return s < table.end_rows[e] ? s : -1;
     }
     __device__ __forceinline__ int shift(int) const { return 0; }
@@ -426,19 +437,37 @@ struct RaggedTiles {
 
     __device__ __forceinline__ static void find_tiles(Table& made) {
       const int lane = threadIdx.x;
-      int end = 0;
-#pragma unroll 1
-      for (int base = 0; base < kExperts; base += 32) {
-        const int e = base + lane;
-        const int tiles = e < kExperts ? (made.end_rows[e] - made.first_rows[e] + kRows - 1) / kRows : 0;
-        const int inclusive = end + inclusive_sum_of_warp(tiles);
+      int end = 0, eighths[(kExperts + 31) / 32];  // of the tile that is not full; 0 where there is none
+#pragma unroll(kMostFirst ? (kExperts + 31) / 32 : 1)
+      for (int i = 0; i < (kExperts + 31) / 32; ++i) {
+        const int e = 32 * i + lane, rows = e < kExperts ? made.end_rows[e] - made.first_rows[e] : 0;
+        const int inclusive = end + inclusive_sum_of_warp(kMostFirst ? rows / kRows : (rows + kRows - 1) / kRows);
         if (e < kExperts) made.tile_ends[e] = inclusive;
+        if constexpr (kMostFirst) eighths[i] = (rows % kRows * 8 + kRows - 1) / kRows;
         end = __shfl_sync(~0u, inclusive, 31);
+      }
+      if (lane == 0) made.full_tiles = end;
+      if constexpr (kMostFirst) {
+        int placed = 0;
+#pragma unroll 1
+        for (int most = 8; most > 0; --most) {
+#pragma unroll
+          for (int i = 0; i < (kExperts + 31) / 32; ++i) {
+            const uint32_t alike = __ballot_sync(~0u, eighths[i] == most);
+            if (eighths[i] == most) made.last_of[placed + __popc(alike & ((1u << lane) - 1))] = 32 * i + lane;
+            placed += __popc(alike);
+          }
+        }
+        end += placed;
       }
       if (lane == 0) made.tiles = end;
     }
   };
 };
+template <class TokenTiles>
+constexpr bool kAreRagged = false;
+template <class Facts>
+constexpr bool kAreRagged<RaggedTiles<Facts>> = true;
 
 // Whether there may be rows of the result that are of no expert, before and after those that are.
 template <class TokenTiles>

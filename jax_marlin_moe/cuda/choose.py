@@ -15,7 +15,7 @@ from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, SlotRouting, Tile, 
 _LONGEST_OVERLAPPED_MICROSECONDS = 250
 
 # Rows of a token tile that pay in one product of very many rows; a block's tiles are measured without them.
-_LARGE_TOKEN_TILES = (192, 256)
+_LARGE_TOKEN_TILES = (192, 256, 288)
 
 
 def choose_token_tile(num_slots: int, num_experts: int) -> int:

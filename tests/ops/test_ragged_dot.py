@@ -11,7 +11,9 @@ import oracle
 import pytest
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.cuda import compiler
+from jax_marlin_moe.cuda import compiler, plan_products
+from jax_marlin_moe.cuda.kernels.transposed import WgmmaTransposedTile
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.plan_products import plan_grouped_product
 
 EXPERTS, K, N = 5, 80, 192
@@ -186,29 +188,13 @@ def test_on_cuda_it_is_one_kernel(architecture, rows, transposed):
     assert compiler.compile_cubin(plan.source, architecture)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("weight_format", ["int4", "nvfp4"])
-@pytest.mark.parametrize("rows", [5, 37, 700, 3000])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_card_agrees_with_the_reference(weight_format, rows, dtype):
-    rng = np.random.default_rng(rows)
-    k, n = 256, 192
-    packed = oracle.random_experts(
-        rng, EXPERTS, k, n, weight_format=weight_format, group_size=oracle.FACTS[weight_format].group_sizes[-1]
-    ).packed()
-    shares = rng.multinomial(rows, [0.05, 0.1, 0.3, 0.0, 0.2, 0.15, 0.2])
-    sizes = jnp.asarray(np.where(shares > 2, shares - 2, shares), jnp.int32)
-    x = jnp.asarray(oracle.random_rows(rng, rows, k, jnp.bfloat16))
+def assert_card_is_right(packed, sizes, rows, **options):
+    """The product and its derivative are those of the reference."""
+    x = jnp.asarray(oracle.random_rows(np.random.default_rng(rows), rows, packed.k, jnp.bfloat16))
+    sizes = jnp.asarray(sizes, jnp.int32)
 
     def loss(x, implementation):
-        y = jmm.ragged_dot(
-            x,
-            packed,
-            sizes,
-            preferred_element_type=jnp.dtype(dtype),
-            group_offset=jnp.int32(1),
-            implementation=implementation,
-        )
+        y = jmm.ragged_dot(x, packed, sizes, implementation=implementation, **options)
         return jnp.sin(y.astype(jnp.float32)).sum(), y
 
     (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(x, "cuda")
@@ -217,6 +203,40 @@ def test_the_card_agrees_with_the_reference(weight_format, rows, dtype):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs)
         np.testing.assert_array_equal(ours.any(axis=1), theirs.any(axis=1))
+
+
+def packed_for_the_card(weight_format, experts, k, n):
+    size = oracle.FACTS[weight_format].group_sizes[-1]
+    rng = np.random.default_rng(k)
+    return oracle.random_experts(rng, experts, k, n, weight_format=weight_format, group_size=size).packed()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_format", ["int4", "nvfp4"])
+@pytest.mark.parametrize("rows", [5, 37, 700, 20000])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_card_agrees_with_the_reference(weight_format, rows, dtype):
+    shares = np.random.default_rng(rows).multinomial(rows, [0.05, 0.1, 0.3, 0.0, 0.2, 0.15, 0.2])
+    sizes = np.where(shares > 2, shares - 2, shares)
+    n = 192 if rows < 1000 else 768  # more work tiles than there are CTAs
+    options = {"preferred_element_type": jnp.dtype(dtype), "group_offset": jnp.int32(1)}
+    assert_card_is_right(packed_for_the_card(weight_format, EXPERTS, 256, n), sizes, rows, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_format", ["int4", "nvfp4"])
+def test_token_tiles_of_two_instructions_are_right_with_any_number_of_rows(monkeypatch, weight_format):
+    if compiler.compute_capability(compiler.target_architecture()) != 90:
+        pytest.skip("wgmma is Hopper's")
+    sizes = [70, 130, 0, 220, 250, 288, 300]  # each part of a tile that is multiplied by itself
+
+    def choose(shape, num_slots, num_experts, capability, is_transposed):
+        tile = (WgmmaTransposedTile if is_transposed else WgmmaTile)(288, 1, 2, 1, 64, 4, 1, True)
+        assert tile.fits(shape, capability)
+        return tile
+
+    monkeypatch.setattr(plan_products, "choose_product_tile", choose)
+    assert_card_is_right(packed_for_the_card(weight_format, len(sizes), 256, 256), sizes, sum(sizes) + 3)
 
 
 @pytest.mark.gpu

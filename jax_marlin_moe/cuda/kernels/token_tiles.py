@@ -7,6 +7,7 @@ from jax_marlin_moe.cuda.facts import Facts, Pointer, optional
 MOST_GROUPED_SLOTS = 512
 MOST_SLOTS_OF_16_BITS = 1 << 15
 TAKEN_BYTES = 16  # of shared memory, where CTAs take work tiles
+_MOST_FIRST_ROWS = 48  # of token tiles that are multiplied in part; those of most rows come first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,5 +151,6 @@ def ragged_tiles(
     }
     pointers = {"group_sizes": Pointer(group_sizes, "int32"), "group_offset": optional(group_offset, "int32")}
     most = min(num_rows, num_experts + num_rows // rows)
-    table = 4 * (3 * num_experts + 3)
+    last_of = num_experts if rows >= _MOST_FIRST_ROWS else 1
+    table = 4 * (3 * num_experts + 4) + -(-last_of // 2) * 4
     return TokenTiles("RaggedTiles", facts, pointers, most, shared_bytes=-(-table // 16) * 16)

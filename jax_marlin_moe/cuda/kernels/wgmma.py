@@ -16,6 +16,9 @@ OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
 # The same for wgmma: within 10 % of Mixtral at 64 and 256 tokens and Qwen3-30B at 4096 on an H200, 14 to 19 % too fast
 # for Qwen3-30B at 1024.
 _WGMMA_RATE = 0.75  # of 2048 multiply-adds a cycle
+_WGMMA_LOST_ROWS = 44  # in whose time a weight is dequantised, in tiles with more rows than TOKEN_TILES
+_WGMMA_TWO_CTAS = 1.2  # for tokens that two CTAs of a multiprocessor copy, each for itself, from so many rows on
+_WGMMA_TWO_CTAS_ROWS = 48
 _WGMMA_ISSUE_RATE = 0.55
 _WGMMA_CHUNK_INSTRUCTIONS = 120  # of a scheduler: barriers, descriptors, copies
 _WGMMA_TILE_CYCLES = 700  # and _WGMMA_STORE_CYCLES for each sum of a thread
@@ -27,7 +30,7 @@ class WgmmaTile:
     """`jmm::WgmmaTile` of csrc/cuda/gemm/wgmma/kernel.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
 
     Attributes:
-        tokens: rows of a token tile, a column count of the instruction.
+        tokens: rows of a token tile, a column count of one instruction, or of two beyond 256.
         sub_tiles: 64-row products of a warpgroup.
         warpgroups_n: that multiply, side by side along the columns.
         warpgroups_k: that share K; one warpgroup more copies.
@@ -128,10 +131,13 @@ class WgmmaTile:
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
         busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
         units = self.warpgroups_n * self.sub_tiles  # of 64 columns
-        quarter = self.tokens / 4
+        quarter = self.tokens / (4 if self.tokens <= 256 else 8)
         multiplied = min(self.tokens, math.ceil((self.tokens if rows is None else rows) / quarter) * quarter)
 
-        tensor = UNIT * units * multiplied * self.block_k / 2048 / _WGMMA_RATE
+        rate = _WGMMA_RATE
+        if self.tokens > TOKEN_TILES[-1]:
+            rate = self.tokens / (self.tokens + _WGMMA_LOST_ROWS)
+        tensor = UNIT * units * multiplied * self.block_k / 2048 / rate
         # A unit of 16 rows of K is a sub-tile for each of the four schedulers.
         word = word_instructions(shape.code) + 4
         groups = self.block_k / min(shape.group_size, 128)
@@ -147,6 +153,8 @@ class WgmmaTile:
 
         longest = max(tensor, issue, memory)
         chunk = busy * (longest + 0.15 * (tensor + issue + memory - longest))
+        if self.ctas_per_sm > 1 and self.tokens >= _WGMMA_TWO_CTAS_ROWS:
+            chunk *= _WGMMA_TWO_CTAS
         ends = _WGMMA_TILE_CYCLES + _WGMMA_STORE_CYCLES * self.sub_tiles * multiplied / 2
         rounds = math.ceil(tiles / (card.multiprocessors * self.ctas_per_sm))
         cycles = rounds * (math.ceil(shape.k / self.block_k) * chunk + ends)

@@ -1,4 +1,4 @@
-// Grouped GEMM over packed experts on Hopper's wgmma, for 8 to 256 rows per token tile (docs/kernels.md, "The wgmma
+// Grouped GEMM over packed experts on Hopper's wgmma, for 8 to 288 rows per token tile (docs/kernels.md, "The wgmma
 // kernel").
 //
 // The weights are the A operand, from registers: Marlin's order makes a word of a lane its fragment of m64k16, warp by

@@ -12,6 +12,7 @@
 
 #include "gemm/named_barriers.cuh"
 #include "gemm/wgmma/bytes.cuh"
+#include "token_tiles.cuh"
 
 namespace jmm {
 
@@ -120,14 +121,15 @@ struct WgmmaConsumer {
         first_column + (lane.word_of_pair() - lane.word()) * 16 - lane.lane / 4 + lane.lane % 4 * 2;
 #pragma unroll
     for (int t = 0; t < kN / 8; ++t) {
-      const int slot = record.slots[8 * t + lane.lane / 4];
+      const int slot = record.slots[8 * t + lane.lane / 4], row = 8 * t + lane.lane % 4 * 2;
+      const float2 row_factors{record.factors[0][row], record.factors[0][row + 1]};
 #pragma unroll
       for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
         const float (&up)[kN / 2] = sums[Epilogue::kGated ? Tile::kSubTiles - Shape::kWarpSubTiles + p : p];
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const int s = 4 * t + 2 * b, column = 16 * p + 8 * b;
-          const uint32_t word = gemm.epilogue.of_two_rows(expert, first_column + column,
+          const uint32_t word = gemm.epilogue.of_two_rows(expert, row_factors, first_column + column,
                                                           float2{sums[p][s] * factors[0], sums[p][s + 1] * factors[0]},
                                                           float2{up[s] * up_factor, up[s + 1] * up_factor});
           gemm.epilogue.store_two_columns(slot, first_of_row + column, transpose_matrix(word));
@@ -225,6 +227,21 @@ struct WgmmaConsumer {
     }
   }
 
+  // An instruction has up to 256 columns: more are two instructions on the same fragments.
+  template <int kN>
+  __device__ __forceinline__ static void multiply(float (&sums)[kN / 2], const uint32_t (&a)[4], uint64_t b,
+                                                  int accumulate) {
+    if constexpr (kN <= 256) {
+      Wgmma<T, kN>::run(sums, a, b, accumulate);
+    } else {
+      constexpr int kHalf = kN / 2;
+      static_assert(kHalf % 8 == 0, "halves are whole groups of rows");
+      Wgmma<T, kHalf>::run(reinterpret_cast<float (&)[kHalf / 2]>(sums[0]), a, b, accumulate);
+      Wgmma<T, kHalf>::run(reinterpret_cast<float (&)[kHalf / 2]>(sums[kHalf / 2]), a, b + kHalf * 128 / 16,
+                           accumulate);
+    }
+  }
+
   // True for the warpgroups that have the sums of the tile.
   template <int kN>
   __device__ __forceinline__ static bool sum_tile(const Gemm& gemm, const Shared& shared, const Record& record,
@@ -272,8 +289,8 @@ struct WgmmaConsumer {
           const bool begins = Shape::kTwoSums && KBlocks::kHoldGroups ? step % kStepsPerGroup == 0 : step == 0 && fresh;
 #pragma unroll
           for (int j = 0; j < Tile::kSubTiles; ++j) {
-            Wgmma<T, kN>::run(Shape::kTwoSums ? group_sums[Shape::kTwoSums ? j : 0] : sums[j], a[batch % 2][s][j], b,
-                              !begins);
+            multiply<kN>(Shape::kTwoSums ? group_sums[Shape::kTwoSums ? j : 0] : sums[j], a[batch % 2][s][j], b,
+                         !begins);
           }
         }
         wgmma_commit();
@@ -306,18 +323,24 @@ struct WgmmaConsumer {
     return true;
   }
 
-  // Token tiles with few rows multiply only so many: quarters of the tile, in eights, or sixteens of bytes.
-  template <int kQuarters>
+  // Token tiles with few rows multiply only so many: quarters of the tile, in eights, or in sixteens of bytes and where
+  // there are two instructions. Tiles of two instructions, and smaller ones of sorted rows, have seven eighths, too:
+  // most of theirs are nearly full.
+  static constexpr bool kTwo = Tile::kTokens > 256;
+  static constexpr bool kSevenEighths = kTwo || (kAreRagged<typename Shape::TokenTiles> && Tile::kTokens <= 144);
+  static constexpr int kStep = kIsByte<T> || kTwo ? 16 : 8;
+  __device__ __forceinline__ static constexpr int rows_of(int eighths) {
+    return (Tile::kTokens * eighths / 8 + kStep - 1) / kStep * kStep;
+  }
+  template <int kEighths>
   __device__ __forceinline__ static void multiply_rows(const Gemm& gemm, int rows, const Shared& shared,
                                                        const Record& record, const Lane& lane, Stage stage) {
-    constexpr int kStep = kIsByte<T> ? 16 : 8;
-    constexpr int kRows = (Tile::kTokens * kQuarters / 4 + kStep - 1) / kStep * kStep;
-    constexpr int kFewer = (Tile::kTokens * (kQuarters - 1) / 4 + kStep - 1) / kStep * kStep;
+    constexpr int kRows = rows_of(kEighths), kFewer = rows_of(kEighths - (kSevenEighths && kEighths > 6 ? 1 : 2));
     if constexpr (kRows == Tile::kTokens) {
       multiply_tile<kRows>(gemm, shared, record, lane, stage);
     } else {
       if (kRows > kFewer && rows <= kRows) return multiply_tile<kRows>(gemm, shared, record, lane, stage);
-      multiply_rows<kQuarters + 1>(gemm, rows, shared, record, lane, stage);
+      multiply_rows<kEighths + (kSevenEighths && kEighths >= 6 ? 1 : 2)>(gemm, rows, shared, record, lane, stage);
     }
   }
 
@@ -333,7 +356,7 @@ struct WgmmaConsumer {
       const Record& record = shared.record(next.at);
       if (record.expert < 0) break;
       const int rows = max(max(record.rows[0], record.rows[1]), max(record.rows[2], record.rows[3]));
-      multiply_rows<1>(gemm, rows, shared, record, lane, stage);
+      multiply_rows<2>(gemm, rows, shared, record, lane, stage);
       stage.template advance<KBlocks::kCount + zero_stages<Shape>()>();
       __syncwarp();
       if (lane.lane == 0) mbarrier_arrive(shared.record_empty(next.at));

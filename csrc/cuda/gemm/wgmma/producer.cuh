@@ -8,6 +8,7 @@
 #include "gemm/named_barriers.cuh"
 #include "gemm/wgmma/storage.cuh"
 #include "gemm/wgmma/zero_stages.cuh"
+#include "token_tiles.cuh"
 
 namespace jmm {
 
@@ -124,7 +125,8 @@ struct WgmmaProducer {
   static constexpr int kCopiedRows = (Tile::kTokens + kRowStep - 1) / kRowStep;  // of a thread
   static_assert(kCopiedRows <= 32, "one bit each");
   static_assert(kRowStep % 8 == 0, "the rows of a thread are swizzled alike");
-  static constexpr bool kTakes = TokenTiles::kTaken;  // whether work tiles go to CTAs as they come to them
+  static constexpr bool kTakes = TokenTiles::kTaken;             // whether work tiles go to CTAs as they come to them
+  static constexpr bool kForthAndBack = kAreRagged<TokenTiles>;  // whether turns of CTAs are
 
   // Work tiles go in bands of token tiles, column by column: neighbours share their weights.
   struct Place {
@@ -169,6 +171,14 @@ struct WgmmaProducer {
       }
     };
     fetch(blockIdx.x);
+    // Where tiles with most rows come first, turns go forth and back: who is the first in one round is the last in the
+    // next.
+    int place = blockIdx.x;
+    const auto next_of = [&](int work_tile) {
+      const int round = work_tile - place + gridDim.x;
+      if constexpr (kForthAndBack) place = gridDim.x - 1 - place;
+      return round + place;
+    };
     // With rows of bytes, what the kernel before says of the next work tile's rows is fetched behind its slots.
     float2 factors[kRowsOfThread] = {};
     int factors_tile = -1;  // whose they are
@@ -211,7 +221,7 @@ struct WgmmaProducer {
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) slots[i] = next_slots[i];
       if constexpr (!kTakes) {
-        fetch(work_tile + gridDim.x);
+        fetch(next_of(work_tile));
       } else if (expert < 0) {
         take();
         fetch_taken();

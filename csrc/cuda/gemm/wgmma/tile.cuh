@@ -33,7 +33,7 @@ struct WgmmaTile {
   static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0, "as setmaxnreg takes them");
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * kEntryRegisters,
                 "the multiprocessor has them");
-  static_assert(kTokens % 8 == 0 && kTokens <= 256, "columns of a wgmma");
+  static_assert(kTokens % 8 == 0 && kTokens <= 512, "columns of one wgmma or of two");
   static_assert(kBlockK % 64 == 0, "rows of 128 bytes in shared memory");
   // A wait names a phase by its parity, which is enough for a waiter that has seen the phase before it complete: the
   // k-blocks of a stage belong to one warpgroup. (Between work tiles all consumers synchronise.)
