@@ -25,9 +25,9 @@ TESTS = (
     "tests/ops/test_repeated_slots.py",
     "tests/ops/test_fused_moe.py::test_block",
     "tests/ops/test_fused_moe.py::test_what_memory_held_before_stays_out",
-    "tests/ops/test_fused_moe.py::test_grouped_slots_give_the_bits_of_aligned_ones",
-    "tests/ops/test_fused_moe.py::test_tiles_of_odd_width",
-    "tests/ops/test_fused_moe.py::test_shares_of_k_that_are_not_alike",
+    "tests/cuda/test_block_tiles.py::test_grouped_slots_give_the_bits_of_aligned_ones",
+    "tests/cuda/test_block_tiles.py::test_tiles_of_odd_width",
+    "tests/cuda/test_block_tiles.py::test_shares_of_k_that_are_not_alike",
 )
 
 
