@@ -119,7 +119,8 @@ def _adds_on_cuda(result):
 
 
 def _called(kernel, operands, result):
-    (found,) = call_program(kernel.name, operands, [result], [kernel], Plan((kernel,)).source, target_architecture())
+    name, source = kernel.name.removeprefix("jmm_"), Plan((kernel,)).source
+    (found,) = call_program(name, operands, [result], [kernel], source, target_architecture())
     return found
 
 

@@ -13,6 +13,7 @@ from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import compiler, program
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
+from jax_marlin_moe.ops.four_numbers import add_shares, pack_share
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied
 from jax_marlin_moe.ops.hidden_cotangents import hidden_cotangents_op
 
@@ -223,3 +224,11 @@ def test_of_sums_over_the_slots_of_a_row(monkeypatch):
         "transposed": product | {"epilogue.out": "transposed.out"},
         "combine": {"partials": "transposed.out", "topk_ids": "experts", "out": "y"},
     }
+
+
+def test_of_shares_on_their_way_to_a_sum(monkeypatch):
+    share = {"y": array((TOKENS, HIDDEN), jnp.float32)}
+    assert bound(monkeypatch, pack_share, share, ["words"]) == {"pack_share": {"share": "y", "words": "words"}}
+    words = {"words": array((2, TOKENS, HIDDEN // 2))}
+    found = bound(monkeypatch, lambda words: add_shares(words, "bfloat16"), words, ["y"])
+    assert found == {"add_shares": {"words": "words", "sum": "y"}}
