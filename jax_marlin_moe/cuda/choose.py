@@ -35,7 +35,7 @@ def block_sizes(num_slots: int, num_experts: int, shape: GemmShape, capability: 
     for name in set(kernels) - {"mma"}:
         larger = KERNELS[name].token_tiles
         fitting = next((i for i, t in enumerate(larger) if rows <= t), len(larger))
-        sizes |= set(larger[max(0, fitting - 3) : fitting + 1])
+        sizes |= set(larger[max(0, fitting - 4) : fitting + 1])
     return sorted(sizes)
 
 

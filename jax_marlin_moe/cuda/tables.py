@@ -1,8 +1,8 @@
 """Measured schemes for whole blocks: the table that ships with the package, and the user's own beside the cache.
 
 A table maps a block (its shapes and formats) and a number of tokens to the scheme that was fastest on a card of that
-architecture. Blocks that are in neither table, or only with token counts further off than a factor of the root of
-two, are left to the cost model of choose.py.
+architecture. Blocks that are in neither table, or only with other token counts (`lookup`), are left to the cost model
+of choose.py.
 
     {"version": 2,
      "E8 k2 H4096 I14336 g128 int4/int4": {
@@ -27,6 +27,7 @@ import warnings
 from jax_marlin_moe.cuda import cache
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, SlotRouting, Tile
+from jax_marlin_moe.cuda.token_ranges import most_tokens
 
 _VERSION = 2
 _VERSION_KEY = "version"
@@ -58,11 +59,15 @@ class BlockKey:
 def lookup(key: BlockKey, tokens: int, architecture: str) -> BlockScheme | None:
     """The measured scheme for the nearest number of tokens, the user's table first.
 
-    Within a factor of the root of two: further off, an expert's rows fill other blocks.
+    Within a factor of the root of two: further off, an expert's rows fill other blocks. Of counts that share a program
+    with others (`most_tokens`), one of the same range: with many rows a quarter more fills other blocks already.
     """
+    most = most_tokens(tokens)
     for path in (user_path(architecture), _SHIPPED / f"{architecture}.json"):
         schemes = _schemes(path).get(str(key), {}) if path is not None else {}
-        distance = {measured: abs(math.log2(measured / tokens)) for measured in schemes}
+        distance = {
+            measured: abs(math.log2(measured / tokens)) for measured in schemes if most_tokens(measured) == most
+        }
         if distance and min(distance.values()) <= 0.5:
             return schemes[min(distance, key=lambda measured: distance[measured])]
     return None

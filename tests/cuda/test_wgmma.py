@@ -241,6 +241,16 @@ def test_measured_schemes_of_either_kind_are_read_back(tmp_path, monkeypatch):
     assert tables.lookup(key, 32, "sm_90a") is None
 
 
+def test_a_measured_scheme_of_many_tokens_is_that_of_its_range_alone(tmp_path, monkeypatch):
+    path = tmp_path / "tuned-sm_90a.json"
+    key = tables.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))
+    scheme = BlockScheme("aligned", *2 * (WgmmaTile(80, 2, 2, 1, 128, 5, 1, True),))
+    tables.record(key, 1000, "sm_90a", scheme, path)
+    monkeypatch.setattr(tables, "user_path", lambda architecture: path)
+    assert tables.lookup(key, 900, "sm_90a") == tables.lookup(key, 1024, "sm_90a") == scheme
+    assert tables.lookup(key, 896, "sm_90a") is tables.lookup(key, 1025, "sm_90a") is None
+
+
 def test_schemes_of_an_older_version_are_passed_over(tmp_path, monkeypatch):
     path = tmp_path / "tuned-sm_90a.json"
     key = tables.BlockKey(4, 2, 256, 128, 128, ("int4", "int4"))

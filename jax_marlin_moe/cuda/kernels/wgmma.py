@@ -8,21 +8,22 @@ from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
 from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, TILE_K, UNIT, GemmShape, word_instructions
 
-TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128, 144)
+TOKEN_TILES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 
 _MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
 OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
 
-# The same for wgmma: within 10 % of Mixtral at 64 and 256 tokens and Qwen3-30B at 4096 on an H200, 14 to 19 % too fast
-# for Qwen3-30B at 1024.
-_WGMMA_RATE = 0.75  # of 2048 multiply-adds a cycle
-_WGMMA_LOST_ROWS = 44  # in whose time a weight is dequantised, in tiles with more rows than TOKEN_TILES
-_WGMMA_TWO_CTAS = 1.2  # for tokens that two CTAs of a multiprocessor copy, each for itself, from so many rows on
-_WGMMA_TWO_CTAS_ROWS = 48
-_WGMMA_ISSUE_RATE = 0.55
-_WGMMA_CHUNK_INSTRUCTIONS = 120  # of a scheduler: barriers, descriptors, copies
-_WGMMA_TILE_CYCLES = 700  # and _WGMMA_STORE_CYCLES for each sum of a thread
-_WGMMA_STORE_CYCLES = 12
+# Fitted to 91 products of four blocks with 128 to 16384 tokens on an H200 (benchmarks/NOTES.md, "Tiles for many rows").
+_TENSOR_RATE = 1.05  # of 2048 multiply-adds a cycle, at the cycles of the card's table
+_ISSUE_RATE = 0.74
+_LESSER_SHARE = 0.86  # of the shorter of products and instructions: they hardly hide each other
+_MEMORY_SHARE = 0.11  # of the shorter of these and memory
+_BLOCK_INSTRUCTIONS = 133  # of a scheduler: barriers, descriptors, copies
+_BLOCK_CYCLES = 117  # between k-blocks
+_TILE_CYCLES = 1740  # and _STORE_CYCLES for each sum of a thread
+_STORE_CYCLES = 19
+_LAST_ROUND = 0.04  # of a tile, which CTAs take unevenly
+_LOST_ROWS = 44  # in whose time a weight is dequantised, in tiles with more rows than TOKEN_TILES, at the full rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,8 @@ class WgmmaTile:
     @property
     def producer_registers(self) -> int:
         """Registers of a thread that copies."""
+        if self.tokens == 160:  # whose sums leave no more, and no fewer suffice for larger ones
+            return 64
         return 56 if self.tokens <= 32 else 80
 
     @property
@@ -131,32 +134,32 @@ class WgmmaTile:
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
         busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
         units = self.warpgroups_n * self.sub_tiles  # of 64 columns
-        quarter = self.tokens / (4 if self.tokens <= 256 else 8)
-        multiplied = min(self.tokens, math.ceil((self.tokens if rows is None else rows) / quarter) * quarter)
+        # Rows are multiplied in quarters of a tile, or eighths: half of one too many in an expert's last tile.
+        spare = self.tokens / (8 if self.tokens <= 256 else 16) * min(1.0, shape.num_experts / expected_blocks)
+        multiplied = self.tokens if rows is None else min(self.tokens, rows + spare)
 
-        rate = _WGMMA_RATE
-        if self.tokens > TOKEN_TILES[-1]:
-            rate = self.tokens / (self.tokens + _WGMMA_LOST_ROWS)
-        tensor = UNIT * units * multiplied * self.block_k / 2048 / rate
+        tensor = UNIT * units * multiplied * self.block_k / 2048 / _TENSOR_RATE
         # A unit of 16 rows of K is a sub-tile for each of the four schedulers.
-        word = word_instructions(shape.code) + 4
+        word = word_instructions(shape.code) + 4  # and an FMA for each pair
         groups = self.block_k / min(shape.group_size, 128)
         if self.scales_weights:
-            word += 4 if shape.scale in (shape.dtype, "e4m3", "e8m0") else 8
+            if not _fuses_zero(shape):
+                word += 4 if shape.scale in (shape.dtype, "e4m3", "e8m0") else 8
             instructions = self.block_k / TILE_K * units * word + units * 8 * groups
         else:
             instructions = self.block_k / TILE_K * units * word + units * multiplied / 2 * groups
-        issue = (instructions + _WGMMA_CHUNK_INSTRUCTIONS) / _WGMMA_ISSUE_RATE
+        issue = (instructions + _BLOCK_INSTRUCTIONS) / _ISSUE_RATE
         if busy * self.warpgroups_n * self.warpgroups_k < 3:
             issue *= 1.15  # too few warps to fill each other's gaps
         memory = self.block_k * units * UNIT * shape.bytes_per_weight / card.bytes_per_cycle
 
-        longest = max(tensor, issue, memory)
-        chunk = busy * (longest + 0.15 * (tensor + issue + memory - longest))
-        if self.ctas_per_sm > 1 and self.tokens >= _WGMMA_TWO_CTAS_ROWS:
-            chunk *= _WGMMA_TWO_CTAS
-        ends = _WGMMA_TILE_CYCLES + _WGMMA_STORE_CYCLES * self.sub_tiles * multiplied / 2
-        rounds = math.ceil(tiles / (card.multiprocessors * self.ctas_per_sm))
+        computed, between = max(tensor, issue) + _LESSER_SHARE * min(tensor, issue), _BLOCK_CYCLES
+        if self.tokens > TOKEN_TILES[-1]:
+            computed, between = tensor * _TENSOR_RATE * (1 + _LOST_ROWS / self.tokens), 0
+        chunk = busy * (max(computed, memory) + _MEMORY_SHARE * min(computed, memory)) + between
+        ends = _TILE_CYCLES + _STORE_CYCLES * self.sub_tiles * multiplied / 2
+        rounds = tiles / (card.multiprocessors * self.ctas_per_sm)
+        rounds = rounds + _LAST_ROUND if rounds > 1 else 1.0
         cycles = rounds * (math.ceil(shape.k / self.block_k) * chunk + ends)
         return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
 
@@ -180,6 +183,11 @@ def _weights_can_be_scaled(shape: GemmShape) -> bool:
     if shape.bits == 16 and not shape.code.startswith({"bfloat16": "bf", "float16": "fp"}[shape.dtype]):
         return False
     return shape.dtype == "bfloat16" or shape.scale == "e4m3" or (shape.code[:3], shape.scale) == ("int", "float16")
+
+
+def _fuses_zero(shape: GemmShape) -> bool:
+    """Whether one FMA makes a pair of scaled weights (csrc/cuda/weights/fragments_fused.cuh)."""
+    return shape.code == "int4" and shape.zeros is None and shape.scale == shape.dtype == "bfloat16"
 
 
 def _sums_can_be_scaled(shape: GemmShape) -> bool:

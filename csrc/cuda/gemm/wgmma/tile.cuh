@@ -3,6 +3,7 @@
 
 #include "epilogue.cuh"
 #include "gemm/problem.cuh"
+#include "weights/fragments_fused.cuh"
 #include "weights/fragments_offset.cuh"
 
 namespace jmm {
@@ -98,6 +99,9 @@ struct WgmmaShape : WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue> {
   using Codes = OffsetFragments<typename Problem::Code, typename Problem::T>;
   static constexpr bool kScalesSums = Problem::kGlobalScales;  // whether sums are multiplied by global scales
   static constexpr bool kFloatZeros = !Zeros::kWhole;
+  // Whether one FMA makes a weight of its code.
+  static constexpr bool kFuses = Tile::kScalesWeights && kSame<typename Problem::Scale, typename Problem::T> &&
+                                 kFusesZero<typename Problem::Code, typename Problem::T, typename Problem::Zeros>;
   static_assert(Tile::kScalesWeights || (!kFloatZeros && !Problem::kGlobalScales),
                 "a fraction of a zero point goes into weights that have their scale; sums are scaled group by group");
 

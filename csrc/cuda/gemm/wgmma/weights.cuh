@@ -49,7 +49,8 @@ struct WgmmaWeights {
 
   // What the sums are multiplied by beside the global scales, once they have their scales.
   static constexpr float kResidualScale =
-      1.0f / (Tile::kScalesWeights ? Codes::kFactor : Codes::kFactor * Scales::kFactor);
+      Shape::kFuses ? power_of_two(FusedScale::kExponent)
+                    : 1.0f / (Tile::kScalesWeights ? Codes::kFactor : Codes::kFactor * Scales::kFactor);
   // Scales that T does not hold exactly are split into a high and a low part, so that they are not rounded before the
   // weight is.
   static constexpr bool kSplitsScales = Tile::kScalesWeights && !kHoldsScale<T, typename Problem::Scale>;
@@ -89,6 +90,7 @@ struct WgmmaWeights {
     uint32_t scales[Tile::kSubTiles][2];
     uint32_t low_scales[Tile::kSubTiles][2];  // their low parts
     uint32_t zeros[Tile::kSubTiles][2];       // the zero point's fraction, as a weight
+    FusedScale fused[Tile::kSubTiles][2];     // in place of all these
 
     __device__ __forceinline__ void begin(const Operands<Problem>&, int) {}
 
@@ -114,6 +116,7 @@ struct WgmmaWeights {
             if constexpr (Tile::kScalesWeights) {
               const float scale = group_scales.exact(2 * p + b) * (1.0f / Scales::kFactor);
               scales[j][b] = paired(scale);
+              if constexpr (Shape::kFuses) fused[j][b] = FusedScale::of(scales[j][b], Zeros::kBaked);
               if constexpr (kSplitsScales) low_scales[j][b] = paired(scale - to_float<T>(from_float<T>(scale)));
               if constexpr (Shape::kFloatZeros) zeros[j][b] = paired((whole - zero) * scale * Codes::kFactor);
             }
@@ -124,6 +127,7 @@ struct WgmmaWeights {
 
     template <int i>
     __device__ __forceinline__ uint32_t weight(uint32_t code, int j) const {
+      if constexpr (Shape::kFuses) return fused[j][i % 2].template weight<i>(code);
       constexpr int kExponent = Codes::exponent(i);
       if constexpr (Zeros::kStored) {
         code = multiply_add_pairs<T>(code, paired_power<T>(kExponent), offsets[j][i]);
@@ -208,7 +212,8 @@ struct WgmmaWeights {
     for (int s = 0; s < kBatch; ++s) {
 #pragma unroll
       for (int j = 0; j < Tile::kSubTiles; ++j) {
-        Codes::fragment(words[s][j / Shape::kWarpSubTiles] + j % Shape::kWarpSubTiles * Packed::kSubTileWords, a[s][j]);
+        using Made = typename Select<Shape::kFuses, FusedScale::Codes, Codes>::Type;
+        Made::fragment(words[s][j / Shape::kWarpSubTiles] + j % Shape::kWarpSubTiles * Packed::kSubTileWords, a[s][j]);
         scaling.apply(a[s][j], j);
       }
     }
