@@ -202,7 +202,8 @@ def plan_of_64_experts(tokens, scheme=None):
     [
         ("direct", 2, "DirectTiles", 3),
         ("grouped", 16, "GroupedTiles", 3),
-        ("grouped", 17, "AlignedTiles", 4),  # more slots than a CTA groups
+        ("grouped", 64, "GroupedTiles", 3),
+        ("grouped", 65, "AlignedTiles", 4),  # more slots than a CTA groups
         ("aligned", 1, "AlignedTiles", 4),
     ],
 )
