@@ -42,6 +42,12 @@ struct Activated {
   // With rows of bytes: what the sums of a row are multiplied by before the bias, and behind it.
   __device__ __forceinline__ float2 both_factors(int slot) const { return {factor(slot), 1.0f}; }
 
+  // The bias of a column of gate (half 0) or up.
+  template <class Expert>
+  __device__ __forceinline__ const float* bias_of(Expert expert, int half, int column) const {
+    return bias + expert * ((kGated ? 2 : 1) * kColumns) + half * kColumns + column;
+  }
+
   // What the activation takes.
   template <class Expert>
   __device__ __forceinline__ void finish(Expert expert, int column, float& gate, float& up) const {
@@ -51,7 +57,7 @@ struct Activated {
       if constexpr (kGated) up *= scale;
     }
     if constexpr (kBias) {
-      const float* row = bias + expert * ((kGated ? 2 : 1) * kColumns) + column;
+      const float* row = bias_of(expert, 0, column);
       gate += row[0];
       if constexpr (kGated) up += row[kColumns];
     }
@@ -135,8 +141,13 @@ struct SlotRows {
   }
 
   template <class Expert>
+  __device__ __forceinline__ const float* bias_of(Expert expert, int, int column) const {
+    return bias + expert * kColumns + column;
+  }
+
+  template <class Expert>
   __device__ __forceinline__ float finished(Expert expert, float factor, int column, float sum) const {
-    if constexpr (kBias) sum += bias[expert * kColumns + column];
+    if constexpr (kBias) sum += *bias_of(expert, 0, column);
     if constexpr (kWeighted) sum *= factor;
     return sum;
   }
@@ -201,9 +212,14 @@ struct SlotPartials {
   __device__ __forceinline__ float2 both_factors(int slot) const { return factors_around_bias(*this, slot); }
 
   template <class Expert>
+  __device__ __forceinline__ const float* bias_of(Expert expert, int, int column) const {
+    return bias + expert * kBiasColumns + column;
+  }
+
+  template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
-    if constexpr (kBias) sum += bias[expert * kBiasColumns + column];
+    if constexpr (kBias) sum += *bias_of(expert, 0, column);
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
   }
@@ -306,6 +322,17 @@ template <class Facts>
 constexpr bool kExchangesRows<SlotRows<Facts>> = true;
 template <class Facts>
 constexpr bool kExchangesRows<Activated<Facts>> = !kQuantizes<Activated<Facts>> && !Activated<Facts>::kRowScaled;
+
+// Asks for the biases of kCount columns from `column` on, in each half, which are wanted at the end of a work tile:
+// they come from memory, and each load of them would wait for it. A lane has a line of them.
+template <int kCount, class Epilogue, class Expert>
+__device__ __forceinline__ void fetch_biases(const Epilogue& epilogue, Expert expert, int column, int lane) {
+  if constexpr (Epilogue::kBias) {
+    constexpr int kLine = 32, kLines = (kCount + kLine - 1) / kLine, kHalves = Epilogue::kGated ? 2 : 1;
+    static_assert(kLines * kHalves <= 32, "a lane for each");
+    if (lane < kLines * kHalves) fetch_to_l2(epilogue.bias_of(expert, lane / kLines, column + lane % kLines * kLine));
+  }
+}
 
 // Columns `column` and `column + 8` of a slot, in x and y. The lanes of equal lane % 4 call it together.
 template <class Epilogue, class Expert>

@@ -369,6 +369,9 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return multiply_add_pairs<T>(a, b, kMinusZeros);
 }
 
+// Asks for a line of memory, without waiting for it.
+__device__ __forceinline__ void fetch_to_l2(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
+
 // 16 bytes of memory that another kernel of this call writes again and again: past L1, and not before earlier waits.
 __device__ __forceinline__ uint4 load_from_l2(const uint4* source) {
   uint4 words;

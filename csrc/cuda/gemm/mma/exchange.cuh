@@ -32,6 +32,11 @@ struct MmaRows {
         global_scales[u] = scales.elements[typename Shape::ExpertIndex(scales.expert) * Problem::kUnits + unit];
       }
     }
+    if (expert >= 0) {
+      constexpr int kColumns = Shape::kOutputUnits * kUnitColumns;
+      fetch_biases<kColumns>(epilogue, typename Shape::ExpertIndex(expert), work_tile % Shape::kColumnTiles * kColumns,
+                             lane);
+    }
     slot = lane < Tile::kTokens ? token_tiles.slot(token_tile, lane) : -1;
     if constexpr (Shape::TokenTiles::kMayRepeat) slot = token_tiles.first_listed(slot, token_tile, lane);
     factor = slot >= 0 ? epilogue.factor(slot) : 0.0f;
