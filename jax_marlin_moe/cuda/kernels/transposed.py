@@ -118,7 +118,8 @@ _WGMMA_CUTS = {
     16: ((2, 2, 64, 2), (2, 1, 64, 2), (1, 1, 64, 2)),
     64: ((2, 2, 128, 1), (2, 2, 64, 1), (2, 1, 128, 1), (2, 1, 64, 1), (1, 1, 64, 1)),
     128: ((2, 2, 64, 1), (2, 1, 64, 1), (1, 1, 64, 1)),
-    288: ((2, 1, 64, 1), (1, 1, 64, 1)),
+    256: ((2, 1, 64, 1), (1, 1, 64, 1)),
+    288: ((2, 1, 64, 1),),  # registers may not suffice: then it is 256
 }
 _WGMMA_TOKENS = (16, 32, 64, 128, 256, 288)
 
@@ -131,12 +132,13 @@ def choose(shape: GemmShape, rows: float, capability: int) -> TransposedTile | W
     """
     likely = rows + 2 * rows**0.5
     if "wgmma" in get_architecture(capability).kernels:
-        tokens = next((t for t in _WGMMA_TOKENS if likely <= t), _WGMMA_TOKENS[-1])
-        cuts = next(cuts for most, cuts in _WGMMA_CUTS.items() if tokens <= most)
-        for (warpgroups, sub_tiles, block_k, ctas), stages in itertools.product(cuts, range(8, 2, -1)):
-            tile = WgmmaTransposedTile(tokens, sub_tiles, warpgroups, 1, block_k, stages, ctas, True)
-            if tile.fits(shape, capability):
-                return tile
+        fitting = next((t for t in _WGMMA_TOKENS if likely <= t), _WGMMA_TOKENS[-1])
+        for tokens in (288, 256) if fitting == 288 else (fitting,):
+            cuts = next(cuts for most, cuts in _WGMMA_CUTS.items() if tokens <= most)
+            for (warpgroups, sub_tiles, block_k, ctas), stages in itertools.product(cuts, range(8, 2, -1)):
+                tile = WgmmaTransposedTile(tokens, sub_tiles, warpgroups, 1, block_k, stages, ctas, True)
+                if tile.fits(shape, capability):
+                    return tile
     tokens = next((t for t in TOKEN_TILES if rows <= t), TOKEN_TILES[-1])
     for steps, stages in ((2, 4), (1, 4), (1, 3), (1, 2)):
         if steps > 1 and (tokens > 32 or shape.k < 4 * steps * TILE_K):
