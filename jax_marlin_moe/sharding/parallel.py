@@ -370,26 +370,38 @@ class _Block:
             y = scattered_sum(y.astype(self.share), self.gathered, self.rounded_to, dtype=dtype)
         return y.astype(dtype), dropped
 
+    @property
+    def _gathers(self) -> Axes:
+        """Axes whose ranks have different tokens, all of which they gather, and whose sums they scatter."""
+        return tuple(axis for axis in (*self.expert, *self.tensor) if axis in self.tokens)
+
     def _packs_shares(self, matrices: Any, x: Array, dtype: Any) -> bool:
-        """Whether shares go to their sum as they are made, all ranks have all tokens, and cards send them packed."""
-        if not self.summed or set(self.summed) != {*self.expert, *self.tensor} or self.share != jnp.float32:
+        """Whether shares go to one sum as they are made, and cards send them packed."""
+        axes, scattered = (self._gathers, True) if self._gathers else (self.summed, False)
+        sent = any(axis in self.expert for axis in self._gathers) and (self.exchange != "gather" or len(axes) > 1)
+        if not axes or sent or {*self.summed, *self._gathers} != {*axes} or self.share != jnp.float32:
             return False
-        down = matrices[1]
-        return can_pack(down) and sends_packed((x.shape[0], down.n), dtype, self.summed)
+        rows = x.shape[0] * self.size(self._gathers)
+        return can_pack(matrices[1]) and sends_packed((rows, matrices[1].n), dtype, axes, scattered=scattered)
 
     def _packed_sum(
         self, compute: Any, matrices: Any, x: Array, weights: Array, ids: Array, slots: int, dtype: Any
     ) -> Array:
         """The sum of shares that cards pack where they make them."""
+        gathers, of_all = self._gathers, dataclasses.replace(self, tokens=())
+        if gathers:
+            x, weights, ids = (lax.all_gather(rows, gathers, tiled=True) for rows in (x, weights, ids))
 
         def shares(out_dtype: Any, matrices: Any, x: Array, weights: Array, ids: Array) -> Array:
-            return self._over(self.expert, partial(compute, matrices, out_dtype=out_dtype), x, weights, ids, slots)[0]
+            run = partial(compute, matrices, out_dtype=out_dtype)
+            return of_all._over(self.expert, run, x, weights, ids, slots)[0]
 
         def plain(*operands: Any) -> Array:
-            return rounded_sum(shares(jnp.dtype(jnp.float32), *operands), self.summed, dtype)
+            y = shares(jnp.dtype(jnp.float32), *operands)
+            return scattered_sum(y, gathers, dtype, dtype=dtype) if gathers else rounded_sum(y, self.summed, dtype)
 
         def packed(*operands: Any) -> Array:
-            return sum_of_packed(shares(WORDS, *operands), self.summed, dtype)
+            return sum_of_packed(shares(WORDS, *operands), gathers or self.summed, dtype, scattered=bool(gathers))
 
         @jax.custom_jvp
         def total(*operands: Any) -> Array:

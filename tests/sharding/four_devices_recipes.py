@@ -162,6 +162,8 @@ def shares_packed_where_they_are_made():
         assert_close(y, wanted_y)
         assert_close(x, wanted_x, 2e-2)
         assert_close(bias[:, :, :HIDDEN], wanted_bias, 2e-2)
+        equals_one_device(MoESharding(EP), layer(), ["all-gather"] * 3 + ["all-to-all"], tokens="expert")
+        equals_one_device(MoESharding(DATA), layer(), ["all-gather"] * 3 + ["all-to-all"], tokens=("data", "tensor"))
     finally:
         lax.platform_dependent, sums._MANY_BYTES = chosen, many
         jax.clear_caches()
