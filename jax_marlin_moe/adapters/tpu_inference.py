@@ -1,6 +1,7 @@
 """`fused_moe_func`: the signature of tpu-inference's function, which MaxText calls too."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jax_marlin_moe.adapters.names import activation_named
 from jax_marlin_moe.ops.fused_moe import fused_moe
 from jax_marlin_moe.routing import route
 from jax_marlin_moe.sharding import partition_specs
+from jax_marlin_moe.sharding.moe_sharding import check_axes
+from jax_marlin_moe.sharding.specs import as_axes
 from jax_marlin_moe.weights import MarlinWeights
 
 _SCORING_FNS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -111,14 +114,17 @@ def fused_moe_func(
             f"use_ep is False and mesh has {mesh.size} devices; it must be True: for tensor parallelism see "
             "jax_marlin_moe.sharding.tensor_parallel"
         )
-    experts = w1.num_experts
-    specs = [partition_specs(matrix, "experts", expert_axis) for matrix in (w1, w2)]
+    axes = as_axes("expert_axis", expert_axis)
+    check_axes("expert_axis", axes, mesh)
+    experts, ranks = w1.num_experts, math.prod(mesh.shape[axis] for axis in axes)
+    specs = [partition_specs(matrix, "experts", axes, ranks=ranks) for matrix in (w1, w2)]
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), *specs, P(), P()), out_specs=P())
     def share(x: Array, first: MarlinWeights, second: MarlinWeights, weights: Array, ids: Array) -> Array:
-        local = jnp.arange(experts, dtype=jnp.int32) - jax.lax.axis_index(expert_axis) * first.num_experts
+        local = jnp.arange(experts, dtype=jnp.int32) - jax.lax.axis_index(axes) * first.num_experts
         here = jnp.where((local >= 0) & (local < first.num_experts), local, -1)
-        y = fused_moe(x, first, second, weights, ids, activation=act, expert_map=here)
-        return jax.lax.psum(y.astype(jnp.float32), expert_axis).astype(x.dtype)
+        float32 = jnp.float32
+        y = fused_moe(x, first, second, weights, ids, activation=act, expert_map=here, preferred_element_type=float32)
+        return jax.lax.psum(y, axes).astype(x.dtype)
 
     return share(hidden_states, w1, w2, weights, ids)

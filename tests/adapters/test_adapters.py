@@ -120,6 +120,16 @@ def test_tpu_inference_lowers_over_the_experts_of_a_mesh(block):
         fused_moe_func(x, gate_up, down, *rest, False, "silu")
 
 
+def test_tpu_inference_needs_an_axis_that_divides_the_experts(block):
+    x, gate_up, down, logits = block
+    mesh = jax.sharding.AbstractMesh((3,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    rest = (None, None, None, None, logits, TOP_K, True, mesh, True, "silu")
+    with pytest.raises(ValueError, match="expert_axis names the axis 'expert'; the mesh has 'model'"):
+        fused_moe_func(x, gate_up, down, *rest)
+    with pytest.raises(ValueError, match="weights has E = 4 experts; 3 ranks need a multiple of 3"):
+        fused_moe_func(x, gate_up, down, *rest, expert_axis="model")
+
+
 def quantised():
     qwix = pytest.importorskip("qwix")
     dense = host_arrays.normal(5, (E, H, I), scale=1 / 8)
