@@ -56,9 +56,9 @@ def silu(g, u):
     return g / (1 + np.exp(-g)) * u
 
 
-def clamped(g, u, limit=7.0, alpha=1.702):
-    g, u = np.minimum(g, limit), np.clip(u, -limit, limit)
-    return (u + 1) * g / (1 + np.exp(-alpha * g))
+def clamped(g, u):
+    g, u = np.minimum(g, 7.0), np.clip(u, -7.0, 7.0)
+    return (u + 1) * g / (1 + np.exp(-1.702 * g))
 
 
 def expert_tensors(rng, make, names=("gate_proj", "up_proj", "down_proj"), prefix="model.layers.0.mlp.experts"):

@@ -1,5 +1,7 @@
 """`from_awq` and `from_gptq` in memory: exact values, row orders, tensors that are refused."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,13 +31,13 @@ def decode(codes, zeros, scales, group_of_row):
     return (codes.astype(np.float64) - rows[0]) * rows[1]
 
 
-def checkpoint(experts=2, k=K, n=N, group_size=32, scale_dtype=np.float16, seed=0):
-    """Codes, zero points and scales; every zero point 0 ... 15 appears."""
-    rng = np.random.default_rng(seed)
-    groups = k // group_size
-    codes = rng.integers(0, 16, (experts, k, n), dtype=np.uint8)
-    zeros = (np.arange(experts * groups * n, dtype=np.uint32) % 16).astype(np.uint8).reshape(experts, groups, n)
-    return codes, zeros, rng.uniform(0.01, 0.02, (experts, groups, n)).astype(scale_dtype)
+def checkpoint(group_size=32, scale_dtype=np.float16):
+    """Codes, zero points and scales of two experts; every zero point 0 ... 15 appears."""
+    rng = np.random.default_rng(0)
+    shape = (2, K // group_size, N)
+    codes = rng.integers(0, 16, (2, K, N), dtype=np.uint8)
+    zeros = (np.arange(math.prod(shape), dtype=np.uint32) % 16).astype(np.uint8).reshape(shape)
+    return codes, zeros, rng.uniform(0.01, 0.02, shape).astype(scale_dtype)
 
 
 @pytest.mark.parametrize("scale_dtype", [np.float16, jnp.bfloat16])
@@ -75,9 +77,9 @@ def test_zero_points_that_are_all_eight_are_baked_in(checkpoint_format, stored):
     np.testing.assert_array_equal(jmm.dense_weights(weights), expected)
 
 
-def shuffled_groups(experts=2, k=K, group_size=32, seed=5):
-    rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(np.arange(k) // group_size) for _ in range(experts)]).astype(np.int32)
+def shuffled_groups():
+    rng = np.random.default_rng(5)
+    return np.stack([rng.permutation(np.arange(K) // 32) for _ in range(2)]).astype(np.int32)
 
 
 def test_act_order_is_folded():

@@ -78,8 +78,8 @@ def test_the_first_row_that_has_a_model_type_counts(tmp_path):
     assert load(folder, families=(row, *FAMILIES)).routing.renormalize
 
 
-def renamed(tensors, new, old="model.layers.0."):
-    return {name.replace(old, new): value for name, value in tensors.items()}
+def renamed(tensors, new):
+    return {name.replace("model.layers.0.", new): value for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize("name", ["model.layers.1", "mtp.layers.0", "model.mtp.0"])

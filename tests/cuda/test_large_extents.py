@@ -55,13 +55,13 @@ def block_plan(tokens, hidden, inner, scheme=None, *, num_experts=8, top_k=2, ro
     )
 
 
-def gemm_plan(tokens, k, n, *, list_length=None, num_experts=8, top_k=2):
+def gemm_plan(tokens, k, n, *, list_length=None, top_k=2):
     return plan_products.plan_moe_gemm(
         array((tokens, k), jnp.bfloat16),
-        experts(num_experts, k, n),
+        experts(8, k, n),
         top_k=top_k,
         block_size=64,
-        list_length=list_length or tokens * top_k + num_experts * 63,
+        list_length=list_length or tokens * top_k + 8 * 63,
         weighted=False,
         architecture="sm_90a",
     )

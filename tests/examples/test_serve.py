@@ -51,10 +51,10 @@ def port(engine):
         thread.join()
 
 
-def ask(port, body, path="/v1/completions"):
+def ask(port, body):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     with contextlib.closing(connection):
-        connection.request("POST", path, json.dumps(body) if not isinstance(body, bytes) else body)
+        connection.request("POST", "/v1/completions", json.dumps(body) if not isinstance(body, bytes) else body)
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
 

@@ -35,20 +35,21 @@ def abstract(experts, k, n, group_size):
     return jax.eval_shape(partial(jmm.quantize, weight_format="int4", group_size=group_size), dense)
 
 
-def shapes_of(model, dtype="bfloat16"):
+def shapes_of(model):
+    dtype = jnp.dtype("bfloat16")
     e, h, i, g = model.num_experts, model.hidden, model.intermediate, model.group_size
     return (
-        gemm_shape(abstract(e, h, 2 * i, g), True, jnp.dtype(dtype)),
-        gemm_shape(abstract(e, i, h, g), False, jnp.dtype(dtype)),
+        gemm_shape(abstract(e, h, 2 * i, g), True, dtype),
+        gemm_shape(abstract(e, i, h, g), False, dtype),
     )
 
 
-def proposed(tokens, capability=90, model=QWEN, tiles_per_product=6, experts_hit=8.0):
+def proposed(tokens, capability=90, tiles_per_product=6):
     return propose(
-        *shapes_of(model),
+        *shapes_of(QWEN),
         tokens=tokens,
-        top_k=model.top_k,
-        experts_hit=experts_hit,
+        top_k=QWEN.top_k,
+        experts_hit=8.0,
         capability=capability,
         tiles_per_product=tiles_per_product,
     )

@@ -36,9 +36,9 @@ TABLES = {
 }
 
 
-def table_of(dispatches, length=5):
+def table_of(dispatches):
     """As long as the longest, so that all are one program."""
-    return np.asarray([*dispatches, *[(0, 0, 0, 0)] * (length - len(dispatches))], np.int32).reshape(-1, 4)
+    return np.asarray([*dispatches, *[(0, 0, 0, 0)] * (5 - len(dispatches))], np.int32).reshape(-1, 4)
 
 
 def expected(x, experts, table, out_rows=OUT_ROWS):

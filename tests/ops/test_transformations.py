@@ -19,7 +19,7 @@ from jax_marlin_moe.cuda import compiler
 from jax_marlin_moe.flax.nnx import MarlinMoE
 from jax_marlin_moe.ops import implementation as implementations
 
-EXPERTS, HIDDEN, TOKENS, TOP_K = 4, 64, 5, 2
+EXPERTS, HIDDEN, INNER, TOKENS, TOP_K = 4, 64, 50, 5, 2
 SAFE = [jax.export.DisabledSafetyCheck.custom_call(target) for target in jmm.CUSTOM_CALL_TARGETS]
 
 MODES = {
@@ -31,19 +31,19 @@ MODES = {
 }
 
 
-def quantised(columns=100, inner=50):
+def quantised():
     """Padded matrices: int4 with zero points, with a bias, and NVFP4."""
     keys = jax.random.split(jax.random.key(0), 3)
     parts = [
         jmm.quantize(
-            jax.random.normal(key, (EXPERTS, HIDDEN, inner), jnp.float32),
+            jax.random.normal(key, (EXPERTS, HIDDEN, INNER), jnp.float32),
             "int4_zp",
             group_size=32,
-            bias=jnp.ones((EXPERTS, inner), jnp.float32),
+            bias=jnp.ones((EXPERTS, INNER), jnp.float32),
         )
-        for key in keys[: columns // inner]
+        for key in keys[:2]
     ]
-    down = jmm.quantize(jax.random.normal(keys[2], (EXPERTS, inner, HIDDEN), jnp.float32), "nvfp4")
+    down = jmm.quantize(jax.random.normal(keys[2], (EXPERTS, INNER, HIDDEN), jnp.float32), "nvfp4")
     return jmm.concatenate_columns(parts), down
 
 
