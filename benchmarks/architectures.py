@@ -28,6 +28,7 @@ TESTS = (
     "tests/cuda/test_block_tiles.py::test_grouped_slots_give_the_bits_of_aligned_ones",
     "tests/cuda/test_block_tiles.py::test_tiles_of_odd_width",
     "tests/cuda/test_block_tiles.py::test_shares_of_k_that_are_not_alike",
+    "tests/cuda/test_values_of_bytes.py",
 )
 
 

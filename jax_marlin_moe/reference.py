@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.byte_rows import ByteDtype, quantize_rows, rounded
+from jax_marlin_moe.byte_rows import ByteDtype, dequantize_rows, quantize_rows, rounded
 from jax_marlin_moe.intermediate import IntermediateQuantizer, usable
 from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
 from jax_marlin_moe.operand_types import alike
@@ -359,5 +359,4 @@ def _quantized(
     rows: Float[Array, "rows columns"], dtype: ByteDtype, scale: Float32[Array, "1"] | None = None
 ) -> Float32[Array, "rows columns"]:
     """The values that 8-bit rows stand for."""
-    values, scales = quantize_rows(rows, dtype, scale)
-    return values * scales
+    return dequantize_rows(*quantize_rows(rows, dtype, scale))

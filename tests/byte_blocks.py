@@ -5,12 +5,17 @@ import numpy as np
 from oracle import Experts, random_experts
 
 DTYPES = ("float8_e4m3fn", "int8")
+GROUPED = "float8_e4m3fn_g128"  # a scale for each 128 columns
 LARGEST = {"float8_e4m3fn": np.float32(448), "int8": np.float32(127)}
 
 
 def quantized(rows, dtype):
     """docs/formats.md, "8-bit activations": values in units of the scales, and the scales."""
     rows = np.float32(rows)
+    if dtype == GROUPED:
+        parts = [quantized(rows[:, k : k + 128], "float8_e4m3fn") for k in range(0, rows.shape[1], 128)]
+        scales = [np.repeat(scales, values.shape[1], axis=1) for values, scales in parts]
+        return np.concatenate([values for values, _ in parts], axis=1), np.concatenate(scales, axis=1)
     extent = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(2.0**-100))
     scales = extent * (1 / LARGEST[dtype])
     with np.errstate(all="ignore"):
@@ -45,7 +50,8 @@ def product(rows, experts: Experts, chosen, dtype, scales=None):
     values, scales = quantized(rows, dtype) if scales is None else in_fixed_units(rows, scales)
     values, y = np.float64(values), np.zeros((len(rows), experts.n))
     for e, matrix in enumerate(experts.dense()):
-        y[chosen == e] = (values @ matrix * scales)[chosen == e] + (0 if experts.bias is None else experts.bias[e])
+        rows = values * np.float64(scales) @ matrix
+        y[chosen == e] = rows[chosen == e] + (0 if experts.bias is None else experts.bias[e])
     return y
 
 

@@ -74,6 +74,11 @@ struct Activated {
     if constexpr (kRowScaled) gate *= factor, up *= factor;
     out[int64_t(slot) * kColumns + column].bits = from_float<T>(activated(expert, column, gate, up));
   }
+  template <class Expert>
+  __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float gate,
+                                                float up) const {
+    if (slot >= 0) store(expert, slot, factor, column, gate, up);
+  }
 
   // A column of two rows, side by side in a word; and two columns of a row, of which nothing is stored if the slot is
   // below 0. There is no branch between rows, so they overlap.
@@ -113,7 +118,9 @@ struct Activated {
   }
 
   template <class Expert>
-  __device__ __forceinline__ void store_pair(Expert expert, int slot, int column, float2 gate, float2 up) const {
+  __device__ __forceinline__ void store_pair(Expert expert, int slot, float factor, int column, float2 gate,
+                                             float2 up) const {
+    if constexpr (kRowScaled) gate.x *= factor, gate.y *= factor, up.x *= factor, up.y *= factor;
     float first = activated(expert, column, gate.x, up.x), second = activated(expert, column + 8, gate.y, up.y);
     Intermediate::apply(first, second, usable_scale(intermediate_scales[expert]));
     T* row = out + int64_t(slot) * kColumns + column;
@@ -219,6 +226,7 @@ struct SlotPartials {
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
     if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
+    if constexpr (kRowScaled) sum *= row_scales[slot];
     if constexpr (kBias) sum += *bias_of(expert, 0, column);
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
@@ -339,7 +347,7 @@ template <class Epilogue, class Expert>
 __device__ __forceinline__ void store_pair(const Epilogue& epilogue, Expert expert, int slot, float factor, int column,
                                            float2 first, float2 second) {
   if constexpr (kQuantizes<Epilogue>) {
-    epilogue.store_pair(expert, slot, column, first, second);
+    epilogue.store_pair(expert, slot, factor, column, first, second);
   } else {
     epilogue.store(expert, slot, factor, column, first.x, second.x);
     epilogue.store(expert, slot, factor, column + 8, first.y, second.y);

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.checkpoint.family import Family, StackedNames
 from jax_marlin_moe.checkpoint.input_scales import read_input_scales
 from jax_marlin_moe.checkpoint.linears import Linear
@@ -21,6 +22,7 @@ from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import BROKEN, MARKS, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix, read_plain
 from jax_marlin_moe.checkpoint.sharded import Share, add_bias, cut_of, load_block, put_rest
+from jax_marlin_moe.checkpoint.stated import stated_activation_dtype
 from jax_marlin_moe.checkpoint.tensors import FLOATS, ShapeError, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.layer import MoELayer, check_layer
@@ -77,6 +79,13 @@ class LayerReader:
                 f"{error}; {self.source} says hidden size {facts.hidden}, intermediate size {facts.size}{shared} and "
                 f"{facts.experts} experts"
             ) from None
+
+    def activation_dtype(self) -> ByteDtype | None:
+        """What the config says that the rows of the routed experts are quantised to, if it says so of all of them."""
+        first, second = self._linears(self.facts.experts, self.facts.hidden, self.facts.size)
+        linears = (linear for expert in (*first, *second) for linear in expert)
+        stated = {stated_activation_dtype(self.quantization, module) for module in {each.module for each in linears}}
+        return stated.pop() if len(stated) == 1 else None
 
     def _load(self) -> MoELayer:
         family, facts = self.family, self.facts

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_marlin_moe.arguments import as_dtype
+from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.families import FAMILIES
 from jax_marlin_moe.checkpoint.family import Family
@@ -249,17 +250,46 @@ class Checkpoint:
     def _tensors(self) -> ModelTensors:
         return self.contents.model_tensors()
 
+    def activation_dtype(self, layer: int | str) -> ByteDtype | None:
+        """What the config says that rows of a layer's routed experts are quantised to.
+
+        Args:
+            layer: as for `load`.
+
+        Returns:
+            What the layer's `activation_dtype` is then: "float8_e4m3fn_g128" for FP8 with blocks of 128 x 128, say, and
+            None where the config says nothing of activations, or something that there is no product for.
+
+        Raises:
+            ValueError: the layer has no experts, or the folder is one that `convert` wrote, whose config says nothing
+                of its tensors.
+        """
+        if not isinstance(self.contents, Source):
+            raise ValueError(f"{self.folder} is packed; ask the folder that it was converted from")
+        return self.contents.reader(self._checked(layer)).activation_dtype()
+
     def load(self, layer: int | str, sharding: MoESharding | None = None) -> MoELayer:
         """Loads one layer; arguments and errors as for `load_moe_layer`."""
         if sharding is not None:
             check_devices(sharding)
+        layer = self._checked(layer)
+        if isinstance(layer, str):
+            assert isinstance(self.contents, Source), "the packed form has numbers alone"
+            return self.contents.load(layer, sharding)
+        start = time.perf_counter()
+        loaded = self.contents.load(layer, sharding)
+        _LOGGER.info("layer %d of %s in %.2f s: %r", layer, self.folder, time.perf_counter() - start, loaded)
+        return loaded
+
+    def _checked(self, layer: int | str) -> int | str:
+        """The layer, a number as Python's own; raises TypeError or ValueError unless it has experts."""
         if isinstance(layer, str):
             if not isinstance(self.contents, Source) or layer not in self.layer_names:
                 found = ", ".join(self.layer_names) or "none, as it is packed" * (not isinstance(self.contents, Source))
                 raise ValueError(
                     f"{self.folder}: layer {layer!r} has no experts; names of such layers: {found or 'none'}"
                 )
-            return self.contents.load(layer, sharding)
+            return layer
         if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
             raise TypeError(f"layer is {layer!r}; it must be a number, or the name of a layer")
         layer = int(layer)
@@ -268,10 +298,7 @@ class Checkpoint:
             further = self.layer_names[len(self.layers) :]
             more = f"; others, by name: {', '.join(further)}" if further else ""
             raise ValueError(f"{self.folder}: layer {layer} has no experts; layers with experts: {found}{more}")
-        start = time.perf_counter()
-        loaded = self.contents.load(layer, sharding)
-        _LOGGER.info("layer %d of %s in %.2f s: %r", layer, self.folder, time.perf_counter() - start, loaded)
-        return loaded
+        return layer
 
 
 def _check_families(families: Sequence[Family]) -> None:

@@ -92,6 +92,10 @@ class Source:
 
     def load(self, layer: int | str, sharding: MoESharding | None = None) -> MoELayer:
         """Loads one of `layers`, or one of `layer_names`; arguments and errors as for `load_moe_layer`."""
+        return self.reader(layer, sharding).load()
+
+    def reader(self, layer: int | str, sharding: MoESharding | None = None) -> LayerReader:
+        """Of one layer, which there must be."""
         place = self._numbered[layer] if isinstance(layer, int) else self._places[layer]
         return LayerReader(
             files=self.files,
@@ -104,7 +108,7 @@ class Source:
             model_type=self.model_type,
             target=self._target_of(layer, place),
             sharding=sharding,
-        ).load()
+        )
 
     def _target_of(self, layer: int | str, place: _Place) -> Target | None:
         """What plain experts of a layer become; None where it is quantised and others, which are plain, are meant."""

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Collection
 
+from jax_marlin_moe.byte_rows import GROUP, ByteDtype
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
@@ -79,6 +80,34 @@ def states_e4m3_inputs(quantization: Quantization, module: str) -> bool | None:
     fixed = inputs.values.get("dynamic") in (False, None)
     kind = inputs.values.get("type"), inputs.values.get("num_bits"), inputs.values.get("strategy")
     return fixed and kind in (("float", 8, "tensor"), ("float", 8, None))
+
+
+# ModelOpt's names of methods whose rows are in e4m3, with a scale for each or one that is fixed.
+_E4M3_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+
+
+def stated_activation_dtype(quantization: Quantization, module: str) -> ByteDtype | None:
+    """What the config says that a module's rows are quantised to; None where it says nothing, or something else.
+
+    Raises:
+        ValueError: its group is malformed.
+    """
+    group = group_of(quantization, module)
+    inputs = None if group is None else group.object("input_activations", None, null=True)
+    if inputs is not None:
+        kind = inputs.values.get("type"), inputs.values.get("num_bits")
+        strategy, size = inputs.values.get("strategy"), inputs.values.get("group_size")
+        if kind == ("float", 8) and strategy == "group" and size == GROUP:
+            return "float8_e4m3fn_g128"
+        of_rows = strategy in ("tensor", "token", None)
+        names: dict[tuple, ByteDtype] = {("float", 8): "float8_e4m3fn", ("int", 8): "int8"}
+        return names.get(kind) if of_rows else None
+    if quantization.config.get("quant_algo") in _E4M3_ALGORITHMS:
+        return "float8_e4m3fn"
+    if quantization.method != "fp8" or quantization.config.get("activation_scheme") is None:
+        return None
+    blocks = quantization.config.get("weight_block_size") is not None
+    return "float8_e4m3fn_g128" if blocks else "float8_e4m3fn"
 
 
 def check_format(quantization: Quantization, group: Keys | None, formats: tuple[str, ...]) -> None:

@@ -100,6 +100,8 @@ def gemm_kernel(
         "transposed": transposed,
         "in_order": in_order,
     }
+    if shape.has_byte_rows:
+        problem["row_groups"] = shape.row_groups
     matrix, shared_matrix = (_matrix_pointers(weights, first, columns, transposed) for first in (first_operand, shared))
     return Kernel(
         name=f"jmm_{stage}_{row.name}_m{tile.tokens}",

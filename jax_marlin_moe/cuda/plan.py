@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.byte_rows import ByteDtype
+from jax_marlin_moe.byte_rows import ByteDtype, has_groups, number_type
 from jax_marlin_moe.cuda.aligned_list import AlignedList, aligned_list
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.block_scheme import block_scheme
@@ -31,7 +31,7 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
-from jax_marlin_moe.cuda.plan_byte_rows import QuantizedRows, Rows, check_byte_products, quantized_rows
+from jax_marlin_moe.cuda.plan_byte_rows import QuantizedRows, Rows, multiplies_bytes, quantized_rows
 from jax_marlin_moe.cuda.program import Kernel, Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, Tile
 from jax_marlin_moe.cuda.token_ranges import MOST_EXACT_SLOTS, most_tokens
@@ -190,10 +190,12 @@ def plan_block(
     check_matrix("down", down)
     num_slots, num_experts = tokens * (top_k + shared), gate_up.num_experts + shared
     check_counts(num_slots, max(num_experts, routed_experts + shared), num_slots)
-    multiplied = jnp.dtype(x.dtype if activation_dtype is None else activation_dtype)
-    first, second = gemm_shape(gate_up, activation.gated, multiplied), gemm_shape(down, False, multiplied)
+    first, second = gemm_shape(gate_up, activation.gated, x.dtype), gemm_shape(down, False, x.dtype)
     if activation_dtype is not None:
-        check_byte_products(activation_dtype, {"gate_up": (gate_up, first), "down": (down, second)}, capability)
+        byte, grouped = number_type(activation_dtype), has_groups(activation_dtype)
+        in_bytes = [dataclasses.replace(shape, dtype=byte, row_groups=grouped) for shape in (first, second)]
+        if multiplies_bytes(activation_dtype, in_bytes, capability):
+            first, second = in_bytes
     chosen = block_scheme(
         scheme,
         gate_up,
@@ -227,6 +229,7 @@ def plan_block(
         intermediate=intermediate,
         dtype=dtype,
         rounded_to=dtype if rounded_to is None else jnp.dtype(rounded_to),
+        activation_dtype=activation_dtype,
         sliced=sliced,
         counted=counted,
     )
@@ -265,6 +268,7 @@ class _Block:
     intermediate: str | None
     dtype: jnp.dtype
     rounded_to: jnp.dtype
+    activation_dtype: ByteDtype | None
     sliced: bool
     counted: bool
 
@@ -294,17 +298,21 @@ class _Block:
         """Whether kernels may start before the ones before them have ended."""
         return self.capability >= 90
 
+    @property
+    def overlaps_rows(self) -> bool:
+        """Whether products may start so: those of 16 bits fetch scales of rows before they wait."""
+        return self.overlaps and (self.activation_dtype is None or self.first.has_byte_rows)
+
     def plan(self) -> Plan:
         """The kernels, and the scratch: `hidden`, the rows of the second product, rows in 8 bits, a list of slots."""
         buffers = self.buffers
         hidden = buffers.scratch
-        in_bytes = self._byte_rows(hidden, first_scratch=hidden + 2) if self.first.has_byte_rows else None
-        if in_bytes is None:
-            reads = Rows(buffers.x, self.first.k), Rows(hidden, self.hidden.shape[1])
-            quantized: list[jax.ShapeDtypeStruct] = []
-        else:
-            reads = in_bytes[0].rows, in_bytes[1].rows
-            quantized = [*in_bytes[0].scratch, *in_bytes[1].scratch]
+        of_x, of_hidden = self._quantized_rows(hidden, first_scratch=hidden + 2)
+        reads = (
+            Rows(buffers.x, self.first.k) if of_x is None else of_x.rows,
+            Rows(hidden, self.hidden.shape[1]) if of_hidden is None else of_hidden.rows,
+        )
+        quantized = [scratch for rows in (of_x, of_hidden) if rows is not None for scratch in rows.scratch]
 
         kernels: list[Kernel] = []
         lists: tuple[jax.ShapeDtypeStruct, ...] = ()
@@ -317,17 +325,19 @@ class _Block:
             first_tiles, second_tiles = tiles
 
         overlaps_first = self.overlaps and (bool(kernels) or buffers.ids_from_previous)
-        if in_bytes is not None:  # beside alignment
-            kernels.append(dataclasses.replace(in_bytes[0].kernel, overlaps_predecessor=overlaps_first))
-            overlaps_first = self.overlaps
+        if of_x is not None:  # beside alignment
+            kernels.append(dataclasses.replace(of_x.kernel, overlaps_predecessor=overlaps_first))
+            overlaps_first = self.overlaps_rows
         kernels.append(self._first_product(reads[0], first_tiles, hidden, overlaps_first))
-        if in_bytes is not None:
-            kernels.append(in_bytes[1].kernel)
+        if of_hidden is not None:
+            kernels.append(of_hidden.kernel)
         second_kernels, partials = self._second_product(reads[1], second_tiles, hidden + 1)
         return Plan((*kernels, *second_kernels), (self.hidden, partials, *quantized, *lists))
 
-    def _byte_rows(self, hidden: int, first_scratch: int) -> tuple[QuantizedRows, QuantizedRows]:
-        """The rows of both products in 8 bits."""
+    def _quantized_rows(self, hidden: int, first_scratch: int) -> tuple[QuantizedRows | None, QuantizedRows | None]:
+        """The rows of both products in 8 bits, unless those that there are will do."""
+        if self.activation_dtype is None:
+            return None, None
         of_x = quantized_rows(
             "x",
             self.x,
@@ -335,9 +345,13 @@ class _Block:
             self.first,
             self.gate_up,
             first_scratch,
+            self.activation_dtype,
             overlaps_predecessor=False,
             fixed=self.buffers.x_scale,
         )
+        in_units = self.intermediate is not None
+        if in_units and not self.second.has_byte_rows:
+            return of_x, None
         of_hidden = quantized_rows(
             "hidden",
             self.hidden,
@@ -345,8 +359,9 @@ class _Block:
             self.second,
             self.down,
             first_scratch + len(of_x.scratch),
+            self.activation_dtype,
             overlaps_predecessor=self.overlaps,
-            in_units=self.intermediate is not None,
+            in_units=in_units,
         )
         return of_x, of_hidden
 
@@ -398,7 +413,7 @@ class _Block:
             self.hidden.shape[1],
             out=out,
             bias=None if self.gate_up.bias is None else buffers.gate_up + BIAS,
-            x_scale=None if self.first.has_byte_rows else buffers.x_scale,  # in bytes it is that of each row
+            x_scale=None if self.activation_dtype is not None else buffers.x_scale,  # else it is that of each row
             intermediate=self.intermediate,
             intermediate_scales=buffers.intermediate_scales,
             row_scales=reads.scales,
@@ -457,7 +472,7 @@ class _Block:
                 first_operand=buffers.down,
                 token_tiles=tiles,
                 epilogue=weigh if packed_pairs is None else packed_partials(weigh, packed_pairs),
-                overlaps_predecessor=self.overlaps and (self.scheme.overlaps or in_bytes),
+                overlaps_predecessor=self.overlaps_rows and (self.scheme.overlaps or in_bytes),
                 shared=buffers.shared_down,
                 shared_experts=self.shared,
                 columns=part,

@@ -1,10 +1,16 @@
-"""Rows in 8 bits within the plan of a block: what makes them, where they are, and which products there are for them."""
+"""Rows in 8 bits within the plan of a block: what makes them, where they are, and which products there are for them.
 
+Where no kernel multiplies bytes of their type with the weights, 16 bits hold every number of 8 bits: rows are quantised
+all the same, and their values multiplied by the kernels of 16 bits.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jax_marlin_moe.byte_rows import ByteDtype, has_groups, number_type
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.kernels import wgmma_bytes
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
@@ -28,7 +34,7 @@ class Rows(NamedTuple):
 
 
 class QuantizedRows(NamedTuple):
-    """Rows in 8 bits.
+    """Rows in 8 bits, or the values of such rows in 16.
 
     Attributes:
         kernel: which makes them.
@@ -48,6 +54,7 @@ def quantized_rows(
     shape: GemmShape,
     weights: MarlinWeights,
     scratch: int,
+    activation_dtype: ByteDtype,
     *,
     overlaps_predecessor: bool,
     fixed: int | None = None,
@@ -62,14 +69,16 @@ def quantized_rows(
         shape: of the product.
         weights: of the product.
         scratch: the first one of the scratch that is asked for.
+        activation_dtype: of the bytes; the product may read their values in 16 bits.
         overlaps_predecessor: whether the kernel may start before the one before it has ended.
         fixed: the buffer of a scale for all rows, or None.
         in_units: whether rows have values of the type already, in units of scales that are known.
     """
     rows, source_stride = source.shape
     # Of codes that have a zero point to subtract; the integers of int8 products are less that of the format already.
-    sums = bool(weights.format.zeros or (weights.format.zero_point and shape.dtype != "int8"))
-    stride = row_stride(shape.k, sums=sums)
+    wide = not shape.has_byte_rows
+    sums = not wide and bool(weights.format.zeros or (weights.format.zero_point and shape.dtype != "int8"))
+    stride = row_stride(shape.k, sums=sums, groups=shape.row_groups)
     of_hidden = stage == "hidden"
     kernel = quantize_rows_kernel(
         stage,
@@ -77,10 +86,12 @@ def quantized_rows(
         shape.k,
         source_stride,
         source.dtype.name,
-        shape.dtype,
+        number_type(activation_dtype),
+        wide=wide,
         halves_apart=wgmma_bytes.halves_apart(shape),
         sums=sums,
-        places=of_hidden,
+        groups=shape.row_groups,
+        places=of_hidden and not wide,
         in_units=in_units,
         from_previous=of_hidden,
         x=source_buffer,
@@ -90,26 +101,25 @@ def quantized_rows(
         overlaps_predecessor=overlaps_predecessor,
     )
     quantized = jax.ShapeDtypeStruct((rows, stride), shape.dtype)
-    if in_units:
+    if in_units or shape.row_groups:
         return QuantizedRows(kernel, Rows(scratch, stride), (quantized,))
     scales = jax.ShapeDtypeStruct((rows,), jnp.float32)
     return QuantizedRows(kernel, Rows(scratch, stride, scratch + 1), (quantized, scales))
 
 
-def check_byte_products(
-    activation_dtype: str, matrices: dict[str, tuple[MarlinWeights, GemmShape]], capability: int
-) -> None:
-    """Raises ValueError, by the name of the matrix, where there is no kernel for such rows."""
-    if "wgmma_bytes" not in get_architecture(capability).kernels:
+def multiplies_bytes(activation_dtype: ByteDtype, shapes: Sequence[GemmShape], capability: int) -> bool:
+    """Whether there are kernels for rows of bytes in products of these shapes, which have them.
+
+    Raises:
+        ValueError: there are not, and their values cannot be multiplied in 16 bits either.
+    """
+    there = "wgmma_bytes" in get_architecture(capability).kernels and all(map(wgmma_bytes.multiplies, shapes))
+    if not there and has_groups(activation_dtype):
+        first = shapes[0]
         raise ValueError(
-            f"activation_dtype is {activation_dtype!r}, which the CUDA kernels multiply on compute capability 9.0 "
-            f"alone; this is {capability / 10:.1f}: pass None, or implementation='xla'"
+            f"activation_dtype is {activation_dtype!r}, the compute capability {capability / 10:.1f} and gate_up has "
+            f"codes {first.code!r} in groups of {first.group_size}, K = {first.k} and N = {first.n}; the CUDA kernels "
+            "take compute capability 9.0 and formats int4, int4_zp and fp8, groups of 128 or one group, multiples of "
+            "32 from 128 on for K, and of 128 for N, in both matrices: pass 'float8_e4m3fn', or implementation='xla'"
         )
-    for name, (weights, shape) in matrices.items():
-        if not wgmma_bytes.multiplies(shape):
-            raise ValueError(
-                f"activation_dtype is {activation_dtype!r} and {name} has format {weights.format.name!r}, groups of "
-                f"{shape.group_size}, K = {shape.k} and N = {shape.n}; the CUDA kernels take "
-                f"{wgmma_bytes.FORMATS[activation_dtype]}, groups of 128 or one group, multiples of 32 from 128 on for "
-                "K, and of 128 for N: pass None, or implementation='xla'"
-            )
+    return there

@@ -112,12 +112,12 @@ def check_fixed_scales(
     activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None
 ) -> None:
     """Raises ValueError where fixed scales do not go with what rows are quantised to."""
-    if activation_dtype == "int8":
+    if activation_dtype not in (None, "float8_e4m3fn"):
         for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
             if value is not None:
                 raise ValueError(
-                    f"activation_dtype is 'int8' and {name} is not None; it must be None: scales that are fixed are "
-                    "those of 'float8_e4m3fn'"
+                    f"activation_dtype is {activation_dtype!r} and {name} is not None; it must be None: scales that "
+                    "are fixed are those of 'float8_e4m3fn'"
                 )
     if activation_dtype is not None and intermediate is not None and intermediate.kind != "static_fp8":
         raise ValueError(

@@ -16,7 +16,14 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.activations import Activation, get_activation
-from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype, quantize_rows, rounded
+from jax_marlin_moe.byte_rows import (
+    ByteDtype,
+    check_activation_dtype,
+    dequantize_rows,
+    has_groups,
+    quantize_rows,
+    rounded,
+)
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
@@ -82,7 +89,7 @@ def fused_moe(
         activation_dtype: None, or what the rows of both products are quantised to within the call, "float8_e4m3fn" or
             "int8": each row by a scale of its own (docs/formats.md, "8-bit activations"), unless calibration has fixed
             it: that of x is then `x_scale`, that of the second product's rows in an `intermediate` of
-            `IntermediateQuantizer.static_fp8`.
+            `IntermediateQuantizer.static_fp8`. "float8_e4m3fn_g128" has a scale for each 128 columns of a row.
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
             are summed again. For float8_e4m3fn float32, which is the default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
@@ -341,6 +348,14 @@ def _cpu(*operands, activation, activation_dtype, out_dtype):
     )
 
 
+def _bfloat16_parts(rows):
+    """Three numbers of bfloat16 that float32 rows are the sum of."""
+    for _ in range(3):
+        part = rounded(rows, jnp.bfloat16)
+        yield part
+        rows = rows - part.astype(jnp.float32)
+
+
 def _composed_of_bytes(
     block: _Operands, *, activation: Activation, activation_dtype: ByteDtype
 ) -> Float32[Array, "tokens padded_n"]:
@@ -348,18 +363,18 @@ def _composed_of_bytes(
     gate_up, down, intermediate = block.gate_up, block.down, block.intermediate
     experts = reference.slot_experts(block.topk_ids, block.expert_map, gate_up.num_experts)
 
-    def product(values, scales, weights):
+    def multiply(rows, weights):
         (y,) = grouped_product_op(
-            values.astype(jnp.bfloat16),
-            multiplied(weights),
-            experts,
-            None,
-            None,
-            transposed=False,
-            dtype="float32",
-            implementation="cpu",
+            rows, multiplied(weights), experts, None, None, transposed=False, dtype="float32", implementation="cpu"
         )
-        y = y * jnp.repeat(scales, experts.shape[0] // values.shape[0], axis=0) if values.shape[0] else y
+        return y
+
+    def product(values, scales, weights):
+        if has_groups(activation_dtype):
+            y = sum(multiply(part, weights) for part in _bfloat16_parts(dequantize_rows(values, scales)))
+        else:
+            y = multiply(values.astype(jnp.bfloat16), weights)
+            y = y * jnp.repeat(scales, experts.shape[0] // values.shape[0], axis=0) if values.shape[0] else y
         return y if weights.bias is None else y + slot_columns(weights.bias, experts)
 
     h = product(*quantize_rows(block.x, activation_dtype, block.x_scale), gate_up)

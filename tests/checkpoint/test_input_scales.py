@@ -6,7 +6,7 @@ import pytest
 from byte_blocks import in_fixed_units, relative_error
 from scheme_tensors import BF16, E, H, compressed, ct_config, expert_tensors, fp8_rows, router, silu
 
-from jax_marlin_moe.checkpoint import convert, load_moe_layer
+from jax_marlin_moe.checkpoint import Checkpoint, convert, load_moe_layer
 
 INPUTS = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 
@@ -92,3 +92,35 @@ def test_scales_of_many_numbers_are_refused_by_name(save, rng):
     path, _ = written(save, rng, "W8A8 of fp8", [np.full(3, 0.02, np.float32)] * (3 * E))
     with pytest.raises(ValueError, match=r"gate_proj.input_scale has shape \(3,\); it must be \(\) or \(1,\), one num"):
         load_moe_layer(path, 0)
+
+
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+ROWS_OF_128 = ct_inputs(dynamic=True, strategy="group", group_size=128)
+STATED = {
+    "blocks of fp8": (fp8_rows("group"), BLOCKS, "float8_e4m3fn_g128"),
+    "groups of 128": (INT4, ROWS_OF_128, "float8_e4m3fn_g128"),
+    "groups of 64": (INT4, ct_inputs(dynamic=True, strategy="group", group_size=64), None),
+    "fixed": (INT4, ct_inputs(), "float8_e4m3fn"),
+    "of each token": (INT4, ct_inputs(dynamic=True, strategy="token"), "float8_e4m3fn"),
+    "int8": (INT4, ct_inputs(dynamic=True, strategy="token", type="int"), "int8"),
+    "4 bits": (INT4, ct_inputs(dynamic=True, strategy="token", type="int", num_bits=4), None),
+    "W8A8 of ModelOpt": (fp8_rows("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, "float8_e4m3fn"),
+    "16 bits": (INT4, ct_config(), None),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_what_rows_are_quantised_to_is_what_the_config_says(save, rng, tmp_path, name):
+    make, quantization, stated = STATED[name]
+    tensors, _ = expert_tensors(rng, make)
+    path = save({"model_type": "qwen3_moe", "quantization_config": quantization}, tensors | router(rng))
+    assert Checkpoint(path).activation_dtype(0) == stated
+    with pytest.raises(ValueError, match="layer 1 has no experts; layers with experts: 0 to 0"):
+        Checkpoint(path).activation_dtype(1)
+    if name == "blocks of fp8":
+        layer, x = load_moe_layer(path, 0), rng.normal(size=(9, H)).astype(BF16)
+        y = layer(jax.device_put(x), activation_dtype=stated)
+        assert relative_error(y, np.float64(layer(jax.device_put(x)))) < 0.06
+        convert(path, tmp_path / "packed")
+        with pytest.raises(ValueError, match="packed is packed; ask the folder that it was converted from"):
+            Checkpoint(tmp_path / "packed").activation_dtype(0)

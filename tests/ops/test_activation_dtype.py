@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from byte_blocks import DTYPES, LARGEST, quantized, quantized_block, random_block, relative_error
+from byte_blocks import DTYPES, GROUPED, LARGEST, quantized, quantized_block, random_block, relative_error
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.byte_rows import quantize_rows
-from jax_marlin_moe.cuda import plan
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 256, 128, 9
 
@@ -39,6 +37,17 @@ def test_rows_are_quantised_as_stated(dtype):
     assert np.max(np.abs(values[3:])) == LARGEST[dtype]
 
 
+def test_columns_are_quantised_128_at_a_time():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(5, 320)) * np.repeat(10.0 ** rng.uniform(-3, 3, (5, 3)), 128, axis=1)[:, :320]
+    rows[0, :128] = 0
+    rows = rows.astype(jnp.bfloat16)
+    values, scales = jax.jit(partial(quantize_rows, dtype=GROUPED))(rows)
+    of_numpy, scales_of_numpy = quantized(rows, GROUPED)
+    np.testing.assert_array_equal(scales, scales_of_numpy[:, [0, 128, 256]])
+    np.testing.assert_array_equal(values, of_numpy)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_that_is_not_finite_spoils_itself_alone(dtype, bad):
@@ -57,7 +66,14 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(dtype, bad):
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 @pytest.mark.parametrize(
     ("weight_format", "group_size", "dtype"),
-    [("int4", 128, "float8_e4m3fn"), ("int4", 32, "int8"), ("int8_zp", None, "int8"), ("fp8", 128, "float8_e4m3fn")],
+    [
+        ("int4", 128, "float8_e4m3fn"),
+        ("int4", 32, "int8"),
+        ("int8_zp", None, "int8"),
+        ("fp8", 128, "float8_e4m3fn"),
+        ("fp8", 128, GROUPED),
+        ("int4", 32, GROUPED),
+    ],
 )
 def test_a_block_is_that_of_its_quantised_rows(implementation, weight_format, group_size, dtype):
     first, second, x, weights, ids = block_of(weight_format, group_size)
@@ -129,7 +145,9 @@ def test_a_layer_uses_its_fixed_scales_for_rows_of_e4m3_alone():
 def test_quantised_rows_are_named_where_they_cannot_be():
     first, second, x, weights, ids = block_of("int4", 128)
     arguments = jax.device_put(x), first.packed(), second.packed(), jax.device_put(weights), jax.device_put(ids)
-    with pytest.raises(ValueError, match=r"activation_dtype is 'bfloat16'; it must be None .* 'float8_e4m3fn', 'int8'"):
+    with pytest.raises(
+        ValueError, match=r"activation_dtype is 'bfloat16'; it must be None .* 'float8_e4m3fn', 'f.*8', 'int8'"
+    ):
         jmm.fused_moe(*arguments, activation_dtype="bfloat16")
     quantizer = jmm.IntermediateQuantizer.static_fp8(1.0)
     with pytest.raises(ValueError, match="activation_dtype is 'int8' and intermediate is not None; it must be None: s"):
@@ -156,38 +174,6 @@ def test_the_reference_has_no_derivative_of_rounding_either(activation_dtype):
     with pytest.raises(NotImplementedError, match=r"rounding to (e4m3|integers) has no derivative"):
         jax.eval_shape(jax.grad(total), rows)
     np.testing.assert_array_equal(jax.grad(lambda rows: (rows + jax.lax.stop_gradient(total(rows))).sum())(rows), 1)
-
-
-@pytest.mark.parametrize(
-    ("weight_format", "group_size", "dtype", "architecture", "message"),
-    [
-        (
-            "int4",
-            64,
-            "int8",
-            "sm_90a",
-            r"gate_up has format 'int4', groups of 64, K = 256 and N = 256;.*groups of 128 or one group.*: pass None",
-        ),
-        ("int8", 128, "float8_e4m3fn", "sm_90a", "gate_up has format 'int8'.*take int4, int4_zp and fp8"),
-        ("nvfp4", 16, "float8_e4m3fn", "sm_90a", "gate_up has format 'nvfp4'"),
-        ("int4", 128, "int8", "sm_80", "on compute capability 9.0 alone; this is 8.0: pass None"),
-    ],
-)
-def test_what_cuda_does_not_multiply_is_refused_by_name(weight_format, group_size, dtype, architecture, message):
-    first, second, *_ = block_of(weight_format, group_size, bias=False)
-    with pytest.raises(ValueError, match=message):
-        plan.plan_fused_moe(
-            jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16),
-            first.packed(),
-            second.packed(),
-            tokens=TOKENS,
-            top_k=2,
-            routed_experts=EXPERTS,
-            mapped=False,
-            activation=get_activation("silu"),
-            architecture=architecture,
-            activation_dtype=dtype,
-        )
 
 
 def test_a_layer_quantises_rows_for_its_experts_and_not_for_its_router():

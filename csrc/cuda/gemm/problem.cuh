@@ -13,8 +13,9 @@ constexpr int kSubTileColumns = 16;                        // of a unit: the row
 constexpr int kSubTiles = kUnitColumns / kSubTileColumns;  // of a unit
 
 // Facts: Problem of jax_marlin_moe/cuda/kernels/problem.py.
-template <class Facts>
+template <class Facts_>
 struct Problem {
+  using Facts = Facts_;
   using T = typename Facts::Element;  // of x
   using Code = typename Facts::Code;
   using Scale = typename Facts::Scale;                         // type of the scales

@@ -22,6 +22,10 @@ __device__ __forceinline__ uint32_t opaque_zero() {
   return zero;
 }
 
+__device__ __forceinline__ void copy4(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // `copy16`, or zeros in its place: nothing is read then.
 __device__ __forceinline__ void copy16_or_zeros(uint32_t shared, const void* global, bool copies) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(copies ? 16 : 0)

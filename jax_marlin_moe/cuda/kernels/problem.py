@@ -30,6 +30,7 @@ class GemmShape:
         scale: the type of the scales: a float dtype, "e4m3" or "e8m0".
         zeros: "integer" or "float" where each group has a zero point of its own.
         dtype: of the activations: 16 bits, or 8 where rows are quantised.
+        row_groups: whether each 128 columns of such rows have a scale of their own.
     """
 
     k: int
@@ -42,6 +43,7 @@ class GemmShape:
     scale: str
     zeros: str | None
     dtype: str
+    row_groups: bool = False
 
     @property
     def has_byte_rows(self) -> bool:

@@ -8,9 +8,13 @@ _THREADS = 128
 _SUMMED = 128  # columns that share a sum
 
 
-def row_stride(columns: int, *, sums: bool) -> int:
-    """Bytes from a quantised row to the next: its columns, and 64 for each 16 sums of 128 of them."""
-    return columns + (64 * -(-columns // (16 * _SUMMED)) if sums else 0)
+def row_stride(columns: int, *, sums: bool, groups: bool) -> int:
+    """Bytes from a quantised row to the next.
+
+    Its columns, 64 for each 16 sums of 128 of them, and whole sixteens for scales of 128 of them.
+    """
+    stride = columns + (64 * -(-columns // (16 * _SUMMED)) if sums else 0)
+    return stride + (16 * -(-columns // (4 * _SUMMED)) if groups else 0)
 
 
 def quantize_rows_kernel(
@@ -21,8 +25,10 @@ def quantize_rows_kernel(
     dtype: str,
     to: str,
     *,
+    wide: bool,
     halves_apart: bool,
     sums: bool,
+    groups: bool,
     places: bool,
     in_units: bool,
     from_previous: bool,
@@ -32,15 +38,16 @@ def quantize_rows_kernel(
     scales: int,
     overlaps_predecessor: bool,
 ) -> Kernel:
-    """Rows of x to 8 bits for a product, a scale for each row, and sums if it wants them.
+    """Rows of x to 8 bits for a product, a scale for each row or `groups` of 128 columns, and sums if it wants them.
 
+    `wide` says that the product multiplies 16 bits: the values go to numbers of x's type, in order, without sums.
     `halves_apart` says which of two orders the bytes of the product's fragments have (`wgmma_bytes.halves_apart`).
     `places` says whether x has the columns of a unit in the order of its scales, as the first product leaves them.
     `in_units` says that x has values of the type already, in units of scales that are known, `from_previous` that the
     kernel before writes x.
 
     Buffers: x [rows, source_stride], fixed [1], a scale of all rows, or None; out [rows, row_stride] and, unless
-    `in_units`, scales [rows], which it writes.
+    `in_units` or there are `groups`, scales [rows], which it writes.
     """
     row_threads = 128 if columns > 8192 else 64 if columns > 4096 else 32
     return Kernel(
@@ -51,12 +58,14 @@ def quantize_rows_kernel(
             "Facts": {
                 "element": ELEMENT_TYPES[dtype],
                 "byte": ELEMENT_TYPES[to],
+                "wide": wide,
                 "rows": rows,
                 "columns": columns,
                 "source_stride": source_stride,
                 "halves_apart": halves_apart,
-                "stride": row_stride(columns, sums=sums),
+                "stride": row_stride(columns, sums=sums, groups=groups),
                 "sums": sums,
+                "groups": groups,
                 "places": places,
                 "fixed": fixed is not None,
                 "in_units": in_units,
@@ -66,8 +75,8 @@ def quantize_rows_kernel(
         pointers={
             "x": Pointer(x, dtype),
             "fixed": optional(fixed, "float32"),
-            "bytes": Pointer(out, to, written=True),
-            "scales": None if in_units else Pointer(scales, "float32", written=True),
+            "bytes": Pointer(out, dtype if wide else to, written=True),
+            "scales": None if in_units or groups else Pointer(scales, "float32", written=True),
         },
         threads=_THREADS,
         shared_bytes=0,

@@ -21,9 +21,6 @@ _MULTIPLIED = {
     ("int8", "int8"),
 }
 
-# The formats of these, in words.
-FORMATS = {"float8_e4m3fn": "int4, int4_zp and fp8", "int8": "int4, int4_zp, int8 and int8_zp"}
-
 _OTHER_CONSUMER_REGISTERS = 8  # of a thread that multiplies, beside sums and fragments
 _PRODUCER_REGISTERS = 24
 _FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
@@ -84,9 +81,10 @@ class WgmmaByteTile:
         }
 
     def stage_bytes(self, shape: GemmShape) -> int:
-        """Tokens, weights, scales and zero points of one stage."""
+        """Tokens, weights, scales and zero points of one stage, and scales of the tokens."""
         columns = UNIT * self.warpgroups_n * self.sub_tiles
-        return self.tokens * BLOCK_K + BLOCK_K * columns * shape.bits // 8 + columns * shape.group_bits // 8
+        rows = self.tokens * (BLOCK_K + 4 * shape.row_groups)
+        return rows + BLOCK_K * columns * shape.bits // 8 + columns * shape.group_bits // 8
 
     def shared_bytes(self, shape: GemmShape) -> int:
         """Dynamic shared memory of a CTA: the ring, two records of work tiles, barriers."""

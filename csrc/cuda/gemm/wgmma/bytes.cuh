@@ -51,6 +51,10 @@ struct WgmmaByteColumns {
   __device__ __forceinline__ int word(int p) const { return first / 2 + (p ^ int(exchanged)); }
 };
 
+// Keeps what follows in the program behind the products that were committed: ptxas would put the making of fragments
+// among them, and the tensor cores would wait.
+__device__ __forceinline__ void issue_products() { __syncwarp(); }
+
 template <class Shape>
 struct WgmmaByteWeights {
   using Problem = typename Shape::Problem;
@@ -98,6 +102,25 @@ struct WgmmaByteWeights {
                                                const float (&scales)[2]) {
 #pragma unroll
     for (int s = 0; s < kSums; ++s) sums[s] = fmaf(static_cast<float>(part[s]), scales[s / 2 % 2], sums[s]);
+  }
+  // The same where each row has a scale for the k-block. Returns bits of all that it has loaded.
+  template <class Sum, int kSums>
+  __device__ __forceinline__ static uint32_t close_rows(float (&sums)[kSums], const Sum (&part)[kSums],
+                                                        const float (&scales)[2], uint32_t weights, const Lane& lane) {
+    const uint32_t rows = weights + Storage::kRowScalesAt + lane.lane % 4 * 8;
+    uint32_t loaded = 0;
+#pragma unroll
+    for (int t = 0; t < kSums / 4; ++t) {
+      uint32_t of_rows[2];
+      load_shared_words(of_rows, rows + 32 * t);
+      loaded |= of_rows[0] | of_rows[1];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int s = 4 * t + i;
+        sums[s] = fmaf(static_cast<float>(part[s]) * __uint_as_float(of_rows[i % 2]), scales[i / 2], sums[s]);
+      }
+    }
+    return loaded;
   }
 };
 
@@ -154,52 +177,84 @@ struct WgmmaByteZeros {
     }
   }
 
-  // On mma.sync: as sums of wgmma those of the tile would have to lie side by side, which takes registers that there
-  // are not.
+  // Slab by slab, as the product is: sums over as many stages as the ring can spare, in the registers of a k-block's.
   template <int kN>
   __device__ __forceinline__ static void add(const Gemm& gemm, const Shared& shared, const Record& record,
                                              const Lane& lane, Stage stage, float (&sums)[Tile::kSubTiles][kN / 2]) {
-    const int g = lane.lane / 4, t = lane.lane % 4;
+    constexpr int kMost = Tile::kStages / 2, kHeld = Stages::kCount < kMost ? Stages::kCount : kMost;
+    int first = 0;
 #pragma unroll 1
-    for (int s = 0; s < Stages::kCount; ++s) {
-      Consumer::acquire(shared, stage);
-      const int first_group = Stages::first_group(s);
-      uint32_t high[Tile::kSubTiles][4], low[Tile::kSubTiles][4], loaded = 0;
+    for (; first + kHeld <= Stages::kCount; first += kHeld) {
+      add_stages<kN, kHeld>(gemm, shared, record, lane, first, stage, sums);
+    }
+    if constexpr (Stages::kCount % kHeld > 0) {
+      add_stages<kN, Stages::kCount % kHeld>(gemm, shared, record, lane, first, stage, sums);
+    }
+  }
+
+ private:
+  struct Fragments {
+    uint32_t high[4], low[4];  // low parts if kSplitsScales
+  };
+
+  // The A fragment of slab j in stage s: two k-blocks in a register.
+  __device__ __forceinline__ static void make(Fragments& a, const Gemm& gemm, const Record& record, uint32_t scales_at,
+                                              int s, int j, const Lane& lane) {
 #pragma unroll
-      for (int j = 0; j < Tile::kSubTiles; ++j)
+    for (int half = 0; half < 2; ++half) {
+      const int k_block = 16 * s + 8 * half + 2 * (lane.lane % 4);
+      float first[2], second[2];
+      scaled_zeros(first, gemm, record, scales_at, Stages::first_group(s), j, k_block, lane);
+      scaled_zeros(second, gemm, record, scales_at, Stages::first_group(s), j, k_block + 1, lane);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int k_block = 16 * s + 8 * half + 2 * t;
-          float first[2], second[2];
-          scaled_zeros(first, gemm, record, shared.weights(stage.at), first_group, j, k_block, lane);
-          scaled_zeros(second, gemm, record, shared.weights(stage.at), first_group, j, k_block + 1, lane);
-#pragma unroll
-          for (int b = 0; b < 2; ++b) {
-            high[j][2 * half + b] = pair(first[b], second[b]);
-            if constexpr (kSplitsScales) low[j][2 * half + b] = pair(rest(first[b]), rest(second[b]));
-            loaded |= high[j][2 * half + b];
-          }
-        }
-      const uint32_t tails = shared.tokens(stage.at) + g * 128 + (t ^ g) * 16;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-        uint32_t tail[4];  // high parts of sums 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a row, and low ones
-        load_shared_words(tail, tails + n * 1024);
-        const uint32_t high_sums[2] = {tail[0], tail[1]}, low_sums[2] = {tail[2], tail[3]};
-        loaded |= tail[3];
-#pragma unroll
-        for (int j = 0; j < Tile::kSubTiles; ++j) {
-          float d[4] = {sums[j][4 * n], sums[j][4 * n + 1], sums[j][4 * n + 2], sums[j][4 * n + 3]};
-          mma_16x8x16<BFloat>(d, high[j], high_sums);
-          mma_16x8x16<BFloat>(d, high[j], low_sums);
-          if constexpr (kSplitsScales) mma_16x8x16<BFloat>(d, low[j], high_sums);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[j][4 * n + i] = d[i];
-        }
+      for (int b = 0; b < 2; ++b) {
+        a.high[2 * half + b] = pair(first[b], second[b]);
+        if constexpr (kSplitsScales) a.low[2 * half + b] = pair(rest(first[b]), rest(second[b]));
       }
-      Consumer::release(shared, stage.at, lane, loaded);
+    }
+    wgmma_operand_ready(a.high);
+    if constexpr (kSplitsScales) wgmma_operand_ready(a.low);
+  }
+
+  template <int kN, int kHere>
+  __device__ __forceinline__ static void add_stages(const Gemm& gemm, const Shared& shared, const Record& record,
+                                                    const Lane& lane, int first, Stage& stage,
+                                                    float (&sums)[Tile::kSubTiles][kN / 2]) {
+    using Product = Wgmma<BFloat, kN>;
+    constexpr int kLow = 32;  // bytes of a row from high parts to low ones
+    constexpr int kProducts = Tile::kSubTiles * kHere;
+    int places[kHere];
+#pragma unroll
+    for (int s = 0; s < kHere; ++s) {
+      Consumer::acquire(shared, stage);
+      places[s] = stage.at;
       stage.advance();
     }
+    float part[kN / 2];
+    Fragments a[2];  // being made, and in use
+    make(a[0], gemm, record, shared.weights(places[0]), first, 0, lane);
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) {
+      const int j = i / kHere, s = i % kHere, next = i + 1;
+      const WgmmaRows row_sums(shared.tokens(places[s]));
+      wgmma_fence();
+      Product::run(part, a[i % 2].high, row_sums.at(0), s > 0);
+      Product::run(part, a[i % 2].high, row_sums.at(kLow), true);
+      if constexpr (kSplitsScales) Product::run(part, a[i % 2].low, row_sums.at(0), true);
+      wgmma_commit();
+      issue_products();
+      if (next < kProducts) {
+        wgmma_wait<1>();  // the fragment before is free
+        make(a[next % 2], gemm, record, shared.weights(places[next % kHere]), first + next % kHere, next / kHere, lane);
+      }
+      if (s + 1 == kHere) {
+        wgmma_wait<0>();
+#pragma unroll
+        for (int t = 0; t < kN / 2; ++t) sums[j][t] += part[t];
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kHere; ++s) Consumer::release(shared, places[s], lane, 0);  // all that was loaded is in use
   }
 };
 
@@ -243,6 +298,7 @@ struct WgmmaByteProduct {
           Wgmma<typename Shape::T, kN>::run(part, a[j % 2][f], tokens.at(f * 32), f > 0);
         }
         wgmma_commit();
+        issue_products();
         if (j + 1 < Tile::kSubTiles) {
           Weights::make(a[(j + 1) % 2], weights, j + 1, lane);
         } else if (k_block + 1 < KBlocks::kCount) {
@@ -252,8 +308,12 @@ struct WgmmaByteProduct {
         float scales[2];
         Weights::load_scales(scales, weights, j, lane);
         wgmma_wait<0>();
-        Weights::close(sums[j], part, scales);
         loaded = __float_as_uint(scales[0]) | __float_as_uint(scales[1]);
+        if constexpr (WgmmaStorage<Shape>::kRowGroups) {
+          loaded |= Weights::close_rows(sums[j], part, scales, weights, lane);
+        } else {
+          Weights::close(sums[j], part, scales);
+        }
       }
       Consumer::release(shared, here.at, lane, loaded);
     }

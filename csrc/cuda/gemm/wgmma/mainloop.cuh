@@ -158,7 +158,8 @@ struct WgmmaConsumer {
           const int column = first_column + 16 * p;
           if constexpr (kQuantizes<Epilogue>) {
             const int s = 4 * t + i;
-            gemm.epilogue.store_pair(expert, slot, column, float2{sums[p][s] * factors[0], sums[p][s + 2] * factors[0]},
+            gemm.epilogue.store_pair(expert, slot, factor, column,
+                                     float2{sums[p][s] * factors[0], sums[p][s + 2] * factors[0]},
                                      float2{up[s] * up_factor, up[s + 2] * up_factor});
           } else {
 #pragma unroll

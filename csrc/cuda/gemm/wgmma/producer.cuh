@@ -280,6 +280,15 @@ struct WgmmaProducer {
       mbarrier_arrive(shared.record_full(record.at));
       record.advance();
 
+      const float* scales_of_row = nullptr;  // of the row that this thread has in the record
+      if constexpr (Storage::kRowGroups) {
+        static_assert(Tile::kTokens <= 128, "a thread for each row");
+        constexpr int kBytes = (KBlocks::kCount * 4 + 15) / 16 * 16;
+        const int64_t row = max(slots[0], 0) / Problem::kSlotsPerRow + (slots[0] >= 0 ? shift : 0);
+        scales_of_row = reinterpret_cast<const float*>(reinterpret_cast<const unsigned char*>(gemm.operands.x) +
+                                                       (row + 1) * Problem::kRowStride - kBytes);
+      }
+
       // Fill the stages.
       const uint4* source = reinterpret_cast<const uint4*>(gemm.operands.x);
 #pragma unroll 1
@@ -302,6 +311,11 @@ struct WgmmaProducer {
           } else {
             copy16_or_zeros(target + i * kRowStep * 128, first + offsets[i],
                             !repeats || piece >= KBlocks::kMissingRows / Problem::kPieceValues);
+          }
+        }
+        if constexpr (Storage::kRowGroups) {
+          if (slots[0] >= 0) {
+            copy4(shared.weights(stage.at) + Storage::kRowScalesAt + 4 * thread, scales_of_row + k_block);
           }
         }
         mbarrier_arrive_after_copies(shared.full(stage.at));

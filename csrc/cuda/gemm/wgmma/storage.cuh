@@ -41,7 +41,12 @@ struct WgmmaStorage {
   struct StageWithZeros : StageWithoutZeros {
     unsigned char zeros[kScaleUnits * (Zeros::kStored ? Zeros::kUnitBytes : 1)];
   };
-  using WeightStage = typename Select<Zeros::kStored, StageWithZeros, StageWithoutZeros>::Type;
+  using StageOfWeights = typename Select<Zeros::kStored, StageWithZeros, StageWithoutZeros>::Type;
+  struct StageWithRowScales : StageOfWeights {
+    float row_scales[Tile::kTokens];  // of the k-block
+  };
+  static constexpr bool kRowGroups = has_row_groups<typename Shape::Problem>();
+  using WeightStage = typename Select<kRowGroups, StageWithRowScales, StageOfWeights>::Type;
 
   static constexpr int kFactors = kIsByte<typename Shape::T> ? 2 : 1;
   // What the consumers need to know about a work tile.
@@ -77,7 +82,7 @@ struct WgmmaStorage {
   static constexpr int kPartialsAt = sizeof(Rings);
   static constexpr int kBarriersAt = sizeof(Data);
   static constexpr int kScalesAt = sizeof(StageWithoutZeros::packed);
-  static constexpr int kZerosAt = sizeof(StageWithoutZeros);
+  static constexpr int kZerosAt = sizeof(StageWithoutZeros), kRowScalesAt = sizeof(StageOfWeights);
   static constexpr int kTokenTilesAt = sizeof(Bytes);  // the table of grouped token tiles
   static constexpr int kSharedBytes = kTokenTilesAt + Shape::TokenTiles::kSharedBytes;
   static_assert(Shape::TokenTiles::kScratchBytes <= kRecordsAt, "the ring lends its memory before it is filled");

@@ -42,6 +42,13 @@ struct WgmmaTile {
   static_assert(kStages >= 2 * kWarpgroupsK, "a warpgroup waits for its next stage before it releases this one");
 };
 
+// Whether rows have a scale for each 128 columns, behind the rest of a row: rows of 8 bits may.
+template <class Problem>
+__device__ constexpr bool has_row_groups() {
+  if constexpr (kIsByte<typename Problem::T>) return Problem::Facts::kRowGroups;
+  return false;
+}
+
 // What products with rows of any type have in common: a work tile's place among packed units, its stages and sums.
 template <class Problem_, class Tile_, class TokenTiles_, class Epilogue_>
 struct WgmmaWorkTiles {
