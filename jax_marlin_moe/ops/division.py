@@ -186,34 +186,9 @@ def label(
         rows: the operands whose first dimension is that of rows, none where rows cannot be divided.
         types: of the results.
     """
-    sizes: dict[str, list[tuple[int, int]]] = {}  # extents, and what parts must be multiples of
-
-    def use(name: str | None, extent: int, step: int = 1) -> None:
-        if name is not None:
-            sizes.setdefault(name, []).append((extent, step))
-
     by_name = dict(zip(names, operands, strict=True))
     columns_of_results = division.results or [None] * len(types)
-    for operand, (of_rows, of_columns) in division.matrices.items():
-        weights = by_name[operand]
-        use(EXPERTS, weights.num_experts)
-        use(of_rows, weights.padded_k, _row_step(weights))
-        use(of_columns, weights.padded_n, TILE_N)
-    for operand, of_columns in division.columns.items():
-        use(of_columns, by_name[operand].shape[1])
-    for of_columns, type_ in zip(columns_of_results, types, strict=True):
-        use(of_columns, type_.shape[1] if type_.ndim > 1 else 1)
-    units = {}
-    for name, uses in sizes.items():
-        extents, step = {extent for extent, _ in uses}, math.lcm(*(step for _, step in uses))
-        if len(extents) == 1 and min(extents) > 0 and min(extents) % step == 0:
-            units[name] = min(extents) // step
-    counts = [leaf.shape[0] for name in rows for leaf in jax.tree.leaves(by_name[name])]
-    if counts:
-        count = min(*counts, *(type_.shape[0] for type_ in types))
-        if count and not any(extent % count for extent in [*counts, *(type_.shape[0] for type_ in types)]):
-            units[ROWS] = count
-
+    units = _units(division, by_name, rows, columns_of_results, types)
     labels: list[tuple[str | None, ...]] = []
     weights_of: list[str | None] = []
     wholes: dict[tuple[int, int], str] = {}
@@ -240,6 +215,42 @@ def label(
         for of_columns, type_ in zip(columns_of_results, types, strict=True)
     ]
     return Labels(labels, results, units, weights_of, wholes)
+
+
+def _units(
+    division: Division,
+    by_name: Mapping[str, Any],
+    rows: Sequence[str],
+    columns_of_results: Sequence[str | None],
+    types: Sequence[jax.core.ShapedArray],
+) -> dict[str, int]:
+    """By label, the units that devices may divide; labels whose dimensions do not agree on units have none."""
+    sizes: dict[str, list[tuple[int, int]]] = {}  # extents, and what parts must be multiples of
+
+    def use(name: str | None, extent: int, step: int = 1) -> None:
+        if name is not None:
+            sizes.setdefault(name, []).append((extent, step))
+
+    for operand, (of_rows, of_columns) in division.matrices.items():
+        weights = by_name[operand]
+        use(EXPERTS, weights.num_experts)
+        use(of_rows, weights.padded_k, _row_step(weights))
+        use(of_columns, weights.padded_n, TILE_N)
+    for operand, of_columns in division.columns.items():
+        use(of_columns, by_name[operand].shape[1])
+    for of_columns, type_ in zip(columns_of_results, types, strict=True):
+        use(of_columns, type_.shape[1] if type_.ndim > 1 else 1)
+    units = {}
+    for name, uses in sizes.items():
+        extents, step = {extent for extent, _ in uses}, math.lcm(*(step for _, step in uses))
+        if len(extents) == 1 and min(extents) > 0 and min(extents) % step == 0:
+            units[name] = min(extents) // step
+    counts = [leaf.shape[0] for name in rows for leaf in jax.tree.leaves(by_name[name])]
+    if counts:
+        count = min(*counts, *(type_.shape[0] for type_ in types))
+        if count and not any(extent % count for extent in [*counts, *(type_.shape[0] for type_ in types)]):
+            units[ROWS] = count
+    return units
 
 
 def _row_step(weights: MarlinWeights) -> int:
