@@ -13,7 +13,8 @@ TOKEN_TILES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 _MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
 OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
 
-# Fitted to 91 products of four blocks with 128 to 16384 tokens on an H200 (benchmarks/NOTES.md, "Tiles for many rows").
+# Fitted to 91 products of four blocks with 128 to 16384 tokens on an H200 (benchmarks/NOTES.md, "Tiles for many rows,
+# and one FMA for a weight").
 _TENSOR_RATE = 1.05  # of 2048 multiply-adds a cycle, at the cycles of the card's table
 _ISSUE_RATE = 0.74
 _LESSER_SHARE = 0.86  # of the shorter of products and instructions: they hardly hide each other
