@@ -48,11 +48,12 @@ def expected_blocks(num_slots: int, routed_experts: int, num_experts: int, token
     return num_experts * blocks
 
 
-def candidates(shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
+@functools.lru_cache(maxsize=256)  # programs of one block for different numbers of rows have the same
+def candidates(shape: GemmShape, tokens: int, capability: int) -> tuple[Tile, ...]:
     """Every tile of any kernel of the architecture worth considering: it fits."""
-    return [
+    return tuple(
         tile for name in kernels_of(shape, capability) for tile in KERNELS[name].candidates(shape, tokens, capability)
-    ]
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -71,7 +72,7 @@ def choose_tile(
     found = candidates(shape, tokens, capability)
     if tokens == mma.TOKEN_TILES[0]:
         # With eight rows a block `mma.sync` was ahead wherever both were measured: others are left to tables there.
-        found = [tile for tile in found if isinstance(tile, mma.MmaTile)]
+        found = tuple(tile for tile in found if isinstance(tile, mma.MmaTile))
     if not found:
         raise ValueError(f"no kernel tile supports {shape} with {tokens}-row blocks on compute capability {capability}")
     return _cheapest(found, shape, expected_blocks, rows, capability)

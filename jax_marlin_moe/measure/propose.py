@@ -46,10 +46,8 @@ def propose(
         blocks = slots if routing == "direct" else max(experts_hit, expected_blocks(slots, experts, experts, size))
         ranked = []
         for shape in (first, second):
-            tiles = candidates(shape, size, capability)
             cost = methodcaller("predicted_microseconds", shape, blocks, slots / blocks, capability)
-            tiles.sort(key=cost)
-            ranked.append(tiles[:tiles_per_product])
+            ranked.append(sorted(candidates(shape, size, capability), key=cost)[:tiles_per_product])
         if all(ranked):
             count = max(map(len, ranked))
             groups.append([BlockScheme(routing, *(tiles[i % len(tiles)] for tiles in ranked)) for i in range(count)])
