@@ -4,6 +4,7 @@ Like `jax_marlin_moe.reference`, it is what runs where no kernel does, and impor
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +48,10 @@ def moe_layer(
         y = weighted_sum(rows, gate_up, down, topk_weights, topk_ids, expert_map, activation=activation)
         return drop_column_padding(y, down)
 
+    arrays = router, router_bias, correction_bias, expert_scale, router_input, router_input_scale, topk_ids
     return composed_layer(
         x,
-        router,
-        router_bias,
-        correction_bias,
-        expert_scale,
-        router_input,
-        router_input_scale,
-        topk_ids,
+        RouterArrays(*arrays),
         routing=routing,
         norm_epsilon=norm_epsilon,
         out_dtype=out_dtype,
@@ -64,15 +60,37 @@ def moe_layer(
     )
 
 
+class RouterArrays(NamedTuple):
+    """What a layer's choice of experts follows from, beside x."""
+
+    router: Float[Array, "H experts"]
+    bias: Float[Array, " experts"] | None
+    correction_bias: Float[Array, " experts"] | None
+    expert_scale: Float[Array, " experts"] | None
+    input: Float[Array, "tokens H"] | None
+    input_scale: Float[Array, " H"] | None
+    topk_ids: Int32[Array, "tokens top_k"] | None
+
+    def choose(
+        self, x: Float[Array, "tokens H"], routing: Routing, norm_epsilon: float
+    ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
+        """Router weights and ids; of x, which may have padding, the router reads as many columns as it has rows."""
+        return route_rows(
+            x[:, : self.router.shape[0]] if self.input is None else self.input,
+            self.router,
+            routing,
+            router_bias=self.bias,
+            correction_bias=self.correction_bias,
+            expert_scale=self.expert_scale,
+            input_scale=self.input_scale,
+            norm_epsilon=norm_epsilon,
+            ids=self.topk_ids,
+        )
+
+
 def composed_layer(
     x: Float[Array, "tokens H"],
-    router: Float[Array, "H experts"],
-    router_bias: Float[Array, " experts"] | None,
-    correction_bias: Float[Array, " experts"] | None,
-    expert_scale: Float[Array, " experts"] | None,
-    router_input: Float[Array, "tokens H"] | None,
-    router_input_scale: Float[Array, " H"] | None,
-    topk_ids: Int32[Array, "tokens top_k"] | None,
+    router: RouterArrays,
     *,
     routing: Routing,
     norm_epsilon: float,
@@ -84,33 +102,17 @@ def composed_layer(
     """`moe_layer` of a block and a shared expert that are given.
 
     Args:
-        x: as for `moe_layer`, as are the router's operands behind it.
-        router: likewise.
-        router_bias: likewise.
-        correction_bias: likewise.
-        expert_scale: likewise.
-        router_input: likewise.
-        router_input_scale: likewise.
-        topk_ids: likewise.
+        x: as for `moe_layer`.
+        router: what chooses.
         routing: the model's rule.
-        norm_epsilon: of the norm that `router_input_scale` asks for.
+        norm_epsilon: of the norm that the router's input scale asks for.
         out_dtype: of the sum.
         block: rows, router weights and ids to the sums over experts, [rows, columns], not rounded where anything is
             added to them. Columns may have padding behind those of x.
         shared: rows to what the shared expert adds in float32, [rows, columns]; None where there is none.
         keep: those of all rows that `block` computes.
     """
-    topk_weights, ids = route_rows(
-        x[:, : router.shape[0]] if router_input is None else router_input,
-        router,
-        routing,
-        router_bias=router_bias,
-        correction_bias=correction_bias,
-        expert_scale=expert_scale,
-        input_scale=router_input_scale,
-        norm_epsilon=norm_epsilon,
-        ids=topk_ids,
-    )
+    topk_weights, ids = router.choose(x, routing, norm_epsilon)
     if routing.apply_on_input:
         rows = weighted_rows(x, topk_weights)
         y = block(rows, jnp.ones((rows.shape[0], 1), jnp.float32), ids.reshape(-1, 1))
@@ -119,7 +121,7 @@ def composed_layer(
         y = block(x, topk_weights, ids)
     x, topk_weights, ids = keep(x), keep(topk_weights), keep(ids)
     if routing.identity_experts:
-        y = y + identity_sum(x, topk_weights, ids, router.shape[1] - routing.identity_experts, y.shape[1])
+        y = y + identity_sum(x, topk_weights, ids, router.router.shape[1] - routing.identity_experts, y.shape[1])
     if shared is not None:
         extra = shared(x)
         y = y + jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1])))

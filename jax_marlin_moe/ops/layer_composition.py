@@ -67,15 +67,10 @@ def composition(
     routed["out_dtype"] = jnp.dtype(jnp.float32) if adds else dtype
     if activation_dtype is not None:
         routed |= {"x_scale": x_scale, "intermediate": intermediate}
+    arrays = router, router_bias, correction_bias, expert_scale, router_input, router_input_scale, topk_ids
     return reference_layer.composed_layer(
         x,
-        router,
-        router_bias,
-        correction_bias,
-        expert_scale,
-        router_input,
-        router_input_scale,
-        topk_ids,
+        reference_layer.RouterArrays(*arrays),
         routing=routing,
         norm_epsilon=norm_epsilon,
         out_dtype=dtype,
