@@ -40,7 +40,7 @@ from benchmarks.record import recorded_run, with_rows
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.measure.models import LAYERS, MODELS, ModelShape
 from jax_marlin_moe.measure.random_layers import random_layers
-from jax_marlin_moe.ops.moe_layer import composition
+from jax_marlin_moe.ops.layer_composition import composition
 
 # The first call of a sample waits for the host, the others do not: there are many of them where a call is short.
 _SAMPLE_MICROSECONDS = 20_000
