@@ -184,6 +184,23 @@ def test_the_cost_model_leaves_blocks_of_eight_rows_to_mma(code):
         assert isinstance(scheme.down, MmaTile)
 
 
+def test_more_tokens_are_not_predicted_to_take_less_time():
+    """A program's tiles are those of its range of token counts, whatever they are in the next one."""
+    first, second = shape_of(2048, 1536, gated=True), shape_of(768, 2048)
+    times = []
+    for tokens in (1024, 1280, 1536, 1792, 2048, 2560, 3072):
+        slots = tokens // 16 * 8  # of 8 experts, as of 128
+        scheme = choose.predicted_scheme(first, second, slots, 8, 8, 90)
+        blocks = choose.expected_blocks(slots, 8, 8, scheme.gate_up.tokens)
+        times.append(
+            sum(
+                tile.predicted_microseconds(shape, blocks, slots / blocks, 90)
+                for tile, shape in ((scheme.gate_up, first), (scheme.down, second))
+            )
+        )
+    assert times == sorted(times)
+
+
 def test_the_cost_model_overlaps_the_products_of_short_blocks():
     first, second = shape_of(2048, 1536, gated=True), shape_of(768, 2048)
     for slots, overlaps in ((8, True), (128, True), (65536, False)):
