@@ -212,7 +212,7 @@ struct GroupedTiles {
         const int e = threadIdx.x * kExpertsOfThread + i;
         if (e < kExperts) scratch.firsts[e] = start;
         for (int row = 0; row < int(counts[i]); row += kRows) {
-          made.tiles[(start >> 16) + row / kRows] = {e | min(kRows, int(counts[i]) - row) << 16,
+          made.tiles[(start >> 16) + row / kRows] = {uint32_t(e | min(kRows, int(counts[i]) - row) << 16),
                                                      (start & 0xFFFF) + row};
         }
         start += counts[i] | tiles_of(counts[i]) << 16;

@@ -226,9 +226,10 @@ class Checkpoint:
             unless `jax_enable_x64` is set.
 
         Raises:
+            TypeError: the name is not a string.
             ValueError: there is no such tensor, or JAX cannot hold its values without `jax_enable_x64`.
         """
-        return self._tensors.tensor(name)
+        return self._tensors.tensor(_checked_name(name))
 
     def linear(self, name: str) -> MarlinWeights | jax.Array:
         """Reads one linear, quantised or not: of attention, of a dense layer, the head.
@@ -242,9 +243,10 @@ class Checkpoint:
             [K, N] in the dtype of the file, whose bias is a tensor of its own.
 
         Raises:
+            TypeError: the name is not a string.
             ValueError: there is no such linear, or it is stored in a way that is not supported.
         """
-        return self._tensors.linear(name)
+        return self._tensors.linear(_checked_name(name))
 
     @functools.cached_property
     def _tensors(self) -> ModelTensors:
@@ -299,6 +301,13 @@ class Checkpoint:
             more = f"; others, by name: {', '.join(further)}" if further else ""
             raise ValueError(f"{self.folder}: layer {layer} has no experts; layers with experts: {found}{more}")
         return layer
+
+
+def _checked_name(name: str) -> str:
+    """The name of a tensor or a module. Raises TypeError unless it is a string: a number is a layer's."""
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}; it must be a string, as in the file, such as 'lm_head'")
+    return name
 
 
 def _check_families(families: Sequence[Family]) -> None:

@@ -111,6 +111,12 @@ def test_names_that_are_none(call, name, message):
         getattr(Checkpoint(DATA / "ck_q3"), call)(name)
 
 
+@pytest.mark.parametrize("call", ["tensor", "linear"])
+def test_names_are_strings(call):
+    with pytest.raises(TypeError, match=r"name is 3; it must be a string, as in the file"):
+        getattr(Checkpoint(DATA / "ck_q3"), call)(3)
+
+
 def test_a_linear_of_no_known_scheme_is_described(tmp_path):
     checkpoint = other_checkpoint(tmp_path, {"model.extra.qweight": np.zeros((4, 4), np.int32)}, {})
     with pytest.raises(ValueError, match=r"model\.extra is stored in no way .*qweight I32; quant_method None"):
