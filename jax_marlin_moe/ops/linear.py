@@ -70,7 +70,7 @@ def linear(
     elif isinstance(expert, int | np.integer):
         if not 0 <= expert < experts:
             raise IndexError(f"expert is {expert}; it must lie in [0, {experts})")
-        expert = jnp.full((), expert, jnp.int32)
+        expert = jax.device_put(np.asarray(expert, np.int32))
     else:
         arguments.check_array("expert", expert, ndim=0, dtype=jnp.int32)
     if bias is not None:

@@ -147,6 +147,7 @@ def test_eager_calls_transfer_nothing(implementation):
         jax.vmap(block)(*batch)
         jax.lax.scan(lambda h, _: (block(h, weights, ids), None), x, length=2)
         module(x)
+        jmm.linear(x, matrices[0], expert=1, implementation=implementation)
 
 
 @pytest.mark.sampled(2)
