@@ -4,18 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from abstract_calls import ptxas_log
+from abstract_calls import needs_nvrtc, planned_block, ptxas_log
 from byte_blocks import GROUPED, quantized_block, random_block, relative_error
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import choose, compiler, plan
+from jax_marlin_moe.cuda import choose, compiler
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import MODELS
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 # Format, group size, type of scales, type of rows, hidden and inner size, tile.
 CASES = {
@@ -55,19 +52,8 @@ def shape_of(k, n, *, gated=False, dtype="float8_e4m3fn", **facts):
 
 def plan_of(name, tokens):
     first, second, x, _, ids = block_of(name, tokens, np.random.default_rng(0))
-    return plan.plan_fused_moe(
-        jax.device_put(x),
-        first.packed(),
-        second.packed(),
-        tokens=tokens,
-        top_k=ids.shape[1],
-        routed_experts=EXPERTS,
-        mapped=False,
-        activation=get_activation("silu"),
-        architecture="sm_90a",
-        scheme=scheme_of(name),
-        activation_dtype=CASES[name][3],
-    )
+    options = {"scheme": scheme_of(name), "activation_dtype": CASES[name][3]}
+    return planned_block(jax.device_put(x), first.packed(), second.packed(), top_k=ids.shape[1], **options)
 
 
 @needs_nvrtc

@@ -4,14 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from abstract_calls import ptxas_log
+from abstract_calls import needs_nvrtc, planned_block, ptxas_log
 from byte_blocks import quantized_block, random_block, relative_error
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import compiler, plan
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
+from jax_marlin_moe.cuda import compiler
 
 # Format, group size, type of scales, type of rows.
 CASES = {
@@ -36,19 +33,9 @@ def block_of(case, tokens):
 
 def plan_of(case, tokens, architecture, **options):
     first, second, x, _, ids = block_of(case, tokens)
-    return plan.plan_fused_moe(
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
-        first.packed(),
-        second.packed(),
-        tokens=tokens,
-        top_k=ids.shape[1],
-        routed_experts=EXPERTS,
-        mapped=False,
-        activation=get_activation("silu"),
-        architecture=architecture,
-        activation_dtype=case[3],
-        **options,
-    )
+    row_type, weights = jax.ShapeDtypeStruct(x.shape, x.dtype), (first.packed(), second.packed())
+    options = {"architecture": architecture, "activation_dtype": case[3]} | options
+    return planned_block(row_type, *weights, top_k=ids.shape[1], **options)
 
 
 def elements_of_products(planned):
