@@ -22,7 +22,7 @@ from printed_checks import print_failures
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.operand_types import replicated_type
-from jax_marlin_moe.ops.primitive import define_op, map_batch
+from jax_marlin_moe.ops.primitive import Op, map_batch
 from jax_marlin_moe.sharding import partition_specs, tensor_parallel
 
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 8, 128, 512, 2, 12
@@ -235,7 +235,7 @@ def partitioned_op():
     def doubled(x, table):
         return 2 * x + table[0]
 
-    op = define_op(
+    op = Op(
         "doubled",
         shape_rule=lambda x, table: [replicated_type(x, x.shape, x.dtype)],
         reference=doubled,

@@ -16,7 +16,8 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.operands import or_empty
-from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.ops.one_program import one_program
+from jax_marlin_moe.ops.primitive import Op, map_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _batching_rule(op, leaves, dims, **params):
     return map_batch(op, leaves, dims, **params)
 
 
-align_op = define_op(
+align_op = Op(
     "moe_align_block_size",
     shape_rule=_shape_rule,
     reference=reference.moe_align_block_size,

@@ -21,7 +21,8 @@ from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
-from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.ops.one_program import one_program
+from jax_marlin_moe.ops.primitive import Op, map_batch
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 
@@ -211,7 +212,7 @@ def _share(call, part, x, stack, dispatches, *, num_out_rows, implementation, **
     return [part.total(jnp.where(local[:, None] >= 0, y, 0), x.dtype), skipped[None]]
 
 
-expert_gemm_op = define_op(
+expert_gemm_op = Op(
     "expert_gemm",
     shape_rule=_shape_rule,
     reference=reference.expert_gemm,

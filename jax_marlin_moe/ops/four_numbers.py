@@ -161,7 +161,7 @@ def _primitive(name: str, type_of: Callable, form: Callable, on_cuda: Callable, 
     return primitive
 
 
-# No ops of `define_op`, whose sums over devices need these.
+# No `Op`s, whose sums over devices need these.
 _pack_share = _primitive(
     "pack_share", lambda y: replicated_type(y, _packed_shape(y), WORDS), pack_fours, _packed_on_cuda, 0
 )

@@ -44,7 +44,8 @@ from jax_marlin_moe.ops.four_numbers import WORDS, pack_fours
 from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, slot_columns
 from jax_marlin_moe.ops.input_order import gather_input_order
-from jax_marlin_moe.ops.primitive import define_op, one_program
+from jax_marlin_moe.ops.one_program import one_program
+from jax_marlin_moe.ops.primitive import Op
 from jax_marlin_moe.ops.shares import choose_shares, count_shares, split_block
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
@@ -465,7 +466,7 @@ def _share(call, part, *operands, out_dtype, **params):
     return [part.total(*call(*local, out_dtype=jnp.dtype(jnp.float32)), out_dtype)]
 
 
-fused_moe_op = define_op(
+fused_moe_op = Op(
     "fused_moe",
     shape_rule=_shape_rule,
     reference=_packing(reference.fused_moe),

@@ -26,7 +26,8 @@ from jax_marlin_moe.ops.grouped_product import (
     summed_product,
 )
 from jax_marlin_moe.ops.hidden_cotangents import activated, hidden_cotangents, hidden_cotangents_op
-from jax_marlin_moe.ops.primitive import define_op, jvp_of, map_batch
+from jax_marlin_moe.ops.primitive import Op, map_batch
+from jax_marlin_moe.ops.tangents import jvp_of
 from jax_marlin_moe.weights import MarlinWeights
 
 
@@ -197,7 +198,7 @@ def _cotangents(
     return Tangents(**found)
 
 
-fused_moe_tangent_op = define_op(
+fused_moe_tangent_op = Op(
     "fused_moe_tangent",
     shape_rule=_shape_rule,
     reference=_reference,

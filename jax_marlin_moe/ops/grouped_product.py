@@ -24,7 +24,7 @@ from jax_marlin_moe.operand_types import alike, replicated_type
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, weight_operands
 from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
-from jax_marlin_moe.ops.primitive import Op, define_op
+from jax_marlin_moe.ops.primitive import Op
 from jax_marlin_moe.weights import MarlinWeights, as_packed
 
 
@@ -272,7 +272,7 @@ def _share(
     return [part.total(*call(*operands, dtype="float32" if exact else dtype, unwritten=False), dtype)]
 
 
-grouped_product_op = define_op(
+grouped_product_op = Op(
     "grouped_product",
     shape_rule=_shape_rule,
     reference=_reference,

@@ -12,7 +12,8 @@ from jax_marlin_moe.cuda.plan_hidden import plan_hidden_cotangents
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.ops.grouped_product import slot_columns
-from jax_marlin_moe.ops.primitive import define_op, jvp_of
+from jax_marlin_moe.ops.primitive import Op
+from jax_marlin_moe.ops.tangents import jvp_of
 
 
 def activated(h: Float32[Array, "slots columns"], activation: Activation, inner: int) -> Float32[Array, "slots inner"]:
@@ -92,7 +93,7 @@ def _jvp(op, primals, tangents, *, implementation, **params):
     return results, dots
 
 
-hidden_cotangents_op = define_op(
+hidden_cotangents_op = Op(
     "hidden_cotangents",
     shape_rule=_shape_rule,
     reference=hidden_cotangents,

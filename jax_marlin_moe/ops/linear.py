@@ -20,7 +20,8 @@ from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
-from jax_marlin_moe.ops.primitive import define_op, one_program
+from jax_marlin_moe.ops.one_program import one_program
+from jax_marlin_moe.ops.primitive import Op
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_columns, pad_rows
 
 
@@ -175,7 +176,7 @@ def _share(call, part, x, weights, expert, *, implementation, batch_invariant=Fa
     return [part.total(y if expert is None else jnp.where(expert >= 0, y, 0), x.dtype)]
 
 
-linear_op = define_op(
+linear_op = Op(
     "linear",
     shape_rule=_shape_rule,
     reference=reference.linear,

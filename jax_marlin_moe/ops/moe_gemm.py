@@ -18,7 +18,8 @@ from jax_marlin_moe.ops.division import Division
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import float32_product, product_dots
 from jax_marlin_moe.ops.input_order import gather_input_order
-from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.ops.one_program import one_program
+from jax_marlin_moe.ops.primitive import Op, map_batch
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
 
@@ -281,7 +282,7 @@ def _share(
     return [part.total(y if topk_weights is None else _weighted(y, topk_weights, experts), x.dtype)]
 
 
-moe_gemm_op = define_op(
+moe_gemm_op = Op(
     "moe_gemm",
     shape_rule=_shape_rule,
     reference=reference.moe_gemm,

@@ -29,8 +29,10 @@ from jax_marlin_moe.ops.block_arguments import check_experts
 from jax_marlin_moe.ops.fused_moe import block_division, expert_block
 from jax_marlin_moe.ops.layer_arguments import ROUTER_DTYPES, check_floats, check_shared, checked_scales
 from jax_marlin_moe.ops.layer_composition import composition, shared_beside
-from jax_marlin_moe.ops.primitive import define_op, jvp_of, one_program
+from jax_marlin_moe.ops.one_program import one_program
+from jax_marlin_moe.ops.primitive import Op
 from jax_marlin_moe.ops.shares import count_shares
+from jax_marlin_moe.ops.tangents import jvp_of
 from jax_marlin_moe.routing import Routing, check_routing
 from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -427,7 +429,7 @@ def _share(call, part, x, router, gate_up, down, *rest, **params):
     return list(composition(x, router, gate_up, down, *rest, **params, block=block, keep=part.keep))
 
 
-moe_layer_op = define_op(
+moe_layer_op = Op(
     "moe_layer",
     shape_rule=_shape_rule,
     reference=reference_layer.moe_layer,

@@ -9,138 +9,47 @@ an index, for the reference and for derivatives with respect to it an array that
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from jax_marlin_moe.layer_slice import is_slice, read_slices, share_indices, spread_indices
+from jax_marlin_moe.layer_slice import read_slices, share_indices, spread_indices
 from jax_marlin_moe.no_derivative import NoDerivative, refused_tangents
 from jax_marlin_moe.operand_types import alike, vary_alike
 from jax_marlin_moe.ops.division import Division, Labels, Part, label
 from jax_marlin_moe.ops.explicit import explicit_mesh, over_explicit_axes
-from jax_marlin_moe.ops.implementation import becomes_custom_call, check_implementation, refuse_named
+from jax_marlin_moe.ops.implementation import becomes_custom_call, refuse_named
 from jax_marlin_moe.ops.partition import over_devices, with_devices
 from jax_marlin_moe.ops.row_ranges import is_symbolic, over_ranges
+from jax_marlin_moe.ops.tangents import flat_cotangents, read_moving
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Op:
     """A primitive with several results, and the reference that specifies it.
 
+    All rules take the operands as the op does, and its parameters by name. The forms `cpu` and `cuda` say only how
+    their platform computes the results. Whether they run is decided here: not for `implementation="xla"` (the
+    reference, traced in place of the primitive), not on other platforms (the reference), not where the module or the
+    compiler is missing (an error if the form was asked for by name or the program is an artefact, else the reference
+    and a warning).
+
     Attributes:
-        primitive: of the leaves of the operands; parameter `structure` is their tree.
-        reference: operands and parameters to the list of results.
-        divided: what devices may divide, and how its dimensions are labelled, of operands, parameters and the types of
-            results.
-    """
-
-    primitive: Primitive
-    reference: Callable
-    divided: Callable[..., tuple[Division, Labels]]
-
-    def __call__(self, *operands: Any, implementation: str | None, **params: Any) -> list[jax.Array]:
-        """The results; `implementation` "xla" leaves no trace of the primitive."""
-        leaves, structure = jax.tree.flatten(share_indices(operands))
-        _check_no_symbolic_shards(self.primitive.name, leaves)
-        mesh = explicit_mesh(leaves)
-        if mesh is not None:
-            return self._over_explicit_axes(leaves, structure, mesh, implementation=implementation, **params)
-        leaves = alike(leaves)
-        if implementation == "xla":
-            with jax.named_scope(self.primitive.name):
-                return self.reference(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
-        return self.primitive.bind(*leaves, structure=structure, implementation=implementation, **params)
-
-    def _over_explicit_axes(self, leaves: Sequence[jax.Array], structure: Any, mesh: Any, **params: Any) -> Any:
-        def call(*leaves: jax.Array) -> list[jax.Array]:
-            return self(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
-
-        def share(part: Part, *leaves: jax.Array) -> list[jax.Array]:
-            operands = jax.tree.unflatten(structure, leaves)
-            return _share(division, partial(self, implementation=params["implementation"]), part, operands, **params)
-
-        abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        types = jax.eval_shape(partial(self.primitive.bind, structure=structure, **params), *abstract)
-        division, labels = self.divided(jax.tree.unflatten(structure, leaves), types, **params)
-        return over_explicit_axes(call, share, leaves, labels, division.summed, mesh, op=self.primitive.name)
-
-
-def _check_no_symbolic_shards(name: str, leaves: Sequence[jax.Array]) -> None:
-    """Raises ValueError for what takes down the process that loads it: symbolic shapes in the body of a `shard_map`."""
-    for leaf in leaves:
-        if is_symbolic(leaf.shape) and jax.typeof(leaf).sharding.mesh.manual_axes:
-            raise ValueError(
-                f"{name} has an operand of the symbolic shape {leaf.shape} inside of jax.shard_map, and jaxlib crashes "
-                "when it loads such a program: export one for each number of rows"
-            )
-
-
-def one_program(*static: str, saved_as: str | None = None) -> Callable[[Callable], Callable]:
-    """Decorates what surrounds a primitive: one compiled program where an op is called eagerly, with its constants.
-
-    `implementation` is checked at every call, before anything is traced.
-
-    Args:
-        static: names of the static keyword arguments beside `implementation`.
-        saved_as: the name of the results for policies of `jax.checkpoint`; None for results that nobody saves.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        @wraps(function)
-        def of_shared(*operands: Any, **options: Any) -> Any:
-            results = function(*spread_indices(operands), **options)
-            return results if saved_as is None else checkpoint_name(results, saved_as)
-
-        program = jax.jit(of_shared, static_argnames=(*static, "implementation"), inline=True)
-
-        @wraps(function)
-        def checked(*operands: Any, implementation: str | None, **options: Any) -> Any:
-            check_implementation(implementation)
-            return program(*share_indices(operands), implementation=implementation, **options)
-
-        return checked
-
-    return decorate
-
-
-def define_op(
-    name: str,
-    *,
-    shape_rule: Callable,
-    reference: Callable,
-    cpu: Callable,
-    cuda: Callable,
-    batching_rule: Callable | None = None,
-    cuda_options: Sequence[str] = (),
-    jvp: Callable | None = None,
-    transpose: Callable | None = None,
-    rows: Sequence[str] = (),
-    gathered_with: Sequence[str] = (),
-    division: Callable[..., Division] | None = None,
-) -> Op:
-    """Registers a primitive. All rules take the operands as the op does, and its parameters by name.
-
-    The forms `cpu` and `cuda` say only how their platform computes the results. Whether they run is decided here: not
-    for `implementation="xla"` (the reference, traced in place of the primitive), not on other platforms (the
-    reference), not where the module or the compiler is missing (an error if the form was asked for by name or the
-    program is an artefact, else the reference and a warning).
-
-    Args:
         name: the name in jaxprs and, as a scope and of the custom call, in HLO and profiles.
         shape_rule: abstract operands, alike in all but shape and dtype, to a list of abstract results.
-        reference: the specification in jnp, one array or several; its signature names the operands.
+        reference: the specification in jnp, one array or several.
         cpu: the native CPU form, written with `jax_marlin_moe.custom_call`.
         cuda: the CUDA form, likewise; it compiles the kernels when it is traced, that is, at lowering.
+        operands: their names; without them, those of the reference's parameters.
+        cuda_options: parameters that only `cuda` takes.
         batching_rule: gets the op, the leaves and their batch dimensions, `structure`, and the parameters; returns
             results and their batch dimensions. The batch is not empty. Without it, batched `rows` become one call over
             all of them; where anything else is batched, or a call has an operand of `gathered_with`, each element is a
             call.
-        cuda_options: parameters that only `cuda` takes.
         jvp: forward derivatives, `(op, primals, tangents, *, implementation, **params)` to `(results, tangents)`.
             Raises `NoDerivative`, before it computes anything, where there are none: its error is that of their use.
             Primals and tangents are tuples of operands; a leaf without a tangent (integers always) is None among the
@@ -160,68 +69,147 @@ def define_op(
             devices nor joined over a batch.
         division: gets the parameters that `shape_rule` gets, and says what else devices may divide: experts, and rows
             and columns of matrices. Without it and without `rows`, XLA gathers all operands on every device.
+        primitive: of the leaves of the operands; parameter `structure` is their tree.
     """
-    primitive = Primitive(name)
-    primitive.multiple_results = True
 
-    def shared(params):
-        return {key: value for key, value in params.items() if key not in cuda_options}
+    name: str
+    _: dataclasses.KW_ONLY
+    shape_rule: Callable
+    reference: Callable
+    cpu: Callable
+    cuda: Callable
+    operands: Sequence[str] = ()
+    cuda_options: Sequence[str] = ()
+    batching_rule: Callable | None = None
+    jvp: Callable | None = None
+    transpose: Callable | None = None
+    rows: Sequence[str] = ()
+    gathered_with: Sequence[str] = ()
+    division: Callable[..., Division] | None = None
+    primitive: Primitive = dataclasses.field(init=False)
 
-    def specified(*operands, **params):
-        results = reference(*read_slices(operands), **shared(params))
+    def __post_init__(self) -> None:
+        self.operands = self.operands or list(inspect.signature(self.reference).parameters)
+        primitive = self.primitive = Primitive(self.name)
+        primitive.multiple_results = True
+        primitive.def_impl(partial(xla.apply_primitive, primitive))
+        primitive.def_abstract_eval(self._abstract)
+        mlir.register_lowering(primitive, self._lowering(self._specified, None))
+        mlir.register_lowering(primitive, self._lowering(self.cpu, "cpu"), platform="cpu")
+        mlir.register_lowering(primitive, self._lowering(self.cuda, "cuda"), platform="cuda")
+        batching.primitive_batchers[primitive] = self._batched
+        ad.primitive_jvps[primitive] = self._differentiated
+        ad.primitive_transposes[primitive] = self._transposed
+
+    def __call__(self, *operands: Any, implementation: str | None, **params: Any) -> list[jax.Array]:
+        """The results; `implementation` "xla" leaves no trace of the primitive."""
+        leaves, structure = jax.tree.flatten(share_indices(operands))
+        _check_no_symbolic_shards(self.name, leaves)
+        mesh = explicit_mesh(leaves)
+        if mesh is not None:
+            return self._over_explicit_axes(leaves, structure, mesh, implementation=implementation, **params)
+        leaves = alike(leaves)
+        if implementation == "xla":
+            with jax.named_scope(self.name):
+                return self._specified(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
+        return self.primitive.bind(*leaves, structure=structure, implementation=implementation, **params)
+
+    def _over_explicit_axes(self, leaves: Sequence[jax.Array], structure: Any, mesh: Any, **params: Any) -> Any:
+        def call(*leaves: jax.Array) -> list[jax.Array]:
+            return self(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
+
+        def share(part: Part, *leaves: jax.Array) -> list[jax.Array]:
+            operands = jax.tree.unflatten(structure, leaves)
+            return _share(division, partial(self, implementation=params["implementation"]), part, operands, **params)
+
+        abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        types = jax.eval_shape(partial(self.primitive.bind, structure=structure, **params), *abstract)
+        division, labels = self._divided(jax.tree.unflatten(structure, leaves), types, **params)
+        return over_explicit_axes(call, share, leaves, labels, division.summed, mesh, op=self.name)
+
+    def _shared(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters that all platforms take."""
+        return {key: value for key, value in params.items() if key not in self.cuda_options}
+
+    def _specified(self, *operands: Any, **params: Any) -> list[jax.Array]:
+        """The reference of operands and parameters, those that only `cuda` takes among them."""
+        results = self.reference(*read_slices(operands), **self._shared(params))
         return list(results) if isinstance(results, (list, tuple)) else [results]
 
-    def divided(operands, types, *, implementation=None, **params):
-        present = [name for name, operand in zip(names, operands, strict=False) if jax.tree.leaves(operand)]
-        related = not set(present).isdisjoint(gathered_with)
-        found = Division(matrices={}, share=_no_share) if division is None else division(**shared(params))
-        return found, label(found, names[: len(operands)], operands, () if related else rows, types)
+    def _divided(
+        self, operands: tuple, types: Any, *, implementation: str | None = None, **params: Any
+    ) -> tuple[Division, Labels]:
+        """What devices may divide, and how its dimensions are labelled, of operands and the types of results."""
+        present = [name for name, operand in zip(self.operands, operands, strict=False) if jax.tree.leaves(operand)]
+        related = not set(present).isdisjoint(self.gathered_with)
+        none = Division(matrices={}, share=_no_share)
+        division = none if self.division is None else self.division(**self._shared(params))
+        rows = () if related else self.rows
+        return division, label(division, self.operands[: len(operands)], operands, rows, types)
 
-    names = list(inspect.signature(reference).parameters)
-    op = Op(primitive, specified, divided)
+    def _abstract(self, *leaves: Any, structure: Any, implementation: str | None, **params: Any) -> Any:
+        return self.shape_rule(*jax.tree.unflatten(structure, leaves), **self._shared(params))
 
-    def abstract(*leaves, structure, implementation, **params):
-        return shape_rule(*jax.tree.unflatten(structure, leaves), **shared(params))
+    def _lowering(self, form: Callable, platform: str | None) -> Callable:
+        """The lowering of a form for its platform, or, of the reference, for all that have none."""
 
-    def lowered(form: Callable, platform: str | None):
-        def rule(*leaves, structure, implementation, types, divide, **params):
-            def computed(function: Callable, *leaves, **params):
-                return function(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
+        def rule(ctx: mlir.LoweringRuleContext, *values: Any, **params: Any) -> Any:
+            divisible = self.rows or self.division is not None
+            named = with_devices(ctx, platform) if divisible and platform is not None else None
+            traced = partial(self._lowered, form, platform, types=ctx.avals_out, divide=named is not None)
+            return mlir.lower_fun(traced, multiple_results=True)(named or ctx, *values, **params)
 
-            with jax.named_scope(name):
-                if platform is None:
-                    refuse_named(implementation)
-                elif becomes_custom_call(platform, implementation):
-                    params = params if platform == "cuda" else shared(params)
-                    call = partial(computed, form, **params)
-                    # A form that is one for all platforms is a composition, whose ops see to it themselves.
-                    exact = platform == "cuda" and form is not cpu
-                    if exact and any(is_symbolic(array.shape) for array in (*leaves, *types)):
-                        operands = [names[operand] for operand in _operands(structure)]
-                        places = [place for place, operand in enumerate(operands) if operand in rows]
-                        return over_ranges(call, leaves, places, types, op=name)
-                    if not divide:
-                        return call(*leaves)
+        return rule
 
-                    def share(part, *leaves):
-                        operands = jax.tree.unflatten(structure, leaves)
-                        part = dataclasses.replace(part, platform=platform)
-                        return _share(found, form, part, operands, implementation=implementation, **params)
+    def _lowered(
+        self,
+        form: Callable,
+        platform: str | None,
+        *leaves: jax.Array,
+        structure: Any,
+        implementation: str | None,
+        types: Sequence[jax.core.ShapedArray],
+        divide: bool,
+        **params: Any,
+    ) -> list[jax.Array]:
+        """What a call becomes on a platform; `divide` says whether the program has several devices to share it."""
 
-                    found, labels = divided(jax.tree.unflatten(structure, leaves), types, **params)
-                    return over_devices(
-                        call, share, types, leaves, labels, found.summed, op=name, identity=(name, structure, params)
-                    )
-                return computed(specified, *leaves, **params)
+        def computed(function: Callable, *leaves: jax.Array, **params: Any) -> list[jax.Array]:
+            return function(*spread_indices(jax.tree.unflatten(structure, leaves)), **params)
 
-        def partitioned(ctx, *values, **params):
-            named = with_devices(ctx, platform) if (rows or division) and platform is not None else None
-            of_types = partial(rule, types=ctx.avals_out, divide=named is not None)
-            return mlir.lower_fun(of_types, multiple_results=True)(named or ctx, *values, **params)
+        with jax.named_scope(self.name):
+            if platform is None:
+                refuse_named(implementation)
+            if platform is None or not becomes_custom_call(platform, implementation):
+                return computed(self._specified, *leaves, **params)
+            params = params if platform == "cuda" else self._shared(params)
+            call = partial(computed, form, **params)
+            # A form that is one for all platforms is a composition, whose ops see to it themselves.
+            exact = platform == "cuda" and form is not self.cpu
+            shapes = *(leaf.shape for leaf in leaves), *(type_.shape for type_ in types)
+            if exact and any(map(is_symbolic, shapes)):
+                places = [place for place, name in enumerate(self._names(structure)) if name in self.rows]
+                return over_ranges(call, leaves, places, types, op=self.name)
+            if not divide:
+                return call(*leaves)
 
-        return partitioned
+            def share(part: Part, *leaves: jax.Array) -> list[jax.Array]:
+                operands = jax.tree.unflatten(structure, leaves)
+                part = dataclasses.replace(part, platform=platform)
+                return _share(division, form, part, operands, implementation=implementation, **params)
 
-    def batched(leaves, dims, *, structure, **params):
+            division, labels = self._divided(jax.tree.unflatten(structure, leaves), types, **params)
+            identity = (self.name, structure, params)
+            return over_devices(call, share, types, leaves, labels, division.summed, op=self.name, identity=identity)
+
+    def _names(self, structure: Any) -> list[str]:
+        """The operand of each leaf."""
+        operands = jax.tree.unflatten(structure, range(structure.num_leaves))
+        return [self.operands[path[0].idx] for path, _ in jax.tree.leaves_with_path(operands)]
+
+    def _batched(
+        self, leaves: Sequence[jax.Array], dims: Sequence[int | None], *, structure: Any, **params: Any
+    ) -> tuple[list[jax.Array], list[int]]:
         leaves = vary_alike(leaves)
         pairs = list(zip(leaves, dims, strict=True))
         if next(leaf.shape[dim] for leaf, dim in pairs if dim is not None) == 0:
@@ -229,92 +217,67 @@ def define_op(
                 jax.ShapeDtypeStruct([n for axis, n in enumerate(leaf.shape) if axis != dim], leaf.dtype)
                 for leaf, dim in pairs
             ]
-            types = jax.eval_shape(partial(primitive.bind, structure=structure, **params), *elements)
+            types = jax.eval_shape(partial(self.primitive.bind, structure=structure, **params), *elements)
             empty = [jnp.zeros((0, *type_.shape), type_.dtype) for type_ in types]
             return alike((empty, leaves))[0], [0] * len(empty)
-        if batching_rule is not None:
-            return batching_rule(op, alike(leaves), dims, structure=structure, **params)
-        operands = [names[operand] for operand in _operands(structure)]
-        moving = {name for name, dim in zip(operands, dims, strict=True) if dim is not None}
-        if moving <= set(rows) and set(operands).isdisjoint(gathered_with):
-            of_rows = [name in rows for name in operands]
-            return _join_batch(op, leaves, dims, of_rows, structure=structure, **params)
-        return map_batch(op, alike(leaves), dims, structure=structure, **params)
+        if self.batching_rule is not None:
+            return self.batching_rule(self, alike(leaves), dims, structure=structure, **params)
+        names = self._names(structure)
+        moving = {name for name, dim in zip(names, dims, strict=True) if dim is not None}
+        if moving <= set(self.rows) and set(names).isdisjoint(self.gathered_with):
+            of_rows = [name in self.rows for name in names]
+            return _join_batch(self, leaves, dims, of_rows, structure=structure, **params)
+        return map_batch(self, alike(leaves), dims, structure=structure, **params)
 
-    def differentiated(primals, tangents, *, structure, **params):
+    def _differentiated(
+        self, primals: Sequence[Any], tangents: Sequence[Any], *, structure: Any, **params: Any
+    ) -> tuple[list[jax.Array], list[Any]]:
         moving = [None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents]
         try:
-            if jvp is None:
-                raise NoDerivative(NotImplementedError(_no_derivative(name, _places(reference, structure, moving))))
+            if self.jvp is None:
+                raise NoDerivative(self._no_derivative(structure, moving))
             read = read_moving(*(jax.tree.unflatten(structure, leaves) for leaves in (primals, moving)))
-            results, dots = jvp(op, *read, **params)
+            results, dots = self.jvp(self, *read, **params)
         except NoDerivative as refusal:
-            results = primitive.bind(*primals, structure=structure, **params)
+            results = self.primitive.bind(*primals, structure=structure, **params)
             return results, refused_tangents(refusal.error, results, [dot for dot in moving if dot is not None])
         pairs = zip(results, dots, strict=True)
         return results, [ad.Zero(jax.typeof(result).to_tangent_aval()) if dot is None else dot for result, dot in pairs]
 
-    def transposed(cotangents, *leaves, structure, **params):
-        linear = [leaf if ad.is_undefined_primal(leaf) else None for leaf in leaves]
-        if transpose is None:
-            raise NotImplementedError(_no_derivative(name, _places(reference, structure, linear)))
+    def _transposed(self, cotangents: Sequence[Any], *leaves: Any, structure: Any, **params: Any) -> list[Any]:
+        if self.transpose is None:
+            linear = [leaf if ad.is_undefined_primal(leaf) else None for leaf in leaves]
+            raise self._no_derivative(structure, linear)
         present = [None if isinstance(cotangent, ad.Zero) else cotangent for cotangent in cotangents]
-        returned = transpose(op, present, spread_indices(jax.tree.unflatten(structure, leaves)), **params)
-        flat = []
+        returned = self.transpose(self, present, spread_indices(jax.tree.unflatten(structure, leaves)), **params)
+        flat: list[Any] = []
         for value, operand in zip(returned, structure.children(), strict=True):
-            flat += [None] * operand.num_leaves if value is None else _flat_cotangents(operand, value)
+            flat += [None] * operand.num_leaves if value is None else flat_cotangents(operand, value)
         return flat
 
-    primitive.def_impl(partial(xla.apply_primitive, primitive))
-    primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, lowered(specified, None))
-    mlir.register_lowering(primitive, lowered(cpu, "cpu"), platform="cpu")
-    mlir.register_lowering(primitive, lowered(cuda, "cuda"), platform="cuda")
-    batching.primitive_batchers[primitive] = batched
-    ad.primitive_jvps[primitive] = differentiated
-    ad.primitive_transposes[primitive] = transposed
-    return op
+    def _no_derivative(self, structure: Any, moving: Sequence[Any]) -> NotImplementedError:
+        """The error that names the leaves that are not None."""
+        places = jax.tree.leaves_with_path(jax.tree.unflatten(structure, range(len(moving))))
+        where = ", ".join(
+            self.operands[path[0].idx] + jax.tree_util.keystr(path[1:])
+            for (path, _), leaf in zip(places, moving, strict=True)
+            if leaf is not None
+        )
+        return NotImplementedError(
+            f"{self.name} cannot be differentiated with respect to {where}: its kernels have no derivative. Pass "
+            "implementation='xla' (the reference, which JAX differentiates, slowly), or, where no gradient is needed, "
+            f"put jax.lax.stop_gradient around {where} or the result"
+        )
 
 
-def jvp_of(function: Callable, operands: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-    """`jax.jvp` of a function of pytrees whose tangents have None in the places of leaves that do not move.
-
-    Slices of stacks do not: those that have tangents have been read.
-    """
-    structure: Any
-    leaves, structure = jax.tree.flatten(tuple(operands), is_leaf=is_slice)
-    moving = structure.flatten_up_to(tuple(tangents))
-    places = [place for place, tangent in enumerate(moving) if tangent is not None]
-
-    def of_moving(*values: jax.Array) -> Any:
-        filled = dict(zip(places, values, strict=True))
-        return function(*jax.tree.unflatten(structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]))
-
-    return jax.jvp(of_moving, [leaves[place] for place in places], [moving[place] for place in places])
-
-
-def read_moving(operands: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    """Operands and tangents with arrays in place of slices that have a tangent; that of other slices is None."""
-    structure: Any
-    nodes, structure = jax.tree.flatten(spread_indices(operands), is_leaf=is_slice)
-    dots = structure.flatten_up_to(tangents)
-    for place, node in enumerate(nodes):
-        if is_slice(node):
-            moves = dots[place].stack is not None
-            dots[place] = dataclasses.replace(node, stack=dots[place].stack).read() if moves else None
-            nodes[place] = node.read() if moves else node
-    return jax.tree.unflatten(structure, nodes), jax.tree.unflatten(structure, dots)
-
-
-def _flat_cotangents(structure: Any, cotangents: Any) -> list[Any]:
-    """Those of the leaves of an operand; slices, in which no op is linear, have none."""
-    operand = jax.tree.unflatten(structure, range(structure.num_leaves))
-    nodes_structure: Any
-    nodes, nodes_structure = jax.tree.flatten(operand, is_leaf=is_slice)
-    found = []
-    for node, value in zip(nodes, nodes_structure.flatten_up_to(cotangents), strict=True):
-        found += [None] * len(jax.tree.leaves(node)) if is_slice(node) else [value]
-    return found
+def _check_no_symbolic_shards(name: str, leaves: Sequence[jax.Array]) -> None:
+    """Raises ValueError for what takes down the process that loads it: symbolic shapes in the body of a `shard_map`."""
+    for leaf in leaves:
+        if is_symbolic(leaf.shape) and jax.typeof(leaf).sharding.mesh.manual_axes:
+            raise ValueError(
+                f"{name} has an operand of the symbolic shape {leaf.shape} inside of jax.shard_map, and jaxlib crashes "
+                "when it loads such a program: export one for each number of rows"
+            )
 
 
 def map_batch(
@@ -368,25 +331,3 @@ def _share(
 
 def _no_share(*_: Any, **__: Any) -> list[jax.Array]:
     raise AssertionError("an op without matrices has no sums over devices")
-
-
-def _operands(structure: Any) -> list[int]:
-    """The operand of each leaf."""
-    operands = jax.tree.unflatten(structure, range(structure.num_leaves))
-    return [path[0].idx for path, _ in jax.tree.leaves_with_path(operands)]
-
-
-def _places(reference: Callable, structure: Any, leaves: Sequence[Any]) -> list[str]:
-    """The names of the leaves that are not None, as those of the op's operands."""
-    names = list(inspect.signature(reference).parameters)
-    found = zip(jax.tree.leaves_with_path(jax.tree.unflatten(structure, range(len(leaves)))), leaves, strict=True)
-    return [names[path[0].idx] + jax.tree_util.keystr(path[1:]) for (path, _), leaf in found if leaf is not None]
-
-
-def _no_derivative(name: str, places: Sequence[str]) -> str:
-    where = ", ".join(places)
-    return (
-        f"{name} cannot be differentiated with respect to {where}: its kernels have no derivative. Pass "
-        "implementation='xla' (the reference, which JAX differentiates, slowly), or, where no gradient is needed, put "
-        f"jax.lax.stop_gradient around {where} or the result"
-    )

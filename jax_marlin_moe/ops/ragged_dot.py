@@ -12,7 +12,7 @@ from jax_marlin_moe import arguments
 from jax_marlin_moe.operand_types import shard_rows_like
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, row_experts, slot_columns
 from jax_marlin_moe.ops.input_order import gather_input_order
-from jax_marlin_moe.ops.primitive import one_program
+from jax_marlin_moe.ops.one_program import one_program
 from jax_marlin_moe.qarray import from_qarray
 from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 

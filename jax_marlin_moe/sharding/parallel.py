@@ -22,8 +22,8 @@ from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices, spre
 from jax_marlin_moe.ops.four_numbers import WORDS
 from jax_marlin_moe.ops.fused_moe import can_pack, share_of_block
 from jax_marlin_moe.ops.layer_composition import shared_beside
-from jax_marlin_moe.ops.primitive import jvp_of, read_moving
 from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum, sends_packed, sum_of_packed
+from jax_marlin_moe.ops.tangents import jvp_of, read_moving
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
 from jax_marlin_moe.sharding.shares import check_shares

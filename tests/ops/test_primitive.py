@@ -1,4 +1,4 @@
-"""`define_op`: who runs a call, and the rules that an op may bring: derivatives and partitioning."""
+"""`Op`: who runs a call, and the rules that an op may bring: derivatives and partitioning."""
 
 import itertools
 
@@ -11,7 +11,8 @@ from jax.interpreters import ad
 import jax_marlin_moe as jmm
 from jax_marlin_moe import native
 from jax_marlin_moe.operand_types import replicated_type
-from jax_marlin_moe.ops.primitive import define_op, map_batch, one_program
+from jax_marlin_moe.ops.one_program import one_program
+from jax_marlin_moe.ops.primitive import Op, map_batch
 
 NAMES = (f"scaled_{number}" for number in itertools.count())
 
@@ -23,7 +24,7 @@ def scaled_reference(x, table, *, power):
 
 def scaled_op(**rules):
     """An op of a pytree and a row of x, whose CPU form adds one, so that it can be told from the reference."""
-    return define_op(
+    return Op(
         next(NAMES),
         shape_rule=lambda x, table, *, power: [replicated_type(x, x.shape, x.dtype)],
         reference=scaled_reference,
