@@ -4,7 +4,7 @@ Like `jax_marlin_moe.reference`, it is what runs where no kernel does, and impor
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.layer_operands import LayerOperands
 from jax_marlin_moe.reference import weighted_sum
 from jax_marlin_moe.routing import Routing, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert
@@ -19,19 +20,7 @@ from jax_marlin_moe.weights import MarlinWeights, drop_column_padding
 
 
 def moe_layer(
-    x: Float[Array, "tokens H"],
-    router: Float[Array, "H experts"],
-    gate_up: MarlinWeights,
-    down: MarlinWeights,
-    shared: SharedExpert | None,
-    router_bias: Float[Array, " experts"] | None,
-    correction_bias: Float[Array, " experts"] | None,
-    expert_scale: Float[Array, " experts"] | None,
-    router_input: Float[Array, "tokens H"] | None,
-    router_input_scale: Float[Array, " H"] | None,
-    topk_ids: Int32[Array, "tokens top_k"] | None,
-    expert_map: Int32[Array, " experts"] | None,
-    *,
+    *operands: Any,
     routing: Routing,
     activation: Activation,
     shared_activation: Activation,
@@ -40,18 +29,19 @@ def moe_layer(
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """`route_rows`, the experts that it chooses, and the shared one: one sum in float32, rounded once; the choice.
 
-    Weights on the input multiply it in float32, which is then rounded to the type of x. The router reads as many
-    columns of x as it has rows. Its last experts may be those that return their input, which the matrices lack.
+    The operands are `LayerOperands`. Weights on the input multiply it in float32, which is then rounded to the type of
+    x. The router reads as many columns of x as it has rows. Its last experts may be those that return their input,
+    which the matrices lack.
     """
+    layer = LayerOperands(*operands)
+    shared = layer.shared
 
     def block(rows: jax.Array, topk_weights: jax.Array, topk_ids: jax.Array) -> jax.Array:
-        y = weighted_sum(rows, gate_up, down, topk_weights, topk_ids, expert_map, activation=activation)
-        return drop_column_padding(y, down)
+        routed = rows, layer.gate_up, layer.down, topk_weights, topk_ids, layer.expert_map
+        return drop_column_padding(weighted_sum(*routed, activation=activation), layer.down)
 
-    arrays = router, router_bias, correction_bias, expert_scale, router_input, router_input_scale, topk_ids
     return composed_layer(
-        x,
-        RouterArrays(*arrays),
+        layer,
         routing=routing,
         norm_epsilon=norm_epsilon,
         out_dtype=out_dtype,
@@ -60,37 +50,8 @@ def moe_layer(
     )
 
 
-class RouterArrays(NamedTuple):
-    """What a layer's choice of experts follows from, beside x."""
-
-    router: Float[Array, "H experts"]
-    bias: Float[Array, " experts"] | None
-    correction_bias: Float[Array, " experts"] | None
-    expert_scale: Float[Array, " experts"] | None
-    input: Float[Array, "tokens H"] | None
-    input_scale: Float[Array, " H"] | None
-    topk_ids: Int32[Array, "tokens top_k"] | None
-
-    def choose(
-        self, x: Float[Array, "tokens H"], routing: Routing, norm_epsilon: float
-    ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
-        """Router weights and ids; of x, which may have padding, the router reads as many columns as it has rows."""
-        return route_rows(
-            x[:, : self.router.shape[0]] if self.input is None else self.input,
-            self.router,
-            routing,
-            router_bias=self.bias,
-            correction_bias=self.correction_bias,
-            expert_scale=self.expert_scale,
-            input_scale=self.input_scale,
-            norm_epsilon=norm_epsilon,
-            ids=self.topk_ids,
-        )
-
-
 def composed_layer(
-    x: Float[Array, "tokens H"],
-    router: RouterArrays,
+    layer: LayerOperands,
     *,
     routing: Routing,
     norm_epsilon: float,
@@ -102,8 +63,7 @@ def composed_layer(
     """`moe_layer` of a block and a shared expert that are given.
 
     Args:
-        x: as for `moe_layer`.
-        router: what chooses.
+        layer: x, and what chooses its experts.
         routing: the model's rule.
         norm_epsilon: of the norm that the router's input scale asks for.
         out_dtype: of the sum.
@@ -112,7 +72,8 @@ def composed_layer(
         shared: rows to what the shared expert adds in float32, [rows, columns]; None where there is none.
         keep: those of all rows that `block` computes.
     """
-    topk_weights, ids = router.choose(x, routing, norm_epsilon)
+    x = layer.x
+    topk_weights, ids = choose(layer, routing, norm_epsilon)
     if routing.apply_on_input:
         rows = weighted_rows(x, topk_weights)
         y = block(rows, jnp.ones((rows.shape[0], 1), jnp.float32), ids.reshape(-1, 1))
@@ -121,11 +82,32 @@ def composed_layer(
         y = block(x, topk_weights, ids)
     x, topk_weights, ids = keep(x), keep(topk_weights), keep(ids)
     if routing.identity_experts:
-        y = y + identity_sum(x, topk_weights, ids, router.router.shape[1] - routing.identity_experts, y.shape[1])
+        y = y + identity_sum(x, topk_weights, ids, layer.router.shape[1] - routing.identity_experts, y.shape[1])
     if shared is not None:
-        extra = shared(x)
-        y = y + jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1])))
+        y = y + padded_to(y, shared(x))
     return y.astype(out_dtype), topk_weights, ids
+
+
+def choose(
+    layer: LayerOperands, routing: Routing, norm_epsilon: float
+) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
+    """Router weights and ids; of x, which may have padding, the router reads as many columns as it has rows."""
+    return route_rows(
+        layer.x[:, : layer.router.shape[0]] if layer.router_input is None else layer.router_input,
+        layer.router,
+        routing,
+        router_bias=layer.router_bias,
+        correction_bias=layer.correction_bias,
+        expert_scale=layer.expert_scale,
+        input_scale=layer.router_input_scale,
+        norm_epsilon=norm_epsilon,
+        ids=layer.topk_ids,
+    )
+
+
+def padded_to(y: Float32[Array, "rows columns"], extra: Float32[Array, "rows H"]) -> Float32[Array, "rows columns"]:
+    """What is added to y, which may have columns of padding."""
+    return jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1])))
 
 
 def weighted_rows(x: Float[Array, "tokens H"], topk_weights: Float32[Array, "tokens top_k"]) -> Float[Array, "slots H"]:

@@ -13,6 +13,7 @@ from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
 from jax_marlin_moe.intermediate import IntermediateQuantizer
+from jax_marlin_moe.layer_operands import LayerOperands
 from jax_marlin_moe.ops.fused_moe import expert_block
 from jax_marlin_moe.routing import Routing
 from jax_marlin_moe.shared_expert import SharedExpert
@@ -20,19 +21,7 @@ from jax_marlin_moe.weights import MarlinWeights
 
 
 def composition(
-    x: Float[Array, "tokens H"],
-    router: Float[Array, "H experts"],
-    gate_up: MarlinWeights,
-    down: MarlinWeights,
-    shared: SharedExpert | None,
-    router_bias: Float[Array, " experts"] | None,
-    correction_bias: Float[Array, " experts"] | None,
-    expert_scale: Float[Array, " experts"] | None,
-    router_input: Float[Array, "tokens H"] | None,
-    router_input_scale: Float[Array, " H"] | None,
-    topk_ids: Int32[Array, "tokens top_k"] | None,
-    expert_map: Int32[Array, " experts"] | None,
-    *,
+    *operands: Any,
     routing: Routing,
     activation: Activation,
     shared_activation: Activation,
@@ -48,8 +37,9 @@ def composition(
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """The layer of `route_rows` and `fused_moe`, each with its own derivative and partitioning, and the shared expert.
 
-    The operands are those of `moe_layer_op`, or, with orders of their rows and paddings, those of `moe_layer`. The
-    result has the type of x, or `out_dtype`. `block` computes the routed experts; its rows are those that `keep` keeps.
+    The operands are `LayerOperands`, those of `moe_layer_op`, or, with orders of their rows and paddings, those of
+    `moe_layer`. The result has the type of x, or `out_dtype`. `block` computes the routed experts; its rows are those
+    that `keep` keeps.
 
     Raises:
         ValueError: the same bits in every batch are asked for: XLA chooses how the router's product adds up by shape.
@@ -59,7 +49,9 @@ def composition(
             "batch_invariant is True; a layer has it where one custom call is the whole layer, which is not so for "
             "this router, shared expert, order of columns or derivative: route, then pass batch_invariant to fused_moe"
         )
-    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    layer = LayerOperands(*operands)
+    shared = layer.shared
+    dtype = jnp.dtype(layer.x.dtype if out_dtype is None else out_dtype)
     # What is added to something is not rounded before.
     adds = routing.apply_on_input or routing.identity_experts > 0 or shared is not None
     options: dict[str, Any] = {"implementation": implementation, "activation_dtype": activation_dtype}
@@ -67,14 +59,12 @@ def composition(
     routed["out_dtype"] = jnp.dtype(jnp.float32) if adds else dtype
     if activation_dtype is not None:
         routed |= {"x_scale": x_scale, "intermediate": intermediate}
-    arrays = router, router_bias, correction_bias, expert_scale, router_input, router_input_scale, topk_ids
     return reference_layer.composed_layer(
-        x,
-        reference_layer.RouterArrays(*arrays),
+        layer,
         routing=routing,
         norm_epsilon=norm_epsilon,
         out_dtype=dtype,
-        block=lambda rows, weights, ids: block(rows, gate_up, down, weights, ids, expert_map, **routed),
+        block=lambda rows, *choice: block(rows, layer.gate_up, layer.down, *choice, layer.expert_map, **routed),
         shared=None if shared is None else lambda x: shared_beside(x, shared, shared_activation, **options),
         keep=keep,
     )

@@ -5,7 +5,7 @@ The contract is docs/formats.md, "The layer".
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.intermediate import IntermediateQuantizer
+from jax_marlin_moe.layer_operands import LayerOperands
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.block_arguments import check_experts
@@ -150,19 +151,22 @@ def moe_layer(
         check_shared(x, shared, shared_act)
     check_activation_dtype(activation_dtype)
     x_scale = checked_scales(activation_dtype, x_scale, intermediate, gate_up.num_experts)
+    layer = LayerOperands(
+        x=x,
+        router=router,
+        gate_up=gate_up,
+        down=down,
+        shared=shared,
+        router_bias=router_bias,
+        correction_bias=correction_bias,
+        expert_scale=expert_scale,
+        router_input=router_input,
+        router_input_scale=router_input_scale,
+        topk_ids=topk_ids,
+        expert_map=expert_map,
+    )
     results = _layer(
-        x,
-        router,
-        gate_up,
-        down,
-        shared,
-        router_bias,
-        correction_bias,
-        expert_scale,
-        router_input,
-        router_input_scale,
-        topk_ids,
-        expert_map,
+        *layer,
         routing=routing,
         activation=act,
         shared_activation=shared_act,
@@ -189,66 +193,47 @@ def moe_layer(
     "cuda_scheme",
     saved_as="moe_layer",
 )
-def _layer(
-    x, router, gate_up, down, shared, *rest, activation_dtype, x_scale=None, intermediate=None, out_dtype, **params
-):
+def _layer(*operands, activation_dtype, x_scale=None, intermediate=None, out_dtype, **params):
+    layer = LayerOperands(*operands)
+    shared = layer.shared
     if activation_dtype is not None:
         options = {"activation_dtype": activation_dtype, "x_scale": x_scale, "intermediate": intermediate}
-        options |= {"out_dtype": out_dtype, **params}
-        return composition(x, router, gate_up, down, shared, *rest, **options)
-    laid_out = [gate_up] if shared is None else [gate_up, shared.gate_up]
+        return composition(*layer, **options, out_dtype=out_dtype, **params)
+    laid_out = [layer.gate_up] if shared is None else [layer.gate_up, shared.gate_up]
     if (
-        gate_up.input_order is not None
+        layer.gate_up.input_order is not None
         or (shared is not None and _has_order(shared))
         or any(count_shares(one) > 1 for one in laid_out)
     ):
         # Experts that read x in orders of their own need a row per slot, which follows from the choice; so do experts
         # in shares.
-        return composition(x, router, gate_up, down, shared, *rest, out_dtype=out_dtype, **params)
-    packed = shared
+        return composition(*layer, out_dtype=out_dtype, **params)
     if shared is not None and isinstance(shared.gate_up, MarlinWeights):
-        packed = dataclasses.replace(shared, gate_up=as_packed(shared.gate_up), down=as_packed(shared.down))
-    operands = pad_rows(x, gate_up), router, as_packed(gate_up), as_packed(down), packed, *rest
-    y, *choice = moe_layer_op(*operands, out_dtype=jnp.dtype(out_dtype), **params)
-    return tuple(shard_rows_like(result, x) for result in (drop_column_padding(y, down), *choice))
+        shared = dataclasses.replace(shared, gate_up=as_packed(shared.gate_up), down=as_packed(shared.down))
+    packed = layer._replace(
+        x=pad_rows(layer.x, layer.gate_up), gate_up=as_packed(layer.gate_up), down=as_packed(layer.down), shared=shared
+    )
+    y, *choice = moe_layer_op(*packed, out_dtype=jnp.dtype(out_dtype), **params)
+    return tuple(shard_rows_like(result, layer.x) for result in (drop_column_padding(y, layer.down), *choice))
 
 
 def _has_order(shared: SharedExpert) -> bool:
     return isinstance(shared.gate_up, MarlinWeights) and shared.gate_up.input_order is not None
 
 
-class _Operands(NamedTuple):
-    """Of `moe_layer_op`; the names are those of the reference.
-
-    The matrices are as packed, and x has the rows' padding; the router and a dense shared expert have none.
-    """
-
-    x: jax.Array
-    router: jax.Array
-    gate_up: MarlinWeights
-    down: MarlinWeights
-    shared: SharedExpert | None
-    router_bias: jax.Array | None
-    correction_bias: jax.Array | None
-    expert_scale: jax.Array | None
-    router_input: jax.Array | None
-    router_input_scale: jax.Array | None
-    topk_ids: jax.Array | None
-    expert_map: jax.Array | None
-
-    def results(self, top_k: int, dtype: DTypeLike) -> list[jax.ShapeDtypeStruct]:
-        """Rows, column padding included, router weights and ids."""
-        tokens = self.x.shape[0]
-        return [
-            jax.ShapeDtypeStruct((tokens, self.down.padded_n), dtype),
-            jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
-            jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
-        ]
+def _result_types(layer: LayerOperands, top_k: int, dtype: DTypeLike) -> list[jax.ShapeDtypeStruct]:
+    """Rows, column padding included, router weights and ids."""
+    tokens = layer.x.shape[0]
+    return [
+        jax.ShapeDtypeStruct((tokens, layer.down.padded_n), dtype),
+        jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
+    ]
 
 
 def _shape_rule(*operands, routing, out_dtype, **params):
-    layer = _Operands(*operands)
-    results = layer.results(routing.top_k, out_dtype)
+    layer = LayerOperands(*operands)
+    results = _result_types(layer, routing.top_k, out_dtype)
     return [replicated_type(layer.x, result.shape, result.dtype) for result in results]
 
 
@@ -257,13 +242,13 @@ _CPU_SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmo
 
 
 def _cpu(*operands, routing, activation, shared_activation, norm_epsilon, out_dtype):
-    layer = _Operands(*operands)
+    layer = LayerOperands(*operands)
     shared = layer.shared
     rules = {"routing": routing, "activation": activation, "norm_epsilon": norm_epsilon}
     rules |= {"shared_activation": shared_activation}
     if shared is not None and (activation != shared_activation or not _sized_alike(layer, shared)):
         y, *choice = _cpu(*layer._replace(shared=None), **rules, out_dtype=jnp.dtype(jnp.float32))
-        y += _padded_to(y, shared_beside(layer.x, shared, shared_activation, implementation="cpu"))
+        y += reference_layer.padded_to(y, shared_beside(layer.x, shared, shared_activation, implementation="cpu"))
         return [y.astype(out_dtype), *choice]
     if not _has_cpu_kernels(layer, routing):
         return composition(*layer, **rules, out_dtype=out_dtype, implementation="cpu")
@@ -287,7 +272,7 @@ def _cpu(*operands, routing, activation, shared_activation, norm_epsilon, out_dt
         "moe_layer",
         native.TARGETS["moe_layer", "cpu"],
         buffers,
-        layer.results(routing.top_k, out_dtype),
+        _result_types(layer, routing.top_k, out_dtype),
         activation=activation.name,
         activation_parameters=np.asarray(activation.parameters, np.float32),
         scoring=routing.scoring,
@@ -308,7 +293,7 @@ def _cpu(*operands, routing, activation, shared_activation, norm_epsilon, out_dt
     )
 
 
-def _has_cpu_kernels(layer: _Operands, routing: Routing) -> bool:
+def _has_cpu_kernels(layer: LayerOperands, routing: Routing) -> bool:
     """Whether the handler knows the rule, and every option of it, and has the types of the router's arrays."""
     gate = None if layer.shared is None else layer.shared.gate
     biases = (layer.router_bias, layer.correction_bias, layer.expert_scale)
@@ -320,12 +305,7 @@ def _has_cpu_kernels(layer: _Operands, routing: Routing) -> bool:
     )
 
 
-def _padded_to(y, extra):
-    """What is added to y, which has the columns' padding."""
-    return jnp.pad(extra, ((0, 0), (0, y.shape[1] - extra.shape[1])))
-
-
-def _sized_alike(layer: _Operands, shared: SharedExpert) -> bool:
+def _sized_alike(layer: LayerOperands, shared: SharedExpert) -> bool:
     """Whether the shared experts are packed, and as large as the others."""
     return all(
         isinstance(one, MarlinWeights) and (one.padded_k, one.padded_n) == (other.padded_k, other.padded_n)
@@ -334,7 +314,7 @@ def _sized_alike(layer: _Operands, shared: SharedExpert) -> bool:
 
 
 def _cuda(*operands, routing, activation, shared_activation, norm_epsilon, out_dtype, cuda_scheme):
-    layer = _Operands(*operands)
+    layer = LayerOperands(*operands)
     architecture = target_architecture()
     within = layer.shared if activation == shared_activation and _in_one_launch(layer, routing) else None
     beside = None if within is not None else layer.shared
@@ -377,17 +357,17 @@ def _cuda(*operands, routing, activation, shared_activation, norm_epsilon, out_d
     for matrix in (layer.gate_up, layer.down, *((None, None) if within is None else (within.gate_up, within.down))):
         buffers += [None] * WEIGHT_OPERANDS if matrix is None else weight_operands(matrix)
     buffers.append(layer.expert_map)
-    results = [layer.results(routing.top_k, dtype)[0], *choice_buffers(router)]
+    results = [_result_types(layer, routing.top_k, dtype)[0], *choice_buffers(router)]
     y, *choice = call_program(
         "moe_layer", buffers, [*results, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
     )[:3]
     if beside is not None:
         extra = shared_beside(layer.x, beside, shared_activation, implementation="cuda")
-        y = (y + _padded_to(y, extra)).astype(out_dtype)
+        y = (y + reference_layer.padded_to(y, extra)).astype(out_dtype)
     return [y, *(slots[:, : routing.top_k] for slots in choice)]
 
 
-def _in_one_launch(layer: _Operands, routing: Routing) -> bool:
+def _in_one_launch(layer: LayerOperands, routing: Routing) -> bool:
     """Whether the CUDA kernels of the routed experts can run the shared ones too, which have the same activation.
 
     They must be packed as the others, and the router must be able to compute their gate; an expert map and identity
@@ -417,16 +397,16 @@ def _division(*, activation, shared_activation, routing, norm_epsilon, out_dtype
     )
 
 
-def _share(call, part, x, router, gate_up, down, *rest, **params):
+def _share(call, part, *operands, **params):
     """The layer in pieces: the router is on every device alike; what is added to experts, on those that keep a row."""
 
     def block(x, gate_up, down, topk_weights, ids, expert_map, *, out_dtype, **options):
         # `rounded_to`, among the options, is the type of the layer's result.
         local_map = part.local_map(expert_map, gate_up.num_experts)
-        operands = x, gate_up, part.with_bias_once(down), topk_weights, ids, local_map
-        return part.total(expert_block(*operands, out_dtype=jnp.dtype(jnp.float32), **options), out_dtype)
+        routed = x, gate_up, part.with_bias_once(down), topk_weights, ids, local_map
+        return part.total(expert_block(*routed, out_dtype=jnp.dtype(jnp.float32), **options), out_dtype)
 
-    return list(composition(x, router, gate_up, down, *rest, **params, block=block, keep=part.keep))
+    return list(composition(*operands, **params, block=block, keep=part.keep))
 
 
 moe_layer_op = Op(
@@ -435,6 +415,7 @@ moe_layer_op = Op(
     reference=reference_layer.moe_layer,
     cpu=_cpu,
     cuda=_cuda,
+    operands=LayerOperands._fields,
     cuda_options=("cuda_scheme",),
     jvp=_jvp,
     rows=("x", "router_input", "topk_ids"),
