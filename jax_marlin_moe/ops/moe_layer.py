@@ -18,7 +18,7 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype
 from jax_marlin_moe.cuda.compiler import compute_capability, target_architecture
 from jax_marlin_moe.cuda.kernels.router import RULE_OPTIONS, Router
-from jax_marlin_moe.cuda.layer_plan import ROUTER_OPERANDS, choice_buffers, plan_moe_layer
+from jax_marlin_moe.cuda.plan_layer import ROUTER_OPERANDS, choice_buffers, plan_moe_layer
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
