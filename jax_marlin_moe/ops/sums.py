@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_marlin_moe.ops.four_numbers import add_shares, add_two_shares, pack_share
+from jax_marlin_moe.ops.packed_shares import add_shares, add_two_shares, pack_share
 
 # Bytes in float32 from which rows are scattered and gathered: what that saves is then more than a second start costs.
 _MANY_BYTES = 8 << 20

@@ -13,9 +13,9 @@ from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import compiler, program
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
-from jax_marlin_moe.ops.four_numbers import add_shares, pack_share
 from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied
 from jax_marlin_moe.ops.hidden_cotangents import hidden_cotangents_op
+from jax_marlin_moe.ops.packed_shares import add_shares, pack_share
 
 # No two arrays of a call have one size and one dtype, so that these name them.
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 24, 3, 8, 512, 320

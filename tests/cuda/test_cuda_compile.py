@@ -24,8 +24,9 @@ from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import DECODE_TOKENS, MODELS, PREFILL_TOKENS
-from jax_marlin_moe.ops.four_numbers import WORDS, add_shares, pack_share
+from jax_marlin_moe.ops.four_numbers import WORDS
 from jax_marlin_moe.ops.fused_moe import expert_block
+from jax_marlin_moe.ops.packed_shares import add_shares, pack_share
 
 
 @pytest.mark.covering

@@ -8,8 +8,9 @@ import pytest
 import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
-from jax_marlin_moe.ops.four_numbers import WORDS, add_shares, pack_fours, pack_share, unpack_fours
+from jax_marlin_moe.ops.four_numbers import WORDS, pack_fours, unpack_fours
 from jax_marlin_moe.ops.fused_moe import expert_block
+from jax_marlin_moe.ops.packed_shares import add_shares, pack_share
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, TOKENS = 4, 2, 512, 256, 200
 FIRST = WgmmaTile(48, 2, 1, 1, 128, 3, 1, True)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_marlin_moe.ops.four_numbers import WORDS, add_shares, pack_fours, pack_share, unpack_fours
+from jax_marlin_moe.ops.four_numbers import WORDS, pack_fours, unpack_fours
+from jax_marlin_moe.ops.packed_shares import add_shares, pack_share
 
 
 def there_and_back(y):

@@ -24,7 +24,7 @@ from printed_checks import print_failures
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe.ops import sums
-from jax_marlin_moe.ops.four_numbers import pack_share
+from jax_marlin_moe.ops.packed_shares import pack_share
 from jax_marlin_moe.ops.sums import sum_of_packed
 from jax_marlin_moe.sharding import MoESharding, parallel_layer, place, place_experts
 
