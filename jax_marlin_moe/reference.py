@@ -4,13 +4,16 @@ It is also the lowering on platforms that have no kernel of ours, and what every
 fast path. It is the executable form of docs/formats.md, "Block alignment", "Numerics" and "The expert block".
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.block_operands import BlockOperands
 from jax_marlin_moe.byte_rows import ByteDtype, dequantize_rows, quantize_rows, rounded
-from jax_marlin_moe.intermediate import IntermediateQuantizer, usable
+from jax_marlin_moe.intermediate import usable
 from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
 from jax_marlin_moe.operand_types import alike
 from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
@@ -288,47 +291,29 @@ def linear(
 
 
 def fused_moe(
-    x: Float[Array, "rows H"],
-    gate_up: MarlinWeights,
-    down: MarlinWeights,
-    topk_weights: Float32[Array, "tokens top_k"],
-    topk_ids: Int32[Array, "tokens top_k"],
-    expert_map: Int32[Array, " experts"] | None,
-    x_scale: Float32[Array, "1"] | None = None,
-    intermediate: IntermediateQuantizer | None = None,
-    *,
+    *operands: Any,
     activation: Activation,
     activation_dtype: ByteDtype | None = None,
     out_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "tokens H"]:
     """The expert block of docs/formats.md, "The expert block", "Quantised intermediates" and "8-bit activations".
 
-    The activation's result is rounded to the type of x, or quantised. x has a row for each token, or a row for each
-    slot; its values are in units of `x_scale`. With `activation_dtype` the rows that both products read are quantised,
-    those of x by `x_scale` if there is one, the others as `intermediate` says if that is there.
-    A slot without an expert contributes nothing, whatever its weight. The result has the type of x, or `out_dtype`.
+    The operands are `BlockOperands`. The activation's result is rounded to the type of x, or quantised. x has a row for
+    each token, or a row for each slot; its values are in units of `x_scale`. With `activation_dtype` the rows that both
+    products read are quantised, those of x by `x_scale` if there is one, the others as `intermediate` says if that is
+    there. A slot without an expert contributes nothing, whatever its weight. The result has the type of x, or
+    `out_dtype`.
     """
-    routed = topk_weights, topk_ids, expert_map
-    y = weighted_sum(
-        x, gate_up, down, *routed, x_scale, intermediate, activation=activation, activation_dtype=activation_dtype
-    )
-    return drop_column_padding(y, down).astype(x.dtype if out_dtype is None else out_dtype)
+    block = BlockOperands(*operands)
+    y = weighted_sum(block, activation=activation, activation_dtype=activation_dtype)
+    return drop_column_padding(y, block.down).astype(block.x.dtype if out_dtype is None else out_dtype)
 
 
 def weighted_sum(
-    x: Float[Array, "rows H"],
-    gate_up: MarlinWeights,
-    down: MarlinWeights,
-    topk_weights: Float32[Array, "tokens top_k"],
-    topk_ids: Int32[Array, "tokens top_k"],
-    expert_map: Int32[Array, " experts"] | None,
-    x_scale: Float32[Array, "1"] | None = None,
-    intermediate: IntermediateQuantizer | None = None,
-    *,
-    activation: Activation,
-    activation_dtype: ByteDtype | None = None,
+    block: BlockOperands, *, activation: Activation, activation_dtype: ByteDtype | None = None
 ) -> Float32[Array, "tokens padded_n"]:
     """The sum of `fused_moe` before it is rounded, column padding included."""
+    x, gate_up, down, topk_weights, topk_ids, expert_map, x_scale, intermediate = block
     tokens, top_k = topk_ids.shape
     expert = slot_experts(topk_ids, expert_map, gate_up.num_experts)
     rows = pad_rows(x, gate_up)

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.block_operands import BlockOperands
 from jax_marlin_moe.layer_operands import LayerOperands
 from jax_marlin_moe.reference import weighted_sum
 from jax_marlin_moe.routing import Routing, route_rows
@@ -37,8 +38,8 @@ def moe_layer(
     shared = layer.shared
 
     def block(rows: jax.Array, topk_weights: jax.Array, topk_ids: jax.Array) -> jax.Array:
-        routed = rows, layer.gate_up, layer.down, topk_weights, topk_ids, layer.expert_map
-        return drop_column_padding(weighted_sum(*routed, activation=activation), layer.down)
+        routed = BlockOperands(rows, layer.gate_up, layer.down, topk_weights, topk_ids, layer.expert_map)
+        return drop_column_padding(weighted_sum(routed, activation=activation), layer.down)
 
     return composed_layer(
         layer,
@@ -137,8 +138,8 @@ def shared_sum(
     if isinstance(gate_up, MarlinWeights):
         assert isinstance(down, MarlinWeights)
         ids = every_expert(x.shape[0], gate_up.num_experts)
-        y = weighted_sum(x, gate_up, down, jnp.ones(ids.shape, jnp.float32), ids, None, activation=activation)
-        y = drop_column_padding(y, down)
+        every = BlockOperands(x, gate_up, down, jnp.ones(ids.shape, jnp.float32), ids, None)
+        y = drop_column_padding(weighted_sum(every, activation=activation), down)
     else:
         assert not isinstance(down, MarlinWeights)
         rows = x[:, : gate_up.shape[0]]

@@ -6,7 +6,7 @@ The contract is docs/formats.md, "The expert block".
 import dataclasses
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,14 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.activations import Activation, get_activation
-from jax_marlin_moe.byte_rows import (
-    ByteDtype,
-    check_activation_dtype,
-    dequantize_rows,
-    has_groups,
-    quantize_rows,
-    rounded,
-)
+from jax_marlin_moe.block_operands import BlockOperands
+from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
-from jax_marlin_moe.intermediate import IntermediateQuantizer, in_units, usable
+from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.block_arguments import (
@@ -39,10 +33,10 @@ from jax_marlin_moe.ops.block_arguments import (
     check_fixed_scales,
     check_intermediate,
 )
-from jax_marlin_moe.ops.division import Division
+from jax_marlin_moe.ops.block_division import block_division
+from jax_marlin_moe.ops.block_of_bytes import composed_of_bytes
 from jax_marlin_moe.ops.four_numbers import WORDS, pack_fours
 from jax_marlin_moe.ops.fused_moe_tangent import block_jvp
-from jax_marlin_moe.ops.grouped_product import grouped_product_op, multiplied, slot_columns
 from jax_marlin_moe.ops.input_order import gather_input_order
 from jax_marlin_moe.ops.one_program import one_program
 from jax_marlin_moe.ops.primitive import Op
@@ -281,30 +275,15 @@ def expert_block(
     return shard_rows_like(y if out_dtype == WORDS else drop_column_padding(y, down), x)
 
 
-class _Operands(NamedTuple):
-    """Of `fused_moe_op`; the names are those of the reference.
-
-    x has one row per token, or, where the experts read its columns in orders of their own, one per slot.
-    """
-
-    x: jax.Array
-    gate_up: MarlinWeights
-    down: MarlinWeights
-    topk_weights: jax.Array
-    topk_ids: jax.Array
-    expert_map: jax.Array | None
-    x_scale: jax.Array | None
-    intermediate: IntermediateQuantizer | None
-
-    def result(self, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        """Column padding included."""
-        columns = self.down.padded_n // 2 if dtype == WORDS else self.down.padded_n
-        return jax.ShapeDtypeStruct((self.topk_ids.shape[0], columns), dtype)
+def _result(block: BlockOperands, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    """Column padding included."""
+    columns = block.down.padded_n // 2 if dtype == WORDS else block.down.padded_n
+    return jax.ShapeDtypeStruct((block.topk_ids.shape[0], columns), dtype)
 
 
 def _shape_rule(*operands, activation, activation_dtype, out_dtype):
-    block = _Operands(*operands)
-    return [replicated_type(block.x, block.result(out_dtype).shape, out_dtype)]
+    block = BlockOperands(*operands)
+    return [replicated_type(block.x, _result(block, out_dtype).shape, out_dtype)]
 
 
 def _packing(form: Callable) -> Callable:
@@ -322,9 +301,9 @@ def _packing(form: Callable) -> Callable:
 
 @_packing
 def _cpu(*operands, activation, activation_dtype, out_dtype):
-    block = _Operands(*operands)
+    block = BlockOperands(*operands)
     if activation_dtype is not None:
-        y = _composed_of_bytes(block, activation=activation, activation_dtype=activation_dtype)
+        y = composed_of_bytes(block, activation=activation, activation_dtype=activation_dtype)
         return [y.astype(out_dtype)]
     intermediate = block.intermediate
     return custom_call(
@@ -340,7 +319,7 @@ def _cpu(*operands, activation, activation_dtype, out_dtype):
             or_empty(block.x_scale, jnp.float32),
             or_empty(None if intermediate is None else intermediate.scales, jnp.float32),
         ],
-        [block.result(out_dtype)],
+        [_result(block, out_dtype)],
         activation=activation.name,
         activation_parameters=np.asarray(activation.parameters, np.float32),
         intermediate="none" if intermediate is None else intermediate.kind,
@@ -349,51 +328,9 @@ def _cpu(*operands, activation, activation_dtype, out_dtype):
     )
 
 
-def _bfloat16_parts(rows):
-    """Three numbers of bfloat16 that float32 rows are the sum of."""
-    for _ in range(3):
-        part = rounded(rows, jnp.bfloat16)
-        yield part
-        rows = rows - part.astype(jnp.float32)
-
-
-def _composed_of_bytes(
-    block: _Operands, *, activation: Activation, activation_dtype: ByteDtype
-) -> Float32[Array, "tokens padded_n"]:
-    """The block whose rows are quantised, of the CPU's products: 16 bits hold every number of 8 bits."""
-    gate_up, down, intermediate = block.gate_up, block.down, block.intermediate
-    experts = reference.slot_experts(block.topk_ids, block.expert_map, gate_up.num_experts)
-
-    def multiply(rows, weights):
-        (y,) = grouped_product_op(
-            rows, multiplied(weights), experts, None, None, transposed=False, dtype="float32", implementation="cpu"
-        )
-        return y
-
-    def product(values, scales, weights):
-        if has_groups(activation_dtype):
-            y = sum(multiply(part, weights) for part in _bfloat16_parts(dequantize_rows(values, scales)))
-        else:
-            y = multiply(values.astype(jnp.bfloat16), weights)
-            y = y * jnp.repeat(scales, experts.shape[0] // values.shape[0], axis=0) if values.shape[0] else y
-        return y if weights.bias is None else y + slot_columns(weights.bias, experts)
-
-    h = product(*quantize_rows(block.x, activation_dtype, block.x_scale), gate_up)
-    a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
-    a = a[:, : down.padded_k]
-    if intermediate is None:
-        hidden = quantize_rows(rounded(a, block.x.dtype), activation_dtype)
-    else:
-        scales = usable(intermediate.scales[jnp.clip(experts, 0, gate_up.num_experts - 1)])[:, None]
-        hidden = in_units(a, scales), scales
-    y = product(*hidden, down).reshape(*block.topk_ids.shape, down.padded_n)
-    kept = jnp.where((experts >= 0).reshape(block.topk_ids.shape), block.topk_weights, 0)
-    return (y * kept[..., None]).sum(1)
-
-
 def _cuda(*operands, activation, activation_dtype, out_dtype, cuda_scheme, cuda_rounded_to, cuda_sliced=False):
-    block = _Operands(*operands)
-    result, intermediate, expert_map = block.result(out_dtype), block.intermediate, block.expert_map
+    block = BlockOperands(*operands)
+    result, intermediate, expert_map = _result(block, out_dtype), block.intermediate, block.expert_map
     tokens, top_k = block.topk_ids.shape
     if tokens == 0:
         return [jnp.zeros(result.shape, result.dtype)]
@@ -424,39 +361,12 @@ def _cuda(*operands, activation, activation_dtype, out_dtype, cuda_scheme, cuda_
     )[:1]
 
 
-_APART = (
-    "a range of its columns is not one of gate and of up; jax_marlin_moe.sharding.tensor_parallel, or place for a "
-    "layer, lays them out so that it is"
-)
-
-
-def block_division(activation: Activation, activation_dtype: ByteDtype | None = None) -> Division:
-    """What devices may divide of a block, or of a layer that has one."""
-    columns = None if activation.gated or activation_dtype is not None else "i"
-    reasons = {("gate_up", "rows"): "the activation needs whole sums over the rows of gate_up"}
-    if activation.gated:
-        reasons["gate_up", "columns"] = _APART
-        reasons["down", "rows"] = "its rows go with columns of gate and up: " + _APART
-    elif activation_dtype is not None:
-        reasons["gate_up", "columns"] = reasons["down", "rows"] = (
-            f"with activation_dtype {activation_dtype!r} the rows of down's product have one scale each, of whole rows"
-        )
-    return Division(
-        matrices={"gate_up": (None, columns), "down": (columns, "n")},
-        share=_share,
-        results=("n",),
-        summed=() if columns is None else (columns,),
-        vectors=("intermediate",),
-        reasons=reasons,
-    )
-
-
 def _division(*, activation, activation_dtype, out_dtype):
-    return block_division(activation, activation_dtype)
+    return block_division(activation, activation_dtype, share=_share)
 
 
 def _share(call, part, *operands, out_dtype, **params):
-    block = _Operands(*operands)
+    block = BlockOperands(*operands)
     local = block._replace(
         down=part.with_bias_once(block.down), expert_map=part.local_map(block.expert_map, block.gate_up.num_experts)
     )
@@ -472,6 +382,7 @@ fused_moe_op = Op(
     reference=_packing(reference.fused_moe),
     cpu=_cpu,
     cuda=_cuda,
+    operands=BlockOperands._fields,
     cuda_options=("cuda_scheme", "cuda_rounded_to", "cuda_sliced"),
     jvp=block_jvp,
     rows=("x", "topk_weights", "topk_ids"),

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
-from jaxtyping import Array, Float32
 
 from jax_marlin_moe import reference
 from jax_marlin_moe.no_derivative import NoDerivative
@@ -19,16 +18,17 @@ from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.ops.four_numbers import WORDS
 from jax_marlin_moe.ops.frozen import check_not_only_frozen
 from jax_marlin_moe.ops.grouped_product import (
+    float32_product,
     grouped_product_op,
     multiplied,
     slot_columns,
     sum_by_expert,
     summed_product,
+    with_bias,
 )
 from jax_marlin_moe.ops.hidden_cotangents import activated, hidden_cotangents, hidden_cotangents_op
 from jax_marlin_moe.ops.primitive import Op, map_batch
 from jax_marlin_moe.ops.tangents import jvp_of
-from jax_marlin_moe.weights import MarlinWeights
 
 
 class Tangents(NamedTuple):
@@ -83,18 +83,15 @@ def _reference(tangents, x, gate_up, down, topk_weights, topk_ids, expert_map, *
     return jvp_of(block, operands, _moving_operands(tangents, operands))[1]
 
 
-def _add_bias(products: Float32[Array, "slots N"], weights: MarlinWeights, experts: Array) -> Float32[Array, "slots N"]:
-    return products if weights.bias is None else products + slot_columns(weights.bias, experts)
-
-
 def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, out_dtype, implementation):
     """The block as a composition of grouped products."""
     experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
-    product = partial(grouped_product_op, transposed=False, dtype="float32", implementation=implementation)
-    (h,) = product(x, multiplied(gate_up), experts, None, None)
-    a = activated(_add_bias(h, gate_up, experts), activation, down.padded_k).astype(x.dtype)
-    (y,) = product(a, multiplied(down), experts, None, None)
-    y = _add_bias(y, down, experts) * jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
+    h = float32_product(x, gate_up, experts, implementation)
+    a = activated(h, activation, down.padded_k).astype(x.dtype)
+    y = (
+        float32_product(a, down, experts, implementation)
+        * jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
+    )
     return y.reshape(*topk_ids.shape, down.padded_n).sum(1).astype(out_dtype)
 
 
@@ -165,7 +162,7 @@ def _cotangents(
         )
         found["down_bias"] = jnp.matmul(chosen.T, cotangent.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     if wanted.down_global_scales:
-        h = _add_bias(product(x, first, dtype=dtype).astype(jnp.float32), gate_up, experts)
+        h = with_bias(product(x, first, dtype=dtype).astype(jnp.float32), gate_up, experts)
         a = activated(h, activation, down.padded_k).astype(x.dtype)
         found["down_global_scales"] = global_scales(a, second, of_slots(cotangent) * router)
     of_hidden = wanted.gate_up_bias or wanted.gate_up_global_scales

@@ -206,7 +206,14 @@ def float32_product(
         dtype="float32",
         implementation=implementation,
     )
-    return y if weights.bias is None else y + slot_columns(weights.bias, experts)
+    return with_bias(y, weights, experts)
+
+
+def with_bias(
+    products: Float32[Array, "slots N"], weights: MarlinWeights, experts: Int32[Array, " slots"]
+) -> Float32[Array, "slots N"]:
+    """Products and the bias of each slot's expert, where there is one."""
+    return products if weights.bias is None else products + slot_columns(weights.bias, experts)
 
 
 def sum_slots(slots: jax.Array, num_rows: int) -> jax.Array:

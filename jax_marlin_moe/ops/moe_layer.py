@@ -27,7 +27,8 @@ from jax_marlin_moe.layer_operands import LayerOperands
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
 from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format_attributes, or_empty, weight_operands
 from jax_marlin_moe.ops.block_arguments import check_experts
-from jax_marlin_moe.ops.fused_moe import block_division, expert_block
+from jax_marlin_moe.ops.block_division import block_division
+from jax_marlin_moe.ops.fused_moe import expert_block
 from jax_marlin_moe.ops.layer_arguments import ROUTER_DTYPES, check_floats, check_shared, checked_scales
 from jax_marlin_moe.ops.layer_composition import composition, shared_beside
 from jax_marlin_moe.ops.one_program import one_program
@@ -391,10 +392,8 @@ def _jvp(op, primals, tangents, *, implementation, **params):
 
 
 def _division(*, activation, shared_activation, routing, norm_epsilon, out_dtype):
-    division = block_division(activation)
-    return dataclasses.replace(
-        division, share=_share, results=(*division.results, None, None), vectors=(), weights=("shared",)
-    )
+    division = block_division(activation, share=_share)
+    return dataclasses.replace(division, results=(*division.results, None, None), vectors=(), weights=("shared",))
 
 
 def _share(call, part, *operands, **params):
