@@ -165,6 +165,11 @@ class Activation:
         return _FUNCTIONS[self.name].gated
 
     @property
+    def halves(self) -> int:
+        """How many columns the first product has for each that `apply` returns."""
+        return 2 if self.gated else 1
+
+    @property
     def cpp(self) -> str | None:
         """Its name in csrc/cuda/activations.cuh, or None where the CUDA kernels lack it."""
         return _FUNCTIONS[self.name].cpp
@@ -172,6 +177,10 @@ class Activation:
     def apply(self, gate: Float[Array, "... I"], up: Float[Array, "... I"] | None) -> Float[Array, "... I"]:
         """The input of the second product; up is None where not gated."""
         return _FUNCTIONS[self.name].apply(gate, up, *self.parameters)
+
+    def of_product(self, h: Float[Array, "rows columns"]) -> Float[Array, "rows I"]:
+        """The input of the second product from the result of the first, [gate | up] where gated."""
+        return self.apply(*jnp.split(h, 2, axis=1)) if self.gated else self.apply(h, None)
 
 
 def _number(name: str, value: Any) -> float:

@@ -324,12 +324,8 @@ def weighted_sum(
         rows = rows.astype(jnp.float32) * usable(x_scale)
     with jax.named_scope("gate_up"):
         h = expert_products(rows, gate_up, expert)
-    if activation.gated:
-        a = activation.apply(h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :])
-    else:
-        a = activation.apply(h, None)
     # The halves of gate_up are padded to whole tiles of columns, the rows of down only to tiles of rows.
-    a = a[:, : down.padded_k]
+    a = activation.of_product(h)[:, : down.padded_k]
     if intermediate is None:
         a = a.astype(x.dtype) if activation_dtype is None else _quantized(rounded(a, x.dtype), activation_dtype)
     else:

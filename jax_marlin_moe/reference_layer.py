@@ -144,7 +144,7 @@ def shared_sum(
         assert not isinstance(down, MarlinWeights)
         rows = x[:, : gate_up.shape[0]]
         h = jnp.matmul(rows, gate_up.astype(x.dtype), preferred_element_type=jnp.float32)
-        a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
+        a = activation.of_product(h)
         y = jnp.matmul(a.astype(x.dtype), down.astype(x.dtype), preferred_element_type=jnp.float32)
     return y if shared.gate is None else y * shared_gate(x, shared.gate)
 

@@ -88,7 +88,7 @@ def load_block(
         if columns[0] == columns[1]:  # padding alone: of the shapes of the first rank's share
             return jax.tree.map(jnp.zeros_like, local(expert_rank, 0))
         gate_up, down = load(Share(members, tensor_rank, columns, width))
-        gate_up, down = fill_share(gate_up, down, width, 2 if get_activation(activation).gated else 1)
+        gate_up, down = fill_share(gate_up, down, width, get_activation(activation).halves)
         if tensor_rank and down.bias is not None:
             down = dataclasses.replace(down, bias=jnp.zeros_like(down.bias))
         return gate_up, down

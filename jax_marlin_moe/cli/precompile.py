@@ -134,7 +134,7 @@ def lower_layer(
         CompilationError: see there.
     """
     model, experts = LAYERS[shape.name], shape.num_experts
-    halves = 2 if get_activation(model.activation).gated else 1
+    halves = get_activation(model.activation).halves
     gate_up, down = _experts(shape, experts, row, dtype, halves=halves, biased=model.biased)
     layer = jmm.MoELayer(
         gate_up,

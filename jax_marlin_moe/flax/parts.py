@@ -135,7 +135,7 @@ def random_layer(
 ) -> MoELayer:
     """A layer of normal random weights with variance 1 / K: a router, quantised experts and, likewise, a shared one."""
     check_top_k(routing.top_k, num_experts)
-    halves = 2 if get_activation(activation).gated else 1
+    halves = get_activation(activation).halves
     experts = partial(random_experts, weight_format=weight_format, group_size=group_size, scale_dtype=dtype)
     keys = jax.random.split(key, 6)
 

@@ -31,7 +31,7 @@ def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act
     arguments.check_weights(first, gate_up)
     arguments.check_weights(second, down)
     arguments.check_shape("x", x, (x.shape[0], gate_up.k), "(tokens, H)")
-    halves = 2 if act.gated else 1
+    halves = act.halves
     if gate_up.n != halves * down.k:
         raise ValueError(
             f"{first} has N = {gate_up.n} columns and {second} K = {down.k} rows; activation "

@@ -38,8 +38,7 @@ def composed_of_bytes(
         return with_bias(y, weights, experts)
 
     h = product(*quantize_rows(block.x, activation_dtype, block.x_scale), gate_up)
-    a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
-    a = a[:, : down.padded_k]
+    a = activation.of_product(h)[:, : down.padded_k]
     if intermediate is None:
         hidden = quantize_rows(rounded(a, block.x.dtype), activation_dtype)
     else:

@@ -26,7 +26,7 @@ from jax_marlin_moe.ops.grouped_product import (
     summed_product,
     with_bias,
 )
-from jax_marlin_moe.ops.hidden_cotangents import activated, hidden_cotangents, hidden_cotangents_op
+from jax_marlin_moe.ops.hidden_cotangents import hidden_cotangents, hidden_cotangents_op
 from jax_marlin_moe.ops.primitive import Op, map_batch
 from jax_marlin_moe.ops.tangents import jvp_of
 
@@ -87,7 +87,7 @@ def _block(x, gate_up, down, topk_weights, topk_ids, expert_map, *, activation, 
     """The block as a composition of grouped products."""
     experts = reference.slot_experts(topk_ids, expert_map, gate_up.num_experts)
     h = float32_product(x, gate_up, experts, implementation)
-    a = activated(h, activation, down.padded_k).astype(x.dtype)
+    a = activation.of_product(h)[:, : down.padded_k].astype(x.dtype)
     y = (
         float32_product(a, down, experts, implementation)
         * jnp.where(experts >= 0, topk_weights.reshape(-1), 0)[:, None]
@@ -163,7 +163,7 @@ def _cotangents(
         found["down_bias"] = jnp.matmul(chosen.T, cotangent.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     if wanted.down_global_scales:
         h = with_bias(product(x, first, dtype=dtype).astype(jnp.float32), gate_up, experts)
-        a = activated(h, activation, down.padded_k).astype(x.dtype)
+        a = activation.of_product(h)[:, : down.padded_k].astype(x.dtype)
         found["down_global_scales"] = global_scales(a, second, of_slots(cotangent) * router)
     of_hidden = wanted.gate_up_bias or wanted.gate_up_global_scales
     if wanted.topk_weights or wanted.x or of_hidden:

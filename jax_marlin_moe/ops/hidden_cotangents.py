@@ -16,12 +16,6 @@ from jax_marlin_moe.ops.primitive import Op
 from jax_marlin_moe.ops.tangents import jvp_of
 
 
-def activated(h: Float32[Array, "slots columns"], activation: Activation, inner: int) -> Float32[Array, "slots inner"]:
-    """The input of the second product from the result of the first, its bias added."""
-    a = activation.apply(*jnp.split(h, 2, axis=1)) if activation.gated else activation.apply(h, None)
-    return a[:, :inner]
-
-
 def hidden_cotangents(
     hidden: Float[Array, "slots columns"],
     pulled: Float[Array, "slots inner"],
@@ -52,7 +46,7 @@ def hidden_cotangents(
     pulled = jnp.where(there[:, None], pulled, 0).astype(jnp.float32)
     if bias is not None:
         h = h + slot_columns(bias, experts)
-    a, pull = jax.vjp(partial(activated, activation=activation, inner=pulled.shape[1]), h)
+    a, pull = jax.vjp(lambda h: activation.of_product(h)[:, : pulled.shape[1]], h)
     d_weights = (a.astype(hidden.dtype).astype(jnp.float32) * pulled).sum(1)
     (d_hidden,) = pull(pulled * jnp.where(there, topk_weights, 0)[:, None])
     return d_hidden.astype(dtype), d_weights

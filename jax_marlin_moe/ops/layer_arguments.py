@@ -56,13 +56,13 @@ def check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) -> 
         check_experts(x, gate_up, down, activation, within="shared.")
     else:
         assert not isinstance(down, MarlinWeights)
-        halves = 2 if activation.gated else 1
         for name, matrix in (("shared.gate_up", gate_up), ("shared.down", down)):
             if not hasattr(matrix, "ndim") or matrix.ndim != 2:
                 found = f"of shape {tuple(matrix.shape)}" if hasattr(matrix, "shape") else f"a {type(matrix).__name__}"
                 raise ValueError(f"{name} is {found}; it must be a matrix, or packed")
         inner = down.shape[0]
-        check_floats("shared.gate_up", gate_up, (hidden, halves * inner), f"(H, {halves} * rows of shared.down)")
+        wide = f"(H, {activation.halves} * rows of shared.down)"
+        check_floats("shared.gate_up", gate_up, (hidden, activation.halves * inner), wide)
         check_floats("shared.down", down, (inner, hidden), "(I, H)")
     if shared.gate is not None:
         check_floats("shared.gate", shared.gate, (hidden, 1), "(H, 1)")

@@ -51,7 +51,7 @@ def tensor_parallel(
     """
     share = check_block(gate_up, down, ranks, activation=activation, pad=pad)
     shares = [block_share(gate_up, down, rank, share, activation=activation) for rank in range(ranks)]
-    halves = 2 if get_activation(activation).gated else 1
+    halves = get_activation(activation).halves
     first, second = shares[0]
     columns = {name: _join([getattr(one, name) for one, _ in shares], -1) for name in _BY_COLUMNS}
     grouped = group_rows(down) is not None
@@ -81,11 +81,10 @@ def check_block(
             "jax_marlin_moe.fold_input_order(gate_up, down)"
         )
     act = get_activation(activation)
-    halves = 2 if act.gated else 1
-    if gate_up.n != halves * down.k:
+    if gate_up.n != act.halves * down.k:
         raise ValueError(
             f"gate_up has N = {gate_up.n} columns and down K = {down.k} rows; activation {act.name!r} needs "
-            f"N = {halves} * K"
+            f"N = {act.halves} * K"
         )
     return inner_share(down.k, group_rows(down), ranks, pad=pad)
 
@@ -97,7 +96,7 @@ def block_share(
 
     Both are without padding: the zeros that fill them up to the share count as columns and rows.
     """
-    start, halves = rank * share, 2 if get_activation(activation).gated else 1
+    start, halves = rank * share, get_activation(activation).halves
     width = gate_up.padded_n // halves
     first, last = min(start, width), min(start + share, width)
     parts = [_columns(gate_up, half * width + first, half * width + last) for half in range(halves)]
