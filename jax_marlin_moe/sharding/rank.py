@@ -1,0 +1,106 @@
+"""What one rank of a mesh computes of a layer: its share of the experts, and of the shared one."""
+
+import dataclasses
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jax_marlin_moe import arguments, reference_layer
+from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.expert_placement import slots_of
+from jax_marlin_moe.layer import MoELayer
+from jax_marlin_moe.layer_slice import spread_indices
+from jax_marlin_moe.ops.fused_moe import share_of_block
+from jax_marlin_moe.ops.layer_composition import shared_beside
+from jax_marlin_moe.sharding.block_sum import BlockSum, Experts
+from jax_marlin_moe.sharding.tensor_parallel import local_matrix
+from jax_marlin_moe.shared_expert import SharedExpert
+from jax_marlin_moe.weights import MarlinWeights
+
+
+def layer_of_rank(
+    layer, x, token_ids, router_input, *, expert, tensor, tokens, exchange, capacity, share, implementation
+):
+    """`parallel_layer` of the tokens and weights of one rank."""
+    layer = spread_indices(layer)
+    shape = x.shape
+    x = x.reshape(-1, shape[-1])
+    router_rows = x if router_input is None else router_input.reshape(x.shape)
+    weights, ids = layer.route(router_rows, None if token_ids is None else token_ids.reshape(-1))
+    rows, _ = arguments.as_rows("x", x)
+    kept = None
+    if layer.routing.identity_experts:
+        kept = reference_layer.identity_sum(rows, weights, ids, layer.num_experts, rows.shape[1])
+    if layer.placement is not None:
+        ids = slots_of(ids, jnp.asarray(layer.placement), layer.num_experts)
+    elif layer.routing.identity_experts:
+        ids = jnp.where(ids < layer.num_experts, ids, -1)
+    block = BlockSum(expert, tensor, tokens, exchange, capacity, share, jnp.dtype(x.dtype))
+    experts = experts_of_rank(block, layer.gate_up, layer.down, layer.activation, implementation)
+    if layer.routing.apply_on_input:
+        # Each slot is a row of its own, with weight 1.
+        top_k = ids.shape[1]
+        each = reference_layer.weighted_rows(rows, weights)
+        y, dropped = block.sum(experts, each, jnp.ones((each.shape[0], 1)), ids.reshape(-1, 1))
+        y = y.reshape(rows.shape[0], top_k, y.shape[1]).sum(1)
+        if layer.shared is not None:
+            ones, none = jnp.ones((rows.shape[0], 1)), jnp.full((rows.shape[0], 1), -1, jnp.int32)
+            alone = dataclasses.replace(block, expert=(), exchange="gather", capacity=None)
+            y += alone.sum(None, rows, ones, none, partial(_shared_of_rank, layer, block, implementation))[0]
+    else:
+        extra = None if layer.shared is None else partial(_shared_of_rank, layer, block, implementation)
+        # What is added to something is not rounded before.
+        dtype = x.dtype if kept is None else jnp.float32
+        y, dropped = block.sum(experts, rows, weights, ids, extra, dtype)
+    if kept is not None:
+        y = y + kept
+    y = layer.normalized(y.astype(x.dtype)).reshape(shape)
+    return y if capacity is None else (y, block.total(dropped))
+
+
+def experts_of_rank(
+    block: BlockSum,
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    activation: str | Activation,
+    implementation: str | None,
+) -> Experts:
+    """This rank's share of the experts, by the specs of a `MoESharding`."""
+    gate_up = local_matrix(gate_up)
+    count = gate_up.num_experts
+    slots = count * block.size(block.expert)
+
+    def compute(matrices, x, weights, ids, *, out_dtype):
+        # As many ids as there are experts of all ranks: kernels are chosen by the rows that an expert gets of them.
+        here = jnp.arange(slots, dtype=jnp.int32)
+        return share_of_block(
+            x, *matrices, weights, ids,
+            activation=activation,
+            expert_map=jnp.where(here < count, here, -1),
+            out_dtype=out_dtype,
+            rounded_to=block.rounded_to,
+            implementation=implementation,
+        )  # fmt: skip
+
+    return Experts(compute, (gate_up, down), slots)
+
+
+def _shared_of_rank(layer: MoELayer, block: BlockSum, implementation: str | None, x: Array) -> Array:
+    """float32 share of the shared expert: what is not cut is the first rank's alone."""
+    shared = layer.shared
+    assert shared is not None
+    activation = get_activation(layer.activation if layer.shared_activation is None else layer.shared_activation)
+    whole = [axis for axis in block.summed if axis in block.expert]
+    gate = None if shared.gate is None else jnp.asarray(shared.gate)
+    if isinstance(shared.gate_up, MarlinWeights):
+        here = SharedExpert(local_matrix(shared.gate_up), shared.down, gate)
+    else:
+        here = SharedExpert(jnp.asarray(shared.gate_up), jnp.asarray(shared.down), gate)
+        whole += block.tensor
+    y = shared_beside(x, here, activation, implementation=implementation, rounded_to=block.rounded_to)
+    first = jnp.bool_(True)
+    for axis in whole:
+        first = first & (lax.axis_index(axis) == 0)
+    return jnp.where(first, y, 0) if whole else y
