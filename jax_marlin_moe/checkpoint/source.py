@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jax_marlin_moe.checkpoint.family import Family, get_family, number_of_layers
 from jax_marlin_moe.checkpoint.layer_reader import LayerReader
+from jax_marlin_moe.checkpoint.layer_tensors import LayerTensors
 from jax_marlin_moe.checkpoint.model_facts import read_facts
 from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
 from jax_marlin_moe.checkpoint.numbering import claim_number
@@ -97,7 +98,7 @@ class Source:
     def reader(self, layer: int | str, sharding: MoESharding | None = None) -> LayerReader:
         """Of one layer, which there must be."""
         place = self._numbered[layer] if isinstance(layer, int) else self._places[layer]
-        return LayerReader(
+        tensors = LayerTensors(
             files=self.files,
             layer=layer,
             prefix=place.prefix,
@@ -106,9 +107,8 @@ class Source:
             quantization=self.quantization,
             source=self.config,
             model_type=self.model_type,
-            target=self._target_of(layer, place),
-            sharding=sharding,
         )
+        return LayerReader(tensors, self._target_of(layer, place), sharding)
 
     def _target_of(self, layer: int | str, place: _Place) -> Target | None:
         """What plain experts of a layer become; None where it is quantised and others, which are plain, are meant."""
