@@ -139,8 +139,7 @@ class Plan:
         """The place among `kernels` of a stage.
 
         Args:
-            stage: "count_slots", "align", "gate_up", "down", "combine"; "clear", "first_rows", "moe_gemm";
-                "dispatches", "expert_gemm"; "linear".
+            stage: what the name of its kernel begins with, such as "align", "gate_up" or "combine".
 
         Raises:
             ValueError: if the plan has no such stage.
