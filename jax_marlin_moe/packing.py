@@ -132,12 +132,12 @@ def assemble(
 
 @jax.jit
 def dequantize(weights: MarlinWeights) -> Float32[Array, "*experts K N"]:
-    """The float32 weights, rows in packed order, without padding."""
+    """The weights in float32, without padding; rows in the order of the packing, which `input_order` names."""
     return drop_column_padding(reference.dequantize(weights)[..., : weights.k, :], weights)
 
 
 def dense_weights(weights: MarlinWeights) -> Float32[Array, "experts K N"]:
-    """`dequantize`, with rows back in the order of the checkpoint."""
+    """The weights in float32, without padding, with rows in the order of the columns of x."""
     dense = dequantize(weights)
     if weights.input_order is None:
         return dense
@@ -154,6 +154,14 @@ def fold_input_order(gate_up: MarlinWeights, down: MarlinWeights) -> tuple[Marli
     Args:
         gate_up: columns [gate | up], or of one matrix where the activation is not gated.
         down: with `input_order` set; without, both are returned as they are.
+
+    Returns:
+        Both matrices, the second without an order.
+
+    Raises:
+        TypeError: an argument is not `MarlinWeights`.
+        ValueError: the matrices are not those of one block, or gate_up has global scales, which a new order of columns
+            would mix.
     """
     check_weights("gate_up", gate_up)
     check_weights("down", down)

@@ -25,20 +25,20 @@ def quantize(
 ) -> MarlinWeights:
     """Quantises dense experts by rounding to nearest. Codes are chosen for the scale as stored.
 
-    Integer codes: symmetric formats have `scale = max|w| / (zero_point - 1)` a group; those with zero points map the
+    Integer codes: symmetric formats have `scale = max|w| / (zero_point - 1)` per group; those with zero points map the
     range [min(w, 0), max(w, 0)] to all codes, with a rounded ("_zp") or an exact zero point ("_fzp"). "fp8": `scale =
-    max|w| / 448`. "nvfp4": a global scale `max|w| / (448 * 6)` an expert, then e4m3 block scales `max|w| / 6`. "mxfp4"
-    and "mxfp8": the power of two that brings the largest value of a block into the top binade of the code (OCP
-    microscaling formats 1.0, section 6.3). "bf16" and "fp16" keep the weights, rounded to 16 bits where they have more;
-    their scales are 1.
+    max|w| / 448` per group. "nvfp4": a global scale `max|w| / (448 * 6)` per expert, then e4m3 block scales
+    `max|w| / 6` in units of it. "mxfp4" and "mxfp8": the power of two that brings the largest value of a block into the
+    top binade of the code (OCP microscaling formats 1.0, section 6.3). "bf16" and "fp16" keep the weights, rounded to
+    16 bits where they have more; their scales are 1.
 
-    Infinities and NaN are refused. In weights that are traced, they make the scale of their group NaN or infinite
-    ("nvfp4": that of their expert).
+    Infinities and NaN are refused. In traced weights, which cannot be looked at, they make the scale of their group NaN
+    or infinite ("nvfp4": that of their expert).
 
-    Experts that are over the devices of a mesh are quantised where they are, and the result is sharded as they are.
+    Experts that are sharded over the devices of a mesh are quantised where they are, and the result is sharded alike.
 
-    Weights that change, as those of a policy that is trained, are packed again without compiling anything and into the
-    memory of the old ones: `jax.jit(lambda old, dense: quantize(dense, ...), donate_argnums=0, keep_unused=True)`.
+    Weights that change, such as those of a policy in training, are packed again without compiling anything and into the
+    memory of the old ones by `jax.jit(lambda old, dense: quantize(dense, ...), donate_argnums=0, keep_unused=True)`.
 
     Args:
         dense: weights with the input dimension second. Any K and N: the packed matrix is padded to whole tiles.
@@ -49,7 +49,7 @@ def quantize(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: the format has no such group size, or a shape is off.
+        ValueError: the format has no such group size, a shape does not fit, or `dense` holds infinities or NaN.
     """
     check_rank("dense", dense, 3)
     row, size, dtype = _choice("dense", dense, weight_format, group_size, scale_dtype)
@@ -80,7 +80,7 @@ def fake_quantize(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: the format has no such group size, or a shape is off.
+        ValueError: the format has no such group size, or a shape does not fit.
     """
     if getattr(w, "ndim", 0) < 2:
         check_rank("w", w, 2)

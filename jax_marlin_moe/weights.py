@@ -50,7 +50,7 @@ class MarlinWeights:
 
     packed: Int32[Array, "E K//16 words"]
     scales: Shaped[Array, "E G N"]
-    zeros: Shaped[Array, "E G N//pf"] | None
+    zeros: Shaped[Array, "E G words_or_N"] | None
     bias: Float[Array, "E N"] | None
     input_order: Int32[Array, "E K"] | None
     format: WeightFormat
@@ -108,6 +108,10 @@ class MarlinWeights:
         """The weights of one expert, as a stack of one: a dense quantised linear.
 
         A traced index is clamped to the experts there are, as those of `jax.lax.dynamic_slice` are.
+
+        Raises:
+            IndexError: the index is out of range, and not traced.
+            TypeError: the index is no integer.
         """
         if not jnp.issubdtype(getattr(index, "dtype", type(index)), jnp.integer) or getattr(index, "shape", ()) != ():
             raise TypeError(f"index is {index!r}; it must be an integer, or an int32 array of one")
@@ -122,7 +126,11 @@ class MarlinWeights:
         return _slice_leaves(self, lambda weights: jax.tree.map(cut, weights))
 
     def columns(self, start: int, stop: int) -> "MarlinWeights":
-        """Output columns [start, stop), multiples of 64: a tensor-parallel shard, or gate or up of a pair."""
+        """Output columns [start, stop), multiples of 64: a tensor-parallel shard, or gate or up of a pair.
+
+        Raises:
+            ValueError: the range is empty, not of whole tiles or out of range, or the matrix has padded columns.
+        """
         if self.column_padding:
             raise ValueError(
                 f"column_padding is {self.column_padding}: columns of a padded matrix do not lie in whole tiles; slice "
@@ -148,9 +156,11 @@ class MarlinWeights:
         )
 
     def rows(self, start: int, stop: int) -> "MarlinWeights":
-        """Input rows [start, stop): whole groups (any multiple of 16 when channel-wise); without the bias.
+        """Input rows [start, stop): whole groups (any multiple of 16 where one scale covers all); without the bias.
 
-        Refused where the rows have an order of their own, which names columns of the whole x.
+        Raises:
+            ValueError: the range is empty, not of whole groups or out of range, or the rows have an `input_order`,
+                which names columns of the whole x.
         """
         if self.input_order is not None:
             raise ValueError("input_order is not None: its rows read x from anywhere, so they have no input slice")

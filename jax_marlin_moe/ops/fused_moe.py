@@ -77,21 +77,21 @@ def fused_moe(
         activation: a name, as "silu" (`gate * sigmoid(gate) * up`), "gelu" or "relu2" (not gated), or made by
             `jax_marlin_moe.swiglu`, `swiglu_step` or `situ`; docs/formats.md, "The expert block", has them all.
         expert_map: int32, global to local expert, -1 for experts that live elsewhere.
-        x_scale: float32, what float8_e4m3fn tokens are in units of; one that is not positive and finite counts as zero.
-            With `activation_dtype` "float8_e4m3fn", the scale that x is quantised by.
+        x_scale: float32, the factor of float8_e4m3fn tokens; one that is not positive and finite counts as zero. With
+            `activation_dtype` "float8_e4m3fn", the scale that x is quantised by.
         intermediate: how the activation's result is quantised, in place of its rounding to the type of x; scales are
             those of the local experts.
-        activation_dtype: None, or what the rows of both products are quantised to within the call, "float8_e4m3fn" or
-            "int8": each row by a scale of its own (docs/formats.md, "8-bit activations"), unless calibration has fixed
-            it: that of x is then `x_scale`, that of the second product's rows in an `intermediate` of
-            `IntermediateQuantizer.static_fp8`. "float8_e4m3fn_g128" has a scale for each 128 columns of a row.
+        activation_dtype: None, or what the rows of both products are quantised to within the call (docs/formats.md,
+            "8-bit activations"). "float8_e4m3fn" and "int8" have a scale per row, "float8_e4m3fn_g128" one per 128
+            columns of a row. Scales that calibration has fixed take the place of the rows' own for "float8_e4m3fn":
+            `x_scale` for x, and an `intermediate` of `IntermediateQuantizer.static_fp8` for the second product.
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
             are summed again. For float8_e4m3fn float32, which is the default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         cuda_scheme: how CUDA cuts the block; None takes the measured or predicted best.
         batch_invariant: whether a token has the same bits whatever else is in the batch, and wherever it stands. On
-            CUDA that takes a scheme whose sums depend on the matrices alone, slower than the best; CPUs always do so,
-            and "xla" does not.
+            CUDA that takes a scheme whose sums depend on the matrices alone, slower than the best. On CPUs it is always
+            so; "xla" does not have it.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.

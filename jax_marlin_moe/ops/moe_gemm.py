@@ -53,7 +53,7 @@ def moe_gemm(
         preferred_element_type: of the result: that of x, which is the default, or float32, which is not rounded.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
         batch_invariant: whether a row has the same bits whatever other rows there are. On CUDA that takes a tile whose
-            sums depend on the matrix alone; CPUs always do so, and "xla" does not.
+            sums depend on the matrix alone. On CPUs it is always so; "xla" does not have it.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.

@@ -106,8 +106,8 @@ def moe_layer(
         batch_invariant: as for `fused_moe`, of the router too.
 
     Returns:
-        The rows' results, [tokens, H]; with `return_routing` a tuple of them, the router weights
-        (float32, [tokens, top_k]) and the expert ids (int32).
+        The rows' results, of the shape of x; with `return_routing` a tuple of them, the router weights
+        (float32, [..., top_k]) and the expert ids (int32, likewise).
 
     Raises:
         TypeError: an argument has the wrong dtype or type.

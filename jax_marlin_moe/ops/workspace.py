@@ -18,6 +18,9 @@ def workspace_size(*, num_slots: int, num_experts: int, n: int, block_size: int,
         n: columns of the matrix, a multiple of 64.
         block_size: 8, 16, 32, 48, 64, 128 or 256.
         multiprocessors: of the card.
+
+    Raises:
+        ValueError: there is no such block size, or n is not a positive multiple of 64.
     """
     check_block_size(block_size)
     if n % 64 or n <= 0:

@@ -219,7 +219,7 @@ def from_compressed_tensors(
         bits: 4 or 8.
         group_size: rows of K that share a scale; may be None where there is one group or groups divide K.
         weight_zero_point: zero points of asymmetric weights, packed along N.
-        weight_g_idx: group of each row, concrete values. Each group must have as many rows.
+        weight_g_idx: group of each row, concrete values. All groups must be equally long.
 
     Raises:
         TypeError: an argument has the wrong dtype.

@@ -196,9 +196,9 @@ def from_fp8(
 
     Args:
         weight: float8_e4m3fn, or its bit patterns as uint8; concrete values.
-        weight_scale: a factor (also where the file calls it `weight_scale_inv`): [E] or [E, 1] of a tensor, [E, N] or
-            [E, N, 1] of an output channel, [E, N, ceil(K / 128)] of groups of 128 in a channel,
-            [E, ceil(N / 128), ceil(K / 128)] of blocks; floats, or e8m0 bit patterns as uint8 or float8_e8m0fnu.
+        weight_scale: a factor (also where the file calls it `weight_scale_inv`): [E] or [E, 1] per tensor, [E, N] or
+            [E, N, 1] per output channel, [E, N, ceil(K / 128)] per group of 128 in a channel,
+            [E, ceil(N / 128), ceil(K / 128)] per block; floats, or e8m0 bit patterns as uint8 or float8_e8m0fnu.
         bias: [experts, N], kept in float32.
 
     Raises:

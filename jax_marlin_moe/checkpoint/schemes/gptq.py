@@ -250,7 +250,7 @@ def from_gptq(
         qweight: codes packed along K.
         qzeros: zero points packed along N.
         scales: float16, bfloat16 or float32, kept as they are.
-        g_idx: group of each row, concrete values; None means `k // group_size`. Each group must have as many rows.
+        g_idx: group of each row, concrete values; None means `k // group_size`. All groups must be equally long.
         bits: 4 or 8.
         group_size: rows of K that share a scale; may be None where there is one group or groups divide K.
         checkpoint_format: "gptq" (v1: qzeros hold z - 1) or "gptq_v2" (they hold z).
