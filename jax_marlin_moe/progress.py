@@ -6,5 +6,5 @@ _AFTER_SECONDS = 2.0
 
 
 def progress_bar(what: str, total: int) -> tqdm:
-    """A bar of so many steps: `update()` after each, `close()` at the end, or a `with` block around them."""
+    """A bar of a number of steps: `update()` after each, `close()` at the end, or a `with` block around them."""
     return tqdm(desc=what, total=total, delay=_AFTER_SECONDS, disable=None, leave=False)

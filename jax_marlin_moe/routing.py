@@ -179,7 +179,7 @@ def route(
 
 
 def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> None:
-    """Raises, naming the option, unless the rule chooses among so many experts: TypeError on a wrong type of it.
+    """Raises, naming the option, unless the rule chooses among that many experts: TypeError on a wrong type of it.
 
     `alone` says that there are neither biases for the choice nor ids that are chosen already.
     """

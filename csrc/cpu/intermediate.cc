@@ -6,7 +6,7 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-// The nearest float of so many bits of mantissa, ties to even, saturating; NaN stays NaN. Normal numbers begin with
+// The nearest float of that many bits of mantissa, ties to even, saturating; NaN stays NaN. Normal numbers begin with
 // 2^least_exponent. The sum with 1.5 * 2^23 units has no bits below the unit.
 template <int kMantissaBits, int kLeastExponent, int kLargest>
 inline float Nearest(float value) {

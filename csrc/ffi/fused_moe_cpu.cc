@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "cpu/expert_block.h"
+#include "ffi/block_checks.h"
 #include "ffi/contract.h"
 #include "ffi/cpu_op.h"
 #include "ffi/matrix_operands.h"
@@ -34,17 +35,12 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   const int64_t top_k = contract.Extent(topk_ids, "topk_ids", 1);
   const int64_t map_length = contract.Extent(expert_map, "expert_map", 0);
   cpu::ExpertBlock block;
-  block.activation = cpu::FindActivation(activation);
-  contract.Require(block.activation != nullptr,
-                   "activation is " + Quoted(activation) + "; there are: " + cpu::ActivationNames());
+  SetActivation(contract, activation, activation_parameters, block);
   block.intermediate = intermediate == "none" ? nullptr : cpu::FindIntermediateQuantizer(intermediate);
   contract.Require(
       intermediate == "none" || block.intermediate != nullptr,
       "intermediate is " + Quoted(intermediate) + "; there are: none, " + cpu::IntermediateQuantizerNames());
   if (!contract.ok()) return contract.ToError();
-  contract.Require(static_cast<int>(activation_parameters.size()) == block.activation->parameters,
-                   "activation " + Quoted(activation) + " has " + std::to_string(activation_parameters.size()) +
-                       " parameters; it takes " + std::to_string(block.activation->parameters));
   block.type = CheckElement(contract, x, "x");
   contract.HasExtents(x, "x", {x_rows, hidden});
   const cpu::ExpertStack gate_up =
@@ -57,14 +53,7 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   if (!contract.ok()) return contract.ToError();
   block.gate_up = &gate_up;
   block.down = &down;
-  // Columns come in chunks of 64 and rows in tiles of 16, so one side may have the longer padding of the same extent.
-  contract.Require(gate_up.n() % block.halves() == 0 && block.half() >= inner && block.half() - inner < cpu::kChunk,
-                   "gate_up has " + std::to_string(gate_up.n()) + " columns, which are not " +
-                       std::to_string(block.halves()) + " times the " + std::to_string(inner) + " rows of down");
-  contract.Require(down.n() >= hidden && down.n() - hidden < cpu::kChunk,
-                   "down has " + std::to_string(down.n()) + " columns, x has " + std::to_string(hidden));
-  contract.Require(gate_up.experts == down.experts, "gate_up has " + std::to_string(gate_up.experts) +
-                                                        " experts, down has " + std::to_string(down.experts));
+  CheckMatrices(contract, block, hidden);
   const int64_t slots = contract.Product("the number of slots", {tokens, top_k});
   contract.Require(tokens >= 0 && top_k >= 1 && slots <= kMost,
                    "topk_ids has " + std::to_string(tokens) + " rows and " + std::to_string(top_k) +
@@ -86,7 +75,6 @@ ffi::Error FusedMoeImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g
   if (!contract.ok()) return contract.ToError();
 
   const bool mapped = !Contract::IsAbsent(expert_map);
-  block.activation_parameters = activation_parameters.begin();
   block.top_k = top_k;
   block.slots_per_row = x_rows == tokens ? top_k : 1;
   block.routing.num_experts = mapped ? map_length : down.experts;

@@ -8,6 +8,7 @@
 #include "cpu/element.h"
 #include "cpu/expert_block.h"
 #include "cpu/router.h"
+#include "ffi/block_checks.h"
 #include "ffi/contract.h"
 #include "ffi/cpu_op.h"
 #include "ffi/matrix_operands.h"
@@ -200,16 +201,10 @@ ffi::Error MoeLayerImpl(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::
   const int64_t inner = contract.Extent(call.buffer(kDown), "down packed", 1) * cpu::kTileK;
   const int64_t router_rows = contract.Extent(call.buffer(kRouter), "router", 0);
   const int64_t experts = contract.Extent(call.buffer(kRouter), "router", 1);
-  const auto activation = call.attribute<std::string_view>("activation");
-  const auto parameters = call.attribute<ffi::Span<const float>>("activation_parameters");
   cpu::ExpertBlock block;
-  block.activation = cpu::FindActivation(activation);
-  contract.Require(block.activation != nullptr,
-                   "activation is " + Quoted(activation) + "; there are: " + cpu::ActivationNames());
+  SetActivation(contract, call.attribute<std::string_view>("activation"),
+                call.attribute<ffi::Span<const float>>("activation_parameters"), block);
   if (!contract.ok()) return contract.ToError();
-  contract.Require(static_cast<int>(parameters.size()) == block.activation->parameters,
-                   "activation " + Quoted(activation) + " has " + std::to_string(parameters.size()) +
-                       " parameters; it takes " + std::to_string(block.activation->parameters));
   block.type = CheckElement(contract, x, "x");
   contract.HasExtents(x, "x", {tokens, hidden});
   const cpu::ExpertStack gate_up = call.matrix("gate_up", kGateUp, hidden), down = call.matrix("down", kDown, inner);
@@ -230,13 +225,7 @@ ffi::Error MoeLayerImpl(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::
                      "the shared experts have other sizes than those that are chosen, or there are more than " +
                          std::to_string(kMostShared));
   }
-  contract.Require(gate_up.n() % block.halves() == 0 && block.half() >= inner && block.half() - inner < cpu::kChunk,
-                   "gate_up has " + std::to_string(gate_up.n()) + " columns, which are not " +
-                       std::to_string(block.halves()) + " times the " + std::to_string(inner) + " rows of down");
-  contract.Require(down.n() >= hidden && down.n() - hidden < cpu::kChunk,
-                   "down has " + std::to_string(down.n()) + " columns, x has " + std::to_string(hidden));
-  contract.Require(gate_up.experts == down.experts, "gate_up has " + std::to_string(gate_up.experts) +
-                                                        " experts, down has " + std::to_string(down.experts));
+  CheckMatrices(contract, block, hidden);
 
   cpu::Router router;
   const bool own_input = call.has(kRouterInput);
@@ -305,7 +294,6 @@ ffi::Error MoeLayerImpl(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::
   router.given = call.has(kGiven) ? static_cast<const int32_t*>(call.buffer(kGiven).untyped_data()) : nullptr;
   router.topk_weights = static_cast<float*>(weights.untyped_data());
   router.topk_ids = static_cast<int32_t*>(ids.untyped_data());
-  block.activation_parameters = parameters.begin();
   block.x_scale = nullptr;
   block.intermediate = nullptr;
   block.intermediate_scales = nullptr;

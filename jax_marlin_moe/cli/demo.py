@@ -31,7 +31,7 @@ _TOKENS = (1, 16)  # of either layer
 # Blocks in a timed chain, each with a routing of its own, so that caches do not hold the experts; on a GPU enough of
 # them to hide the call from Python.
 _LINKS = {"cpu": 8, "gpu": 32}
-# A call is timed as often as fits these seconds, but not more than so many times.
+# A call is timed as often as fits these seconds, but at most this many times.
 _TIMED_SECONDS, _MOST_TIMED = 1.0, 100
 _ERROR_LIMIT = {"float16": 5e-3, "bfloat16": 1e-2}
 

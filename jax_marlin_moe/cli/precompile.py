@@ -172,7 +172,7 @@ def _rows(shape: ModelShape, tokens: int, dtype: jnp.dtype) -> jax.ShapeDtypeStr
 def _experts(
     shape: ModelShape, experts: int, row: WeightFormat, dtype: jnp.dtype, *, halves: int, biased: bool = False
 ) -> tuple[jmm.MarlinWeights, jmm.MarlinWeights]:
-    """Shapes and dtypes of the packed matrices of so many experts, without data."""
+    """Shapes and dtypes of the packed matrices of that many experts, without data."""
     hidden, inner, group = shape.hidden, shape.intermediate, shape.group_size
     return (
         _weights(experts, hidden, halves * inner, row, group, dtype, biased),

@@ -134,7 +134,7 @@ def gemm_kernel(
 def _work_tiles(
     shape: GemmShape, tile: Tile | TransposedTile, token_tiles: TokenTiles, columns: int, transposed: bool
 ) -> int:
-    """Token tiles times tiles of so many columns; raises ValueError where they are more than the kernels count."""
+    """Token tiles times tiles of that many columns; raises ValueError where they are more than the kernels count."""
     column_tiles = tile.column_tiles(
         dataclasses.replace(shape, k=columns) if transposed else dataclasses.replace(shape, n=columns)
     )

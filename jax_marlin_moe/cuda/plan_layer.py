@@ -56,7 +56,7 @@ def plan_moe_layer(
     tokens, slots = x.shape[0], router.slots
     most = most_of_program(tokens, rule.top_k)
     counted = most is not None
-    if most is not None:  # the kernels are for so many
+    if most is not None:  # the kernels are for that many
         router = dataclasses.replace(router, rows=jax.ShapeDtypeStruct((most, router.rows.shape[1]), router.rows.dtype))
         x = jax.ShapeDtypeStruct((most, x.shape[1]), x.dtype)
     rows_of_token = dict.fromkeys((place["x"], place["router_input"], place["given"], y, topk_weights, topk_ids), 1)

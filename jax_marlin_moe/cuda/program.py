@@ -93,7 +93,7 @@ class Kernel:
         return f"of_{self.name}"
 
     def ctas(self, multiprocessors: int) -> int:
-        """The grid on a card with so many multiprocessors, as csrc/ffi/cuda_program.cc computes it."""
+        """The grid on a card with that many multiprocessors, as csrc/ffi/cuda_program.cc computes it."""
         bound = self.ctas_per_sm * multiprocessors
         ctas = min(self.max_ctas, bound) if bound else self.max_ctas
         return ctas - ctas % self.cluster

@@ -4,7 +4,7 @@ A program for many tokens takes seconds to compile, and hardly depends on how ma
 have room for the most of a range, and the kernels that count tokens get the number at run time.
 """
 
-# Few tokens are decoded, in a few batch sizes, where a program for exactly so many is fastest.
+# Few tokens are decoded, in a few batch sizes, where a program for exactly that many is fastest.
 _MOST_EXACT = 64
 MOST_EXACT_SLOTS = 128
 # Beyond, the program of one number of tokens is small beside what it computes.

@@ -34,7 +34,7 @@ def propose(
         top_k: experts per token.
         experts_hit: distinct experts of the routings that are timed, on average.
         capability: compute capability times ten.
-        tiles_per_product: at most so many tiles of each product in a group.
+        tiles_per_product: at most that many tiles of each product in a group.
         shared: experts that every token visits beside those, behind the products' own.
 
     Returns:

@@ -103,7 +103,7 @@ def timed_samples(
     clock; a pause before each sample keeps it out of there.
 
     Args:
-        replay: replays a graph so many times and gives the microseconds of one repetition.
+        replay: replays a graph that many times and gives the microseconds of one repetition.
         repetitions: in the graph.
         samples: how many.
         pause_seconds: before each.
@@ -196,7 +196,7 @@ class ReplayedPlan:
 
     @contextlib.contextmanager
     def captured(self, kernels: Sequence[int] | None = None) -> Iterator[Callable[..., float]]:
-        """A graph of all repetitions, as a function that replays it so many times in a row.
+        """A graph of all repetitions, as a function that replays it that many times in a row.
 
         The function waits for the replays and returns the microseconds of one repetition, averaged over all.
 

@@ -95,7 +95,7 @@ def as_scale(x_scale: Any) -> Float32[Array, ""]:
 
 
 def check_intermediate(intermediate: Any, num_experts: int) -> None:
-    """Raises TypeError or ValueError unless it is a quantiser for so many experts."""
+    """Raises TypeError or ValueError unless it is a quantiser for that many experts."""
     if not isinstance(intermediate, IntermediateQuantizer):
         raise TypeError(
             f"intermediate is a {type(intermediate).__name__}; it must be made by "

@@ -12,7 +12,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-# Between neighbours, so many rows at most are computed for each that is there; padding has no expert.
+# Between neighbours, at most that many rows are computed for each that is there; padding has no expert.
 _FACTOR = 4
 _LAST = 4096
 
