@@ -104,7 +104,7 @@ def plan_grouped_product(
 
     With `num_groups`, rows are sorted by group. Buffers: x, the matrix (5), group sizes, group offset; y, all of it.
 
-    With `summed` above 1, y has the sums of that many neighbouring slots, all of it, where a slot without an expert adds
+    With `summed` above 1, y has the sums of that many neighbouring slots, all of it; a slot without an expert adds
     nothing. The slots' rows, in the dtype of y, are made and added in slices of the columns.
     """
     capability = compute_capability(architecture)
