@@ -22,6 +22,8 @@ class Architecture:
         multiprocessors: of the card.
         cycles_per_microsecond: of its multiprocessors.
         bytes_per_microsecond: that it reads from memory.
+        mma_bytes: types of rows of 8 bits that its mma.sync multiplies by an instruction of its own. (ptxas makes e4m3
+            products of 16-bit ones for 9.0, 10.0, 10.3 and 11.0.)
         has_clusters: whether CTAs may share K of a tile through each other's shared memory.
     """
 
@@ -34,6 +36,7 @@ class Architecture:
     multiprocessors: int
     cycles_per_microsecond: int
     bytes_per_microsecond: float
+    mma_bytes: tuple[str, ...] = ()
     has_clusters: bool = False
 
     @property
@@ -52,18 +55,20 @@ class Architecture:
 
 
 _MMA = ("mma",)
+_BYTES = ("mma", "mma_bytes")
+_INT8, _BOTH = ("int8",), ("int8", "float8_e4m3fn")
 _ROWS = (
     Architecture(75, "sm_75", 64, 64, _MMA, "T4", 40, 1590, 0.32e6),
-    Architecture(80, "sm_80", 164, 163, _MMA, "A100 80 GB", 108, 1410, 2.0e6),
-    Architecture(86, "sm_86", 100, 99, _MMA, "RTX 3090", 82, 1695, 0.94e6),
-    Architecture(87, "sm_87", 164, 163, _MMA, "Jetson AGX Orin", 16, 1300, 0.2e6),
-    Architecture(89, "sm_89", 100, 99, _MMA, "RTX 4090", 128, 2520, 1.0e6),
+    Architecture(80, "sm_80", 164, 163, _BYTES, "A100 80 GB", 108, 1410, 2.0e6, _INT8),
+    Architecture(86, "sm_86", 100, 99, _BYTES, "RTX 3090", 82, 1695, 0.94e6, _INT8),
+    Architecture(87, "sm_87", 164, 163, _BYTES, "Jetson AGX Orin", 16, 1300, 0.2e6, _INT8),
+    Architecture(89, "sm_89", 100, 99, _BYTES, "RTX 4090", 128, 2520, 1.0e6, _BOTH),
     Architecture(90, "sm_90a", 228, 227, ("mma", "wgmma", "wgmma_bytes"), "H200", 132, 1900, 4.65e6, has_clusters=True),
-    Architecture(100, "sm_100a", 228, 227, _MMA, "B200", 148, 1965, 8.0e6),
-    Architecture(103, "sm_103a", 228, 227, _MMA, "B300", 148, 1920, 8.0e6),
-    Architecture(110, "sm_110", 228, 227, _MMA, "Jetson Thor", 20, 1575, 0.27e6),
-    Architecture(120, "sm_120a", 100, 99, _MMA, "RTX 5090", 170, 2407, 1.79e6),
-    Architecture(121, "sm_121a", 100, 99, _MMA, "GB10", 48, 2418, 0.27e6),
+    Architecture(100, "sm_100a", 228, 227, _BYTES, "B200", 148, 1965, 8.0e6, _INT8),
+    Architecture(103, "sm_103a", 228, 227, _BYTES, "B300", 148, 1920, 8.0e6, _INT8),
+    Architecture(110, "sm_110", 228, 227, _BYTES, "Jetson Thor", 20, 1575, 0.27e6, _INT8),
+    Architecture(120, "sm_120a", 100, 99, _BYTES, "RTX 5090", 170, 2407, 1.79e6, _BOTH),
+    Architecture(121, "sm_121a", 100, 99, _BYTES, "GB10", 48, 2418, 0.27e6, _BOTH),
 )
 
 ARCHITECTURES = {row.capability: row for row in _ROWS}

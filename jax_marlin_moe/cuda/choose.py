@@ -231,7 +231,7 @@ def invariant_scheme(
         ValueError: no kernel has such tiles for the shapes.
     """
     shapes = first, second
-    for kernel in ("wgmma", "mma"):
+    for kernel in ("wgmma", "mma", "mma_bytes"):
         found = []
         for tokens in sorted({*mma.TOKEN_TILES, *wgmma.TOKEN_TILES}):
             blocks, rows = _filled(first, num_slots, routed_experts, tokens)
@@ -279,9 +279,9 @@ def _timed_scheme(
 
 
 def _tiles_in_order(kernel: str, shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
-    if kernel not in get_architecture(capability).kernels:
+    if kernel not in kernels_of(shape, capability):
         return []
-    if kernel == "mma":
-        return [tile for tile in mma.candidates(shape, tokens, capability) if mma.adds_in_order(tile)]
+    if kernel != "wgmma":
+        return [tile for tile in KERNELS[kernel].candidates(shape, tokens, capability) if mma.adds_in_order(tile)]
     tiles = wgmma.candidates(shape, tokens, capability, all_scaling=True)
     return [tile for tile in tiles if wgmma.adds_in_order(shape, tile)]

@@ -300,8 +300,13 @@ class _Block:
 
     @property
     def overlaps_rows(self) -> bool:
-        """Whether products may start so: those of 16 bits fetch scales of rows before they wait."""
-        return self.overlaps and (self.activation_dtype is None or self.first.has_byte_rows)
+        """Whether products may start so: those of mma.sync and of 16 bits fetch scales of rows before they wait."""
+        return self.overlaps and (self.activation_dtype is None or self.slabs)
+
+    @property
+    def slabs(self) -> bool:
+        """Whether products are those of wgmma with rows of 8 bits, whose results have the order of a unit's scales."""
+        return isinstance(self.scheme.down, WgmmaByteTile)
 
     def plan(self) -> Plan:
         """The kernels, and the scratch: `hidden`, the rows of the second product, rows in 8 bits, a list of slots."""
@@ -343,6 +348,7 @@ class _Block:
             self.x,
             self.buffers.x,
             self.first,
+            self.scheme.gate_up,
             self.gate_up,
             first_scratch,
             self.activation_dtype,
@@ -357,6 +363,7 @@ class _Block:
             self.hidden,
             hidden,
             self.second,
+            self.scheme.down,
             self.down,
             first_scratch + len(of_x.scratch),
             self.activation_dtype,
@@ -398,7 +405,7 @@ class _Block:
             expert_map=self.buffers.expert_map,
             scratch=scratch,
             products=2,
-            takes_tiles=self.first.has_byte_rows
+            takes_tiles=self.slabs
             or (not self.sliced and all(_takes_tiles(tile, shape, self.capability) for tile, shape in tiles)),
             ids_from_previous=self.buffers.ids_from_previous,
             slots_of_token=self.slots if self.counted else None,
@@ -447,7 +454,7 @@ class _Block:
         self, reads: Rows, tiles: TokenTiles, partials: int
     ) -> tuple[list[Kernel], jax.ShapeDtypeStruct]:
         """Into buffer `partials`, and the sums over slots: of slices of the columns, one after the other."""
-        buffers, tile, columns, in_bytes = self.buffers, self.scheme.down, self.second.n, self.second.has_byte_rows
+        buffers, tile, columns, slabs = self.buffers, self.scheme.down, self.second.n, self.slabs
         slices, packed_pairs = self._slices(tiles)
         kernels = []
         for part in slices:
@@ -472,7 +479,7 @@ class _Block:
                 first_operand=buffers.down,
                 token_tiles=tiles,
                 epilogue=weigh if packed_pairs is None else packed_partials(weigh, packed_pairs),
-                overlaps_predecessor=self.overlaps_rows and (self.scheme.overlaps or in_bytes),
+                overlaps_predecessor=self.overlaps_rows and (self.scheme.overlaps or slabs),
                 shared=buffers.shared_down,
                 shared_experts=self.shared,
                 columns=part,
@@ -492,7 +499,7 @@ class _Block:
                 overlaps_predecessor=self.overlaps,
                 identity=buffers.identity,
                 columns_of=part,
-                places=in_bytes,
+                places=slabs,
                 counted=self.counted,
                 packed_pairs=packed_pairs,
             )

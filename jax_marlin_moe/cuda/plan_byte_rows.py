@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from jax_marlin_moe.byte_rows import ByteDtype, has_groups, number_type
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.kernels import wgmma_bytes
+from jax_marlin_moe.cuda.kernels import mma_bytes, wgmma_bytes
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.quantize_rows import quantize_rows_kernel, row_stride
+from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.program import Kernel
+from jax_marlin_moe.cuda.scheme import Tile
 from jax_marlin_moe.weights import MarlinWeights
 
 
@@ -52,6 +54,7 @@ def quantized_rows(
     source: jax.ShapeDtypeStruct | jax.Array,
     source_buffer: int,
     shape: GemmShape,
+    tile: Tile,
     weights: MarlinWeights,
     scratch: int,
     activation_dtype: ByteDtype,
@@ -67,6 +70,7 @@ def quantized_rows(
         source: [rows, columns], the columns of the product first.
         source_buffer: that has them.
         shape: of the product.
+        tile: of the product, whose kernel reads them.
         weights: of the product.
         scratch: the first one of the scratch that is asked for.
         activation_dtype: of the bytes; the product may read their values in 16 bits.
@@ -75,9 +79,9 @@ def quantized_rows(
         in_units: whether rows have values of the type already, in units of scales that are known.
     """
     rows, source_stride = source.shape
-    # Of codes that have a zero point to subtract; the integers of int8 products are less that of the format already.
-    wide = not shape.has_byte_rows
-    sums = not wide and bool(weights.format.zeros or (weights.format.zero_point and shape.dtype != "int8"))
+    # Of codes that have a zero point to subtract, unless the product adds them up itself; the integers of int8 products are less that of the format already.
+    wide, of_wgmma = not shape.has_byte_rows, isinstance(tile, WgmmaByteTile)
+    sums = of_wgmma and bool(weights.format.zeros or (weights.format.zero_point and shape.dtype != "int8"))
     stride = row_stride(shape.k, sums=sums, groups=shape.row_groups)
     of_hidden = stage == "hidden"
     kernel = quantize_rows_kernel(
@@ -91,7 +95,7 @@ def quantized_rows(
         halves_apart=wgmma_bytes.halves_apart(shape),
         sums=sums,
         groups=shape.row_groups,
-        places=of_hidden and not wide,
+        places=of_hidden and of_wgmma,
         in_units=in_units,
         from_previous=of_hidden,
         x=source_buffer,
@@ -113,7 +117,10 @@ def multiplies_bytes(activation_dtype: ByteDtype, shapes: Sequence[GemmShape], c
     Raises:
         ValueError: there are not, and their values cannot be multiplied in 16 bits either.
     """
-    there = "wgmma_bytes" in get_architecture(capability).kernels and all(map(wgmma_bytes.multiplies, shapes))
+    if "wgmma_bytes" in get_architecture(capability).kernels:
+        there = all(map(wgmma_bytes.multiplies, shapes))
+    else:
+        there = all(mma_bytes.multiplies(shape, capability) for shape in shapes)
     if not there and has_groups(activation_dtype):
         first = shapes[0]
         raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.kernels import mma, wgmma, wgmma_bytes
+from jax_marlin_moe.cuda.kernels import mma, mma_bytes, wgmma, wgmma_bytes
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 
 SlotRouting = Literal["direct", "grouped", "aligned"]  # of BlockScheme
@@ -34,7 +34,7 @@ class GemmKernel:
     candidates: Callable[[GemmShape, int, int], Sequence["Tile"]]
 
 
-Tile = mma.MmaTile | wgmma.WgmmaTile | wgmma_bytes.WgmmaByteTile
+Tile = mma.MmaTile | mma_bytes.MmaByteTile | wgmma.WgmmaTile | wgmma_bytes.WgmmaByteTile
 # By the names that architectures and tables have for their tiles.
 KERNELS = {
     "wgmma": GemmKernel("gemm/wgmma/kernel.cuh", wgmma.WgmmaTile, wgmma.TOKEN_TILES, wgmma.candidates),
@@ -42,13 +42,17 @@ KERNELS = {
         "gemm/wgmma/kernel.cuh", wgmma_bytes.WgmmaByteTile, wgmma_bytes.TOKEN_TILES, wgmma_bytes.candidates
     ),
     "mma": GemmKernel("gemm/mma/kernel.cuh", mma.MmaTile, mma.TOKEN_TILES, mma.candidates),
+    "mma_bytes": GemmKernel(
+        "gemm/mma/kernel.cuh", mma_bytes.MmaByteTile, mma.TOKEN_TILES, mma_bytes.candidates
+    ),
 }
+_OF_BYTES = {"wgmma_bytes", "mma_bytes"}
 
 
 def kernels_of(shape: GemmShape, capability: int) -> list[str]:
     """The names of the kernels that an architecture has for rows of the shape's type."""
     kernels = get_architecture(capability).kernels
-    return [name for name in KERNELS if name in kernels and (name == "wgmma_bytes") == shape.has_byte_rows]
+    return [name for name in KERNELS if name in kernels and (name in _OF_BYTES) == shape.has_byte_rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,9 @@ class BlockScheme:
     def fits(self, first: GemmShape, second: GemmShape, capability: int) -> bool:
         """Whether both tiles fit the products, and each other."""
         alike = self.gate_up.tokens == self.down.tokens
-        return alike and self.gate_up.fits(first, capability) and self.down.fits(second, capability)
+        # Products of bytes on wgmma leave, and expect, columns in an order of their own.
+        slabs = {isinstance(tile, wgmma_bytes.WgmmaByteTile) for tile in (self.gate_up, self.down)}
+        return alike and len(slabs) == 1 and self.gate_up.fits(first, capability) and self.down.fits(second, capability)
 
 
 def requested_scheme(

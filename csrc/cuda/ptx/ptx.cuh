@@ -302,6 +302,28 @@ __device__ __forceinline__ void mma_16x8x16_fresh(float (&d)[4], const uint32_t 
   mma_16x8x16<T>(d, a, b);
 }
 
+// d (16 x 8) += a (16 x 32) * b (32 x 8), of bytes: e4m3 with float32 sums, or signed integers with sums of 32 bits.
+template <class T>
+__device__ __forceinline__ void mma_16x8x32(typename T::Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+#if __CUDA_ARCH__ >= 890
+template <>
+__device__ __forceinline__ void mma_16x8x32<Fp8>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ void mma_16x8x32<Signed8>(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
 // (a & b) | c in one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;

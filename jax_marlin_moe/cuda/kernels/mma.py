@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import TypeVar
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
@@ -65,9 +66,9 @@ class MmaTile:
         shared = scale_rows * self.units * UNIT * shape.group_bits // 8
         return weights + shared
 
-    def token_stage_bytes(self) -> int:
+    def token_stage_bytes(self, shape: GemmShape) -> int:
         """One stage of the tokens that warps_n warps share."""
-        return self.tokens * self.block_k * 2
+        return self.tokens * self.block_k * (1 if shape.has_byte_rows else 2)
 
     def partials_bytes(self, shape: GemmShape) -> int:
         """The float32 sums that the warps exchange at the end of a tile."""
@@ -77,7 +78,7 @@ class MmaTile:
 
     def shared_bytes(self, shape: GemmShape) -> int:
         """Dynamic shared memory of a block."""
-        rings = self.warps_n * self.weight_stage_bytes(shape) + self.token_stage_bytes()
+        rings = self.warps_n * self.weight_stage_bytes(shape) + self.token_stage_bytes(shape)
         return self.warps_k * self.stages * rings + self.partials_bytes(shape)
 
     def column_tiles(self, shape: GemmShape) -> int:
@@ -89,10 +90,23 @@ class MmaTile:
         if self.cluster > 1 and not get_architecture(capability).has_clusters:
             return False
         whole = shape.k >= self.shares_k * self.block_k and shape.n % (UNIT * self.warps_n * self.units) == 0
-        grouped = shape.group_size % self.block_k == 0 or self.block_k % shape.group_size == 0
         paired = not shape.gated or (self.warps_n * self.units) % 2 == 0
         resident = get_architecture(capability).fits_shared_memory(self.shared_bytes(shape), self.ctas_per_sm)
-        return whole and grouped and paired and resident and not shape.has_byte_rows
+        return whole and paired and resident and self.multiplies(shape, capability)
+
+    def multiplies(self, shape: GemmShape, capability: int) -> bool:
+        """Whether k-blocks are parts of groups or whole ones, of a product whose rows and weights the kernel takes."""
+        del capability  # rows of 16 bits are multiplied everywhere
+        grouped = shape.group_size % self.block_k == 0 or self.block_k % shape.group_size == 0
+        return grouped and not shape.has_byte_rows
+
+    def unevenness(self, shape: GemmShape) -> float:
+        """The longest share of K over the mean one."""
+        return self.longest_share(shape) * self.shares_k * self.block_k / shape.k
+
+    def step_instructions(self, shape: GemmShape) -> float:
+        """Of a warp in 16 rows of K and a unit's 64 columns: dequantisation and MMAs."""
+        return 4 * (word_instructions(shape.code) + self.tokens // 8 * _MMA_INSTRUCTIONS)
 
     def predicted_microseconds(
         self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
@@ -110,9 +124,8 @@ class MmaTile:
         columns = UNIT * self.warps_n * self.units
         steps = self.block_k / TILE_K
 
-        words = steps * self.units * 4
         closing = self.block_k / min(shape.group_size, 128) * self.units * 16 * token_tiles * 3
-        instructions = words * (word_instructions(shape.code) + token_tiles * _MMA_INSTRUCTIONS)
+        instructions = steps * self.units * self.step_instructions(shape)
         instructions += _CHUNK_INSTRUCTIONS + 2 * steps * token_tiles + closing
         latency = instructions * _CYCLES_PER_INSTRUCTION + _CHUNK_LATENCY
         issue = busy * warps * instructions / (4 * _ISSUE_RATE)
@@ -128,6 +141,9 @@ class MmaTile:
         return LAUNCH_MICROSECONDS + rounds * (chunks * chunk + ends) / card.cycles_per_microsecond
 
 
+_Kind = TypeVar("_Kind", bound=MmaTile)
+
+
 def adds_in_order(tile: MmaTile) -> bool:
     """Whether the tile is one of those that give a row the same bits, however many rows there are: no shares of K."""
     return tile.shares_k == 1
@@ -135,13 +151,20 @@ def adds_in_order(tile: MmaTile) -> bool:
 
 def candidates(shape: GemmShape, tokens: int, capability: int) -> list[MmaTile]:
     """Every tile worth considering: it fits."""
+    return candidates_of(MmaTile, (16, 32, 64, 128, 256), shape, tokens, capability)
+
+
+def candidates_of(
+    kind: type[_Kind], blocks_k: tuple[int, ...], shape: GemmShape, tokens: int, capability: int
+) -> list[_Kind]:
+    """Those of a kind, with such k-blocks."""
     card = get_architecture(capability)
-    found: list[MmaTile] = []
+    found: list[_Kind] = []
     if tokens not in TOKEN_TILES:
         return found
     clusters = (1, 2, 4) if tokens == TOKEN_TILES[0] and card.has_clusters else (1,)
     for units, warps_n, warps_k, block_k in itertools.product(
-        (1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 8), (16, 32, 64, 128, 256)
+        (1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 8), blocks_k
     ):
         warps = warps_n * warps_k
         if warps > 8 or units * tokens > 48:  # more sums than a thread has registers
@@ -152,12 +175,11 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> list[MmaTile]:
         # Stages and resident CTAs only add shared memory: where the smallest tile does not fit, none does.
         fitting = []
         for cluster in clusters:
-            smallest = MmaTile(tokens, units, warps_n, warps_k, block_k, 2, 1, cluster)
-            uneven = smallest.longest_share(shape) * smallest.shares_k * block_k / shape.k
-            if uneven <= _MOST_UNEVEN and smallest.fits(shape, capability):
+            smallest = kind(tokens, units, warps_n, warps_k, block_k, 2, 1, cluster)
+            if smallest.unevenness(shape) <= _MOST_UNEVEN and smallest.fits(shape, capability):
                 fitting.append(cluster)
         for stages, ctas_per_sm, cluster in itertools.product((2, 3, 4, 5, 6), range(1, resident + 1), fitting):
-            tile = MmaTile(tokens, units, warps_n, warps_k, block_k, stages, ctas_per_sm, cluster)
+            tile = kind(tokens, units, warps_n, warps_k, block_k, stages, ctas_per_sm, cluster)
             if card.fits_shared_memory(tile.shared_bytes(shape), ctas_per_sm):
                 found.append(tile)
     return found

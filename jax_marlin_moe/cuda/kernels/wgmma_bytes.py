@@ -135,6 +135,11 @@ class WgmmaByteTile:
 
 def multiplies(shape: GemmShape) -> bool:
     """Whether there is a kernel for rows of 8 bits and such weights."""
+    return has_fragments(shape) and shape.n % (2 * UNIT) == 0  # two slabs of a warpgroup
+
+
+def has_fragments(shape: GemmShape) -> bool:
+    """Whether there are fragments of bytes of such rows and weights, and scales for whole k-blocks."""
     groups = shape.group_size >= shape.k or shape.group_size % BLOCK_K == 0
     return (
         (shape.dtype, shape.code) in _MULTIPLIED
@@ -143,7 +148,6 @@ def multiplies(shape: GemmShape) -> bool:
         and groups
         and shape.k >= BLOCK_K
         and shape.k % 32 == 0
-        and shape.n % (2 * UNIT) == 0  # two slabs of a warpgroup
     )
 
 

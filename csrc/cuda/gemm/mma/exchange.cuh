@@ -1,7 +1,7 @@
 // The end of a work tile of the mma.sync kernel: shares of K are added in a fixed order, sums go to the epilogue.
 #pragma once
 
-#include "gemm/mma/multiplier.cuh"
+#include "gemm/mma/storage.cuh"
 #include "gemm/named_barriers.cuh"
 
 namespace jmm {
@@ -72,7 +72,7 @@ template <class Shape>
 struct MmaExchange {
   using Tile = typename Shape::Tile;
   using Epilogue = typename Shape::Epilogue;
-  using Sums = typename MmaMultiplier<Shape>::Sums;
+  using Sums = typename Shape::Sums;
   using Rows = MmaRows<Shape>;
   static constexpr int kTokenFragments = Shape::kTokenFragments;
 

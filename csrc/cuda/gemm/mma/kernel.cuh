@@ -17,6 +17,8 @@
 #include "epilogue.cuh"
 #include "gemm/mma/exchange.cuh"
 #include "gemm/mma/loader.cuh"
+#include "gemm/mma/multiplier.cuh"
+#include "gemm/mma/multiplier_bytes.cuh"
 #include "token_tiles.cuh"
 
 namespace jmm {
@@ -25,6 +27,8 @@ template <class Problem, class Tile, class TokenTiles, class Epilogue>
 struct GroupedGemm {
   using Shape = MmaShape<Problem, Tile, TokenTiles, Epilogue>;
   using Storage = MmaStorage<Shape>;
+  using Multiplier =
+      typename Select<kIsByte<typename Problem::T>, MmaByteMultiplier<Shape>, MmaMultiplier<Shape>>::Type;
   using RowOffset = typename Shape::RowOffset;
   using ScaleElement = typename Problem::ScaleElement;
   using ZeroElement = typename Problem::ZeroElement;
@@ -68,7 +72,7 @@ struct GroupedGemm {
       commit_copies();
     }
 
-    MmaMultiplier<Shape> multiplier(lane);
+    Multiplier multiplier(lane);
     int stage = 0;
     for (int work_tile = Shape::first_work_tile(); work_tile < work_tiles; work_tile += Shape::work_tile_stride()) {
       multiplier.begin_tile();
@@ -93,7 +97,7 @@ struct GroupedGemm {
         stage = stage == kAhead ? 0 : stage + 1;
       }
       // Epilogue.
-      multiplier.join_sides(rows.sides);
+      if constexpr (Shape::kMostSides > 1) multiplier.join_sides(rows.sides);
       multiplier.apply(rows.global_scales);
       MmaExchange<Shape>::finish(epilogue, shared_bytes, work_tile, rows, warp, warp_n, warp_k, lane, multiplier.sums);
     }

@@ -71,7 +71,7 @@ struct MmaLoader {
   // A token's row that does not exist is not copied: it is multiplied in a column of its own, which is never stored.
   __device__ __forceinline__ void load_tokens(uint32_t stage) const {
     if (expert < 0 ||
-        (Shape::is_short(share, k_block) && copy_lane() % Shape::kPieces >= Shape::kLastSteps * (kStepRows / 8))) {
+        (Shape::is_short(share, k_block) && copy_lane() % Shape::kPieces >= Shape::kLastSteps * kStepRows / Problem::kPieceValues)) {
       return;
     }
 #pragma unroll
@@ -82,9 +82,12 @@ struct MmaLoader {
     }
   }
 
-  // Scales and zero points are wanted when a group closes.
+  // Scales and zero points are wanted when sums are scaled.
   __device__ __forceinline__ void load_scales(uint32_t stage) const {
-    if (expert < 0 || (rows_left > Tile::kBlockK && k_block < Shape::k_blocks_of(share) - 1)) return;
+    if (expert < 0 ||
+        (!Shape::kClosesBlocks && rows_left > Tile::kBlockK && k_block < Shape::k_blocks_of(share) - 1)) {
+      return;
+    }
     copy_rows<Storage::kUnitScaleBytes>(stage + Storage::kScalesAt, scales);
     if constexpr (Zeros::kStored) copy_rows<Zeros::kUnitBytes>(stage + Storage::kZerosAt, zeros);
   }
@@ -130,7 +133,7 @@ struct MmaLoader {
     weights = reinterpret_cast<const uint32_t*>(packed.elements) +
               (int64_t(packed.expert) * (Problem::kK / kStepRows) + k / kStepRows) * Shape::kStepWords +
               unit * Packed::kWords + lane * 4;
-    tokens = operands.x + k + copy_lane() % Shape::kPieces * 8;
+    tokens = operands.x + k + copy_lane() % Shape::kPieces * Problem::kPieceValues;
     token_copies = 0;
 #pragma unroll
     for (int i = 0; i < Shape::kPiecesOfLane; ++i) {

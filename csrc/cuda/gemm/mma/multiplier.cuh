@@ -26,7 +26,7 @@ struct MmaMultiplier {
   using Zeros = typename Shape::Zeros;
   using Storage = MmaStorage<Shape>;
   static constexpr int kTokenFragments = Shape::kTokenFragments;
-  using Sums = float[Tile::kUnits][kSubTiles][kTokenFragments][4];
+  using Sums = typename Shape::Sums;
 
   Sums sums;                             // scaled, of the work tile
   Sums group_sums;                       // of codes, of the group

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm/problem.cuh"
+#include "weights/fragments_bytes.cuh"
 #include "weights/fragments_raw.cuh"
 
 namespace jmm {
@@ -25,6 +26,13 @@ struct MmaTile {
   static_assert(kStages >= 2, "one stage is read while another is filled");
 };
 
+// What fragments have taken from codes already: those of bytes may hold a code less its zero point.
+template <class Codes, class T>
+__device__ constexpr float offset_of_codes() {
+  if constexpr (kIsByte<T>) return Codes::kOffset;
+  return 0.0f;
+}
+
 template <class Problem_, class Tile_, class TokenTiles_, class Epilogue_>
 struct MmaShape {
   using Problem = Problem_;
@@ -33,7 +41,7 @@ struct MmaShape {
   using Epilogue = Epilogue_;
   using T = typename Problem::T;
   using Code = typename Problem::Code;
-  using Codes = RawFragments<Code, T>;
+  using Codes = typename Select<kIsByte<T>, ByteFragments<Code, T>, RawFragments<Code, T>>::Type;
   using Scales = ColumnScales<typename Problem::Scale, 8>;
   using Zeros = ColumnZeros<typename Problem::Zeros, Code, typename Problem::Scale>;
   using Packed = PackedTile<Code>;
@@ -46,8 +54,9 @@ struct MmaShape {
 
   // Fragments: B has 8 tokens, sums have 16 columns by 8 tokens.
   static constexpr int kTokenFragments = Tile::kTokens / 8;
+  using Sums = float[Tile::kUnits][kSubTiles][kTokenFragments][4];  // of a work tile
   // Whether codes have a zero point that the sums of x must take out.
-  static constexpr bool kTokenSums = Zeros::kStored || Zeros::kBaked != 0.0f;
+  static constexpr bool kTokenSums = Zeros::kStored || Zeros::kBaked != offset_of_codes<Codes, T>();
   static constexpr int kStepWords = Problem::kUnits * Packed::kWords;  // of the packed matrix, in 16 rows of K
 
   // FP4 is bound by instructions (docs/kernels.md, "The mma.sync kernel"). The most groups of K side by side in the
@@ -65,8 +74,12 @@ struct MmaShape {
   static constexpr int kLastSteps = KBlocks::kSteps - KBlocks::kMissingRows / kStepRows;  // of the last k-block
   static constexpr bool kShortens = kLastSteps < KBlocks::kSteps;
   static_assert(KBlocks::kCount >= kShares, "every warp has a k-block");
-  static_assert(Problem::kGroup % Tile::kBlockK == 0 || Tile::kBlockK % Problem::kGroup == 0,
+  // With rows of bytes, sums are those of a k-block: they are scaled whether its group ends there or not.
+  static constexpr bool kClosesBlocks = kIsByte<T>;
+  static_assert(Problem::kGroup % Tile::kBlockK == 0 || Tile::kBlockK % Problem::kGroup == 0 ||
+                    (kClosesBlocks && Problem::kGroups == 1),
                 "a k-block is part of one group, or whole groups");
+  static_assert(!kClosesBlocks || KBlocks::kScaleRows == 1, "a k-block of bytes has one scale for each column");
 
   // A gated tile has as many gate units as up units; its columns are those of the product. Gate and up of a column
   // belong to one warp where a warp has two units, to the lower and the upper half of the warps where it has one.
@@ -85,7 +98,7 @@ struct MmaShape {
 
   // The warps that share a part of K copy its tokens together, in pieces of 16 bytes.
   static constexpr int kCopyLanes = 32 * Tile::kWarpsN;
-  static constexpr int kPieces = Tile::kBlockK / 8;  // of a token's row in a k-block
+  static constexpr int kPieces = Tile::kBlockK / Problem::kPieceValues;  // of a token's row in a k-block
   static constexpr int kPiecesOfLane = (Tile::kTokens * kPieces + kCopyLanes - 1) / kCopyLanes;
 
   // Work tiles: CTAs, or clusters of them, take them by turns.
