@@ -9,6 +9,7 @@ from abstract_calls import abstract_block, planned_block
 from jax_marlin_moe.cuda import choose, compiler
 from jax_marlin_moe.cuda.architectures import ARCHITECTURES, get_architecture
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
+from jax_marlin_moe.cuda.kernels.mma_bytes import MmaByteTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.plan_products import plan_moe_gemm
@@ -27,9 +28,10 @@ def test_architectures_name_kernels_that_exist():
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_candidates_are_tiles_of_the_architectures_kernels(capability):
     kernels = {KERNELS[name].tile for name in ARCHITECTURES[capability].kernels}
-    of_bytes = dataclasses.replace(SHAPE, dtype="int8")
-    kinds = [{type(tile) for tile in choose.candidates(shape, 16, capability)} for shape in (SHAPE, of_bytes)]
-    assert kinds == [kernels - {WgmmaByteTile}, kernels & {WgmmaByteTile}]
+    shapes = SHAPE, dataclasses.replace(SHAPE, dtype="int8")
+    kinds = [{type(tile) for tile in choose.candidates(shape, 16, capability)} for shape in shapes]
+    of_bytes = {MmaByteTile, WgmmaByteTile}
+    assert kinds == [kernels - of_bytes, kernels & of_bytes]
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)

@@ -22,17 +22,17 @@ OF_HOPPER = ("int4", 128, "bfloat16", "float8_e4m3fn")
 EXPERTS, HIDDEN, INNER = 5, 256, 128
 
 
-def block_of(case, tokens):
+def block_of(case, tokens, dtype=jnp.bfloat16):
     weight_format, group_size, scale_dtype, _ = case
     options = {"weight_format": weight_format, "group_size": group_size}
     options["scale_dtype"] = None if scale_dtype is None else jnp.dtype(scale_dtype)
     return random_block(
-        np.random.default_rng(1), tokens, EXPERTS, HIDDEN, INNER, dtype=jnp.bfloat16, bias=True, **options
+        np.random.default_rng(1), tokens, EXPERTS, HIDDEN, INNER, dtype=dtype, bias=True, **options
     )
 
 
-def plan_of(case, tokens, architecture, **options):
-    first, second, x, _, ids = block_of(case, tokens)
+def plan_of(case, tokens, architecture, dtype=jnp.bfloat16, **options):
+    first, second, x, _, ids = block_of(case, tokens, dtype)
     row_type, weights = jax.ShapeDtypeStruct(x.shape, x.dtype), (first.packed(), second.packed())
     options = {"architecture": architecture, "activation_dtype": case[3]} | options
     return planned_block(row_type, *weights, top_k=ids.shape[1], **options)
@@ -56,14 +56,19 @@ def test_rows_are_quantised_and_their_values_multiplied_in_16_bits(name, archite
         assert not product.overlaps_predecessor
 
 
-def test_hopper_alone_multiplies_bytes():
-    for architecture in ("sm_80", "sm_89", "sm_100"):
-        assert elements_of_products(plan_of(OF_HOPPER, 9, architecture)) == ["jmm::BFloat"] * 2
-    assert elements_of_products(plan_of(OF_HOPPER, 9, "sm_90a")) == ["jmm::Fp8"] * 2
+def test_bytes_are_multiplied_where_there_is_an_instruction_for_them():
+    in_integers = (*OF_HOPPER[:3], "int8")
+    for architecture in ("sm_75", "sm_80", "sm_86", "sm_100"):
+        assert elements_of_products(plan_of(OF_HOPPER, 9, architecture, dtype=jnp.float16)) == ["jmm::Half"] * 2
+    for architecture in ("sm_89", "sm_90a", "sm_120"):
+        assert elements_of_products(plan_of(OF_HOPPER, 9, architecture)) == ["jmm::Fp8"] * 2
+    for architecture in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"):
+        assert elements_of_products(plan_of(in_integers, 9, architecture)) == ["jmm::Signed8"] * 2
+    assert elements_of_products(plan_of(in_integers, 9, "sm_75", dtype=jnp.float16)) == ["jmm::Half"] * 2
 
 
 def test_rows_in_units_of_fixed_scales_are_read_as_they_are():
-    quantize_x, gate_up, down, _ = plan_of(OF_HOPPER, 9, "sm_89", scaled=True, intermediate="static_fp8").kernels
+    quantize_x, gate_up, down, _ = plan_of(OF_HOPPER, 9, "sm_80", scaled=True, intermediate="static_fp8").kernels
     assert quantize_x.structs["Facts"]["fixed"]
     assert gate_up.structs["Epilogue"]["row_scaled"]
     assert not gate_up.structs["Epilogue"]["scaled"]
