@@ -70,8 +70,8 @@ struct MmaLoader {
 
   // A token's row that does not exist is not copied: it is multiplied in a column of its own, which is never stored.
   __device__ __forceinline__ void load_tokens(uint32_t stage) const {
-    if (expert < 0 ||
-        (Shape::is_short(share, k_block) && copy_lane() % Shape::kPieces >= Shape::kLastSteps * kStepRows / Problem::kPieceValues)) {
+    if (expert < 0 || (Shape::is_short(share, k_block) &&
+                       copy_lane() % Shape::kPieces >= Shape::kLastSteps * kStepRows / Problem::kPieceValues)) {
       return;
     }
 #pragma unroll
@@ -84,8 +84,7 @@ struct MmaLoader {
 
   // Scales and zero points are wanted when sums are scaled.
   __device__ __forceinline__ void load_scales(uint32_t stage) const {
-    if (expert < 0 ||
-        (!Shape::kClosesBlocks && rows_left > Tile::kBlockK && k_block < Shape::k_blocks_of(share) - 1)) {
+    if (expert < 0 || (!Shape::kClosesBlocks && rows_left > Tile::kBlockK && k_block < Shape::k_blocks_of(share) - 1)) {
       return;
     }
     copy_rows<Storage::kUnitScaleBytes>(stage + Storage::kScalesAt, scales);

@@ -33,8 +33,8 @@ struct MmaByteMultiplier {
   using Storage = MmaStorage<Shape>;
   using Sums = typename Shape::Sums;
   static constexpr int kTokenFragments = Shape::kTokenFragments;
-  static constexpr int kFragments = Tile::kBlockK / 32;          // of a k-block
-  static constexpr int kLastFragments = Shape::kLastSteps / 2;   // of the last one
+  static constexpr int kFragments = Tile::kBlockK / 32;             // of a k-block
+  static constexpr int kLastFragments = Shape::kLastSteps / 2;      // of the last one
   static constexpr int kWords = kSubTiles * Packed::kSubTileWords;  // of a lane, in a step
   static constexpr uint32_t kOnes = kSame<T, Fp8> ? 0x38383838u : 0x01010101u;
   static_assert(Zeros::kWhole && !Problem::kGlobalScales, "zero points are whole, scales are those of groups");
