@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.kernels import mma, transposed, wgmma
+from jax_marlin_moe.cuda.kernels import mma, mma_bytes, transposed, wgmma
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, SlotRouting, Tile, kernels_of
 
@@ -282,6 +282,11 @@ def _tiles_in_order(kernel: str, shape: GemmShape, tokens: int, capability: int)
     if kernel not in kernels_of(shape, capability):
         return []
     if kernel != "wgmma":
-        return [tile for tile in KERNELS[kernel].candidates(shape, tokens, capability) if mma.adds_in_order(tile)]
+        of_mma: Sequence[mma.MmaTile] = (
+            mma.candidates(shape, tokens, capability)
+            if kernel == "mma"
+            else mma_bytes.candidates(shape, tokens, capability)
+        )
+        return [tile for tile in of_mma if mma.adds_in_order(tile)]
     tiles = wgmma.candidates(shape, tokens, capability, all_scaling=True)
     return [tile for tile in tiles if wgmma.adds_in_order(shape, tile)]

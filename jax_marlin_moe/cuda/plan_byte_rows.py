@@ -79,7 +79,8 @@ def quantized_rows(
         in_units: whether rows have values of the type already, in units of scales that are known.
     """
     rows, source_stride = source.shape
-    # Of codes that have a zero point to subtract, unless the product adds them up itself; the integers of int8 products are less that of the format already.
+    # Of codes that have a zero point to subtract, unless the product adds up its rows itself; the integers of int8
+    # products are less that of the format already.
     wide, of_wgmma = not shape.has_byte_rows, isinstance(tile, WgmmaByteTile)
     sums = of_wgmma and bool(weights.format.zeros or (weights.format.zero_point and shape.dtype != "int8"))
     stride = row_stride(shape.k, sums=sums, groups=shape.row_groups)

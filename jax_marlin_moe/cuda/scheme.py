@@ -42,9 +42,7 @@ KERNELS = {
         "gemm/wgmma/kernel.cuh", wgmma_bytes.WgmmaByteTile, wgmma_bytes.TOKEN_TILES, wgmma_bytes.candidates
     ),
     "mma": GemmKernel("gemm/mma/kernel.cuh", mma.MmaTile, mma.TOKEN_TILES, mma.candidates),
-    "mma_bytes": GemmKernel(
-        "gemm/mma/kernel.cuh", mma_bytes.MmaByteTile, mma.TOKEN_TILES, mma_bytes.candidates
-    ),
+    "mma_bytes": GemmKernel("gemm/mma/kernel.cuh", mma_bytes.MmaByteTile, mma.TOKEN_TILES, mma_bytes.candidates),
 }
 _OF_BYTES = {"wgmma_bytes", "mma_bytes"}
 

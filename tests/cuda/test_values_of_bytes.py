@@ -26,9 +26,7 @@ def block_of(case, tokens, dtype=jnp.bfloat16):
     weight_format, group_size, scale_dtype, _ = case
     options = {"weight_format": weight_format, "group_size": group_size}
     options["scale_dtype"] = None if scale_dtype is None else jnp.dtype(scale_dtype)
-    return random_block(
-        np.random.default_rng(1), tokens, EXPERTS, HIDDEN, INNER, dtype=dtype, bias=True, **options
-    )
+    return random_block(np.random.default_rng(1), tokens, EXPERTS, HIDDEN, INNER, dtype=dtype, bias=True, **options)
 
 
 def plan_of(case, tokens, architecture, dtype=jnp.bfloat16, **options):

@@ -163,9 +163,7 @@ def candidates_of(
     if tokens not in TOKEN_TILES:
         return found
     clusters = (1, 2, 4) if tokens == TOKEN_TILES[0] and card.has_clusters else (1,)
-    for units, warps_n, warps_k, block_k in itertools.product(
-        (1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 8), blocks_k
-    ):
+    for units, warps_n, warps_k, block_k in itertools.product((1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 8), blocks_k):
         warps = warps_n * warps_k
         if warps > 8 or units * tokens > 48:  # more sums than a thread has registers
             continue
