@@ -12,6 +12,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe import layout
 from jax_marlin_moe.activations import get_activation
 from jax_marlin_moe.cuda import choose, compiler, plan
+from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.kernels.mma_bytes import MmaByteTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
@@ -221,5 +222,8 @@ def test_a_block_of_bytes_whose_ctas_share_k_on_the_card(name):
 @pytest.mark.parametrize("name", ["int4, fp8", "int4_zp, fp8", "fp8, fp8", "int4, int8", "int8_zp, int8"])
 @pytest.mark.parametrize("tokens", [1 + 2, 300])
 def test_a_block_of_bytes_by_the_scheme_of_the_architecture_on_the_card(name, tokens):
-    """Where the environment names compute_80 or compute_89, these are the kernels' own tiles for such cards."""
-    assert run_on_the_card(name, tokens, None) < max(most_error(name), 4e-3)  # or of values, in 16 bits
+    """An H200's scheme has the wgmma kernel; where the environment names compute_80 or compute_89, it is such a card's."""
+    architecture = get_architecture(compiler.compute_capability(compiler.target_architecture()))
+    if CASES[name][3] not in architecture.mma_bytes:
+        pytest.skip("such rows are multiplied by another kernel")
+    assert run_on_the_card(name, tokens, None) < most_error(name)
