@@ -222,7 +222,7 @@ def test_a_block_of_bytes_whose_ctas_share_k_on_the_card(name):
 @pytest.mark.parametrize("name", ["int4, fp8", "int4_zp, fp8", "fp8, fp8", "int4, int8", "int8_zp, int8"])
 @pytest.mark.parametrize("tokens", [1 + 2, 300])
 def test_a_block_of_bytes_by_the_scheme_of_the_architecture_on_the_card(name, tokens):
-    """An H200's scheme has the wgmma kernel; where the environment names compute_80 or compute_89, it is such a card's."""
+    """Where the environment names compute_80 or compute_89: an H200 itself has the wgmma kernel for them."""
     architecture = get_architecture(compiler.compute_capability(compiler.target_architecture()))
     if CASES[name][3] not in architecture.mma_bytes:
         pytest.skip("such rows are multiplied by another kernel")
