@@ -6,20 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_calls import needs_nvrtc, planned_block
 from byte_blocks import quantized_block, random_block, relative_error
 
 import jax_marlin_moe as jmm
 from jax_marlin_moe import layout
-from jax_marlin_moe.activations import get_activation
-from jax_marlin_moe.cuda import choose, compiler, plan
+from jax_marlin_moe.cuda import choose, compiler
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.kernels.mma_bytes import MmaByteTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.models import MODELS
-
-needs_nvrtc = pytest.mark.skipif(compiler.unavailable_reason() is not None, reason=str(compiler.unavailable_reason()))
 
 # Format, group size, type of scales, type of rows, hidden and inner size, tile: tokens, units, warps of N and of K.
 CASES = {
@@ -54,20 +52,9 @@ def block_of(name, tokens):
 
 def plan_of(name, tokens, architecture, scheme=None, **options):
     first, second, x, _, ids = block_of(name, tokens)
-    return plan.plan_fused_moe(
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
-        first.packed(),
-        second.packed(),
-        tokens=tokens,
-        top_k=ids.shape[1],
-        routed_experts=EXPERTS,
-        mapped=False,
-        activation=get_activation("silu"),
-        architecture=architecture,
-        scheme=scheme,
-        activation_dtype=CASES[name][3],
-        **options,
-    )
+    row_type, weights = jax.ShapeDtypeStruct(x.shape, x.dtype), (first.packed(), second.packed())
+    options = {"architecture": architecture, "scheme": scheme, "activation_dtype": CASES[name][3]} | options
+    return planned_block(row_type, *weights, top_k=ids.shape[1], **options)
 
 
 def shape_of(k, n, *, gated=False, dtype=FP8, **facts):
