@@ -3,6 +3,7 @@
 import atexit
 import collections
 import functools
+import gc
 import os
 import re
 import tempfile
@@ -89,6 +90,13 @@ def pytest_xdist_make_scheduler(config, log):
             return next((shared for shared in TOGETHER if shared in nodeid), name)
 
     return TogetherScheduling(config, log)
+
+
+def pytest_collection_finish(session):
+    # What is imported and collected by now stays, and little that tests leave is in cycles: looking for them, again and
+    # again, would take a twentieth of a run.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_setup(item):
