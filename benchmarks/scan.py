@@ -23,7 +23,7 @@ import numpy as np
 
 import jax_marlin_moe as jmm
 from benchmarks.ceilings import measure_bf16_products, measure_read_bandwidth
-from benchmarks.record import recorded_run
+from benchmarks.record import recorded_run, with_rows
 from benchmarks.roofline import block_limit
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
 from jax_marlin_moe.cuda.token_ranges import most_tokens
@@ -54,6 +54,11 @@ def cliffs(rows: list[dict]) -> list[dict]:
         if percent > _SLOWER and before["block_p10_us"] > after["block_p90_us"]:
             found.append({"from": before["M"], "to": after["M"], "percent": percent})
     return sorted(found, key=lambda one: -one["percent"])
+
+
+def count_of(row: dict) -> tuple:
+    """What a row has timed; the number of tokens is last."""
+    return row["model"], row["format"], row["routing"], row["M"]
 
 
 class Scan:
@@ -123,15 +128,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(MODELS))
     parser.add_argument("--most", type=int, default=16384, help="tokens")
+    parser.add_argument("--tokens", nargs="+", type=int, help="these counts alone")
     parser.add_argument("--format", default="int4")
     parser.add_argument("--routing", default="uniform", choices=["uniform", "zipf"])
     parser.add_argument("--repeats", type=int, default=12, help="routings, fewer where tokens are many")
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--pause", type=float, default=0.005, metavar="SECONDS", help="rest before each sample")
+    parser.add_argument("--add", type=pathlib.Path, metavar="FILE", help="an earlier result, whose rows stay")
     parser.add_argument("--commit", help="recorded instead of git's HEAD")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    args.tokens = token_counts(args.most)
+    args.tokens = sorted(set(args.tokens)) if args.tokens else token_counts(args.most)
+    earlier = [] if args.add is None else json.loads(args.add.read_text())["rows"]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         scans = {name: Scan(MODELS[name].grouped(get_format(args.format)), args, pool) for name in args.models}
         ceilings = measure_read_bandwidth(), max(measure_bf16_products().values())
@@ -139,17 +147,16 @@ def main() -> None:
             "read_tb_s": ceilings[0],
             "bf16_tflop_s": ceilings[1],
             "cliffs": {},
-            "rows": [],
+            "rows": with_rows(earlier, [], count_of),
         }
         for name, scan in scans.items():
-            rows: list[dict] = []
             for tokens in reversed(args.tokens):
-                rows.insert(0, scan.row(tokens, ceilings))
-                print(f"{name} M={tokens}: {rows[0]['block_us']:.1f}", flush=True)
-                document["cliffs"][name] = cliffs(rows)
-                done = [row for row in document["rows"] if row["model"] != name]
-                args.out.write_text(json.dumps(document | {"rows": [*done, *rows]}, indent=1) + "\n")
-            document["rows"] = [*document["rows"], *rows]
+                row = scan.row(tokens, ceilings) | {"commit": document["commit"]}
+                print(f"{name} M={tokens}: {row['block_us']:.1f}", flush=True)
+                document["rows"] = with_rows(document["rows"], [row], count_of)
+                alike = [other for other in document["rows"] if count_of(other)[:-1] == count_of(row)[:-1]]
+                document["cliffs"][name] = cliffs(alike)
+                args.out.write_text(json.dumps(document, indent=1) + "\n")
             for one in document["cliffs"][name]:
                 print(f"{name}: {one['from']} to {one['to']} tokens: {one['percent']:.1f} % faster")
 
