@@ -81,7 +81,7 @@ class AdaptedExperts(nnx.Module):
         weights, ids = layer.route(rows)
         order = jnp.argsort(ids.reshape(-1), stable=True)
         sizes = jnp.bincount(ids.reshape(-1), length=layer.gate_up.num_experts).astype(jnp.int32)
-        h = self._product("gate_up", rows[order // ids.shape[1]], layer.gate_up, sizes)
+        h = self._product("gate_up", layer.expert_input(rows)[order // ids.shape[1]], layer.gate_up, sizes)
         gate, up = jnp.split(h, 2, axis=1)
         y = self._product("down", (jax.nn.silu(gate) * up).astype(x.dtype), layer.down, sizes)
         slots = jnp.zeros_like(y).at[order].set(y).reshape(*ids.shape, -1)

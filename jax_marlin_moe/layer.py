@@ -12,6 +12,7 @@ from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.expert_placement import first_slots
 from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.ops.moe_layer import moe_layer
+from jax_marlin_moe.reference_layer import scaled_rows
 from jax_marlin_moe.routing import Routing, rms_normalized, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights, summary
@@ -42,6 +43,8 @@ class MoELayer:
         x_scale: [], the scale that calibration has fixed for x in "float8_e4m3fn", or None. It counts where the layer
             is called with that `activation_dtype`.
         intermediate_scales: [E], likewise of the rows between the two products, by expert, or None.
+        expert_input_scale: [H], or None; where it is there, the routed experts read `x * expert_input_scale` (AWQ of
+            ModelOpt): `expert_input`.
     """
 
     gate_up: MarlinWeights
@@ -61,6 +64,7 @@ class MoELayer:
     placement: Int32[Array, " slots"] | None = None
     x_scale: Float32[Array, ""] | None = None
     intermediate_scales: Float32[Array, " E"] | None = None
+    expert_input_scale: Float[Array, " H"] | None = None
 
     def __repr__(self) -> str:
         """One line: dtypes, shapes and bytes, and how tokens are routed."""
@@ -130,6 +134,7 @@ class MoELayer:
             expert_scale=self.expert_scale,
             router_input=None if router_input is None else router_input.reshape(rows.shape),
             router_input_scale=self.router_input_scale,
+            expert_input_scale=self.expert_input_scale,
             norm_epsilon=self.norm_epsilon,
             topk_ids=self._given(None if token_ids is None else token_ids.reshape(-1)),
             expert_map=None if placement is None else first_slots(placement, self.num_experts),
@@ -145,6 +150,13 @@ class MoELayer:
     def num_experts(self) -> int:
         """Experts that ids may name and that have weights: those of the router without identity experts."""
         return self.router.shape[1] - self.routing.identity_experts
+
+    def expert_input(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Rows as the routed experts read them: times `expert_input_scale`, rounded to the type of x.
+
+        For calls of `fused_moe` or `ragged_dot` with the layer's matrices; `__call__` takes x as it is.
+        """
+        return scaled_rows(x, self.expert_input_scale)
 
     def normalized(self, y: Float[Array, "tokens H"]) -> Float[Array, "tokens H"]:
         """Results of the experts as the layer returns them: under its `output_norm`, where there is one."""

@@ -59,6 +59,7 @@ def composed_layer(
     out_dtype: DTypeLike,
     block: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     shared: Callable[[jax.Array], jax.Array] | None,
+    expert_input_scale: Float[Array, " H"] | None = None,
     keep: Callable[[jax.Array], jax.Array] = lambda rows: rows,
 ) -> tuple[Float[Array, "tokens H"], Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
     """`moe_layer` of a block and a shared expert that are given.
@@ -71,16 +72,18 @@ def composed_layer(
         block: rows, router weights and ids to the sums over experts, [rows, columns], not rounded where anything is
             added to them. Columns may have padding behind those of x.
         shared: rows to what the shared expert adds in float32, [rows, columns]; None where there is none.
+        expert_input_scale: factors of the columns that `block` reads, or None.
         keep: those of all rows that `block` computes.
     """
     x = layer.x
     topk_weights, ids = choose(layer, routing, norm_epsilon)
+    read = scaled_rows(x, expert_input_scale)
     if routing.apply_on_input:
-        rows = weighted_rows(x, topk_weights)
+        rows = weighted_rows(read, topk_weights)
         y = block(rows, jnp.ones((rows.shape[0], 1), jnp.float32), ids.reshape(-1, 1))
         y = y.reshape(y.shape[0] // routing.top_k, routing.top_k, y.shape[1]).sum(1)
     else:
-        y = block(x, topk_weights, ids)
+        y = block(read, topk_weights, ids)
     x, topk_weights, ids = keep(x), keep(topk_weights), keep(ids)
     if routing.identity_experts:
         y = y + identity_sum(x, topk_weights, ids, layer.router.shape[1] - routing.identity_experts, y.shape[1])
@@ -115,6 +118,13 @@ def weighted_rows(x: Float[Array, "tokens H"], topk_weights: Float32[Array, "tok
     """A row of x for each slot, times the slot's weight, rounded to the type of x."""
     rows = x[:, None].astype(jnp.float32) * topk_weights[..., None]
     return rows.astype(x.dtype).reshape(-1, x.shape[1])
+
+
+def scaled_rows(x: Float[Array, "*batch H"], scale: Float[Array, " H"] | None) -> Float[Array, "*batch H"]:
+    """Rows times a factor of each column in float32, rounded to the type of x; without factors, the rows."""
+    if scale is None:
+        return x
+    return (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def identity_sum(

@@ -40,4 +40,5 @@ def full_layer(*, of_version_1: bool = False) -> MoELayer:
         shared_activation=None if of_version_1 else "gelu_tanh",
         x_scale=None if of_version_1 else jnp.float32(0.02),
         intermediate_scales=None if of_version_1 else jnp.asarray([0.1, 0.2, 0.3, 0.4], jnp.float32),
+        expert_input_scale=None if of_version_1 else dense(40),
     )

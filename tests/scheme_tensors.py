@@ -162,6 +162,24 @@ def compressed(bits, group, symmetric, dtype, shuffled=False):
     return make
 
 
+def int_quantized(bits, group, symmetric, dtype, shape=None):
+    """Signed integers in bytes of their own; `group` -1 is one group, whose scales may have another `shape`."""
+
+    def make(rng, n, k):
+        size, half = k if group == -1 else group, 2 ** (bits - 1)
+        codes, groups = rng.integers(-half, half, (n, k)).astype(np.int8), k // size
+        z = np.zeros((n, groups), np.int8) if symmetric else rng.integers(-half, half, (n, groups)).astype(np.int8)
+        scale = rng.uniform(0.01, 0.02, {None: (n, groups), "row": (n,), "one": (1,)}[shape]).astype(dtype)
+        wide = np.broadcast_to(scale.astype(float).reshape(-1, 1) if shape else scale.astype(float), (n, groups))
+        rows = np.arange(k) // size
+        found = {".weight": codes, ".weight_scale": scale, ".input_scale": np.float32(0.02)}
+        if not symmetric:
+            found[".weight_zero_point"] = z
+        return found, ((codes.astype(int) - z[:, rows]) * wide[:, rows]).T
+
+    return make
+
+
 def hqq(bits, dtype=np.float16, size=64):
     """`size` -1 is one group."""
 

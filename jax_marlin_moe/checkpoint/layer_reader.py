@@ -11,6 +11,7 @@ from jax_marlin_moe.checkpoint.expert_linears import expert_linears
 from jax_marlin_moe.checkpoint.input_scales import read_input_scales
 from jax_marlin_moe.checkpoint.layer_tensors import LayerTensors
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix
+from jax_marlin_moe.checkpoint.pre_quant_scales import scales_of_up, shared_input_scale
 from jax_marlin_moe.checkpoint.schemes import BROKEN
 from jax_marlin_moe.checkpoint.schemes.plain import Target
 from jax_marlin_moe.checkpoint.sharded import Share, add_bias, cut_of, load_block, put_rest
@@ -67,9 +68,11 @@ class LayerReader:
                 raise files.fault(name, fault)
         first, second = expert_linears(tensors)
         x_scale, intermediate_scales = self._input_scales(first, second)
+        expert_input_scale = shared_input_scale(files, first, hidden)
         matrices: tuple[Any, Any]
         if self.sharding is None:
-            matrices = shapes = tensors.matrices(first, second, hidden, size, self.target, biased=family.biased)
+            options: dict[str, Any] = {"biased": family.biased, "scaled_input": True, "activation": facts.activation}
+            matrices = shapes = tensors.matrices(first, second, hidden, size, self.target, **options)
         else:
             matrices, shapes = self._sharded(self.sharding, first, second)
         routed = experts + facts.routing.identity_experts
@@ -93,6 +96,7 @@ class LayerReader:
             shared_activation=None if shared is None else facts.shared_activation,
             x_scale=x_scale,
             intermediate_scales=intermediate_scales,
+            expert_input_scale=expert_input_scale,
         )
         output_bias = tensors.vector(family.output_bias, (hidden,))
         if output_bias is not None:
@@ -135,6 +139,7 @@ class LayerReader:
         hidden, size, biased = facts.hidden, facts.size, self.tensors.family.biased
         stored = find_matrix(files, first, hidden, size, quantization, self.target)
         down_stored = find_matrix(files, second, size, hidden, quantization, self.target)
+        of_up = scales_of_up(files, second, size, stored.storage.weight_format, facts.activation)
         read: set[str] = set()
 
         def load(share: Share) -> tuple[MarlinWeights, MarlinWeights]:
@@ -144,6 +149,8 @@ class LayerReader:
                 stored,
                 biased=biased,
                 column_orders=down_stored.column_orders,
+                column_scales=of_up,
+                scaled_input=True,
                 advance=bar.update,
                 members=share.experts,
                 cut=cut_of(share, hidden, down=False),
@@ -152,6 +159,7 @@ class LayerReader:
                 files,
                 down_stored,
                 biased=biased,
+                scaled_input=True,
                 advance=bar.update,
                 members=share.experts,
                 cut=cut_of(share, hidden, down=True),

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.checkpoint.family import Family
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix, read_dense
 from jax_marlin_moe.checkpoint.model_facts import ModelFacts
+from jax_marlin_moe.checkpoint.pre_quant_scales import scales_of_up
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import MARKS
 from jax_marlin_moe.checkpoint.schemes.plain import Target
@@ -101,20 +103,32 @@ class LayerTensors:
         return jnp.asarray(table.astype(np.int32))
 
     def matrices(
-        self, first: Experts, second: Experts, hidden: int, size: int, target: Target | None, *, biased: bool
+        self,
+        first: Experts,
+        second: Experts,
+        hidden: int,
+        size: int,
+        target: Target | None,
+        *,
+        biased: bool,
+        scaled_input: bool | str,
+        activation: str | Activation,
     ) -> tuple[MarlinWeights, MarlinWeights]:
-        """Both matrices of some experts; a row order of the second is folded into the columns of the first."""
+        """Both matrices of some experts; an order or factors of the second's input are in the columns of the first."""
         files = self.files
         down_stored = find_matrix(files, second, size, hidden, self.quantization, target)
+        stored = find_matrix(files, first, hidden, size, self.quantization, target)
         with progress_bar(f"layer {self.layer}", len(first) + len(second)) as bar:
             gate_up = load_matrix(
                 files,
-                find_matrix(files, first, hidden, size, self.quantization, target),
+                stored,
                 biased=biased,
                 column_orders=down_stored.column_orders,
+                column_scales=scales_of_up(files, second, size, stored.storage.weight_format, activation),
+                scaled_input=scaled_input,
                 advance=bar.update,
             )
-            down = load_matrix(files, down_stored, biased=biased, advance=bar.update)
+            down = load_matrix(files, down_stored, biased=biased, scaled_input=True, advance=bar.update)
         return gate_up, dataclasses.replace(down, input_order=None)
 
     def refuse_unknown(self) -> None:

@@ -231,11 +231,13 @@ class Checkpoint:
         """
         return self._tensors.tensor(_checked_name(name))
 
-    def linear(self, name: str) -> MarlinWeights | jax.Array:
+    def linear(self, name: str, *, scaled_input: bool = False) -> MarlinWeights | jax.Array:
         """Reads one linear, quantised or not: of attention, of a dense layer, the head.
 
         Args:
             name: the module, such as "model.layers.0.self_attn.q_proj", without ".weight".
+            scaled_input: whether the caller multiplies the rows by the tensor `pre_quant_scale` beside the linear,
+                which AWQ of ModelOpt has. Without it such a linear is refused, unless all factors are 1.
 
         Returns:
             A stack of one packed matrix (K, N), with the bias that the file has, where the linear is quantised, in any
@@ -246,7 +248,7 @@ class Checkpoint:
             TypeError: the name is not a string.
             ValueError: there is no such linear, or it is stored in a way that is not supported.
         """
-        return self._tensors.linear(_checked_name(name))
+        return self._tensors.linear(_checked_name(name), scaled_input=scaled_input)
 
     @functools.cached_property
     def _tensors(self) -> ModelTensors:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import CannotCutError, Cut, Linear
+from jax_marlin_moe.checkpoint.pre_quant_scales import refuse_input_scale
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import find_storage
 from jax_marlin_moe.checkpoint.schemes.plain import Target, plain_suffix
-from jax_marlin_moe.checkpoint.schemes.storage import Storage, refuse_scaled_input
+from jax_marlin_moe.checkpoint.schemes.storage import Storage
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.packing import assemble, dense_weights, pack_expert
@@ -70,6 +71,8 @@ def load_matrix(
     *,
     biased: bool | None,
     column_orders: Sequence[np.ndarray | None] | None = None,
+    column_scales: np.ndarray | None = None,
+    scaled_input: bool | str = "export the model without AWQ",
     advance: Callable[[], object] = lambda: None,
     members: Sequence[int] | None = None,
     cut: Cut | None = None,
@@ -82,6 +85,10 @@ def load_matrix(
         biased: whether biases belong to the model; zero ones are dropped where they do not, others refused. None
             leaves them to the caller.
         column_orders: per expert the order of the columns of each of its linears.
+        column_scales: float32 [experts, n], what multiplies the columns of the last linear of each; scales of all are
+            then float32.
+        scaled_input: True where the caller sees to it that the input is multiplied by a `pre_quant_scale`; else what
+            is advised where one is not 1.
         advance: called after each expert.
         members: the experts that are loaded, by default all.
         cut: what is loaded of each linear, by default all: whole groups of rows, and columns as `column_orders` has
@@ -95,6 +102,7 @@ def load_matrix(
     k, n, storage = matrix.k, matrix.n, matrix.storage
     orders = [matrix.orders[e] for e in members]
     column_orders = None if column_orders is None else [column_orders[e] for e in members]
+    column_scales = None if column_scales is None else column_scales[list(members)]
     row = get_format(storage.weight_format)
     buffers, scale_dtype = None, None
     biases = None if biased is None else _read_biases(files, experts, n, biased=biased)
@@ -105,8 +113,12 @@ def load_matrix(
             its = matrix.plain.get(linear, storage)
             for suffix in its.ignored:
                 files.ignore(linear.name(suffix))
-            refuse_scaled_input(files, linear, k)
-            part = _read_and_pack(files, its, linear, (k, n), order, columns, cut)
+            if not isinstance(scaled_input, bool):
+                refuse_input_scale(files, linear, k, scaled_input)
+            scales = None
+            if column_scales is not None:
+                scales = column_scales[e] if linear is linears[-1] else np.ones(n, np.float32)
+            part = _read_and_pack(files, its, linear, (k, n), order, columns, cut, scales)
             if scale_dtype is None:
                 scale_dtype = part[1].dtype
             elif part[1].dtype != scale_dtype:
@@ -124,6 +136,8 @@ def load_matrix(
     assert buffers is not None
     if cut is not None:
         k, n = cut.rows[1] - cut.rows[0], cut.columns[1] - cut.columns[0]
+    if biases is not None and column_scales is not None:
+        biases[:, -1] *= column_scales
     if biases is not None and column_orders is not None:
         stacked = [bias if order is None else bias[:, order] for bias, order in zip(biases, column_orders, strict=True)]
         biases = np.stack(stacked)
@@ -221,6 +235,7 @@ def _read_and_pack(
     order: np.ndarray | None,
     columns: np.ndarray | None,
     cut: Cut | None,
+    scales: np.ndarray | None,
 ) -> Any:
     """The packed leaves of a linear, or of a share of it; of an order, any row of the file may be in a share."""
     k, n = size
@@ -233,15 +248,18 @@ def _read_and_pack(
         except CannotCutError:
             pass
         else:
-            return _decode_and_pack(tensors, order, None, storage=local, cut=None)
+            scales = None if scales is None else scales[slice(*cut.columns)]
+            return _decode_and_pack(tensors, order, None, scales, storage=local, cut=None)
     return _decode_and_pack(
-        storage.read(files, linear, k, n), order, columns, storage=storage, cut=None if cut == whole else cut
+        storage.read(files, linear, k, n), order, columns, scales, storage=storage, cut=None if cut == whole else cut
     )
 
 
 @partial(jax.jit, static_argnames=("storage", "cut"))
-def _decode_and_pack(tensors: Any, order: Any, columns: Any, *, storage: Storage, cut: Cut | None) -> Any:
+def _decode_and_pack(tensors: Any, order: Any, columns: Any, scales: Any, *, storage: Storage, cut: Cut | None) -> Any:
     logical = storage.decode(order, *tensors)
+    if scales is not None:
+        logical = logical._replace(scales=logical.scales.astype(jnp.float32) * scales)
     if columns is not None:
         logical = logical.columns(columns)
     if cut is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.matrix import find_matrix, load_matrix
+from jax_marlin_moe.checkpoint.pre_quant_scales import SUFFIX
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes import SCHEMES, STACKED_SUFFIXES
 from jax_marlin_moe.checkpoint.schemes.plain import plain_suffix, read_plain
@@ -53,7 +54,7 @@ class ModelTensors:
         self.files.drop_pages()
         return result
 
-    def linear(self, name: str) -> MarlinWeights | jax.Array:
+    def linear(self, name: str, *, scaled_input: bool = False) -> MarlinWeights | jax.Array:
         """One linear; as for `Checkpoint.linear`."""
         files, linear = self.files, Linear(name)
         suffix = plain_suffix(files, linear)
@@ -67,7 +68,8 @@ class ModelTensors:
             return dense
         k, n = self._size(linear)
         matrix = find_matrix(files, [[linear]], k, n, self.quantization, None)
-        return load_matrix(files, matrix, biased=True)
+        advice = f"multiply x by tensor({linear.name(SUFFIX)!r}) and pass scaled_input=True"
+        return load_matrix(files, matrix, biased=True, scaled_input=True if scaled_input else advice)
 
     def _size(self, linear: Linear) -> tuple[int, int]:
         """Input and output features of a quantised linear, which nothing but its tensors tells."""

@@ -36,7 +36,17 @@ def read_shared(tensors: LayerTensors) -> SharedExpert | None:
             "quantised; such a factor is supported for plain shared experts alone"
         )
     size = facts.shared_size or facts.usual_shared_size
-    return SharedExpert(*tensors.matrices([gate_up], [[down]], hidden, size, None, biased=False), gate)
+    matrices = tensors.matrices(
+        [gate_up],
+        [[down]],
+        hidden,
+        size,
+        None,
+        biased=False,
+        scaled_input="exclude shared experts when the model is quantised with AWQ: they read x as it is",
+        activation=facts.shared_activation or facts.activation,
+    )
+    return SharedExpert(*matrices, gate)
 
 
 def in_one_launch(tensors: LayerTensors, layer: MoELayer, shared: SharedExpert) -> SharedExpert:

@@ -30,6 +30,7 @@ class Assumed:
         formats: compressed-tensors' names for how it is stored.
         scale_bits: exponent and mantissa bits of ModelOpt's block scales, None where they are floats.
         block: the only `block_structure`, None where scales do not lie in blocks.
+        types: of codes, as configs call them.
     """
 
     bits: int
@@ -39,6 +40,7 @@ class Assumed:
     formats: tuple[str, ...]
     scale_bits: tuple[int, int] | None = None
     block: tuple[int, int] | None = None
+    types: tuple[str, ...] = ("float",)
 
 
 def group_of(quantization: Quantization, module: str) -> Keys | None:
@@ -83,7 +85,17 @@ def states_e4m3_inputs(quantization: Quantization, module: str) -> bool | None:
 
 
 # ModelOpt's names of methods whose rows are in e4m3, with a scale for each or one that is fixed.
-_E4M3_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+E4M3_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A8_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")
+
+
+def algorithm_of(quantization: Quantization, module: str) -> str | None:
+    """ModelOpt's name for how a module is quantised: its own in `quantized_layers`, or that of the model."""
+    layer = _layer_of(quantization, module)
+    if layer is not None:
+        return layer.text("quant_algo", None, null=True)
+    keys = quantization.keys
+    of_experts = keys.text("moe_quant_algo", None, null=True) if ".experts." in module else None
+    return of_experts or keys.text("quant_algo", None, null=True)
 
 
 def stated_activation_dtype(quantization: Quantization, module: str) -> ByteDtype | None:
@@ -92,6 +104,11 @@ def stated_activation_dtype(quantization: Quantization, module: str) -> ByteDtyp
     Raises:
         ValueError: its group is malformed.
     """
+    algorithm = algorithm_of(quantization, module)
+    if algorithm in E4M3_ALGORITHMS:
+        return "float8_e4m3fn"
+    if algorithm == "W8A8_SQ_PER_CHANNEL":
+        return "int8"
     group = group_of(quantization, module)
     inputs = None if group is None else group.object("input_activations", None, null=True)
     if inputs is not None:
@@ -99,11 +116,9 @@ def stated_activation_dtype(quantization: Quantization, module: str) -> ByteDtyp
         strategy, size = inputs.values.get("strategy"), inputs.values.get("group_size")
         if kind == ("float", 8) and strategy == "group" and size == GROUP:
             return "float8_e4m3fn_g128"
-        of_rows = strategy in ("tensor", "token", None)
+        of_rows = strategy in ("tensor", "token") or (strategy is None and size is None)
         names: dict[tuple, ByteDtype] = {("float", 8): "float8_e4m3fn", ("int", 8): "int8"}
         return names.get(kind) if of_rows else None
-    if quantization.config.get("quant_algo") in _E4M3_ALGORITHMS:
-        return "float8_e4m3fn"
     if quantization.method != "fp8" or quantization.config.get("activation_scheme") is None:
         return None
     blocks = quantization.config.get("weight_block_size") is not None
@@ -174,7 +189,7 @@ def check_stated(
 def _check_bits(group: Keys, module: str, assumed: Assumed) -> None:
     if group.integer("num_bits", assumed.bits) != assumed.bits:
         raise group.fault("num_bits", f"{assumed.bits}, as the tensors of {module} have them")
-    group.choice("type", ["float"], None)
+    group.choice("type", assumed.types, None)
     group.choice("strategy", assumed.strategies, None, null=True)
     if not group.boolean("symmetric", True, null=True):
         raise group.fault("symmetric", "true", ": codes that are floats have no zero points")

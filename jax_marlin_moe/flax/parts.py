@@ -22,7 +22,9 @@ from jax_marlin_moe.weights import MarlinWeights, concatenate_columns
 # What a layer's arrays are to Flax, and the names of Linen's collections: floats that gradients train, packed weights,
 # and what decides for experts but has no gradient.
 PARAMS, QUANTIZED, ROUTING = "params", "quantized", "routing"
-_WITHOUT_GRADIENT = frozenset({"correction_bias", "token_experts", "placement", "x_scale", "intermediate_scales"})
+_WITHOUT_GRADIENT = frozenset(
+    {"correction_bias", "token_experts", "placement", "x_scale", "intermediate_scales", "expert_input_scale"}
+)
 _SHARED = "shared_"
 
 

@@ -31,6 +31,7 @@ def composition(
     activation_dtype: ByteDtype | None = None,
     x_scale: Float32[Array, ""] | None = None,
     intermediate: IntermediateQuantizer | None = None,
+    expert_input_scale: Float[Array, " H"] | None = None,
     out_dtype: DTypeLike | None = None,
     block: Callable[..., jax.Array] = expert_block,
     keep: Callable[[jax.Array], jax.Array] = lambda rows: rows,
@@ -38,8 +39,8 @@ def composition(
     """The layer of `route_rows` and `fused_moe`, each with its own derivative and partitioning, and the shared expert.
 
     The operands are `LayerOperands`, those of `moe_layer_op`, or, with orders of their rows and paddings, those of
-    `moe_layer`. The result has the type of x, or `out_dtype`. `block` computes the routed experts; its rows are those
-    that `keep` keeps.
+    `moe_layer`. The result has the type of x, or `out_dtype`. `block` computes the routed experts, of rows times
+    `expert_input_scale`; its rows are those that `keep` keeps.
 
     Raises:
         ValueError: the same bits in every batch are asked for: XLA chooses how the router's product adds up by shape.
@@ -66,6 +67,7 @@ def composition(
         out_dtype=dtype,
         block=lambda rows, *choice: block(rows, layer.gate_up, layer.down, *choice, layer.expert_map, **routed),
         shared=None if shared is None else lambda x: shared_beside(x, shared, shared_activation, **options),
+        expert_input_scale=expert_input_scale,
         keep=keep,
     )
 

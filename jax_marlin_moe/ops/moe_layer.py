@@ -35,6 +35,7 @@ from jax_marlin_moe.ops.one_program import one_program
 from jax_marlin_moe.ops.primitive import Op
 from jax_marlin_moe.ops.shares import count_shares
 from jax_marlin_moe.ops.tangents import jvp_of
+from jax_marlin_moe.reference_layer import scaled_rows
 from jax_marlin_moe.routing import Routing, check_routing
 from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
@@ -56,6 +57,7 @@ def moe_layer(
     router_input: Float[Array, "tokens H"] | None = None,
     router_input_scale: Float[Array, " H"] | None = None,
     norm_epsilon: float = 1e-6,
+    expert_input_scale: Float[Array, " H"] | None = None,
     topk_ids: Int32[Array, "tokens top_k"] | None = None,
     expert_map: Int32[Array, " experts"] | None = None,
     activation_dtype: ByteDtype | None = None,
@@ -91,6 +93,8 @@ def moe_layer(
         router_input: what the router reads, where it is not x.
         router_input_scale: where it is there, the router reads `rms_norm(rows) * scale / sqrt(H)`.
         norm_epsilon: of that norm.
+        expert_input_scale: where it is there, the routed experts read `x * expert_input_scale`, rounded to the type of
+            x; the router, the shared expert and identity experts read x.
         topk_ids: int32 experts that are chosen already; their weights follow from the router as usual.
         expert_map: as for `fused_moe`; the router then has a column for each expert that ids may name.
         activation_dtype: as for `fused_moe`, of packed experts, the shared one among them; the router and a dense
@@ -166,6 +170,8 @@ def moe_layer(
         topk_ids=topk_ids,
         expert_map=expert_map,
     )
+    if expert_input_scale is not None:
+        check_floats("expert_input_scale", expert_input_scale, (gate_up.k,), "(H,)")
     results = _layer(
         *layer,
         routing=routing,
@@ -175,6 +181,7 @@ def moe_layer(
         activation_dtype=activation_dtype,
         x_scale=x_scale,
         intermediate=intermediate,
+        expert_input_scale=expert_input_scale,
         out_dtype=dtype,
         implementation=implementation,
         cuda_scheme=requested_scheme(cuda_scheme, batch_invariant, implementation),
@@ -194,12 +201,18 @@ def moe_layer(
     "cuda_scheme",
     saved_as="moe_layer",
 )
-def _layer(*operands, activation_dtype, x_scale=None, intermediate=None, out_dtype, **params):
+def _layer(*operands, activation_dtype, x_scale=None, intermediate=None, expert_input_scale=None, out_dtype, **params):
     layer = LayerOperands(*operands)
     shared = layer.shared
-    if activation_dtype is not None:
+    if expert_input_scale is not None and shared is None and not params["routing"].identity_experts:
+        # Nothing but the router reads x as it is.
+        own = layer.x if layer.router_input is None else layer.router_input
+        layer = layer._replace(x=scaled_rows(layer.x, expert_input_scale), router_input=own)
+        expert_input_scale = None
+    if activation_dtype is not None or expert_input_scale is not None:
         options = {"activation_dtype": activation_dtype, "x_scale": x_scale, "intermediate": intermediate}
-        return composition(*layer, **options, out_dtype=out_dtype, **params)
+        options |= {"expert_input_scale": expert_input_scale, "out_dtype": out_dtype}
+        return composition(*layer, **options, **params)
     laid_out = [layer.gate_up] if shared is None else [layer.gate_up, shared.gate_up]
     if (
         layer.gate_up.input_order is not None

@@ -26,12 +26,12 @@ class Experts(NamedTuple):
     Attributes:
         compute: `(matrices, rows, router weights, ids, *, out_dtype)` to their shares; ids count from the first of
             them, and -1 has none.
-        matrices: gate_up and down.
+        matrices: gate_up and down, and what multiplies the columns of their rows, or None.
         slots: how many experts, or places for them, all ranks have.
     """
 
     compute: Callable[..., jax.Array]
-    matrices: tuple[MarlinWeights, MarlinWeights]
+    matrices: tuple[MarlinWeights, MarlinWeights, Array | None]
     slots: int
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jax_marlin_moe import arguments, reference_layer
 from jax_marlin_moe.activations import Activation, get_activation
@@ -38,11 +38,13 @@ def layer_of_rank(
     elif layer.routing.identity_experts:
         ids = jnp.where(ids < layer.num_experts, ids, -1)
     block = BlockSum(expert, tensor, tokens, exchange, capacity, share, jnp.dtype(x.dtype))
-    experts = experts_of_rank(block, layer.gate_up, layer.down, layer.activation, implementation)
-    if layer.routing.apply_on_input:
+    on_input = layer.routing.apply_on_input
+    input_scale = None if on_input else layer.expert_input_scale
+    experts = experts_of_rank(block, layer.gate_up, layer.down, layer.activation, implementation, input_scale)
+    if on_input:
         # Each slot is a row of its own, with weight 1.
         top_k = ids.shape[1]
-        each = reference_layer.weighted_rows(rows, weights)
+        each = reference_layer.weighted_rows(layer.expert_input(rows), weights)
         y, dropped = block.sum(experts, each, jnp.ones((each.shape[0], 1)), ids.reshape(-1, 1))
         y = y.reshape(rows.shape[0], top_k, y.shape[1]).sum(1)
         if layer.shared is not None:
@@ -66,17 +68,19 @@ def experts_of_rank(
     down: MarlinWeights,
     activation: str | Activation,
     implementation: str | None,
+    input_scale: Float[Array, " H"] | None = None,
 ) -> Experts:
-    """This rank's share of the experts, by the specs of a `MoESharding`."""
+    """This rank's share of the experts, by the specs of a `MoESharding`; they read rows times `input_scale`."""
     gate_up = local_matrix(gate_up)
     count = gate_up.num_experts
     slots = count * block.size(block.expert)
 
-    def compute(matrices, x, weights, ids, *, out_dtype):
+    def compute(operands, x, weights, ids, *, out_dtype):
+        *matrices, scale = operands
         # As many ids as there are experts of all ranks: kernels are chosen by the rows that an expert gets of them.
         here = jnp.arange(slots, dtype=jnp.int32)
         return share_of_block(
-            x, *matrices, weights, ids,
+            reference_layer.scaled_rows(x, scale), *matrices, weights, ids,
             activation=activation,
             expert_map=jnp.where(here < count, here, -1),
             out_dtype=out_dtype,
@@ -84,7 +88,7 @@ def experts_of_rank(
             implementation=implementation,
         )  # fmt: skip
 
-    return Experts(compute, (gate_up, down), slots)
+    return Experts(compute, (gate_up, down, input_scale), slots)
 
 
 def _shared_of_rank(layer: MoELayer, block: BlockSum, implementation: str | None, x: Array) -> Array:

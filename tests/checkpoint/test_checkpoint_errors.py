@@ -178,7 +178,7 @@ QUANTIZATION = [
     ("ck_q3_gptq_False", {"bits": 5}, "bits is 5; it must be 4 or 8 for"),
     ("ck_q3_gptq_False", {"pack_dtype": "int8"}, "pack_dtype is 'int8'"),
     ("ck_q3_gptq_False", {"quant_method": "auto-round", "packing_format": "auto_round:exllama"}, "packing_format is"),
-    (MO, {"quant_algo": "W4A8_AWQ"}, "quant_algo is 'W4A8_AWQ'; the loader knows NVFP4"),
+    (MO, {"quant_algo": "NVFP4_SVD"}, "quant_algo is 'NVFP4_SVD'; the loader knows NVFP4"),
     (W4, {"config_groups": {}}, r"no config group has .*down_proj among its targets"),
     (
         W4,

@@ -22,6 +22,7 @@ from scheme_tensors import (
     gptq,
     gptq8,
     hqq,
+    int_quantized,
     mxfp8,
     packed_fp4,
     router,
@@ -30,6 +31,16 @@ from scheme_tensors import (
 )
 
 from jax_marlin_moe.checkpoint import load_moe_layer
+
+
+def ct_integers(*arguments, **options):
+    return ct_config(*arguments, **options) | {"format": "int-quantized"}
+
+
+def fp8_block_of_modelopt(rng, n, k):
+    found, dense = fp8_block(".weight_scale")(rng, n, k)
+    return found | {".weight_scale": found[".weight_scale"][:, None, :, None]}, dense
+
 
 SCHEMES = {
     "fp8 block": (fp8_block(".weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
@@ -64,6 +75,39 @@ SCHEMES = {
             | {"b": {"targets": ["re:.*experts.*"], "weights": {"num_bits": 8, "group_size": 32}}}
         },
         "int8",
+    ),
+    "int-quantized, W8A8": (int_quantized(8, -1, True, BF16), ct_integers(8, None, strategy="channel"), "int8"),
+    "int-quantized, W8A8, one scale": (
+        int_quantized(8, -1, True, np.float32, "one"),
+        ct_integers(8, None, strategy="tensor"),
+        "int8",
+    ),
+    "int-quantized, W4A8": (int_quantized(4, 32, True, np.float32), ct_integers(4), "int4"),
+    "int-quantized, 8 bit, zeros": (int_quantized(8, 32, False, BF16), ct_integers(8, symmetric=False), "int8_zp"),
+    "int-quantized, 4 bit, zeros": (
+        int_quantized(4, -1, False, np.float16),
+        ct_integers(4, None, symmetric=False, strategy="channel"),
+        "int4_zp",
+    ),
+    "SmoothQuant of ModelOpt": (
+        int_quantized(8, -1, True, np.float32, "row"),
+        {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"},
+        "int8",
+    ),
+    "fp8 block of ModelOpt": (
+        fp8_block_of_modelopt,
+        {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"},
+        "fp8",
+    ),
+    "fp8 channel of ModelOpt": (
+        fp8_rows("channel"),
+        {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        "fp8",
+    ),
+    "mxfp4 of ModelOpt": (
+        packed_fp4(".weight", ".weight_scale", np.uint8, np.uint8),
+        {"quant_method": "modelopt", "quant_algo": "W4A8_MXFP4_FP8", "group_size": 32},
+        "mxfp4",
     ),
     "hqq": (hqq(4), HQQ, "int4_fzp"),
     "hqq 8 bit": (hqq(8, BF16), HQQ, "int8_fzp"),

@@ -44,6 +44,20 @@ def test_awq(rng, bits):
     same(symmetric, (codes - 2.0 ** (bits - 1)) * scales.astype(float).repeat(32, 1))
 
 
+@pytest.mark.parametrize(("bits", "zeros"), [(8, False), (4, True)])
+def test_int_quantized(rng, bits, zeros):
+    half = 2 ** (bits - 1)
+    codes = rng.integers(-half, half, (E, N, K)).astype(np.int8)
+    points = rng.integers(-half, half, (E, N, K // 32)).astype(np.int8) if zeros else None
+    scales = rng.uniform(0.01, 0.02, (E, N, K // 32)).astype(np.float32)
+    weights = jmm.from_int_quantized(codes, scales, bits=bits, weight_zero_point=points)
+    assert weights.format.name == f"int{bits}" + "_zp" * zeros
+    shifted = codes - (points.astype(int).repeat(32, 2) if zeros else 0)
+    same(weights, (shifted * scales.astype(float).repeat(32, 2)).swapaxes(1, 2))
+    with pytest.raises(ValueError, match=r"weight holds integers outside \[-8, 7\]"):
+        jmm.from_int_quantized(np.full((1, 64, 32), 8, np.int8), scales[:1, :64, :1], bits=4)
+
+
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_8_bit(rng, symmetric, checkpoint_format):

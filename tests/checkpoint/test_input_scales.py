@@ -4,7 +4,19 @@ import jax
 import numpy as np
 import pytest
 from byte_blocks import in_fixed_units, relative_error
-from scheme_tensors import BF16, E, H, compressed, ct_config, expert_tensors, fp8_rows, router, silu
+from scheme_tensors import (
+    BF16,
+    E,
+    H,
+    compressed,
+    ct_config,
+    expert_tensors,
+    fp8_rows,
+    int_quantized,
+    modelopt_nvfp4,
+    router,
+    silu,
+)
 
 from jax_marlin_moe.checkpoint import Checkpoint, convert, load_moe_layer
 
@@ -19,13 +31,19 @@ def ct_inputs(**changes):
 
 
 INT4 = compressed(4, 32, True, BF16)
+BYTES = int_quantized(4, 32, True, BF16)  # as compressed-tensors writes integer weights whose rows are quantised
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8", "group_size": 16}
 # What the tensors are made by, the config, and whether it fixes the scales of rows.
 CASES = {
     "W4A8 of compressed-tensors": (INT4, ct_inputs(), True),
+    "W4A8 in bytes": (BYTES, ct_inputs() | {"format": "int-quantized"}, True),
     "W8A8 of ModelOpt": (fp8_rows("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, True),
+    "NVFP4 of ModelOpt with rows in FP8": (modelopt_nvfp4, NVFP4, True),
+    "NVFP4 of ModelOpt": (modelopt_nvfp4, NVFP4 | {"quant_algo": "NVFP4"}, False),
     "W8A8 of fp8": (fp8_rows("tensor"), {"quant_method": "fp8", "activation_scheme": "static"}, True),
     "scales of each token": (INT4, ct_inputs(dynamic=True, strategy="token"), False),
     "scales of int8": (INT4, ct_inputs(type="int"), False),
+    "scales of int8 in bytes": (BYTES, ct_inputs(type="int") | {"format": "int-quantized"}, False),
     "16 bits": (INT4, ct_config(), False),
     "dynamic fp8": (fp8_rows("tensor"), {"quant_method": "fp8", "activation_scheme": "dynamic"}, False),
 }
@@ -105,6 +123,12 @@ STATED = {
     "int8": (INT4, ct_inputs(dynamic=True, strategy="token", type="int"), "int8"),
     "4 bits": (INT4, ct_inputs(dynamic=True, strategy="token", type="int", num_bits=4), None),
     "W8A8 of ModelOpt": (fp8_rows("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, "float8_e4m3fn"),
+    "NVFP4 with rows in FP8": (modelopt_nvfp4, NVFP4, "float8_e4m3fn"),
+    "SmoothQuant of ModelOpt": (
+        int_quantized(8, -1, True, np.float32, "row"),
+        {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"},
+        "int8",
+    ),
     "16 bits": (INT4, ct_config(), None),
 }
 

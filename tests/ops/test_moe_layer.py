@@ -86,6 +86,13 @@ CASES = [
     Case("a gated shared expert, weights on the input of many rows", "on the input", 600, shared="alike", gated=True),
     Case("biases", shared="alike", bias=True, weight_format="int4_zp"),
     Case("a row order", reordered=True, shared="alike", gated=True),
+    Case("a scaled input of the experts", vectors=("expert_input_scale",), tokens=40),
+    Case(
+        "a scaled input beside rows of its own", vectors=("expert_input_scale",), own_input="float32", dtype="float16"
+    ),
+    Case("a scaled input and a shared expert", vectors=("expert_input_scale",), shared="alike", gated=True),
+    Case("a scaled input and identity experts", "identity experts", vectors=("expert_input_scale",)),
+    Case("a scaled input, weights on it", "on the input", shared="alike", vectors=("expert_input_scale",)),
     Case("no tokens", tokens=0, shared="alike"),
 ]
 
@@ -105,7 +112,7 @@ def make(case):
     x = jnp.asarray(rng.normal(size=(case.tokens, HIDDEN)), case.dtype)
     router = jnp.asarray(rng.normal(size=(HIDDEN, EXPERTS)) * HIDDEN**-0.5, case.router_dtype)
     options = {"routing": RULES[case.rule]}
-    lengths = {"router_input_scale": HIDDEN}
+    lengths = {"router_input_scale": HIDDEN, "expert_input_scale": HIDDEN}
     for vector in case.vectors:
         options[vector] = jnp.asarray(rng.normal(size=lengths.get(vector, EXPERTS)), jnp.float32)
     if case.own_input:
@@ -161,10 +168,12 @@ def test_against_float64(case, platform):
     np.testing.assert_allclose(weights, expected_weights, rtol=2e-5, atol=1e-7)
 
     rows, chosen = np.asarray(x), np.asarray(expected_ids)
+    scale = np.asarray(options.get("expert_input_scale", np.float32(1)))
+    read = (rows.astype(np.float32) * scale).astype(rows.dtype)  # by the routed experts
     local = np.asarray(options["expert_map"]) if case.expert_map else None
     router_weights = np.asarray(expected_weights, np.float64)
     if RULES[case.rule].apply_on_input:
-        slots = (rows[:, None].astype(np.float32) * np.asarray(expected_weights)[..., None]).astype(rows.dtype)
+        slots = (read[:, None].astype(np.float32) * np.asarray(expected_weights)[..., None]).astype(rows.dtype)
         flat = slots.reshape(-1, HIDDEN)
         expected = expert_block(flat, *routed, np.ones((len(flat), 1)), chosen.reshape(-1, 1), expert_map=local)
         expected = expected.reshape(*chosen.shape, HIDDEN).sum(1)
@@ -172,7 +181,7 @@ def test_against_float64(case, platform):
         # Identity experts are behind all that the block knows: to it they are elsewhere.
         identity = chosen >= EXPERTS - RULES[case.rule].identity_experts
         known = np.where(identity, -1, chosen)
-        expected = expert_block(rows, *routed, router_weights, known, expert_map=local)
+        expected = expert_block(read, *routed, router_weights, known, expert_map=local)
         expected = expected + rows.astype(np.float64) * (router_weights * identity).sum(1, keepdims=True)
     if shared is not None:
         if case.shared == "dense":

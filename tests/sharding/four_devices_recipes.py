@@ -268,6 +268,7 @@ def quantized(mode):
             np.testing.assert_array_equal(one, wanted)
 
 
+SCALES = jnp.asarray(np.random.default_rng(7).uniform(0.5, 2, HIDDEN), jnp.bfloat16)
 ROUTED_ON_INPUT = jmm.Routing(2, "sigmoid", apply_on_input=True, identity_experts=2)
 CHECKS = {
     "experts, same tokens": (equals_one_device, MoESharding(EP), layer(), ["all-reduce"]),
@@ -282,12 +283,17 @@ CHECKS = {
     ),
     "tensors": lambda: equals_one_device(MoESharding(DATA), layer(shared="packed"), ["all-reduce"], tokens="data"),
     "tensors with tokens": lambda: equals_one_device(MoESharding(DATA), layer(), tokens=("data", "tensor")),
-    "both, packed shared expert": lambda: equals_one_device(MoESharding(BOTH), layer(shared="packed"), ["all-reduce"]),
+    "both, packed shared expert": lambda: equals_one_device(
+        MoESharding(BOTH), layer(shared="packed", expert_input_scale=SCALES), ["all-reduce"]
+    ),
     "both, dense shared expert": lambda: equals_one_device(
         MoESharding(BOTH), layer(shared="dense"), tokens=("tensor", "expert"), exchange="ragged"
     ),
     "both, weights on the input": lambda: equals_one_device(
-        MoESharding(BOTH), layer(routing=ROUTED_ON_INPUT, shared="packed"), tokens="expert", exchange="ragged"
+        MoESharding(BOTH),
+        layer(routing=ROUTED_ON_INPUT, shared="packed", expert_input_scale=SCALES),
+        tokens="expert",
+        exchange="ragged",
     ),
     "both, zero points": lambda: equals_one_device(MoESharding(BOTH), layer("int8_zp"), ["all-reduce"]),
     "both, global scales": lambda: equals_one_device(MoESharding(BOTH), layer("nvfp4", group_size=16)),

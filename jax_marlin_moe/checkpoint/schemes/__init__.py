@@ -18,6 +18,8 @@ from jax_marlin_moe.checkpoint.schemes.fp4 import (
 from jax_marlin_moe.checkpoint.schemes.fp8 import Fp8Storage, from_fp8
 from jax_marlin_moe.checkpoint.schemes.gptq import GptqStorage, from_gptq
 from jax_marlin_moe.checkpoint.schemes.hqq import HqqStorage, from_hqq
+from jax_marlin_moe.checkpoint.schemes.int_quantized import IntQuantizedStorage, from_int_quantized
+from jax_marlin_moe.checkpoint.schemes.modelopt_int import ModelOptAwqStorage, from_modelopt_awq
 from jax_marlin_moe.checkpoint.schemes.plain import PlainStorage, Target, plain_suffix
 from jax_marlin_moe.checkpoint.schemes.storage import Scheme, Storage
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
@@ -30,6 +32,8 @@ __all__ = [
     "from_fp8",
     "from_gptq",
     "from_hqq",
+    "from_int_quantized",
+    "from_modelopt_awq",
     "from_mxfp4",
     "from_nvfp4",
     "from_qarray",
@@ -41,6 +45,8 @@ SCHEMES: tuple[type[Scheme], ...] = (
     AwqStorage,
     GptqStorage,
     PackQuantizedStorage,
+    IntQuantizedStorage,
+    ModelOptAwqStorage,
     Nvfp4Storage,
     Mxfp4Storage,
     Fp8Storage,

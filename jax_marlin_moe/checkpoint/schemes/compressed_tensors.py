@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +47,7 @@ COMPRESSED_TENSORS = Method(
     },
     fixed={"sparsity_config": (None, {}, {"format": "dense"})},
 )  # fmt: skip
+_PACKED = ("pack-quantized",)
 
 
 def decode_compressed_tensors(
@@ -60,12 +61,61 @@ def decode_compressed_tensors(
     return LogicalLinear(codes if order is None else codes[order], weight_scale.T, zeros)
 
 
-def _weights_scheme(quantization: Quantization, module: str) -> Keys:
+def _weights_scheme(quantization: Quantization, module: str, formats: tuple[str, ...]) -> Keys:
     group = group_of(quantization, module)
     if group is None:
         raise ValueError(f"{quantization.source}: no config group has {module} among its targets")
-    check_format(quantization, group, ("pack-quantized",))
+    check_format(quantization, group, formats)
     return group.object("weights")
+
+
+class IntegerFacts(NamedTuple):
+    """What a config says of a linear of integer codes.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: rows of K that share a scale, None for one group.
+        symmetric: whether there are no zero points.
+        ordered: whether `weight_g_idx` puts rows into groups: True where it must, False where it must not, None where
+            it may.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    ordered: bool | None
+
+
+def integer_facts(
+    files: TensorFolder,
+    linear: Linear,
+    k: int,
+    quantization: Quantization,
+    *,
+    formats: tuple[str, ...],
+    strategies: tuple[str, ...],
+) -> IntegerFacts:
+    """Reads them; raises ValueError, naming the key, where they are of something else or contradict the tensors."""
+    keys = _weights_scheme(quantization, linear.module, formats)
+    keys.choice("type", ["int"], None)
+    bits = keys.integer("num_bits")
+    if bits not in (4, 8):
+        raise keys.fault("num_bits", f"4 or 8 for {linear.module}")
+    if keys.boolean("dynamic", False, null=True):
+        raise keys.fault("dynamic", "false")
+    grouped = keys.choice("strategy", strategies, "group") == "group"
+    sizes = get_format(f"int{bits}").group_sizes
+    size = group_size_from(keys, "group_size", k=k, sizes=sizes) if grouped else None
+    symmetric = keys.boolean("symmetric", True)
+    check_scale_dtype(files, linear, ".weight_scale", keys)
+    check_zero_point_dtype(keys, symmetric=symmetric)
+    for name in ("block_structure", "scale_bits"):
+        if keys.values.get(name) is not None:
+            raise keys.fault(name, "null", ": scales of integer codes are floats, in groups along K")
+    ordered: bool | None = check_order(keys) == "group"
+    if ordered and _writes_no_order(quantization):
+        ordered = None
+    return IntegerFacts(bits, size, symmetric, ordered)
 
 
 def _writes_no_order(quantization: Quantization) -> bool:
@@ -79,19 +129,18 @@ class PackQuantizedStorage(Scheme):
     """How a pack-quantized linear is stored.
 
     Attributes:
-        bits: 4 or 8.
-        group_size: rows of K that share a scale, None for one group.
-        symmetric: whether there are no zero points.
+        bits: as in `IntegerFacts`, like the following.
+        group_size: likewise.
+        symmetric: likewise.
+        ordered: likewise.
         k: input features.
-        ordered: whether `weight_g_idx` puts rows into groups: True where it must, False where it must not, None where
-            it may.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
-    k: int
     ordered: bool | None
+    k: int
     methods: ClassVar[tuple[Method, ...]] = (COMPRESSED_TENSORS,)
     known_as: ClassVar[str] = "compressed-tensors pack-quantized"
     marks: ClassVar[tuple[str, ...]] = (".weight_packed",)
@@ -117,26 +166,8 @@ class PackQuantizedStorage(Scheme):
                 f"is compressed-tensors' packing; {quantization.source} has quant_method {quantization.method!r}, so "
                 "nothing says how it was quantised",
             )
-        keys = _weights_scheme(quantization, linear.module)
-        keys.choice("type", ["int"], None)
-        bits = keys.integer("num_bits")
-        if bits not in (4, 8):
-            raise keys.fault("num_bits", f"4 or 8 for {linear.module}")
-        if keys.boolean("dynamic", False, null=True):
-            raise keys.fault("dynamic", "false")
-        channel = keys.choice("strategy", ["group", "channel"], "group") == "channel"
-        sizes = get_format(f"int{bits}").group_sizes
-        size = None if channel else group_size_from(keys, "group_size", k=k, sizes=sizes)
-        symmetric = keys.boolean("symmetric", True)
-        check_scale_dtype(files, linear, ".weight_scale", keys)
-        check_zero_point_dtype(keys, symmetric=symmetric)
-        for name in ("block_structure", "scale_bits"):
-            if keys.values.get(name) is not None:
-                raise keys.fault(name, "null", ": scales of integer codes are floats, in groups along K")
-        ordered: bool | None = check_order(keys) == "group"
-        if ordered and _writes_no_order(quantization):
-            ordered = None
-        return cls(bits, size, symmetric, k, ordered)
+        options = {"formats": _PACKED, "strategies": ("group", "channel")}
+        return cls(*integer_facts(files, linear, k, quantization, **options), k)
 
     @classmethod
     def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
@@ -148,7 +179,7 @@ class PackQuantizedStorage(Scheme):
             n, k = linear.read(files, ".weight_shape", (2,), ("I64", "I32")).tolist()
             return k, n
         known = quantization.method == COMPRESSED_TENSORS.name  # `find` says what is wrong elsewhere
-        bits = _weights_scheme(quantization, linear.module).integer("num_bits", low=1) if known else 4
+        bits = _weights_scheme(quantization, linear.module, _PACKED).integer("num_bits", low=1) if known else 4
         return shape[1] * (32 // bits), shape[0]
 
     def fixes_input_scale(self, linear: Linear, quantization: Quantization) -> bool:

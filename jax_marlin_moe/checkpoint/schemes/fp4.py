@@ -14,7 +14,7 @@ from jax_marlin_moe.checkpoint.quantization_keys import CACHE, RECORD, RUNTIME, 
 from jax_marlin_moe.checkpoint.schemes.stacks import bit_patterns, pack_stack, refuse_block_scales
 from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_shape, shape_of_rank
 from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
-from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
+from jax_marlin_moe.checkpoint.stated import E4M3_ALGORITHMS, Assumed, algorithm_of, check_stated
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.packing import check_stack, pack_logical
@@ -26,10 +26,16 @@ MODELOPT = Method(
     harmless={
         "ignore": TENSORS_SHOW, "exclude_modules": TENSORS_SHOW, "producer": RECORD, "kv_cache_scheme": CACHE,
         "kv_cache_quant_algo": CACHE, "kv_cache_quant_method": CACHE, "quantization_status": RECORD,
-        "pre_quant_scale": "the tensors of that name are checked, linear by linear",
+        "pre_quant_scale": "the tensors of that name are read, linear by linear",
         "awq_block_size": "group_size says it", "modules_to_not_convert": TENSORS_SHOW, "version": RECORD,
     },
-    known={"quant_algo": ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "FP8", "MXFP8", "MXFP4", "MIXED_PRECISION")},
+    known={
+        "quant_algo": (
+            "NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "NVFP4_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO",
+            "fp8_pb_wo", "MXFP8", "MXFP4", "W4A8_MXFP4_FP8", "W4A8_AWQ", "W4A16_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL",
+            "MIXED_PRECISION",
+        )
+    },
     file="hf_quant_config.json",
 )  # fmt: skip
 
@@ -42,7 +48,7 @@ MXFP4 = Method(
 _NVFP4 = Assumed(
     bits=4,
     group_sizes=(16,),
-    algorithms=("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"),
+    algorithms=("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "NVFP4_AWQ"),
     strategies=("tensor_group", "group"),
     formats=("nvfp4-pack-quantized",),
     scale_bits=(4, 3),
@@ -50,7 +56,7 @@ _NVFP4 = Assumed(
 _MXFP4 = Assumed(
     bits=4,
     group_sizes=(32,),
-    algorithms=("MXFP4", "W4A16_MXFP4"),
+    algorithms=("MXFP4", "W4A16_MXFP4", "W4A8_MXFP4_FP8"),
     strategies=("group",),
     formats=("mxfp4-pack-quantized",),
     scale_bits=(8, 0),
@@ -110,6 +116,10 @@ class Nvfp4Storage(Scheme):
     def rows_per_group(self, k: int) -> int:
         """Fixed by the format."""
         return 16
+
+    def fixes_input_scale(self, linear: Linear, quantization: Quantization) -> bool:
+        """Of ModelOpt's algorithms with rows in e4m3; of others it is that of rows in FP4."""
+        return algorithm_of(quantization, linear.module) in E4M3_ALGORITHMS
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Bytes, block scales as bits, and the factor of the linear."""
@@ -179,6 +189,10 @@ class Mxfp4Storage(Scheme):
     def rows_per_group(self, k: int) -> int:
         """Fixed by the format."""
         return 32
+
+    def fixes_input_scale(self, linear: Linear, quantization: Quantization) -> bool:
+        """Of ModelOpt's algorithms with rows in e4m3; of others it is that of rows in FP4."""
+        return algorithm_of(quantization, linear.module) in E4M3_ALGORITHMS
 
     def read(self, files: TensorFolder, linear: Linear, k: int, n: int) -> tuple[np.ndarray | None, ...]:
         """Bytes and scales as bits."""

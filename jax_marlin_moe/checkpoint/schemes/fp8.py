@@ -39,7 +39,7 @@ _FP8_FORMATS = ("float-quantized", "naive-quantized")
 _FP8 = Assumed(
     bits=8,
     group_sizes=(None, FP8_BLOCK),
-    algorithms=("FP8", "FP8_PB_WO", "FP8_PB_REAL", "FP8_PER_CHANNEL_PER_TOKEN"),
+    algorithms=("FP8", "FP8_PB_WO", "fp8_pb_wo", "FP8_PB_REAL", "FP8_PER_CHANNEL_PER_TOKEN"),
     strategies=("tensor", "channel", "group", "block"),
     formats=_FP8_FORMATS,
     block=(FP8_BLOCK, FP8_BLOCK),
@@ -85,6 +85,11 @@ def fp8_scale_shapes_in_words(k: int, n: int) -> str:
     """The same for an error."""
     *_, channels, grouped, blocks = fp8_scale_shapes(k, n)
     return f"() (tensor), {channels} (channel), {grouped} (groups of 128) or {blocks} (blocks of 128 x 128)"
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of ModelOpt's blocks, (rows, 1, columns, 1), the two axes that count."""
+    return (shape[0], shape[2]) if len(shape) == 4 and (shape[1], shape[3]) == (1, 1) else shape
 
 
 def fp8_block_rows(n: int, blocks: int) -> int:
@@ -138,7 +143,8 @@ class Fp8Storage(Scheme):
                 found = files.info(linear.name(suffix))
                 micro = found.dtype in ("U8", "F8_E8M0") and found.shape == (n, -(-k // 32))
                 check_stated(files, linear, suffix, quantization, _MXFP8 if micro else _FP8)
-                groups = found.shape[1] if len(found.shape) == 2 else 1
+                shape = _without_ones(found.shape)
+                groups = shape[1] if len(shape) == 2 else 1
                 return cls(suffix, "mxfp8" if micro else "fp8", groups)
         raise files.fault(
             name, f"has no scales; one of {', '.join(linear.name(suffix) for suffix in _SCALES)} must exist"
@@ -168,14 +174,15 @@ class Fp8Storage(Scheme):
         if has_nan_codes(weight):
             raise files.fault(linear.name(".weight"), "holds NaN (e4m3 0x7F or 0xFF)")
         name = linear.name(self.scale)
-        shape = files.info(name).shape
+        stored = files.info(name).shape
+        shape = _without_ones(stored)
         if self.weight_format == "fp8" and shape not in fp8_scale_shapes(k, n):
-            raise files.fault(name, f"has shape {shape}; it must be {fp8_scale_shapes_in_words(k, n)}")
+            raise files.fault(name, f"has shape {stored}; it must be {fp8_scale_shapes_in_words(k, n)}")
         by_columns = 0 if shape and shape[0] > 1 else None
         by_rows = 1 if len(shape) == 2 and shape[1] > 1 else None
         if by_columns == 0 and shape[0] != n and n % FP8_BLOCK:
             linear.refuse_cut()  # the last block is not whole
-        scale = files.read(name, shape, (*FLOATS, "F8_E8M0", "U8"))
+        scale = files.read(name, stored, (*FLOATS, "F8_E8M0", "U8")).reshape(shape)
         scale = linear.cut_view(scale, columns=by_columns, rows=by_rows)
         if scale.dtype != np.uint8:
             if fault := bad_float_scales(scale):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int32, Shaped, UInt8
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import Method
-from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.checkpoint.tensors import TensorFolder
 
 
 class LogicalLinear(NamedTuple):
@@ -138,23 +138,3 @@ def check_shape(files: TensorFolder, linear: Linear, k: int, n: int) -> None:
         stated = files.read(name, (2,), ("I64", "I32")).tolist()
         if stated != [n, k]:
             raise files.fault(name, f"says {stated}; it must be {[n, k]}")
-
-
-def refuse_scaled_input(files: TensorFolder, linear: Linear, k: int) -> None:
-    """Raises ValueError where a `pre_quant_scale` multiplies the input of a linear.
-
-    No leaf of the packed form holds such a factor, and neither codes nor e4m3 scales take it up exactly, in this linear
-    or in the columns of the one before it.
-    """
-    name = linear.name(".pre_quant_scale")
-    if name not in files:
-        return
-    shape = files.info(name).shape
-    if shape not in ((), (1,), (k,)):
-        raise files.fault(name, f"has shape {shape}; it must be ({k},)")
-    if not (files.read(name, shape, FLOATS).astype(np.float32) == 1).all():
-        raise files.fault(
-            name,
-            "multiplies the input of the linear (AWQ) and is not 1 throughout; it must be 1: export the model without "
-            "AWQ, as NVFP4, or fold the scales into the weights before quantising",
-        )
