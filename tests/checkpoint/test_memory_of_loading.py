@@ -66,8 +66,8 @@ LARGE = {"ck_llmc_NVFP4A16": nvfp4_linear, "ck_q3_gptq_True": gptq_linear}
     ],
 )
 def test_peak_memory(tmp_path, name, form):
-    """Loading takes at most 1.3 times the packed layer: 100 MB of experts or more, in the file of both layers."""
-    experts, hidden, size = 32, 1024, 2048
+    """Loading takes at most 1.3 times the packed layer: 50 MB of experts or more, in the file of both layers."""
+    experts, hidden, size = 16, 1024, 2048
     rng = np.random.default_rng(0)
     tensors, config = {}, json.loads((DATA / name / "config.json").read_text())
     config.get("quantization_config", {}).update({"group_size": 128} if name == "ck_q3_gptq_True" else {})
@@ -87,10 +87,10 @@ def test_peak_memory(tmp_path, name, form):
     if form == "packed":
         path = tmp_path / "packed"
         convert(source, path)
-    environment = os.environ | {"XLA_FLAGS": ""}  # 100 MB take longer than optimised code takes to compile
+    environment = os.environ | {"XLA_FLAGS": ""}  # 50 MB take longer than optimised code takes to compile
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE, str(path)], env=environment, capture_output=True, text=True, check=True
     )
     peak, size = json.loads(done.stdout.splitlines()[-1])
-    assert size > 100e6
+    assert size > 50e6
     assert peak <= 1.3 * size, f"{peak / size:.2f} times the packed layer"

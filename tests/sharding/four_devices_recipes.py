@@ -180,8 +180,7 @@ def all_on_one_expert():
     """The exact mode has room for every row, wherever it goes; capacity drops the rest and says how much."""
     bias = jnp.zeros(EXPERTS).at[jnp.asarray([5, 4])].set(1000.0)
     whole, sharding = layer(router_bias=bias), MoESharding(EP)
-    for exchange in ("gather", "ragged"):
-        equals_one_device(sharding, whole, tokens="expert", exchange=exchange)
+    equals_one_device(sharding, whole, tokens="expert", exchange="ragged")
     placed = place(whole, sharding)
     y, dropped = parallel_layer(placed, X, sharding, tokens="expert", exchange="ragged", capacity=5)
     assert int(dropped) == 2 * (TOKENS - 5), dropped
