@@ -45,11 +45,11 @@ class Architecture:
         return self.bytes_per_microsecond / self.multiprocessors / self.cycles_per_microsecond
 
     def fits_shared_memory(self, size: int, ctas: int) -> bool:
-        """Whether a multiprocessor holds so many CTAs of so many bytes; the system takes 1024 more for each."""
+        """Whether a multiprocessor holds that many CTAs of that many bytes; the system takes 1024 more for each."""
         return size <= self.most_shared_kib * 1024 and (size + 1024) * ctas <= self.shared_kib * 1024
 
     def padding(self, size: int, ctas: int) -> int:
-        """Bytes that must be added to a CTA's shared memory so that a multiprocessor holds no more than so many."""
+        """Bytes that must be added to a CTA's shared memory so that a multiprocessor holds no more than that many."""
         least = self.shared_kib * 1024 // (ctas + 1) - 1024 + 16
         return max(0, min(least, self.most_shared_kib * 1024) - size)
 

@@ -43,7 +43,7 @@ def expected_blocks(num_slots: int, routed_experts: int, num_experts: int, token
     """Blocks of `tokens` rows that `num_experts` of the routed experts fill under uniform routing."""
     mean = num_slots / routed_experts
     blocks = 1 - (1 - 1 / routed_experts) ** num_slots  # an expert has a row
-    for full in range(tokens, int(mean + 6 * math.sqrt(mean)) + 1, tokens):  # and more than so many
+    for full in range(tokens, int(mean + 6 * math.sqrt(mean)) + 1, tokens):  # and more than that many
         blocks += math.erfc((full + 0.5 - mean) / math.sqrt(2 * mean)) / 2
     return num_experts * blocks
 
@@ -79,7 +79,7 @@ def choose_tile(
 
 
 def choose_rows_tile(shape: GemmShape, num_rows: int, parts: int, capability: int) -> Tile:
-    """The tile of least predicted time for rows that come in so many parts, each of one expert, none of them known.
+    """The tile of least predicted time for rows that come in that many parts, each of one expert, none of them known.
 
     Raises:
         ValueError: no kernel supports the shape.
@@ -110,7 +110,7 @@ def choose_product_tile(
 
 
 def choose_listed_tile(shape: GemmShape, num_slots: int, num_experts: int, list_block: int, capability: int) -> Tile:
-    """The tile of a product whose slots are listed in blocks of so many: rows of a token tile divide them.
+    """The tile of a product whose slots are listed in blocks of that many: rows of a token tile divide them.
 
     Where experts have few rows, those of mma.sync.
 
@@ -155,7 +155,7 @@ def invariant_rows_tile(shape: GemmShape, num_rows: int, capability: int) -> Til
 
 
 def invariant_listed_tile(shape: GemmShape, num_slots: int, num_experts: int, list_block: int, capability: int) -> Tile:
-    """`choose_invariant_tile` for slots that are listed in blocks of so many."""
+    """`choose_invariant_tile` for slots that are listed in blocks of that many."""
     sizes = [t for t in {*mma.TOKEN_TILES, *wgmma.TOKEN_TILES} if list_block % t == 0]
     return choose_invariant_tile(shape, _expected(sizes, num_slots, num_experts), num_slots, capability)
 
@@ -166,7 +166,7 @@ def _expected(sizes: Iterable[int], num_slots: int, num_experts: int) -> dict[in
 
 
 def _fastest_tile(shape: GemmShape, blocks: Mapping[int, float], num_rows: int, capability: int) -> Tile:
-    """The tile of least predicted time, where blocks of so many rows are as many as stated."""
+    """The tile of least predicted time, where blocks of that many rows are as many as stated."""
     found: list[tuple[float, Tile]] = []
     for tokens, expected in blocks.items():
         rows = num_rows / expected

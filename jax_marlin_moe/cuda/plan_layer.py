@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.cuda.block_kernels import BlockBuffers
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.kernels.combine import IdentityExperts
 from jax_marlin_moe.cuda.kernels.router import (
@@ -17,7 +18,7 @@ from jax_marlin_moe.cuda.kernels.router import (
     router_tile,
     select_kernel,
 )
-from jax_marlin_moe.cuda.plan import BlockBuffers, most_of_program, plan_block
+from jax_marlin_moe.cuda.plan import most_of_program, plan_block
 from jax_marlin_moe.cuda.program import Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
 from jax_marlin_moe.operands import WEIGHT_OPERANDS

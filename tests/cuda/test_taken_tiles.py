@@ -7,7 +7,7 @@ import pytest
 from abstract_calls import planned_block
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.cuda import plan
+from jax_marlin_moe.cuda import block_kernels
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.replay import block_operands, replayed_block
@@ -45,7 +45,7 @@ def test_results_are_those_of_tiles_taken_in_turn(monkeypatch):
     arguments = operands()
     taken = jax.jit(block(MANY))
     results = [np.asarray(taken(*arguments).astype(jnp.float32)) for _ in range(5)]
-    monkeypatch.setattr(plan, "_takes_tiles", lambda *_: False)
+    monkeypatch.setattr(block_kernels, "_takes_tiles", lambda *_: False)
     in_turn = np.asarray(jax.jit(block(MANY))(*arguments).astype(jnp.float32))
     assert np.abs(in_turn).max() > 0
     for result in results:

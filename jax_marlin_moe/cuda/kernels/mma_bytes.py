@@ -20,7 +20,7 @@ _MMA_INSTRUCTIONS = 0.9  # for eight tokens and a word: half of an instruction t
 
 @dataclasses.dataclass(frozen=True)
 class MmaByteTile(MmaTile):
-    """`jmm::MmaTile` with rows of 8 bits, whose `block_k` is 128: sums of so many rows of K are scaled together."""
+    """`jmm::MmaTile` with rows of 8 bits, whose `block_k` is 128: sums of that many rows of K are scaled together."""
 
     def multiplies(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel has fragments and instructions for such rows and weights."""

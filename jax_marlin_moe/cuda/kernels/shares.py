@@ -27,7 +27,7 @@ def pack_share_kernel(numbers: int, *, share: int, words: int) -> Kernel:
 def add_shares_kernel(
     shares: int, numbers: int, dtype: jnp.dtype, *, words: int, other: int | None = None, total: int
 ) -> Kernel:
-    """The sum of packed shares of so many numbers each, rounded to a dtype; of two, the second may be in `other`."""
+    """The sum of packed shares of that many numbers each, rounded to a dtype; of two, the second may be in `other`."""
     result = Pointer(total, dtype.name, written=True)
     return Kernel(
         name="jmm_add_shares",

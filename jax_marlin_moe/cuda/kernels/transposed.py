@@ -125,7 +125,7 @@ _WGMMA_TOKENS = (16, 32, 64, 128, 256, 288)
 
 
 def choose(shape: GemmShape, rows: float, capability: int) -> TransposedTile | WgmmaTransposedTile:
-    """The tile for so many rows of an expert, with as many stages as there is room for.
+    """The tile for that many rows of an expert, with as many stages as there is room for.
 
     Raises:
         ValueError: none fits.

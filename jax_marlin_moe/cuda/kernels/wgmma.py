@@ -130,7 +130,7 @@ class WgmmaTile:
     def predicted_microseconds(
         self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
     ) -> float:
-        """Time of one product, of whose token tiles so many `rows` are not padding on average; None for all."""
+        """Time of one product, of whose token tiles that many `rows` are not padding on average; None for all."""
         card = get_architecture(capability)
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
         busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
