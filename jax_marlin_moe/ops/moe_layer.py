@@ -258,8 +258,7 @@ _CPU_SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "identity", "chosen_sigmo
 def _cpu(*operands, routing, activation, shared_activation, norm_epsilon, out_dtype):
     layer = LayerOperands(*operands)
     shared = layer.shared
-    rules = {"routing": routing, "activation": activation, "norm_epsilon": norm_epsilon}
-    rules |= {"shared_activation": shared_activation}
+    rules = dict(routing=routing, activation=activation, shared_activation=shared_activation, norm_epsilon=norm_epsilon)
     if shared is not None and (activation != shared_activation or not _sized_alike(layer, shared)):
         y, *choice = _cpu(*layer._replace(shared=None), **rules, out_dtype=jnp.dtype(jnp.float32))
         y += reference_layer.padded_to(y, shared_beside(layer.x, shared, shared_activation, implementation="cpu"))
@@ -348,10 +347,16 @@ def _cuda(*operands, routing, activation, shared_activation, norm_epsilon, out_d
     invariant = cuda_scheme == "batch_invariant"
     fits = router.fits(compute_capability(architecture), batch_invariant=invariant)
     if layer.x.shape[0] == 0 or not fits or (beside is not None and invariant):
-        rules = {"routing": routing, "activation": activation, "shared_activation": shared_activation}
-        rules |= {"norm_epsilon": norm_epsilon, "out_dtype": out_dtype}
-        rules |= {"cuda_scheme": cuda_scheme, "implementation": "cuda"}
-        return composition(*layer, **rules)
+        return composition(
+            *layer,
+            routing=routing,
+            activation=activation,
+            shared_activation=shared_activation,
+            norm_epsilon=norm_epsilon,
+            out_dtype=out_dtype,
+            cuda_scheme=cuda_scheme,
+            implementation="cuda",
+        )
     dtype = out_dtype if beside is None else jnp.dtype(jnp.float32)
     plan = plan_moe_layer(
         layer.x,
