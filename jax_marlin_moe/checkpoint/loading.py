@@ -58,7 +58,7 @@ def load_moe_layer(
         layer: its number, from 0; or what the names of its tensors begin with, such as "model.layers.61" or
             "mtp.layers.0" for a layer of multi-token prediction, which the numbers do not count;
             `Checkpoint(path).layer_names` lists them.
-        quantize: for plain bfloat16, float16 or float32 experts, the format that they shall have; "bf16" and "fp16"
+        quantize: for plain bfloat16, float16 or float32 experts, the format to quantise them to; "bf16" and "fp16"
             keep those of 16 bits as they are. Layers that are quantised stay as they are, where others are plain; where
             none is, `quantize` is refused.
         group_size: for `quantize`, as in `jax_marlin_moe.quantize`.

@@ -28,7 +28,7 @@ class MoESharding:
         pad: whether zeros fill the shares of the last ranks where the intermediate dimension has no equal ones.
 
     Raises:
-        TypeError: the mesh is none, or an axis no name.
+        TypeError: `mesh` is not a mesh, or an axis is not a name.
         ValueError: the mesh has no such axis, or an axis is named twice.
     """
 

@@ -50,22 +50,22 @@ def parallel_layer(
         x: as for `MoELayer`.
         sharding: what the layer was placed by.
         token_ids: as for `MoELayer`.
-        tokens: axes of the mesh over which the first dimension of x is, and that of the result: those of the experts,
-            of the intermediate dimension or any other, such as "data".
-        exchange: how rows get to the experts over each axis of the experts that `tokens` names: "gather" gathers them
-            on all ranks and scatters the sums, "ragged" sends a row to the ranks that have one of its experts, and one
-            row back: in equal blocks on CPUs and cards, which without `capacity` move what "gather" moves, and by
-            `jax.lax.ragged_all_to_all` elsewhere. No row is dropped: all ranks can get all rows. On a mesh of hosts and
-            cards a row goes to a host once.
-        capacity: for "ragged": rows that a rank gets at most over one axis; what is more, tokens of the last ranks
-            first, is dropped and counted. Memory and time of the experts follow from it.
-        share_dtype: of ranks' shares on their way to their sum: float32, or bfloat16 or float16 for half of the bytes
-            and a rounding of every share more.
+        tokens: axes of the mesh over which the first dimension of x and of the result is sharded: those of the experts,
+            those of the intermediate dimension, or any other, such as "data".
+        exchange: how rows reach the experts along the axes of the experts that `tokens` names. "gather": all ranks
+            gather all rows, and the sums are scattered. "ragged": a row is sent once to each rank that has one of its
+            experts, and one row comes back. On CPUs and cards this is an all-to-all of equal blocks, which without
+            `capacity` moves as much as "gather"; elsewhere it is `jax.lax.ragged_all_to_all`. No row is dropped: every
+            rank has room for all rows. On a mesh of hosts and cards a row is sent to a host once.
+        capacity: for "ragged": the most rows that a rank receives along one axis. Choices beyond it, those of the last
+            ranks' tokens first, are dropped and counted. Memory and time of the experts follow from it.
+        share_dtype: in which ranks send their shares to the sum: float32, or bfloat16 or float16, which halve the bytes
+            and round every share once more.
         router_input: as for `MoELayer`.
         implementation: as for `jax_marlin_moe.fused_moe`.
 
     Returns:
-        The result; with `capacity` a tuple of it and of the choices of experts, int32, that were dropped.
+        The result; with `capacity` a tuple of it and of the number of choices of experts, int32, that were dropped.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.
@@ -168,7 +168,7 @@ def parallel_experts(
 
     Returns:
         The rows' results, in the type of x: the same on all ranks of axes without tokens. With `capacity` a tuple of
-        them and of the choices that were dropped, of the tokens of all ranks of `expert` and `tensor`.
+        them and of the number of dropped choices, over the tokens of all ranks of `expert` and `tensor`.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.

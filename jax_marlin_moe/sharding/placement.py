@@ -16,7 +16,7 @@ Layer = TypeVar("Layer", MoELayer, StackedMoELayer)
 def place(layer: Layer, sharding: MoESharding) -> Layer:
     """Lays a layer out for a sharding and puts each device's share on it.
 
-    Of several processes each calls it, with the same layer, and keeps the shares of its devices. A layer that does not
+    With several processes, each calls it with the same layer and keeps the shares of its devices. A layer that does not
     fit into one process's memory is loaded in shares: `load_moe_layer(..., sharding=)`.
 
     Args:

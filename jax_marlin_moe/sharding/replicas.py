@@ -13,7 +13,7 @@ from jax_marlin_moe.layer import MoELayer
 
 
 def place_experts(layer: MoELayer, experts: Sequence[int] | np.ndarray | jax.Array) -> MoELayer:
-    """A layer whose packed experts are in another order, hot ones more than once.
+    """A layer whose packed experts are in another order, with hot ones more than once.
 
     The router stays as it is: the layer has the table, sends tokens to the copies of an expert in turn where it is
     called by `parallel_layer`, and to the first one where it is called itself. Results are the same. To balance load
@@ -25,7 +25,7 @@ def place_experts(layer: MoELayer, experts: Sequence[int] | np.ndarray | jax.Arr
 
     Raises:
         TypeError: `layer` is no layer, or `experts` not a vector of integers.
-        ValueError: it names an expert that there is not, or leaves one out.
+        ValueError: a number is not that of an expert, or an expert has no slot.
     """
     if not isinstance(layer, MoELayer):
         raise TypeError(f"layer is a {type(layer).__name__}; it must be a MoELayer")
