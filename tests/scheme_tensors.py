@@ -221,9 +221,9 @@ GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False}
 HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1}}}
 
 
-def modelopt_nvfp4(rng, n, k):
+def modelopt_nvfp4(rng, n, k, group=16):
     data = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
-    blocks = rng.integers(0, 0x7F, (n, k // 16), dtype=np.uint8).view(E4M3)
+    blocks = rng.integers(0, 0x7F, (n, k // group), dtype=np.uint8).view(E4M3)
     factor = np.float32(rng.uniform(0.01, 0.1))
     found = {".weight": data, ".weight_scale": blocks, ".weight_scale_2": factor}
     return found, files.fp4(data, blocks, float(factor))

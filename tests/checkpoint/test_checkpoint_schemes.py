@@ -1,5 +1,6 @@
 """Schemes without a genuine file: tiny checkpoints written here, against numpy on their tensors."""
 
+import functools
 import json
 
 import checkpoint_files as files
@@ -23,6 +24,7 @@ from scheme_tensors import (
     gptq8,
     hqq,
     int_quantized,
+    modelopt_nvfp4,
     mxfp8,
     packed_fp4,
     router,
@@ -103,6 +105,11 @@ SCHEMES = {
         fp8_rows("channel"),
         {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
         "fp8",
+    ),
+    "nvfp4 of ModelOpt, groups of 32": (
+        functools.partial(modelopt_nvfp4, group=32),
+        {"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8", "group_size": 32},
+        "nvfp4",
     ),
     "mxfp4 of ModelOpt": (
         packed_fp4(".weight", ".weight_scale", np.uint8, np.uint8),

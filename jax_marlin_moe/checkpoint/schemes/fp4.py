@@ -82,11 +82,14 @@ class Nvfp4Storage(Scheme):
         weight: suffix of the bytes.
         global_scale: suffix of the float32 scale of the linear.
         divides: whether that is a divisor.
+        group_size: rows of K that share a scale in the file: 16, or 32 of ModelOpt's W4A8_NVFP4_FP8, whose scales are
+            repeated.
     """
 
     weight: str
     global_scale: str
     divides: bool
+    group_size: int = 16
     weight_format: str = "nvfp4"
     methods: ClassVar[tuple[Method, ...]] = (MODELOPT, dataclasses.replace(MODELOPT, name="modelopt_fp4", file=None))
     known_as: ClassVar[str] = "NVFP4 of compressed-tensors and ModelOpt"
@@ -104,8 +107,11 @@ class Nvfp4Storage(Scheme):
             check_stated(files, linear, ".weight_scale", quantization, _NVFP4)
             return cls(".weight_packed", ".weight_global_scale", divides=True)
         if files.dtype(linear.name(".weight")) == "U8":
-            check_stated(files, linear, ".weight_scale", quantization, _NVFP4)
-            return cls(".weight", ".weight_scale_2", divides=False)
+            shape = files.info(linear.name(".weight_scale")).shape
+            size = 32 if shape == (n, k // 32) and k % 32 == 0 else 16
+            assumed = dataclasses.replace(_NVFP4, group_sizes=(size,))
+            check_stated(files, linear, ".weight_scale", quantization, assumed)
+            return cls(".weight", ".weight_scale_2", divides=False, group_size=size)
         return None
 
     @classmethod
@@ -114,7 +120,7 @@ class Nvfp4Storage(Scheme):
         return _size(files, linear)
 
     def rows_per_group(self, k: int) -> int:
-        """Fixed by the format."""
+        """Fixed by the format that decoding gives."""
         return 16
 
     def fixes_input_scale(self, linear: Linear, quantization: Quantization) -> bool:
@@ -125,7 +131,7 @@ class Nvfp4Storage(Scheme):
         """Bytes, block scales as bits, and the factor of the linear."""
         check_shape(files, linear, k, n)
         weight = linear.read(files, self.weight, (n, -(-k // 2)), ("U8",), rows=1)
-        scale = linear.read(files, ".weight_scale", (n, -(-k // 16)), ("F8_E4M3",), rows=1)
+        scale = linear.read(files, ".weight_scale", (n, -(-k // self.group_size)), ("F8_E4M3",), rows=1)
         _check_block_scales(files, linear.name(".weight_scale"), scale, exponent=False)
         name = linear.name(self.global_scale)
         files.file_of(name)
@@ -144,7 +150,8 @@ class Nvfp4Storage(Scheme):
 
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""
-        return decode_fp4(*tensors)
+        weight, scale, factor = tensors
+        return decode_fp4(weight, jnp.repeat(scale, self.group_size // 16, axis=1), factor)
 
 
 @dataclasses.dataclass(frozen=True)
