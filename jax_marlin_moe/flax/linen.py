@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.checkpoint import load_moe_layer
 from jax_marlin_moe.flax.parts import (
     PARAMS,
@@ -172,6 +173,7 @@ class MarlinMoE(nn.Module):
         *,
         router_input: Float[Array, "*batch H"] | None = None,
         layer: int | Int32[Array, ""] | None = None,
+        activation_dtype: ByteDtype | None = None,
         batch_invariant: bool = False,
     ) -> Float[Array, "*batch H"]:
         """Routes each row of x to its experts and sums their results, that of the shared expert included.
@@ -181,6 +183,7 @@ class MarlinMoE(nn.Module):
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
+            activation_dtype: as for `MoELayer`, whose fixed scales count here too.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
 
         Returns:
@@ -194,7 +197,11 @@ class MarlinMoE(nn.Module):
         shapes = parts_of(self.structure.layer)
         parts = {name: self._value(name, place, shape) for place, (name, shape) in enumerate(shapes.items())}
         held = layer_of(parts, statics_of(self.structure.layer), stacked=self._stacked)
-        options: dict[str, Any] = {"implementation": self.implementation, "batch_invariant": batch_invariant}
+        options: dict[str, Any] = {
+            "implementation": self.implementation,
+            "activation_dtype": activation_dtype,
+            "batch_invariant": batch_invariant,
+        }
         return one_layer(held, layer)(x, token_ids, router_input=router_input, **options)
 
     @property

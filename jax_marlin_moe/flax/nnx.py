@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.checkpoint import load_moe_layer
 from jax_marlin_moe.flax.parts import (
     PARAMS,
@@ -189,6 +190,7 @@ class MarlinMoE(nnx.Module):
         *,
         router_input: Float[Array, "*batch H"] | None = None,
         layer: int | Int32[Array, ""] | None = None,
+        activation_dtype: ByteDtype | None = None,
         batch_invariant: bool = False,
     ) -> Float[Array, "*batch H"]:
         """Routes each row of x to its experts and sums their results, that of the shared expert included.
@@ -198,6 +200,7 @@ class MarlinMoE(nnx.Module):
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
+            activation_dtype: as for `MoELayer`, whose fixed scales count here too.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
 
         Returns:
@@ -209,5 +212,9 @@ class MarlinMoE(nnx.Module):
                 run.
         """
         called = one_layer(self.layer, layer)
-        options: dict[str, Any] = {"implementation": self.implementation, "batch_invariant": batch_invariant}
+        options: dict[str, Any] = {
+            "implementation": self.implementation,
+            "activation_dtype": activation_dtype,
+            "batch_invariant": batch_invariant,
+        }
         return called(x, token_ids, router_input=router_input, **options)

@@ -174,7 +174,7 @@ def random_part(key: jax.Array, name: str, shape: Any, *, stacked: bool = False)
         return jax.lax.map(lambda one_key: random_part(one_key, name, one), jax.random.split(key, count_layers(shape)))
     if isinstance(shape, MarlinWeights):
         return _random_weights(key, shape)
-    if name.endswith(("scale", "norm")):
+    if name.endswith(("scale", "scales", "norm")):
         return jnp.ones(shape.shape, shape.dtype)
     if len(shape.shape) < 2 or not jnp.issubdtype(shape.dtype, jnp.floating):
         return jnp.zeros(shape.shape, shape.dtype)

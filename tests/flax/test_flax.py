@@ -18,6 +18,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe.checkpoint import MoELayer, SharedExpert, load_moe_layer
 from jax_marlin_moe.flax.linen import MarlinMoE as LinenMoE
 from jax_marlin_moe.flax.nnx import MarlinMoE, QuantizedParam, RoutingState
+from jax_marlin_moe.flax.parts import random_part
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, VOCABULARY = 8, 128, 64, 2, 7
 ROUTING = jmm.Routing(TOP_K)
@@ -96,6 +97,11 @@ FAMILIES = {
         activation="relu2",
         shared=SharedExpert(*experts(1, halves=1)),
     ),
+    "W4A8": lambda: build(
+        x_scale=jnp.float32(0.02),
+        intermediate_scales=jnp.full(EXPERTS, 0.01, jnp.float32),
+        expert_input_scale=jnp.linspace(0.5, 2, HIDDEN, dtype=jnp.bfloat16),
+    ),
     "a soft cap": lambda: build(jmm.Routing(TOP_K, logits_soft_cap=0.5)),
 }
 
@@ -111,7 +117,7 @@ def assert_equal(actual, wanted):
 
 
 # Each of these has a leaf or an input that the others lack.
-DISTINCT = ("Qwen2", "DeepSeek-V3", "DeepSeek-V4", "gpt-oss", "Gemma-4", "Nemotron")
+DISTINCT = ("Qwen2", "DeepSeek-V3", "DeepSeek-V4", "gpt-oss", "Gemma-4", "Nemotron", "W4A8")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,7 @@ DISTINCT = ("Qwen2", "DeepSeek-V3", "DeepSeek-V4", "gpt-oss", "Gemma-4", "Nemotr
 def test_both_modules_give_the_bits_of_the_layer(family, x):
     layer = FAMILIES[family]()
     rest = () if layer.token_experts is None else (jnp.arange(6, dtype=jnp.int32).reshape(2, 3),)
-    options = {} if family != "Gemma-4" else {"router_input": x[::-1]}
+    options = {"Gemma-4": {"router_input": x[::-1]}, "W4A8": {"activation_dtype": "float8_e4m3fn"}}.get(family, {})
     module = MarlinMoE.from_layer(layer)
     linen, variables = LinenMoE.from_layer(layer)
 
@@ -259,6 +265,12 @@ def test_linen_init_draws_what_random_describes(x):
     layer = MoELayer(**parts, routing=SIGMOID, correction_bias=jnp.zeros(EXPERTS), shared=shared)
     assert_shapes(layer, shapes)
     assert_equal(module.apply(variables, x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["x_scale", "intermediate_scales", "expert_input_scale", "router_input_scale"])
+def test_scales_that_linen_draws_are_one(name):
+    shape = jax.ShapeDtypeStruct((EXPERTS,), jnp.float32)
+    np.testing.assert_array_equal(random_part(jax.random.key(0), name, shape), np.ones(EXPERTS, np.float32))
 
 
 def test_a_random_layer_with_a_gate_and_no_shared_expert_is_refused():
