@@ -1,7 +1,7 @@
 """Sums over devices of what each has computed in float32."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ from jax_marlin_moe.ops.packed_shares import add_shares, add_two_shares, pack_sh
 
 # Bytes in float32 from which rows are scattered and gathered: what that saves is then more than a second start costs.
 _MANY_BYTES = 8 << 20
+# Where so many are packed to be sent. On the host, where sending is copying, packing them would be the longer part.
+_PACKING_PLATFORMS = ("cuda",)
 
 
 def rounded_sum(
@@ -101,6 +103,11 @@ def sum_of_packed(
     return part if scattered else _gathered(part, axes, groups)
 
 
+def where_packed(packed: Callable[..., Array], plain: Callable[..., Array], *operands: Any) -> Array:
+    """The first function of the operands on platforms that send shares packed, the second elsewhere."""
+    return lax.platform_dependent(*operands, **dict.fromkeys(_PACKING_PLATFORMS, packed), default=plain)
+
+
 def _has_many_bytes(shape, dtype):
     return math.prod(shape) * jnp.dtype(dtype).itemsize >= _MANY_BYTES
 
@@ -122,10 +129,10 @@ def _gathered(part, axes, groups):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _packed_sum(y, axes, groups, dtype, scattered):
-    return lax.platform_dependent(
+    return where_packed(
+        lambda y: sum_of_packed(pack_share(y), axes, dtype, groups=groups, scattered=scattered),
+        partial(_sum_of_parts, axes=axes, groups=groups, dtype=dtype, scattered=scattered),
         y,
-        cuda=lambda y: sum_of_packed(pack_share(y), axes, dtype, groups=groups, scattered=scattered),
-        default=partial(_sum_of_parts, axes=axes, groups=groups, dtype=dtype, scattered=scattered),
     )
 
 

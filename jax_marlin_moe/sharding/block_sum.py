@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.ops.four_numbers import WORDS
 from jax_marlin_moe.ops.fused_moe import can_pack
-from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum, sends_packed, sum_of_packed
+from jax_marlin_moe.ops.sums import rounded_sum, scattered_sum, sends_packed, sum_of_packed, where_packed
 from jax_marlin_moe.ops.tangents import jvp_of, read_moving
 from jax_marlin_moe.sharding.exchange import find_route, send, send_back, take_rows
 from jax_marlin_moe.sharding.specs import Axes
@@ -141,7 +141,7 @@ class BlockSum:
 
         @jax.custom_jvp
         def total(*operands: Any) -> Array:
-            return lax.platform_dependent(*operands, cuda=packed, default=plain)
+            return where_packed(packed, plain, *operands)
 
         def derivative(operands: Any, tangents: Any) -> tuple[Array, Array]:
             moving = jax.tree.map(lambda dot: None if isinstance(dot, SymbolicZero) else dot, tangents)

@@ -17,7 +17,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from printed_checks import print_failures
@@ -139,8 +138,8 @@ def sums_of_packed_shares():
 
 def shares_packed_where_they_are_made():
     """What cards do with many rows, here with few: words of 64 bits, and derivatives that know nothing of them."""
-    chosen, many = lax.platform_dependent, sums._MANY_BYTES
-    lax.platform_dependent, sums._MANY_BYTES = lambda *operands, cuda, default: cuda(*operands), 0
+    where = sums._PACKING_PLATFORMS, sums._MANY_BYTES
+    sums._PACKING_PLATFORMS, sums._MANY_BYTES = ("cpu",), 0
     jax.clear_caches()
     try:
         sharding, stack = MoESharding(BOTH), jmm.stack_layers([layer(), layer()])
@@ -165,7 +164,7 @@ def shares_packed_where_they_are_made():
         equals_one_device(MoESharding(EP), layer(), ["all-gather"] * 3 + ["all-to-all"], tokens="expert")
         equals_one_device(MoESharding(DATA), layer(), ["all-gather"] * 3 + ["all-to-all"], tokens=("data", "tensor"))
     finally:
-        lax.platform_dependent, sums._MANY_BYTES = chosen, many
+        sums._PACKING_PLATFORMS, sums._MANY_BYTES = where
         jax.clear_caches()
 
 
