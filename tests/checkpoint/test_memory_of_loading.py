@@ -11,24 +11,28 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_marlin_moe.checkpoint import convert
-
 DATA = pathlib.Path(__file__).parents[1] / "data"
 
 _MEASURE = """
-import json, pathlib, sys
+import gc, json, pathlib, sys
 import jax
-from jax_marlin_moe.checkpoint import load_moe_layer
+from jax_marlin_moe.checkpoint import convert, load_moe_layer
 def status(field):
     text = pathlib.Path("/proc/self/status").read_text()
     return int(text.split(field + ":")[1].split()[0]) * 1024
-jax.block_until_ready(jax.numpy.ones(8) + 1)
-load_moe_layer(sys.argv[1], 1)  # compiled code is not what is measured
-start = status("VmRSS")
-pathlib.Path("/proc/self/clear_refs").write_text("5")
-layer = jax.block_until_ready(load_moe_layer(sys.argv[1], 0))
-peak = status("VmHWM") - start
-print(json.dumps([peak, sum(leaf.nbytes for leaf in jax.tree.leaves(layer))]))
+def peak_and_size(folder):
+    load_moe_layer(folder, 1)  # compiled code is not what is measured
+    gc.collect()
+    start = status("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    layer = jax.block_until_ready(load_moe_layer(folder, 0))
+    return status("VmHWM") - start, sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
+source, packed = sys.argv[1:]
+found = {"source": peak_and_size(source)}
+convert(source, packed)
+found["packed"] = peak_and_size(packed)
+print(found, file=sys.stderr)
+print(json.dumps(found))
 """
 
 
@@ -57,17 +61,10 @@ LARGE = {"ck_llmc_NVFP4A16": nvfp4_linear, "ck_q3_gptq_True": gptq_linear}
 
 @pytest.mark.long
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        ("ck_llmc_NVFP4A16", "source"),
-        ("ck_llmc_NVFP4A16", "packed"),
-        pytest.param("ck_q3_gptq_True", "source", marks=pytest.mark.exhaustive),
-    ],
-)
-def test_peak_memory(tmp_path, name, form):
-    """Loading takes at most 1.3 times the packed layer: 50 MB of experts or more, in the file of both layers."""
-    experts, hidden, size = 16, 1024, 2048
+@pytest.mark.parametrize("name", ["ck_llmc_NVFP4A16", pytest.param("ck_q3_gptq_True", marks=pytest.mark.exhaustive)])
+def test_peak_memory(tmp_path, name):
+    """Loading takes at most 1.3 times the packed layer: 75 MB of experts or more, in the file of both layers."""
+    experts, hidden, size = 24, 1024, 2048
     rng = np.random.default_rng(0)
     tensors, config = {}, json.loads((DATA / name / "config.json").read_text())
     config.get("quantization_config", {}).update({"group_size": 128} if name == "ck_q3_gptq_True" else {})
@@ -83,14 +80,11 @@ def test_peak_memory(tmp_path, name, form):
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config))
     files.write(source / "model.safetensors", tensors)
-    path = source
-    if form == "packed":
-        path = tmp_path / "packed"
-        convert(source, path)
-    environment = os.environ | {"XLA_FLAGS": ""}  # 50 MB take longer than optimised code takes to compile
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(path)], env=environment, capture_output=True, text=True, check=True
-    )
-    peak, size = json.loads(done.stdout.splitlines()[-1])
-    assert size > 50e6
-    assert peak <= 1.3 * size, f"{peak / size:.2f} times the packed layer"
+    # 75 MB take longer than optimised code takes to compile. And freed arrays are given back, so that what was there
+    # before is not more than it seems.
+    environment = os.environ | {"XLA_FLAGS": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", _MEASURE, str(source), str(tmp_path / "packed")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for form, (peak, size) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert size > 75e6
+        assert peak <= 1.3 * size, f"{form}: {peak / size:.2f} times the packed layer"

@@ -54,7 +54,8 @@ def main():
         state = nnx.state(module)
         shardings = nnx.get_named_sharding(state, MESH)
     nnx.update(module, jax.device_put(state, shardings))
-    check(module.layer, whole, x)
+    of_nnx = module.layer
+    check(of_nnx, whole, x)
 
     module, variables = LinenMoE.from_layer(whole, expert_axis="expert")
     initial = jax.eval_shape(module.init, jax.random.key(0), x)
@@ -63,7 +64,11 @@ def main():
     placed = jax.device_put(nn.unbox(variables), shardings)
     np.testing.assert_array_equal(np.asarray(module.apply(variables, x)), np.asarray(whole(x)))
     quantized = placed["quantized"]
-    check(jmm.MoELayer(quantized["gate_up"], quantized["down"], placed["params"]["router"], whole.routing), whole, x)
+    of_linen = jmm.MoELayer(quantized["gate_up"], quantized["down"], placed["params"]["router"], whole.routing)
+    assert jax.tree.structure(of_linen) == jax.tree.structure(of_nnx)
+    for leaf, checked in zip(jax.tree.leaves(of_linen), jax.tree.leaves(of_nnx), strict=True):
+        assert leaf.sharding.is_equivalent_to(checked.sharding, leaf.ndim), (leaf.sharding, checked.sharding)
+        np.testing.assert_array_equal(leaf, checked)
 
 
 if __name__ == "__main__":
