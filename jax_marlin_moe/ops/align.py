@@ -58,7 +58,8 @@ def moe_align_block_size(
     """Groups routed slots by expert, padded to blocks, in a reproducible order.
 
     Args:
-        topk_ids: chosen experts, int32. Ids outside [0, num_experts) are dropped.
+        topk_ids: chosen experts, int32. Ids outside [0, num_experts) are dropped. With further leading dimensions,
+            tokens count through all of them, as in `moe_gemm`.
         block_size: 8, 16, 32, 48, 64, 128 or 256.
         num_experts: experts that ids may name, over all devices.
         expert_map: int32, global to local id, each once, -1 for experts that live elsewhere: their slots vanish.
@@ -72,6 +73,8 @@ def moe_align_block_size(
         TypeError: an argument has the wrong dtype.
         ValueError: an argument has the wrong shape or value, or the implementation cannot run.
     """
+    if arguments.has_batch(topk_ids):
+        topk_ids = arguments.batch_rows("topk_ids", topk_ids, topk_ids)
     arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)
     arguments.check_block_size(block_size)
     if num_experts < 1:

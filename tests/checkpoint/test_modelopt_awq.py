@@ -137,6 +137,24 @@ def test_a_layer_over_devices_has_the_factors_of_its_shares(save, rng):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_mixed_model_says_it_layer_by_layer(save, rng):
+    linears = [f"{EXPERTS}.{e}.{part}_proj" for e in range(E) for part in ("gate", "up", "down")]
+    stated = {"quant_algo": "W4A8_AWQ", "group_size": 32, "has_zero_point": False, "pre_quant_scale": True}
+    numbers = {"dynamic": False, "type": "float", "group_size": 32}  # as ModelOpt has them of this algorithm
+    group = {"weights": numbers | {"num_bits": 4}, "input_activations": numbers | {"num_bits": 8}, "targets": linears}
+    mixed = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "config_groups": {"group_0": group}}
+    mixed |= {"quantized_layers": dict.fromkeys(linears, stated)}
+    path, _ = saved(save, awq(32, factors(rng)), rng, mixed)
+    layer = load_moe_layer(path, 0)
+    assert (layer.gate_up.format.name, layer.gate_up.group_size) == ("int4", 32)
+    assert Checkpoint(path).activation_dtype(0) == "float8_e4m3fn"
+    assert layer.x_scale is not None
+    stated["group_size"] = 64
+    path, _ = saved(save, awq(32, None), rng, mixed)
+    with pytest.raises(ValueError, match=r"quantized_layers\..*group_size is 64; it must be 32"):
+        load_moe_layer(path, 0)
+
+
 def test_nvfp4_awq_has_factors_of_x_alone(save, rng):
     scales = rng.uniform(0.5, 2, H).astype(BF16)
 

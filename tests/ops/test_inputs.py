@@ -141,7 +141,9 @@ def test_gradients_of_float32_rows_are_those_of_the_reference(op):
 def test_leading_dimensions_are_rows():
     x = X.astype(jnp.bfloat16)
     batch = x.reshape(2, 1, 3, HIDDEN)
-    y = jmm.moe_gemm(batch, GATE_UP, ALIGNMENT, top_k=TOP_K)
+    alignment = jmm.moe_align_block_size(IDS.reshape(2, 1, 3, TOP_K), block_size=8, num_experts=EXPERTS)
+    jax.tree.map(np.testing.assert_array_equal, alignment, ALIGNMENT)
+    y = jmm.moe_gemm(batch, GATE_UP, alignment, top_k=TOP_K)
     assert y.shape == (2, 1, 3 * TOP_K, 2 * INNER)
     np.testing.assert_array_equal(y.reshape(-1, 2 * INNER), OPS["moe_gemm"](x))
     options = {"routing": ROUTING, "return_routing": True}
