@@ -80,17 +80,12 @@ struct Activated {
     if (slot >= 0) store(expert, slot, factor, column, gate, up);
   }
 
-  // A column of two rows, side by side in a word; and two columns of a row, of which nothing is stored if the slot is
-  // below 0. There is no branch between rows, so they overlap.
+  // A column of two rows, side by side in a word.
   template <class Expert>
   __device__ __forceinline__ uint32_t of_two_rows(Expert expert, float2, int column, float2 gate, float2 up) const {
     static_assert(!kRowScaled, "rows have no scales of their own");
     return from_float<T>(activated(expert, column, gate.x, up.x)) |
            uint32_t(from_float<T>(activated(expert, column, gate.y, up.y))) << 16;
-  }
-  __device__ __forceinline__ void store_two_columns(int slot, int column, uint32_t word) const {
-    static_assert(kColumns % 2 == 0, "words are aligned");
-    if (slot >= 0) *reinterpret_cast<uint32_t*>(out + column + uint64_t(uint32_t(slot)) * kColumns) = word;
   }
 
   // Of a row of bytes, columns that are eight apart, `column` the first; their results lie side by side, from `place`
@@ -169,10 +164,6 @@ struct SlotRows {
                                                   float2) const {
     return from_float<T>(finished(expert, row_factors.x, column, sums.x)) |
            uint32_t(from_float<T>(finished(expert, row_factors.y, column, sums.y))) << 16;
-  }
-  __device__ __forceinline__ void store_two_columns(int slot, int column, uint32_t word) const {
-    static_assert(kColumns % 2 == 0, "words are aligned");
-    if (slot >= 0) *reinterpret_cast<uint32_t*>(out + column + uint64_t(uint32_t(slot)) * kColumns) = word;
   }
 };
 
@@ -330,6 +321,14 @@ template <class Facts>
 constexpr bool kExchangesRows<SlotRows<Facts>> = true;
 template <class Facts>
 constexpr bool kExchangesRows<Activated<Facts>> = !kQuantizes<Activated<Facts>> && !Activated<Facts>::kRowScaled;
+
+// Stores words of two columns each, side by side in the row of a slot from `column` on; nothing if the slot is below 0.
+// There is no branch between rows, so they overlap.
+template <int kColumns, class T, int kWords>
+__device__ __forceinline__ void store_columns(T* out, int slot, int column, const uint32_t (&words)[kWords]) {
+  static_assert(sizeof(T) == 2 && kColumns % (2 * kWords) == 0, "words are aligned");
+  if (slot >= 0) store_words(reinterpret_cast<uint32_t*>(out + column + uint64_t(uint32_t(slot)) * kColumns), words);
+}
 
 // Asks for the biases of kCount columns from `column` on, in each half, which are wanted at the end of a work tile:
 // they come from memory, and each load of them would wait for it. A lane has a line of them.

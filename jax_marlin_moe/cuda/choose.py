@@ -14,8 +14,10 @@ from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, SlotRouting, Tile, 
 # to the better way on average; an overlap everywhere loses 0.5 %, and 11 % once.
 _LONGEST_OVERLAPPED_MICROSECONDS = 250
 
-# Rows of a token tile that pay in one product of very many rows; a block's tiles are measured without them.
+# Rows of a token tile that pay in one product of very many rows; a block's tiles are measured without them. Work tiles
+# have at least so many results there: smaller ones read a row, or a weight, from L2 too often.
 _LARGE_TOKEN_TILES = (192, 256, 288)
+_LEAST_RESULTS = 128 * 256
 
 
 def choose_token_tile(num_slots: int, num_experts: int) -> int:
@@ -58,7 +60,12 @@ def candidates(shape: GemmShape, tokens: int, capability: int) -> tuple[Tile, ..
 
 @functools.lru_cache(maxsize=1024)
 def choose_tile(
-    shape: GemmShape, tokens: int, expected_blocks: float, capability: int, rows: float | None = None
+    shape: GemmShape,
+    tokens: int,
+    expected_blocks: float,
+    capability: int,
+    rows: float | None = None,
+    least_results: int = 0,
 ) -> Tile:
     """The tile of least predicted time.
 
@@ -68,8 +75,14 @@ def choose_tile(
         expected_blocks: token tiles that have work.
         capability: compute capability times ten.
         rows: of a block that are not padding, on average; all of them by default.
+        least_results: of a work tile.
+
+    Raises:
+        ValueError: no kernel has such a tile for the shape.
     """
     found = candidates(shape, tokens, capability)
+    if least_results:
+        found = tuple(tile for tile in found if tokens * (shape.n // tile.column_tiles(shape)) >= least_results)
     if tokens == mma.TOKEN_TILES[0]:
         # With eight rows a block `mma.sync` was ahead wherever both were measured: others are left to tables there.
         found = tuple(tile for tile in found if isinstance(tile, mma.MmaTile))
@@ -105,7 +118,9 @@ def choose_product_tile(
         return transposed.choose(shape, num_slots / num_experts, capability)
     sizes = set(block_sizes(num_slots, num_experts, shape, capability))
     if num_slots > num_experts * wgmma.TOKEN_TILES[-1]:
-        sizes |= set(_LARGE_TOKEN_TILES)
+        with contextlib.suppress(ValueError):  # no kernel has such tiles for the shape
+            blocks = _expected(sizes | set(_LARGE_TOKEN_TILES), num_slots, num_experts)
+            return _fastest_tile(shape, blocks, num_slots, capability, _LEAST_RESULTS)
     return _fastest_tile(shape, _expected(sizes, num_slots, num_experts), num_slots, capability)
 
 
@@ -165,13 +180,15 @@ def _expected(sizes: Iterable[int], num_slots: int, num_experts: int) -> dict[in
     return {tokens: expected_blocks(num_slots, num_experts, num_experts, tokens) for tokens in sorted(sizes)}
 
 
-def _fastest_tile(shape: GemmShape, blocks: Mapping[int, float], num_rows: int, capability: int) -> Tile:
+def _fastest_tile(
+    shape: GemmShape, blocks: Mapping[int, float], num_rows: int, capability: int, least_results: int = 0
+) -> Tile:
     """The tile of least predicted time, where blocks of that many rows are as many as stated."""
     found: list[tuple[float, Tile]] = []
     for tokens, expected in blocks.items():
         rows = num_rows / expected
         with contextlib.suppress(ValueError):  # no tile of this size supports the shape
-            tile = choose_tile(shape, tokens, expected, capability, rows)
+            tile = choose_tile(shape, tokens, expected, capability, rows, least_results)
             found.append((tile.predicted_microseconds(shape, expected, rows, capability), tile))
     if not found:
         raise ValueError(f"no kernel tile supports {shape} on compute capability {capability}")

@@ -137,6 +137,22 @@ def test_products_are_not_serialised(name):
     assert "serialized" not in log
 
 
+@pytest.mark.parametrize(
+    ("facts", "rows", "work_tile"),
+    [
+        ({}, 1024, (160, 256)),
+        ({}, 256, (288, 128)),  # one tile for most experts
+        ({"code": "e2m1", "scale": "e4m3", "group_size": 16}, 1024, (288, 128)),  # weights cost more, and are made once
+    ],
+)
+def test_products_of_very_many_rows_have_the_work_tiles_that_were_ahead(facts, rows, work_tile):
+    shape = dataclasses.replace(shape_of(2048, 1536, **facts), num_experts=128)
+    tile = choose.choose_product_tile(shape, 128 * rows, 128, 90, False)
+    assert (tile.tokens, shape.n // tile.column_tiles(shape)) == work_tile
+    few = choose.choose_product_tile(shape, 128 * rows, 128, 80, False)  # where no kernel has so large ones
+    assert few.fits(shape, 80)
+
+
 def test_a_tile_fits_what_its_kernel_takes():
     tile = WgmmaTile(144, 2, 2, 1, 128, 4, 1, True)
     assert tile.fits(shape_of(2048, 1536, gated=True), 90)

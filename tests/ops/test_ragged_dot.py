@@ -225,15 +225,23 @@ def test_the_card_agrees_with_the_reference(weight_format, rows, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weight_format", ["int4", "nvfp4"])
-def test_token_tiles_of_two_instructions_are_right_with_any_number_of_rows(monkeypatch, weight_format):
+@pytest.mark.parametrize(
+    ("tile", "transposed"),  # rows of a token tile, sub-tiles of a warpgroup, warpgroups, rows of K, stages
+    [
+        ((288, 1, 2, 1, 64, 4), (288, 1, 2, 1, 64, 4)),  # two instructions, two words of a row for each lane
+        ((160, 2, 2, 1, 64, 4), (64, 2, 2, 1, 64, 4)),  # four words
+        ((48, 4, 1, 1, 64, 4), (32, 2, 1, 1, 64, 4)),  # twice four words
+    ],
+)
+def test_every_part_of_a_token_tile_is_right(monkeypatch, tile, transposed, weight_format):
     if compiler.compute_capability(compiler.target_architecture()) != 90:
         pytest.skip("wgmma is Hopper's")
     sizes = [70, 130, 0, 220, 250, 288, 300]  # each part of a tile that is multiplied by itself
 
     def choose(shape, num_slots, num_experts, capability, is_transposed):
-        tile = (WgmmaTransposedTile if is_transposed else WgmmaTile)(288, 1, 2, 1, 64, 4, 1, True)
-        assert tile.fits(shape, capability)
-        return tile
+        chosen = WgmmaTransposedTile(*transposed, 1, True) if is_transposed else WgmmaTile(*tile, 1, True)
+        assert chosen.fits(shape, capability)
+        return chosen
 
     monkeypatch.setattr(plan_products, "choose_product_tile", choose)
     assert_card_is_right(packed_for_the_card(weight_format, len(sizes), 256, 256), sizes, sum(sizes) + 3)

@@ -24,7 +24,7 @@ _BLOCK_CYCLES = 117  # between k-blocks
 _TILE_CYCLES = 1740  # and _STORE_CYCLES for each sum of a thread
 _STORE_CYCLES = 19
 _LAST_ROUND = 0.04  # of a tile, which CTAs take unevenly
-_LOST_ROWS = 44  # in whose time a weight is dequantised, in tiles with more rows than TOKEN_TILES, at the full rate
+_LOST_ROWS = 82  # in whose time a weight is dequantised, in tiles with more rows than TOKEN_TILES, at the full rate
 
 
 @dataclasses.dataclass(frozen=True)

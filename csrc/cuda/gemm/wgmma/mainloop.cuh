@@ -110,30 +110,56 @@ struct WgmmaConsumer {
     }
   }
 
-  // Results of 16 bits: a lane has a column of two rows, and after a transposition two columns of one row.
+  // Results of 16 bits: a lane has a column of two rows, and after a transposition two columns of one row. The four
+  // lanes of a row then exchange such words, so that each stores up to eight columns side by side, and stores fill
+  // sectors. Columns that take turns are not side by side, and the first product's smaller tiles were not measured.
+  static constexpr bool kSideBySide = !Shape::kTakesTurns && (!Epilogue::kGated || Tile::kTokens > 128);
+  static constexpr int kStoredWords = !kSideBySide ? 1 : Shape::kWarpSubTiles == 1 ? 2 : 4;
   template <int kN>
   __device__ __forceinline__ static void store_words(const Gemm& gemm, const Record& record, const Lane& lane,
                                                      int first_column, const float (&factors)[Shape::kHalves],
                                                      const float (&sums)[Tile::kSubTiles][kN / 2]) {
     const typename Shape::ExpertIndex expert = record.expert;
     const float up_factor = factors[Shape::kHalves - 1];
-    const int first_of_row =
-        first_column + (lane.word_of_pair() - lane.word()) * 16 - lane.lane / 4 + lane.lane % 4 * 2;
+    const int of_row = lane.lane % 4;  // this lane among those of a row
+    const int first_of_row = first_column + (lane.word_of_pair() - lane.word()) * 16 - lane.lane / 4 +
+                             (kStoredWords == 1   ? of_row * 2
+                              : kStoredWords == 2 ? of_row % 2 * 8 + of_row / 2 * 4
+                                                  : of_row * 8);
 #pragma unroll
     for (int t = 0; t < kN / 8; ++t) {
       const int slot = record.slots[8 * t + lane.lane / 4], row = 8 * t + lane.lane % 4 * 2;
       const float2 row_factors{record.factors[0][row], record.factors[0][row + 1]};
 #pragma unroll
-      for (int p = 0; p < Shape::kWarpSubTiles; ++p) {
-        const float (&up)[kN / 2] = sums[Epilogue::kGated ? Tile::kSubTiles - Shape::kWarpSubTiles + p : p];
+      for (int piece = 0; piece < 2 * Shape::kWarpSubTiles; piece += kStoredWords) {  // of eight columns
+        uint32_t words[kStoredWords];
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int s = 4 * t + 2 * b, column = 16 * p + 8 * b;
-          const uint32_t word = gemm.epilogue.of_two_rows(expert, row_factors, first_column + column,
-                                                          float2{sums[p][s] * factors[0], sums[p][s + 1] * factors[0]},
-                                                          float2{up[s] * up_factor, up[s + 1] * up_factor});
-          gemm.epilogue.store_two_columns(slot, first_of_row + column, transpose_matrix(word));
+        for (int i = 0; i < kStoredWords; ++i) {
+          const int p = (piece + i) / 2, b = (piece + i) % 2, s = 4 * t + 2 * b, column = 16 * p + 8 * b;
+          const float (&up)[kN / 2] = sums[Epilogue::kGated ? Tile::kSubTiles - Shape::kWarpSubTiles + p : p];
+          words[i] = transpose_matrix(gemm.epilogue.of_two_rows(
+              expert, row_factors, first_column + column, float2{sums[p][s] * factors[0], sums[p][s + 1] * factors[0]},
+              float2{up[s] * up_factor, up[s + 1] * up_factor}));
         }
+        exchange_words(words, of_row);
+        store_columns<Epilogue::kColumns>(gemm.epilogue.out, slot, first_of_row + 8 * piece, words);
+      }
+    }
+  }
+
+  // Each of four lanes has a word of each of kWords pieces. Afterwards, a lane has words of the piece of its number
+  // (modulo kWords), in the order of the lanes: all of four, or those of its half of the lanes.
+  template <int kWords>
+  __device__ __forceinline__ static void exchange_words(uint32_t (&words)[kWords], int of_row) {
+#pragma unroll
+    for (int distance = 1; distance < kWords; distance *= 2) {
+      const bool keeps_upper = of_row & distance;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        if (i & distance) continue;
+        uint32_t &lower = words[i], &upper = words[i + distance];
+        const uint32_t theirs = __shfl_xor_sync(~0u, keeps_upper ? lower : upper, distance);
+        (keeps_upper ? lower : upper) = theirs;
       }
     }
   }
