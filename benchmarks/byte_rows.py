@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_marlin_moe as jmm
-from benchmarks.peer_humming import humming_block
+from benchmarks.peer_humming import WEIGHT_FORMATS, humming_block
 from benchmarks.record import recorded_run
 from jax_marlin_moe.byte_rows import ByteDtype
+from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.measure.models import MODELS, ModelShape
 from jax_marlin_moe.measure.random_layers import random_layers, random_routings
 from jax_marlin_moe.measure.replay import replayed_block
@@ -84,11 +85,19 @@ def our_row(shape: ModelShape, layers: list, tokens: int, activation_dtype: Byte
 
 
 def peer_row(shape: ModelShape, tokens: int, activation_dtype: ByteDtype | None, args) -> dict | None:
-    """One block of the peer, on the same routings; None where it is not installed or fails."""
+    """One block of the peer, on the same routings; None where it is not installed, lacks the format or fails."""
+    if args.format not in WEIGHT_FORMATS:
+        return None
     ids = random_routings(shape.num_experts, shape.top_k, tokens, args.repeats)
     try:
         return humming_block(
-            shape, tokens, ids, samples=args.samples, pause_seconds=args.pause, activation_dtype=activation_dtype
+            shape,
+            tokens,
+            ids,
+            samples=args.samples,
+            pause_seconds=args.pause,
+            activation_dtype=activation_dtype,
+            weight_format=args.format,
         )
     except Exception as error:  # a line in the log, not the end of the run
         print(f"the peer failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
@@ -112,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     document = recorded_run("benchmarks.byte_rows", args.commit) | {"rows": []}
     for name in args.models:
-        shape = MODELS[name]
+        shape = MODELS[name].grouped(get_format(args.format))
         layers = random_layers(shape, args.format, jnp.bfloat16, _LAYERS)
         for tokens in args.tokens:
             flops = 6 * tokens * shape.top_k * shape.hidden * shape.intermediate

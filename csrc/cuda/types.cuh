@@ -32,7 +32,8 @@ struct Fp8 {  // float8_e4m3fn
   unsigned char bits;
   using Sum = float;
 };
-struct Signed8 {  // -127 to 127
+struct E5M2TimesFp8 {};  // products of float8_e5m2 and float8_e4m3fn
+struct Signed8 {         // -127 to 127
   signed char bits;
   using Sum = int32_t;
 };

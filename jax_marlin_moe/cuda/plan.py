@@ -138,7 +138,8 @@ def plan_block(
     if activation_dtype is not None:
         byte, grouped = number_type(activation_dtype), has_groups(activation_dtype)
         in_bytes = [dataclasses.replace(shape, dtype=byte, row_groups=grouped) for shape in (first, second)]
-        if multiplies_bytes(activation_dtype, in_bytes, capability):
+        rows = num_slots / (routed_experts + shared) if scheme is None else None
+        if multiplies_bytes(activation_dtype, in_bytes, capability, rows):
             first, second = in_bytes
     chosen = block_scheme(
         scheme,

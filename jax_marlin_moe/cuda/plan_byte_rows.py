@@ -112,11 +112,19 @@ def quantized_rows(
     return QuantizedRows(kernel, Rows(scratch, stride, scratch + 1), (quantized, scales))
 
 
-def multiplies_bytes(activation_dtype: ByteDtype, shapes: Sequence[GemmShape], capability: int) -> bool:
-    """Whether there are kernels for rows of bytes in products of these shapes, which have them.
+def multiplies_bytes(
+    activation_dtype: ByteDtype, shapes: Sequence[GemmShape], capability: int, rows: float | None
+) -> bool:
+    """Whether rows of bytes are multiplied as such in products of these shapes, which have them.
+
+    Args:
+        activation_dtype: of the call.
+        shapes: of both products, with rows of bytes.
+        capability: compute capability times ten.
+        rows: of an expert on average, by which the kernel is chosen; None where that is not to depend on them.
 
     Raises:
-        ValueError: there are not, and their values cannot be multiplied in 16 bits either.
+        ValueError: there is no kernel for them, and their values cannot be multiplied in 16 bits either.
     """
     if "wgmma_bytes" in get_architecture(capability).kernels:
         there = all(map(wgmma_bytes.multiplies, shapes))
@@ -128,6 +136,7 @@ def multiplies_bytes(activation_dtype: ByteDtype, shapes: Sequence[GemmShape], c
             f"activation_dtype is {activation_dtype!r}, the compute capability {capability / 10:.1f} and gate_up has "
             f"codes {first.code!r} in groups of {first.group_size}, K = {first.k} and N = {first.n}; the CUDA kernels "
             "take compute capability 9.0 and formats int4, int4_zp and fp8, groups of 128 or one group, multiples of "
-            "32 from 128 on for K, and of 128 for N, in both matrices: pass 'float8_e4m3fn', or implementation='xla'"
+            "32 from 128 on for K, and of 64 from 128 on for N, in both matrices: pass 'float8_e4m3fn', or "
+            "implementation='xla'"
         )
-    return there
+    return there and (rows is None or all(wgmma_bytes.pays(shape, rows) for shape in shapes))

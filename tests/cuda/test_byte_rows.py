@@ -1,13 +1,18 @@
 """Products with rows of 8 bits on Hopper: compiled without serialised products, right on the card."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from abstract_calls import needs_nvrtc, planned_block, ptxas_log
 from byte_blocks import GROUPED, quantized_block, random_block, relative_error
+from oracle import E2M1
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe import layout
 from jax_marlin_moe.cuda import choose, compiler
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
@@ -27,6 +32,13 @@ CASES = {
     "int4, int8": ("int4", 128, "bfloat16", "int8", 768, 512, (128, 2, 2, 4)),
     "int8, int8": ("int8", None, "bfloat16", "int8", 992, 448, (96, 2, 1, 4)),
     "int8_zp, int8": ("int8_zp", 128, "float16", "int8", 768, 512, (64, 4, 1, 3)),
+    "mxfp4, fp8": ("mxfp4", 32, "uint8", "float8_e4m3fn", 768, 512, (128, 2, 2, 4)),
+    "mxfp4, fp8, half a k-block": ("mxfp4", 32, "uint8", "float8_e4m3fn", 992, 448, (96, 2, 1, 4)),
+    "mxfp4, fp8, scales apart": ("mxfp4", 32, "uint8", "float8_e4m3fn", 768, 512, (64, 4, 1, 3)),
+    "mxfp4, fp8, columns twice": ("mxfp4", 32, "uint8", "float8_e4m3fn", 704, 576, (16, 2, 2, 4)),
+    "int4, int8, columns twice": ("int4", 128, "bfloat16", "int8", 832, 576, (32, 2, 2, 4)),
+    "mxfp8, fp8": ("mxfp8", 32, "uint8", "float8_e4m3fn", 768, 512, (128, 2, 2, 3)),
+    "mxfp8, fp8, half a k-block": ("mxfp8", 32, "uint8", "float8_e4m3fn", 992, 448, (48, 2, 1, 3)),
     "int4, groups of fp8": ("int4", 128, "bfloat16", GROUPED, 768, 512, (128, 2, 2, 4)),
     "int4_zp, groups of fp8": ("int4_zp", 128, "bfloat16", GROUPED, 2304, 256, (64, 4, 1, 3)),
     "fp8, groups of fp8, half a k-block": ("fp8", 128, "float32", GROUPED, 992, 448, (96, 2, 1, 4)),
@@ -42,7 +54,16 @@ def scheme_of(name):
 def block_of(name, tokens, rng):
     weight_format, group_size, scale_dtype, _, hidden, inner, _ = CASES[name]
     options = {"weight_format": weight_format, "group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype)}
-    return random_block(rng, tokens, EXPERTS, hidden, inner, dtype=jnp.bfloat16, bias=True, **options)
+    first, second, *rest = random_block(rng, tokens, EXPERTS, hidden, inner, dtype=jnp.bfloat16, bias=True, **options)
+    return (with_scales_apart(first) if name.endswith("scales apart") else first), second, *rest
+
+
+def with_scales_apart(experts):
+    """Of every other column, the group with the largest scale by far has no codes but zeros and signs."""
+    scales, codes = experts.scales.copy(), experts.codes.copy()
+    scales[:, 1::4, ::2] = 127 + 90
+    codes.reshape(EXPERTS, -1, 32, experts.n)[:, 1::4, :, ::2] &= 8
+    return dataclasses.replace(experts, scales=scales, codes=codes)
 
 
 def shape_of(k, n, *, gated=False, dtype="float8_e4m3fn", **facts):
@@ -67,6 +88,42 @@ def test_products_of_bytes_are_not_serialised(name):
     log = ptxas_log(planned.source)
     assert "registers" in log
     assert "serialized" not in log
+
+
+def permuted(low, high, selector):
+    """`prmt` of four bytes of two words."""
+    chosen = np.uint32([low, high]).view(np.uint8)[[selector >> 4 * i & 7 for i in range(4)]]
+    return int(chosen.view(np.uint32)[0])
+
+
+def folded_column(codes, exponent):
+    """Two words of e5m2 numbers, of eight codes of e2m1 (csrc/cuda/weights/fragments_bytes.cuh)."""
+    table = exponent * 0x04040400 + 0x06040000, exponent * 0x04040404 + 0x0E0C0A08
+    magnitudes, signs = codes & 0x77777777, codes << 4 & 0xFFFFFFFF
+    return [
+        permuted(*table, magnitudes >> shift & 0xFFFF) | permuted(codes, signs, selector) & 0x80808080
+        for shift, selector in ((0, 0x1504), (16, 0x3726))
+    ]
+
+
+def test_a_fragment_of_e2m1_takes_in_powers_of_two_exactly():
+    """Codes in the packed order, e5m2 numbers in the order of the rows of x that products of 8-bit codes have."""
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 16, (32, 64)).astype(np.uint8)
+    x = rng.integers(-8, 9, (8, 32))
+    rows = x.reshape(8, 2, 2, 4, 2).transpose(0, 1, 3, 4, 2).reshape(8, 32)
+    words = np.asarray(layout.pack(jnp.asarray(codes), 4)).view(np.uint32).reshape(2, 32, 4)
+    for sub_tile, exponents in enumerate([np.full(16, 1), np.full(16, 27), *rng.integers(1, 28, (2, 16))]):
+        a = np.zeros((16, 32), np.uint8)
+        for lane in range(32):
+            first, second = (int(word) for word in words[:, lane, sub_tile])
+            for r, selector in enumerate((0x6420, 0x7531)):
+                column = lane // 4 + 8 * r
+                pair = folded_column(permuted(first, second, selector), int(exponents[column]))
+                a[column].reshape(2, 4, 4)[:, lane % 4] = np.uint32(pair).view(np.uint8).reshape(2, 4)
+        values = E2M1[codes[:, 16 * sub_tile : 16 * sub_tile + 16]]
+        wanted = x @ (values * 2.0 ** (exponents - 14))
+        np.testing.assert_array_equal(rows @ a.view(ml_dtypes.float8_e5m2).astype(np.float64).T, wanted)
 
 
 def test_work_tiles_of_bytes_are_counted_by_each_product_from_what_alignment_clears():
@@ -95,9 +152,17 @@ def test_a_tile_of_bytes_fits_what_its_kernel_takes():
     assert not tile.fits(shape_of(2048, 1536, group_size=64), 90)
     assert tile.fits(shape_of(2048, 1536, group_size=2048, zeros="integer"), 90)
     assert not tile.fits(shape_of(2048, 1536, zeros="float"), 90)
-    assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
-    assert not WgmmaByteTile(128, 2, 1, 6).fits(shape_of(2880, 2880), 90)  # and of the smallest one
-    assert not tile.fits(shape_of(2048, 1536, code="e2m1", scale="e8m0", group_size=32), 90)
+    assert tile.fits(shape_of(2048, 1600), 90)  # the last column tile has columns of the one before
+    assert tile.column_tiles(shape_of(2048, 1600)) == 7
+    assert tile.fits(shape_of(2880, 2880), 90)
+    assert not tile.fits(shape_of(2048, 1568), 90)  # half a unit
+    assert not tile.fits(shape_of(2048, 192), 90)  # less than a column tile
+    mxfp4 = {"code": "e2m1", "scale": "e8m0", "group_size": 32}
+    assert tile.fits(shape_of(2080, 1536, **mxfp4), 90)
+    assert not tile.fits(shape_of(2048, 1536, **mxfp4, dtype="int8"), 90)
+    assert not tile.fits(shape_of(2048, 1536, **mxfp4, row_groups=True), 90)
+    assert not tile.fits(shape_of(2048, 1536, **mxfp4 | {"scale": "e4m3", "group_size": 16}), 90)  # NVFP4
+    assert WgmmaByteTile(128, 2, 2, 4).fits(shape_of(2048, 1536, code="e4m3", bits=8, scale="e8m0", group_size=32), 90)
     assert not tile.fits(shape_of(2048, 1536, code="int8", bits=8), 90)  # not in e4m3
     assert WgmmaByteTile(128, 2, 2, 4).fits(shape_of(2048, 1536, code="int8", bits=8, dtype="int8"), 90)
     assert not WgmmaByteTile(128, 4, 2, 3).fits(shape_of(2048, 1536), 90)  # registers
@@ -134,7 +199,7 @@ def test_a_block_of_bytes_on_the_card(name):
     assert not np.any(actual[2])
     # Sums of integers are exact, what zero points take has 16 bits, sums of e4m3 numbers have 14, and offset codes are
     # larger than their weights. Hidden values next to a tie are then rounded to the other of two neighbours.
-    most = 1e-3 if dtype == "int8" else 3e-3 if CASES[name][0] == "fp8" else 1.2e-2
+    most = 1e-3 if dtype == "int8" else {"fp8": 3e-3, "mxfp4": 6e-3, "mxfp8": 6e-3}.get(CASES[name][0], 1.2e-2)
     assert relative_error(actual, quantized_block(first, second, x, weights, ids, dtype)) < most
 
 

@@ -65,6 +65,17 @@ def test_bytes_are_multiplied_where_there_is_an_instruction_for_them():
     assert elements_of_products(plan_of(in_integers, 9, "sm_75", dtype=jnp.float16)) == ["jmm::Half"] * 2
 
 
+@pytest.mark.parametrize("name", ["mxfp4, fp8", "mxfp8, fp8"])
+def test_groups_of_32_with_powers_of_two_are_bytes_on_hopper_where_experts_have_rows(name):
+    """160 slots are 32 rows of each of five experts."""
+    in_integers = (*CASES[name][:3], "int8")
+    assert elements_of_products(plan_of(CASES[name], 80, "sm_90a")) == ["jmm::Fp8"] * 2
+    assert elements_of_products(plan_of(CASES[name], 79, "sm_90a")) == ["jmm::BFloat"] * 2
+    assert elements_of_products(plan_of(CASES[name], 3, "sm_90a", scheme="batch_invariant")) == ["jmm::Fp8"] * 2
+    assert elements_of_products(plan_of(CASES[name], 80, "sm_89")) == ["jmm::BFloat"] * 2
+    assert elements_of_products(plan_of(in_integers, 80, "sm_90a")) == ["jmm::BFloat"] * 2
+
+
 def test_rows_in_units_of_fixed_scales_are_read_as_they_are():
     quantize_x, gate_up, down, _ = plan_of(OF_HOPPER, 9, "sm_80", scaled=True, intermediate="static_fp8").kernels
     assert quantize_x.structs["Facts"]["fixed"]
@@ -107,7 +118,7 @@ def test_products_of_their_values_compile(name, tokens, architecture):
     [
         ("int4 of groups of 64, int8", 300),
         ("mxfp4, fp8", 9),
-        ("mxfp8, fp8", 300),
+        ("mxfp8, fp8", 60),
         ("nvfp4, int8", 90),
         ("int8, fp8", 1),
     ],

@@ -11,6 +11,7 @@ enum NamedBarrier : int {
   kPartialsRead = 2,
   kPartialsWritten = 3,
   kNextWritten = 4,
+  kWarpgroupAgrees = 5,  // one of each warpgroup that multiplies, counted from here
 };
 
 }  // namespace jmm

@@ -96,6 +96,16 @@ __device__ __forceinline__ void wgmma_operand_ready(uint32_t (&a)[4]) {
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
 }
 
+// Whether `value` is true in any thread of a warpgroup, which meets at this one of the CTA's barriers.
+__device__ __forceinline__ bool any_of_warpgroup(int barrier, bool value) {
+  uint32_t any;
+  asm volatile("{ .reg .pred p, q; setp.ne.b32 p, %1, 0; bar.red.or.pred q, %2, 128, p; selp.b32 %0, 1, 0, q; }"
+               : "=r"(any)
+               : "r"(uint32_t(value)), "r"(barrier)
+               : "memory");
+  return any;
+}
+
 // Orders what this warpgroup's threads did to registers before the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -248,6 +258,17 @@ JMM_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
 #define JMM_SUM_TYPE float
 #define JMM_TYPES "f32.e4m3.e4m3"
 #define JMM_SCALES ", 1, 1"
+JMM_WGMMA_ALL
+#undef JMM_T
+#undef JMM_SUM_TYPE
+#undef JMM_TYPES
+#undef JMM_SCALES
+#undef JMM_SUM
+#define JMM_T E5M2TimesFp8
+#define JMM_SUM_TYPE float
+#define JMM_TYPES "f32.e5m2.e4m3"
+#define JMM_SCALES ", 1, 1"
+#define JMM_SUM "+f"
 JMM_WGMMA_ALL
 #undef JMM_T
 #undef JMM_SUM_TYPE

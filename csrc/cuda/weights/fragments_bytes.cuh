@@ -18,6 +18,8 @@ struct ByteFragments;
 // The integer q < 16 read as e4m3 is q * 2^-9: one line of subnormal and first normal numbers.
 template <>
 struct ByteFragments<Int4, Fp8> {
+  using Product = Fp8;
+  static constexpr bool kFolds = false;
   static constexpr float kFactor = power_of_two(-9), kOffset = 0.0f;
 
   __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4]) {
@@ -30,6 +32,8 @@ struct ByteFragments<Int4, Fp8> {
 // In the upper half of a byte, with its first bit the other way round, q is 16 (q - 8).
 template <>
 struct ByteFragments<Int4, Signed8> {
+  using Product = Signed8;
+  static constexpr bool kFolds = false;
   static constexpr float kFactor = 16.0f, kOffset = 8.0f;
 
   __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4]) {
@@ -39,8 +43,44 @@ struct ByteFragments<Int4, Signed8> {
   }
 };
 
+// e2m1 takes in the power of two by which a group's scale is less than the largest of the column's: as numbers of e5m2,
+// whose products with e4m3 have an instruction, from a table of eight bytes. `exponents` says of the fragment's even
+// and odd columns, 16 bits each, which exponent 0.5 gets there: kMost with the largest scale, and at least 1.
+template <>
+struct ByteFragments<E2M1, Fp8> {
+  using Product = E5M2TimesFp8;
+  static constexpr bool kFolds = true;
+  static constexpr int kMost = 27, kRange = kMost - 1;  // 6 has the largest exponent then
+  static constexpr float kFactor = power_of_two(kMost - 15 + 1), kOffset = 0.0f;
+
+  __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4],
+                                                  uint32_t exponents) {
+    const uint32_t even = __byte_perm(first[0], second[0], 0x6420), odd = __byte_perm(first[0], second[0], 0x7531);
+    column(a[0], a[2], even, exponents & 0xFFFFu);
+    column(a[1], a[3], odd, exponents >> 16);
+  }
+
+ private:
+  // Eight codes of a column: bytes of the first step, and of the second.
+  __device__ __forceinline__ static void column(uint32_t& first, uint32_t& second, uint32_t codes, uint32_t exponent) {
+    const uint32_t low = exponent * 0x04040400u + 0x06040000u;   // 1.5, 1, 0.5, 0
+    const uint32_t high = exponent * 0x04040404u + 0x0E0C0A08u;  // 6, 4, 3, 2
+    const uint32_t magnitudes = codes & 0x77777777u, signs = codes << 4;
+    first = permuted(low, high, magnitudes) | (__byte_perm(codes, signs, 0x1504) & 0x80808080u);
+    second = permuted(low, high, magnitudes >> 16) | (__byte_perm(codes, signs, 0x3726) & 0x80808080u);
+  }
+  // The bytes that the lower four nibbles name, of 3 bits each.
+  __device__ __forceinline__ static uint32_t permuted(uint32_t low, uint32_t high, uint32_t nibbles) {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(nibbles));
+    return bytes;
+  }
+};
+
 template <>
 struct ByteFragments<E4M3, Fp8> {
+  using Product = Fp8;
+  static constexpr bool kFolds = false;
   static constexpr float kFactor = 1.0f, kOffset = 0.0f;
 
   __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4]) {
@@ -50,6 +90,8 @@ struct ByteFragments<E4M3, Fp8> {
 
 template <>
 struct ByteFragments<Int8, Signed8> {
+  using Product = Signed8;
+  static constexpr bool kFolds = false;
   static constexpr float kFactor = 1.0f, kOffset = 128.0f;
 
   __device__ __forceinline__ static void fragment(const uint32_t* first, const uint32_t* second, uint32_t (&a)[4]) {

@@ -97,6 +97,11 @@ struct ColumnScales<E4M3Scale, kCount> {
   __device__ __forceinline__ float exact(int j) const { return (*this)[j]; }
 };
 
+// The power of two of an exponent byte. 0 stands for 2^-127, float32's largest subnormal power.
+__device__ __forceinline__ float e8m0_scale(uint32_t exponent) {
+  return __uint_as_float(max(exponent << 23, 1u << 22));
+}
+
 // The exponent of a float32. 0 stands for 2^-127, less than float32's least normal number: taken as zero, but for
 // `exact`, which gives the subnormal. (NaN reads as infinity; importers refuse it.)
 template <int kCount>
@@ -108,10 +113,7 @@ struct ColumnScales<E8M0Scale, kCount> {
 
   __device__ __forceinline__ void load(uint32_t shared) { load_bytes<kCount>(words, shared); }
   __device__ __forceinline__ float operator[](int j) const { return __uint_as_float(exponent(j)); }
-  __device__ __forceinline__ float exact(int j) const {
-    constexpr uint32_t kLeast = 1u << 22;  // 2^-127
-    return __uint_as_float(max(exponent(j), kLeast));
-  }
+  __device__ __forceinline__ float exact(int j) const { return e8m0_scale(words[j / 4] >> (8 * (j % 4)) & 0xFFu); }
 
  private:
   __device__ __forceinline__ uint32_t exponent(int j) const { return (words[j / 4] >> (8 * (j % 4)) & 0xFFu) << 23; }

@@ -13,13 +13,17 @@ from jax_marlin_moe.cuda.kernels.wgmma import consumer_registers
 TOKEN_TILES = (16, 32, 48, 64, 96, 128)
 BLOCK_K = 128  # rows of K in one stage: those whose sums are made before they are scaled
 
-# (type of rows, type of codes) that there are fragments for.
+# (type of rows, type of codes) that there are fragments for, in groups of whole k-blocks.
 _MULTIPLIED = {
     ("float8_e4m3fn", "int4"),
     ("float8_e4m3fn", "e4m3"),
     ("int8", "int4"),
     ("int8", "int8"),
 }
+
+# Codes of which a fragment has a group of 32, with a power of two as its scale, for rows of e4m3.
+_OF_SMALL_GROUPS = ("e2m1", "e4m3")
+_LEAST_ROWS = 32  # of an expert, for which such bytes were timed: MXFP4 lost with 4 of them
 
 _OTHER_CONSUMER_REGISTERS = 8  # of a thread that multiplies, beside sums and fragments
 _PRODUCER_REGISTERS = 24
@@ -84,7 +88,8 @@ class WgmmaByteTile:
         """Tokens, weights, scales and zero points of one stage, and scales of the tokens."""
         columns = UNIT * self.warpgroups_n * self.sub_tiles
         rows = self.tokens * (BLOCK_K + 4 * shape.row_groups)
-        return rows + BLOCK_K * columns * shape.bits // 8 + columns * shape.group_bits // 8
+        groups = max(1, BLOCK_K // shape.group_size)
+        return rows + BLOCK_K * columns * shape.bits // 8 + groups * columns * shape.group_bits // 8
 
     def shared_bytes(self, shape: GemmShape) -> int:
         """Dynamic shared memory of a CTA: the ring, two records of work tiles, barriers."""
@@ -93,8 +98,8 @@ class WgmmaByteTile:
         return -(-(size + 8 * 2 * (self.stages + records)) // 16) * 16
 
     def column_tiles(self, shape: GemmShape) -> int:
-        """Tiles along the columns of the product."""
-        return shape.n // (UNIT * self.warpgroups_n * self.sub_tiles)
+        """Tiles along the columns of the product, the last of which may have columns of the one before."""
+        return -(-shape.n // (UNIT * self.warpgroups_n * self.sub_tiles))
 
     def registers(self, shape: GemmShape) -> int:
         """Of a thread that multiplies: sums of the tile and of a slab, fragments, the rest."""
@@ -107,7 +112,7 @@ class WgmmaByteTile:
             "wgmma_bytes" in card.kernels
             and multiplies(shape)
             and self.tokens in TOKEN_TILES
-            and shape.n % (UNIT * self.warpgroups_n * self.sub_tiles) == 0
+            and shape.n >= UNIT * self.warpgroups_n * self.sub_tiles
             and card.fits_shared_memory(self.shared_bytes(shape) + TAKEN_BYTES, self.ctas_per_sm)
             and self.registers(shape) <= self.consumer_registers
         )
@@ -135,7 +140,14 @@ class WgmmaByteTile:
 
 def multiplies(shape: GemmShape) -> bool:
     """Whether there is a kernel for rows of 8 bits and such weights."""
-    return has_fragments(shape) and shape.n % (2 * UNIT) == 0  # two slabs of a warpgroup
+    # Two slabs of a warpgroup, in a gated product one of gate and one of up.
+    slabs = shape.n % (UNIT * (1 + shape.gated)) == 0 and shape.n >= 2 * UNIT
+    return (has_fragments(shape) or _has_small_groups(shape)) and slabs
+
+
+def pays(shape: GemmShape, rows: float) -> bool:
+    """Whether to multiply bytes where experts have so many rows on average, rather than values in 16 bits."""
+    return rows >= _LEAST_ROWS or not _has_small_groups(shape)
 
 
 def has_fragments(shape: GemmShape) -> bool:
@@ -146,14 +158,27 @@ def has_fragments(shape: GemmShape) -> bool:
         and shape.zeros != "float"
         and shape.scale not in ("e4m3", "e8m0")
         and groups
-        and shape.k >= BLOCK_K
-        and shape.k % 32 == 0
+        and _is_whole(shape)
     )
+
+
+def _has_small_groups(shape: GemmShape) -> bool:
+    """Whether a k-block has four groups, and bytes of their fragments."""
+    return (
+        (shape.dtype, shape.scale, shape.group_size) == ("float8_e4m3fn", "e8m0", 32)
+        and shape.code in _OF_SMALL_GROUPS
+        and not shape.row_groups
+        and _is_whole(shape)
+    )
+
+
+def _is_whole(shape: GemmShape) -> bool:
+    return shape.k >= BLOCK_K and shape.k % 32 == 0
 
 
 def halves_apart(shape: GemmShape) -> bool:
     """Whether bytes of a fragment have the order of its own halves first (csrc/cuda/weights/fragments_bytes.cuh)."""
-    return shape.bits == 4
+    return shape.code == "int4"
 
 
 def candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaByteTile]:

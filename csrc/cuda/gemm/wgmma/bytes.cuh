@@ -5,6 +5,7 @@
 // of the tile while the tensor cores work for the other warpgroup.
 #pragma once
 
+#include "gemm/named_barriers.cuh"
 #include "gemm/wgmma/weights.cuh"
 #include "gemm/wgmma/zero_stages.cuh"
 #include "weights/fragments_bytes.cuh"
@@ -20,7 +21,16 @@ struct WgmmaByteShape : WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue> {
   static_assert(Zeros::kWhole && !Problem::kGlobalScales, "zero points are whole, scales are those of groups");
   static_assert(Tile::kBlockK == 128 && Tile::kWarpgroupsK == 1, "a k-block is a slab of x, and its sums are");
   static_assert(Tile::kSubTiles % 2 == 0, "two sets of fragments take turns");
-  static_assert(Problem::kGroups == 1 || Problem::kGroup % 128 == 0, "a k-block is part of one group");
+  // Groups that a k-block has scales of: one, unless they are smaller. Their rows are those of whole instructions.
+  static constexpr int kScaleRows = WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue>::KBlocks::kScaleRows;
+  static constexpr bool kFolds = Codes::kFolds;               // whether weights take in what scales differ by
+  static constexpr int kSumGroups = kFolds ? 1 : kScaleRows;  // of a k-block, with sums of their own
+  static_assert(Problem::kGroups == 1 || Problem::kGroup % 128 == 0 ||
+                    (kScaleRows * Problem::kGroup == 128 && Problem::kGroup % 32 == 0 &&
+                     Problem::kK % Problem::kGroup == 0),
+                "a k-block is part of one group, or whole groups");
+  static_assert(!kFolds || (Problem::kGroup == 32 && kSame<typename Problem::Scale, E8M0Scale>),
+                "an instruction has the rows of one group, whose scale is a power of two");
   static_assert(Problem::kK >= 128 && Problem::kK % 32 == 0, "K is k-blocks, of whole fragments");
   static_assert(Problem::kRowStride % 16 == 0, "rows are whole pieces");
 };
@@ -67,33 +77,81 @@ struct WgmmaByteWeights {
   static constexpr float kResidualScale = 1.0f / (Codes::kFactor * Scales::kFactor);
   static constexpr int kFragments = Tile::kBlockK / 32;
   static constexpr int kWords = Packed::kSubTileWords;
-  using Fragments = uint32_t[kFragments][4];
+  // Of a slab, which is a sub-tile of each warp, and a group of a k-block.
+  static constexpr int kGroupFragments = kFragments / Shape::kSumGroups;
+  using Fragments = uint32_t[kGroupFragments][4];
 
-  // The fragments of slab j: a sub-tile of each warp.
-  __device__ __forceinline__ static void make(Fragments& a, uint32_t weights, int j, const Lane& lane) {
-    const int h = j / Shape::kWarpSubTiles, p = j % Shape::kWarpSubTiles;
-    const WgmmaByteColumns<Shape> columns(lane);
-    const uint32_t source = weights + lane.unit(h) * Packed::kBytes + columns.source(lane) * Packed::kLaneBytes +
-                            columns.word(p) * kWords * 4;
+  // What is known of fragments beside them.
+  struct Plain {};
+  struct Folded {
+    uint32_t largest;  // exponents of the largest scales of this lane's two columns, 16 bits each
+    bool apart;        // whether the scales of some column of the warpgroup's are too far apart
+  };
+  using Made = typename Select<Shape::kFolds, Folded, Plain>::Type;
+
+  // The fragments of slab j and a group.
+  __device__ __forceinline__ static Made make(Fragments& a, uint32_t weights, int j, int group, const Lane& lane) {
+    const uint32_t source = words_at(weights, j, lane);
+    Made made;
+    if constexpr (Shape::kFolds) {
+      uint32_t exponents[4];
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-      uint32_t first[kWords], second[kWords];
-      load_shared_words(first, source + 2 * f * Storage::kStepBytes);
-      load_shared_words(second, source + (2 * f + 1) * Storage::kStepBytes);
-      Codes::fragment(first, second, a[f]);
+      for (int f = 0; f < 4; ++f) exponents[f] = exponents_of(weights, j, f, lane);
+      const uint32_t largest = __vmaxu2(__vmaxu2(exponents[0], exponents[1]), __vmaxu2(exponents[2], exponents[3]));
+      const uint32_t least = __vminu2(__vminu2(exponents[0], exponents[1]), __vminu2(exponents[2], exponents[3]));
+      constexpr uint32_t kBoth = 0x00010001;
+      made.largest = largest;
+      made.apart = any_of_warpgroup(kWarpgroupAgrees + lane.warpgroup,
+                                    (largest - least + (0x7FFF - Codes::kRange) * kBoth & 0x8000 * kBoth) != 0);
+#pragma unroll
+      for (int f = 0; f < 4; ++f) {
+        uint32_t first[kWords], second[kWords];
+        load_words(first, second, source, f);
+        Codes::fragment(first, second, a[f], exponents[f] + Codes::kMost * kBoth - largest);
+      }
+    } else {
+#pragma unroll
+      for (int f = 0; f < kGroupFragments; ++f) {
+        uint32_t first[kWords], second[kWords];
+        load_words(first, second, source, group * kGroupFragments + f);
+        Codes::fragment(first, second, a[f]);
+      }
     }
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) wgmma_operand_ready(a[f]);
+    for (int f = 0; f < kGroupFragments; ++f) wgmma_operand_ready(a[f]);
+    return made;
   }
 
-  // The scales of slab j: of this lane's two columns.
-  __device__ __forceinline__ static void load_scales(float (&values)[2], uint32_t weights, int j, const Lane& lane) {
+  // Where a lane's words of slab j begin, and those of steps 2 f and 2 f + 1.
+  __device__ __forceinline__ static uint32_t words_at(uint32_t weights, int j, const Lane& lane) {
     const int h = j / Shape::kWarpSubTiles, p = j % Shape::kWarpSubTiles;
     const WgmmaByteColumns<Shape> columns(lane);
+    return weights + lane.unit(h) * Packed::kBytes + columns.source(lane) * Packed::kLaneBytes +
+           columns.word(p) * kWords * 4;
+  }
+  __device__ __forceinline__ static void load_words(uint32_t (&first)[kWords], uint32_t (&second)[kWords],
+                                                    uint32_t source, int f) {
+    load_shared_words(first, source + 2 * f * Storage::kStepBytes);
+    load_shared_words(second, source + (2 * f + 1) * Storage::kStepBytes);
+  }
+
+  // Where the scales of slab j are, of this lane's two columns, in a group of the k-block.
+  __device__ __forceinline__ static uint32_t scales_at(uint32_t weights, int j, int group, const Lane& lane) {
+    const int h = j / Shape::kWarpSubTiles, p = j % Shape::kWarpSubTiles;
+    const WgmmaByteColumns<Shape> columns(lane);
+    return weights + Storage::kScalesAt +
+           ((group * Shape::kTileUnits + lane.unit(h)) * kUnitColumns + columns.r * 8 + columns.word(p) * 2) *
+               Scales::kBytes;
+  }
+  __device__ __forceinline__ static void load_scales(float (&values)[2], uint32_t weights, int j, int group,
+                                                     const Lane& lane) {
     ColumnScales<typename Problem::Scale, 2> scales;
-    scales.load(weights + Storage::kScalesAt +
-                (lane.unit(h) * kUnitColumns + columns.r * 8 + columns.word(p) * 2) * Scales::kBytes);
+    scales.load(scales_at(weights, j, group, lane));
     values[0] = scales.exact(0), values[1] = scales.exact(1);
+  }
+  // Those of E8M0, 16 bits each.
+  __device__ __forceinline__ static uint32_t exponents_of(uint32_t weights, int j, int group, const Lane& lane) {
+    return __byte_perm(load_shared2(scales_at(weights, j, group, lane)), 0, 0x4140);
   }
 
   // Adds a slab's sums of the k-block, scaled, to those of the tile.
@@ -270,11 +328,15 @@ struct WgmmaByteProduct {
   using Record = typename WgmmaStorage<Shape>::Record;
   using Lane = WgmmaLane<Shape>;
   using Stage = Cursor<Tile::kStages>;
+  static constexpr int kGroups = Shape::kSumGroups, kGroupFragments = Weights::kGroupFragments;
+  static_assert(Shape::kScaleRows == 1 || !(Zeros::Stages::kAny || WgmmaStorage<Shape>::kRowGroups),
+                "zero points and scales of rows are those of k-blocks");
 
   template <int kN>
   __device__ __forceinline__ static void run(const Gemm& gemm, const Shared& shared, const Record& record,
                                              const Lane& lane, Stage stage, float (&sums)[Tile::kSubTiles][kN / 2]) {
-    typename Shape::T::Sum part[kN / 2];  // of a slab and a k-block
+    constexpr int kCount = Tile::kSubTiles * kGroups;
+    typename Shape::T::Sum part[kN / 2];  // of a slab and a group of a k-block
     typename Weights::Fragments a[2];     // weights: being made, and in use
 #pragma unroll
     for (int j = 0; j < Tile::kSubTiles; ++j)
@@ -282,7 +344,8 @@ struct WgmmaByteProduct {
       for (int i = 0; i < kN / 2; ++i) sums[j][i] = 0.0f;
 
     Consumer::acquire(shared, stage);
-    Weights::make(a[0], shared.weights(stage.at), 0, lane);
+    typename Weights::Made made[2];
+    made[0] = Weights::make(a[0], shared.weights(stage.at), 0, 0, lane);
 #pragma unroll 1
     for (int k_block = 0; k_block < KBlocks::kCount; ++k_block) {
       const Stage here = stage;
@@ -291,22 +354,28 @@ struct WgmmaByteProduct {
       stage.advance();
       uint32_t loaded = 0;
 #pragma unroll
-      for (int j = 0; j < Tile::kSubTiles; ++j) {
+      for (int i = 0; i < kCount; ++i) {
+        const int j = i / kGroups, group = i % kGroups, next = i + 1;
+        float scales[2];
+        if constexpr (Shape::kFolds) {
+          if (made[i % 2].apart) add_groups<kN>(part, sums[j], a[i % 2], weights, tokens, j, lane);
+          scales[0] = e8m0_scale(made[i % 2].largest & 0xFFFF), scales[1] = e8m0_scale(made[i % 2].largest >> 16);
+        }
         wgmma_fence();
 #pragma unroll
-        for (int f = 0; f < Weights::kFragments; ++f) {
-          Wgmma<typename Shape::T, kN>::run(part, a[j % 2][f], tokens.at(f * 32), f > 0);
+        for (int f = 0; f < kGroupFragments; ++f) {
+          Wgmma<typename Shape::Codes::Product, kN>::run(part, a[i % 2][f],
+                                                         tokens.at((group * kGroupFragments + f) * 32), f > 0);
         }
         wgmma_commit();
         issue_products();
-        if (j + 1 < Tile::kSubTiles) {
-          Weights::make(a[(j + 1) % 2], weights, j + 1, lane);
+        if (next < kCount) {
+          made[next % 2] = Weights::make(a[next % 2], weights, next / kGroups, next % kGroups, lane);
         } else if (k_block + 1 < KBlocks::kCount) {
           Consumer::acquire(shared, stage);
-          Weights::make(a[0], shared.weights(stage.at), 0, lane);
+          made[0] = Weights::make(a[0], shared.weights(stage.at), 0, 0, lane);
         }
-        float scales[2];
-        Weights::load_scales(scales, weights, j, lane);
+        if constexpr (!Shape::kFolds) Weights::load_scales(scales, weights, j, group, lane);
         wgmma_wait<0>();
         loaded = __float_as_uint(scales[0]) | __float_as_uint(scales[1]);
         if constexpr (WgmmaStorage<Shape>::kRowGroups) {
@@ -318,6 +387,33 @@ struct WgmmaByteProduct {
       Consumer::release(shared, here.at, lane, loaded);
     }
     if constexpr (Zeros::Stages::kAny) Zeros::template add<kN>(gemm, shared, record, lane, stage, sums);
+  }
+
+  // Slab j with scales that are too far apart for one sum of all groups: each has one of its own. What would be added
+  // to the slab's sums after it is zero.
+  template <int kN>
+  __device__ __forceinline__ static void add_groups(typename Shape::T::Sum (&part)[kN / 2], float (&sums)[kN / 2],
+                                                    typename Weights::Fragments& a, uint32_t weights,
+                                                    const WgmmaRows& tokens, int j, const Lane& lane) {
+#pragma unroll 1
+    for (int group = 0; group < Shape::kScaleRows; ++group) {
+      uint32_t first[Weights::kWords], second[Weights::kWords];
+      Weights::load_words(first, second, Weights::words_at(weights, j, lane), group);
+      Shape::Codes::fragment(first, second, a[0], Shape::Codes::kMost * 0x00010001);
+      wgmma_operand_ready(a[0]);
+      float scales[2];
+      Weights::load_scales(scales, weights, j, group, lane);
+      wgmma_fence();
+      Wgmma<typename Shape::Codes::Product, kN>::run(part, a[0], tokens.at(group * 32), false);
+      wgmma_commit();
+      wgmma_wait<0>();
+      Weights::close(sums, part, scales);
+    }
+#pragma unroll
+    for (int f = 0; f < Weights::kGroupFragments; ++f) {
+      a[f][0] = a[f][1] = a[f][2] = a[f][3] = 0;
+      wgmma_operand_ready(a[f]);
+    }
   }
 };
 
@@ -348,7 +444,7 @@ struct WgmmaByteResults {
                                                const float (&sums)[Tile::kSubTiles][kN / 2]) {
     const typename Shape::ExpertIndex expert = record.expert;
     const WgmmaByteColumns<Shape> columns(lane);
-    const int unit = (record.column_tile * Shape::kHalfUnits + lane.unit(0)) * kUnitColumns;
+    const int unit = (Shape::first_unit(record.column_tile) + lane.unit(0)) * kUnitColumns;
     const int column = unit + columns.first * 8 + columns.r, place = unit + columns.r * 8 + columns.first;
 #pragma unroll
     for (int t = 0; t < kN / 8; ++t)

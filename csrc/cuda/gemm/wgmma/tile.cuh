@@ -74,13 +74,17 @@ struct WgmmaWorkTiles {
   static constexpr int kWarpSubTiles = Tile::kSubTiles / kHalves;
   static constexpr int kHalfUnits = Tile::kWarpgroupsN * kWarpSubTiles;
   static constexpr int kTileUnits = kHalves * kHalfUnits;
-  static constexpr int kColumnTiles = Columns::kUnits / kHalfUnits;
+  // Where they do not divide the columns, the last column tile has columns of the one before again: with rows of bytes,
+  // whose results have the same bits in both.
+  static constexpr bool kWholeTiles = Columns::kUnits % kHalfUnits == 0;
+  static constexpr int kColumnTiles = (Columns::kUnits + kHalfUnits - 1) / kHalfUnits;
   using Scales = ColumnScales<typename Problem::Scale, 2 * kWarpSubTiles>;
   // Of a stage: packed tiles, by step and then by unit, and units that have scales, by group and then by unit.
   static constexpr int kStageTiles = KBlocks::kSteps * kTileUnits;
   static constexpr int kStageScaleUnits = KBlocks::kScaleRows * kTileUnits;
   static_assert(Tile::kSubTiles % kHalves == 0, "gate and up come in pairs");
-  static_assert(Columns::kCount % (kUnitColumns * kHalfUnits) == 0, "column tiles are whole");
+  static_assert(Columns::kCount % kUnitColumns == 0 && Columns::kUnits >= kHalfUnits, "column tiles are of units");
+  static_assert(kWholeTiles || kIsByte<T>, "results of 16-bit rows are stored once");
   static_assert(TokenTiles::kRows == 1 || TokenTiles::kRows == Tile::kTokens, "rows of a token tile");
 
   static constexpr int kThreadSums = Tile::kSubTiles * Tile::kTokens / 2;  // of one set
@@ -93,9 +97,13 @@ struct WgmmaWorkTiles {
   static constexpr int64_t kWorkTiles = int64_t(TokenTiles::kMaxTiles) * kColumnTiles;
   static constexpr int64_t kMaxCtas = (kWorkTiles > 0 ? kWorkTiles : 1) * Tile::kCluster;
 
-  // The packed unit at a place in a work tile.
+  // The first unit of a column tile, and the packed unit at a place in a work tile.
+  __device__ __forceinline__ static int first_unit(int column_tile) {
+    if constexpr (kWholeTiles) return column_tile * kHalfUnits;
+    return min(column_tile * kHalfUnits, Columns::kUnits - kHalfUnits);
+  }
   __device__ __forceinline__ static int packed_unit(int column_tile, int unit) {
-    return unit / kHalfUnits * Columns::kUnits + column_tile * kHalfUnits + unit % kHalfUnits;
+    return unit / kHalfUnits * Columns::kUnits + first_unit(column_tile) + unit % kHalfUnits;
   }
 };
 
