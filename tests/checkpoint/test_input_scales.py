@@ -1,7 +1,11 @@
 """Scales of 8-bit activations that a checkpoint fixes: loaded, used for rows of e4m3, and kept by the packed form."""
 
+import pathlib
+
+import checkpoint_files as files
 import jax
 import numpy as np
+import oracle
 import pytest
 from byte_blocks import in_fixed_units, relative_error
 from scheme_tensors import (
@@ -20,6 +24,7 @@ from scheme_tensors import (
 
 from jax_marlin_moe.checkpoint import Checkpoint, convert, load_moe_layer
 
+DATA = pathlib.Path(__file__).parents[1] / "data" / "ck_ct_W4A8"
 INPUTS = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 
 
@@ -77,24 +82,48 @@ def test_scales_of_rows_are_loaded_where_the_config_fixes_them(save, rng, name):
         assert layer.intermediate_scales is None
 
 
-def test_a_loaded_layer_rounds_rows_by_the_scales_of_its_file(save, rng, tmp_path):
-    values = list(np.float32(rng.uniform(0.005, 0.02, 3 * E)))
-    path, (gate, up, down) = written(save, rng, "W4A8 of compressed-tensors", values)
-    layer = load_moe_layer(path, 0)
-    x = rng.normal(size=(9, H)).astype(BF16)
+def quantised_block(layer, x, gate, up, down):
+    """float64, of rows and hidden values that are rounded by the layer's scales."""
     weights, ids = (np.asarray(a, np.float64) for a in layer.route(jax.device_put(x)))
     codes, scale = in_fixed_units(x, layer.x_scale)
-    rows, wanted = codes * np.float64(scale), np.zeros((9, H))
-    for t in range(9):
+    rows, out = codes * np.float64(scale), np.zeros(x.shape)
+    for t in range(len(x)):
         for w, e in zip(weights[t], ids[t].astype(int), strict=True):
             hidden = silu(rows[t] @ gate[e], rows[t] @ up[e])[None]
             codes, scale = in_fixed_units(hidden, layer.intermediate_scales[e])
-            wanted[t] += w * (codes[0] * np.float64(scale[0]) @ down[e])
+            out[t] += w * (codes[0] * np.float64(scale[0]) @ down[e])
+    return out
+
+
+def test_a_loaded_layer_rounds_rows_by_the_scales_of_its_file(save, rng, tmp_path):
+    values = list(np.float32(rng.uniform(0.005, 0.02, 3 * E)))
+    path, dense = written(save, rng, "W4A8 of compressed-tensors", values)
+    layer = load_moe_layer(path, 0)
+    x = rng.normal(size=(9, H)).astype(BF16)
+    wanted = quantised_block(layer, x, *dense)
     y = layer(jax.device_put(x), activation_dtype="float8_e4m3fn")
     assert relative_error(y, wanted) < 6e-3  # of bfloat16, and of hidden values next to a tie
     convert(path, tmp_path / "packed")
     again = load_moe_layer(tmp_path / "packed", 0)
     np.testing.assert_array_equal(again(jax.device_put(x), activation_dtype="float8_e4m3fn"), y)
+
+
+def test_what_compressed_tensors_wrote_is_what_its_definition_says(rng):
+    layer, tensors = load_moe_layer(DATA, 0), files.read(DATA / "model.safetensors")
+
+    def of(part, suffix):
+        return np.stack([tensors[f"model.layers.0.mlp.experts.{e}.{part}_proj.{suffix}"] for e in range(4)]).astype(
+            float
+        )
+
+    parts = [(of(p, "weight") * of(p, "weight_scale").repeat(32, 2)).swapaxes(1, 2) for p in ("gate", "up", "down")]
+    np.testing.assert_allclose(oracle.dense(layer.gate_up), np.concatenate(parts[:2], axis=2), rtol=2**-22, atol=0)
+    np.testing.assert_allclose(oracle.dense(layer.down), parts[2], rtol=2**-22, atol=0)
+    assert layer.x_scale == max(of("gate", "input_scale").max(), of("up", "input_scale").max())
+    np.testing.assert_array_equal(layer.intermediate_scales, of("down", "input_scale")[:, 0])
+    x = rng.normal(size=(9, 128)).astype(BF16)
+    y = layer(jax.device_put(x), activation_dtype=Checkpoint(DATA).activation_dtype(0))
+    assert relative_error(y, quantised_block(layer, x, *parts)) < 6e-3
 
 
 @pytest.mark.parametrize("bad", [0.0, np.inf, np.nan])
