@@ -26,6 +26,7 @@ class _Function:
         gated: whether there is an up.
         parameters: how many.
         check: raises ValueError where they are wrong.
+        passes_factors: of them, whether positive factors of up, or of the only value, are factors of the result.
     """
 
     apply: Callable[..., Array]
@@ -33,6 +34,7 @@ class _Function:
     gated: bool = True
     parameters: int = 0
     check: Callable[..., None] = lambda: None
+    passes_factors: Callable[..., bool] = lambda *_: False
 
 
 _FUNCTIONS: dict[str, _Function] = {}
@@ -48,12 +50,16 @@ def _activation(name: str, cpp: str | None, **facts: Any) -> Callable[[Callable[
     return add
 
 
-def _of_one_value(cpp: str, *, gated: str, ungated: str) -> Callable[[Callable[[Array], Array]], Callable]:
+def _of_one_value(
+    cpp: str, *, gated: str, ungated: str, homogeneous: bool = False
+) -> Callable[[Callable[[Array], Array]], Callable]:
     """Makes the decorated function two rows: its value times up, and its value alone."""
 
     def add(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-        _activation(gated, f"Gated<jmm::{cpp}>")(lambda gate, up: function(gate) * up)
-        _activation(ungated, f"Ungated<jmm::{cpp}>", gated=False)(lambda value, _: function(value))
+        times_up = _activation(gated, f"Gated<jmm::{cpp}>", passes_factors=lambda: True)
+        times_up(lambda gate, up: function(gate) * up)
+        alone = _activation(ungated, f"Ungated<jmm::{cpp}>", gated=False, passes_factors=lambda: homogeneous)
+        alone(lambda value, _: function(value))
         return function
 
     return add
@@ -63,7 +69,7 @@ def _of_one_value(cpp: str, *, gated: str, ungated: str) -> Callable[[Callable[[
 # "linear"; their products with up are the variants of GLU in https://arxiv.org/abs/2002.05202.
 
 
-@_of_one_value("Identity", gated="none", ungated="identity")
+@_of_one_value("Identity", gated="none", ungated="identity", homogeneous=True)
 def _identity(value: Array) -> Array:
     return value
 
@@ -84,7 +90,7 @@ def _gelu_tanh(value: Array) -> Array:
     return value * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (value + 0.044715 * value**3))
 
 
-@_of_one_value("Relu", gated="relu", ungated="relu_ungated")
+@_of_one_value("Relu", gated="relu", ungated="relu_ungated", homogeneous=True)
 def _relu(value: Array) -> Array:
     return jax.nn.relu(value)
 
@@ -105,7 +111,11 @@ def _check_swiglu(limit: float, alpha: float, beta: float) -> None:
         raise ValueError(f"alpha and beta are {alpha} and {beta}; they must be finite")
 
 
-@_activation("swiglu", "Swiglu", parameters=3, check=_check_swiglu)
+def _is_times_up(limit: float, alpha: float, beta: float) -> bool:
+    return math.isinf(limit) and beta == 0
+
+
+@_activation("swiglu", "Swiglu", parameters=3, check=_check_swiglu, passes_factors=_is_times_up)
 def _swiglu(gate: Array, up: Array, limit: float, alpha: float, beta: float) -> Array:
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + beta)
@@ -168,6 +178,11 @@ class Activation:
     def halves(self) -> int:
         """How many columns the first product has for each that `apply` returns."""
         return 2 if self.gated else 1
+
+    @property
+    def passes_factors(self) -> bool:
+        """Whether positive factors of the columns of up, or of the only value, are factors of the result."""
+        return _FUNCTIONS[self.name].passes_factors(*self.parameters)
 
     @property
     def cpp(self) -> str | None:

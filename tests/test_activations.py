@@ -101,6 +101,14 @@ def test_relu_has_no_slope_at_zero(name):
     assert jax.grad(lambda gate: activation.apply(gate, up))(jnp.zeros(())) == 0
 
 
+@EVERY_ACTIVATION
+def test_factors_of_up_are_factors_of_the_result_where_it_says_so(activation):
+    scaled = (GATE, 3 * UP) if activation.gated else (3 * GATE, UP)
+    passes = np.allclose(values(activation, *scaled), 3 * values(activation, GATE, UP), rtol=1e-12)
+    # Infinite bounds are none, and may be taken for bounds all the same.
+    assert activation.passes_factors == passes or (passes and math.inf in activation.parameters)
+
+
 def test_an_activation_is_a_value():
     assert jmm.situ(4) == jmm.situ(4.0, math.inf)
     assert dataclasses.replace(jmm.swiglu_step(7), parameters=(8.0,)) == jmm.swiglu_step(8)

@@ -19,10 +19,6 @@ from jax_marlin_moe.formats import FLOAT_SCALES, get_format
 
 SUFFIX = ".pre_quant_scale"
 
-# Activations that are a function of gate times up; and those of one value that a positive factor passes through.
-_TIMES_UP = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2_gated")
-_HOMOGENEOUS = ("identity", "relu_ungated")
-
 
 def shared_input_scale(files: TensorFolder, experts: Sequence[Sequence[Linear]], k: int) -> jax.Array | None:
     """What multiplies x for all linears of a matrix, in the dtype of the file; None where nothing does.
@@ -70,7 +66,7 @@ def scales_of_up(
     if values is None:
         return None
     name = downs[0].name(SUFFIX)
-    if not _passes_factors(activation):
+    if not get_activation(activation).passes_factors:
         raise files.fault(
             name,
             f"multiplies the result of the activation {get_activation(activation)!r}, of which up is no factor; it "
@@ -119,12 +115,3 @@ def _read_one(files: TensorFolder, linear: Linear, k: int) -> np.ndarray:
     if not ((value > 0) & np.isfinite(value.astype(np.float32))).all():
         raise files.fault(name, "holds values that are not positive and finite; every factor must be both")
     return value
-
-
-def _passes_factors(activation: str | Activation) -> bool:
-    """Whether factors of the columns of up, or of the only matrix, are factors of the activation's result."""
-    found = get_activation(activation)
-    if found.name == "swiglu":
-        limit, _, beta = found.parameters
-        return math.isinf(limit) and beta == 0
-    return found.name in (*_TIMES_UP, *_HOMOGENEOUS)
