@@ -110,6 +110,7 @@ def test_a_product_of_listed_slots(platform):
     assert_same_bits(product, PARTS if platform == "cuda" else PARTS[1:3])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_format", jmm.FORMATS)
 def test_tiles_of_a_product_add_up_in_one_order(weight_format):
     dense = jax.ShapeDtypeStruct((EXPERTS, HIDDEN, 2 * INNER), "bfloat16")
