@@ -350,24 +350,28 @@ struct WgmmaConsumer {
     return true;
   }
 
-  // Token tiles with few rows multiply only so many: quarters of the tile, in eights, or in sixteens of bytes and where
-  // there are two instructions. Tiles of two instructions, and smaller ones of sorted rows, have seven eighths, too:
-  // most of theirs are nearly full.
+  // Token tiles with few rows multiply only so many: quarters of the tile, in eights, or in sixteens of bytes and of
+  // instructions that have no others. Seven eighths, too, and five of small tiles, but of rows of bytes: an expert's rows
+  // differ from the mean by about its root, and tiles are chosen to hold most of them.
   static constexpr bool kTwo = Tile::kTokens > 256;
-  static constexpr bool kSevenEighths = kTwo || (kAreRagged<typename Shape::TokenTiles> && Tile::kTokens <= 144);
-  static constexpr int kStep = kIsByte<T> || kTwo ? 16 : 8;
   __device__ __forceinline__ static constexpr int rows_of(int eighths) {
-    return (Tile::kTokens * eighths / 8 + kStep - 1) / kStep * kStep;
+    const int rows = Tile::kTokens * eighths / 8;
+    const int step = kIsByte<T> || kTwo || rows > 128 ? 16 : 8;  // instructions of more than 128 columns, too
+    return (rows + step - 1) / step * step;
   }
-  template <int kEighths>
+  static constexpr int kEighthsFrom = kIsByte<T> ? 8 : Tile::kTokens <= 64 ? 4 : 6;  // and quarters up to there
+  __device__ __forceinline__ static constexpr int more_eighths(int eighths) {
+    return eighths < kEighthsFrom ? eighths + 2 : eighths + 1;
+  }
+  template <int kEighths, int kFewer = 0>
   __device__ __forceinline__ static void multiply_rows(const Gemm& gemm, int rows, const Shared& shared,
                                                        const Record& record, const Lane& lane, Stage stage) {
-    constexpr int kRows = rows_of(kEighths), kFewer = rows_of(kEighths - (kSevenEighths && kEighths > 6 ? 1 : 2));
+    constexpr int kRows = rows_of(kEighths);
     if constexpr (kRows == Tile::kTokens) {
       multiply_tile<kRows>(gemm, shared, record, lane, stage);
     } else {
       if (kRows > kFewer && rows <= kRows) return multiply_tile<kRows>(gemm, shared, record, lane, stage);
-      multiply_rows<kEighths + (kSevenEighths && kEighths >= 6 ? 1 : 2)>(gemm, rows, shared, record, lane, stage);
+      multiply_rows<more_eighths(kEighths), kRows>(gemm, rows, shared, record, lane, stage);
     }
   }
 
