@@ -463,12 +463,28 @@ __device__ __forceinline__ uint16_t from_float<Half>(float value) {
   return bits;
 }
 
+// A pair of it.
+template <class T>
+__device__ __forceinline__ uint32_t paired_from_float(float value);
+
 #if __CUDA_ARCH__ >= 800
 template <>
 __device__ __forceinline__ uint16_t from_float<BFloat>(float value) {
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t paired_from_float<BFloat>(float value) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(value));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t paired_from_float<Half>(float value) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(value));
+  return pair;
 }
 #endif
 

@@ -113,10 +113,16 @@ struct ColumnScales<E8M0Scale, kCount> {
 
   __device__ __forceinline__ void load(uint32_t shared) { load_bytes<kCount>(words, shared); }
   __device__ __forceinline__ float operator[](int j) const { return __uint_as_float(exponent(j)); }
-  __device__ __forceinline__ float exact(int j) const { return e8m0_scale(words[j / 4] >> (8 * (j % 4)) & 0xFFu); }
+  __device__ __forceinline__ float exact(int j) const { return e8m0_scale(byte(j)); }
+  // `exact` as a pair of bfloat16, whose exponents are as wide.
+  __device__ __forceinline__ uint32_t exact_pair(int j) const {
+    constexpr uint32_t kLeast = 0x00400040u;  // 2^-127
+    return max(byte(j) * 0x00800080u, kLeast);
+  }
 
  private:
-  __device__ __forceinline__ uint32_t exponent(int j) const { return (words[j / 4] >> (8 * (j % 4)) & 0xFFu) << 23; }
+  __device__ __forceinline__ uint32_t byte(int j) const { return words[j / 4] >> (8 * (j % 4)) & 0xFFu; }
+  __device__ __forceinline__ uint32_t exponent(int j) const { return byte(j) << 23; }
 };
 
 // Whether every scale is exact in T, and its product with a code that T holds exactly is rounded once at most.

@@ -47,10 +47,24 @@ struct WgmmaWeights {
   using Storage = WgmmaStorage<Shape>;
   using Lane = WgmmaLane<Shape>;
 
+  // Whether scales bring back what floats lack of bfloat16's exponent, but for some of it that would leave no room for
+  // the scales themselves, of up to 2^9: one product of a pair in place of two.
+  __device__ static constexpr bool brings_back() {
+    if constexpr (Tile::kScalesWeights && !Codes::kHasZero) {
+      return Codes::kComesToScale && kSame<typename Problem::Scale, E4M3Scale>;
+    }
+    return false;
+  }
+  static constexpr bool kBringsBack = brings_back();
+  static constexpr int kExponentLeft = 32;
+
   // What the sums are multiplied by beside the global scales, once they have their scales.
-  static constexpr float kResidualScale =
-      Shape::kFuses ? power_of_two(FusedScale::kExponent)
-                    : 1.0f / (Tile::kScalesWeights ? Codes::kFactor : Codes::kFactor * Scales::kFactor);
+  __device__ static constexpr float residual_scale() {
+    if constexpr (Shape::kFuses) return power_of_two(FusedScale::kExponent);
+    if constexpr (kBringsBack) return power_of_two(kExponentLeft) / Codes::kFactor;
+    return 1.0f / (Tile::kScalesWeights ? Codes::kFactor : Codes::kFactor * Scales::kFactor);
+  }
+  static constexpr float kResidualScale = residual_scale();
   // Scales that T does not hold exactly are split into a high and a low part, so that they are not rounded before the
   // weight is.
   static constexpr bool kSplitsScales = Tile::kScalesWeights && !kHoldsScale<T, typename Problem::Scale>;
@@ -72,7 +86,7 @@ struct WgmmaWeights {
   using Words = uint32_t[kBatch][Shape::kHalves][Shape::kWarpSubTiles * Packed::kSubTileWords];
   using Fragments = uint32_t[kBatch][Tile::kSubTiles][4];
 
-  __device__ __forceinline__ static uint32_t paired(float value) { return from_float<T>(value) * 0x10001u; }
+  __device__ __forceinline__ static uint32_t paired(float value) { return paired_from_float<T>(value); }
 
   // The scales of this lane's columns (g and g + 8 of each sub-tile, g = lane / 4) in a half.
   __device__ __forceinline__ static Scales load_scales(uint32_t weights, int row, int half, const Lane& lane) {
@@ -115,7 +129,13 @@ struct WgmmaWeights {
             }
             if constexpr (Tile::kScalesWeights) {
               const float scale = group_scales.exact(2 * p + b) * (1.0f / Scales::kFactor);
-              scales[j][b] = paired(scale);
+              if constexpr (kBringsBack) {
+                scales[j][b] = paired(scale * power_of_two(Codes::exponent(0) - kExponentLeft));
+              } else if constexpr (kSame<T, BFloat> && kSame<typename Problem::Scale, E8M0Scale>) {
+                scales[j][b] = group_scales.exact_pair(2 * p + b);
+              } else {
+                scales[j][b] = paired(scale);
+              }
               if constexpr (Shape::kFuses) fused[j][b] = FusedScale::of(scales[j][b], Zeros::kBaked);
               if constexpr (kSplitsScales) low_scales[j][b] = paired(scale - to_float<T>(from_float<T>(scale)));
               if constexpr (Shape::kFloatZeros) zeros[j][b] = paired((whole - zero) * scale * Codes::kFactor);
@@ -128,7 +148,7 @@ struct WgmmaWeights {
     template <int i>
     __device__ __forceinline__ uint32_t weight(uint32_t code, int j) const {
       if constexpr (Shape::kFuses) return fused[j][i % 2].template weight<i>(code);
-      constexpr int kExponent = Codes::exponent(i);
+      constexpr int kExponent = kBringsBack ? 0 : Codes::exponent(i);
       if constexpr (Zeros::kStored) {
         code = multiply_add_pairs<T>(code, paired_power<T>(kExponent), offsets[j][i]);
       } else if constexpr (Codes::kHasZero) {
