@@ -464,6 +464,14 @@ struct RaggedTiles {
     }
   };
 };
+// Whether token tiles are in the order of their experts.
+template <class TokenTiles>
+constexpr bool kAscendExperts = false;
+template <class Facts>
+constexpr bool kAscendExperts<AlignedTiles<Facts>> = true;
+template <class Facts>
+constexpr bool kAscendExperts<GroupedTiles<Facts>> = true;
+
 template <class TokenTiles>
 constexpr bool kAreRagged = false;
 template <class Facts>

@@ -75,6 +75,13 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, u
       : "memory");
 }
 
+// Has L2 fetch these bytes.
+template <int kBytes>
+__device__ __forceinline__ void fetch_bulk_to_l2(const void* global) {
+  static_assert(kBytes % 16 == 0, "whole pieces");
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "n"(kBytes) : "memory");
+}
+
 // Makes shared memory that this thread has seen written by ordinary stores and copies visible to wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

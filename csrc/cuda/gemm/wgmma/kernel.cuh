@@ -59,6 +59,7 @@ struct WgmmaGroupedGemm {
     }
 
     // Find the work.
+    WgmmaProducer<WgmmaGroupedGemm>::fetch_ahead(*this);
     if constexpr (TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
     allow_next_kernel();
     const typename Shape::Reader reader(token_tiles, shared_bytes + Storage::kTokenTilesAt, shared_bytes);

@@ -50,16 +50,28 @@ struct WgmmaWeightCopies {
 
     // One lane's: copies the warp's runs of the rows from `row` on, and has the barrier wait for them.
     __device__ __forceinline__ void copy(uint32_t target, int row, uint32_t barrier, uint64_t policy) const {
-      const int runs = (kRuns + 3 - warp) / 4;
+      const int runs = runs_of_warp();
       if (kRuns >= 4 || runs > 0) mbarrier_expect_bytes(barrier, runs * kRunBytes);
 #pragma unroll
       for (int i = 0; i < (kRuns + 3) / 4; ++i) {
         if (kRuns % 4 == 0 || i < runs) {
-          copy_bulk<kRunBytes>(target + (warp + 4 * i) * kRunBytes,
-                               source + int64_t(row) * kRowBytes + i * (4 / Shape::kHalves) * kRowBytes, barrier,
-                               policy);
+          copy_bulk<kRunBytes>(target + (warp + 4 * i) * kRunBytes, run(row, i), barrier, policy);
         }
       }
+    }
+    // One lane's: has L2 fetch the same.
+    __device__ __forceinline__ void fetch(int row) const {
+      const int runs = runs_of_warp();
+#pragma unroll
+      for (int i = 0; i < (kRuns + 3) / 4; ++i) {
+        if (kRuns % 4 == 0 || i < runs) fetch_bulk_to_l2<kRunBytes>(run(row, i));
+      }
+    }
+
+   private:
+    __device__ __forceinline__ int runs_of_warp() const { return (kRuns + 3 - warp) / 4; }
+    __device__ __forceinline__ const unsigned char* run(int row, int i) const {
+      return source + int64_t(row) * kRowBytes + i * (4 / Shape::kHalves) * kRowBytes;
     }
   };
 
@@ -73,14 +85,16 @@ struct WgmmaWeightCopies {
         zeros(ExpertArray<Problem, unsigned char>(operands.zeros, operands.shared_zeros, expert), column_tile, warp) {}
 
   __device__ __forceinline__ void copy(uint32_t stage, int k_block, uint32_t barrier, uint64_t policy) const {
-    int step = k_block * KBlocks::kSteps, group = k_block * Tile::kBlockK / Problem::kGroup;
-    if constexpr (KBlocks::kMissingRows > 0) {
-      step = min(step, Problem::kK / kStepRows - KBlocks::kSteps);
-      group = min(group, Problem::kGroups - KBlocks::kScaleRows);
-    }
-    weights.copy(stage, step, barrier, policy);
+    const int group = first_group(k_block);
+    weights.copy(stage, first_step(k_block), barrier, policy);
     scales.copy(stage + Storage::kScalesAt, group, barrier, policy);
     if constexpr (Zeros::kStored) zeros.copy(stage + Storage::kZerosAt, group, barrier, policy);
+  }
+  __device__ __forceinline__ void fetch(int k_block) const {
+    const int group = first_group(k_block);
+    weights.fetch(first_step(k_block));
+    scales.fetch(group);
+    if constexpr (Zeros::kStored) zeros.fetch(group);
   }
 
   // Scales of so many groups, from `group` on.
@@ -88,6 +102,16 @@ struct WgmmaWeightCopies {
   __device__ __forceinline__ void copy_scales(uint32_t target, int group, uint32_t barrier, uint64_t policy) const {
     const Runs<kUnitColumns * Scales::kBytes, Problem::kGroups, kCount> runs(scales);
     runs.copy(target, group, barrier, policy);
+  }
+
+ private:
+  __device__ __forceinline__ static int first_step(int k_block) {
+    const int step = k_block * KBlocks::kSteps;
+    return KBlocks::kMissingRows > 0 ? min(step, Problem::kK / kStepRows - KBlocks::kSteps) : step;
+  }
+  __device__ __forceinline__ static int first_group(int k_block) {
+    const int group = k_block * Tile::kBlockK / Problem::kGroup;
+    return KBlocks::kMissingRows > 0 ? min(group, Problem::kGroups - KBlocks::kScaleRows) : group;
   }
 };
 
@@ -138,6 +162,28 @@ struct WgmmaProducer {
     const int first = work_tile / (kBand * Shape::kColumnTiles) * kBand, height = min(kBand, tiles - first);
     const int place = work_tile - first * Shape::kColumnTiles;
     return {first + place % height, place / height};
+  }
+
+  // While the kernel before finds out which slots an expert has: the CTA's first work tile will most likely be of this
+  // expert, as nearly all of them have slots where these are many, and about as many token tiles. L2 fetches the first
+  // k-blocks of its weights from a memory that has nothing else to do.
+  static constexpr bool kFetchesAhead = TokenTiles::kNeedsPreviousKernel && kAscendExperts<TokenTiles> &&
+                                        TokenTiles::kSlots >= 4 * TokenTiles::kExperts && !Problem::kTransposed;
+  static constexpr int kFetched = KBlocks::kCount < 4 ? KBlocks::kCount : 4;  // k-blocks
+
+  __device__ __forceinline__ static void fetch_ahead(const Gemm& gemm) {
+    if constexpr (kFetchesAhead) {
+      constexpr int kTokenTiles = (TokenTiles::kSlots + Tile::kTokens / 2) / Tile::kTokens;
+      constexpr int kOfExpert = kTokenTiles > TokenTiles::kExperts ? kTokenTiles / TokenTiles::kExperts : 1;
+      const auto [token_tile, column_tile] = place_of(blockIdx.x, TokenTiles::kMaxTiles);
+      const int expert = token_tile / kOfExpert, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+      if (warp < 4 && token_tile % kOfExpert == 0 && expert < TokenTiles::kExperts && elect_lane()) {
+        const typename Gemm::WeightCopies copies(gemm.operands, expert, column_tile, warp);
+#pragma unroll 1
+        for (int k_block = 0; k_block < kFetched; ++k_block) copies.fetch(k_block);
+      }
+      __syncwarp();
+    }
   }
 
   __device__ __forceinline__ static void run(const Gemm& gemm, const Shared& shared, const Reader& token_tiles,
