@@ -57,6 +57,10 @@ struct AlignedTiles {
     __device__ __forceinline__ int count() const { return (listed + kRows - 1) / kRows; }
     __device__ __forceinline__ int expert(int tile) const {
       const int e = list.expert_ids[tile * kRows / kListBlock];
+      // A list that was made for larger token tiles has tiles of nothing but padding.
+      if constexpr (kFromPreviousKernel && kListBlock > kRows && !kMayRepeat) {
+        if (list.sorted_token_ids[tile * kRows] >= kSlots) return -1;
+      }
       return e >= 0 && e < kExperts ? e : -1;
     }
     __device__ __forceinline__ int slot(int tile, int row) const {

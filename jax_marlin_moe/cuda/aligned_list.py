@@ -31,29 +31,27 @@ def aligned_list(
     num_slots: int,
     num_experts: int,
     routed_experts: int,
-    rows: int,
+    rows: tuple[int, ...],
     capability: int,
     *,
     topk_ids: int,
     expert_map: int | None,
     scratch: int,
-    products: int,
     takes_tiles: bool = False,
     ids_from_previous: bool = False,
     slots_of_token: int | None = None,
 ) -> AlignedList:
-    """Lists the slots, with blocks of as many rows as a token tile has.
+    """Lists the slots, with blocks of as many rows as the larger token tiles have.
 
     Args:
         num_slots: of the ids.
         num_experts: of the matrices.
         routed_experts: that ids may name.
-        rows: of a token tile.
+        rows: of a token tile of each product that reads the list, one after the other; all divide the most.
         capability: of the card.
         topk_ids: the buffer of the ids.
         expert_map: of the map, or None.
         scratch: the first one of the scratch that is asked for.
-        products: that read the list, one after the other.
         takes_tiles: whether their CTAs take work tiles as they come to them.
         ids_from_previous: whether the kernel before the list writes the ids.
         slots_of_token: where a call may have fewer tokens, and slots.
@@ -61,12 +59,13 @@ def aligned_list(
     Raises:
         ValueError: there are more slots or experts than the kernels count.
     """
-    list_length = reference.padded_size(num_slots, routed_experts, rows)
+    block, products = max(rows), len(rows)
+    list_length = reference.padded_size(num_slots, routed_experts, block)
     listed = (scratch, scratch + 1, scratch + 2)
     kernels, counts = align_kernels(
         num_slots,
         routed_experts,
-        rows,
+        block,
         capability,
         topk_ids=topk_ids,
         expert_map=expert_map,
@@ -81,8 +80,8 @@ def aligned_list(
         aligned_tiles(
             num_slots,
             num_experts,
-            rows,
-            rows,
+            rows[product],
+            block,
             list_length,
             listed,
             from_previous=product == 0,  # which lets the next one in only when it has waited for the list
@@ -90,6 +89,6 @@ def aligned_list(
         )
         for product in range(products)
     )
-    extents = (list_length,), (tiles[0].most,), (1,)
+    extents = (list_length,), (-(-list_length // block),), (1,)
     buffers = (*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in extents), *counts)
     return AlignedList(kernels, buffers, tiles)

@@ -234,12 +234,11 @@ class BlockKernels:
             self.num_slots,
             self.num_experts,
             self.routed_experts,
-            self.scheme.gate_up.tokens,
+            (self.scheme.gate_up.tokens, self.scheme.down.tokens),
             self.capability,
             topk_ids=self.buffers.topk_ids,
             expert_map=self.buffers.expert_map,
             scratch=scratch,
-            products=2,
             takes_tiles=self.slabs
             or (not self.sliced and all(_takes_tiles(tile, shape, self.capability) for tile, shape in tiles)),
             ids_from_previous=self.buffers.ids_from_previous,

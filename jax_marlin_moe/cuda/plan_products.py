@@ -128,12 +128,11 @@ def plan_grouped_product(
             num_slots,
             num_experts,
             num_experts,
-            tile.tokens,
+            (tile.tokens,),
             capability,
             topk_ids=experts,
             expert_map=None,
             scratch=y + 1,
-            products=1,
         )
         (token_tiles,) = listed.tiles
         kernels += listed.kernels

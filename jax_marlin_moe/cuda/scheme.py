@@ -62,7 +62,7 @@ class BlockScheme:
             topk_ids. "grouped": every CTA groups the slots by expert for itself, where slots are few and the tiles
             leave room for them; "aligned" otherwise. "aligned": a kernel before the products.
         gate_up: tile of the first product; `tokens` is the most slots of a token tile.
-        down: tile of the second; the same `tokens`.
+        down: tile of the second; the same `tokens`, or a multiple or a part of them where they are "aligned".
         overlaps: whether the second product's CTAs start while the first one's finish, and fetch weights meanwhile.
             They start on the multiprocessors that are free first: more of them than their share where there is room,
             fewer where the shared memory that the first ones free is fragmented.
@@ -75,7 +75,8 @@ class BlockScheme:
 
     def fits(self, first: GemmShape, second: GemmShape, capability: int) -> bool:
         """Whether both tiles fit the products, and each other."""
-        alike = self.gate_up.tokens == self.down.tokens
+        fewer, more = sorted((self.gate_up.tokens, self.down.tokens))
+        alike = fewer == more or (self.routing == "aligned" and more % fewer == 0)
         # Products of bytes on wgmma leave, and expect, columns in an order of their own.
         slabs = {isinstance(tile, wgmma_bytes.WgmmaByteTile) for tile in (self.gate_up, self.down)}
         return alike and len(slabs) == 1 and self.gate_up.fits(first, capability) and self.down.fits(second, capability)

@@ -317,20 +317,28 @@ def test_a_block_on_the_card(monkeypatch, name, tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(48, 4, 2, 1, 128, 5, 1, True), (144, 2, 2, 1, 128, 4, 1, True)])
-def test_token_tiles_of_any_number_of_rows_are_right(monkeypatch, tile):
-    """They multiply eighths of their rows: expert e of 24 has e + 1 twenty-fourths of a tile."""
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        two((48, 4, 2, 1, 128, 5, 1, True), (48, 4, 2, 1, 128, 5, 1, True)),
+        two((144, 2, 2, 1, 128, 4, 1, True), (144, 2, 2, 1, 128, 4, 1, True)),
+        two((144, 2, 2, 1, 128, 4, 1, True), (288, 1, 2, 1, 64, 5, 1, True)),
+    ],
+    ids=lambda tiles: f"{tiles[0].tokens} and {tiles[1].tokens} rows",
+)
+def test_token_tiles_of_any_number_of_rows_are_right(monkeypatch, tiles):
+    """They multiply eighths of their rows: expert e of 24 has e + 1 twenty-fourths of the larger tile."""
     if compiler.compute_capability(compiler.target_architecture()) != 90:
         pytest.skip("wgmma is Hopper's")
     rng = np.random.default_rng(5)
     gate_up, down = (
         random_experts(rng, 24, *sizes, weight_format="int4", group_size=128) for sizes in ((512, 512), (256, 512))
     )
-    ids = np.repeat(np.arange(24), tile[0] // 24 * np.arange(1, 25)).astype(np.int32)[:, None]
+    ids = np.repeat(np.arange(24), tiles[1].tokens // 24 * np.arange(1, 25)).astype(np.int32)[:, None]
     x = random_rows(rng, len(ids), 512, jnp.dtype("bfloat16"))
     router = rng.uniform(0.5, 1.5, ids.shape).astype(np.float32)
     rng.shuffle(ids)
-    monkeypatch.setattr(tables, "lookup", lambda *_: BlockScheme("aligned", *two(tile, tile)))
+    monkeypatch.setattr(tables, "lookup", lambda *_: BlockScheme("aligned", *tiles))
     with jax.default_device(jax.devices("cuda")[0]):
         actual = jax.jit(lambda *a: jmm.fused_moe(*a))(x, gate_up.packed(), down.packed(), router, ids)
     assert_block_close(actual, expert_block(x, gate_up, down, router, ids, weights_dtype=x.dtype))
