@@ -17,7 +17,7 @@ struct WgmmaByteShape : WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue> {
   using typename WgmmaWorkTiles<Problem, Tile, TokenTiles, Epilogue>::Zeros;
   using Code = typename Problem::Code;
   using Codes = ByteFragments<Code, typename Problem::T>;
-  static constexpr bool kScalesSums = false, kTwoSums = true;
+  static constexpr bool kScalesSums = false, kTwoSums = true, kTakesTurns = false;
   static_assert(Zeros::kWhole && !Problem::kGlobalScales, "zero points are whole, scales are those of groups");
   static_assert(Tile::kBlockK == 128 && Tile::kWarpgroupsK == 1, "a k-block is a slab of x, and its sums are");
   static_assert(Tile::kSubTiles % 2 == 0, "two sets of fragments take turns");
