@@ -240,7 +240,7 @@ def test_many_slots_are_aligned_by_many_ctas(slots, kernels):
         BlockScheme("aligned", MmaTile(8, 2, 3, 1, 64, 2, 2), MmaTile(8, 2, 1, 1, 64, 2, 2)),
         BlockScheme("aligned", WgmmaTile(8, 2, 1, 2, 64, 3, 1, False), WgmmaTile(8, 2, 1, 2, 64, 4, 1, False)),
     ],
-    ids=["blocks of 16 and of 24 rows", "two blocks where there is no list", "half a tile of columns", "a stage of two warpgroups"],
+    ids=["blocks of 16 and of 24 rows", "two blocks of no list", "half a tile of columns", "a stage of two warpgroups"],
 )
 def test_a_scheme_that_does_not_fit_is_refused(lower, scheme):
     arguments = abstract_block(16, 2, 512, 512, 4, jnp.bfloat16, group_size=128)
