@@ -351,8 +351,8 @@ struct WgmmaConsumer {
   }
 
   // Token tiles with few rows multiply only so many: quarters of the tile, in eights, or in sixteens of bytes and of
-  // instructions that have no others. Seven eighths, too, and five of small tiles, but of rows of bytes: an expert's rows
-  // differ from the mean by about its root, and tiles are chosen to hold most of them.
+  // instructions that have no others. Seven eighths, too, and five of small tiles, but of rows of bytes: an expert's
+  // rows differ from the mean by about its root, and tiles are chosen to hold most of them.
   static constexpr bool kTwo = Tile::kTokens > 256;
   __device__ __forceinline__ static constexpr int rows_of(int eighths) {
     const int rows = Tile::kTokens * eighths / 8;
