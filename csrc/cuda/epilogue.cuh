@@ -48,31 +48,49 @@ struct Activated {
     return bias + expert * ((kGated ? 2 : 1) * kColumns) + half * kColumns + column;
   }
 
-  // What the activation takes.
+  // Of a column of gate and of up.
   template <class Expert>
-  __device__ __forceinline__ void finish(Expert expert, int column, float& gate, float& up) const {
+  __device__ __forceinline__ float2 biases(Expert expert, int column) const {
+    if constexpr (!kBias) return float2{};
+    const float* row = bias_of(expert, 0, column);
+    return {row[0], kGated ? row[kColumns] : 0.0f};
+  }
+
+  // What the activation takes.
+  __device__ __forceinline__ void finish(float2 biases, float& gate, float& up) const {
     if constexpr (kScaled) {
       const float scale = usable_scale(x_scale[0]);
       gate *= scale;
       if constexpr (kGated) up *= scale;
     }
     if constexpr (kBias) {
-      const float* row = bias_of(expert, 0, column);
-      gate += row[0];
-      if constexpr (kGated) up += row[kColumns];
+      gate += biases.x;
+      if constexpr (kGated) up += biases.y;
     }
   }
+  template <class Expert>
+  __device__ __forceinline__ void finish(Expert expert, int column, float& gate, float& up) const {
+    finish(biases(expert, column), gate, up);
+  }
 
+  __device__ __forceinline__ float activated(float2 biases, float gate, float up) const {
+    finish(biases, gate, up);
+    return Activation::apply(gate, up);
+  }
   template <class Expert>
   __device__ __forceinline__ float activated(Expert expert, int column, float gate, float up) const {
-    finish(expert, column, gate, up);
-    return Activation::apply(gate, up);
+    return activated(biases(expert, column), gate, up);
   }
 
   template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float gate, float up) const {
+    store(expert, slot, factor, column, gate, up, biases(expert, column));
+  }
+  template <class Expert>
+  __device__ __forceinline__ void store(Expert, int slot, float factor, int column, float gate, float up,
+                                        float2 biases) const {
     if constexpr (kRowScaled) gate *= factor, up *= factor;
-    out[int64_t(slot) * kColumns + column].bits = from_float<T>(activated(expert, column, gate, up));
+    out[int64_t(slot) * kColumns + column].bits = from_float<T>(activated(biases, gate, up));
   }
   template <class Expert>
   __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float gate,
@@ -115,8 +133,13 @@ struct Activated {
   template <class Expert>
   __device__ __forceinline__ void store_pair(Expert expert, int slot, float factor, int column, float2 gate,
                                              float2 up) const {
+    store_pair(expert, slot, factor, column, gate, up, biases(expert, column), biases(expert, column + 8));
+  }
+  template <class Expert>
+  __device__ __forceinline__ void store_pair(Expert expert, int slot, float factor, int column, float2 gate, float2 up,
+                                             float2 biases, float2 next_biases) const {
     if constexpr (kRowScaled) gate.x *= factor, gate.y *= factor, up.x *= factor, up.y *= factor;
-    float first = activated(expert, column, gate.x, up.x), second = activated(expert, column + 8, gate.y, up.y);
+    float first = activated(biases, gate.x, up.x), second = activated(next_biases, gate.y, up.y);
     Intermediate::apply(first, second, usable_scale(intermediate_scales[expert]));
     T* row = out + int64_t(slot) * kColumns + column;
     row[0].bits = from_float<T>(first), row[8].bits = from_float<T>(second);
@@ -148,14 +171,28 @@ struct SlotRows {
   }
 
   template <class Expert>
-  __device__ __forceinline__ float finished(Expert expert, float factor, int column, float sum) const {
-    if constexpr (kBias) sum += *bias_of(expert, 0, column);
+  __device__ __forceinline__ float2 biases(Expert expert, int column) const {
+    if constexpr (!kBias) return float2{};
+    return {*bias_of(expert, 0, column), 0.0f};
+  }
+
+  __device__ __forceinline__ float finished(float2 biases, float factor, float sum) const {
+    if constexpr (kBias) sum += biases.x;
     if constexpr (kWeighted) sum *= factor;
     return sum;
   }
   template <class Expert>
+  __device__ __forceinline__ float finished(Expert expert, float factor, int column, float sum) const {
+    return finished(biases(expert, column), factor, sum);
+  }
+  template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
-    out[int64_t(slot) * kColumns + column].bits = from_float<T>(finished(expert, factor, column, sum));
+    store(expert, slot, factor, column, sum, 0.0f, biases(expert, column));
+  }
+  template <class Expert>
+  __device__ __forceinline__ void store(Expert, int slot, float factor, int column, float sum, float,
+                                        float2 biases) const {
+    out[int64_t(slot) * kColumns + column].bits = from_float<T>(finished(biases, factor, sum));
   }
 
   // As for `Activated`.
@@ -215,10 +252,21 @@ struct SlotPartials {
   }
 
   template <class Expert>
+  __device__ __forceinline__ float2 biases(Expert expert, int column) const {
+    if constexpr (!kBias) return float2{};
+    return {*bias_of(expert, 0, column), 0.0f};
+  }
+
+  template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
+    store(expert, slot, factor, column, sum, 0.0f, biases(expert, column));
+  }
+  template <class Expert>
+  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float,
+                                        float2 biases) const {
     if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
     if constexpr (kRowScaled) sum *= row_scales[slot];
-    if constexpr (kBias) sum += *bias_of(expert, 0, column);
+    if constexpr (kBias) sum += biases.x;
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
   }
@@ -341,15 +389,24 @@ __device__ __forceinline__ void fetch_biases(const Epilogue& epilogue, Expert ex
   }
 }
 
+// Of gate and up, or of the only half, in x and y: those of columns `column` and `column + 8`.
+struct PairBiases {
+  float2 first, second;
+};
+template <class Epilogue, class Expert>
+__device__ __forceinline__ PairBiases pair_biases(const Epilogue& epilogue, Expert expert, int column) {
+  return {epilogue.biases(expert, column), epilogue.biases(expert, column + 8)};
+}
+
 // Columns `column` and `column + 8` of a slot, in x and y. The lanes of equal lane % 4 call it together.
 template <class Epilogue, class Expert>
 __device__ __forceinline__ void store_pair(const Epilogue& epilogue, Expert expert, int slot, float factor, int column,
-                                           float2 first, float2 second) {
+                                           float2 first, float2 second, const PairBiases& biases) {
   if constexpr (kQuantizes<Epilogue>) {
-    epilogue.store_pair(expert, slot, factor, column, first, second);
+    epilogue.store_pair(expert, slot, factor, column, first, second, biases.first, biases.second);
   } else {
-    epilogue.store(expert, slot, factor, column, first.x, second.x);
-    epilogue.store(expert, slot, factor, column + 8, first.y, second.y);
+    epilogue.store(expert, slot, factor, column, first.x, second.x, biases.first);
+    epilogue.store(expert, slot, factor, column + 8, first.y, second.y, biases.second);
   }
 }
 

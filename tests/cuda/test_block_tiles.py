@@ -55,6 +55,21 @@ def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
+    "tiles",
+    [
+        (MmaTile(8, 2, 2, 1, 64, 2, 2), MmaTile(8, 2, 1, 1, 64, 2, 2)),
+        (MmaTile(24, 2, 1, 1, 64, 2, 1), MmaTile(24, 1, 2, 1, 64, 2, 1)),
+        (MmaTile(16, 1, 2, 2, 64, 2, 1), MmaTile(16, 1, 1, 2, 64, 2, 1)),
+    ],
+    ids=["each warp its own", "three rows of fragments", "exchanged"],
+)
+def test_every_column_has_its_own_bias(tiles):
+    """A warp that has all of its sums holds their biases while it multiplies; one that adds shares loads them then."""
+    assert_tiles_agree(Case("", hidden=256, inner=256, routing="holes", bias=True), tiles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
     "tile",
     [MmaTile(8, 2, 1, 1, 64, 2, 2), MmaTile(24, 2, 2, 1, 64, 2, 1), WgmmaTile(16, 2, 2, 1, 64, 4, 1, False)],
     ids=["8 rows", "24 rows", "wgmma"],

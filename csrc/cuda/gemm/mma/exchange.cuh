@@ -18,6 +18,8 @@ struct MmaRows {
   int token_fragments;                // groups of 8 rows that are not all padding
   int sides = 1;                      // groups of K that the MMA's columns have room for
   float global_scales[Tile::kUnits];  // of this warp's units
+  // Of this lane's columns, if no warps exchange sums and there are biases.
+  PairBiases biases[Shape::kOwnUnits][kSubTiles];
 
   __device__ __forceinline__ MmaRows(const Operands<Problem>& operands, const typename Shape::Epilogue& epilogue,
                                      const typename Shape::Reader& token_tiles, int work_tile, int warp_n, int lane) {
@@ -32,10 +34,8 @@ struct MmaRows {
         global_scales[u] = scales.elements[typename Shape::ExpertIndex(scales.expert) * Problem::kUnits + unit];
       }
     }
-    if (expert >= 0) {
-      constexpr int kColumns = Shape::kOutputUnits * kUnitColumns;
-      fetch_biases<kColumns>(epilogue, typename Shape::ExpertIndex(expert), work_tile % Shape::kColumnTiles * kColumns,
-                             lane);
+    if constexpr (Shape::Epilogue::kBias) {
+      if (expert >= 0) load_biases(epilogue, work_tile, warp_n, lane);
     }
     slot = lane < Tile::kTokens ? token_tiles.slot(token_tile, lane) : -1;
     if constexpr (Shape::TokenTiles::kMayRepeat) slot = token_tiles.first_listed(slot, token_tile, lane);
@@ -47,6 +47,26 @@ struct MmaRows {
     if constexpr (Shape::kMostSides > 1) {
       const int token_rows = 32 - __clz(__ballot_sync(~0u, slot >= 0) | 1);
       sides = token_rows <= 8 / Shape::kMostSides ? Shape::kMostSides : 1;
+    }
+  }
+
+ private:
+  // They come from memory: at the end of the work tile their loads would have to be waited for, one after the other.
+  __device__ __forceinline__ void load_biases(const typename Shape::Epilogue& epilogue, int work_tile, int warp_n,
+                                              int lane) {
+    const typename Shape::ExpertIndex index = expert;
+    if constexpr (Shape::kExchanges) {
+      constexpr int kColumns = Shape::kOutputUnits * kUnitColumns;
+      fetch_biases<kColumns>(epilogue, index, work_tile % Shape::kColumnTiles * kColumns, lane);
+    } else {
+#pragma unroll
+      for (int u = 0; u < Shape::kOwnUnits; ++u) {
+#pragma unroll
+        for (int w = 0; w < kSubTiles; ++w) {
+          const int sub_tile = Shape::output_unit(warp_n, u) * kSubTiles + w;
+          biases[u][w] = pair_biases(epilogue, index, Shape::column_of(work_tile, sub_tile, lane));
+        }
+      }
     }
   }
 };
@@ -84,14 +104,20 @@ struct MmaExchange {
       if (rows.expert < 0) return;
 #pragma unroll
       for (int t = 0; t < kTokenFragments; ++t) {
+        const PairOfRows pair(rows, t, lane);
 #pragma unroll
-        for (int u = 0; u < Tile::kUnits / Shape::kHalves; ++u) {
+        for (int i = 0; i < 2; ++i) {
+          if (pair.slots[i] < 0) continue;
 #pragma unroll
-          for (int w = 0; w < kSubTiles; ++w) {
-            const float (&first)[4] = sums[u][w][t];
-            const float (&second)[4] = sums[Epilogue::kGated ? 1 : u][w][t];
-            store(epilogue, rows, t, work_tile, Shape::output_unit(warp_n, u) * kSubTiles + w, lane,
-                  float4{first[0], first[1], first[2], first[3]}, float4{second[0], second[1], second[2], second[3]});
+          for (int u = 0; u < Shape::kOwnUnits; ++u) {
+#pragma unroll
+            for (int w = 0; w < kSubTiles; ++w) {
+              const float (&first)[4] = sums[u][w][t];
+              const float (&second)[4] = sums[Epilogue::kGated ? 1 : u][w][t];
+              const int sub_tile = Shape::output_unit(warp_n, u) * kSubTiles + w;
+              pair.store(i, epilogue, rows.expert, Shape::column_of(work_tile, sub_tile, lane),
+                         float2{first[i], first[i + 2]}, float2{second[i], second[i + 2]}, rows.biases[u][w]);
+            }
           }
         }
       }
@@ -120,14 +146,42 @@ struct MmaExchange {
 #pragma unroll 1
       for (int f = Shape::cta_of_cluster() * Tile::kWarps + warp; f < kOutputFragments;
            f += Tile::kCluster * Tile::kWarps) {
+        const int column = Shape::column_of(work_tile, f / kTokenFragments, lane);
+        const PairBiases biases = pair_biases(epilogue, typename Shape::ExpertIndex(rows.expert), column);
         const float4 first = add_shares(shares, f, lane);
         const float4 second = Epilogue::kGated ? add_shares(shares, f + kOutputFragments, lane) : float4{};
-        store(epilogue, rows, f % kTokenFragments, work_tile, f / kTokenFragments, lane, first, second);
+        const PairOfRows pair(rows, f % kTokenFragments, lane);
+        if (pair.slots[0] >= 0) {
+          pair.store(0, epilogue, rows.expert, column, float2{first.x, first.z}, float2{second.x, second.z}, biases);
+        }
+        if (pair.slots[1] >= 0) {
+          pair.store(1, epilogue, rows.expert, column, float2{first.y, first.w}, float2{second.y, second.w}, biases);
+        }
       }
     }
   }
 
  private:
+  // Of a fragment's 8 rows, the even and the odd one that this lane has sums of.
+  struct PairOfRows {
+    int slots[2];
+    float factors[2];
+
+    __device__ __forceinline__ PairOfRows(const Rows& rows, int token_fragment, int lane) {
+      const int row = token_fragment * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        slots[i] = __shfl_sync(~0u, rows.slot, row + i);
+        factors[i] = __shfl_sync(~0u, rows.factor, row + i);
+      }
+    }
+    // Columns `column` and `column + 8` of one of them.
+    __device__ __forceinline__ void store(int i, const Epilogue& epilogue, typename Shape::ExpertIndex expert,
+                                          int column, float2 first, float2 second, const PairBiases& biases) const {
+      store_pair(epilogue, expert, slots[i], factors[i], column, first, second, biases);
+    }
+  };
+
   // All threads that share the K of a work tile.
   __device__ __forceinline__ static void sync_sharers() {
     if constexpr (Tile::kCluster > 1) {
@@ -154,23 +208,6 @@ struct MmaExchange {
       }
     }
     return sum;
-  }
-
-  // One 16 x 8 fragment: this lane's columns g and g + 8 of the tile's sub-tile, for an even and an odd row.
-  __device__ __forceinline__ static void store(const Epilogue& epilogue, const Rows& rows, int token_fragment,
-                                               int work_tile, int sub_tile, int lane, float4 first, float4 second) {
-    const int column =
-        (work_tile % Shape::kColumnTiles * (Shape::kOutputUnits * kSubTiles) + sub_tile) * kSubTileColumns + lane / 4;
-    const int row = token_fragment * 8 + lane % 4 * 2;
-    const typename Shape::ExpertIndex expert = rows.expert;
-    const int even = __shfl_sync(~0u, rows.slot, row), odd = __shfl_sync(~0u, rows.slot, row + 1);
-    const float even_factor = __shfl_sync(~0u, rows.factor, row), odd_factor = __shfl_sync(~0u, rows.factor, row + 1);
-    if (even >= 0) {
-      store_pair(epilogue, expert, even, even_factor, column, float2{first.x, first.z}, float2{second.x, second.z});
-    }
-    if (odd >= 0) {
-      store_pair(epilogue, expert, odd, odd_factor, column, float2{first.y, first.w}, float2{second.y, second.w});
-    }
   }
 };
 

@@ -94,6 +94,7 @@ struct MmaShape {
 
   // Sums need no exchange where one warp has all of K, and both of gate and up.
   static constexpr bool kExchanges = kShares > 1 || (Epilogue::kGated && !kPairedInWarp);
+  static constexpr int kOwnUnits = kExchanges ? 1 : Tile::kUnits / kHalves;  // output units of a warp without exchange
   static constexpr int kSumFragments = kHalves * kOutputUnits * kSubTiles * kTokenFragments;  // of a work tile
 
   // The warps that share a part of K copy its tokens together, in pieces of 16 bytes.
@@ -130,6 +131,10 @@ struct MmaShape {
   __device__ __forceinline__ static int output_unit(int warp_n, int u) {
     if constexpr (!Epilogue::kGated) return warp_n * Tile::kUnits + u;
     return kPairedInWarp ? warp_n : warp_n % kOutputUnits;
+  }
+  // The first of a lane's two columns of a sub-tile, of the result; the other one is 8 behind it.
+  __device__ __forceinline__ static int column_of(int work_tile, int sub_tile, int lane) {
+    return (work_tile % kColumnTiles * (kOutputUnits * kSubTiles) + sub_tile) * kSubTileColumns + lane / 4;
   }
   // The first unit of the packed matrix that a warp reads for a work tile.
   __device__ __forceinline__ static int first_unit(int work_tile, int warp_n) {
