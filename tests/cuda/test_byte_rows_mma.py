@@ -167,7 +167,7 @@ def test_there_is_a_scheme_of_bytes_for_any_number_of_tokens(name, capability, d
 
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", CASES)
 def test_products_of_bytes_compile(name):
     for architecture in ("sm_80" if CASES[name][3] == INT8 else "sm_89", "sm_90a"):
