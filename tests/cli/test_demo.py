@@ -17,7 +17,7 @@ def few_timed_calls(monkeypatch):
 
 
 def test_demo(capsys):
-    assert main(["demo", "--small"]) == 0
+    assert main(["demo", "--small", "--dtype", "float16"]) == 0
     output = capsys.readouterr().out
     rows = [line.split() for line in output.splitlines() if line.startswith("AWQ checkpoint")]
     tokens_and_names = [(row[4], row[5]) for row in rows]

@@ -182,7 +182,7 @@ GROUPED = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @needs_nvrtc
 @pytest.mark.parametrize(("name", "group_size"), GROUPED)
 def test_every_group_size_of_every_format_compiles(lower, name, group_size):
