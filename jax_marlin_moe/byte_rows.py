@@ -37,12 +37,6 @@ def has_groups(activation_dtype: ByteDtype | None) -> bool:
     return activation_dtype == "float8_e4m3fn_g128"
 
 
-def rounded(values: Float32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """`values.astype(dtype)` of 16 bits, also where the result is cast to float32 again: XLA may drop such a pair."""
-    facts = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(values, exponent_bits=facts.nexp, mantissa_bits=facts.nmant).astype(dtype)
-
-
 def quantize_rows(
     rows: Float[Array, "rows columns"], dtype: ByteDtype, scale: Float32[Array, "1"] | None = None
 ) -> tuple[Float32[Array, "rows columns"], Float32[Array, "rows groups"]]:

@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.block_operands import BlockOperands
-from jax_marlin_moe.byte_rows import ByteDtype, dequantize_rows, quantize_rows, rounded
+from jax_marlin_moe.byte_rows import ByteDtype, dequantize_rows, quantize_rows
 from jax_marlin_moe.intermediate import usable
 from jax_marlin_moe.layout import TILE_N, unpack, unpack_zeros, unpermute_scales
 from jax_marlin_moe.operand_types import alike
+from jax_marlin_moe.rounding import rounded
 from jax_marlin_moe.weights import MarlinWeights, drop_column_padding, pad_rows
 
 
@@ -327,7 +328,8 @@ def weighted_sum(
     # The halves of gate_up are padded to whole tiles of columns, the rows of down only to tiles of rows.
     a = activation.of_product(h)[:, : down.padded_k]
     if intermediate is None:
-        a = a.astype(x.dtype) if activation_dtype is None else _quantized(rounded(a, x.dtype), activation_dtype)
+        a = rounded(a, x.dtype)
+        a = a if activation_dtype is None else _quantized(a, activation_dtype)
     else:
         a = intermediate.apply(a, intermediate.scales[jnp.clip(expert, 0, gate_up.num_experts - 1)])
     with jax.named_scope("down"):

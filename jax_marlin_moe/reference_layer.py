@@ -15,6 +15,7 @@ from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.block_operands import BlockOperands
 from jax_marlin_moe.layer_operands import LayerOperands
 from jax_marlin_moe.reference import weighted_sum
+from jax_marlin_moe.rounding import rounded
 from jax_marlin_moe.routing import Routing, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights, drop_column_padding
@@ -117,14 +118,14 @@ def padded_to(y: Float32[Array, "rows columns"], extra: Float32[Array, "rows H"]
 def weighted_rows(x: Float[Array, "tokens H"], topk_weights: Float32[Array, "tokens top_k"]) -> Float[Array, "slots H"]:
     """A row of x for each slot, times the slot's weight, rounded to the type of x."""
     rows = x[:, None].astype(jnp.float32) * topk_weights[..., None]
-    return rows.astype(x.dtype).reshape(-1, x.shape[1])
+    return rounded(rows, x.dtype).reshape(-1, x.shape[1])
 
 
 def scaled_rows(x: Float[Array, "*batch H"], scale: Float[Array, " H"] | None) -> Float[Array, "*batch H"]:
     """Rows times a factor of each column in float32, rounded to the type of x; without factors, the rows."""
     if scale is None:
         return x
-    return (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
+    return rounded(x.astype(jnp.float32) * scale.astype(jnp.float32), x.dtype)
 
 
 def identity_sum(
@@ -155,7 +156,7 @@ def shared_sum(
         rows = x[:, : gate_up.shape[0]]
         h = jnp.matmul(rows, gate_up.astype(x.dtype), preferred_element_type=jnp.float32)
         a = activation.of_product(h)
-        y = jnp.matmul(a.astype(x.dtype), down.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = jnp.matmul(rounded(a, x.dtype), down.astype(x.dtype), preferred_element_type=jnp.float32)
     return y if shared.gate is None else y * shared_gate(x, shared.gate)
 
 

@@ -8,9 +8,10 @@ from jaxtyping import Array, Float32
 from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.block_operands import BlockOperands
-from jax_marlin_moe.byte_rows import ByteDtype, dequantize_rows, has_groups, quantize_rows, rounded
+from jax_marlin_moe.byte_rows import ByteDtype, dequantize_rows, has_groups, quantize_rows
 from jax_marlin_moe.intermediate import in_units, usable
 from jax_marlin_moe.ops.grouped_product import float32_product, multiplied, with_bias
+from jax_marlin_moe.rounding import rounded
 
 
 def _bfloat16_parts(rows):

@@ -14,6 +14,7 @@ from jax_marlin_moe.operand_types import replicated_type
 from jax_marlin_moe.ops.grouped_product import slot_columns
 from jax_marlin_moe.ops.primitive import Op
 from jax_marlin_moe.ops.tangents import jvp_of
+from jax_marlin_moe.rounding import rounded
 
 
 def hidden_cotangents(
@@ -47,7 +48,7 @@ def hidden_cotangents(
     if bias is not None:
         h = h + slot_columns(bias, experts)
     a, pull = jax.vjp(lambda h: activation.of_product(h)[:, : pulled.shape[1]], h)
-    d_weights = (a.astype(hidden.dtype).astype(jnp.float32) * pulled).sum(1)
+    d_weights = (rounded(a, hidden.dtype).astype(jnp.float32) * pulled).sum(1)
     (d_hidden,) = pull(pulled * jnp.where(there, topk_weights, 0)[:, None])
     return d_hidden.astype(dtype), d_weights
 
