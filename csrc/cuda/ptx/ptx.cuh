@@ -15,6 +15,14 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Of the eight bytes of two words, those that the lower four nibbles name, of 3 bits each. (`__byte_perm` masks them
+// first.)
+__device__ __forceinline__ uint32_t chosen_bytes(uint32_t low, uint32_t high, uint32_t nibbles) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(nibbles));
+  return bytes;
+}
+
 // Copies 16 bytes to shared memory; asynchronous where the architecture can.
 __device__ __forceinline__ void copy16(uint32_t shared, const void* global) {
 #if JMM_HAS_CP_ASYNC

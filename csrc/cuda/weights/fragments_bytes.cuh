@@ -66,14 +66,8 @@ struct ByteFragments<E2M1, Fp8> {
     const uint32_t low = exponent * 0x04040400u + 0x06040000u;   // 1.5, 1, 0.5, 0
     const uint32_t high = exponent * 0x04040404u + 0x0E0C0A08u;  // 6, 4, 3, 2
     const uint32_t magnitudes = codes & 0x77777777u, signs = codes << 4;
-    first = permuted(low, high, magnitudes) | (__byte_perm(codes, signs, 0x1504) & 0x80808080u);
-    second = permuted(low, high, magnitudes >> 16) | (__byte_perm(codes, signs, 0x3726) & 0x80808080u);
-  }
-  // The bytes that the lower four nibbles name, of 3 bits each.
-  __device__ __forceinline__ static uint32_t permuted(uint32_t low, uint32_t high, uint32_t nibbles) {
-    uint32_t bytes;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(nibbles));
-    return bytes;
+    first = chosen_bytes(low, high, magnitudes) | (__byte_perm(codes, signs, 0x1504) & 0x80808080u);
+    second = chosen_bytes(low, high, magnitudes >> 16) | (__byte_perm(codes, signs, 0x3726) & 0x80808080u);
   }
 };
 

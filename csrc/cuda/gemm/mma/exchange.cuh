@@ -1,6 +1,7 @@
 // The end of a work tile of the mma.sync kernel: shares of K are added in a fixed order, sums go to the epilogue.
 #pragma once
 
+#include "epilogue.cuh"
 #include "gemm/mma/storage.cuh"
 #include "gemm/named_barriers.cuh"
 
