@@ -98,7 +98,7 @@ struct GroupedGemm {
       }
       // Epilogue.
       if constexpr (Shape::kMostSides > 1) multiplier.join_sides(rows.sides);
-      multiplier.apply(rows.global_scales);
+      apply_factors<Shape>(multiplier.sums, rows.global_scales);
       MmaExchange<Shape>::finish(epilogue, shared_bytes, work_tile, rows, warp, warp_n, warp_k, lane, multiplier.sums);
     }
     wait_copies<0>();

@@ -9,7 +9,7 @@
 //   8 lane 4 g + t, 4-bit codes   word >> 8 & 0x00F000F0 --> A3 = d0, d1    +---------------+---------------+
 #pragma once
 
-#include "gemm/mma/storage.cuh"
+#include "gemm/mma/sums.cuh"
 #include "ptx/ptx.cuh"
 
 namespace jmm {
@@ -22,8 +22,6 @@ struct MmaMultiplier {
   using KBlocks = typename Shape::KBlocks;
   using Packed = typename Shape::Packed;
   using Codes = typename Shape::Codes;
-  using Scales = typename Shape::Scales;
-  using Zeros = typename Shape::Zeros;
   using Storage = MmaStorage<Shape>;
   static constexpr int kTokenFragments = Shape::kTokenFragments;
   using Sums = typename Shape::Sums;
@@ -42,14 +40,7 @@ struct MmaMultiplier {
   }
 
   __device__ __forceinline__ void begin_tile() {
-#pragma unroll
-    for (int u = 0; u < Tile::kUnits; ++u)
-#pragma unroll
-      for (int w = 0; w < kSubTiles; ++w)
-#pragma unroll
-        for (int t = 0; t < kTokenFragments; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[u][w][t][i] = 0.0f;
+    clear_sums(sums);
     clear_group_sums();
   }
 
@@ -86,33 +77,13 @@ struct MmaMultiplier {
     }
   }
 
-  // The factors of codes and scales, and the global scales, once per work tile.
-  __device__ __forceinline__ void apply(const float (&global_scales)[Tile::kUnits]) {
-    constexpr float kFactor = Codes::kFactor * Scales::kFactor;
-    if constexpr (Problem::kGlobalScales || kFactor != 1.0f) {
-#pragma unroll
-      for (int u = 0; u < Tile::kUnits; ++u)
-#pragma unroll
-        for (int w = 0; w < kSubTiles; ++w)
-#pragma unroll
-          for (int t = 0; t < kTokenFragments; ++t)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[u][w][t][i] *= global_scales[u] * (1.0f / kFactor);
-    }
-  }
-
  private:
   __device__ __forceinline__ void clear_group_sums() {
+    clear_sums(group_sums);
 #pragma unroll
     for (int t = 0; t < kTokenFragments; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) token_sums[t][i] = 0.0f;
-#pragma unroll
-      for (int u = 0; u < Tile::kUnits; ++u)
-#pragma unroll
-        for (int w = 0; w < kSubTiles; ++w)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) group_sums[u][w][t][i] = 0.0f;
     }
   }
 
@@ -128,33 +99,12 @@ struct MmaMultiplier {
   // sums += (group_sums - zero * token_sums) * scale, for `sides` groups from `scale_row` on.
   template <int kActive, int kSides>
   __device__ __forceinline__ void close_groups(uint32_t stage, int scale_row, int sides = kSides) {
-    const int column = lane / 4;  // this lane's columns are column + 8 j, j = 0..7
-    const int side = lane % 4 / (4 / kSides);
+    const int column = lane / 4, side = lane % 4 / (4 / kSides);
     if (side >= sides) return;
 #pragma unroll
     for (int u = 0; u < Tile::kUnits; ++u) {
       const int row = (scale_row + side) * Tile::kUnits + u;
-      Scales scales;
-      scales.load(stage + Storage::kScalesAt + row * Storage::kUnitScaleBytes + column * 8 * Scales::kBytes);
-      Zeros zeros;
-      zeros.load(stage + Storage::kZerosAt + row * Zeros::kUnitBytes, column);
-#pragma unroll
-      for (int w = 0; w < kSubTiles; ++w) {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {  // columns g and g + 8 of the sub-tile
-          const float scale = scales[2 * w + b];
-          const float zero = Codes::kFactor * zeros[2 * w + b];
-#pragma unroll
-          for (int t = 0; t < kActive; ++t) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {  // tokens 2t and 2t + 1
-              float codes = group_sums[u][w][t][2 * b + i];
-              if constexpr (Shape::kTokenSums) codes -= zero * token_sums[t][i];
-              sums[u][w][t][2 * b + i] += codes * scale;
-            }
-          }
-        }
-      }
+      add_scaled<Shape, kActive>(sums[u], group_sums[u], token_sums, stage, row, column);
     }
   }
 
@@ -218,14 +168,8 @@ struct MmaMultiplier {
 #pragma unroll
         for (int u = 0; u < Tile::kUnits; ++u) {
           // Load: the words of a unit.
-          uint32_t words[kSubTiles * Packed::kSubTileWords];
-#pragma unroll
-          for (int half = 0; half < Packed::kSubTileWords; ++half) {
-            const uint4 four = load_shared16(part_packed + step * Storage::kStepBytes + u * Packed::kBytes +
-                                             Storage::packed_piece(lane * Packed::kSubTileWords + half));
-            words[4 * half] = four.x, words[4 * half + 1] = four.y;
-            words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
-          }
+          uint32_t words[Storage::kLaneWords];
+          Storage::load_words(words, part_packed + step * Storage::kStepBytes + u * Packed::kBytes, lane);
 #pragma unroll
           for (int w = 0; w < kSubTiles; ++w) {
             // Dequantise.

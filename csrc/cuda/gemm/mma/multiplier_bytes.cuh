@@ -15,7 +15,7 @@
 // products with fewer bits than float32 has, and integers are exact that far.
 #pragma once
 
-#include "gemm/mma/storage.cuh"
+#include "gemm/mma/sums.cuh"
 #include "ptx/ptx.cuh"
 
 namespace jmm {
@@ -28,14 +28,12 @@ struct MmaByteMultiplier {
   using Tile = typename Shape::Tile;
   using Packed = typename Shape::Packed;
   using Codes = typename Shape::Codes;
-  using Scales = typename Shape::Scales;
   using Zeros = typename Shape::Zeros;
   using Storage = MmaStorage<Shape>;
   using Sums = typename Shape::Sums;
   static constexpr int kTokenFragments = Shape::kTokenFragments;
-  static constexpr int kFragments = Tile::kBlockK / 32;             // of a k-block
-  static constexpr int kLastFragments = Shape::kLastSteps / 2;      // of the last one
-  static constexpr int kWords = kSubTiles * Packed::kSubTileWords;  // of a lane, in a step
+  static constexpr int kFragments = Tile::kBlockK / 32;         // of a k-block
+  static constexpr int kLastFragments = Shape::kLastSteps / 2;  // of the last one
   static constexpr uint32_t kOnes = kSame<T, Fp8> ? 0x38383838u : 0x01010101u;
   static_assert(Zeros::kWhole && !Problem::kGlobalScales, "zero points are whole, scales are those of groups");
   static_assert(Problem::kK % 32 == 0, "K is whole fragments");
@@ -49,16 +47,7 @@ struct MmaByteMultiplier {
     for (int f = 0; f < kFragments; ++f) token_offsets[f] = Storage::token_piece(lane % 8, 2 * f + lane / 8 % 2);
   }
 
-  __device__ __forceinline__ void begin_tile() {
-#pragma unroll
-    for (int u = 0; u < Tile::kUnits; ++u)
-#pragma unroll
-      for (int w = 0; w < kSubTiles; ++w)
-#pragma unroll
-        for (int t = 0; t < kTokenFragments; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[u][w][t][i] = 0.0f;
-  }
+  __device__ __forceinline__ void begin_tile() { clear_sums(sums); }
 
   // As for `MmaMultiplier`, but that there is one side, and that any k-block closes.
   __device__ __forceinline__ void multiply(int token_fragments, int, uint32_t stage, uint32_t tokens, bool,
@@ -75,35 +64,11 @@ struct MmaByteMultiplier {
     multiply<1>(stage, tokens, shortened);
   }
 
-  // The factor of codes, once per work tile.
-  __device__ __forceinline__ void apply(const float (&)[Tile::kUnits]) {
-    constexpr float kFactor = Codes::kFactor * Scales::kFactor;
-    if constexpr (kFactor != 1.0f) {
-#pragma unroll
-      for (int u = 0; u < Tile::kUnits; ++u)
-#pragma unroll
-        for (int w = 0; w < kSubTiles; ++w)
-#pragma unroll
-          for (int t = 0; t < kTokenFragments; ++t)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[u][w][t][i] *= 1.0f / kFactor;
-    }
-  }
-
  private:
   __device__ __forceinline__ static void multiply_into(Sum (&part)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                                        bool fresh) {
     if (fresh) part[0] = part[1] = part[2] = part[3] = 0;  // the compiler feeds the zero register, no instruction
     mma_16x8x32<T>(part, a, b);
-  }
-
-  __device__ __forceinline__ void load_words(uint32_t (&words)[kWords], uint32_t packed) const {
-#pragma unroll
-    for (int half = 0; half < Packed::kSubTileWords; ++half) {
-      const uint4 four = load_shared16(packed + Storage::packed_piece(lane * Packed::kSubTileWords + half));
-      words[4 * half] = four.x, words[4 * half + 1] = four.y;
-      words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
-    }
   }
 
   template <int kActive>
@@ -125,9 +90,9 @@ struct MmaByteMultiplier {
       for (int u = 0; u < Tile::kUnits; ++u) {
         // Load: the words of a unit in two steps.
         const uint32_t packed = stage + 2 * f * Storage::kStepBytes + u * Packed::kBytes;
-        uint32_t first[kWords], second[kWords];
-        load_words(first, packed);
-        load_words(second, packed + Storage::kStepBytes);
+        uint32_t first[Storage::kLaneWords], second[Storage::kLaneWords];
+        Storage::load_words(first, packed, lane);
+        Storage::load_words(second, packed + Storage::kStepBytes, lane);
 #pragma unroll
         for (int w = 0; w < kSubTiles; ++w) {
           uint32_t a[4];
@@ -137,38 +102,8 @@ struct MmaByteMultiplier {
         }
       }
     }
-    close(part, row_sums, stage);
-  }
-
-  // sums += (part - zero * row_sums) * scale, of codes and zero points less Codes::kOffset.
-  template <int kActive>
-  __device__ __forceinline__ void close(const Sum (&part)[Tile::kUnits][kSubTiles][kActive][4],
-                                        const Sum (&row_sums)[kActive][4], uint32_t stage) {
-    const int column = lane / 4;  // this lane's columns are column + 8 j, j = 0..7
 #pragma unroll
-    for (int u = 0; u < Tile::kUnits; ++u) {
-      Scales scales;
-      scales.load(stage + Storage::kScalesAt + u * Storage::kUnitScaleBytes + column * 8 * Scales::kBytes);
-      Zeros zeros;
-      zeros.load(stage + Storage::kZerosAt + u * Zeros::kUnitBytes, column);
-#pragma unroll
-      for (int w = 0; w < kSubTiles; ++w) {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {  // columns g and g + 8 of the sub-tile
-          const float scale = scales[2 * w + b];
-          const float zero = Codes::kFactor * (zeros[2 * w + b] - Codes::kOffset);
-#pragma unroll
-          for (int t = 0; t < kActive; ++t) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {  // tokens 2t and 2t + 1
-              float codes = static_cast<float>(part[u][w][t][2 * b + i]);
-              if constexpr (Shape::kTokenSums) codes -= zero * static_cast<float>(row_sums[t][i]);
-              sums[u][w][t][2 * b + i] += codes * scale;
-            }
-          }
-        }
-      }
-    }
+    for (int u = 0; u < Tile::kUnits; ++u) add_scaled<Shape, kActive>(sums[u], part[u], row_sums, stage, u, lane / 4);
   }
 };
 
