@@ -68,24 +68,12 @@ struct Activated {
       if constexpr (kGated) up += biases.y;
     }
   }
-  template <class Expert>
-  __device__ __forceinline__ void finish(Expert expert, int column, float& gate, float& up) const {
-    finish(biases(expert, column), gate, up);
-  }
 
   __device__ __forceinline__ float activated(float2 biases, float gate, float up) const {
     finish(biases, gate, up);
     return Activation::apply(gate, up);
   }
-  template <class Expert>
-  __device__ __forceinline__ float activated(Expert expert, int column, float gate, float up) const {
-    return activated(biases(expert, column), gate, up);
-  }
 
-  template <class Expert>
-  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float gate, float up) const {
-    store(expert, slot, factor, column, gate, up, biases(expert, column));
-  }
   template <class Expert>
   __device__ __forceinline__ void store(Expert, int slot, float factor, int column, float gate, float up,
                                         float2 biases) const {
@@ -95,15 +83,16 @@ struct Activated {
   template <class Expert>
   __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float gate,
                                                 float up) const {
-    if (slot >= 0) store(expert, slot, factor, column, gate, up);
+    if (slot >= 0) store(expert, slot, factor, column, gate, up, biases(expert, column));
   }
 
   // A column of two rows, side by side in a word.
   template <class Expert>
   __device__ __forceinline__ uint32_t of_two_rows(Expert expert, float2, int column, float2 gate, float2 up) const {
     static_assert(!kRowScaled, "rows have no scales of their own");
-    return from_float<T>(activated(expert, column, gate.x, up.x)) |
-           uint32_t(from_float<T>(activated(expert, column, gate.y, up.y))) << 16;
+    const float2 of_column = biases(expert, column);
+    return from_float<T>(activated(of_column, gate.x, up.x)) |
+           uint32_t(from_float<T>(activated(of_column, gate.y, up.y))) << 16;
   }
 
   // Of a row of bytes, columns that are eight apart, `column` the first; their results lie side by side, from `place`
@@ -119,7 +108,7 @@ struct Activated {
 #pragma unroll
       for (int b = at; b < at + 2; ++b) {
         gate[b] *= factors.x, up[b] *= factors.x;
-        finish(expert, column + 8 * b, gate[b], up[b]);
+        finish(biases(expert, column + 8 * b), gate[b], up[b]);
       }
       float2 values = Quick<Activation>::apply(float2{gate[at], gate[at + 1]}, float2{up[at], up[at + 1]});
       if constexpr (Intermediate::kQuantizes) {
@@ -130,11 +119,6 @@ struct Activated {
     if (slot >= 0) store_words(reinterpret_cast<uint32_t*>(out + int64_t(slot) * kColumns + place), words);
   }
 
-  template <class Expert>
-  __device__ __forceinline__ void store_pair(Expert expert, int slot, float factor, int column, float2 gate,
-                                             float2 up) const {
-    store_pair(expert, slot, factor, column, gate, up, biases(expert, column), biases(expert, column + 8));
-  }
   template <class Expert>
   __device__ __forceinline__ void store_pair(Expert expert, int slot, float factor, int column, float2 gate, float2 up,
                                              float2 biases, float2 next_biases) const {
@@ -182,14 +166,6 @@ struct SlotRows {
     return sum;
   }
   template <class Expert>
-  __device__ __forceinline__ float finished(Expert expert, float factor, int column, float sum) const {
-    return finished(biases(expert, column), factor, sum);
-  }
-  template <class Expert>
-  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
-    store(expert, slot, factor, column, sum, 0.0f, biases(expert, column));
-  }
-  template <class Expert>
   __device__ __forceinline__ void store(Expert, int slot, float factor, int column, float sum, float,
                                         float2 biases) const {
     out[int64_t(slot) * kColumns + column].bits = from_float<T>(finished(biases, factor, sum));
@@ -199,8 +175,9 @@ struct SlotRows {
   template <class Expert>
   __device__ __forceinline__ uint32_t of_two_rows(Expert expert, float2 row_factors, int column, float2 sums,
                                                   float2) const {
-    return from_float<T>(finished(expert, row_factors.x, column, sums.x)) |
-           uint32_t(from_float<T>(finished(expert, row_factors.y, column, sums.y))) << 16;
+    const float2 of_column = biases(expert, column);
+    return from_float<T>(finished(of_column, row_factors.x, sums.x)) |
+           uint32_t(from_float<T>(finished(of_column, row_factors.y, sums.y))) << 16;
   }
 };
 
@@ -258,10 +235,6 @@ struct SlotPartials {
   }
 
   template <class Expert>
-  __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float) const {
-    store(expert, slot, factor, column, sum, 0.0f, biases(expert, column));
-  }
-  template <class Expert>
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float,
                                         float2 biases) const {
     if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
@@ -273,7 +246,7 @@ struct SlotPartials {
   template <class Expert>
   __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float sum,
                                                 float) const {
-    if (slot >= 0) store(expert, slot, factor, column, sum, 0.0f);
+    if (slot >= 0) store(expert, slot, factor, column, sum, 0.0f, biases(expert, column));
   }
 
   // As for `Activated`.

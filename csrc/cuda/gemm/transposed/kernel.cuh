@@ -131,7 +131,8 @@ struct TransposedGemm {
         for (int i = 0; i < 4; ++i) {
           const int row = t * 8 + lane % 4 * 2 + i % 2, column = step * kStepRows + lane / 4 + i / 2 * 8;
           if (slots[row] < 0) continue;
-          epilogue.store(index, slots[row], factors[row], column, sums[s][t][i] * Fragments::kResidualScale, 0.0f);
+          epilogue.store(index, slots[row], factors[row], column, sums[s][t][i] * Fragments::kResidualScale, 0.0f,
+                         epilogue.biases(index, column));
         }
       }
     }

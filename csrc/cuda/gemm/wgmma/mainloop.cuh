@@ -184,9 +184,9 @@ struct WgmmaConsumer {
           const int column = first_column + 16 * p;
           if constexpr (kQuantizes<Epilogue>) {
             const int s = 4 * t + i;
-            gemm.epilogue.store_pair(expert, slot, factor, column,
-                                     float2{sums[p][s] * factors[0], sums[p][s + 2] * factors[0]},
-                                     float2{up[s] * up_factor, up[s + 2] * up_factor});
+            store_pair(gemm.epilogue, expert, slot, factor, column,
+                       float2{sums[p][s] * factors[0], sums[p][s + 2] * factors[0]},
+                       float2{up[s] * up_factor, up[s + 2] * up_factor}, pair_biases(gemm.epilogue, expert, column));
           } else {
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
