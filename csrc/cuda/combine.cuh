@@ -6,7 +6,8 @@
 #include "offsets.cuh"
 #include "ptx/ptx.cuh"
 #include "token_count.cuh"
-#include "token_tiles.cuh"
+#include "token_tiles/aligned.cuh"
+#include "token_tiles/expert_of_slot.cuh"
 
 namespace jmm {
 

@@ -9,8 +9,11 @@
 #pragma once
 
 #include "offsets.cuh"
+#include "router/best_experts.cuh"
+#include "router/best_groups.cuh"
 #include "router/element.cuh"
 #include "router/scoring.cuh"
+#include "router/slices.cuh"
 #include "token_count.cuh"
 
 namespace jmm {
@@ -40,7 +43,6 @@ struct RouterSelect {
   static constexpr int kThreads = 32 * kWarps, kTokensOfCta = kWarps / kWarpsOfToken;
   static constexpr int kMaxCtas = (kTokens + kTokensOfCta - 1) / kTokensOfCta;
   static constexpr int kCount = (kExperts + 31) / 32;  // experts of a lane
-  static constexpr int kVectors = kStride / 4, kLaneVectors = (kVectors + 31) / 32;
   static constexpr int kThreadsOfToken = 32 * kWarpsOfToken;
   // Whether one warp has a token from its logits on, in registers.
   static constexpr bool kAlone = Facts::kAlone;
@@ -48,6 +50,10 @@ struct RouterSelect {
   static constexpr bool kQuotients = Facts::kQuotients;
   // Whether a weight is made of the number that the expert was chosen by, rather than of the score in its row.
   static constexpr bool kByChoice = !kGiven && !kBiased && !kMixer && kTopGroups == kGroups;
+  using Slices = LogitSlices<kSlices, kTokens, kStride, kWarpsOfToken, kCount>;
+  using Groups = BestGroups<kCount, kExperts, kGroups, kTopGroups, kTop2>;
+  using Best = BestExperts<kCount, kTopK, kSoftmaxOfChosen>;
+  using Choice = typename Best::Choice;
   // Logits to be made scores.
   static constexpr int kOfThread = kAlone ? kCount : (kStride + kThreadsOfToken - 1) / kThreadsOfToken;
   static_assert(kStride % 4 == 0, "logits are read four at a time");
@@ -116,7 +122,7 @@ struct RouterSelect {
   __device__ __forceinline__ void run_token(Shared& shared, const Biases& biases, int token, const Read& read) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int thread = threadIdx.x % kThreadsOfToken, token_of_cta = warp / kWarpsOfToken;
-    if (token < count.of(kTokens)) add_slices(shared.logits[warp], warp % kWarpsOfToken, lane, read);
+    if (token < count.of(kTokens)) Slices::add(shared.logits[warp], warp % kWarpsOfToken, lane, read);
     sync_token();
     float* const row = shared.logits[token_of_cta * kWarpsOfToken];
     float* const choice = shared.choices[token_of_cta];
@@ -156,7 +162,7 @@ struct RouterSelect {
   // A token by itself: what it chooses among is never in memory.
   __device__ __forceinline__ void run_warp(Shared& shared, const Biases& biases, int token, int warp, int lane) const {
     float values[kCount];
-    add_slices_of_lane(values, token, lane);
+    Slices::add_of_lane(logits, values, token, lane);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       values[i] = score_of(values[i], biases.of_logits[i]);
@@ -191,8 +197,6 @@ struct RouterSelect {
 
   static constexpr uint32_t kMinusInfinity = 0xFF800000u;
   static constexpr int kSquaresAt = kExperts + kGated;  // of the logits
-  static constexpr int kGroupSize = kExperts / kGroups;
-  static constexpr int kLanesOfGroup = kGroupSize % kCount == 0 ? kGroupSize / kCount : 0;
   // That a power of two, the first lanes, have the choice.
   static constexpr int kLanesOfChoice = kTopK <= 1    ? 1
                                         : kTopK <= 2  ? 2
@@ -200,90 +204,11 @@ struct RouterSelect {
                                         : kTopK <= 8  ? 8
                                         : kTopK <= 16 ? 16
                                                       : 32;
-  // Whether a group is what some neighbouring lanes have, a power of two of them.
-  static constexpr bool kGroupsOfLanes = kLanesOfGroup > 0 && (kLanesOfGroup & (kLanesOfGroup - 1)) == 0;
-
   __device__ __forceinline__ static void sync_token() {
     if constexpr (kWarpsOfToken > 1) {
       __syncthreads();
     } else {
       __syncwarp();
-    }
-  }
-
-  template <class Read>
-  __device__ __forceinline__ static void add_slices(float* row, int part, int lane, const Read& read) {
-    constexpr int kSlicesOfWarp = (kSlices + kWarpsOfToken - 1) / kWarpsOfToken;
-    constexpr int kAtOnce = kSlicesOfWarp < 8 ? kSlicesOfWarp : 8;  // on their way together
-    float4 sums[kLaneVectors];
-#pragma unroll
-    for (int v = 0; v < kLaneVectors; ++v) sums[v] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-    for (int first = 0; first < kSlicesOfWarp; first += kAtOnce) {
-      float4 parts[kAtOnce][kLaneVectors];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int slice = part * kSlicesOfWarp + first + i;
-        const bool there = first + i < kSlicesOfWarp && slice < kSlices;
-#pragma unroll
-        for (int v = 0; v < kLaneVectors; ++v) {
-          parts[i][v] = {0.0f, 0.0f, 0.0f, 0.0f};
-          if (there && v * 32 + lane < kVectors) parts[i][v] = read(slice, v * 32 + lane);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-        for (int v = 0; v < kLaneVectors; ++v) {
-          sums[v].x += parts[i][v].x, sums[v].y += parts[i][v].y;
-          sums[v].z += parts[i][v].z, sums[v].w += parts[i][v].w;
-        }
-    }
-#pragma unroll
-    for (int v = 0; v < kLaneVectors; ++v) {
-      if (v * 32 + lane < kVectors) reinterpret_cast<float4*>(row)[v * 32 + lane] = sums[v];
-    }
-  }
-
-  static constexpr int kMostNumbers = 192;  // of slices, that a lane has registers for
-
-  // The logits of a lane's experts, any numbers where it has none.
-  __device__ __forceinline__ void add_slices_of_lane(float (&sums)[kCount], int token, int lane) const {
-    constexpr int kMost = kMostNumbers / kCount, kTurns = (kSlices + kMost - 1) / kMost;
-    constexpr int kAtOnce = (kSlices + kTurns - 1) / kTurns;  // on their way together
-    constexpr int kVector = kCount % 4 == 0 ? 4 : kCount % 2 == 0 ? 2 : 1;
-    const float* const first = logits + int64_t(token) * kStride + min(lane * kCount, kStride - kCount);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
-#pragma unroll 1
-    for (int slice = 0; slice < kSlices; slice += kAtOnce) {
-      float parts[kAtOnce][kCount];
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s)
-#pragma unroll
-        for (int i = 0; i < kCount; i += kVector) {
-          const int from = kSlices % kAtOnce == 0 ? slice + s : min(slice + s, kSlices - 1);
-          load_global_words<kVector>(parts[s] + i, first + int64_t(from) * kTokens * kStride + i);
-        }
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s)
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          if (kSlices % kAtOnce == 0 || slice + s < kSlices) sums[i] += parts[s][i];
-        }
-    }
-  }
-
-  template <int kVector>
-  __device__ __forceinline__ static void load_global_words(float* to, const float* from) {
-    if constexpr (kVector == 4) {
-      const float4 v = *reinterpret_cast<const float4*>(from);
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    } else if constexpr (kVector == 2) {
-      const float2 v = *reinterpret_cast<const float2*>(from);
-      to[0] = v.x, to[1] = v.y;
-    } else {
-      to[0] = *from;
     }
   }
 
@@ -326,188 +251,18 @@ struct RouterSelect {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) keys[i] = lane * kCount + i < kExperts ? order_of(values[i]) : 0;
       if constexpr (kTopGroups < kGroups) {
-        const bool mine = keeps_group(choice, values, keys, lane);
-        const uint32_t kept = kGroupsOfLanes ? 0 : __ballot_sync(~0u, mine);
+        const bool mine = Groups::keep(choice, values, keys, lane);
+        const uint32_t kept = Groups::kOfLanes ? 0 : __ballot_sync(~0u, mine);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          const int group = min((lane * kCount + i) / kGroupSize, kGroups - 1);
-          const bool stays = kGroupsOfLanes ? mine : kept >> group & 1;
+          const int group = min((lane * kCount + i) / Groups::kSize, kGroups - 1);
+          const bool stays = Groups::kOfLanes ? mine : kept >> group & 1;
           if (keys[i] != 0 && !stays) keys[i] = order_of(__uint_as_float(kMinusInfinity));
         }
       }
-      chosen = best_experts(keys, choice, lane);
+      chosen = Best::find(keys, choice, lane);
     }
     weigh(row, gate, slots, chosen, there, token, lane);
-  }
-
-  // The best two of a group: their keys, and the numbers.
-  struct BestTwo {
-    uint32_t first_key = 0, second_key = 0;
-    float first = 0.0f, second = 0.0f;
-
-    __device__ __forceinline__ void take(uint32_t k, float value) {
-      const bool leads = k > first_key, follows = k > second_key;
-      second = leads ? first : follows ? value : second;
-      second_key = leads ? first_key : follows ? k : second_key;
-      first = leads ? value : first;
-      first_key = leads ? k : first_key;
-    }
-  };
-
-  // Whether a group is one of the kTopGroups of the largest worth: this lane's if kGroupsOfLanes, from all lanes'
-  // values; else the one of the lane's number, from a row of them.
-  __device__ __forceinline__ static bool keeps_group(const float* choice, const float (&values)[kCount],
-                                                     const uint32_t (&keys)[kCount], int lane) {
-    BestTwo best;
-    if constexpr (kGroupsOfLanes) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) best.take(keys[i], values[i]);
-#pragma unroll
-      for (int distance = 1; distance < kLanesOfGroup; distance *= 2) {
-        const uint32_t first_key = __shfl_xor_sync(~0u, best.first_key, distance);
-        const uint32_t second_key = __shfl_xor_sync(~0u, best.second_key, distance);
-        const float first = __shfl_xor_sync(~0u, best.first, distance);
-        const float second = __shfl_xor_sync(~0u, best.second, distance);
-        best.take(first_key, first);
-        best.take(second_key, second);
-      }
-    } else if (lane < kGroups) {
-#pragma unroll 8
-      for (int i = 0; i < kGroupSize; ++i) {
-        const float value = choice[lane * kGroupSize + i];
-        best.take(order_of(value), value);
-      }
-    }
-    const float worth = kTop2 && kGroupSize > 1 ? best.first + best.second : best.first;
-    const int group = kGroupsOfLanes ? lane / kLanesOfGroup : lane;  // that this lane knows
-    const uint32_t mine = order_of(worth);
-    int better = 0;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const uint32_t theirs = __shfl_sync(~0u, mine, kGroupsOfLanes ? g * kLanesOfGroup : g);
-      better += theirs > mine || (theirs == mine && g < group);
-    }
-    return group < kGroups && better < kTopGroups;
-  }
-
-  // The largest of a lane's keys, and which one it is: the lower one where keys are equal.
-  struct BestOfLane {
-    uint32_t key;
-    int at;
-
-    __device__ __forceinline__ explicit BestOfLane(const uint32_t (&keys)[kCount]) {
-      uint32_t best[kCount];
-      int number[kCount];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) best[i] = keys[i], number[i] = i;
-      // Pairs, pairs of pairs, and so on.
-#pragma unroll
-      for (int distance = 1; distance < kCount; distance *= 2)
-#pragma unroll
-        for (int i = 0; i + distance < kCount; i += 2 * distance) {
-          if (best[i + distance] > best[i]) best[i] = best[i + distance], number[i] = number[i + distance];
-        }
-      key = best[0], at = number[0];
-    }
-  };
-
-  __device__ __forceinline__ static void clear(uint32_t (&keys)[kCount], int at, bool really) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (really && i == at) keys[i] = 0;
-    }
-  }
-
-  static constexpr int kMostSorted = 4;  // experts of a lane: their number of exchanges is quadratic
-
-  // The keys of a lane, largest first, and whose they are. Neighbours change places: of equal keys the lower expert
-  // stays first.
-  __device__ __forceinline__ static void sort(uint32_t (&keys)[kCount], int (&experts)[kCount], int lane) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) experts[i] = lane * kCount + i;
-#pragma unroll
-    for (int end = kCount - 1; end > 0; --end)
-#pragma unroll
-      for (int i = 0; i < end; ++i) {
-        const bool swaps = keys[i + 1] > keys[i];
-        const uint32_t key = keys[i];
-        const int expert = experts[i];
-        keys[i] = swaps ? keys[i + 1] : key, keys[i + 1] = swaps ? key : keys[i + 1];
-        experts[i] = swaps ? experts[i + 1] : expert, experts[i + 1] = swaps ? expert : experts[i + 1];
-      }
-  }
-
-  // What a lane has been given.
-  struct Choice {
-    int id = 0;
-    float number = 0.0f;  // of its key
-    float first = 0.0f;   // the number of lane 0's key
-    float sum = 0.0f;     // of all lanes' numbers; or of their exponentials, if that is what weights are
-
-    __device__ __forceinline__ void take(int j, uint32_t key, int lane) {
-      const float value = number_of(key);
-      if (lane == j) number = value;
-      if (j == 0) first = value;
-      sum += kSoftmaxOfChosen ? expf(value - first) : value;
-    }
-  };
-
-  // Lane j gets the j-th largest key, and its expert. `ids` is room for the bits of all of them.
-  __device__ __forceinline__ static Choice best_experts(const uint32_t (&all_keys)[kCount], float* ids, int lane) {
-    Choice chosen;
-    uint32_t keys[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) keys[i] = all_keys[i];
-    __syncwarp();  // the room has been read
-    // As if no keys were equal: a lane that has the maximum takes it without asking who else has it.
-    bool equal = false;
-    if constexpr (kCount <= kMostSorted) {
-      int experts[kCount];
-      sort(keys, experts, lane);
-#pragma unroll kTopK <= 8 ? kTopK : 1
-      for (int j = 0; j < kTopK; ++j) {
-        const uint32_t most = maximum_of_warp(keys[0]);
-        const bool mine = keys[0] == most;
-        chosen.take(j, most, lane);
-        if (mine) ids[j] = __int_as_float(experts[0]);
-        equal |= __popc(__ballot_sync(~0u, mine)) > 1;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          keys[i] = !mine ? keys[i] : i + 1 < kCount ? keys[i + 1] : 0;
-          if (i + 1 < kCount) experts[i] = mine ? experts[i + 1] : experts[i];
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < kTopK; ++j) {
-        const BestOfLane best(keys);
-        const uint32_t most = maximum_of_warp(best.key);
-        const bool mine = best.key == most;
-        chosen.take(j, most, lane);
-        clear(keys, best.at, mine);
-        if (mine) ids[j] = __int_as_float(lane * kCount + best.at);
-        equal |= __popc(__ballot_sync(~0u, mine)) > 1;
-      }
-    }
-    __syncwarp();
-    if (!equal) {
-      chosen.id = __float_as_int(ids[min(lane, kTopK - 1)]);
-      return chosen;
-    }
-    chosen = {};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) keys[i] = all_keys[i];
-#pragma unroll 1
-    for (int j = 0; j < kTopK; ++j) {
-      const BestOfLane best(keys);
-      const uint32_t most = maximum_of_warp(best.key);
-      const int owner = __ffs(__ballot_sync(~0u, best.key == most)) - 1;
-      chosen.take(j, most, lane);
-      clear(keys, best.at, lane == owner);
-      const int expert = __shfl_sync(~0u, lane * kCount + best.at, owner);
-      if (lane == j) chosen.id = expert;
-    }
-    return chosen;
   }
 
   // Lane j gets the softmax of the j-th chosen logit over itself and those close to it that are not chosen before it.
