@@ -26,12 +26,14 @@ class GemmKernel:
         tile: the type of its tiles.
         token_tiles: rows of a token tile that it has, ascending.
         candidates: (shape, rows of a token tile, capability) to the tiles worth considering.
+        byte_rows: whether its rows have 8 bits.
     """
 
     header: str
     tile: type["Tile"]
     token_tiles: tuple[int, ...]
     candidates: Callable[[GemmShape, int, int], Sequence["Tile"]]
+    byte_rows: bool = False
 
 
 Tile = mma.MmaTile | mma_bytes.MmaByteTile | wgmma.WgmmaTile | wgmma_bytes.WgmmaByteTile
@@ -39,18 +41,17 @@ Tile = mma.MmaTile | mma_bytes.MmaByteTile | wgmma.WgmmaTile | wgmma_bytes.Wgmma
 KERNELS = {
     "wgmma": GemmKernel("gemm/wgmma/kernel.cuh", wgmma.WgmmaTile, wgmma.TOKEN_TILES, wgmma.candidates),
     "wgmma_bytes": GemmKernel(
-        "gemm/wgmma/kernel.cuh", wgmma_bytes.WgmmaByteTile, wgmma_bytes.TOKEN_TILES, wgmma_bytes.candidates
+        "gemm/wgmma/kernel.cuh", wgmma_bytes.WgmmaByteTile, wgmma_bytes.TOKEN_TILES, wgmma_bytes.candidates, True
     ),
     "mma": GemmKernel("gemm/mma/kernel.cuh", mma.MmaTile, mma.TOKEN_TILES, mma.candidates),
-    "mma_bytes": GemmKernel("gemm/mma/kernel.cuh", mma_bytes.MmaByteTile, mma.TOKEN_TILES, mma_bytes.candidates),
+    "mma_bytes": GemmKernel("gemm/mma/kernel.cuh", mma_bytes.MmaByteTile, mma.TOKEN_TILES, mma_bytes.candidates, True),
 }
-_OF_BYTES = {"wgmma_bytes", "mma_bytes"}
 
 
 def kernels_of(shape: GemmShape, capability: int) -> list[str]:
     """The names of the kernels that an architecture has for rows of the shape's type."""
     kernels = get_architecture(capability).kernels
-    return [name for name in KERNELS if name in kernels and (name in _OF_BYTES) == shape.has_byte_rows]
+    return [name for name, row in KERNELS.items() if name in kernels and row.byte_rows == shape.has_byte_rows]
 
 
 @dataclasses.dataclass(frozen=True)
