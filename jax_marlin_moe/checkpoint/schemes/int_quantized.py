@@ -54,6 +54,10 @@ def decode_int_quantized(
     return LogicalLinear(codes if order is None else codes[order], weight_scale.T, zeros)
 
 
+def _fit_4_bits(integers: np.ndarray) -> bool:
+    return not integers.size or -8 <= integers.min() <= integers.max() <= 7
+
+
 @dataclasses.dataclass(frozen=True)
 class IntQuantizedStorage(PackQuantizedStorage):
     """How a linear of whole bytes is stored; attributes as for `PackQuantizedStorage`."""
@@ -98,12 +102,7 @@ class IntQuantizedStorage(PackQuantizedStorage):
         check_finite(files, linear.name(".weight_scale"), scale)
         zeros = None if self.symmetric else self._of_groups(files, linear, ".weight_zero_point", n, groups, ("I8",))
         for suffix, integers in ((".weight", weight), (".weight_zero_point", zeros)):
-            if (
-                self.bits == 4
-                and integers is not None
-                and integers.size
-                and not -8 <= integers.min() <= integers.max() <= 7
-            ):
+            if self.bits == 4 and integers is not None and not _fit_4_bits(integers):
                 found = f"{integers.min()} to {integers.max()}"
                 raise files.fault(linear.name(suffix), f"holds {found}; integers of 4 bits lie in [-8, 7]")
         return weight, scale, zeros
@@ -161,7 +160,7 @@ def from_int_quantized(
         check_array("weight_zero_point", weight_zero_point, ndim=3, dtype=jnp.int8)
         check_stack("weight_zero_point", weight_zero_point.shape, (experts, n, groups))
     for name, integers in (("weight", weight), ("weight_zero_point", weight_zero_point)):
-        if bits == 4 and integers is not None and not (np.abs(2 * np.asarray(integers, np.int32) + 1) < 16).all():
+        if bits == 4 and integers is not None and not _fit_4_bits(np.asarray(integers)):
             raise ValueError(f"{name} holds integers outside [-8, 7]; those of 4 bits lie in it")
     tensors = (weight, weight_scale, weight_zero_point, None)
     return pack_stack(decode_int_quantized, tensors, row, k, n, size, options={"bits": bits})
