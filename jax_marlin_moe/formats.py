@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8, UInt16
 
+from jax_marlin_moe.rounding import round_to
+
 # Values of the codes 0 ... 7 of e2m1; bit 3 is the sign.
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E4M3_MAX = 448.0
@@ -123,18 +125,6 @@ FP16 = _whole("fp16", "jmm::FP16", jnp.float16)
 
 def _decode_float_scales(scales: Float[Array, "..."]) -> Float32[Array, "..."]:
     return scales.astype(jnp.float32)
-
-
-def round_to(values: Float32[Array, "..."], dtype: jnp.dtype) -> Float32[Array, "..."]:
-    """Non-negative float32 values, rounded to ones that `dtype` stores exactly.
-
-    A cast there and back is not enough: XLA keeps the excess precision, and codes would be chosen for another scale.
-    """
-    info = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(values, info.nexp, info.nmant)
-    if dtype == jnp.float16:  # reduce_precision flushes its subnormals, multiples of 2^-24
-        rounded = jnp.where(values < info.smallest_normal, jnp.round(values * 2.0**24) * 2.0**-24, rounded)
-    return rounded
 
 
 def _encode_float_scales(

@@ -9,9 +9,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_marlin_moe.arguments import as_dtype, check_rank
-from jax_marlin_moe.formats import FLOAT_SCALES, WeightFormat, get_format, round_to
+from jax_marlin_moe.formats import FLOAT_SCALES, WeightFormat, get_format
 from jax_marlin_moe.ops.each_expert import define_each_expert
 from jax_marlin_moe.packing import assemble, check_group_size, pack_expert
+from jax_marlin_moe.rounding import round_to
 from jax_marlin_moe.weights import MarlinWeights
 
 
