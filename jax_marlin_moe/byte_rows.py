@@ -37,8 +37,16 @@ def has_groups(activation_dtype: ByteDtype | None) -> bool:
     return activation_dtype == "float8_e4m3fn_g128"
 
 
+def scales_whole_rows(activation_dtype: ByteDtype | None, fixed: object | None) -> bool:
+    """Whether the scale of a row follows from all of its columns; `fixed` is the scale that calibration has fixed."""
+    return activation_dtype is not None and fixed is None and not has_groups(activation_dtype)
+
+
 def quantize_rows(
-    rows: Float[Array, "rows columns"], dtype: ByteDtype, scale: Float32[Array, "1"] | None = None
+    rows: Float[Array, "rows columns"],
+    dtype: ByteDtype,
+    scale: Float32[Array, "1"] | None = None,
+    columns_over: tuple[str, ...] = (),
 ) -> tuple[Float32[Array, "rows columns"], Float32[Array, "rows groups"]]:
     """The values of a row in units of its scale, as numbers of 8 bits, and the scales, one for each row.
 
@@ -49,6 +57,9 @@ def quantize_rows(
 
     With a `scale`, of "float8_e4m3fn" alone, it is that of all rows: values are the nearest of the type to
     `row / scale`, zero where the scale is not positive and finite.
+
+    Along the manual mesh axes `columns_over` devices have other columns of the same rows, whose scale is that of all;
+    it is for scales of whole rows alone.
     """
     largest = _LARGEST[_NUMBERS[dtype]]
     rows = rows.astype(jnp.float32)
@@ -62,6 +73,8 @@ def quantize_rows(
         scales = jnp.broadcast_to(usable(scale), (rows.shape[0], 1))
         return in_units(rows, scales), scales
     extent = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0), _LEAST_EXTENT)
+    if columns_over:
+        extent = jax.lax.pmax(extent, columns_over)
     scales = extent * jnp.float32(1 / largest)
     # Behind a barrier: XLA would turn the division and the product into one division.
     values = rows * jax.lax.optimization_barrier(largest / extent)

@@ -119,7 +119,7 @@ class MoELayer:
         check_rows(self, x, token_ids, router_input)
         rows = x.reshape(-1, x.shape[-1])
         placement = None if self.placement is None else jnp.asarray(self.placement)
-        fixed = activation_dtype == "float8_e4m3fn"
+        x_scale, intermediate = self.fixed_scales(activation_dtype)
         y = moe_layer(
             rows,
             self.router,
@@ -139,8 +139,8 @@ class MoELayer:
             topk_ids=self._given(None if token_ids is None else token_ids.reshape(-1)),
             expert_map=None if placement is None else first_slots(placement, self.num_experts),
             activation_dtype=activation_dtype,
-            x_scale=self.x_scale if fixed else None,
-            intermediate=self._intermediate(placement) if fixed else None,
+            x_scale=x_scale,
+            intermediate=intermediate,
             implementation=implementation,
             batch_invariant=batch_invariant,
         )
@@ -165,12 +165,21 @@ class MoELayer:
         scale = self.output_norm.astype(jnp.float32)[None]
         return (rms_normalized(y.astype(jnp.float32), self.norm_epsilon) * scale).astype(y.dtype)
 
-    def _intermediate(self, placement: Int32[Array, " slots"] | None) -> IntermediateQuantizer | None:
-        """How the rows between the products are quantised, where calibration has fixed it."""
+    def fixed_scales(
+        self, activation_dtype: ByteDtype | None
+    ) -> tuple[Float32[Array, ""] | None, IntermediateQuantizer | None]:
+        """`x_scale` and `intermediate` of `jax_marlin_moe.fused_moe`, by slot, where calibration has fixed them.
+
+        Both are None for any type of rows but "float8_e4m3fn".
+        """
+        if activation_dtype != "float8_e4m3fn":
+            return None, None
         if self.intermediate_scales is None:
-            return None
+            return self.x_scale, None
         scales = jnp.asarray(self.intermediate_scales)
-        return IntermediateQuantizer(scales if placement is None else scales[placement], "static_fp8")
+        if self.placement is not None:
+            scales = scales[jnp.asarray(self.placement)]
+        return self.x_scale, IntermediateQuantizer(scales, "static_fp8")
 
     def _given(self, token_ids: Int32[Array, " tokens"] | None) -> Int32[Array, "tokens top_k"] | None:
         """The experts of each row, where they follow from its token."""

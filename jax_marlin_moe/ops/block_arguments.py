@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32
 
 from jax_marlin_moe import arguments
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.byte_rows import ByteDtype
+from jax_marlin_moe.byte_rows import GROUP, ByteDtype, has_groups, scales_whole_rows
 from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.ops.shares import count_shares, split_block
@@ -123,4 +123,36 @@ def check_fixed_scales(
         raise ValueError(
             f"activation_dtype is {activation_dtype!r} and intermediate.kind {intermediate.kind!r}; it must be "
             "'static_fp8', or intermediate None: both say how rows are quantised"
+        )
+
+
+def check_rows_in_shares(
+    gate_up: MarlinWeights,
+    shares: int,
+    activation: Activation,
+    activation_dtype: ByteDtype | None,
+    intermediate: IntermediateQuantizer | None,
+) -> None:
+    """Raises ValueError unless rows between the products are quantised alike in shares of the matrices and in whole."""
+    if scales_whole_rows(activation_dtype, intermediate):
+        raise ValueError(
+            f"activation_dtype is {activation_dtype!r}, intermediate is None and gate_up is laid out for {shares} "
+            "ranks; the rows between the products have one scale each, of whole rows, and no device has those: call "
+            "jax_marlin_moe.sharding.parallel_layer, or parallel_experts, whose ranks find it together; or pass fixed "
+            "scales, 'float8_e4m3fn_g128', or matrices that are not laid out"
+        )
+    _check_groups(gate_up.padded_n // shares // activation.halves, activation_dtype)
+
+
+def check_groups_of_rank(gate_up: MarlinWeights, activation: Activation, activation_dtype: ByteDtype | None) -> None:
+    """Raises ValueError unless one rank's columns of the intermediate dimension are whole groups of scales."""
+    _check_groups(gate_up.padded_n // activation.halves, activation_dtype)
+
+
+def _check_groups(columns: int, activation_dtype: ByteDtype | None) -> None:
+    if has_groups(activation_dtype) and columns % GROUP:
+        raise ValueError(
+            f"activation_dtype is {activation_dtype!r}, and each rank has {columns} columns of the intermediate "
+            f"dimension; it must have a multiple of {GROUP}, which share a scale: cut it for fewer ranks, or pass "
+            "'float8_e4m3fn'"
         )

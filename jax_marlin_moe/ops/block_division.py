@@ -25,7 +25,9 @@ def block_division(
         reasons["down", "rows"] = "its rows go with columns of gate and up: " + _APART
     elif activation_dtype is not None:
         reasons["gate_up", "columns"] = reasons["down", "rows"] = (
-            f"with activation_dtype {activation_dtype!r} the rows of down's product have one scale each, of whole rows"
+            f"with activation_dtype {activation_dtype!r} the rows of down's product have scales of whole rows; "
+            "what jax_marlin_moe.sharding.tensor_parallel lays out may be over devices with fixed scales, or called by "
+            "jax_marlin_moe.sharding.parallel_experts"
         )
     return Division(
         matrices={"gate_up": (None, columns), "down": (columns, "n")},

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.block_operands import BlockOperands
-from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype
+from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype, scales_whole_rows
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
@@ -31,7 +31,9 @@ from jax_marlin_moe.ops.block_arguments import (
     as_block_rows,
     check_experts,
     check_fixed_scales,
+    check_groups_of_rank,
     check_intermediate,
+    check_rows_in_shares,
 )
 from jax_marlin_moe.ops.block_division import block_division
 from jax_marlin_moe.ops.block_of_bytes import composed_of_bytes
@@ -133,10 +135,15 @@ def share_of_block(
     out_dtype: jnp.dtype,
     rounded_to: jnp.dtype,
     implementation: str | None,
+    activation_dtype: ByteDtype | None = None,
+    x_scale: Float32[Array, ""] | None = None,
+    intermediate: IntermediateQuantizer | None = None,
+    columns_over: tuple[str, ...] = (),
 ) -> Float[Array, "tokens H"]:
     """What some of the experts add to `fused_moe`, as `out_dtype`; the sum of all shares is as `rounded_to`.
 
-    An `out_dtype` of `four_numbers.WORDS` packs float32 shares; that has no derivative, and needs `can_pack`.
+    An `out_dtype` of `four_numbers.WORDS` packs float32 shares; that has no derivative, and needs `can_pack` and rows
+    of 16 bits. `columns_over` as for `expert_block`.
     """
     return _checked_block(
         x,
@@ -148,8 +155,12 @@ def share_of_block(
         expert_map=expert_map,
         preferred_element_type=jnp.float32 if out_dtype != x.dtype else None,
         implementation=implementation,
+        x_scale=x_scale,
+        intermediate=intermediate,
+        activation_dtype=activation_dtype,
         rounded_to=rounded_to,
         packed=out_dtype == WORDS,
+        columns_over=columns_over,
     ).astype(out_dtype)
 
 
@@ -175,8 +186,9 @@ def _checked_block(
     cuda_scheme=None,
     rounded_to=None,
     packed=False,
+    columns_over=(),
 ):
-    """`fused_moe` of rows without further dimensions, or its packed shares; `rounded_to` as for `expert_block`."""
+    """`fused_moe` of rows without further dimensions, or its packed shares; other options as for `expert_block`."""
     check_activation_dtype(activation_dtype)
     x, x_scale, out_dtype = as_block_rows(x, x_scale, preferred_element_type, activation_dtype)
     topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
@@ -208,10 +220,19 @@ def _checked_block(
         rounded_to=rounded_to,
         implementation=implementation,
         cuda_scheme=cuda_scheme,
+        columns_over=columns_over,
     )
 
 
-@one_program("activation", "activation_dtype", "out_dtype", "rounded_to", "cuda_scheme", saved_as="fused_moe")
+@one_program(
+    "activation",
+    "activation_dtype",
+    "out_dtype",
+    "rounded_to",
+    "cuda_scheme",
+    "columns_over",
+    saved_as="fused_moe",
+)
 def expert_block(
     x,
     gate_up,
@@ -225,21 +246,19 @@ def expert_block(
     activation_dtype=None,
     out_dtype=None,
     rounded_to=None,
+    columns_over=(),
     **params,
 ):
     """`fused_moe` of arguments that are checked, or that are those of `fused_moe_op`.
 
     `rounded_to` is what the caller rounds float32 results to once it has added others: what a kernel keeps on the way
     to them need not have more bits than that takes. None is `out_dtype`. An `out_dtype` of `WORDS` is for float32
-    results as `pack_fours` packs them, of matrices without padded columns.
+    results as `pack_fours` packs them, of matrices without padded columns. `columns_over` are manual mesh axes along
+    which devices have other columns of the intermediate dimension.
     """
     shares = count_shares(gate_up)
     if shares > 1:
-        if activation_dtype is not None:
-            raise ValueError(
-                f"activation_dtype is {activation_dtype!r}, and gate_up is laid out for {shares} ranks; the rows of "
-                "down's product have one scale each, of whole rows: pass matrices that are not laid out"
-            )
+        check_rows_in_shares(gate_up, shares, params["activation"], activation_dtype, intermediate)
         experts = gate_up.num_experts
         gate_up, down = split_block(gate_up, down, shares)
         topk_weights, topk_ids, expert_map = choose_shares(topk_weights, topk_ids, expert_map, experts, shares)
@@ -258,20 +277,31 @@ def expert_block(
             expert = expert_map[jnp.clip(expert, 0, expert_map.shape[0] - 1)]
         rows = gather_input_order(jnp.repeat(rows, topk_ids.shape[1], axis=0), gate_up, expert)
     out_dtype = rows.dtype if out_dtype is None else out_dtype
-    (y,) = fused_moe_op(
-        pad_rows(rows, gate_up),
-        as_packed(gate_up),
-        as_packed(down),
-        topk_weights,
-        topk_ids,
-        expert_map,
-        x_scale,
-        intermediate,
-        activation_dtype=activation_dtype,
-        out_dtype=out_dtype,
-        cuda_rounded_to=out_dtype if rounded_to is None else rounded_to,
-        **params,
+    block = BlockOperands(
+        x=pad_rows(rows, gate_up),
+        gate_up=as_packed(gate_up),
+        down=as_packed(down),
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        expert_map=expert_map,
+        x_scale=x_scale,
+        intermediate=intermediate,
     )
+    if columns_over and scales_whole_rows(activation_dtype, intermediate):
+        # No kernel asks other devices for what they have between its two products.
+        options = {name: params[name] for name in ("activation", "implementation")}
+        y = composed_of_bytes(block, activation_dtype=activation_dtype, columns_over=columns_over, **options)
+        y = y.astype(out_dtype)
+    else:
+        if columns_over:
+            check_groups_of_rank(gate_up, params["activation"], activation_dtype)
+        (y,) = fused_moe_op(
+            *block,
+            activation_dtype=activation_dtype,
+            out_dtype=out_dtype,
+            cuda_rounded_to=out_dtype if rounded_to is None else rounded_to,
+            **params,
+        )
     return shard_rows_like(y if out_dtype == WORDS else drop_column_padding(y, down), x)
 
 
@@ -303,7 +333,8 @@ def _packing(form: Callable) -> Callable:
 def _cpu(*operands, activation, activation_dtype, out_dtype):
     block = BlockOperands(*operands)
     if activation_dtype is not None:
-        y = composed_of_bytes(block, activation=activation, activation_dtype=activation_dtype)
+        options = {"activation": activation, "activation_dtype": activation_dtype}
+        y = composed_of_bytes(block, **options, implementation="cpu")
         return [y.astype(out_dtype)]
     intermediate = block.intermediate
     return custom_call(

@@ -80,8 +80,9 @@ def shared_beside(
     implementation: str | None,
     activation_dtype: ByteDtype | None = None,
     rounded_to: jnp.dtype | None = None,
+    columns_over: tuple[str, ...] = (),
 ) -> Float32[Array, "tokens columns"]:
-    """What the shared expert adds, from calls of its own; `rounded_to` as for `expert_block`."""
+    """What the shared expert adds, from calls of its own; other options as for `expert_block`."""
     if not isinstance(shared.gate_up, MarlinWeights):
         return reference_layer.shared_sum(x, shared, activation)
     assert isinstance(shared.down, MarlinWeights)
@@ -100,4 +101,5 @@ def shared_beside(
         rounded_to=rounded_to,
         implementation=implementation,
         cuda_scheme=None,
+        columns_over=columns_over,
     )

@@ -28,11 +28,13 @@ class Experts(NamedTuple):
             them, and -1 has none.
         matrices: gate_up and down, and what multiplies the columns of their rows, or None.
         slots: how many experts, or places for them, all ranks have.
+        packs: whether cards may pack their shares where they make them.
     """
 
     compute: Callable[..., jax.Array]
     matrices: tuple[MarlinWeights, MarlinWeights, Array | None]
     slots: int
+    packs: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class BlockSum:
             extra: rows to float32 shares that are added, or None.
             dtype: of the results.
         """
-        if experts is not None and extra is None and self._packs_shares(experts.matrices, x, dtype):
+        if experts is not None and experts.packs and extra is None and self._packs_shares(experts.matrices, x, dtype):
             return self._packed_sum(experts, x, weights, ids, dtype), jnp.int32(0)
         if self.gathered:
             x, weights, ids = (lax.all_gather(rows, self.gathered, tiled=True) for rows in (x, weights, ids))

@@ -13,12 +13,14 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments
 from jax_marlin_moe.activations import Activation
+from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype
 from jax_marlin_moe.expert_placement import slots_of
+from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.layer import MoELayer, check_rows
 from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices
 from jax_marlin_moe.sharding.block_sum import BlockSum
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
-from jax_marlin_moe.sharding.rank import experts_of_rank, layer_of_rank
+from jax_marlin_moe.sharding.rank import Quantized, experts_of_rank, layer_of_rank
 from jax_marlin_moe.sharding.shares import check_shares
 from jax_marlin_moe.sharding.specs import Axes, as_axes, spec
 from jax_marlin_moe.weights import MarlinWeights
@@ -37,6 +39,7 @@ def parallel_layer(
     capacity: int | None = None,
     share_dtype: DTypeLike = jnp.float32,
     router_input: Float[Array, "*batch H"] | None = None,
+    activation_dtype: ByteDtype | None = None,
     implementation: str | None = None,
 ) -> Any:
     """A layer over the devices of a mesh, as `layer(x)` on one: router, routed experts, shared expert.
@@ -62,6 +65,10 @@ def parallel_layer(
         share_dtype: in which ranks send their shares to the sum: float32, or bfloat16 or float16, which halve the bytes
             and round every share once more.
         router_input: as for `MoELayer`.
+        activation_dtype: as for `MoELayer`. Rows are sent in their own type, and quantised where they are multiplied.
+            Where the intermediate dimension is over devices and its rows have a scale each, computed in the call, ranks
+            find the largest magnitude together, and what the bytes stand for is multiplied in 16 bits; fixed scales and
+            those of groups are multiplied as on one device.
         implementation: as for `jax_marlin_moe.fused_moe`.
 
     Returns:
@@ -76,6 +83,7 @@ def parallel_layer(
     if not isinstance(layer, MoELayer):
         raise TypeError(f"layer is a {type(layer).__name__}; it must be a MoELayer, of a stack the one that is called")
     check_rows(layer, x, token_ids, router_input)
+    check_activation_dtype(activation_dtype)
     axes = as_axes("tokens", tokens)
     check_axes("tokens", axes, sharding.mesh)
     _check_exchange(exchange, capacity, [axis for axis in axes if axis in sharding.expert_axes])
@@ -85,7 +93,8 @@ def parallel_layer(
     layer = share_indices(layer)
     specs = jax.tree.map(_of_stack, sharding.specs(layer), layer, is_leaf=_is_leaf)
     leaves, structure = jax.tree.flatten(specs, is_leaf=_is_spec)
-    run = _program(sharding, tuple(leaves), structure, axes, exchange, capacity, share, implementation)
+    options = exchange, capacity, share, activation_dtype, implementation
+    run = _program(sharding, tuple(leaves), structure, axes, *options)
     return run(layer, x, token_ids, router_input)
 
 
@@ -98,6 +107,7 @@ def _program(
     exchange: Exchange,
     capacity: int | None,
     share: jnp.dtype,
+    activation_dtype: ByteDtype | None,
     implementation: str | None,
 ) -> Callable[..., Any]:
     """One function for equal calls, so that an eager one is compiled once."""
@@ -109,6 +119,7 @@ def _program(
         exchange=exchange,
         capacity=capacity,
         share=share,
+        activation_dtype=activation_dtype,
         implementation=implementation,
     )
     rows = spec(tokens)
@@ -145,6 +156,9 @@ def parallel_experts(
     placement: Int32[Array, " slots"] | None = None,
     num_experts: int | None = None,
     activation: str | Activation = "silu",
+    activation_dtype: ByteDtype | None = None,
+    x_scale: Float32[Array, ""] | None = None,
+    intermediate: IntermediateQuantizer | None = None,
     implementation: str | None = None,
 ) -> Any:
     """A block of experts inside `jax.shard_map`: `fused_moe` of all ranks' experts, for the tokens of this rank.
@@ -164,7 +178,10 @@ def parallel_experts(
         placement: the expert in each slot, of all ranks, where they are not in order or more than once.
         num_experts: that ids may name, with `placement`.
         activation: as for `fused_moe`.
-        implementation: likewise.
+        activation_dtype: as for `fused_moe`, over `tensor` as for `parallel_layer`.
+        x_scale: with `activation_dtype`, as for `fused_moe`.
+        intermediate: as for `fused_moe`, with the scales of this rank's experts.
+        implementation: as for `fused_moe`.
 
     Returns:
         The rows' results, in the type of x: the same on all ranks of axes without tokens. With `capacity` a tuple of
@@ -183,7 +200,10 @@ def parallel_experts(
             raise ValueError("num_experts is None; with a placement, pass how many experts ids may name")
         topk_ids = slots_of(topk_ids, placement, num_experts)
     block = BlockSum(expert, tensor, tokens, exchange, capacity, _share_dtype(share_dtype), jnp.dtype(x.dtype))
-    experts = experts_of_rank(block, gate_up, down, activation, implementation)
+    if activation_dtype is None and x_scale is not None:
+        raise ValueError("x_scale is not None and activation_dtype None; it must be None: rows stay in 16 bits")
+    rows_as = Quantized(activation_dtype, x_scale, intermediate)
+    experts = experts_of_rank(block, gate_up, down, activation, implementation, rows_as=rows_as)
     y, dropped = block.sum(experts, x, topk_weights, topk_ids, dtype=x.dtype)
     return y if capacity is None else (y, block.total(dropped))
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from jax_marlin_moe import arguments, reference_layer
 from jax_marlin_moe.activations import Activation, get_activation
+from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.expert_placement import slots_of
+from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layer_slice import spread_indices
 from jax_marlin_moe.ops.fused_moe import share_of_block
@@ -20,8 +23,28 @@ from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights
 
 
+class Quantized(NamedTuple):
+    """How a rank quantises the rows of its experts, as for `fused_moe`; scales are those of its experts."""
+
+    activation_dtype: ByteDtype | None = None
+    x_scale: Float32[Array, ""] | None = None
+    intermediate: IntermediateQuantizer | None = None
+
+
 def layer_of_rank(
-    layer, x, token_ids, router_input, *, expert, tensor, tokens, exchange, capacity, share, implementation
+    layer,
+    x,
+    token_ids,
+    router_input,
+    *,
+    expert,
+    tensor,
+    tokens,
+    exchange,
+    capacity,
+    share,
+    activation_dtype,
+    implementation,
 ):
     """`parallel_layer` of the tokens and weights of one rank."""
     layer = spread_indices(layer)
@@ -40,7 +63,10 @@ def layer_of_rank(
     block = BlockSum(expert, tensor, tokens, exchange, capacity, share, jnp.dtype(x.dtype))
     on_input = layer.routing.apply_on_input
     input_scale = None if on_input else layer.expert_input_scale
-    experts = experts_of_rank(block, layer.gate_up, layer.down, layer.activation, implementation, input_scale)
+    rows_as = _quantized_of_rank(layer, block, activation_dtype)
+    matrices = layer.gate_up, layer.down
+    experts = experts_of_rank(block, *matrices, layer.activation, implementation, input_scale, rows_as)
+    shared = partial(_shared_of_rank, layer, block, activation_dtype, implementation)
     if on_input:
         # Each slot is a row of its own, with weight 1.
         top_k = ids.shape[1]
@@ -50,9 +76,9 @@ def layer_of_rank(
         if layer.shared is not None:
             ones, none = jnp.ones((rows.shape[0], 1)), jnp.full((rows.shape[0], 1), -1, jnp.int32)
             alone = dataclasses.replace(block, expert=(), exchange="gather", capacity=None)
-            y += alone.sum(None, rows, ones, none, partial(_shared_of_rank, layer, block, implementation))[0]
+            y += alone.sum(None, rows, ones, none, shared)[0]
     else:
-        extra = None if layer.shared is None else partial(_shared_of_rank, layer, block, implementation)
+        extra = None if layer.shared is None else shared
         # What is added to something is not rounded before.
         dtype = x.dtype if kept is None else jnp.float32
         y, dropped = block.sum(experts, rows, weights, ids, extra, dtype)
@@ -69,8 +95,10 @@ def experts_of_rank(
     activation: str | Activation,
     implementation: str | None,
     input_scale: Float[Array, " H"] | None = None,
+    rows_as: Quantized | None = None,
 ) -> Experts:
     """This rank's share of the experts, by the specs of a `MoESharding`; they read rows times `input_scale`."""
+    rows_as = Quantized() if rows_as is None else rows_as
     gate_up = local_matrix(gate_up)
     count = gate_up.num_experts
     slots = count * block.size(block.expert)
@@ -86,12 +114,27 @@ def experts_of_rank(
             out_dtype=out_dtype,
             rounded_to=block.rounded_to,
             implementation=implementation,
+            columns_over=block.tensor,
+            **rows_as._asdict(),
         )  # fmt: skip
 
-    return Experts(compute, (gate_up, down, input_scale), slots)
+    return Experts(compute, (gate_up, down, input_scale), slots, packs=all(one is None for one in rows_as))
 
 
-def _shared_of_rank(layer: MoELayer, block: BlockSum, implementation: str | None, x: Array) -> Array:
+def _quantized_of_rank(layer: MoELayer, block: BlockSum, activation_dtype: ByteDtype | None) -> Quantized:
+    """As a call of the layer has it; fixed scales are those of all slots, of which this rank takes its own."""
+    x_scale, intermediate = layer.fixed_scales(activation_dtype)
+    if intermediate is not None and block.expert:
+        count = layer.gate_up.num_experts
+        first = lax.axis_index(block.expert) * count
+        scales = lax.dynamic_slice_in_dim(intermediate.scales, first, count)
+        intermediate = dataclasses.replace(intermediate, scales=scales)
+    return Quantized(activation_dtype, x_scale, intermediate)
+
+
+def _shared_of_rank(
+    layer: MoELayer, block: BlockSum, activation_dtype: ByteDtype | None, implementation: str | None, x: Array
+) -> Array:
     """float32 share of the shared expert: what is not cut is the first rank's alone."""
     shared = layer.shared
     assert shared is not None
@@ -103,7 +146,13 @@ def _shared_of_rank(layer: MoELayer, block: BlockSum, implementation: str | None
     else:
         here = SharedExpert(jnp.asarray(shared.gate_up), jnp.asarray(shared.down), gate)
         whole += block.tensor
-    y = shared_beside(x, here, activation, implementation=implementation, rounded_to=block.rounded_to)
+    y = shared_beside(
+        x, here, activation,
+        implementation=implementation,
+        activation_dtype=activation_dtype,
+        rounded_to=block.rounded_to,
+        columns_over=block.tensor,
+    )  # fmt: skip
     first = jnp.bool_(True)
     for axis in whole:
         first = first & (lax.axis_index(axis) == 0)

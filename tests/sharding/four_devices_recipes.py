@@ -86,10 +86,11 @@ def equals_one_device(sharding, whole, wanted_collectives=None, **options):
     placed = place(whole, sharding)
     run = jax.jit(lambda layer, x: parallel_layer(layer, x, sharding, **options)).lower(placed, X).compile()
     y = run(placed, jax.device_put(X, run.input_shardings[0][1]))
+    rows = {name: value for name, value in options.items() if name == "activation_dtype"}
     if options.get("capacity") is not None:
         y, dropped = y
         assert int(dropped) == 0, dropped
-    assert_close(y, whole(X))
+    assert_close(y, whole(X, **rows))
     if wanted_collectives is not None:
         found = collectives(run)
         assert found == sorted(wanted_collectives), found
@@ -241,6 +242,23 @@ def explicit():
     assert_close(parallel_layer(placed, y, sharding), whole(y))
 
 
+def rows_of_8_bits():
+    """Fixed scales are those of a rank's experts, whatever their order; those of rows are found by all ranks."""
+    both = MoESharding(BOTH)
+    own = layer(shared="packed", expert_input_scale=SCALES)
+    equals_one_device(both, own, activation_dtype="int8")
+    scales = jnp.asarray(np.random.default_rng(8).uniform(2e-3, 1e-2, EXPERTS), jnp.float32)
+    fixed = layer(x_scale=jnp.float32(0.01), intermediate_scales=scales)
+    assert np.any(np.asarray(fixed(X)) != np.asarray(fixed(X, activation_dtype="float8_e4m3fn")))
+    equals_one_device(both, fixed, ["all-reduce"], activation_dtype="float8_e4m3fn")
+    turned = place_experts(fixed, [3, 0, 7, 2, 4, 1, 5, 6])
+    options = {"tokens": "expert", "exchange": "ragged", "activation_dtype": "float8_e4m3fn"}
+    equals_one_device(MoESharding(EP), turned, **options)
+    # Plain calls, too.
+    plain = jax.jit(lambda layer, x: layer(x, activation_dtype="float8_e4m3fn"))
+    assert_close(plain(place(fixed, both), X), fixed(X, activation_dtype="float8_e4m3fn"))
+
+
 def gradients():
     whole, sharding = layer(), MoESharding(BOTH)
     placed = place(whole, sharding)
@@ -304,6 +322,7 @@ CHECKS = {
     "padding alone": (padded, 64, 32, mesh((4,), ("tensor",)), True),
     "stacked": stacked,
     "explicit": explicit,
+    "rows of 8 bits": rows_of_8_bits,
     "gradients": gradients,
     "quantized, automatic axes": (quantized, "Auto"),
     "quantized, explicit axes": (quantized, "Explicit"),
