@@ -162,7 +162,7 @@ def test_a_cut_that_parts_gate_from_up_is_refused():
         jax.eval_shape(block, x, laid_out.gate_up, laid_out.down, *choice)
     call = functools.partial(parallel_layer, sharding=sharding, activation_dtype="float8_e4m3fn_g128")
     with pytest.raises(ValueError, match=r"each rank has 64 columns of the intermediate dimension"):
-        jax.eval_shape(call, laid_out, x)
+        jax.eval_shape(call, sharding.abstract(laid_out), x)
 
 
 @needs_nvrtc
