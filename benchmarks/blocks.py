@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import statistics
+from collections.abc import Container
 from functools import partial
 
 import jax
@@ -234,15 +235,42 @@ def repeats_of(tokens: int, args: argparse.Namespace) -> int:
     return min(args.repeats, max(_FEWEST_REPEATS, _ROUTED_TOKENS // tokens))
 
 
-def precompile(args: argparse.Namespace, dtype: jnp.dtype) -> dict[tuple[str, str], list[concurrent.futures.Future]]:
+Wanted = dict[tuple[str, str], list[tuple[int, str]]]
+
+
+def wanted_blocks(args: argparse.Namespace, timed: Container[tuple]) -> Wanted:
+    """Tokens and routing of each block that is to be timed, by model and format.
+
+    Args:
+        args: of the command line.
+        timed: `block_of` each row of earlier results.
+    """
+
+    def is_wanted(model: str, weight_format: str, tokens: int, routing: str) -> bool:
+        group_size = MODELS[model].grouped(get_format(weight_format), args.group_size).group_size
+        layer = LAYERS[model]
+        activation = get_activation(layer.activation if args.own_activation else "silu").name
+        how = args.dtype, activation, args.own_activation and layer.biased, args.batch_invariant
+        return (model, weight_format, group_size, *how, routing, tokens, "jax_marlin_moe") not in timed
+
+    blocks = list(itertools.product(args.tokens, args.routing))
+    return {
+        case: [block for block in blocks if not args.only_missing or is_wanted(*case, *block)]
+        for case in itertools.product(args.models, args.format)
+    }
+
+
+def precompile(
+    args: argparse.Namespace, dtype: jnp.dtype, wanted: Wanted
+) -> dict[tuple[str, str], list[concurrent.futures.Future]]:
     """Compiles the kernels of all rows beside each other; blocks find them in the kernel cache.
 
     Returns those of each model and format. With device times alone they may still be at work while others are timed.
     """
     sources: dict[str, tuple[str, str]] = {}
-    for name, weight_format in itertools.product(args.models, args.format):
+    for (name, weight_format), blocks in wanted.items():
         ((gate_up, down),) = jax.eval_shape(lambda n=name, f=weight_format: make_layers(n, f, dtype, args, 1))
-        for tokens in args.tokens:
+        for tokens in dict.fromkeys(tokens for tokens, _ in blocks):
             plan = plan_block(
                 jax.ShapeDtypeStruct((tokens, gate_up.padded_k), dtype),
                 gate_up,
@@ -261,12 +289,12 @@ def precompile(args: argparse.Namespace, dtype: jnp.dtype) -> dict[tuple[str, st
     return found
 
 
-def draw_routings(args: argparse.Namespace) -> None:
+def draw_routings(args: argparse.Namespace, wanted: Wanted) -> None:
     """Begins with the routings of all rows, which take seconds where tokens are many, beside what follows."""
     pool = concurrent.futures.ThreadPoolExecutor(2)
-    for name, weight_format in itertools.product(args.models, args.format):
+    for (name, weight_format), blocks in wanted.items():
         shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
-        for tokens, routing in itertools.product(args.tokens, args.routing):
+        for tokens, routing in blocks:
             pool.submit(_routings, shape, tokens, repeats_of(tokens, args), routing)
 
 
@@ -331,6 +359,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--add", nargs="*", type=pathlib.Path, default=[], metavar="FILE", help="earlier results, whose rows stay"
     )
+    parser.add_argument("--only-missing", action="store_true", help="time no block that the results of --add have")
     parser.add_argument("--commit", default=None, help="recorded beside the numbers; asked from git by default")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
@@ -348,8 +377,10 @@ def main() -> None:
     args = parsed_arguments()
     dtype = jnp.dtype(args.dtype)
     device = jax.devices()[0]
-    compiled = precompile(args, dtype)
-    draw_routings(args)
+    earlier = [json.loads(path.read_text()) for path in args.add]
+    wanted = wanted_blocks(args, {block_of(row) for document in earlier for row in document["rows"]})
+    compiled = precompile(args, dtype, wanted)
+    draw_routings(args, wanted)
     products = measure_bf16_products()
     fastest = max(products, key=lambda name: products[name])
     ceilings = measure_read_bandwidth(), products[fastest]
@@ -361,19 +392,21 @@ def main() -> None:
         "bf16_products": products,
         "rows": [],
     }
-    for path in args.add:
-        earlier = json.loads(path.read_text())
-        document["rows"] = with_rows(document["rows"], earlier["rows"], block_of)
-        document["bf16_tflop_s"] = max(document["bf16_tflop_s"], earlier["bf16_tflop_s"])
-    for name, weight_format in itertools.product(args.models, args.format):
+    for before in earlier:
+        document["rows"] = with_rows(document["rows"], before["rows"], block_of)
+        document["bf16_tflop_s"] = max(document["bf16_tflop_s"], before["bf16_tflop_s"])
+    for (name, weight_format), blocks in wanted.items():
+        if not blocks:
+            continue
         shape = MODELS[name].grouped(get_format(weight_format), args.group_size)
         layers = make_layers(name, weight_format, dtype, args)
         activation = LAYERS[name].activation if args.own_activation else "silu"
         for peer in set(args.peers) & COMPILERS.keys():
-            COMPILERS[peer](shape, args.tokens, dtype=args.dtype, weight_format=weight_format)
+            tokens_once = list(dict.fromkeys(tokens for tokens, _ in blocks))
+            COMPILERS[peer](shape, tokens_once, dtype=args.dtype, weight_format=weight_format)
         for program in compiled[name, weight_format]:
             program.result()
-        for tokens, routing in itertools.product(args.tokens, args.routing):
+        for tokens, routing in blocks:
             repeats = repeats_of(tokens, args)
             case = make_case(shape, layers, tokens, repeats, routing, dtype, activation)
             ours = our_row(case, routing, ceilings, clock, args)
