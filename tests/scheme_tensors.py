@@ -180,6 +180,19 @@ def int_quantized(bits, group, symmetric, dtype, shape=None):
     return make
 
 
+def w4afp8(group, dtype=np.float32):
+    """Two signed codes in a byte, the even input feature in the low nibble."""
+
+    def make(rng, n, k):
+        codes = rng.integers(-8, 8, (n, k))
+        scale = rng.uniform(0.01, 0.02, (n, k // group)).astype(dtype)
+        data = (codes[:, ::2] & 15 | (codes[:, 1::2] & 15) << 4).astype(np.uint8)
+        found = {".weight": data.view(np.int8), ".weight_scale_inv": scale}
+        return found, (codes * scale.astype(float).repeat(group, 1)).T
+
+    return make
+
+
 def hqq(bits, dtype=np.float16, size=64):
     """`size` -1 is one group."""
 

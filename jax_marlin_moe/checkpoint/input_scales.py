@@ -14,6 +14,16 @@ from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 
 _LOGGER = logging.getLogger(__name__)
 _SUFFIX = ".input_scale"
+# W4AFP8 has them beside the linears, by other names than these.
+_BESIDE = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def input_scale_name(files: TensorFolder, linear: Linear) -> str:
+    """The tensor with the scale of a linear's rows: its own, or one beside it."""
+    own = linear.name(_SUFFIX)
+    expert, _, name = linear.module.rpartition(".")
+    beside = f"{expert}.{_BESIDE.get(name, name)}{_SUFFIX}"
+    return beside if own not in files and beside in files else own
 
 
 def read_input_scales(
@@ -39,15 +49,18 @@ def _of_matrix(files: TensorFolder, matrix: StoredMatrix, quantization: Quantiza
     fixed = [
         linear not in matrix.plain and matrix.storage.fixes_input_scale(linear, quantization) for linear in linears
     ]
-    there = [linear.name(_SUFFIX) in files for linear in linears]
+    names = [input_scale_name(files, linear) for linear in linears]
+    there = [name in files for name in names]
+    for name in names if _SUFFIX in matrix.storage.ignored else ():
+        files.ignore(name)
     if not any(there) or not any(fixed):
         return None
     scales = np.zeros(len(linears), np.float32)
     for i in _members(fixed, there):
-        scales[i] = _read(files, linears[i])
+        scales[i] = _read(files, names[i], linears[i])
     usable = (scales > 0) & np.isfinite(scales)
     if not usable.all():
-        name = linears[int(np.argmin(usable))].name(_SUFFIX)
+        name = names[int(np.argmin(usable))]
         _LOGGER.warning(
             "%s is %s: rows have scales of their own with activation_dtype, in place of the file's",
             name,
@@ -61,9 +74,8 @@ def _members(*flags: Iterable[bool]) -> list[int]:
     return [i for i, values in enumerate(zip(*flags, strict=True)) if all(values)]
 
 
-def _read(files: TensorFolder, linear: Linear) -> np.float32:
+def _read(files: TensorFolder, name: str, linear: Linear) -> np.float32:
     """One number: of the linear's own, of all experts, or the linear's among those of all."""
-    name = linear.name(_SUFFIX)
     shape = files.info(name).shape
     size = int(np.prod(shape))
     if size != 1 and (linear.expert is None or size != linear.num_experts):

@@ -8,12 +8,13 @@ from jaxtyping import Array
 
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.checkpoint.expert_linears import expert_linears
-from jax_marlin_moe.checkpoint.input_scales import read_input_scales
+from jax_marlin_moe.checkpoint.input_scales import input_scale_name, read_input_scales
 from jax_marlin_moe.checkpoint.layer_tensors import LayerTensors
 from jax_marlin_moe.checkpoint.matrix import Experts, find_matrix, load_matrix
 from jax_marlin_moe.checkpoint.pre_quant_scales import scales_of_up, shared_input_scale
 from jax_marlin_moe.checkpoint.schemes import BROKEN
 from jax_marlin_moe.checkpoint.schemes.plain import Target
+from jax_marlin_moe.checkpoint.schemes.w4afp8 import W4AFp8Storage
 from jax_marlin_moe.checkpoint.sharded import Share, add_bias, cut_of, load_block, put_rest
 from jax_marlin_moe.checkpoint.shared_tensors import in_one_launch, read_shared
 from jax_marlin_moe.checkpoint.stated import stated_activation_dtype
@@ -54,7 +55,9 @@ class LayerReader:
     def activation_dtype(self) -> ByteDtype | None:
         """What the config says that the rows of the routed experts are quantised to, if it says so of all of them."""
         first, second = expert_linears(self.tensors)
-        linears = (linear for expert in (*first, *second) for linear in expert)
+        linears = [linear for expert in (*first, *second) for linear in expert]
+        if all(W4AFp8Storage.holds(self.tensors.files, linear) for linear in linears):
+            return W4AFp8Storage.rows
         quantization = self.tensors.quantization
         stated = {stated_activation_dtype(quantization, module) for module in {each.module for each in linears}}
         return stated.pop() if len(stated) == 1 else None
@@ -120,8 +123,8 @@ class LayerReader:
         """Those of e4m3 rows that the files fix."""
         tensors, files = self.tensors, self.tensors.files
         hidden, size = tensors.facts.hidden, tensors.facts.size
-        names = (linear.name(".input_scale") for expert in (*first, *second) for linear in expert)
-        if not any(name in files for name in names):
+        linears = (linear for expert in (*first, *second) for linear in expert)
+        if not any(input_scale_name(files, linear) in files for linear in linears):
             return None, None
         gate_up, down = (
             find_matrix(files, experts, k, n, tensors.quantization, self.target)

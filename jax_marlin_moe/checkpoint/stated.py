@@ -182,7 +182,7 @@ def check_stated(
     # The size for the whole model is that of its algorithm; modules of others are in groups or layers of their own.
     algorithm = keys.text("moe_quant_algo", None, null=True) or keys.text("quant_algo", None, null=True)
     alone = group is None and layer is None and algorithm is None
-    if algorithm in assumed.algorithms or (quantization.method == "fp8" and alone):
+    if algorithm in assumed.algorithms or (quantization.method in ("fp8", "w4afp8") and alone):
         _check_group_size(keys, module, assumed.group_sizes)
 
 

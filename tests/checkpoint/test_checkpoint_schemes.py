@@ -30,6 +30,7 @@ from scheme_tensors import (
     router,
     run_and_compare,
     silu,
+    w4afp8,
 )
 
 from jax_marlin_moe.checkpoint import load_moe_layer
@@ -96,6 +97,8 @@ SCHEMES = {
         {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"},
         "int8",
     ),
+    "w4afp8": (w4afp8(64), {"quant_method": "w4afp8", "weight_block_size": [128, 128]}, "int4"),
+    "w4afp8 of bfloat16 scales": (w4afp8(32, BF16), {"quant_method": "w4afp8", "group_size": 32}, "int4"),
     "fp8 block of ModelOpt": (
         fp8_block_of_modelopt,
         {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"},

@@ -142,6 +142,16 @@ def test_fp8(rng, kind):
     same(jmm.from_fp8(codes, scale), (codes.astype(float) * wide).swapaxes(1, 2))
 
 
+def test_w4afp8(rng):
+    codes, scales = rng.integers(-8, 8, (E, N, K)), rng.uniform(0.01, 0.02, (E, N, K // 64)).astype(BF16)
+    data = (codes[..., ::2] & 15 | (codes[..., 1::2] & 15) << 4).astype(np.uint8).view(np.int8)
+    weights = jmm.from_w4afp8(data, scales)
+    assert (weights.format.name, weights.group_size, weights.scales.dtype) == ("int4", 64, BF16)
+    same(weights, (codes * scales.astype(float).repeat(64, 2)).swapaxes(1, 2))
+    with pytest.raises(TypeError, match="weight has dtype uint8; it must be an int8 array"):
+        jmm.from_w4afp8(data.view(np.uint8), scales)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_hqq(rng, bits):
     group, rows = 64, N * K // 64

@@ -1,5 +1,6 @@
 """Scales of 8-bit activations that a checkpoint fixes: loaded, used for rows of e4m3, and kept by the packed form."""
 
+import dataclasses
 import pathlib
 
 import checkpoint_files as files
@@ -12,14 +13,18 @@ from scheme_tensors import (
     BF16,
     E,
     H,
+    I,
+    check,
     compressed,
     ct_config,
     expert_tensors,
+    fp8_block,
     fp8_rows,
     int_quantized,
     modelopt_nvfp4,
     router,
     silu,
+    w4afp8,
 )
 
 from jax_marlin_moe.checkpoint import Checkpoint, convert, load_moe_layer
@@ -80,6 +85,58 @@ def test_scales_of_rows_are_loaded_where_the_config_fixes_them(save, rng, name):
     else:
         assert layer.x_scale is None
         assert layer.intermediate_scales is None
+
+
+@pytest.mark.parametrize("config", ["config.json", "hf_quant_config.json"])
+def test_scales_beside_the_experts_of_w4afp8_are_those_of_their_rows(save, rng, tmp_path, config):
+    """As SGLang's files and TensorRT-LLM's script have them, with linears in FP8 for all but the routed experts."""
+    tensors, dense = expert_tensors(rng, w4afp8(64, BF16))
+    values = rng.uniform(0.005, 0.02, (E, 3)).astype(BF16)  # gate, up, down
+    for e, number in np.ndindex(E, 3):
+        name = f"model.layers.0.mlp.experts.{e}.w{(1, 3, 2)[number]}.input_scale"
+        tensors[name] = values[e, number : number + 1]
+    for name, (n, k) in {"gate": (I, H), "up": (I, H), "down": (H, I)}.items():
+        found, _ = fp8_block(".weight_scale_inv")(rng, n, k)
+        tensors |= {f"model.layers.0.mlp.shared_experts.{name}_proj{suffix}": t for suffix, t in found.items()}
+    tensors |= router(rng) | {"model.layers.0.mlp.gate.e_score_correction_bias": np.zeros(E, np.float32)}
+    facts = {"model_type": "deepseek_v3", "n_routed_experts": E, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+    method = {"quantization_config": {"quant_method": "w4afp8"}} if config == "config.json" else {}
+    path = save(facts | method, tensors)
+    if not method:
+        (path / config).write_text('{"quantization": {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": null}}')
+    layer = load_moe_layer(path, 0)
+    check(layer, *dense)
+    assert layer.shared.gate_up.format.name == "fp8"
+    assert layer.x_scale == values[:, :2].astype(np.float32).max()
+    np.testing.assert_array_equal(layer.intermediate_scales, values[:, 2].astype(np.float32))
+    assert Checkpoint(path).activation_dtype(0) == "float8_e4m3fn"
+    if method:
+        x = rng.normal(size=(9, H)).astype(BF16)
+        y = dataclasses.replace(layer, shared=None)(jax.device_put(x), activation_dtype="float8_e4m3fn")
+        assert relative_error(y, quantised_block(layer, x, *dense)) < 6e-3
+    else:
+        convert(path, tmp_path / "packed")
+        np.testing.assert_array_equal(load_moe_layer(tmp_path / "packed", 0).down.packed, layer.down.packed)
+
+
+def test_w4afp8_that_its_config_contradicts_is_refused(save, rng):
+    tensors, _ = expert_tensors(rng, w4afp8(32))
+
+    def load(**config):
+        facts = {"model_type": "qwen3_moe", "quantization_config": {"quant_method": "w4afp8"} | config}
+        return load_moe_layer(save(facts, tensors | router(rng)), 0)
+
+    assert load(moe_activation_scheme="dynamic").x_scale is None
+    with pytest.raises(ValueError, match="group_size is 128; it must be 32, that of the tensors of model"):
+        load(group_size=128)
+    with pytest.raises(ValueError, match="moe_activation_scheme is 'token'; it must be one of 'static', 'dynamic'"):
+        load(moe_activation_scheme="token")
+    with pytest.raises(ValueError, match="rotation_matrix is 'r'; it must be omitted: the loader does not know"):
+        load(rotation_matrix="r")
+    name = "model.layers.0.mlp.experts.1.up_proj.weight_scale_inv"
+    tensors[name] = np.where(np.arange(H // 32) == 1, np.float32(np.nan), tensors[name])
+    with pytest.raises(ValueError, match=r"experts\.1\.up_proj\.weight_scale_inv holds infinities or NaN"):
+        load()
 
 
 def quantised_block(layer, x, gate, up, down):

@@ -22,6 +22,7 @@ from jax_marlin_moe.checkpoint.schemes.int_quantized import IntQuantizedStorage,
 from jax_marlin_moe.checkpoint.schemes.modelopt_int import ModelOptAwqStorage, from_modelopt_awq
 from jax_marlin_moe.checkpoint.schemes.plain import PlainStorage, Target, plain_suffix
 from jax_marlin_moe.checkpoint.schemes.storage import Scheme, Storage
+from jax_marlin_moe.checkpoint.schemes.w4afp8 import W4AFp8Storage, from_w4afp8
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
 from jax_marlin_moe.qarray import from_qarray
 
@@ -38,6 +39,7 @@ __all__ = [
     "from_nvfp4",
     "from_qarray",
     "from_tensorrt_nvfp4",
+    "from_w4afp8",
 ]
 
 # The tensors decide which one it is, so no two of them know the same tensors.
@@ -50,6 +52,7 @@ SCHEMES: tuple[type[Scheme], ...] = (
     Nvfp4Storage,
     Mxfp4Storage,
     Fp8Storage,
+    W4AFp8Storage,
     HqqStorage,
 )
 METHODS = {method.name: method for scheme in SCHEMES for method in scheme.methods}
