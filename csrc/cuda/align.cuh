@@ -6,7 +6,7 @@
 // before this one counts what each of them has.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/synchronization.cuh"
 #include "scan.cuh"
 #include "token_count.cuh"
 

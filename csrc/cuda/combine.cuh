@@ -4,7 +4,9 @@
 
 #include "four_columns.cuh"
 #include "offsets.cuh"
-#include "ptx/ptx.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/numbers.cuh"
+#include "ptx/synchronization.cuh"
 #include "token_count.cuh"
 #include "token_tiles/aligned.cuh"
 #include "token_tiles/expert_of_slot.cuh"
@@ -196,7 +198,7 @@ struct CombineFourColumns {
     float4 sums[2] = {};
 #pragma unroll
     for (int j = 0; j < kTopK; ++j) {
-      if (!(slots.has(j))) continue;
+      if (!slots.has(j)) continue;
       const uint4 part = reinterpret_cast<const uint4*>(partials)[int64_t(token * kTopK + j) * kPieces + piece];
       FourColumns::add(sums[0], uint2{part.x, part.y});
       FourColumns::add(sums[1], uint2{part.z, part.w});

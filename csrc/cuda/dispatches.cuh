@@ -1,7 +1,7 @@
 // What a table of dispatches says of the rows of the result and of token tiles (docs/formats.md, "Dispatches").
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/synchronization.cuh"
 #include "scan.cuh"
 
 namespace jmm {

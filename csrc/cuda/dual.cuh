@@ -2,7 +2,7 @@
 // functions that activations are made of, of both.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 

@@ -9,7 +9,8 @@
 #include "activations.cuh"
 #include "four_columns.cuh"
 #include "intermediate.cuh"
-#include "ptx/ptx.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 
@@ -79,11 +80,6 @@ struct Activated {
                                         float2 biases) const {
     if constexpr (kRowScaled) gate *= factor, up *= factor;
     out[int64_t(slot) * kColumns + column].bits = from_float<T>(activated(biases, gate, up));
-  }
-  template <class Expert>
-  __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float gate,
-                                                float up) const {
-    if (slot >= 0) store(expert, slot, factor, column, gate, up, biases(expert, column));
   }
 
   // A column of two rows, side by side in a word.
@@ -242,11 +238,6 @@ struct SlotPartials {
     if constexpr (kBias) sum += biases.x;
     if constexpr (kWeighted) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
-  }
-  template <class Expert>
-  __device__ __forceinline__ void store_if_real(Expert expert, int slot, float factor, int column, float sum,
-                                                float) const {
-    if (slot >= 0) store(expert, slot, factor, column, sum, 0.0f, biases(expert, column));
   }
 
   // As for `Activated`.

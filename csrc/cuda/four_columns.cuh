@@ -8,7 +8,7 @@
 // finite makes all four NaN.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "activations.cuh"
-#include "ptx/ptx.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 

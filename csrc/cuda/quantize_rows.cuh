@@ -9,7 +9,8 @@
 
 #include "intermediate.cuh"
 #include "offsets.cuh"
-#include "ptx/hopper.cuh"
+#include "ptx/numbers.cuh"
+#include "ptx/synchronization.cuh"
 
 namespace jmm {
 
@@ -184,9 +185,8 @@ struct QuantizeRows {
     return largest < least ? least : largest;
   }
 
-  // Column 32 c + 16 s + 8 h + 2 t + i goes to the byte 32 c + 16 h + 4 t + 2 s + i where halves are apart, else to 32
-  // c
-  // + 16 s + 4 t + 2 i + h: a word has codes of two lanes. The two exchange halves of theirs.
+  // Column 32 c + 16 s + 8 h + 2 t + i goes to the byte 32 c + 16 h + 4 t + 2 s + i where halves are apart, else to
+  // 32 c + 16 s + 4 t + 2 i + h: a word has codes of two lanes. The two exchange halves of theirs.
   __device__ __forceinline__ static void store_codes(unsigned char* out, int piece, const uint32_t (&codes)[2],
                                                      bool stores) {
     // A piece in order is (c, s, h), and its codes (t, i); else it is (t, i), and its codes (c, s, h).

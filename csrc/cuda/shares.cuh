@@ -3,7 +3,7 @@
 
 #include "four_columns.cuh"
 #include "offsets.cuh"
-#include "ptx/ptx.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 

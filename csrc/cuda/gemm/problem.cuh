@@ -2,6 +2,7 @@
 #pragma once
 
 #include "offsets.cuh"
+#include "ptx/memory.cuh"
 #include "weights/zeros.cuh"
 
 namespace jmm {
@@ -76,6 +77,23 @@ struct PackedTile {
   static constexpr int kLaneBytes = kSubTiles * kSubTileWords * 4;
   static constexpr int kBytes = 32 * kLaneBytes, kWords = kBytes / 4;
   static_assert(kBytes == kStepRows * kUnitColumns * Code::kBits / 8, "one word is eight 4-bit codes");
+
+  // Where its 16-byte piece `p` lies in a stage of the mma.sync kernels. A lane reads one piece per word of a sub-tile;
+  // with two or four, the rows of 128 bytes have theirs exchanged in turn, so that eight lanes hit no bank twice.
+  __device__ __forceinline__ static uint32_t piece_at(int p) {
+    return (kSubTileWords == 1 ? p : p ^ (p / 8 % kSubTileWords)) * 16;
+  }
+
+  // A lane's words of a tile in such a stage.
+  static constexpr int kLaneWords = kSubTiles * kSubTileWords;
+  __device__ __forceinline__ static void load_words(uint32_t (&words)[kLaneWords], uint32_t tile, int lane) {
+#pragma unroll
+    for (int half = 0; half < kSubTileWords; ++half) {
+      const uint4 four = load_shared16(tile + piece_at(lane * kSubTileWords + half));
+      words[4 * half] = four.x, words[4 * half + 1] = four.y;
+      words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
+    }
+  }
 };
 
 // K in k-blocks of kBlockK rows, and what of the groups each of them has.

@@ -1,7 +1,7 @@
 // The PTX instructions that only sm_90a has, or that only its kernels use, one function each, and nothing else.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "types.cuh"
 
 namespace jmm {
 
@@ -20,10 +20,6 @@ __device__ __forceinline__ uint32_t opaque_zero() {
   uint32_t zero;
   asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(zero));
   return zero;
-}
-
-__device__ __forceinline__ void copy4(uint32_t shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 
 // `copy16`, or zeros in its place: nothing is read then.
@@ -296,12 +292,5 @@ JMM_WGMMA_ALL
 #undef JMM_WGMMA_ALL
 #undef JMM_WGMMA_BYTES
 #undef JMM_WGMMA
-
-// Two numbers as e4m3, the nearest ones, at most 448; the first in the low byte.
-__device__ __forceinline__ uint16_t e4m3_pair(float first, float second) {
-  uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
-  return codes;
-}
 
 }  // namespace jmm

@@ -1,6 +1,7 @@
 // The experts of the largest keys, found by a warp whose lanes have kCount consecutive experts each.
 #pragma once
 
+#include "ptx/numbers.cuh"
 #include "router/scoring.cuh"
 
 namespace jmm {

@@ -1,7 +1,7 @@
 // Numbers of the router's arrays: float32, or 16 bits.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 

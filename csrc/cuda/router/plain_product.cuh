@@ -3,6 +3,7 @@
 #pragma once
 
 #include "offsets.cuh"
+#include "ptx/synchronization.cuh"
 #include "router/element.cuh"
 #include "token_count.cuh"
 

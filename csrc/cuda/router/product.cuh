@@ -11,6 +11,11 @@
 #pragma once
 
 #include "offsets.cuh"
+#include "ptx/copies.cuh"
+#include "ptx/matrices.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/numbers.cuh"
+#include "ptx/synchronization.cuh"
 #include "router/element.cuh"
 #include "token_count.cuh"
 

@@ -4,7 +4,7 @@
 // -infinity in place of experts that do not exist.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 
@@ -36,8 +36,8 @@ __device__ __forceinline__ float largest_of_warp(float value) {
   return none ? __uint_as_float(0x7FC00000u) : number_of(most);
 }
 
-// Divides numbers from 0 to 1 by one from 1 to 1024, or by NaN. Quotients are rounded rightly (but for the last bit of
-// subnormal ones), without the branch, one for each, in which a division asks for sizes.
+// Divides numbers from 0 to 1 by one from 1 to 1024, or by NaN. Quotients are correctly rounded (but for the last bit
+// of subnormal ones), without the branch, one for each, in which a division asks for sizes.
 struct Divisor {
   const float divisor;
   float inverse;

@@ -9,6 +9,8 @@
 #pragma once
 
 #include "offsets.cuh"
+#include "ptx/numbers.cuh"
+#include "ptx/synchronization.cuh"
 #include "router/best_experts.cuh"
 #include "router/best_groups.cuh"
 #include "router/element.cuh"

@@ -1,6 +1,7 @@
 // Token tiles of few slots, which every CTA groups for itself.
 #pragma once
 
+#include "ptx/numbers.cuh"
 #include "scan.cuh"
 #include "token_tiles/expert_of_slot.cuh"
 

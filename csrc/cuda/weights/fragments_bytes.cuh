@@ -4,7 +4,7 @@
 // the rows of x are permuted alike when they are quantised (quantize_rows.cuh).
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/numbers.cuh"
 #include "weights/codes.cuh"
 
 namespace jmm {

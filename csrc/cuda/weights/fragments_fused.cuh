@@ -5,6 +5,7 @@
 // weights are 2^-kExponent of what they stand for: scales may have 2^-94 to 2^25.
 #pragma once
 
+#include "ptx/numbers.cuh"
 #include "weights/fragments_raw.cuh"
 #include "weights/zeros.cuh"
 

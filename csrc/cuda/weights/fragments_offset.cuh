@@ -7,6 +7,7 @@
 // is exact in T: codes and zero points have 8 bits at most.
 #pragma once
 
+#include "ptx/numbers.cuh"
 #include "weights/fragments_raw.cuh"
 
 namespace jmm {

@@ -9,7 +9,7 @@
 // the tokens are multiplied by 2^token_exponent(half of K) on their way into the MMA, which shares the way back.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/numbers.cuh"
 #include "weights/codes.cuh"
 
 namespace jmm {

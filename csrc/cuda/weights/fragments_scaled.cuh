@@ -6,6 +6,8 @@
 #pragma once
 
 #include "gemm/problem.cuh"
+#include "ptx/matrices.cuh"
+#include "ptx/numbers.cuh"
 #include "weights/fragments_offset.cuh"
 
 namespace jmm {

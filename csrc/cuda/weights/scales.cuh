@@ -1,7 +1,8 @@
 // From stored scales to float32: one decoder per type of scale.
 #pragma once
 
-#include "ptx/ptx.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 

@@ -1,6 +1,7 @@
 // The zero points of one lane's columns: none to load where all are one number, stored as codes, or as floats.
 #pragma once
 
+#include "ptx/memory.cuh"
 #include "weights/codes.cuh"
 #include "weights/scales.cuh"
 

@@ -4,6 +4,8 @@
 #include "epilogue.cuh"
 #include "gemm/mma/storage.cuh"
 #include "gemm/named_barriers.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/synchronization.cuh"
 
 namespace jmm {
 

@@ -19,6 +19,9 @@
 #include "gemm/mma/loader.cuh"
 #include "gemm/mma/multiplier.cuh"
 #include "gemm/mma/multiplier_bytes.cuh"
+#include "ptx/copies.cuh"
+#include "ptx/numbers.cuh"
+#include "ptx/synchronization.cuh"
 #include "token_tiles.cuh"
 
 namespace jmm {

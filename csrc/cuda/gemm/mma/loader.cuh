@@ -2,7 +2,8 @@
 #pragma once
 
 #include "gemm/mma/storage.cuh"
-#include "ptx/ptx.cuh"
+#include "ptx/copies.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 
@@ -60,9 +61,9 @@ struct MmaLoader {
       for (int u = 0; u < Tile::kUnits; ++u) {
 #pragma unroll
         for (int half = 0; half < Packed::kSubTileWords; ++half) {
-          copy16_streamed(
-              stage + step * Storage::kStepBytes + u * Packed::kBytes + Storage::packed_piece(half * 32 + lane),
-              source + step * Shape::kStepWords + u * Shape::kUnitStride * Packed::kWords + half * 128, policy);
+          copy16_streamed(stage + step * Storage::kStepBytes + u * Packed::kBytes + Packed::piece_at(half * 32 + lane),
+                          source + step * Shape::kStepWords + u * Shape::kUnitStride * Packed::kWords + half * 128,
+                          policy);
         }
       }
     }

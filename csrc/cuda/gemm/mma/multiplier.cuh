@@ -10,7 +10,8 @@
 #pragma once
 
 #include "gemm/mma/sums.cuh"
-#include "ptx/ptx.cuh"
+#include "ptx/matrices.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 
@@ -168,8 +169,8 @@ struct MmaMultiplier {
 #pragma unroll
         for (int u = 0; u < Tile::kUnits; ++u) {
           // Load: the words of a unit.
-          uint32_t words[Storage::kLaneWords];
-          Storage::load_words(words, part_packed + step * Storage::kStepBytes + u * Packed::kBytes, lane);
+          uint32_t words[Packed::kLaneWords];
+          Packed::load_words(words, part_packed + step * Storage::kStepBytes + u * Packed::kBytes, lane);
 #pragma unroll
           for (int w = 0; w < kSubTiles; ++w) {
             // Dequantise.

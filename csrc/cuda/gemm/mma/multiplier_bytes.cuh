@@ -16,7 +16,7 @@
 #pragma once
 
 #include "gemm/mma/sums.cuh"
-#include "ptx/ptx.cuh"
+#include "ptx/matrices.cuh"
 
 namespace jmm {
 
@@ -90,9 +90,9 @@ struct MmaByteMultiplier {
       for (int u = 0; u < Tile::kUnits; ++u) {
         // Load: the words of a unit in two steps.
         const uint32_t packed = stage + 2 * f * Storage::kStepBytes + u * Packed::kBytes;
-        uint32_t first[Storage::kLaneWords], second[Storage::kLaneWords];
-        Storage::load_words(first, packed, lane);
-        Storage::load_words(second, packed + Storage::kStepBytes, lane);
+        uint32_t first[Packed::kLaneWords], second[Packed::kLaneWords];
+        Packed::load_words(first, packed, lane);
+        Packed::load_words(second, packed + Storage::kStepBytes, lane);
 #pragma unroll
         for (int w = 0; w < kSubTiles; ++w) {
           uint32_t a[4];

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm/mma/tile.cuh"
-#include "ptx/ptx.cuh"
+#include "ptx/memory.cuh"
 
 namespace jmm {
 
@@ -52,23 +52,6 @@ struct MmaStorage {
   static constexpr int kPartialsAt = sizeof(Rings);
   static constexpr int kTokenTilesAt = sizeof(Bytes);  // the table of grouped token tiles
   static constexpr int kSharedBytes = kTokenTilesAt + Shape::TokenTiles::kSharedBytes;
-
-  // Where the 16-byte piece `p` of a unit lies in a stage. A lane reads one piece per word of a sub-tile; with two or
-  // four, the rows of 128 bytes have theirs exchanged in turn, so that eight lanes hit no bank twice.
-  __device__ __forceinline__ static uint32_t packed_piece(int p) {
-    return (Packed::kSubTileWords == 1 ? p : p ^ (p / 8 % Packed::kSubTileWords)) * 16;
-  }
-
-  // A lane's words of a unit, of which `packed` has 16 rows of K.
-  static constexpr int kLaneWords = kSubTiles * Packed::kSubTileWords;
-  __device__ __forceinline__ static void load_words(uint32_t (&words)[kLaneWords], uint32_t packed, int lane) {
-#pragma unroll
-    for (int half = 0; half < Packed::kSubTileWords; ++half) {
-      const uint4 four = load_shared16(packed + packed_piece(lane * Packed::kSubTileWords + half));
-      words[4 * half] = four.x, words[4 * half + 1] = four.y;
-      words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
-    }
-  }
 
   // Where a piece of a token's row lies in a stage. The 8 rows that ldmatrix reads at once fall into 8 different groups
   // of 4 banks.

@@ -6,6 +6,10 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "ptx/copies.cuh"
+#include "ptx/matrices.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/synchronization.cuh"
 #include "token_tiles.cuh"
 #include "weights/fragments_scaled.cuh"
 
@@ -157,7 +161,7 @@ struct TransposedGemm {
       if (first_step + step >= kSteps) break;
       const int4* source =
           reinterpret_cast<const int4*>(operands.packed) + (first_tile + step * Problem::kUnits) * kTilePieces + piece;
-      copy16(stage + step * Packed::kBytes + packed_piece(piece) * 16, source);
+      copy16(stage + step * Packed::kBytes + Packed::piece_at(piece), source);
     }
     const int first_group = kOneGroup ? 0 : first_step * kStepRows / Problem::kGroup;
     const int64_t first_row = (int64_t(expert) * Problem::kGroups + first_group) * Problem::kUnits + unit;
@@ -181,11 +185,6 @@ struct TransposedGemm {
       const int row = i / kPieces, piece = i % kPieces;
       copy16(stage + row * kBytes + piece * 16, source + (first_row + row * Problem::kUnits) * kBytes + piece * 16);
     }
-  }
-
-  // Where a piece of a packed tile lies, so that no two lanes of eight hit a bank: see MmaStorage.
-  __device__ __forceinline__ static int packed_piece(int piece) {
-    return Packed::kSubTileWords == 1 ? piece : piece ^ (piece / 8 % Packed::kSubTileWords);
   }
 
   __device__ __forceinline__ static void multiply_sub_tile(uint32_t tokens, const uint32_t* words, int w,
@@ -217,14 +216,8 @@ struct TransposedGemm {
       const int group = kScaleRows == 1 ? 0 : row / Problem::kGroup;
       fragments.load(stage + kScalesAt + group * kUnitScaleBytes, stage + kZerosAt + group * kZeroBytes, global_scale,
                      lane);
-      uint32_t words[kSubTiles * Packed::kSubTileWords];
-      const uint32_t tile = stage + (warp * Tile::kSteps + s) * Packed::kBytes;
-#pragma unroll
-      for (int half = 0; half < Packed::kSubTileWords; ++half) {
-        const uint4 four = load_shared16(tile + packed_piece(lane * Packed::kSubTileWords + half) * 16);
-        words[4 * half] = four.x, words[4 * half + 1] = four.y;
-        words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
-      }
+      uint32_t words[Packed::kLaneWords];
+      Packed::load_words(words, stage + (warp * Tile::kSteps + s) * Packed::kBytes, lane);
       const uint32_t tokens = stage + kTokensAt;
 #pragma unroll
       for (int w = 0; w < kSubTiles; ++w) {

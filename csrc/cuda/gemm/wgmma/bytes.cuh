@@ -7,6 +7,7 @@
 
 #include "gemm/wgmma/bytes_weights.cuh"
 #include "gemm/wgmma/bytes_zeros.cuh"
+#include "ptx/hopper.cuh"
 
 namespace jmm {
 

@@ -3,6 +3,8 @@
 
 #include "gemm/named_barriers.cuh"
 #include "gemm/wgmma/weights.cuh"
+#include "ptx/hopper.cuh"
+#include "ptx/memory.cuh"
 #include "weights/fragments_bytes.cuh"
 
 namespace jmm {

@@ -3,6 +3,8 @@
 
 #include "gemm/wgmma/bytes_weights.cuh"
 #include "gemm/wgmma/zero_stages.cuh"
+#include "ptx/hopper.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 

@@ -13,6 +13,8 @@
 #include "gemm/wgmma/mainloop.cuh"
 #include "gemm/wgmma/producer.cuh"
 #include "gemm/wgmma/transposed.cuh"
+#include "ptx/hopper.cuh"
+#include "ptx/synchronization.cuh"
 #include "token_tiles.cuh"
 
 namespace jmm {

@@ -12,6 +12,10 @@
 
 #include "gemm/named_barriers.cuh"
 #include "gemm/wgmma/bytes.cuh"
+#include "ptx/hopper.cuh"
+#include "ptx/matrices.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/synchronization.cuh"
 #include "token_tiles.cuh"
 
 namespace jmm {
@@ -190,9 +194,10 @@ struct WgmmaConsumer {
           } else {
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
-              const int s = 4 * t + 2 * b + i;
-              gemm.epilogue.store_if_real(expert, slot, factor, column + 8 * b, sums[p][s] * factors[0],
-                                          Epilogue::kGated ? up[s] * up_factor : 0.0f);
+              const int s = 4 * t + 2 * b + i, of_sum = column + 8 * b;
+              if (slot < 0) continue;
+              gemm.epilogue.store(expert, slot, factor, of_sum, sums[p][s] * factors[0],
+                                  Epilogue::kGated ? up[s] * up_factor : 0.0f, gemm.epilogue.biases(expert, of_sum));
             }
           }
         }

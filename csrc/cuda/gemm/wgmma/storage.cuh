@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm/wgmma/tile.cuh"
-#include "ptx/hopper.cuh"
+#include "ptx/memory.cuh"
 
 namespace jmm {
 

@@ -5,6 +5,8 @@
 #pragma once
 
 #include "gemm/wgmma/weights.cuh"
+#include "ptx/hopper.cuh"
+#include "ptx/memory.cuh"
 #include "weights/fragments_scaled.cuh"
 
 namespace jmm {

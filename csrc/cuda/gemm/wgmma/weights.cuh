@@ -6,6 +6,9 @@
 #pragma once
 
 #include "gemm/wgmma/storage.cuh"
+#include "ptx/hopper.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/numbers.cuh"
 
 namespace jmm {
 
