@@ -20,7 +20,7 @@ from jax_marlin_moe.cuda.plan_byte_rows import multiplies_bytes
 from jax_marlin_moe.cuda.program import Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
 from jax_marlin_moe.cuda.token_ranges import MOST_EXACT_SLOTS, most_tokens
-from jax_marlin_moe.operands import WEIGHT_OPERANDS
+from jax_marlin_moe.operands import WEIGHT_OPERANDS, weight_operands
 from jax_marlin_moe.weights import MarlinWeights
 
 
@@ -44,11 +44,11 @@ def plan_fused_moe(
     sliced: bool = False,
     shared: int = 0,
 ) -> Plan:
-    """Buffers: x, gate_up (5), down (5), topk_weights, topk_ids, expert_map, x_scale, intermediate scales; y; scratch.
+    """Buffers: the operands of `operands_of_block`; y; scratch.
 
     `scaled` says whether there is an x_scale, `intermediate` how the intermediate is quantised. Many tokens get the
     program of a range of numbers. Each token visits `shared` experts beside `top_k` others: weights and ids name them
-    too, and their gate_up (5) and down (5) are before y.
+    too.
     """
     router = 1 + 2 * WEIGHT_OPERANDS
     of_shared = router + 5
@@ -90,6 +90,24 @@ def plan_fused_moe(
     )
     rows = {buffers.x: rows_of_token, buffers.topk_weights: 1, buffers.topk_ids: 1, buffers.y: 1}
     return counted_plan(plan, tokens, most, rows | buffers.rows_of_scratch(top_k + shared), buffers.scratch)
+
+
+def operands_of_block(
+    x: jax.Array,
+    gate_up: MarlinWeights,
+    down: MarlinWeights,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    *,
+    expert_map: jax.Array | None = None,
+    x_scale: jax.Array | None = None,
+    intermediate_scales: jax.Array | None = None,
+    shared: tuple[MarlinWeights, ...] = (),
+) -> list[jax.Array | None]:
+    """The operands of a call that `plan_fused_moe` plans, in the order of its buffers; `shared` are a pair, or none."""
+    matrices = [*weight_operands(gate_up), *weight_operands(down)]
+    of_slots = [topk_weights, topk_ids, expert_map, x_scale, intermediate_scales]
+    return [x, *matrices, *of_slots, *(leaf for matrix in shared for leaf in weight_operands(matrix))]
 
 
 def most_of_program(tokens: int, top_k: int) -> int | None:

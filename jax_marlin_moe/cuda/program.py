@@ -284,40 +284,47 @@ def call_program(
     op: str,
     operands: Sequence[jax.Array | LayerSlice | None],
     results: Sequence[jax.ShapeDtypeStruct],
-    kernels: Sequence[Kernel],
-    source: str,
+    plan: Plan,
     architecture: str,
     aliases: Mapping[int, int] | None = None,
-    counted: CountedRows | None = None,
 ) -> list[jax.Array]:
-    """Compiles the kernels and calls them, one after the other, in one custom call of the op's name.
+    """Compiles the kernels of a plan and calls them, one after the other, in one custom call of the op's name.
 
-    `results` are the outputs and after them the scratch buffers: kernels never allocate. `source` is what `render`
-    made of the kernels. An operand that is None has a number among the buffers, but is not a buffer of the call; one
-    that is a layer of a stack has the whole stack as its buffer, and the kernels find the layer. `aliases` has the
-    operands, before any that is None, whose memory a result may take.
-    `counted` is of a plan whose kernels take the number of tokens.
+    Args:
+        op: the name.
+        operands: in the order of the plan's buffers. One that is None has a number among them, but is not a buffer of
+            the call; one that is a layer of a stack has the whole stack as its buffer, and the kernels find the layer.
+        results: the plan's buffers behind the operands. Those behind the results are its scratch: kernels never
+            allocate.
+        plan: the kernels.
+        architecture: the target.
+        aliases: operands, before any that is None, whose memory a result may take, and the results.
+
+    Returns:
+        The results, without the scratch.
     """
     given = len(operands)
-    kernels, source, operands = _in_stacks(kernels, source, operands)
+    kernels, source, arrays = _in_stacks(plan.kernels, plan.source, operands)
     cubin = compiler.compile_cubin(source, architecture)
+    counted = plan.counted
     if counted is not None:  # results and scratch follow the operands
-        added = len(operands) - given
+        added = len(arrays) - given
         rows = {buffer + added * (buffer >= given): rows for buffer, rows in counted.rows_of_token.items()}
         counted = dataclasses.replace(counted, rows_of_token=rows)
-    contract = _contract([*operands, *results], kernels, counted)
+    outputs = [*results, *plan.scratch]
+    contract = _contract([*arrays, *outputs], kernels, counted)
     names = " ".join(kernel.name for kernel in kernels)
     return custom_call(
         op,
         native.TARGETS["program", "cuda"],
-        [operand for operand in operands if operand is not None],
-        results,
+        [array for array in arrays if array is not None],
+        outputs,
         aliases,
         cubin=np.frombuffer(cubin, np.uint8),
         contract=contract,
         kernels=names,
         fingerprint=np.int64(native.fingerprint(cubin, contract.tobytes(), names)),
-    )
+    )[: len(results)]
 
 
 def _contract(

@@ -20,7 +20,7 @@ from jax_marlin_moe.cuda.program import Plan
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.measure.propose import propose
 from jax_marlin_moe.measure.random_layers import random_routings
-from jax_marlin_moe.measure.replay import ReplayedPlan, block_operands, plan_block
+from jax_marlin_moe.measure.replay import ReplayedPlan, operands_by_routing, plan_block
 from jax_marlin_moe.measure.samples import Measurement
 from jax_marlin_moe.measure.search import search
 from jax_marlin_moe.shared_expert import packed_alike
@@ -122,7 +122,7 @@ class _Timer:
         self._shared = shared[0][0].num_experts if shared else 0
         self._top_k = slots - self._shared
         router = jnp.full((tokens, slots), 1 / slots, jnp.float32)
-        self._operands = block_operands(self.x, layers, [router] * repetitions, ids, shared)
+        self._operands = operands_by_routing(self.x, layers, [router] * repetitions, ids, shared)
 
     def compiled(self, schemes: Sequence[BlockScheme]) -> list[BlockScheme]:
         """Those of the schemes that compile: the register budget of one candidate is no reason to stop."""

@@ -20,10 +20,9 @@ from cuda.bindings import driver
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
-from jax_marlin_moe.cuda.plan import plan_fused_moe
+from jax_marlin_moe.cuda.plan import operands_of_block, plan_fused_moe
 from jax_marlin_moe.cuda.program import Plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
-from jax_marlin_moe.operands import weight_operands
 from jax_marlin_moe.weights import MarlinWeights, pad_rows
 
 _SHARED_LIMIT = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -66,7 +65,7 @@ def plan_block(
     )
 
 
-def block_operands(
+def operands_by_routing(
     x: jax.Array,
     layers: Sequence[tuple[MarlinWeights, MarlinWeights]],
     topk_weights: Sequence[jax.Array] | jax.Array,
@@ -75,20 +74,14 @@ def block_operands(
 ) -> list[list[jax.Array | None]]:
     """Operands of `plan_block`, one list per routing; each takes the next layer, and its `shared` experts."""
     x = pad_rows(x, layers[0][0])
-
-    def arrays(matrices: Sequence[MarlinWeights]) -> list[jax.Array | None]:
-        return [array for matrix in matrices for array in weight_operands(matrix)]
-
-    absent = [None, None, None]  # map, scale of x, scales of the intermediate
     return [
-        [
+        operands_of_block(
             x,
-            *arrays(layers[i % len(layers)]),
+            *layers[i % len(layers)],
             topk_weights[i],
             jax.device_put(topk_ids[i]),
-            *absent,
-            *(arrays(shared[i % len(layers)]) if shared else []),
-        ]
+            shared=shared[i % len(layers)] if shared else (),
+        )
         for i in range(len(topk_ids))
     ]
 
@@ -265,5 +258,5 @@ def replayed_block(
     plan = plan_block(
         x, gate_up, down, top_k=top_k, activation=activation, scheme=scheme, activation_dtype=activation_dtype
     )
-    operands = block_operands(x, layers, topk_weights, topk_ids)
+    operands = operands_by_routing(x, layers, topk_weights, topk_ids)
     return ReplayedPlan(plan, operands, [jax.ShapeDtypeStruct((tokens, down.padded_n), x.dtype)])

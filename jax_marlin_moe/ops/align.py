@@ -93,19 +93,15 @@ def _align(topk_ids, expert_map, **params):
     return align_op(topk_ids, expert_map, **params)
 
 
-def _result_shapes(topk_ids, block_size, num_experts):
+def _results(topk_ids, block_size, num_experts):
     size = reference.padded_size(topk_ids.size, num_experts, block_size)
-    return (size,), (-(-size // block_size),), (1,)
+    shapes = (size,), (-(-size // block_size),), (1,)
+    return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
 
 
 def _shape_rule(topk_ids, expert_map, *, block_size, num_experts):
-    shapes = _result_shapes(topk_ids, block_size, num_experts)
-    return [replicated_type(topk_ids, shape, jnp.int32) for shape in shapes]
-
-
-def _results(topk_ids, block_size, num_experts):
-    shapes = _result_shapes(topk_ids, block_size, num_experts)
-    return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+    results = _results(topk_ids, block_size, num_experts)
+    return [replicated_type(topk_ids, result.shape, result.dtype) for result in results]
 
 
 def _cpu(topk_ids, expert_map, *, block_size, num_experts):
@@ -126,14 +122,7 @@ def _cuda(topk_ids, expert_map, *, block_size, num_experts):
     architecture = target_architecture()
     plan = plan_align(topk_ids.size, num_experts, block_size, expert_map is not None, architecture)
     results = _results(topk_ids, block_size, num_experts)
-    return call_program(
-        "moe_align_block_size",
-        [topk_ids, expert_map],
-        [*results, *plan.scratch],
-        plan.kernels,
-        plan.source,
-        architecture,
-    )[: len(results)]
+    return call_program("moe_align_block_size", [topk_ids, expert_map], results, plan, architecture)
 
 
 def _batching_rule(op, leaves, dims, **params):

@@ -115,18 +115,15 @@ def _without_misfits(dispatches, **sizes):
     return jnp.where(reference.are_in_range(dispatches, **sizes)[..., None], dispatches, 0)
 
 
-def _shape_rule(x, stack, dispatches, *, num_out_rows):
-    return [
-        replicated_type(x, (num_out_rows, stack.padded_n), x.dtype),
-        replicated_type(x, (1,), jnp.int32),
-    ]
-
-
 def _results(x, stack, num_out_rows):
     return [
         jax.ShapeDtypeStruct((num_out_rows, stack.padded_n), x.dtype),
         jax.ShapeDtypeStruct((1,), jnp.int32),
     ]
+
+
+def _shape_rule(x, stack, dispatches, *, num_out_rows):
+    return [replicated_type(x, result.shape, result.dtype) for result in _results(x, stack, num_out_rows)]
 
 
 def _cpu(x, stack, dispatches, *, num_out_rows):
@@ -151,7 +148,7 @@ def _cuda(x, stack, dispatches, *, num_out_rows):
         x, stack, num_dispatches=num_dispatches, num_out_rows=num_out_rows, architecture=architecture
     )
     operands = [x, *weight_operands(stack), dispatches]
-    return call_program("expert_gemm", operands, [*results, *plan.scratch], plan.kernels, plan.source, architecture)[:2]
+    return call_program("expert_gemm", operands, results, plan, architecture)
 
 
 def _batching_rule(op, leaves, dims, *, structure, num_out_rows, **params):

@@ -19,13 +19,13 @@ from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.block_operands import BlockOperands
 from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype, scales_whole_rows
 from jax_marlin_moe.cuda.compiler import target_architecture
-from jax_marlin_moe.cuda.plan import plan_fused_moe
+from jax_marlin_moe.cuda.plan import operands_of_block, plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
 from jax_marlin_moe.cuda.scheme import BlockScheme, requested_scheme
 from jax_marlin_moe.custom_call import custom_call
 from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.operand_types import replicated_type, shard_rows_like
-from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty, weight_operands
+from jax_marlin_moe.operands import cpu_weight_operands, format_attributes, or_empty
 from jax_marlin_moe.ops.block_arguments import (
     FP8_ROWS,
     as_block_rows,
@@ -384,12 +384,17 @@ def _cuda(*operands, activation, activation_dtype, out_dtype, cuda_scheme, cuda_
         activation_dtype=activation_dtype,
         sliced=cuda_sliced,
     )
-    buffers = [block.x, *weight_operands(block.gate_up), *weight_operands(block.down)]
-    buffers += [block.topk_weights, block.topk_ids, expert_map, block.x_scale]
-    buffers.append(None if intermediate is None else intermediate.scales)
-    return call_program(
-        "fused_moe", buffers, [result, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
-    )[:1]
+    buffers = operands_of_block(
+        block.x,
+        block.gate_up,
+        block.down,
+        block.topk_weights,
+        block.topk_ids,
+        expert_map=expert_map,
+        x_scale=block.x_scale,
+        intermediate_scales=None if intermediate is None else intermediate.scales,
+    )
+    return call_program("fused_moe", buffers, [result], plan, architecture)
 
 
 def _division(*, activation, activation_dtype, out_dtype):

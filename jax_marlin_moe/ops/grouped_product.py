@@ -87,8 +87,7 @@ def _cuda(rows, weights, experts, group_sizes, group_offset, *, transposed, dtyp
         summed=summed,
     )
     operands = [rows, *weight_operands(weights), experts if group_sizes is None else group_sizes, group_offset]
-    results = [result, *plan.scratch]
-    y = call_program("grouped_product", operands, results, plan.kernels, plan.source, architecture)[0]
+    (y,) = call_program("grouped_product", operands, [result], plan, architecture)
     if experts is None or summed > 1 or unwritten:
         return [y]
     # Of slots without an expert, the kernels write nothing. What comes next usually takes the selection in.

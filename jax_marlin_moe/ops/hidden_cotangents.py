@@ -69,8 +69,7 @@ def _cuda(hidden, pulled, experts, topk_weights, bias, *, num_experts, activatio
         "hidden_cotangents",
         [hidden, pulled, experts, topk_weights, bias],
         results,
-        plan.kernels,
-        plan.source,
+        plan,
         architecture,
         aliases={0: 0} if results[0].dtype == hidden.dtype else None,
     )

@@ -147,7 +147,7 @@ def _cuda(x, weights, expert, *, batch_invariant):
     architecture = target_architecture()
     plan = plan_linear(x, weights, named=expert is not None, architecture=architecture, batch_invariant=batch_invariant)
     operands = [x, *weight_operands(weights), expert]
-    return call_program("linear", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
+    return call_program("linear", operands, [result], plan, architecture)
 
 
 def _jvp(op, primals, tangents, *, implementation, batch_invariant):

@@ -190,7 +190,7 @@ def _cuda(x, weights, topk_weights, sorted_ids, expert_ids, count, *, top_k, blo
         architecture=architecture,
         batch_invariant=batch_invariant,
     )
-    return call_program("moe_gemm", operands, [result, *plan.scratch], plan.kernels, plan.source, architecture)[:1]
+    return call_program("moe_gemm", operands, [result], plan, architecture)
 
 
 def _batching_rule(op, leaves, dims, *, structure, top_k, block_size, **params):

@@ -377,9 +377,7 @@ def _cuda(*operands, routing, activation, shared_activation, norm_epsilon, out_d
         buffers += [None] * WEIGHT_OPERANDS if matrix is None else weight_operands(matrix)
     buffers.append(layer.expert_map)
     results = [_result_types(layer, routing.top_k, dtype)[0], *choice_buffers(router)]
-    y, *choice = call_program(
-        "moe_layer", buffers, [*results, *plan.scratch], plan.kernels, plan.source, architecture, counted=plan.counted
-    )[:3]
+    y, *choice = call_program("moe_layer", buffers, results, plan, architecture)
     if beside is not None:
         extra = shared_beside(layer.x, beside, shared_activation, implementation="cuda")
         y = (y + reference_layer.padded_to(y, extra)).astype(out_dtype)

@@ -82,8 +82,9 @@ def _adds_on_cuda(result):
 
 
 def _called(kernel, operands, result):
-    name, source = kernel.name.removeprefix("jmm_"), Plan((kernel,)).source
-    (found,) = call_program(name, operands, [result], [kernel], source, target_architecture())
+    (found,) = call_program(
+        kernel.name.removeprefix("jmm_"), operands, [result], Plan((kernel,)), target_architecture()
+    )
     return found
 
 

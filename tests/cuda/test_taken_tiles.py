@@ -10,7 +10,7 @@ import jax_marlin_moe as jmm
 from jax_marlin_moe.cuda import block_kernels
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
-from jax_marlin_moe.measure.replay import block_operands, replayed_block
+from jax_marlin_moe.measure.replay import operands_by_routing, replayed_block
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, TOKENS = 16, 2, 512, 1024, 1000
 MANY = WgmmaTile(48, 2, 1, 1, 128, 3, 1, True)
@@ -59,7 +59,7 @@ def test_a_product_by_itself_leaves_the_counter_as_it_was():
     scheme = BlockScheme("aligned", MANY, MANY)
     replayed = replayed_block(x, [(gate_up, down)], [weights], np.asarray(ids)[None], scheme=scheme)
     first, second = (replayed.plan.position(stage) for stage in ("gate_up", "down"))
-    y = len(block_operands(x, [(gate_up, down)], [weights], np.asarray(ids)[None])[0])
+    y = len(operands_by_routing(x, [(gate_up, down)], [weights], np.asarray(ids)[None])[0])
     replayed.microseconds(samples=1)
     scratch = replayed._buffers[0][y + 1 :]
     (counters,) = [buffer for buffer in scratch if buffer.shape == (2,)]

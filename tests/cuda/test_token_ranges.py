@@ -113,13 +113,14 @@ def test_rows_that_are_not_those_of_one_number_of_tokens_are_refused():
     x, gate_up, down, weights, ids = operands(600)
     calls = []
 
-    def recorded(op, given, results, kernels, source, architecture, *, counted):
-        calls.append((given, results, kernels, source, architecture, counted))
-        return program.call_program(op, given, results, kernels, source, architecture, counted=counted)
+    def recorded(op, given, results, plan, architecture):
+        calls.append((given, results, plan, architecture))
+        return program.call_program(op, given, results, plan, architecture)
 
     with mock.patch("jax_marlin_moe.ops.fused_moe.call_program", recorded):
         jax.jit(block).trace(x, gate_up, down, weights, ids).lower()
-    ((_, results, kernels, source, architecture, counted),) = calls
+    ((_, results, plan, architecture),) = calls
+    results = [*results, *plan.scratch]
     leaves = [x, *jax.tree.leaves(gate_up), *jax.tree.leaves(down), weights, ids]
     present = [place for place, operand in enumerate(calls[0][0]) if operand is not None]
     assert len(leaves) == len(present)
@@ -129,9 +130,9 @@ def test_rows_that_are_not_those_of_one_number_of_tokens_are_refused():
         by_place = dict(zip(present, leaves, strict=True))
         by_place |= {int(name[1:]): by_place[int(name[1:])][:rows] for name, rows in other.items()}
         given = [by_place.get(place) for place in range(len(calls[0][0]))]
-        cubin = compiler.compile_cubin(source, architecture)
-        contract = program._contract([*calls[0][0], *results], kernels, counted)
-        names = " ".join(kernel.name for kernel in kernels)
+        cubin = compiler.compile_cubin(plan.source, architecture)
+        contract = program._contract([*calls[0][0], *results], plan.kernels, plan.counted)
+        names = " ".join(kernel.name for kernel in plan.kernels)
         fingerprint = np.int64(native.fingerprint(cubin, contract.tobytes(), names))
         attributes = {"contract": contract, "kernels": names, "fingerprint": fingerprint}
         run = jax.jit(

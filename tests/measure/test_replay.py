@@ -17,7 +17,7 @@ from jax_marlin_moe.ops.fused_moe import fused_moe_op
 
 pytest.importorskip("cuda.bindings")
 
-from jax_marlin_moe.measure.replay import block_operands, plan_block, replayed_block, timed_samples
+from jax_marlin_moe.measure.replay import operands_by_routing, plan_block, replayed_block, timed_samples
 
 SHAPE = ModelShape("small", 8, 2, 256, 128, group_size=64)
 PADDED = ModelShape("padded", 8, 2, 200, 120, group_size=64)
@@ -38,7 +38,7 @@ def case(request):
 @pytest.mark.sampled(2)
 def test_operands_are_those_of_the_custom_call(case):
     x, layers, weights, ids = case
-    operands = block_operands(*case)
+    operands = operands_by_routing(*case)
     assert len(operands) == ROUTINGS
     for i, ours in enumerate(operands):
         layer = layers[i % len(layers)]
@@ -70,7 +70,7 @@ def test_operands_with_shared_experts_are_where_the_kernels_read_them(tokens, mo
     x = host_arrays.normal(0, (tokens, 256), jnp.bfloat16)
     plan = plan_block(x, *layer, top_k=2, activation="silu", scheme=None, shared=1)
     ids = np.zeros((1, tokens, 3), np.int32)
-    (operands,) = block_operands(x, [layer], jnp.ones(ids.shape), ids, [shared])
+    (operands,) = operands_by_routing(x, [layer], jnp.ones(ids.shape), ids, [shared])
     buffers = [*operands, jax.ShapeDtypeStruct(x.shape, x.dtype), *plan.scratch]
     program._contract(buffers, plan.kernels, plan.counted)  # raises where a kernel reads what is not there
     read = {
