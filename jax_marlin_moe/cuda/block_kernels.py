@@ -10,7 +10,12 @@ from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.cuda.aligned_list import AlignedList, aligned_list
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, hosts, slices_of_columns
-from jax_marlin_moe.cuda.kernels.combine import IdentityExperts, combine_kernel
+from jax_marlin_moe.cuda.kernels.combine import (
+    IdentityExperts,
+    SlotSums,
+    combine_four_columns_kernel,
+    combine_kernel,
+)
 from jax_marlin_moe.cuda.kernels.epilogue import activated, packed_partials, slot_partials
 from jax_marlin_moe.cuda.kernels.mma import MmaTile
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
@@ -22,8 +27,6 @@ from jax_marlin_moe.cuda.kernels.token_tiles import (
     direct_tiles,
     grouped_tiles,
 )
-from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
-from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.plan_byte_rows import QuantizedRows, Rows, quantized_rows
 from jax_marlin_moe.cuda.program import Kernel, Plan
 from jax_marlin_moe.cuda.scheme import BlockScheme, Tile
@@ -136,12 +139,7 @@ class BlockKernels:
     @property
     def overlaps_rows(self) -> bool:
         """Whether products may start so: those of mma.sync and of 16 bits fetch scales of rows before they wait."""
-        return self.overlaps and (self.activation_dtype is None or self.slabs)
-
-    @property
-    def slabs(self) -> bool:
-        """Whether products are those of wgmma with rows of 8 bits, whose results have the order of a unit's scales."""
-        return isinstance(self.scheme.down, WgmmaByteTile)
+        return self.overlaps and (self.activation_dtype is None or self.scheme.down.has_slabs)
 
     def plan(self) -> Plan:
         """The kernels, and the scratch: `hidden`, the rows of the second product, rows in 8 bits, a list of slots."""
@@ -239,11 +237,19 @@ class BlockKernels:
             topk_ids=self.buffers.topk_ids,
             expert_map=self.buffers.expert_map,
             scratch=scratch,
-            takes_tiles=self.slabs
-            or (not self.sliced and all(_takes_tiles(tile, shape, self.capability) for tile, shape in tiles)),
+            takes_tiles=all(self._takes_tiles(tile, shape) for tile, shape in tiles),
             ids_from_previous=self.buffers.ids_from_previous,
             slots_of_token=self.slots if self.counted else None,
         )
+
+    def _takes_tiles(self, tile: Tile, shape: GemmShape) -> bool:
+        """Whether the CTAs of a product take work tiles as they come to them.
+
+        Not with slices of the columns: they would share a counter, and one may begin while the one before ends.
+        """
+        size = tile.shared_bytes(shape) + TAKEN_BYTES
+        room = get_architecture(self.capability).fits_shared_memory(size, tile.ctas_per_sm)
+        return tile.has_slabs or (tile.takes_tiles and not self.sliced and room)
 
     def _first_product(self, reads: Rows, tiles: TokenTiles, out: int, overlaps_predecessor: bool) -> Kernel:
         """Up to the activation, whose result goes to `out`."""
@@ -288,8 +294,22 @@ class BlockKernels:
         self, reads: Rows, tiles: TokenTiles, partials: int
     ) -> tuple[list[Kernel], jax.ShapeDtypeStruct]:
         """Into buffer `partials`, and the sums over slots: of slices of the columns, one after the other."""
-        buffers, tile, columns, slabs = self.buffers, self.scheme.down, self.second.n, self.slabs
+        buffers, tile, columns = self.buffers, self.scheme.down, self.second.n
         slices, packed_pairs = self._slices(tiles)
+        sums = SlotSums(
+            self.tokens,
+            self.slots,
+            columns,
+            self.num_experts,
+            self.routed_experts,
+            self.dtype,
+            partials=partials,
+            topk_ids=buffers.topk_ids,
+            expert_map=buffers.expert_map,
+            out=buffers.y,
+            overlaps_predecessor=self.overlaps,
+            counted=self.counted,
+        )
         kernels = []
         for part in slices:
             weigh = slot_partials(
@@ -313,30 +333,16 @@ class BlockKernels:
                 first_operand=buffers.down,
                 token_tiles=tiles,
                 epilogue=weigh if packed_pairs is None else packed_partials(weigh, packed_pairs),
-                overlaps_predecessor=self.overlaps_rows and (self.scheme.overlaps or slabs),
+                overlaps_predecessor=self.overlaps_rows and (self.scheme.overlaps or tile.has_slabs),
                 shared=buffers.shared_down,
                 shared_experts=self.shared,
                 columns=part,
                 in_order=self.in_order,
             )
-            combine = combine_kernel(
-                self.tokens,
-                self.slots,
-                columns,
-                self.num_experts,
-                self.routed_experts,
-                self.dtype,
-                partials=partials,
-                topk_ids=buffers.topk_ids,
-                expert_map=buffers.expert_map,
-                out=buffers.y,
-                overlaps_predecessor=self.overlaps,
-                identity=buffers.identity,
-                columns_of=part,
-                places=slabs,
-                counted=self.counted,
-                packed_pairs=packed_pairs,
-            )
+            if packed_pairs is None:
+                combine = combine_kernel(sums, identity=buffers.identity, columns_of=part, places=tile.has_slabs)
+            else:  # of whole rows
+                combine = combine_four_columns_kernel(sums, packed_pairs)
             kernels += [product, combine]
         row_words = len(slices[0]) if packed_pairs is None else columns // 2
         return kernels, jax.ShapeDtypeStruct((self.num_slots, row_words), jnp.float32)
@@ -359,18 +365,5 @@ def _packed_pairs(tile: Tile, token_tiles: TokenTiles, rounded_to: jnp.dtype) ->
 
     float32 rows are for results that end in more bits than bfloat16 has, and for few rows, which stay in L2.
     """
-    if tile.tokens <= 32 or token_tiles.cpp != "AlignedTiles" or rounded_to != jnp.bfloat16:
-        return None
-    if isinstance(tile, WgmmaByteTile):
-        return False
-    return tile.sub_tiles == 1 if isinstance(tile, WgmmaTile) else None
-
-
-def _takes_tiles(tile: Tile, shape: GemmShape, capability: int) -> bool:
-    """Whether CTAs take work tiles as they come to them: of many rows, whose number differs from tile to tile.
-
-    Not with slices of the columns: they would share a counter, and one may begin while the one before ends.
-    """
-    many = isinstance(tile, WgmmaTile) and tile.tokens > 32
-    size = tile.shared_bytes(shape) + TAKEN_BYTES
-    return many and get_architecture(capability).fits_shared_memory(size, tile.ctas_per_sm)
+    few = tile.tokens <= 32 or token_tiles.cpp != "AlignedTiles"
+    return None if few or rounded_to != jnp.bfloat16 else tile.packed_pairs

@@ -65,12 +65,30 @@ def gemm_kernel(
     in_order: bool = False,
     padding_bytes: int = 0,
 ) -> Kernel:
-    """A grouped GEMM, or a slice of its `columns`, whose kernel is the same for all slices of as many.
+    """A grouped GEMM, or a slice of its columns, whose kernel is the same for all slices of as many.
 
-    `stage` names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`. `x` is the
-    buffer of the rows, `row_stride` elements apart; the matrix's operands follow from `first_operand`, and those of
-    shared experts, packed alike, from `shared`. `in_order` says that a row's sums must be added up in one order,
-    however many rows its token tile has. `padding_bytes` are asked for beside the shared memory of the tile.
+    Args:
+        stage: names it, with the format and the rows of a tile: "gate_up" becomes `jmm_gate_up_int4_m16`.
+        shape: of the product.
+        tile: how it is cut.
+        weights: the matrix.
+        dtype: of the rows.
+        slots_per_row: slots that read one row.
+        row_stride: elements from one row to the next.
+        x: the buffer of the rows.
+        first_operand: the first buffer of the matrix.
+        token_tiles: how it finds the slots of its token tiles.
+        epilogue: what becomes of the sums.
+        overlaps_predecessor: whether it may start before the kernel before it has ended.
+        transposed: whether the matrix is.
+        shared: the first buffer of the shared experts' matrix, packed alike, or None.
+        shared_experts: how many.
+        columns: that it computes; None is all.
+        in_order: whether a row's sums must be added up in one order, however many rows its token tile has.
+        padding_bytes: that are asked for beside the shared memory of the tile.
+
+    Raises:
+        ValueError: there are more work tiles than the kernels count.
     """
     columns = range(shape.k if transposed else shape.n) if columns is None else columns
     work_tiles = _work_tiles(shape, tile, token_tiles, len(columns), transposed)
@@ -82,29 +100,17 @@ def gemm_kernel(
     }
     if token_tiles.cpp == "GroupedTiles":
         constants["jmm::kMostGroupedSlots"] = MOST_GROUPED_SLOTS
-    row = weights.format
-    problem: Facts = {
-        "element": ELEMENT_TYPES[dtype.name],
-        "code": row.code.cpp,
-        "scale": row.scale.cpp or ELEMENT_TYPES[weights.scales.dtype.name],
-        "zeros": _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
-        "global_scales": row.has_global_scales,
-        "k": shape.k,
-        "n": shape.n,
+    problem = _problem(shape, weights, dtype) | {
         "columns": len(columns),
-        "experts": shape.num_experts,
         "shared_experts": shared_experts,
-        "group": shape.group_size,
         "row_stride": row_stride,
         "slots_per_row": slots_per_row,
         "transposed": transposed,
         "in_order": in_order,
     }
-    if shape.has_byte_rows:
-        problem["row_groups"] = shape.row_groups
     matrix, shared_matrix = (_matrix_pointers(weights, first, columns, transposed) for first in (first_operand, shared))
     return Kernel(
-        name=f"jmm_{stage}_{row.name}_m{tile.tokens}",
+        name=f"jmm_{stage}_{weights.format.name}_m{tile.tokens}",
         headers=(_header_of(tile), "epilogue.cuh", "token_tiles.cuh"),
         body=(f"{tile.kernel}<jmm::Problem<Problem>, {tile.cpp}<Tile>, {found_tiles}, jmm::{epilogue.cpp}<Epilogue>>"),
         structs={
@@ -129,6 +135,25 @@ def gemm_kernel(
         padding_bytes=padding_bytes,
         overlaps_predecessor=overlaps_predecessor,
     )
+
+
+def _problem(shape: GemmShape, weights: MarlinWeights, dtype: jnp.dtype) -> Facts:
+    """What a product is compiled with that follows from the matrix and the type of the rows."""
+    row = weights.format
+    problem: Facts = {
+        "element": ELEMENT_TYPES[dtype.name],
+        "code": row.code.cpp,
+        "scale": row.scale.cpp or ELEMENT_TYPES[weights.scales.dtype.name],
+        "zeros": _CPP_ZEROS[row.zeros] if row.zeros else f"jmm::BakedZero<{row.zero_point}>",
+        "global_scales": row.has_global_scales,
+        "k": shape.k,
+        "n": shape.n,
+        "experts": shape.num_experts,
+        "group": shape.group_size,
+    }
+    if shape.has_byte_rows:
+        problem["row_groups"] = shape.row_groups
+    return problem
 
 
 def _work_tiles(

@@ -15,7 +15,6 @@ from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.kernels import mma_bytes, wgmma_bytes
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.kernels.quantize_rows import quantize_rows_kernel, row_stride
-from jax_marlin_moe.cuda.kernels.wgmma_bytes import WgmmaByteTile
 from jax_marlin_moe.cuda.program import Kernel
 from jax_marlin_moe.cuda.scheme import Tile
 from jax_marlin_moe.weights import MarlinWeights
@@ -81,8 +80,8 @@ def quantized_rows(
     rows, source_stride = source.shape
     # Of codes that have a zero point to subtract, unless the product adds up its rows itself; the integers of int8
     # products are less that of the format already.
-    wide, of_wgmma = not shape.has_byte_rows, isinstance(tile, WgmmaByteTile)
-    sums = of_wgmma and bool(weights.format.zeros or (weights.format.zero_point and shape.dtype != "int8"))
+    wide = not shape.has_byte_rows
+    sums = tile.has_slabs and bool(weights.format.zeros or (weights.format.zero_point and shape.dtype != "int8"))
     stride = row_stride(shape.k, sums=sums, groups=shape.row_groups)
     of_hidden = stage == "hidden"
     kernel = quantize_rows_kernel(
@@ -96,7 +95,7 @@ def quantized_rows(
         halves_apart=wgmma_bytes.halves_apart(shape),
         sums=sums,
         groups=shape.row_groups,
-        places=of_hidden and of_wgmma,
+        places=of_hidden and tile.has_slabs,
         in_units=in_units,
         from_previous=of_hidden,
         x=source_buffer,

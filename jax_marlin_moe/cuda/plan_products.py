@@ -7,7 +7,7 @@ from jax_marlin_moe.cuda.aligned_list import aligned_list
 from jax_marlin_moe.cuda.choose import choose_listed_tile, choose_product_tile, invariant_listed_tile
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.grouped_gemm import BIAS, gemm_kernel, gemm_shape, hosts, slices_of_columns
-from jax_marlin_moe.cuda.kernels.combine import clear_kernel, combine_kernel, find_first_rows_kernel
+from jax_marlin_moe.cuda.kernels.combine import SlotSums, clear_kernel, combine_kernel, find_first_rows_kernel
 from jax_marlin_moe.cuda.kernels.epilogue import slot_partials, slot_rows
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS, aligned_tiles, grouped_tiles, ragged_tiles
 from jax_marlin_moe.cuda.limits import check_counts, check_matrix, check_rows
@@ -148,6 +148,19 @@ def plan_grouped_product(
         if dtype == jnp.float32
         else slot_rows(x.dtype.name, len(slices[0]), out=slots, bias=None, topk_weights=None)
     )
+    sums = SlotSums(
+        num_slots // summed,
+        summed,
+        columns,
+        num_experts,
+        num_experts,
+        dtype,
+        partials=slots,
+        topk_ids=experts,
+        expert_map=None,
+        out=y,
+        overlaps_predecessor=capability >= 90,
+    )
     for part in slices:
         kernels.append(
             gemm_kernel(
@@ -168,23 +181,7 @@ def plan_grouped_product(
             )
         )
         if summed > 1:
-            kernels.append(
-                combine_kernel(
-                    num_slots // summed,
-                    summed,
-                    columns,
-                    num_experts,
-                    num_experts,
-                    dtype,
-                    partials=slots,
-                    topk_ids=experts,
-                    expert_map=None,
-                    out=y,
-                    overlaps_predecessor=capability >= 90,
-                    partial_dtype=dtype.name,
-                    columns_of=part,
-                )
-            )
+            kernels.append(combine_kernel(sums, partial_dtype=dtype.name, columns_of=part))
     return Plan(tuple(kernels), tuple(scratch))
 
 

@@ -78,9 +78,8 @@ class BlockScheme:
         """Whether both tiles fit the products, and each other."""
         fewer, more = sorted((self.gate_up.tokens, self.down.tokens))
         alike = fewer == more or (self.routing == "aligned" and more % fewer == 0)
-        # Products of bytes on wgmma leave, and expect, columns in an order of their own.
-        slabs = {isinstance(tile, wgmma_bytes.WgmmaByteTile) for tile in (self.gate_up, self.down)}
-        return alike and len(slabs) == 1 and self.gate_up.fits(first, capability) and self.down.fits(second, capability)
+        alike = alike and self.gate_up.has_slabs == self.down.has_slabs
+        return alike and self.gate_up.fits(first, capability) and self.down.fits(second, capability)
 
 
 def requested_scheme(

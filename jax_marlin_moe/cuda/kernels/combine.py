@@ -29,79 +29,130 @@ class IdentityExperts:
     topk_weights: int
 
 
+@dataclasses.dataclass(frozen=True)
+class SlotSums:
+    """Sums over the slots of each token, as extents and buffers.
+
+    Attributes:
+        tokens: rows of the result.
+        top_k: slots of a token.
+        columns: of a row.
+        num_experts: of the matrices.
+        routed_experts: that ids may name.
+        dtype: of the result.
+        partials: the buffer of the slots' rows.
+        topk_ids: of the ids.
+        expert_map: of the map, or None.
+        out: of the result.
+        overlaps_predecessor: whether the kernel may start before the one before it has ended.
+        counted: whether a call may have fewer tokens.
+    """
+
+    tokens: int
+    top_k: int
+    columns: int
+    num_experts: int
+    routed_experts: int
+    dtype: jnp.dtype
+    partials: int
+    topk_ids: int
+    expert_map: int | None
+    out: int
+    overlaps_predecessor: bool
+    counted: bool = False
+
+    def kernel(
+        self,
+        body: str,
+        facts: Facts,
+        partials: Pointer,
+        of_input: dict[str, Bound],
+        result: Pointer,
+        *,
+        columns: int,
+        columns_of_thread: int,
+    ) -> Kernel:
+        """One that sums so many columns of the slots' rows, each thread 16 bytes of them."""
+        threads = self.tokens * (columns // columns_of_thread)
+        return Kernel(
+            name=f"jmm_combine_m{self.tokens}",
+            headers=("combine.cuh",),
+            body=body,
+            structs={"Facts": facts},
+            pointers={
+                "partials": partials,
+                "topk_ids": Pointer(self.topk_ids, "int32"),
+                "expert_map": optional(self.expert_map, "int32"),
+                **of_input,
+                "out": result,
+                **token_count(self.counted),
+            },
+            threads=128,
+            shared_bytes=0,
+            max_ctas=grid(-(-threads // 128), "the sum over a token's experts"),
+            overlaps_predecessor=self.overlaps_predecessor,
+        )
+
+
 def combine_kernel(
-    tokens: int,
-    top_k: int,
-    columns: int,
-    num_experts: int,
-    routed_experts: int,
-    dtype: jnp.dtype,
+    sums: SlotSums,
     *,
-    partials: int,
-    topk_ids: int,
-    expert_map: int | None,
-    out: int,
-    overlaps_predecessor: bool,
     identity: IdentityExperts | None = None,
     partial_dtype: str = "float32",
     columns_of: range | None = None,
     places: bool = False,
-    counted: bool = False,
-    packed_pairs: bool | None = None,
 ) -> Kernel:
     """Sums each token's slots, and what identity experts return.
 
     Partials have the columns of `columns_of` alone, and the sums go to these; None is all. `places` says whether they
-    have the columns of a unit in the order of its scales, as rows of 8 bits leave them. `counted` where a call may have
-    fewer tokens, `packed_pairs` where rows are whole, and those of `packed_partials`: without experts that return their
-    input.
+    have the columns of a unit in the order of its scales, as rows of 8 bits leave them.
     """
-    columns_of = range(columns) if columns_of is None else columns_of
-    added = Pointer(partials, partial_dtype)
-    result = Pointer(out, dtype.name, written=True, offset=columns_of.start * dtype.itemsize)
+    columns_of = range(sums.columns) if columns_of is None else columns_of
+    partials = Pointer(sums.partials, partial_dtype)
+    result = Pointer(sums.out, sums.dtype.name, written=True, offset=columns_of.start * sums.dtype.itemsize)
     rows = None if identity is None else Pointer(identity.x, identity.dtype.name)
     facts: Facts = {
         "element": result.cpp_element,
-        "tokens": tokens,
-        "top_k": top_k,
-        "partial": added.cpp_element,
+        "tokens": sums.tokens,
+        "top_k": sums.top_k,
+        "partial": partials.cpp_element,
         "columns": len(columns_of),
-        "result_columns": columns,
-        "experts": num_experts,
-        "routed_experts": routed_experts,
-        "mapped": expert_map is not None,
+        "result_columns": sums.columns,
+        "experts": sums.num_experts,
+        "routed_experts": sums.routed_experts,
+        "mapped": sums.expert_map is not None,
         "input": "jmm::Half" if rows is None else rows.cpp_element,
         "identity_experts": 0 if identity is None else identity.experts,
         "input_columns": 0 if identity is None else identity.columns,
         "places": places,
-        "counted": counted,
+        "counted": sums.counted,
     }
     of_input: dict[str, Bound] = {
         "x": rows,
         "topk_weights": optional(None if identity is None else identity.topk_weights, "float32"),
     }
-    vector = 16 // jnp.dtype(partial_dtype).itemsize if packed_pairs is None else 8  # columns of a thread
-    if packed_pairs is not None:
-        of_input = {}
-        others = ("partial", "result_columns", "input", "identity_experts", "input_columns", "places")
-        facts = {name: fact for name, fact in facts.items() if name not in others} | {"pairs": packed_pairs}
-    return Kernel(
-        name=f"jmm_combine_m{tokens}",
-        headers=("combine.cuh",),
-        body="Combine<Facts>" if packed_pairs is None else "CombineFourColumns<Facts>",
-        structs={"Facts": facts},
-        pointers={
-            "partials": added,
-            "topk_ids": Pointer(topk_ids, "int32"),
-            "expert_map": optional(expert_map, "int32"),
-            **of_input,
-            "out": result,
-            **token_count(counted),
-        },
-        threads=128,
-        shared_bytes=0,
-        max_ctas=grid(-(-tokens * (len(columns_of) // vector) // 128), "the sum over a token's experts"),
-        overlaps_predecessor=overlaps_predecessor,
+    vector = 16 // jnp.dtype(partial_dtype).itemsize
+    columns = len(columns_of)
+    return sums.kernel("Combine<Facts>", facts, partials, of_input, result, columns=columns, columns_of_thread=vector)
+
+
+def combine_four_columns_kernel(sums: SlotSums, pairs: bool) -> Kernel:
+    """Sums each token's slots, whose rows are those of `packed_partials`, `pairs` as there."""
+    result = Pointer(sums.out, sums.dtype.name, written=True)
+    facts: Facts = {
+        "element": result.cpp_element,
+        "tokens": sums.tokens,
+        "top_k": sums.top_k,
+        "columns": sums.columns,
+        "experts": sums.num_experts,
+        "routed_experts": sums.routed_experts,
+        "mapped": sums.expert_map is not None,
+        "counted": sums.counted,
+        "pairs": pairs,
+    }
+    partials = Pointer(sums.partials, "float32")
+    return sums.kernel(
+        "CombineFourColumns<Facts>", facts, partials, {}, result, columns=sums.columns, columns_of_thread=8
     )
 
 

@@ -7,25 +7,42 @@ from typing import TypeVar
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
-from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, TILE_K, UNIT, GemmShape, word_instructions
+from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, UNIT, GemmShape, word_instructions
+from jax_marlin_moe.layout import TILE_K
 
 TOKEN_TILES = (8, 16, 24, 32)
 
 _MOST_UNEVEN = 1.15  # the longest share of K over the mean one, of tiles worth considering
 
-_CHUNK_INSTRUCTIONS = 50  # of a warp, beside its words
+_K_BLOCK_INSTRUCTIONS = 50  # of a warp, beside its words
 _MMA_INSTRUCTIONS = 1.8  # an MMA, as often as it keeps the warp
 _CYCLES_PER_INSTRUCTION = 2.5  # of a warp alone
-_CHUNK_LATENCY = 144
+_K_BLOCK_LATENCY = 144
 _ISSUE_RATE = 0.42  # of the four schedulers, when all warps compete
 _BYTES_IN_FLIGHT = 24e3  # of a multiprocessor, below which the memory waits
 _TILE_CYCLES = 829
-_CLUSTER_CYCLES = 1000  # two barriers of a cluster, reads of another block's memory
+_CLUSTER_CYCLES = 1000  # two barriers of a cluster, reads of another CTA's memory
 
 
 @dataclasses.dataclass(frozen=True)
 class MmaTile:
-    """`jmm::MmaTile` of csrc/cuda/gemm/mma/kernel.cuh: tokens x (warps_n * units * 64) columns per cluster."""
+    """`jmm::MmaTile` of csrc/cuda/gemm/mma/tile.cuh: tokens x (warps_n * units * 64) columns per cluster.
+
+    Attributes:
+        tokens: rows of a token tile.
+        units: of 64 columns, of a warp.
+        warps_n: side by side along the columns.
+        warps_k: that share K.
+        block_k: rows of K in one stage of the ring.
+        stages: of the ring.
+        ctas_per_sm: resident CTAs.
+        cluster: CTAs that share K.
+        has_slabs: whether results have the columns of each unit in the order of its scales, and rows of a second
+            product must have them so, too.
+        packed_pairs: whether four results in 64 bits are two pairs of columns (csrc/cuda/four_columns.cuh); None where
+            there is no such epilogue.
+        takes_tiles: whether CTAs may take work tiles as they come to them, off a list.
+    """
 
     tokens: int
     units: int
@@ -34,14 +51,17 @@ class MmaTile:
     block_k: int
     stages: int
     ctas_per_sm: int
-    cluster: int = 1  # blocks that share K
+    cluster: int = 1
 
     kernel = "GroupedGemm"
     cpp = "jmm::MmaTile"
+    has_slabs = False
+    packed_pairs = None
+    takes_tiles = False
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Threads of a CTA."""
         return 32 * self.warps_n * self.warps_k
 
     @property
@@ -55,9 +75,9 @@ class MmaTile:
         return self.warps_k * self.cluster
 
     def longest_share(self, shape: GemmShape) -> int:
-        """Chunks of K that the busiest warp has; the last one of K may be shorter."""
-        chunks = -(-shape.k // self.block_k)
-        return -(-chunks // self.shares_k)
+        """K-blocks that the busiest warp has; the last one of K may be shorter."""
+        k_blocks = -(-shape.k // self.block_k)
+        return -(-k_blocks // self.shares_k)
 
     def weight_stage_bytes(self, shape: GemmShape) -> int:
         """One stage of one warp's ring: weights, scales, zero points."""
@@ -77,7 +97,7 @@ class MmaTile:
         return self.warps_k * self.warps_n * self.units * (UNIT // 16) * (self.tokens // 8) * 512
 
     def shared_bytes(self, shape: GemmShape) -> int:
-        """Dynamic shared memory of a block."""
+        """Dynamic shared memory of a CTA."""
         rings = self.warps_n * self.weight_stage_bytes(shape) + self.token_stage_bytes(shape)
         return self.warps_k * self.stages * rings + self.partials_bytes(shape)
 
@@ -86,7 +106,7 @@ class MmaTile:
         return shape.n // (UNIT * self.warps_n * self.units)
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
-        """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
+        """Whether the kernel compiles for this shape and its CTAs fit the multiprocessor."""
         if self.cluster > 1 and not get_architecture(capability).has_clusters:
             return False
         whole = shape.k >= self.shares_k * self.block_k and shape.n % (UNIT * self.warps_n * self.units) == 0
@@ -118,27 +138,27 @@ class MmaTile:
         card = get_architecture(capability)
         warps, token_tiles = self.warps_n * self.warps_k, self.tokens // 8
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
-        blocks = tiles * self.cluster
-        busy = min(self.ctas_per_sm, max(1.0, blocks / card.multiprocessors))  # blocks at work on a multiprocessor
-        chunks = self.longest_share(shape)
+        ctas = tiles * self.cluster
+        busy = min(self.ctas_per_sm, max(1.0, ctas / card.multiprocessors))  # CTAs at work on a multiprocessor
+        k_blocks = self.longest_share(shape)
         columns = UNIT * self.warps_n * self.units
         steps = self.block_k / TILE_K
 
         closing = self.block_k / min(shape.group_size, 128) * self.units * 16 * token_tiles * 3
         instructions = steps * self.units * self.step_instructions(shape)
-        instructions += _CHUNK_INSTRUCTIONS + 2 * steps * token_tiles + closing
-        latency = instructions * _CYCLES_PER_INSTRUCTION + _CHUNK_LATENCY
+        instructions += _K_BLOCK_INSTRUCTIONS + 2 * steps * token_tiles + closing
+        latency = instructions * _CYCLES_PER_INSTRUCTION + _K_BLOCK_LATENCY
         issue = busy * warps * instructions / (4 * _ISSUE_RATE)
 
-        chunk_bytes = shape.k * columns * shape.bytes_per_weight / chunks
+        bytes_read = shape.k * columns * shape.bytes_per_weight / k_blocks
         in_flight = busy * warps * (self.stages - 1) * self.block_k * self.units * UNIT * shape.bits / 8
-        memory = busy * chunk_bytes / card.bytes_per_cycle * max(1.0, _BYTES_IN_FLIGHT / in_flight)
+        memory = busy * bytes_read / card.bytes_per_cycle * max(1.0, _BYTES_IN_FLIGHT / in_flight)
 
         longest = max(latency, issue, memory)
-        chunk = longest + 0.15 * (latency + issue + memory - longest)
+        k_block = longest + 0.15 * (latency + issue + memory - longest)
         ends = _TILE_CYCLES * (1.0 if self.partials_bytes(shape) else 0.4) + _CLUSTER_CYCLES * (self.cluster > 1)
-        rounds = math.ceil(blocks / (card.multiprocessors * self.ctas_per_sm))
-        return LAUNCH_MICROSECONDS + rounds * (chunks * chunk + ends) / card.cycles_per_microsecond
+        rounds = math.ceil(ctas / (card.multiprocessors * self.ctas_per_sm))
+        return LAUNCH_MICROSECONDS + rounds * (k_blocks * k_block + ends) / card.cycles_per_microsecond
 
 
 _Kind = TypeVar("_Kind", bound=MmaTile)

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from jax_marlin_moe.layout import TILE_N
+
 _SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "e4m3": 8, "e8m0": 8}
 
 BYTE_DTYPES = ("float8_e4m3fn", "int8")  # of rows of 8 bits
-UNIT = 64  # columns of a packed tile
-TILE_K = 16  # rows of one
+UNIT = TILE_N  # columns of a packed tile
 
 # The cost models' constants, fitted to 1100 timed kernels on an H200 (Qwen3-30B and Mixtral, 1 to 64 tokens): 17 %
 # root mean square error, and tiles chosen with it were 7 % slower than the best timed ones on average. (Integer codes

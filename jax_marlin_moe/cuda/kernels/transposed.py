@@ -5,8 +5,9 @@ import itertools
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
-from jax_marlin_moe.cuda.kernels.problem import TILE_K, UNIT, GemmShape
+from jax_marlin_moe.cuda.kernels.problem import UNIT, GemmShape
 from jax_marlin_moe.cuda.kernels.wgmma import OTHER_CONSUMER_REGISTERS, WgmmaTile
+from jax_marlin_moe.layout import TILE_K
 
 TOKEN_TILES = (8, 16, 32, 64)
 

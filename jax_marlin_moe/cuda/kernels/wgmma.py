@@ -6,7 +6,8 @@ import math
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
-from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, TILE_K, UNIT, GemmShape, word_instructions
+from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, UNIT, GemmShape, word_instructions
+from jax_marlin_moe.layout import TILE_K
 
 TOKEN_TILES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 
@@ -19,8 +20,8 @@ _TENSOR_RATE = 1.05  # of 2048 multiply-adds a cycle, at the cycles of the card'
 _ISSUE_RATE = 0.74
 _LESSER_SHARE = 0.86  # of the shorter of products and instructions: they hardly hide each other
 _MEMORY_SHARE = 0.11  # of the shorter of these and memory
-_BLOCK_INSTRUCTIONS = 133  # of a scheduler: barriers, descriptors, copies
-_BLOCK_CYCLES = 117  # between k-blocks
+_K_BLOCK_INSTRUCTIONS = 133  # of a scheduler: barriers, descriptors, copies
+_K_BLOCK_CYCLES = 117  # between k-blocks
 _TILE_CYCLES = 1740  # and _STORE_CYCLES for each sum of a thread
 _STORE_CYCLES = 19
 _LAST_ROUND = 0.04  # of a tile, which CTAs take unevenly
@@ -29,7 +30,7 @@ _LOST_ROWS = 82  # in whose time a weight is dequantised, in tiles with more row
 
 @dataclasses.dataclass(frozen=True)
 class WgmmaTile:
-    """`jmm::WgmmaTile` of csrc/cuda/gemm/wgmma/kernel.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
+    """`jmm::WgmmaTile` of csrc/cuda/gemm/wgmma/tile.cuh: tokens x (warpgroups_n * sub_tiles * 64 packed columns).
 
     Attributes:
         tokens: rows of a token tile, a column count of one instruction, or of two beyond 256.
@@ -54,11 +55,22 @@ class WgmmaTile:
     kernel = "WgmmaGroupedGemm"
     cpp = "jmm::WgmmaTile"
     cluster = 1
+    has_slabs = False
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Threads of a CTA."""
         return 128 * (self.warpgroups_n * self.warpgroups_k + 1)
+
+    @property
+    def packed_pairs(self) -> bool:
+        """As for `MmaTile`: a warp with one sub-tile has two columns of a row in a lane."""
+        return self.sub_tiles == 1
+
+    @property
+    def takes_tiles(self) -> bool:
+        """As for `MmaTile`: where token tiles have many rows, and their number differs from tile to tile."""
+        return self.tokens > 32
 
     @property
     def producer_registers(self) -> int:
@@ -89,11 +101,11 @@ class WgmmaTile:
         return self.tokens * self.block_k * 2 + self.block_k * columns * shape.bits // 8 + shared
 
     def shared_bytes(self, shape: GemmShape) -> int:
-        """Dynamic shared memory of a block: the ring, two notes about tiles, shares of sums, barriers."""
-        notes = 2
+        """Dynamic shared memory of a CTA: the ring, two records of work tiles, shares of sums, barriers."""
+        records = 2
         partials = (self.warpgroups_k - 1) * self.warpgroups_n * self.sub_tiles * self.tokens // 2 * 128 * 4
         ring = self.stages * self.stage_bytes(shape)
-        size = ring + notes * (6 * 4 + self.tokens * 8) + partials + 8 * 2 * (self.stages + notes)
+        size = ring + records * (6 * 4 + self.tokens * 8) + partials + 8 * 2 * (self.stages + records)
         return -(-size // 16) * 16
 
     def column_tiles(self, shape: GemmShape) -> int:
@@ -107,12 +119,12 @@ class WgmmaTile:
         return sums + 8 * self.sub_tiles + OTHER_CONSUMER_REGISTERS
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
-        """Whether the kernel compiles for this shape and its blocks fit the multiprocessor."""
+        """Whether the kernel compiles for this shape and its CTAs fit the multiprocessor."""
         exact = _weights_can_be_scaled if self.scales_weights else _sums_can_be_scaled
         if "wgmma" not in get_architecture(capability).kernels or shape.has_byte_rows or not exact(shape):
             return False
-        chunks = -(-shape.k // self.block_k)  # the last one may repeat rows of the one before
-        whole = shape.k >= self.block_k and chunks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
+        k_blocks = -(-shape.k // self.block_k)  # the last one may repeat rows of the one before
+        whole = shape.k >= self.block_k and k_blocks >= self.warpgroups_k and self.stages % self.warpgroups_k == 0
         # A warpgroup waits for its next stage before it releases the one that it reads: of one stage, for ever.
         whole = whole and self.stages >= 2 * self.warpgroups_k
         whole = whole and shape.n % (UNIT * self.warpgroups_n * self.sub_tiles) == 0
@@ -149,19 +161,19 @@ class WgmmaTile:
             instructions = self.block_k / TILE_K * units * word + units * 8 * groups
         else:
             instructions = self.block_k / TILE_K * units * word + units * multiplied / 2 * groups
-        issue = (instructions + _BLOCK_INSTRUCTIONS) / _ISSUE_RATE
+        issue = (instructions + _K_BLOCK_INSTRUCTIONS) / _ISSUE_RATE
         if busy * self.warpgroups_n * self.warpgroups_k < 3:
             issue *= 1.15  # too few warps to fill each other's gaps
         memory = self.block_k * units * UNIT * shape.bytes_per_weight / card.bytes_per_cycle
 
-        computed, between = max(tensor, issue) + _LESSER_SHARE * min(tensor, issue), _BLOCK_CYCLES
+        computed, between = max(tensor, issue) + _LESSER_SHARE * min(tensor, issue), _K_BLOCK_CYCLES
         if self.tokens > TOKEN_TILES[-1]:
             computed, between = tensor * _TENSOR_RATE * (1 + _LOST_ROWS / self.tokens), 0
-        chunk = busy * (max(computed, memory) + _MEMORY_SHARE * min(computed, memory)) + between
+        k_block = busy * (max(computed, memory) + _MEMORY_SHARE * min(computed, memory)) + between
         ends = _TILE_CYCLES + _STORE_CYCLES * self.sub_tiles * multiplied / 2
         rounds = tiles / (card.multiprocessors * self.ctas_per_sm)
         rounds = rounds + _LAST_ROUND if rounds > 1 else 1.0
-        cycles = rounds * (math.ceil(shape.k / self.block_k) * chunk + ends)
+        cycles = rounds * (math.ceil(shape.k / self.block_k) * k_block + ends)
         return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
 
 

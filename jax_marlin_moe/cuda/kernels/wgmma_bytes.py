@@ -61,6 +61,9 @@ class WgmmaByteTile:
     kernel = "WgmmaGroupedGemm"
     cpp = "jmm::WgmmaTile"
     cluster = 1
+    has_slabs = True
+    packed_pairs = False
+    takes_tiles = True
 
     @property
     def threads(self) -> int:
@@ -131,10 +134,10 @@ class WgmmaByteTile:
         weights = BLOCK_K * units * UNIT * shape.bytes_per_weight
         copies = (weights + multiplied * BLOCK_K) / _COPIED_BYTES_PER_CYCLE
         memory = weights / card.bytes_per_cycle
-        block = busy * max(tensor, copies, memory)
+        k_block = busy * max(tensor, copies, memory)
         ends = _TILE_CYCLES + (_GATED_CYCLES if shape.gated else _STORE_CYCLES) * self.sub_tiles * multiplied / 2
         rounds = math.ceil(tiles / (card.multiprocessors * self.ctas_per_sm))
-        cycles = rounds * (math.ceil(shape.k / BLOCK_K) * block + ends)
+        cycles = rounds * (math.ceil(shape.k / BLOCK_K) * k_block + ends)
         return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
 
 
