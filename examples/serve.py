@@ -129,7 +129,7 @@ class Asked:
     def of(cls, body: Any, texts: Texts) -> "Asked":
         """Reads the body of a request; raises BadRequest, which names the field."""
         if not isinstance(body, dict):
-            raise BadRequest(f"the body is a {type(body).__name__}; it must be a JSON object")
+            raise BadRequest(f"the body has type {type(body).__name__}; it must be a JSON object")
         for name, value in body.items():
             if name in NEUTRAL:
                 if value not in (None, NEUTRAL[name]):

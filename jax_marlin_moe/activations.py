@@ -267,8 +267,8 @@ def get_activation(activation: str | Activation) -> Activation:
         return activation
     if not isinstance(activation, str):
         raise TypeError(
-            f"activation is a {type(activation).__name__}; it must be a name, or made by one of {_MAKERS}: the kernels "
-            "know no others"
+            f"activation has type {type(activation).__name__}; it must be a name, or made by one of {_MAKERS}: the "
+            "kernels know no others"
         )
     if activation not in ACTIVATIONS:
         raise ValueError(

@@ -60,7 +60,7 @@ def check_shape(name: str, value: jax.Array, shape: tuple[int, ...], meaning: st
 
 def _check_is_array(name: str, value: Any) -> None:
     if not hasattr(value, "shape"):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be an array: make it one with jnp.asarray")
+        raise TypeError(f"{name} has type {type(value).__name__}; it must be an array: make it one with jnp.asarray")
 
 
 def as_rows(name: str, x: jax.Array, preferred_element_type: DTypeLike | None = None) -> tuple[jax.Array, jnp.dtype]:
@@ -140,7 +140,7 @@ def check_weights(name: str, weights: MarlinWeights) -> None:
     """Raises unless `weights` is a consistent stack of packed experts for 16-bit activations."""
     if not isinstance(weights, MarlinWeights):
         raise TypeError(
-            f"{name} is a {type(weights).__name__}; it must be a MarlinWeights: pack dense weights with "
+            f"{name} has type {type(weights).__name__}; it must be a MarlinWeights: pack dense weights with "
             "jax_marlin_moe.quantize, or a checkpoint's with jax_marlin_moe.checkpoint"
         )
     if weights.layout not in ("a16", f"a16/{weights.padded_n}"):

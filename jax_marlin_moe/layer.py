@@ -194,7 +194,7 @@ def check_rows(layer: MoELayer, x: object, token_ids: object | None, router_inpu
     """Raises TypeError or ValueError, naming the argument, unless rows have the shapes that a layer takes."""
     hidden = layer.router.shape[0]
     if not hasattr(x, "shape") or not x.shape:
-        raise TypeError(f"x is a {type(x).__name__}; it must be an array whose last dimension is H = {hidden}")
+        raise TypeError(f"x has type {type(x).__name__}; it must be an array whose last dimension is H = {hidden}")
     if x.shape[-1] != hidden:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be H = {hidden}")
     for name, rows, shape, meaning in (

@@ -111,7 +111,7 @@ def take_layer(stacked: Tree, index: int | Int32[Array, ""]) -> Tree:
         one = jnp.asarray(index, jnp.int32)
     else:
         found = f"{index.dtype}{list(index.shape)}" if isinstance(index, jax.Array) else type(index).__name__
-        raise TypeError(f"index is a {found}; it must be an integer, or an array of one")
+        raise TypeError(f"index has type {found}; it must be an integer, or an array of one")
     return jax.tree.map(lambda leaf: LayerSlice(leaf, one), stacked)
 
 

@@ -136,7 +136,7 @@ def _choice(
     """The format, rows under one scale and the scales' dtype for weights whose last two dimensions are K and N."""
     row = get_format(weight_format)
     if not hasattr(dense, "dtype") or not jnp.issubdtype(dense.dtype, jnp.floating):
-        raise TypeError(f"{name} has dtype {getattr(dense, 'dtype', type(dense))}; it must be floating point")
+        raise TypeError(f"{name} has dtype {getattr(dense, 'dtype', type(dense).__name__)}; it must be floating point")
     if group_size == "customary":
         group_size = row.customary_group_size
     k = dense.shape[-2]

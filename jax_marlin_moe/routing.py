@@ -133,7 +133,9 @@ def route(
         ValueError: an option is out of range, or a shape does not fit.
     """
     if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"logits has dtype {getattr(logits, 'dtype', type(logits))}; it must be floating point")
+        raise TypeError(
+            f"logits has dtype {getattr(logits, 'dtype', type(logits).__name__)}; it must be floating point"
+        )
     if logits.ndim < 1:
         check_rank("logits", logits, 2)
     num_experts = logits.shape[-1]

@@ -76,12 +76,12 @@ def stack_layers(layers: Iterable[MoELayer], count: int | None = None) -> Stacke
     """
     if count is None:
         if not isinstance(layers, Sized):
-            raise TypeError(f"count is None, and layers is a {type(layers).__name__} without a length; pass count")
+            raise TypeError(f"count is None, and layers has type {type(layers).__name__} without a length; pass count")
         count = len(layers)
     stack, first, number = None, None, -1
     for number, layer in enumerate(layers):
         if not isinstance(layer, MoELayer):
-            raise TypeError(f"layers[{number}] is a {type(layer).__name__}; it must be a MoELayer")
+            raise TypeError(f"layers[{number}] has type {type(layer).__name__}; it must be a MoELayer")
         if number == count:
             raise ValueError(f"count is {count}; there are more layers")
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), layer)

@@ -63,7 +63,7 @@ def test_packing_again_compiles_once_and_reuses_the_memory():
         ((W, "nvfp4", 32), ValueError, "group_size is 32; format nvfp4"),
         ((W, "int4", "largest"), TypeError, "group_size is 'largest'; it must be an int, None"),
         ((W, "int4", 32.0), TypeError, r"group_size is 32\.0; it must be an int"),
-        (([[1.0]],), TypeError, "w is a list; it must be an array"),
+        (([[1.0]],), TypeError, "w has type list; it must be an array"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, error, message):

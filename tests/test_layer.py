@@ -60,7 +60,7 @@ def test_rows_beside_x_are_in_its_shape(layer, x):
         by_token(x, jnp.ones((5, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"router_input has shape \(5, 3, 64\); it must be that of x = \(3, 5, 64\)"):
         layer(x, router_input=x.reshape(5, 3, H))
-    with pytest.raises(TypeError, match="x is a list; it must be an array"):
+    with pytest.raises(TypeError, match="x has type list; it must be an array"):
         layer([1.0])
 
 

@@ -312,8 +312,8 @@ def test_weights_that_are_not_finite_are_refused_or_spoil_their_group(weight_for
 @pytest.mark.parametrize(
     ("dense", "options", "message"),
     [
-        ([[[1.0]]], {}, "dense is a list; it must be an array"),
-        (np.ones((1, 128, 64), np.float32), {"bias": [[0.0]]}, "bias is a list; it must be an array"),
+        ([[[1.0]]], {}, "dense has type list; it must be an array"),
+        (np.ones((1, 128, 64), np.float32), {"bias": [[0.0]]}, "bias has type list; it must be an array"),
         (np.ones((1, 128, 64), np.float32), {"scale_dtype": "bf16"}, "scale_dtype is 'bf16'; it must be a dtype"),
     ],
 )

@@ -245,7 +245,7 @@ def test_given_ids_that_name_nobody_weigh_nothing(options):
         (LOGITS, {"top_k": 1, "renormalize": "no"}, TypeError, "renormalize is 'no'; it must be True or False"),
         (LOGITS, {"top_k": 1, "scale": np.nan}, ValueError, "scale is nan; it must be finite"),
         (LOGITS, {"top_k": 1, "scale": "2"}, TypeError, "scale is '2'; it must be a number"),
-        (LOGITS, {"top_k": 1, "expert_scale": [1.0]}, TypeError, "expert_scale is a list; it must be an array"),
+        (LOGITS, {"top_k": 1, "expert_scale": [1.0]}, TypeError, "expert_scale has type list; it must be an array"),
         (LOGITS, {"top_k": 1, "correction_bias": BIAS > 0}, TypeError, "correction_bias has dtype bool"),
         (LOGITS, {"top_k": 1, "num_groups": 3}, ValueError, "num_groups is 3"),
         (LOGITS, {"top_k": 1, "num_groups": 4, "top_groups": 5}, ValueError, "top_groups 5"),

@@ -113,5 +113,5 @@ def test_arguments_of_sharding_are_checked():
         tensor_parallel(gate_up, down, 0)
     with pytest.raises(ValueError, match=r"gate_up has N = 128 columns and down K = 64 rows; activation 'relu2'"):
         tensor_parallel(gate_up, down, 1, activation="relu2")
-    with pytest.raises(TypeError, match="down is a int; it must be a MarlinWeights"):
+    with pytest.raises(TypeError, match="down has type int; it must be a MarlinWeights"):
         tensor_parallel(gate_up, 3, 1)

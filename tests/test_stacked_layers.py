@@ -290,9 +290,9 @@ def test_a_stack_is_a_sequence_and_a_pytree():
 def test_wrong_indices_are_named():
     with pytest.raises(IndexError, match=r"index is 3; it must lie in \[-3, 3\), for 3 layers"):
         stacked()[LAYERS]
-    with pytest.raises(TypeError, match=r"index is a float32\[\]; it must be an integer"):
+    with pytest.raises(TypeError, match=r"index has type float32\[\]; it must be an integer"):
         stacked()[jnp.float32(1)]
-    with pytest.raises(TypeError, match="index is a slice; it must be an integer"):
+    with pytest.raises(TypeError, match="index has type slice; it must be an integer"):
         stacked()[:2]
     with pytest.raises(ValueError, match=r"stacked has 2 in stacked\[0\], 3 in stacked\[1\]"):
         jmm.take_layer([jnp.ones((2, 4)), jnp.ones((3, 4))], 0)
@@ -310,9 +310,9 @@ def test_layers_that_are_not_alike_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             jmm.stack_layers([first, dataclasses.replace(first, **changes)])
-    with pytest.raises(TypeError, match=r"layers\[1\] is a tuple"):
+    with pytest.raises(TypeError, match=r"layers\[1\] has type tuple"):
         jmm.stack_layers([first, ()])
-    with pytest.raises(TypeError, match="count is None, and layers is a generator without a length"):
+    with pytest.raises(TypeError, match="count is None, and layers has type generator without a length"):
         jmm.stack_layers(layer for layer in layers())
     for count, number in ((2, "more"), (4, "3")):
         with pytest.raises(ValueError, match=f"count is {count}; there are {number} layers"):

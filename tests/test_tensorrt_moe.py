@@ -180,14 +180,14 @@ BAD = [
     (lambda: build(intermediate=Q.static_fp8(np.ones(3))), ValueError, r"intermediate\.scales has shape \(3,\)"),
     (lambda: build(intermediate=Q.static_fp8(-1.0)), ValueError, r"scale is -1\.0; scales must be positive and finite"),
     (lambda: build(hidden_scale="one"), TypeError, "hidden_scale is 'one'; it must be a number"),
-    (lambda: build(intermediate=1.0), TypeError, "intermediate is a float; it must be made by"),
+    (lambda: build(intermediate=1.0), TypeError, "intermediate has type float; it must be made by"),
     (lambda: Q.static_fp8("one"), TypeError, "scale is 'one'; it must be a number, or one per expert"),
     (lambda: build()(*tokens()), TypeError, "hidden_states has dtype float32; .* need a hidden_scale"),
     (lambda: sample()(tokens()[0], tokens()[1][0], tokens()[2]), ValueError, "selected_experts has shape"),
     (lambda: sample()(tokens()[0], *[tokens()[2]] * 2), TypeError, "selected_experts has dtype float32"),
     (lambda: sample()(*tokens()[:2], tokens()[2][:1]), ValueError, r"scores has shape \(1, 3, 4\)"),
     (lambda: sample()(*tokens()[:2], tokens()[1]), TypeError, "scores has dtype int32"),
-    (lambda: sample()(*tokens()[:2], [[1.0]]), TypeError, "scores is a list; it must be an array"),
+    (lambda: sample()(*tokens()[:2], [[1.0]]), TypeError, "scores has type list; it must be an array"),
 ]  # fmt: skip
 
 

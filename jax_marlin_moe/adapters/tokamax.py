@@ -43,7 +43,7 @@ def ragged_dot(
         NotImplementedError: another implementation must compute it; says why.
     """
     if not isinstance(rhs, MarlinWeights) and not hasattr(rhs, "qvalue"):
-        raise NotImplementedError(f"rhs is a {type(rhs).__name__}; packed experts are wanted, or a QArray")
+        raise NotImplementedError(f"rhs has type {type(rhs).__name__}; packed experts are wanted, or a QArray")
     if hasattr(lhs, "qvalue"):
         raise NotImplementedError("lhs is quantised; its rows must be floats")
     wanted = (((1,), (1,)), ((), ()))

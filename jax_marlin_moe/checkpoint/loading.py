@@ -315,11 +315,13 @@ def _checked_name(name: str) -> str:
 def _check_families(families: Sequence[Family]) -> None:
     """Raises TypeError unless they are rows of families."""
     if not isinstance(families, Sequence):
-        raise TypeError(f"families is a {type(families).__name__}; it must be a sequence of rows, as (*FAMILIES, row)")
+        raise TypeError(
+            f"families has type {type(families).__name__}; it must be a sequence of rows, as (*FAMILIES, row)"
+        )
     for number, row in enumerate(families):
         if not isinstance(row, Family):
             raise TypeError(
-                f"families[{number}] is a {type(row).__name__}; it must be a jax_marlin_moe.checkpoint.Family"
+                f"families[{number}] has type {type(row).__name__}; it must be a jax_marlin_moe.checkpoint.Family"
             )
 
 

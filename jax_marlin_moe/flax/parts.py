@@ -42,7 +42,9 @@ def checked(layer: Layer) -> MoELayer:
         check_layer("layer", layer[0])
         return layer.layers
     if not isinstance(layer, MoELayer):
-        raise TypeError(f"layer is a {type(layer).__name__}; it must be a jax_marlin_moe.MoELayer or StackedMoELayer")
+        raise TypeError(
+            f"layer has type {type(layer).__name__}; it must be a jax_marlin_moe.MoELayer or StackedMoELayer"
+        )
     check_layer("layer", layer)
     return layer
 

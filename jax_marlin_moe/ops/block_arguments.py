@@ -98,7 +98,7 @@ def check_intermediate(intermediate: Any, num_experts: int) -> None:
     """Raises TypeError or ValueError unless it is a quantiser for that many experts."""
     if not isinstance(intermediate, IntermediateQuantizer):
         raise TypeError(
-            f"intermediate is a {type(intermediate).__name__}; it must be made by "
+            f"intermediate has type {type(intermediate).__name__}; it must be made by "
             "jax_marlin_moe.IntermediateQuantizer.static_fp8 or .dynamic_nvfp4"
         )
     check_kind("intermediate.kind", intermediate.kind)

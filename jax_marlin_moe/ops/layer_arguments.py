@@ -44,11 +44,11 @@ def check_floats(name: str, array: Any, shape: tuple[int, ...], meaning: str, *,
 def check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) -> None:
     """Raises TypeError or ValueError unless the shared expert is one for rows like x."""
     if not isinstance(shared, SharedExpert):
-        raise TypeError(f"shared is a {type(shared).__name__}; it must be a jax_marlin_moe.SharedExpert")
+        raise TypeError(f"shared has type {type(shared).__name__}; it must be a jax_marlin_moe.SharedExpert")
     gate_up, down, hidden = shared.gate_up, shared.down, x.shape[1]
     if isinstance(gate_up, MarlinWeights) != isinstance(down, MarlinWeights):
         raise TypeError(
-            f"shared.gate_up is a {type(gate_up).__name__} and shared.down a {type(down).__name__}; both must be "
+            f"shared.gate_up has type {type(gate_up).__name__} and shared.down {type(down).__name__}; both must be "
             "packed, or both dense"
         )
     if isinstance(gate_up, MarlinWeights):
@@ -58,7 +58,11 @@ def check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) -> 
         assert not isinstance(down, MarlinWeights)
         for name, matrix in (("shared.gate_up", gate_up), ("shared.down", down)):
             if not hasattr(matrix, "ndim") or matrix.ndim != 2:
-                found = f"of shape {tuple(matrix.shape)}" if hasattr(matrix, "shape") else f"a {type(matrix).__name__}"
+                found = (
+                    f"of shape {tuple(matrix.shape)}"
+                    if hasattr(matrix, "shape")
+                    else f"of type {type(matrix).__name__}"
+                )
                 raise ValueError(f"{name} is {found}; it must be a matrix, or packed")
         inner = down.shape[0]
         wide = f"(H, {activation.halves} * rows of shared.down)"

@@ -77,7 +77,7 @@ def moe_gemm(
     arguments.check_weights("weights", weights)
     arguments.check_shape("x", x, (x.shape[0], weights.k), "(tokens, K)")
     if not isinstance(alignment, BlockAlignment):
-        raise TypeError(f"alignment is a {type(alignment).__name__}; it must come from moe_align_block_size")
+        raise TypeError(f"alignment has type {type(alignment).__name__}; it must come from moe_align_block_size")
     arguments.check_block_size(alignment.block_size)
     arguments.check_top_k(top_k, alignment.num_experts)
     for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded"):

@@ -133,7 +133,7 @@ def moe_layer(
     check_experts(x, gate_up, down, act)
     arguments.check_expert_map(expert_map, gate_up.num_experts)
     if not isinstance(routing, Routing):
-        raise TypeError(f"routing is a {type(routing).__name__}; it must be a jax_marlin_moe.Routing")
+        raise TypeError(f"routing has type {type(routing).__name__}; it must be a jax_marlin_moe.Routing")
     experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
     experts += routing.identity_experts
     check_floats("router", router, (gate_up.k, experts), "(H, experts)", narrow=True)

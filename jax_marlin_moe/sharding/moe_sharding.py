@@ -39,7 +39,7 @@ class MoESharding:
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, Mesh | AbstractMesh):
-            raise TypeError(f"mesh is a {type(self.mesh).__name__}; it must be a jax.sharding.Mesh")
+            raise TypeError(f"mesh has type {type(self.mesh).__name__}; it must be a jax.sharding.Mesh")
         for name in ("expert", "tensor"):
             axes = getattr(self, name)
             if axes is None:

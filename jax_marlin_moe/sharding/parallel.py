@@ -79,9 +79,13 @@ def parallel_layer(
         ValueError: the layer is not laid out for the sharding, tokens do not divide, or an axis does not exist.
     """
     if not isinstance(sharding, MoESharding):
-        raise TypeError(f"sharding is a {type(sharding).__name__}; it must be a jax_marlin_moe.sharding.MoESharding")
+        raise TypeError(
+            f"sharding has type {type(sharding).__name__}; it must be a jax_marlin_moe.sharding.MoESharding"
+        )
     if not isinstance(layer, MoELayer):
-        raise TypeError(f"layer is a {type(layer).__name__}; it must be a MoELayer, of a stack the one that is called")
+        raise TypeError(
+            f"layer has type {type(layer).__name__}; it must be a MoELayer, of a stack the one that is called"
+        )
     check_rows(layer, x, token_ids, router_input)
     check_activation_dtype(activation_dtype)
     axes = as_axes("tokens", tokens)

@@ -35,7 +35,7 @@ def place(layer: Layer, sharding: MoESharding) -> Layer:
     elif isinstance(layer, MoELayer):
         laid_out = sharding.lay_out(layer)
     else:
-        raise TypeError(f"layer is a {type(layer).__name__}; it must be a MoELayer or StackedMoELayer")
+        raise TypeError(f"layer has type {type(layer).__name__}; it must be a MoELayer or StackedMoELayer")
     return jax.tree.map(put, laid_out, sharding.shardings(laid_out))
 
 
@@ -50,6 +50,10 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def check_devices(sharding: MoESharding) -> None:
     """Raises TypeError unless a sharding has devices."""
     if not isinstance(sharding, MoESharding):
-        raise TypeError(f"sharding is a {type(sharding).__name__}; it must be a jax_marlin_moe.sharding.MoESharding")
+        raise TypeError(
+            f"sharding has type {type(sharding).__name__}; it must be a jax_marlin_moe.sharding.MoESharding"
+        )
     if not isinstance(sharding.mesh, Mesh):
-        raise TypeError(f"sharding.mesh is a {type(sharding.mesh).__name__}; it must be a jax.sharding.Mesh of devices")
+        raise TypeError(
+            f"sharding.mesh has type {type(sharding.mesh).__name__}; it must be a jax.sharding.Mesh of devices"
+        )

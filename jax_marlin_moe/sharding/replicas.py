@@ -28,7 +28,7 @@ def place_experts(layer: MoELayer, experts: Sequence[int] | np.ndarray | jax.Arr
         ValueError: a number is not that of an expert, or an expert has no slot.
     """
     if not isinstance(layer, MoELayer):
-        raise TypeError(f"layer is a {type(layer).__name__}; it must be a MoELayer")
+        raise TypeError(f"layer has type {type(layer).__name__}; it must be a MoELayer")
     count = layer.num_experts
     table = check_placement("experts", experts, count)
     if layer.placement is None:

@@ -41,7 +41,7 @@ def partition_specs(
     if over not in ("experts", "columns", "rows"):
         raise ValueError(f"over is {over!r}; it must be 'experts', 'columns' or 'rows'")
     if not isinstance(weights, MarlinWeights):
-        raise TypeError(f"weights is a {type(weights).__name__}; it must be a MarlinWeights")
+        raise TypeError(f"weights has type {type(weights).__name__}; it must be a MarlinWeights")
     axes = as_axes("axis", axis)
     laid_out = shares_of(weights)
     if over == "columns" and laid_out is None and not one_matrix:

@@ -323,7 +323,7 @@ def test_layers_and_families_have_types():
     for number in (1.0, True, None):
         with pytest.raises(TypeError, match=f"layer is {number!r}; it must be a number, or the name of a layer"):
             load_moe_layer(DATA / "ck_awq", number)
-    for families, message in ((FAMILIES[0], "families is a Family"), ([1], r"families\[0\] is a int")):
+    for families, message in ((FAMILIES[0], "families has type Family"), ([1], r"families\[0\] has type int")):
         with pytest.raises(TypeError, match=f"{message}; it must be a"):
             load_moe_layer(DATA / "ck_awq", 0, families=families)
 

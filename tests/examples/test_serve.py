@@ -109,7 +109,7 @@ def test_a_stop_text_ends_a_sequence_before_it(port, expected):
     ("body", "message"),
     [
         (b"{", "the body is no JSON"),
-        ([], "the body is a list"),
+        ([], "the body has type list"),
         ({}, "prompt is missing"),
         ({"prompt": "text"}, "no tokenizer.json; send token ids"),
         ({"prompt": []}, "prompt is empty"),

@@ -319,7 +319,7 @@ def test_parts_that_do_not_fit_are_named(make):
     ):
         with pytest.raises(ValueError, match=f"layer: the layer does not fit together: .*({message})"):
             make(dataclasses.replace(layer, **changes))
-    with pytest.raises(TypeError, match=r"layer is a tuple; it must be a jax_marlin_moe\.MoELayer or Stacked"):
+    with pytest.raises(TypeError, match=r"layer has type tuple; it must be a jax_marlin_moe\.MoELayer or Stacked"):
         make((gate_up, down))
 
 

@@ -325,7 +325,7 @@ BAD = [
         "intermediate.kind is 'int8'; it must be one of static_fp8",
     ),
     (lambda q: call(intermediate=q(jnp.int32(1), "static_fp8")), TypeError, "intermediate.scales has dtype int32"),
-    (lambda q: call(intermediate="static_fp8"), TypeError, "intermediate is a str; it must be made by"),
+    (lambda q: call(intermediate="static_fp8"), TypeError, "intermediate has type str; it must be made by"),
     (lambda q: call(x_scale=ONE), ValueError, "x_scale is not None, but x has dtype bfloat16"),
     (lambda q: call(jnp.float8_e4m3fn), ValueError, "x_scale is None; x has dtype float8_e4m3fn"),
     (lambda q: call(jnp.float8_e4m3fn, x_scale=jnp.ones(1)), ValueError, r"x_scale has shape \(1,\)"),

@@ -402,7 +402,7 @@ def test_batches_of_rows_are_one_call(platform):
 BAD = [
     ({"router": np.zeros((HIDDEN, EXPERTS), np.int32)}, TypeError, "router has dtype int32"),
     ({"router": np.zeros((HIDDEN, 4), np.float32)}, ValueError, r"router has shape \(128, 4\).*\(H, experts\)"),
-    ({"routing": 4}, TypeError, "routing is a int"),
+    ({"routing": 4}, TypeError, "routing has type int"),
     ({"routing": jmm.Routing(17)}, ValueError, "top_k is 17"),
     ({"routing": jmm.Routing(1, "tanh")}, ValueError, "scoring is 'tanh'"),
     (
@@ -417,10 +417,10 @@ BAD = [
     ({"router_input_scale": np.zeros(4, np.float32)}, ValueError, r"router_input_scale has shape \(4,\)"),
     ({"topk_ids": np.zeros((9, 4), np.int64)}, TypeError, "topk_ids has dtype int64"),
     ({"topk_ids": np.zeros((9, 3), np.int32)}, ValueError, r"topk_ids has shape \(9, 3\)"),
-    ({"shared": 3}, TypeError, "shared is a int"),
+    ({"shared": 3}, TypeError, "shared has type int"),
     ({"shared": ("dense", np.zeros((96, 64), np.float16))}, ValueError, r"shared.down has shape \(96, 64\)"),
-    ({"shared": ("dense", None)}, ValueError, r"shared.down is a NoneType"),
-    ({"shared": ("packed", None)}, TypeError, "shared.gate_up is a MarlinWeights and shared.down a NoneType"),
+    ({"shared": ("dense", None)}, ValueError, r"shared.down has type NoneType"),
+    ({"shared": ("packed", None)}, TypeError, "shared.gate_up has type MarlinWeights and shared.down NoneType"),
     ({"shared": ("packed", "gate_up")}, ValueError, "shared.gate_up has N = 128 columns and shared.down K = 128"),
     ({"shared": ("packed", "down", np.zeros((1, HIDDEN), np.float32))}, ValueError, "shared.gate has shape"),
 ]

@@ -14,7 +14,7 @@ class Louder(Activation):
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_an_activation_of_a_class_of_its_own_is_refused(implementation):
-    with pytest.raises(TypeError, match=r"activation is a Louder; it must be a name, or made by one of .*swiglu"):
+    with pytest.raises(TypeError, match=r"activation has type Louder; it must be a name, or made by one of .*swiglu"):
         jmm.fused_moe(**block_arguments() | {"activation": Louder("silu"), "implementation": implementation})
 
 

@@ -200,9 +200,11 @@ def test_arguments_of_exchanges_are_checked():
         parallel_layer(layer, x, sharding, tokens="expert", exchange="ragged", capacity=0)
     with pytest.raises(TypeError, match=r"share_dtype is int8; it must be float32, bfloat16 or float16"):
         parallel_layer(layer, x, sharding, share_dtype="int8")
-    with pytest.raises(TypeError, match=r"sharding is a str; it must be a jax_marlin_moe.sharding.MoESharding"):
+    with pytest.raises(TypeError, match=r"sharding has type str; it must be a jax_marlin_moe.sharding.MoESharding"):
         parallel_layer(layer, x, "expert")
-    with pytest.raises(TypeError, match=r"sharding.mesh is a AbstractMesh; it must be a jax.sharding.Mesh of devices"):
+    with pytest.raises(
+        TypeError, match=r"sharding.mesh has type AbstractMesh; it must be a jax.sharding.Mesh of devices"
+    ):
         place(layer, sharding)
 
 
