@@ -58,12 +58,10 @@ def check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) -> 
         assert not isinstance(down, MarlinWeights)
         for name, matrix in (("shared.gate_up", gate_up), ("shared.down", down)):
             if not hasattr(matrix, "ndim") or matrix.ndim != 2:
-                found = (
-                    f"of shape {tuple(matrix.shape)}"
-                    if hasattr(matrix, "shape")
-                    else f"of type {type(matrix).__name__}"
+                kind, found = (
+                    ("shape", tuple(matrix.shape)) if hasattr(matrix, "shape") else ("type", type(matrix).__name__)
                 )
-                raise ValueError(f"{name} is {found}; it must be a matrix, or packed")
+                raise ValueError(f"{name} has {kind} {found}; it must be a matrix, or packed")
         inner = down.shape[0]
         wide = f"(H, {activation.halves} * rows of shared.down)"
         check_floats("shared.gate_up", gate_up, (hidden, activation.halves * inner), wide)
