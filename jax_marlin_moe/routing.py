@@ -161,23 +161,7 @@ def route(
     if ids is not None:
         check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
         check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
-    return _route(
-        logits,
-        correction_bias,
-        expert_scale,
-        ids,
-        top_k=top_k,
-        scoring=scoring,
-        renormalize=bool(renormalize),
-        softmax_after_topk=bool(softmax_after_topk),
-        num_groups=num_groups,
-        top_groups=top_groups,
-        group_score=group_score,
-        scale=float(scale),
-        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        renormalize_epsilon=float(renormalize_epsilon),
-        jitter=float(jitter),
-    )
+    return _route(logits, correction_bias, expert_scale, ids, rule=_hashable(rule))
 
 
 def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> None:
@@ -224,48 +208,51 @@ def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> 
         raise ValueError(_MIXER_ALONE)
 
 
+def _hashable(rule: Routing) -> Routing:
+    """The rule with numbers and truth values of Python, which numpy's and jax.numpy's may stand for."""
+    numbers = {name: float(getattr(rule, name)) for name in ("scale", "renormalize_epsilon", "jitter")}
+    flags = {name: bool(getattr(rule, name)) for name in _FLAGS}
+    cap = None if rule.logits_soft_cap is None else float(rule.logits_soft_cap)
+    return dataclasses.replace(rule, logits_soft_cap=cap, **numbers, **flags)
+
+
 # One program: step by step, each constant would be a transfer to the device.
-@partial(
-    jax.jit,
-    static_argnames=(
-        "top_k", "scoring", "renormalize", "softmax_after_topk", "num_groups", "top_groups", "group_score", "scale",
-        "logits_soft_cap", "renormalize_epsilon", "jitter",
-    ),
-    inline=True,
-)  # fmt: skip
+@partial(jax.jit, static_argnames="rule", inline=True)
 def _route(
-    logits, correction_bias, expert_scale, ids, *, top_k, scoring, renormalize, softmax_after_topk, num_groups,
-    top_groups, group_score, scale, logits_soft_cap, renormalize_epsilon, jitter,
-):  # fmt: skip
+    logits: Array, correction_bias: Array | None, expert_scale: Array | None, ids: Array | None, *, rule: Routing
+) -> tuple[Array, Array]:
+    """`route` of arguments that are checked."""
     logits = logits.astype(jnp.float32)
-    if logits_soft_cap is not None:
-        logits = jnp.tanh(logits / logits_soft_cap) * logits_soft_cap
-    scores = _SCORINGS[scoring](logits)
+    if rule.logits_soft_cap is not None:
+        logits = jnp.tanh(logits / rule.logits_soft_cap) * rule.logits_soft_cap
+    scores = _SCORINGS[rule.scoring](logits)
     given = ids is not None
     if not given:
         choice = scores if correction_bias is None else scores + _along_experts(correction_bias, scores)
-        if top_groups < num_groups:
-            grouped = choice.reshape(*choice.shape[:-1], num_groups, choice.shape[-1] // num_groups)
-            _, best = jax.lax.top_k(_GROUP_SCORES[group_score](grouped), top_groups)
-            kept = jax.nn.one_hot(best, num_groups, dtype=jnp.bool_).any(-2)
+        if rule.top_groups < rule.num_groups:
+            grouped = choice.reshape(*choice.shape[:-1], rule.num_groups, choice.shape[-1] // rule.num_groups)
+            _, best = jax.lax.top_k(_GROUP_SCORES[rule.group_score](grouped), rule.top_groups)
+            kept = jax.nn.one_hot(best, rule.num_groups, dtype=jnp.bool_).any(-2)
             choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
-        ids = jax.lax.top_k(choice, top_k)[1].astype(jnp.int32)
+        ids = jax.lax.top_k(choice, rule.top_k)[1].astype(jnp.int32)
     # Given ids may name nobody: such a slot weighs nothing, and has no part in the others' sum.
     there = (ids >= 0) & (ids < scores.shape[-1]) if given else None
     known = ids if there is None else jnp.clip(ids, 0, scores.shape[-1] - 1)
     weights = (
-        _sparsemixer(scores, ids, jitter) if scoring == "sparsemixer" else jnp.take_along_axis(scores, known, axis=-1)
+        _sparsemixer(scores, ids, rule.jitter)
+        if rule.scoring == "sparsemixer"
+        else jnp.take_along_axis(scores, known, axis=-1)
     )
-    if scoring == "chosen_sigmoid":
+    if rule.scoring == "chosen_sigmoid":
         weights = jax.nn.sigmoid(weights)
     if there is not None:
-        weights = jnp.where(there, weights, -jnp.inf if softmax_after_topk else 0)
-    if softmax_after_topk:
+        weights = jnp.where(there, weights, -jnp.inf if rule.softmax_after_topk else 0)
+    if rule.softmax_after_topk:
         weights = jax.nn.softmax(weights, axis=-1)
-    elif renormalize:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + renormalize_epsilon)
-    if scale != 1.0:
-        weights = weights * jnp.float32(scale)
+    elif rule.renormalize:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + rule.renormalize_epsilon)
+    if rule.scale != 1.0:
+        weights = weights * jnp.float32(rule.scale)
     if expert_scale is not None:
         weights = weights * expert_scale.astype(jnp.float32)[known]
     if there is not None:
