@@ -6,7 +6,6 @@ a program to threads that compile, then with arrays, when the same calls in the 
 
 import collections
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -16,13 +15,12 @@ import jax
 import numpy as np
 
 from benchmarks.chain import seconds_of_calls
-from benchmarks.kernel_events import kernel_events
+from benchmarks.kernel_events import device_microseconds
 from benchmarks.memory import peak_bytes
 from jax_marlin_moe.cuda.compiler import compile_cubin, target_architecture
 
 _SAMPLE_SECONDS = 0.02
 _MOST_CALLS = 40  # the wait for the last of ten would be a tenth of a short product
-_PROFILED_CALLS = 3
 _SLOW_SECONDS = 1.0  # a call of a peer that takes longer is its only one, and the last of that peer's kind
 
 
@@ -121,14 +119,3 @@ class Bench:
             jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
         else:
             self.programs.append(self.threads.submit(lambda: jitted.lower(*arguments).compile()))
-
-
-def device_microseconds(call: Callable[[], Any]) -> float:
-    """The sum of the times of a call's kernels, by the profiler; 0 where it shows none."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = options.host_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            jax.block_until_ready([call() for _ in range(_PROFILED_CALLS)])
-        nanoseconds = sum(event.duration_ns for event in kernel_events(folder))
-    return nanoseconds / _PROFILED_CALLS / 1e3

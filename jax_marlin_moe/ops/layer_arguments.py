@@ -11,7 +11,9 @@ from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.formats import ACTIVATION_DTYPES
 from jax_marlin_moe.intermediate import IntermediateQuantizer
+from jax_marlin_moe.layer_operands import LayerOperands
 from jax_marlin_moe.ops.block_arguments import as_scale, check_experts, check_fixed_scales, check_intermediate
+from jax_marlin_moe.routing import Routing, check_routing
 from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights
 
@@ -39,6 +41,27 @@ def check_floats(name: str, array: Any, shape: tuple[int, ...], meaning: str, *,
         wanted = "bfloat16, float16 or float32" if narrow else "floating point"
         raise TypeError(f"{name} has dtype {found}; it must be {wanted}: cast it before the call")
     arguments.check_shape(name, array, shape, meaning)
+
+
+def check_router(layer: LayerOperands, routing: Routing) -> None:
+    """Raises TypeError or ValueError unless the rule, and the arrays that choose experts, are those of the layer."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing has type {type(routing).__name__}; it must be a jax_marlin_moe.Routing")
+    tokens, hidden = layer.x.shape[0], layer.gate_up.k
+    experts = layer.gate_up.num_experts if layer.expert_map is None else layer.expert_map.shape[0]
+    experts += routing.identity_experts
+    check_floats("router", layer.router, (hidden, experts), "(H, experts)", narrow=True)
+    check_routing(routing, experts, alone=layer.correction_bias is None and layer.topk_ids is None)
+    for name in ("router_bias", "correction_bias", "expert_scale"):
+        if getattr(layer, name) is not None:
+            check_floats(name, getattr(layer, name), (experts,), "(experts,)")
+    if layer.router_input is not None:
+        check_floats("router_input", layer.router_input, (tokens, hidden), "(tokens, H)", narrow=True)
+    if layer.router_input_scale is not None:
+        check_floats("router_input_scale", layer.router_input_scale, (hidden,), "(H,)")
+    if layer.topk_ids is not None:
+        arguments.check_array("topk_ids", layer.topk_ids, ndim=2, dtype=jnp.int32)
+        arguments.check_shape("topk_ids", layer.topk_ids, (tokens, routing.top_k), "(tokens, top_k)")
 
 
 def check_shared(x: jax.Array, shared: SharedExpert, activation: Activation) -> None:

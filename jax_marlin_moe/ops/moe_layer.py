@@ -29,14 +29,20 @@ from jax_marlin_moe.operands import WEIGHT_OPERANDS, cpu_weight_operands, format
 from jax_marlin_moe.ops.block_arguments import check_experts
 from jax_marlin_moe.ops.block_division import block_division
 from jax_marlin_moe.ops.fused_moe import expert_block
-from jax_marlin_moe.ops.layer_arguments import ROUTER_DTYPES, check_floats, check_shared, checked_scales
+from jax_marlin_moe.ops.layer_arguments import (
+    ROUTER_DTYPES,
+    check_floats,
+    check_router,
+    check_shared,
+    checked_scales,
+)
 from jax_marlin_moe.ops.layer_composition import composition, shared_beside
 from jax_marlin_moe.ops.one_program import one_program
 from jax_marlin_moe.ops.primitive import Op
 from jax_marlin_moe.ops.shares import count_shares
 from jax_marlin_moe.ops.tangents import jvp_of
 from jax_marlin_moe.reference_layer import scaled_rows
-from jax_marlin_moe.routing import Routing, check_routing
+from jax_marlin_moe.routing import Routing
 from jax_marlin_moe.shared_expert import SharedExpert, packed_alike
 from jax_marlin_moe.weights import MarlinWeights, as_packed, drop_column_padding, pad_rows
 
@@ -132,30 +138,6 @@ def moe_layer(
     shared_act = act if shared_activation is None else get_activation(shared_activation)
     check_experts(x, gate_up, down, act)
     arguments.check_expert_map(expert_map, gate_up.num_experts)
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing has type {type(routing).__name__}; it must be a jax_marlin_moe.Routing")
-    experts = gate_up.num_experts if expert_map is None else expert_map.shape[0]
-    experts += routing.identity_experts
-    check_floats("router", router, (gate_up.k, experts), "(H, experts)", narrow=True)
-    check_routing(routing, experts, alone=correction_bias is None and topk_ids is None)
-    for name, vector in (
-        ("router_bias", router_bias),
-        ("correction_bias", correction_bias),
-        ("expert_scale", expert_scale),
-    ):
-        if vector is not None:
-            check_floats(name, vector, (experts,), "(experts,)")
-    if router_input is not None:
-        check_floats("router_input", router_input, (x.shape[0], gate_up.k), "(tokens, H)", narrow=True)
-    if router_input_scale is not None:
-        check_floats("router_input_scale", router_input_scale, (gate_up.k,), "(H,)")
-    if topk_ids is not None:
-        arguments.check_array("topk_ids", topk_ids, ndim=2, dtype=jnp.int32)
-        arguments.check_shape("topk_ids", topk_ids, (x.shape[0], routing.top_k), "(tokens, top_k)")
-    if shared is not None:
-        check_shared(x, shared, shared_act)
-    check_activation_dtype(activation_dtype)
-    x_scale = checked_scales(activation_dtype, x_scale, intermediate, gate_up.num_experts)
     layer = LayerOperands(
         x=x,
         router=router,
@@ -170,6 +152,11 @@ def moe_layer(
         topk_ids=topk_ids,
         expert_map=expert_map,
     )
+    check_router(layer, routing)
+    if shared is not None:
+        check_shared(x, shared, shared_act)
+    check_activation_dtype(activation_dtype)
+    x_scale = checked_scales(activation_dtype, x_scale, intermediate, gate_up.num_experts)
     if expert_input_scale is not None:
         check_floats("expert_input_scale", expert_input_scale, (gate_up.k,), "(H,)")
     results = _layer(
