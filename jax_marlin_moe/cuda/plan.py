@@ -68,13 +68,12 @@ def plan_fused_moe(
         shared_down=of_shared + WEIGHT_OPERANDS if shared else None,
     )
     most = None if activation_dtype is not None or sliced else most_of_program(tokens, top_k)
-    rows_of_token = x.shape[0] // tokens
     plan = plan_block(
-        x if most is None else jax.ShapeDtypeStruct((rows_of_token * most, x.shape[1]), x.dtype),
+        rows_of_program(x, tokens, most),
         gate_up,
         down,
         buffers,
-        tokens=tokens if most is None else most,
+        tokens=most or tokens,
         top_k=top_k,
         routed_experts=routed_experts,
         activation=activation,
@@ -88,7 +87,7 @@ def plan_fused_moe(
         sliced=sliced,
         counted=most is not None,
     )
-    rows = {buffers.x: rows_of_token, buffers.topk_weights: 1, buffers.topk_ids: 1, buffers.y: 1}
+    rows = {buffers.x: x.shape[0] // tokens, buffers.topk_weights: 1, buffers.topk_ids: 1, buffers.y: 1}
     return counted_plan(plan, tokens, most, rows | buffers.rows_of_scratch(top_k + shared), buffers.scratch)
 
 
@@ -116,6 +115,13 @@ def most_of_program(tokens: int, top_k: int) -> int | None:
     Where the CTAs of the products group the slots, they are compiled for their number.
     """
     return most_tokens(tokens) if tokens * top_k > MOST_EXACT_SLOTS else None
+
+
+def rows_of_program(
+    x: jax.Array | jax.ShapeDtypeStruct, tokens: int, most: int | None
+) -> jax.Array | jax.ShapeDtypeStruct:
+    """The rows that a program is compiled for: those of the call, or, of one for `most` tokens, as many for each."""
+    return x if most is None else jax.ShapeDtypeStruct((x.shape[0] // tokens * most, x.shape[1]), x.dtype)
 
 
 def plan_block(

@@ -1,6 +1,7 @@
 """The kernels of a whole layer: the router before the expert block, in one call."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,14 +13,15 @@ from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.kernels.combine import IdentityExperts
 from jax_marlin_moe.cuda.kernels.router import (
     Router,
+    RouterTile,
     WeightedRows,
     logits_buffer,
     product_kernel,
     router_tile,
     select_kernel,
 )
-from jax_marlin_moe.cuda.plan import most_of_program, plan_block
-from jax_marlin_moe.cuda.program import Plan, counted_plan
+from jax_marlin_moe.cuda.plan import most_of_program, plan_block, rows_of_program
+from jax_marlin_moe.cuda.program import Kernel, Plan, counted_plan
 from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
 from jax_marlin_moe.operands import WEIGHT_OPERANDS
 from jax_marlin_moe.weights import MarlinWeights
@@ -57,9 +59,8 @@ def plan_moe_layer(
     tokens, slots = x.shape[0], router.slots
     most = most_of_program(tokens, rule.top_k)
     counted = most is not None
-    if most is not None:  # the kernels are for that many
-        router = dataclasses.replace(router, rows=jax.ShapeDtypeStruct((most, router.rows.shape[1]), router.rows.dtype))
-        x = jax.ShapeDtypeStruct((most, x.shape[1]), x.dtype)
+    router = dataclasses.replace(router, rows=rows_of_program(router.rows, tokens, most))
+    x = rows_of_program(x, tokens, most)
     rows_of_token = dict.fromkeys((place["x"], place["router_input"], place["given"], y, topk_weights, topk_ids), 1)
     tile = router_tile(router, capability, batch_invariant=scheme == "batch_invariant")
     scratch = [logits_buffer(router, tile)]
@@ -74,31 +75,16 @@ def plan_moe_layer(
     if rule.identity_experts:
         identity = IdentityExperts(rule.identity_experts, place["x"], x.dtype, x.shape[1], topk_weights)
 
-    def present(name: str, array: jax.Array | None) -> int | None:
-        return None if array is None else place[name]
-
-    product = product_kernel(
+    kernels = _router_kernels(
         router,
         tile,
-        rows=place["router_input" if own_input else "x"],
-        kernel=place["router"],
-        gate=present("gate", router.gate),
-        scale=present("input_scale", router.input_scale),
-        out=logits,
-        counted=counted,
-    )
-    select = select_kernel(
-        router,
-        tile,
+        place,
+        own_input=own_input,
         logits=logits,
-        bias=present("router_bias", router.bias),
-        correction_bias=present("correction_bias", router.correction_bias),
-        expert_scale=present("expert_scale", router.expert_scale),
-        given=present("given", router.given),
         topk_weights=topk_weights,
         topk_ids=topk_ids,
-        overlaps_predecessor=capability >= 90,
         weighted=weighted,
+        overlaps=capability >= 90,
         counted=counted,
     )
     buffers = BlockBuffers(
@@ -131,8 +117,53 @@ def plan_moe_layer(
         rounded_to=rounded_to,
         counted=counted,
     )
-    plan = dataclasses.replace(block, kernels=(product, select, *block.kernels), scratch=(*scratch, *block.scratch))
+    plan = dataclasses.replace(block, kernels=(*kernels, *block.kernels), scratch=(*scratch, *block.scratch))
     return counted_plan(plan, tokens, most, rows_of_token | buffers.rows_of_scratch(slots), logits)
+
+
+def _router_kernels(
+    router: Router,
+    tile: RouterTile,
+    place: Mapping[str, int],
+    *,
+    own_input: bool,
+    logits: int,
+    topk_weights: int,
+    topk_ids: int,
+    weighted: WeightedRows | None,
+    overlaps: bool,
+    counted: bool,
+) -> tuple[Kernel, Kernel]:
+    """The router's product, and the choice of experts; `place` has the buffers of `ROUTER_OPERANDS`."""
+
+    def present(name: str, array: jax.Array | None) -> int | None:
+        return None if array is None else place[name]
+
+    product = product_kernel(
+        router,
+        tile,
+        rows=place["router_input" if own_input else "x"],
+        kernel=place["router"],
+        gate=present("gate", router.gate),
+        scale=present("input_scale", router.input_scale),
+        out=logits,
+        counted=counted,
+    )
+    select = select_kernel(
+        router,
+        tile,
+        logits=logits,
+        bias=present("router_bias", router.bias),
+        correction_bias=present("correction_bias", router.correction_bias),
+        expert_scale=present("expert_scale", router.expert_scale),
+        given=present("given", router.given),
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        overlaps_predecessor=overlaps,
+        weighted=weighted,
+        counted=counted,
+    )
+    return product, select
 
 
 def choice_buffers(router: Router) -> list[jax.ShapeDtypeStruct]:

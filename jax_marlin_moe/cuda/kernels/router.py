@@ -293,45 +293,17 @@ def select_kernel(
     counted: bool = False,
 ) -> Kernel:
     """Experts and weights from logits, and the experts' input where weights multiply it; `counted` as before."""
-    tokens, rule = router.rows.shape[0], router.routing
+    tokens = router.rows.shape[0]
     alone = _is_alone(router)
     warps = 1 if alone and tokens <= _MOST_APART else 8
     warps_of_token = 1 if alone else tile.warps_of_token
     tokens_of_cta = warps // warps_of_token
-    facts: Facts = {
-        "scores": f"jmm::{_SCORES[rule.scoring]}",
-        "router_bias": _element(router.bias),
-        "correction_bias": _element(router.correction_bias),
-        "expert_scale": _element(router.expert_scale),
+    facts = _rule_facts(router) | {
         "element": "float" if weighted is None else ELEMENT_TYPES[weighted.dtype.name],
-        "k": router.kernel.shape[0],
         "columns": 0 if weighted is None else weighted.columns,
-        "tokens": tokens,
-        "experts": router.experts,
-        "top_k": rule.top_k,
-        "slots": router.slots,
-        "slices": tile.slices,
-        "stride": router.stride,
-        "groups": rule.num_groups,
-        "top_groups": rule.top_groups,
-        "top2": rule.group_score == "top2",
-        "given": router.given is not None,
-        "gated": router.gate is not None,
-        "router_biased": router.bias is not None,
-        "biased": router.correction_bias is not None,
-        "scaled": router.expert_scale is not None,
-        "capped": rule.logits_soft_cap is not None,
-        "cap": _bits(rule.logits_soft_cap or 0.0),
-        "scale": _bits(rule.scale),
-        "epsilon": _bits(rule.renormalize_epsilon),
-        "chosen_sigmoid": rule.scoring == "chosen_sigmoid",
-        "mixer": rule.scoring == "sparsemixer",
-        "twice_jitter": _bits(2 * rule.jitter),
-        "normed": router.input_scale is not None,
-        "norm_epsilon": _bits(router.norm_epsilon),
         "on_input": weighted is not None,
-        "softmax_of_chosen": rule.softmax_after_topk,
-        "renormalized": rule.renormalize,
+        "tokens": tokens,
+        "slices": tile.slices,
         "alone": alone,
         "quotients": alone and _has_quotients(router),
         "warps": warps,
@@ -368,6 +340,41 @@ def select_kernel(
         max_ctas=grid(-(-tokens // tokens_of_cta), "the choice of experts"),
         overlaps_predecessor=overlaps_predecessor,
     )
+
+
+def _rule_facts(router: Router) -> Facts:
+    """What the choice is compiled with that follows from the rule, and from which arrays there are."""
+    rule = router.routing
+    return {
+        "scores": f"jmm::{_SCORES[rule.scoring]}",
+        "router_bias": _element(router.bias),
+        "correction_bias": _element(router.correction_bias),
+        "expert_scale": _element(router.expert_scale),
+        "k": router.kernel.shape[0],
+        "experts": router.experts,
+        "top_k": rule.top_k,
+        "slots": router.slots,
+        "stride": router.stride,
+        "groups": rule.num_groups,
+        "top_groups": rule.top_groups,
+        "top2": rule.group_score == "top2",
+        "given": router.given is not None,
+        "gated": router.gate is not None,
+        "router_biased": router.bias is not None,
+        "biased": router.correction_bias is not None,
+        "scaled": router.expert_scale is not None,
+        "capped": rule.logits_soft_cap is not None,
+        "cap": _bits(rule.logits_soft_cap or 0.0),
+        "scale": _bits(rule.scale),
+        "epsilon": _bits(rule.renormalize_epsilon),
+        "chosen_sigmoid": rule.scoring == "chosen_sigmoid",
+        "mixer": rule.scoring == "sparsemixer",
+        "twice_jitter": _bits(2 * rule.jitter),
+        "normed": router.input_scale is not None,
+        "norm_epsilon": _bits(router.norm_epsilon),
+        "softmax_of_chosen": rule.softmax_after_topk,
+        "renormalized": rule.renormalize,
+    }
 
 
 def _is_alone(router: Router) -> bool:
