@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +220,7 @@ def _hashable(rule: Routing) -> Routing:
 # One program: step by step, each constant would be a transfer to the device.
 @partial(jax.jit, static_argnames="rule", inline=True)
 def _route(
-    logits: Array, correction_bias: Array | None, expert_scale: Array | None, ids: Array | None, *, rule: Routing
+    logits: Array, correction_bias: Array | None, expert_scale: Array | None, ids: Any, *, rule: Routing
 ) -> tuple[Array, Array]:
     """`route` of arguments that are checked."""
     logits = logits.astype(jnp.float32)
