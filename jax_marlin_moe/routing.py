@@ -211,10 +211,15 @@ def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> 
 
 def _hashable(rule: Routing) -> Routing:
     """The rule with numbers and truth values of Python, which numpy's and jax.numpy's may stand for."""
-    numbers = {name: float(getattr(rule, name)) for name in ("scale", "renormalize_epsilon", "jitter")}
-    flags = {name: bool(getattr(rule, name)) for name in _FLAGS}
-    cap = None if rule.logits_soft_cap is None else float(rule.logits_soft_cap)
-    return dataclasses.replace(rule, logits_soft_cap=cap, **numbers, **flags)
+    return dataclasses.replace(
+        rule,
+        renormalize=bool(rule.renormalize),
+        softmax_after_topk=bool(rule.softmax_after_topk),
+        scale=float(rule.scale),
+        logits_soft_cap=None if rule.logits_soft_cap is None else float(rule.logits_soft_cap),
+        renormalize_epsilon=float(rule.renormalize_epsilon),
+        jitter=float(rule.jitter),
+    )
 
 
 # One program: step by step, each constant would be a transfer to the device.
