@@ -22,7 +22,9 @@ def check_array(name: str, value: jax.Array, *, ndim: int, dtype: DTypeLike) -> 
         found = getattr(value, "dtype", type(value).__name__)
         wanted = jnp.dtype(dtype).name
         article = "an" if wanted.startswith("int") else "a"
-        raise TypeError(f"{name} has dtype {found}; it must be {article} {wanted} array: cast it with jnp.asarray")
+        raise TypeError(
+            f"{name} has dtype {found}; it must be {article} {wanted} array, as jnp.asarray(..., jnp.{wanted}) makes it"
+        )
     check_rank(name, value, ndim)
 
 

@@ -1,6 +1,7 @@
 """Rows of activations in 8 bits: what `activation_dtype` means (docs/formats.md, "8-bit activations")."""
 
-from typing import Literal
+import contextlib
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,20 @@ _LARGEST = {"float8_e4m3fn": E4M3.largest, "int8": 127.0}
 _LEAST_EXTENT = 2.0**-100  # of a row: the inverse of its scale is finite
 
 
-def check_activation_dtype(activation_dtype: object) -> None:
-    """Raises ValueError unless it is None or one that rows are quantised to."""
-    if activation_dtype is not None and activation_dtype not in _NUMBERS:
+def as_byte_dtype(activation_dtype: Any) -> ByteDtype | None:
+    """Its name, where it is a dtype; raises ValueError unless it is None or one that rows are quantised to."""
+    if activation_dtype is None:
+        return None
+    name: Any = activation_dtype
+    if not isinstance(name, str):
+        with contextlib.suppress(TypeError):  # it is no dtype
+            name = jnp.dtype(name).name
+    if not isinstance(name, str) or name not in _NUMBERS:
         raise ValueError(
             f"activation_dtype is {activation_dtype!r}; it must be None (activations are multiplied in 16 bits) or one "
             f"of {', '.join(map(repr, _NUMBERS))}"
         )
+    return cast(ByteDtype, name)
 
 
 def number_type(activation_dtype: ByteDtype) -> str:

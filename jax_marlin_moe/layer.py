@@ -4,18 +4,19 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.arguments import check_shape
-from jax_marlin_moe.byte_rows import ByteDtype
+from jax_marlin_moe.byte_rows import ByteDtype, as_byte_dtype
 from jax_marlin_moe.expert_placement import first_slots
 from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.ops.moe_layer import moe_layer
 from jax_marlin_moe.reference_layer import scaled_rows
 from jax_marlin_moe.routing import Routing, rms_normalized, route_rows
 from jax_marlin_moe.shared_expert import SharedExpert
-from jax_marlin_moe.weights import MarlinWeights, summary
+from jax_marlin_moe.weights import MarlinWeights, refuse_hash, summary
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -70,6 +71,10 @@ class MoELayer:
         """One line: dtypes, shapes and bytes, and how tokens are routed."""
         return summary(self)
 
+    def __hash__(self) -> int:
+        """Refused: of a layer that is no argument, a compiled function would make constants."""
+        refuse_hash(self)
+
     def route(
         self, x: Float[Array, "tokens H"], token_ids: Int32[Array, " tokens"] | None = None
     ) -> tuple[Float32[Array, "tokens top_k"], Int32[Array, "tokens top_k"]]:
@@ -100,7 +105,7 @@ class MoELayer:
         token_ids: Int32[Array, "*batch"] | None = None,
         *,
         router_input: Float[Array, "*batch H"] | None = None,
-        activation_dtype: ByteDtype | None = None,
+        activation_dtype: ByteDtype | DTypeLike | None = None,
         implementation: str | None = None,
         batch_invariant: bool = False,
     ) -> Float[Array, "*batch H"]:
@@ -166,13 +171,13 @@ class MoELayer:
         return (rms_normalized(y.astype(jnp.float32), self.norm_epsilon) * scale).astype(y.dtype)
 
     def fixed_scales(
-        self, activation_dtype: ByteDtype | None
+        self, activation_dtype: ByteDtype | DTypeLike | None
     ) -> tuple[Float32[Array, ""] | None, IntermediateQuantizer | None]:
         """`x_scale` and `intermediate` of `jax_marlin_moe.fused_moe`, by slot, where calibration has fixed them.
 
         Both are None for any type of rows but "float8_e4m3fn".
         """
-        if activation_dtype != "float8_e4m3fn":
+        if as_byte_dtype(activation_dtype) != "float8_e4m3fn":
             return None, None
         if self.intermediate_scales is None:
             return self.x_scale, None
@@ -192,6 +197,8 @@ class MoELayer:
 
 def check_rows(layer: MoELayer, x: object, token_ids: object | None, router_input: object | None) -> None:
     """Raises TypeError or ValueError, naming the argument, unless rows have the shapes that a layer takes."""
+    if not hasattr(layer.router, "shape"):
+        raise TypeError(f"router is a {type(layer.router).__name__}; it must be an array (H, experts)")
     hidden = layer.router.shape[0]
     if not hasattr(x, "shape") or not x.shape:
         raise TypeError(f"x has type {type(x).__name__}; it must be an array whose last dimension is H = {hidden}")

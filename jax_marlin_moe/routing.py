@@ -23,6 +23,7 @@ _SCORINGS = {
 }
 _MIXER_ALONE = "scoring is 'sparsemixer', which takes no correction_bias, no ids and num_groups=1"
 _COUNTS = ("top_k", "num_groups", "top_groups", "identity_experts")
+_NUMBERS = ("scale", "logits_soft_cap", "renormalize_epsilon", "jitter")
 _FLAGS = ("renormalize", "softmax_after_topk", "apply_on_input")
 # What a group of experts is worth, from its scores [..., group]: V3's rule and V2's.
 _GROUP_SCORES = {
@@ -65,6 +66,13 @@ class Routing:
     renormalize_epsilon: float = 1e-20
     jitter: float = 0.0
     identity_experts: int = 0
+
+    def __post_init__(self) -> None:
+        # Numbers and truth values of numpy and JAX become Python's: an array has no hash.
+        for name in (*_COUNTS, *_NUMBERS, *_FLAGS):
+            value = getattr(self, name)
+            if getattr(value, "shape", None) == () and not isinstance(value, jax.core.Tracer):
+                object.__setattr__(self, name, value.item())
 
     def options(self) -> dict[str, object]:
         """The keyword arguments of `route`."""
@@ -162,7 +170,7 @@ def route(
     if ids is not None:
         check_array("ids", ids, ndim=logits.ndim, dtype=jnp.int32)
         check_shape("ids", ids, (*logits.shape[:-1], top_k), "(tokens, top_k)")
-    return _route(logits, correction_bias, expert_scale, ids, rule=_hashable(rule))
+    return _route(logits, correction_bias, expert_scale, ids, rule=rule)
 
 
 def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> None:
@@ -171,7 +179,7 @@ def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> 
     `alone` says that there are neither biases for the choice nor ids that are chosen already.
     """
     for name in _COUNTS:
-        if not isinstance(getattr(routing, name), int | np.integer):
+        if not isinstance(getattr(routing, name), int) or isinstance(getattr(routing, name), bool):
             raise TypeError(f"{name} is {getattr(routing, name)!r}; it must be an int")
     for name in _FLAGS:
         if not isinstance(getattr(routing, name), bool | np.bool_):
@@ -207,19 +215,6 @@ def check_routing(routing: Routing, num_experts: int, *, alone: bool = True) -> 
         raise ValueError(f"jitter is {jitter}; it must be {must}")
     if routing.scoring == "sparsemixer" and (num_groups > 1 or not alone):
         raise ValueError(_MIXER_ALONE)
-
-
-def _hashable(rule: Routing) -> Routing:
-    """The rule with numbers and truth values of Python, which numpy's and jax.numpy's may stand for."""
-    return dataclasses.replace(
-        rule,
-        renormalize=bool(rule.renormalize),
-        softmax_after_topk=bool(rule.softmax_after_topk),
-        scale=float(rule.scale),
-        logits_soft_cap=None if rule.logits_soft_cap is None else float(rule.logits_soft_cap),
-        renormalize_epsilon=float(rule.renormalize_epsilon),
-        jitter=float(rule.jitter),
-    )
 
 
 # One program: step by step, each constant would be a transfer to the device.

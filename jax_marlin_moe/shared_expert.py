@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
-from jax_marlin_moe.weights import LEAVES, MarlinWeights, concatenate_columns, stack_experts, summary
+from jax_marlin_moe.weights import LEAVES, MarlinWeights, concatenate_columns, refuse_hash, stack_experts, summary
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -27,6 +27,10 @@ class SharedExpert:
     def __repr__(self) -> str:
         """One line: dtypes, shapes and bytes."""
         return summary(self)
+
+    def __hash__(self) -> int:
+        """Refused, since arrays have no hash."""
+        refuse_hash(self)
 
     def split(self, experts: int) -> "SharedExpert":
         """The same as a stack of narrower experts, whose results add up to its own; a copy.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int32
 
 from jax_marlin_moe.layer import STATIC, MoELayer
 from jax_marlin_moe.layer_slice import count_layers, take_layer
-from jax_marlin_moe.weights import summary
+from jax_marlin_moe.weights import refuse_hash, summary
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -34,6 +34,10 @@ class StackedMoELayer:
     def __repr__(self) -> str:
         """One line: dtypes, shapes and bytes."""
         return summary(self)
+
+    def __hash__(self) -> int:
+        """Refused, since arrays have no hash."""
+        refuse_hash(self)
 
     def __len__(self) -> int:
         """L."""

@@ -16,7 +16,7 @@ from jax_marlin_moe.arguments import check_rank, check_shape, check_weights
 from jax_marlin_moe.intermediate import IntermediateQuantizer, check_positive, in_units, usable
 from jax_marlin_moe.ops.block_arguments import check_intermediate
 from jax_marlin_moe.ops.fused_moe import fused_moe
-from jax_marlin_moe.weights import MarlinWeights, concatenate_columns, summary
+from jax_marlin_moe.weights import MarlinWeights, concatenate_columns, refuse_hash, summary
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -40,6 +40,10 @@ class TensorRTMoE:
     def __repr__(self) -> str:
         """One line: dtypes, shapes and bytes."""
         return summary(self)
+
+    def __hash__(self) -> int:
+        """Refused, since arrays have no hash."""
+        refuse_hash(self)
 
     @classmethod
     def from_weights(

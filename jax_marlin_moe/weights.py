@@ -5,7 +5,7 @@ Slices by expert, by column and by row are slices of the leaves: the packing nev
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,10 @@ class MarlinWeights:
     def __repr__(self) -> str:
         """One line: what the codes mean, the dtype and shape of each array, and their bytes."""
         return summary(self, format=repr(getattr(self.format, "name", self.format)))
+
+    def __hash__(self) -> int:
+        """Refused, since arrays have no hash."""
+        refuse_hash(self)
 
     @property
     def num_experts(self) -> int:
@@ -183,6 +187,14 @@ class MarlinWeights:
 
 
 jax.tree_util.register_dataclass(MarlinWeights, data_fields=list(LEAVES), meta_fields=list(STATIC))
+
+
+def refuse_hash(parts: Any) -> NoReturn:
+    """Raises TypeError: what says what to do where a compiled function needs the hash of arrays."""
+    raise TypeError(
+        f"a {type(parts).__name__} holds arrays, which have no hash; pass it to compiled functions as an argument that "
+        "is not static, as in jax.jit(lambda layer, x: layer(x))(layer, x)"
+    )
 
 
 def summary(parts: Any, **spelled: str) -> str:

@@ -64,6 +64,26 @@ def test_rows_beside_x_are_in_its_shape(layer, x):
         layer([1.0])
 
 
+def test_a_layer_that_is_compiled_itself_says_that_it_is_an_argument(layer, x):
+    with pytest.raises(TypeError, match=r"a MoELayer holds arrays, which have no hash; pass it .* as an argument that"):
+        jax.jit(layer)(x)
+    with pytest.raises(TypeError, match="a MarlinWeights holds arrays, which have no hash"):
+        hash(layer.gate_up)
+    with pytest.raises(TypeError, match=r"router is a NoneType; it must be an array \(H, experts\)"):
+        dataclasses.replace(layer, router=None)(x)
+
+
+def test_numbers_of_a_rule_may_be_arrays_of_one(layer, x):
+    routing = jmm.Routing(np.int64(2), renormalize=False, scale=jnp.float32(2.5))
+    assert routing == jmm.Routing(2, renormalize=False, scale=2.5)
+    np.testing.assert_array_equal(
+        dataclasses.replace(layer, routing=routing)(x),
+        dataclasses.replace(layer, routing=jmm.Routing(2, renormalize=False, scale=2.5))(x),
+    )
+    with pytest.raises(TypeError, match="top_k is True; it must be an int"):
+        dataclasses.replace(layer, routing=jmm.Routing(True))(x)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_shared_expert_may_have_an_activation_of_its_own(layer, x, dense):
     """Of HunYuan V4 and Step 3.7, whose routed experts clamp what the shared one does not."""

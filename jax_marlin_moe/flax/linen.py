@@ -173,7 +173,7 @@ class MarlinMoE(nn.Module):
         *,
         router_input: Float[Array, "*batch H"] | None = None,
         layer: int | Int32[Array, ""] | None = None,
-        activation_dtype: ByteDtype | None = None,
+        activation_dtype: ByteDtype | DTypeLike | None = None,
         batch_invariant: bool = False,
     ) -> Float[Array, "*batch H"]:
         """Routes each row of x to its experts and sums their results, that of the shared expert included.

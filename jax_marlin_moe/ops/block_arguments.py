@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32
 
 from jax_marlin_moe import arguments
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.byte_rows import GROUP, ByteDtype, has_groups, scales_whole_rows
-from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind
+from jax_marlin_moe.intermediate import IntermediateQuantizer, check_kind, check_positive
 from jax_marlin_moe.layout import TILE_N
 from jax_marlin_moe.ops.shares import count_shares, split_block
 from jax_marlin_moe.weights import MarlinWeights
@@ -88,8 +89,13 @@ def as_block_rows(
 
 
 def as_scale(x_scale: Any) -> Float32[Array, ""]:
-    """A scale of rows as an array; raises TypeError or ValueError unless it is one float32 number."""
-    x_scale = jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
+    """A scale of rows as an array; raises TypeError or ValueError unless it is one float32 number.
+
+    A value that is in an array already is not looked at.
+    """
+    if isinstance(x_scale, int | float | np.generic):
+        check_positive("x_scale", np.asarray(x_scale, np.float32))
+        x_scale = jnp.float32(x_scale)
     arguments.check_array("x_scale", x_scale, ndim=0, dtype=jnp.float32)
     return x_scale
 

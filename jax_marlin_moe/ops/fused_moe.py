@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_marlin_moe import arguments, native, reference
 from jax_marlin_moe.activations import Activation, get_activation
 from jax_marlin_moe.block_operands import BlockOperands
-from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype, scales_whole_rows
+from jax_marlin_moe.byte_rows import ByteDtype, as_byte_dtype, scales_whole_rows
 from jax_marlin_moe.cuda.compiler import target_architecture
 from jax_marlin_moe.cuda.plan import operands_of_block, plan_fused_moe
 from jax_marlin_moe.cuda.program import call_program
@@ -57,7 +57,7 @@ def fused_moe(
     expert_map: Int32[Array, " experts"] | None = None,
     x_scale: Float32[Array, ""] | None = None,
     intermediate: IntermediateQuantizer | None = None,
-    activation_dtype: ByteDtype | None = None,
+    activation_dtype: ByteDtype | DTypeLike | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
     cuda_scheme: BlockScheme | None = None,
@@ -79,14 +79,16 @@ def fused_moe(
         activation: a name, as "silu" (`gate * sigmoid(gate) * up`), "gelu" or "relu2" (not gated), or made by
             `jax_marlin_moe.swiglu`, `swiglu_step` or `situ`; docs/formats.md, "The expert block", has them all.
         expert_map: int32, global to local expert, -1 for experts that live elsewhere.
-        x_scale: float32, the factor of float8_e4m3fn tokens; one that is not positive and finite counts as zero. With
-            `activation_dtype` "float8_e4m3fn", the scale that x is quantised by.
+        x_scale: float32, the factor of float8_e4m3fn tokens; one that is not positive and finite is refused where it is
+            a number, and counts as zero in an array. With `activation_dtype` "float8_e4m3fn", the scale that x is
+            quantised by.
         intermediate: how the activation's result is quantised, in place of its rounding to the type of x; scales are
             those of the local experts.
-        activation_dtype: None, or what the rows of both products are quantised to within the call (docs/formats.md,
-            "8-bit activations"). "float8_e4m3fn" and "int8" have a scale per row, "float8_e4m3fn_g128" one per 128
-            columns of a row. Scales that calibration has fixed take the place of the rows' own for "float8_e4m3fn":
-            `x_scale` for x, and an `intermediate` of `IntermediateQuantizer.static_fp8` for the second product.
+        activation_dtype: None, or what the rows of both products are quantised to within the call, a name or a dtype
+            (docs/formats.md, "8-bit activations"). "float8_e4m3fn" and "int8" have a scale per row,
+            "float8_e4m3fn_g128" one per 128 columns of a row. Scales that calibration has fixed take the place of the
+            rows' own for "float8_e4m3fn": `x_scale` for x, and an `intermediate` of `IntermediateQuantizer.static_fp8`
+            for the second product.
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
             are summed again. For float8_e4m3fn float32, which is the default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
@@ -189,7 +191,7 @@ def _checked_block(
     columns_over=(),
 ):
     """`fused_moe` of rows without further dimensions, or its packed shares; other options as for `expert_block`."""
-    check_activation_dtype(activation_dtype)
+    activation_dtype = as_byte_dtype(activation_dtype)
     x, x_scale, out_dtype = as_block_rows(x, x_scale, preferred_element_type, activation_dtype)
     topk_weights = arguments.as_router_weights("topk_weights", topk_weights)
     act = get_activation(activation)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments, native, reference_layer
 from jax_marlin_moe.activations import Activation, get_activation
-from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype
+from jax_marlin_moe.byte_rows import ByteDtype, as_byte_dtype
 from jax_marlin_moe.cuda.compiler import compute_capability, target_architecture
 from jax_marlin_moe.cuda.kernels.router import RULE_OPTIONS, Router
 from jax_marlin_moe.cuda.plan_layer import ROUTER_OPERANDS, choice_buffers, plan_moe_layer
@@ -66,7 +66,7 @@ def moe_layer(
     expert_input_scale: Float[Array, " H"] | None = None,
     topk_ids: Int32[Array, "tokens top_k"] | None = None,
     expert_map: Int32[Array, " experts"] | None = None,
-    activation_dtype: ByteDtype | None = None,
+    activation_dtype: ByteDtype | DTypeLike | None = None,
     x_scale: Float32[Array, ""] | None = None,
     intermediate: IntermediateQuantizer | None = None,
     return_routing: bool = False,
@@ -155,7 +155,7 @@ def moe_layer(
     check_router(layer, routing)
     if shared is not None:
         check_shared(x, shared, shared_act)
-    check_activation_dtype(activation_dtype)
+    activation_dtype = as_byte_dtype(activation_dtype)
     x_scale = checked_scales(activation_dtype, x_scale, intermediate, gate_up.num_experts)
     if expert_input_scale is not None:
         check_floats("expert_input_scale", expert_input_scale, (gate_up.k,), "(H,)")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_marlin_moe import arguments
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.byte_rows import ByteDtype, check_activation_dtype
+from jax_marlin_moe.byte_rows import ByteDtype, as_byte_dtype
 from jax_marlin_moe.expert_placement import slots_of
 from jax_marlin_moe.intermediate import IntermediateQuantizer
 from jax_marlin_moe.layer import MoELayer, check_rows
@@ -39,7 +39,7 @@ def parallel_layer(
     capacity: int | None = None,
     share_dtype: DTypeLike = jnp.float32,
     router_input: Float[Array, "*batch H"] | None = None,
-    activation_dtype: ByteDtype | None = None,
+    activation_dtype: ByteDtype | DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Any:
     """A layer over the devices of a mesh, as `layer(x)` on one: router, routed experts, shared expert.
@@ -87,7 +87,7 @@ def parallel_layer(
             f"layer has type {type(layer).__name__}; it must be a MoELayer, of a stack the one that is called"
         )
     check_rows(layer, x, token_ids, router_input)
-    check_activation_dtype(activation_dtype)
+    rows_as = as_byte_dtype(activation_dtype)
     axes = as_axes("tokens", tokens)
     check_axes("tokens", axes, sharding.mesh)
     _check_exchange(exchange, capacity, [axis for axis in axes if axis in sharding.expert_axes])
@@ -97,7 +97,7 @@ def parallel_layer(
     layer = share_indices(layer)
     specs = jax.tree.map(_of_stack, sharding.specs(layer), layer, is_leaf=_is_leaf)
     leaves, structure = jax.tree.flatten(specs, is_leaf=_is_spec)
-    options = exchange, capacity, share, activation_dtype, implementation
+    options = exchange, capacity, share, rows_as, implementation
     run = _program(sharding, tuple(leaves), structure, axes, *options)
     return run(layer, x, token_ids, router_input)
 
@@ -160,7 +160,7 @@ def parallel_experts(
     placement: Int32[Array, " slots"] | None = None,
     num_experts: int | None = None,
     activation: str | Activation = "silu",
-    activation_dtype: ByteDtype | None = None,
+    activation_dtype: ByteDtype | DTypeLike | None = None,
     x_scale: Float32[Array, ""] | None = None,
     intermediate: IntermediateQuantizer | None = None,
     implementation: str | None = None,
@@ -206,7 +206,7 @@ def parallel_experts(
     block = BlockSum(expert, tensor, tokens, exchange, capacity, _share_dtype(share_dtype), jnp.dtype(x.dtype))
     if activation_dtype is None and x_scale is not None:
         raise ValueError("x_scale is not None and activation_dtype None; it must be None: rows stay in 16 bits")
-    rows_as = Quantized(activation_dtype, x_scale, intermediate)
+    rows_as = Quantized(as_byte_dtype(activation_dtype), x_scale, intermediate)
     experts = experts_of_rank(block, gate_up, down, activation, implementation, rows_as=rows_as)
     y, dropped = block.sum(experts, x, topk_weights, topk_ids, dtype=x.dtype)
     return y if capacity is None else (y, block.total(dropped))

@@ -154,6 +154,9 @@ def test_quantised_rows_are_named_where_they_cannot_be():
         jmm.fused_moe(*arguments, activation_dtype="int8", intermediate=quantizer)
     with pytest.raises(ValueError, match="activation_dtype is 'int8' and x_scale is not None; it must be None: scales"):
         jmm.fused_moe(*arguments, activation_dtype="int8", x_scale=1.0)
+    for bad in (-1.0, 0, np.float32("nan")):
+        with pytest.raises(ValueError, match=r"x_scale is .*; scales must be positive and finite"):
+            jmm.fused_moe(*arguments, activation_dtype="float8_e4m3fn", x_scale=bad)
     blocks = jmm.IntermediateQuantizer.dynamic_nvfp4(1.0)
     with pytest.raises(ValueError, match=r"intermediate\.kind 'dynamic_nvfp4'; it must be 'static_fp8', or inter"):
         jmm.fused_moe(*arguments, activation_dtype="float8_e4m3fn", intermediate=blocks)
@@ -174,6 +177,18 @@ def test_the_reference_has_no_derivative_of_rounding_either(activation_dtype):
     with pytest.raises(NotImplementedError, match=r"rounding to (e4m3|integers) has no derivative"):
         jax.eval_shape(jax.grad(total), rows)
     np.testing.assert_array_equal(jax.grad(lambda rows: (rows + jax.lax.stop_gradient(total(rows))).sum())(rows), 1)
+
+
+def test_rows_may_be_named_by_a_dtype():
+    first, second, x, weights, ids = block_of("int4", 128)
+    arguments = jax.device_put(x), first.packed(), second.packed(), jax.device_put(weights), jax.device_put(ids)
+    block = partial(jmm.fused_moe, *arguments)
+    np.testing.assert_array_equal(block(activation_dtype=jnp.int8), block(activation_dtype="int8"))
+    layer = jmm.MoELayer(*arguments[1:3], jnp.ones((HIDDEN, EXPERTS)), jmm.Routing(2), x_scale=jnp.float32(0.02))
+    by_name, by_dtype = (layer(arguments[0], activation_dtype=d) for d in ("float8_e4m3fn", jnp.float8_e4m3fn))
+    np.testing.assert_array_equal(by_dtype, by_name)
+    with pytest.raises(ValueError, match=r"activation_dtype is <class 'jax.numpy.uint8'>; it must be None"):
+        block(activation_dtype=jnp.uint8)
 
 
 def test_a_layer_quantises_rows_for_its_experts_and_not_for_its_router():
