@@ -184,7 +184,11 @@ def test_leading_dimensions_have_sizes_and_tables_of_their_own():
 @pytest.mark.parametrize("kind", ["shared", "on the input", "identity"])
 def test_whole_layers_are_not_rounded_where_results_are_float32(kind):
     routing = jmm.Routing(
-        TOP_K, "sigmoid", renormalize=False, apply_on_input=kind == "on the input", identity_experts=int(kind == "identity")
+        TOP_K,
+        "sigmoid",
+        renormalize=False,
+        apply_on_input=kind == "on the input",
+        identity_experts=int(kind == "identity"),
     )
     shared = jmm.SharedExpert(GATE_UP.expert(1), DOWN.expert(1), normal(8, HIDDEN, 1)) if kind == "shared" else None
     router = ROUTER if kind != "identity" else normal(7, HIDDEN, EXPERTS + 1)
