@@ -198,7 +198,7 @@ class MoELayer:
 def check_rows(layer: MoELayer, x: object, token_ids: object | None, router_input: object | None) -> None:
     """Raises TypeError or ValueError, naming the argument, unless rows have the shapes that a layer takes."""
     if not hasattr(layer.router, "shape"):
-        raise TypeError(f"router is a {type(layer.router).__name__}; it must be an array (H, experts)")
+        raise TypeError(f"router has type {type(layer.router).__name__}; it must be an array (H, experts)")
     hidden = layer.router.shape[0]
     if not hasattr(x, "shape") or not x.shape:
         raise TypeError(f"x has type {type(x).__name__}; it must be an array whose last dimension is H = {hidden}")

@@ -69,7 +69,7 @@ def test_a_layer_that_is_compiled_itself_says_that_it_is_an_argument(layer, x):
         jax.jit(layer)(x)
     with pytest.raises(TypeError, match="a MarlinWeights holds arrays, which have no hash"):
         hash(layer.gate_up)
-    with pytest.raises(TypeError, match=r"router is a NoneType; it must be an array \(H, experts\)"):
+    with pytest.raises(TypeError, match=r"router has type NoneType; it must be an array \(H, experts\)"):
         dataclasses.replace(layer, router=None)(x)
 
 

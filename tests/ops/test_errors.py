@@ -28,7 +28,7 @@ from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.cuda import compiler
 
 BAD_WEIGHTS = {
-    "dense array": (constant(jnp.zeros((4, 128, 64))), TypeError, r"{} is a .*; it must be a MarlinWeights"),
+    "dense array": (constant(jnp.zeros((4, 128, 64))), TypeError, r"{} has type .*; it must be a MarlinWeights"),
     "another layout": (partial(replaced, layout=constant("a8")), ValueError, r"{}\.layout is 'a8', .*'a16'"),
     "another format": (
         partial(replaced, format=constant(dataclasses.replace(jmm.FORMATS["int4"], zero_point=7))),
@@ -147,7 +147,7 @@ BAD_PRODUCTS = {
     "flat rows": ({"x": jnp.zeros(HIDDEN, jnp.bfloat16)}, ValueError, "x has shape .*2 dimensions"),
     "rows of another width": ({"x": jnp.zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
     "a list": ({"x": [[0.0]]}, TypeError, "x has dtype list"),
-    "no alignment": ({"alignment": jnp.zeros(8, jnp.int32)}, TypeError, "alignment is a .*moe_align_block_size"),
+    "no alignment": ({"alignment": jnp.zeros(8, jnp.int32)}, TypeError, "alignment has type .*moe_align_block_size"),
     "blocks of 24": ({"alignment": alignment_with(block_size=24)}, ValueError, "block_size is 24; .*8, 16, 32, 48, 64"),
     "no choice": ({"top_k": 0}, ValueError, "top_k is 0"),
     "more choices than experts": ({"top_k": 5}, ValueError, r"top_k is 5; it must lie in \[1, 4\]"),

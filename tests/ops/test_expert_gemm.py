@@ -150,7 +150,7 @@ def test_a_table_and_rows_are_arguments_of_an_exported_function():
     [
         ({"x": np.zeros((4, K), np.int8)}, TypeError, "x has dtype int8; it must be bfloat16, float16 or float32"),
         ({"x": jnp.zeros((4, 64), jnp.bfloat16)}, ValueError, r"x has shape \(4, 64\); it must be \(rows, K\)"),
-        ({"stack": jnp.zeros((4, 64))}, TypeError, "stack is a .*; it must be a MarlinWeights"),
+        ({"stack": jnp.zeros((4, 64))}, TypeError, "stack has type .*; it must be a MarlinWeights"),
         ({"dispatches": np.zeros((2, 4), np.int64)}, TypeError, "dispatches has dtype int64; it must be an int32"),
         ({"dispatches": [(0, 0, 0, 1)]}, TypeError, "dispatches has dtype list"),
         ({"dispatches": np.zeros((4,), np.int32)}, ValueError, r"dispatches has shape \(4,\); it must have 2 dim"),

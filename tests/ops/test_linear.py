@@ -117,7 +117,7 @@ def test_batches_of_rows_weights_and_numbers():
             r"x has shape \(4, 64\); its last .* K = 144",
         ),
         ({"x": jnp.zeros((), jnp.bfloat16)}, ValueError, r"x has shape \(\); its last dimension"),
-        ({"weights": jnp.zeros((K, N))}, TypeError, "weights is a .*; it must be a MarlinWeights"),
+        ({"weights": jnp.zeros((K, N))}, TypeError, "weights has type .*; it must be a MarlinWeights"),
         ({"expert": None}, ValueError, "weights has 3 experts; it must have one: take weights.expert"),
         ({"expert": 3}, IndexError, r"expert is 3; it must lie in \[0, 3\)"),
         ({"expert": True}, TypeError, "expert is True; it must be an int"),

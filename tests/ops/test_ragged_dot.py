@@ -146,7 +146,7 @@ def test_vmap_over_rows_and_sizes():
             "lhs has dtype int8; it must be bfloat16, float16 or float32",
         ),
         ({"lhs": jnp.zeros((3, K + 16), jnp.bfloat16)}, ValueError, r"lhs has shape \(3, 96\)"),
-        ({"rhs": jnp.zeros((EXPERTS, K, N))}, TypeError, "rhs is a .*MarlinWeights"),
+        ({"rhs": jnp.zeros((EXPERTS, K, N))}, TypeError, "rhs has type .*MarlinWeights"),
         ({"group_sizes": jnp.zeros((EXPERTS,), jnp.float32)}, TypeError, "group_sizes has dtype float32"),
         ({"group_sizes": jnp.zeros((3,), jnp.int32)}, ValueError, "3 groups and rhs 5 experts"),
         ({"group_offset": jnp.float32(1)}, TypeError, "group_offset has dtype float32"),
