@@ -82,7 +82,8 @@ def quantize_rows(
         return in_units(rows, scales), scales
     extent = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0), _LEAST_EXTENT)
     if columns_over:
-        extent = jax.lax.pmax(extent, columns_over)
+        # Without a derivative, as the numbers are, whose error says so.
+        extent = jax.lax.pmax(jax.lax.stop_gradient(extent), columns_over)
     scales = extent * jnp.float32(1 / largest)
     # Behind a barrier: XLA would turn the division and the product into one division.
     values = rows * jax.lax.optimization_barrier(largest / extent)

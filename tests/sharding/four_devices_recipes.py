@@ -17,6 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from printed_checks import print_failures
@@ -247,6 +248,15 @@ def rows_of_8_bits():
     both = MoESharding(BOTH)
     own = layer(shared="packed", expert_input_scale=SCALES)
     equals_one_device(both, own, activation_dtype="int8")
+
+    def total(x, stop=lambda y: y):
+        y = parallel_layer(placed, x, both, activation_dtype="int8").astype(jnp.float32)
+        return (x + stop(y)).sum()
+
+    placed = place(own, both)
+    jax.eval_shape(jax.grad(partial(total, stop=jax.lax.stop_gradient)), X)  # raises nothing
+    with pytest.raises(NotImplementedError, match="rounding to integers has no derivative"):
+        jax.eval_shape(jax.grad(total), X)
     scales = jnp.asarray(np.random.default_rng(8).uniform(2e-3, 1e-2, EXPERTS), jnp.float32)
     fixed = layer(x_scale=jnp.float32(0.01), intermediate_scales=scales)
     assert np.any(np.asarray(fixed(X)) != np.asarray(fixed(X, activation_dtype="float8_e4m3fn")))
