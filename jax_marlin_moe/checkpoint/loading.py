@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_marlin_moe.arguments import as_dtype
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.checkpoint import packed_form
 from jax_marlin_moe.checkpoint.families import FAMILIES
@@ -197,8 +196,7 @@ class Checkpoint:
         manifest = packed_form.read_manifest(self.folder)
         if manifest is not None and quantize is not None:
             raise ValueError(f"{self.folder} is packed already; quantize={quantize!r} is for plain weights")
-        scale_name = None if scale_dtype is None else as_dtype("scale_dtype", scale_dtype).name
-        target = None if quantize is None else Target(quantize, group_size, scale_name)
+        target = Target.of(quantize, group_size, scale_dtype)
         self.contents: packed_form.Manifest | Source = (
             Source(self.folder, target, families) if manifest is None else manifest
         )

@@ -98,6 +98,8 @@ class ModelTensors:
         """Raises ValueError, with names that are near, where there is no such tensor."""
         if name in self.files:
             return
+        module = name.rpartition(".")[0] or name
         near = sorted(other for other in self.files.names if other.startswith(f"{name}.") or other.endswith(f".{name}"))
+        near = near or sorted(other for other in self.files.names if other.startswith(f"{module}."))
         advice = f"; there are {', '.join(near[:4])}" if near else "; `tensor_names` lists all"
         raise ValueError(f"{self.files.folder} has no tensor {name}{advice}")

@@ -143,7 +143,7 @@ def test_plain_linears_beside_quantised_ones(save, rng, part):
     plain = weight(rng, I, H)
     tensors[f"{block}.experts.0.up_proj.weight"] = plain
     path = save(config, tensors, "mixed")
-    for quantize, size in ((None, 32), ("int8", 32), ("int4", 64)):
+    for quantize, size in ((None, "customary"), ("int8", 32), ("int4", 64)):
         with pytest.raises(
             ValueError, match=r"up_proj is plain, and .* int4 in groups of 32; .* pass quantize='int4' and"
         ):

@@ -100,6 +100,7 @@ def test_integers_of_64_bits_are_narrowed_where_they_fit_and_refused_elsewhere(t
     [
         ("tensor", "model.norm", r"has no tensor model\.norm; there are model\.norm\.weight"),
         ("tensor", "norm.weight", r"there are model\.norm\.weight"),
+        ("tensor", "lm_head.qweight", r"has no tensor lm_head\.qweight; there are lm_head\.weight"),
         ("tensor", "nothing", "has no tensor nothing; `tensor_names` lists all"),
         ("linear", "nothing", "has no tensor nothing; `tensor_names` lists all"),
         ("linear", "lm_head.weight", r"is a tensor, not a linear; read it as tensor\('lm_head\.weight'\)"),
@@ -109,6 +110,21 @@ def test_integers_of_64_bits_are_narrowed_where_they_fit_and_refused_elsewhere(t
 def test_names_that_are_none(call, name, message):
     with pytest.raises(ValueError, match=message):
         getattr(Checkpoint(DATA / "ck_q3"), call)(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 32}, "group_size is 32 and quantize None; it must be omitted"),
+        ({"group_size": None}, "group_size is None and quantize None; it must be omitted"),
+        ({"scale_dtype": jnp.float16}, "scale_dtype is 'float16' and quantize None"),
+        ({"quantize": "int3"}, "quantize is 'int3'; it must be None or one of bf16, fp16"),
+        ({"quantize": jmm.FORMATS["int4"]}, r"quantize is WeightFormat\(.*; it must be None or one of"),
+    ],
+)
+def test_what_plain_weights_become_is_checked_before_anything_is_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(DATA / "ck_awq", **options)
 
 
 @pytest.mark.parametrize("call", ["tensor", "linear"])

@@ -5,11 +5,13 @@ from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from jax_marlin_moe.arguments import as_dtype
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Storage
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
-from jax_marlin_moe.formats import E4M3, FLOAT_SCALES, get_format
+from jax_marlin_moe.formats import E4M3, FLOAT_SCALES, FORMATS, get_format
 from jax_marlin_moe.packing import check_group_size
 from jax_marlin_moe.quantize import quantize_expert
 
@@ -21,6 +23,29 @@ class Target:
     weight_format: str
     group_size: int | Literal["customary"] | None = "customary"
     scale_dtype: str | None = None
+
+    @classmethod
+    def of(
+        cls, quantize: str | None, group_size: int | Literal["customary"] | None, scale_dtype: DTypeLike | None
+    ) -> "Target | None":
+        """What the arguments of the loader ask for, None where they leave weights as they are.
+
+        Raises:
+            TypeError: `scale_dtype` is no dtype.
+            ValueError: `quantize` is no format, or the others are there without it.
+        """
+        scale_name = None if scale_dtype is None else as_dtype("scale_dtype", scale_dtype).name
+        if quantize is None:
+            for name, value, usual in (("group_size", group_size, "customary"), ("scale_dtype", scale_name, None)):
+                if value != usual:
+                    raise ValueError(
+                        f"{name} is {value!r} and quantize None; it must be omitted: what is quantised keeps what its "
+                        "file has, and for plain weights quantize names a format"
+                    )
+            return None
+        if not isinstance(quantize, str) or quantize not in FORMATS:
+            raise ValueError(f"quantize is {quantize!r}; it must be None or one of {', '.join(sorted(FORMATS))}")
+        return cls(quantize, group_size, scale_name)
 
 
 @dataclasses.dataclass(frozen=True)
