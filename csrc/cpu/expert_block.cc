@@ -73,13 +73,7 @@ void DownItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup& g
   const uint16_t* inputs[kPanelRows];
   for (int r = 0; r < group.count; ++r) inputs[r] = activated + (group.first + r) * block.inner();
   alignas(64) float product[kPanelRows * kDownChunks * kChunk];
-  Panel panel;
-  panel.x = inputs;
-  panel.x_type = block.type;
-  panel.rows = group.count;
-  panel.chunks = static_cast<int>(end_chunk - first_chunk);
-  for (int i = 0; i < panel.chunks; ++i) panel.chunk[i] = first_chunk + i;
-  panel.out = product;
+  const Panel panel = ChunksOfRows(inputs, block.type, group.count, first_chunk, end_chunk, product);
   MultiplyOne(*block.down, block.shared_down, group.expert, panel);
   const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
   for (int r = 0; r < group.count; ++r) {

@@ -16,6 +16,18 @@ const float* GlobalScales(const ExpertStack& stack, int64_t expert) {
   return stack.global_scales == nullptr ? nullptr : stack.global_scales + expert * (stack.n() / kChunk);
 }
 
+Panel ChunksOfRows(const uint16_t* const* x, Element x_type, int rows, int64_t first_chunk, int64_t end_chunk,
+                   float* out) {
+  Panel panel;
+  panel.x = x;
+  panel.x_type = x_type;
+  panel.rows = rows;
+  panel.chunks = static_cast<int>(end_chunk - first_chunk);
+  for (int i = 0; i < panel.chunks; ++i) panel.chunk[i] = first_chunk + i;
+  panel.out = out;
+  return panel;
+}
+
 void MultiplyExpert(const ExpertStack& stack, int64_t expert, Panel panel) {
   panel.weight = Expert(stack, expert);
   ActivePanelKernel()(panel);

@@ -25,6 +25,10 @@ struct ExpertStack {
 ExpertMatrix Expert(const ExpertStack& stack, int64_t expert);
 const float* GlobalScales(const ExpertStack& stack, int64_t expert);
 
+// A panel of `rows` rows and the column chunks [first_chunk, end_chunk), for MultiplyExpert.
+Panel ChunksOfRows(const uint16_t* const* x, Element x_type, int rows, int64_t first_chunk, int64_t end_chunk,
+                   float* out);
+
 // Computes `panel` with the matrix of one expert, which it fills in, then applies the expert's global scales and adds
 // its bias.
 void MultiplyExpert(const ExpertStack& stack, int64_t expert, Panel panel);

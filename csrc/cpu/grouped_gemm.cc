@@ -20,14 +20,8 @@ void Item(const GroupedGemm& gemm, const RowGroup& group, const int32_t* slots, 
     inputs[r] = gemm.x + (gemm.rows == nullptr ? slots[r] / gemm.top_k : gemm.rows[slots[r]]) * k;
   }
   alignas(64) float product[kPanelRows * kItemChunks * kChunk];
-  Panel panel;
-  panel.x = inputs;
-  panel.x_type = gemm.type;
-  panel.rows = group.count;
-  panel.chunks = chunks;
-  for (int i = 0; i < chunks; ++i) panel.chunk[i] = first_chunk + i;
-  panel.out = product;
-  MultiplyExpert(*gemm.stack, group.expert, panel);
+  MultiplyExpert(*gemm.stack, group.expert,
+                 ChunksOfRows(inputs, gemm.type, group.count, first_chunk, first_chunk + chunks, product));
   const int64_t width = static_cast<int64_t>(chunks) * kChunk;
   for (int r = 0; r < group.count; ++r) {
     float* row = product + r * width;

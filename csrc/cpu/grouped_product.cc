@@ -34,14 +34,8 @@ void Item(const GroupedProduct& product, const RowGroup& group, const int32_t* s
   const uint16_t* inputs[kPanelRows];
   for (int r = 0; r < group.count; ++r) inputs[r] = RowOf(product, slots[r]);
   alignas(64) float out[kPanelRows * kItemChunks * kChunk];
-  Panel panel;
-  panel.x = inputs;
-  panel.x_type = product.type;
-  panel.rows = group.count;
-  panel.chunks = chunks;
-  for (int i = 0; i < chunks; ++i) panel.chunk[i] = first_chunk + i;
-  panel.out = out;
-  MultiplyExpert(*product.stack, group.expert, panel);
+  MultiplyExpert(*product.stack, group.expert,
+                 ChunksOfRows(inputs, product.type, group.count, first_chunk, first_chunk + chunks, out));
   const int64_t width = static_cast<int64_t>(chunks) * kChunk;
   for (int r = 0; r < group.count; ++r) Store(product, slots[r], first_chunk * kChunk, width, out + r * width);
 }
