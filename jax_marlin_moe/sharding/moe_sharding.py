@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jax_marlin_moe.layer import MoELayer
 from jax_marlin_moe.layer_slice import is_slice
-from jax_marlin_moe.sharding.specs import Axes, as_axes, check_experts, matrix_specs, spec
+from jax_marlin_moe.sharding.specs import Axes, as_axes, check_experts, is_spec, matrix_specs, spec
 from jax_marlin_moe.sharding.tensor_parallel import check_block, shares_of, tensor_parallel
 from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.stacked_layer import StackedMoELayer
@@ -111,7 +111,7 @@ class MoESharding:
         """
         if isinstance(layer, StackedMoELayer):
             inner = self.specs(layer.layers)
-            return StackedMoELayer(jax.tree.map(lambda one: spec((), *_axes(one)), inner, is_leaf=_is_spec))
+            return StackedMoELayer(jax.tree.map(lambda one: spec((), *_axes(one)), inner, is_leaf=is_spec))
         self.check(layer)
         whole = jax.tree.map(lambda leaf: spec(), layer, is_leaf=is_slice)
         matrices = {
@@ -141,7 +141,7 @@ class MoESharding:
 
     def shardings(self, layer: Any) -> Any:
         """`NamedSharding`s in the place of every leaf; errors as for `specs`."""
-        return jax.tree.map(lambda one: NamedSharding(self.mesh, one), self.specs(layer), is_leaf=_is_spec)
+        return jax.tree.map(lambda one: NamedSharding(self.mesh, one), self.specs(layer), is_leaf=is_spec)
 
     def abstract(self, layer: Any) -> Any:
         """A layer of `jax.ShapeDtypeStruct`s with their shardings, laid out: what a checkpoint is restored into.
@@ -163,10 +163,6 @@ def check_axes(name: str, axes: Axes, mesh: Mesh | AbstractMesh) -> None:
             raise ValueError(f"{name} names the axis {axis!r}; the mesh has {', '.join(map(repr, mesh.axis_names))}")
     if len(set(axes)) != len(axes):
         raise ValueError(f"{name} is {axes}; it must name each axis once")
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, jax.sharding.PartitionSpec)
 
 
 def _axes(one: jax.sharding.PartitionSpec) -> list[Axes]:

@@ -22,7 +22,7 @@ from jax_marlin_moe.sharding.block_sum import BlockSum
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
 from jax_marlin_moe.sharding.rank import Quantized, experts_of_rank, layer_of_rank
 from jax_marlin_moe.sharding.shares import check_shares
-from jax_marlin_moe.sharding.specs import Axes, as_axes, spec
+from jax_marlin_moe.sharding.specs import Axes, as_axes, is_spec, spec
 from jax_marlin_moe.weights import MarlinWeights
 
 Exchange = Literal["gather", "ragged"]
@@ -96,7 +96,7 @@ def parallel_layer(
     check_shares(f"x has {x.shape[0]} rows", x.shape[0], ranks, 1, "as many rows each", hint="append rows of zeros")
     layer = share_indices(layer)
     specs = jax.tree.map(_of_stack, sharding.specs(layer), layer, is_leaf=_is_leaf)
-    leaves, structure = jax.tree.flatten(specs, is_leaf=_is_spec)
+    leaves, structure = jax.tree.flatten(specs, is_leaf=is_spec)
     options = exchange, capacity, share, rows_as, implementation
     run = _program(sharding, tuple(leaves), structure, axes, *options)
     return run(layer, x, token_ids, router_input)
@@ -235,11 +235,7 @@ def _share_dtype(share_dtype: DTypeLike) -> jnp.dtype:
 
 
 def _is_leaf(node: Any) -> bool:
-    return is_slice(node) or _is_spec(node)
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, jax.sharding.PartitionSpec)
+    return is_slice(node) or is_spec(node)
 
 
 def _of_stack(one: jax.sharding.PartitionSpec, leaf: Any) -> Any:

@@ -106,6 +106,11 @@ def spec(*dimensions: Axes) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def is_spec(node: Any) -> bool:
+    """Whether a node of a pytree is a partition spec: `is_leaf` for trees of them."""
+    return isinstance(node, PartitionSpec)
+
+
 def _check_ranks(weights: MarlinWeights, over: str, ranks: int) -> None:
     """Raises ValueError unless the dimension that is cut falls into equal shares."""
     if over == "experts":
