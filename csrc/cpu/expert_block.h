@@ -27,10 +27,10 @@ struct ExpertBlock {
   int64_t top_k;
   const Activation* activation;
   const float* activation_parameters;
-  const float* x_scale;                       // [1], what x is in units of, or null
-  const IntermediateQuantizer* intermediate;  // or null: rounded to x's type
-  const float* intermediate_scales;           // [experts] where there is a quantiser
-  void* y;                                    // [tokens, down's columns], float if float_result, else of x's type
+  const float* x_scale = nullptr;                       // [1], what x is in units of, or null
+  const IntermediateQuantizer* intermediate = nullptr;  // or null: rounded to x's type
+  const float* intermediate_scales = nullptr;           // [experts] where there is a quantiser
+  void* y;  // [tokens, down's columns], float if float_result, else of x's type
   bool float_result;
 
   int64_t experts() const { return down->experts + (shared_down == nullptr ? 0 : shared_down->experts); }

@@ -128,7 +128,32 @@ ffi::Error Program::Read(const Driver& driver, const ProgramAttributes& attribut
   if (result == 0) result = driver.DeviceGetAttribute(&most_shared_bytes, kDeviceMaxSharedBytesPerBlock, device);
   if (result != 0) return ffi::Error::Internal("jax_marlin_moe: " + Describe(driver, result));
 
-  Reader reader(attributes.contract);
+  if (!ReadContract(attributes.contract, multiprocessors)) {
+    return Invalid("the program's contract is malformed or of another version; lower it again");
+  }
+  const std::vector<std::string> names = Split(attributes.kernels);
+  if (names.size() != kernels_.size() || !std::all_of(names.begin(), names.end(), IsSymbol)) {
+    return Invalid("kernels is '" + std::string(attributes.kernels.substr(0, 256)) + "'; it must be " +
+                   std::to_string(kernels_.size()) + " symbols separated by spaces; lower the program again");
+  }
+  for (size_t k = 0; k < kernels_.size(); ++k) {
+    Kernel& kernel = kernels_[k];
+    kernel.name = names[k];
+    if (kernel.blocks == 0) {
+      return Invalid("kernel " + kernel.name + " has fewer blocks on this device than a cluster, " +
+                     std::to_string(kernel.cluster));
+    }
+    if (kernel.shared_bytes > static_cast<unsigned>(most_shared_bytes)) {
+      return Invalid("kernel " + kernel.name + " asks for " + std::to_string(kernel.shared_bytes) +
+                     " bytes of shared memory, a block of this device has at most " +
+                     std::to_string(most_shared_bytes));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+bool Program::ReadContract(ffi::Span<const int64_t> contract, int multiprocessors) {
+  Reader reader(contract);
   const int64_t version = reader.Next(kOldestContractVersion, kContractVersion);
   const int64_t num_buffers = reader.Next(1, kMaxBuffers);
   const int64_t num_kernels = reader.Next(1, kMaxKernels);
@@ -163,29 +188,7 @@ ffi::Error Program::Read(const Driver& driver, const ProgramAttributes& attribut
     }
     kernels_.push_back(std::move(kernel));
   }
-  if (!reader.complete()) {
-    return Invalid("the program's contract is malformed or of another version; lower it again");
-  }
-
-  const std::vector<std::string> names = Split(attributes.kernels);
-  if (names.size() != kernels_.size() || !std::all_of(names.begin(), names.end(), IsSymbol)) {
-    return Invalid("kernels is '" + std::string(attributes.kernels.substr(0, 256)) + "'; it must be " +
-                   std::to_string(kernels_.size()) + " symbols separated by spaces; lower the program again");
-  }
-  for (size_t k = 0; k < kernels_.size(); ++k) {
-    Kernel& kernel = kernels_[k];
-    kernel.name = names[k];
-    if (kernel.blocks == 0) {
-      return Invalid("kernel " + kernel.name + " has fewer blocks on this device than a cluster, " +
-                     std::to_string(kernel.cluster));
-    }
-    if (kernel.shared_bytes > static_cast<unsigned>(most_shared_bytes)) {
-      return Invalid("kernel " + kernel.name + " asks for " + std::to_string(kernel.shared_bytes) +
-                     " bytes of shared memory, a block of this device has at most " +
-                     std::to_string(most_shared_bytes));
-    }
-  }
-  return ffi::Error::Success();
+  return reader.complete();
 }
 
 ffi::Error Program::Bind(const Driver& driver, Kernel& kernel) const {

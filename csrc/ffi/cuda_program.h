@@ -100,6 +100,8 @@ class Program {
 
  private:
   ffi::Error Read(const Driver& driver, const ProgramAttributes& attributes);
+  // Buffers and kernels without their names; false where a field is out of range or there are too few or too many.
+  bool ReadContract(ffi::Span<const int64_t> contract, int multiprocessors);
   ffi::Error Bind(const Driver& driver, Kernel& kernel) const;
 
   // Of the call with these buffers; 0 where all extents are exact.
