@@ -48,7 +48,8 @@ def composition(
     if cuda_scheme == "batch_invariant":
         raise ValueError(
             "batch_invariant is True; a layer has it where one custom call is the whole layer, which is not so for "
-            "this router, shared expert, order of columns or derivative: route, then pass batch_invariant to fused_moe"
+            "this router, shared expert, order of columns, activation_dtype or derivative: route, then pass "
+            "batch_invariant to fused_moe"
         )
     layer = LayerOperands(*operands)
     shared = layer.shared
