@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_marlin_moe as jmm
-from benchmarks.peer_humming import WEIGHT_FORMATS, humming_block
+from benchmarks.peer_humming import humming_block
+from benchmarks.peer_humming_weights import WEIGHT_FORMATS
 from benchmarks.record import recorded_run
 from jax_marlin_moe.byte_rows import ByteDtype
 from jax_marlin_moe.formats import get_format

@@ -8,7 +8,8 @@ that fails raises. Blocks of peers have silu and no biases.
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.peer_humming import WEIGHT_FORMATS, compile_humming_blocks, humming_block
+from benchmarks.peer_humming import compile_humming_blocks, humming_block
+from benchmarks.peer_humming_weights import WEIGHT_FORMATS
 from benchmarks.peer_tokamax import tokamax_block
 
 PEERS: dict[str, Callable[..., dict[str, Any] | None]] = {"humming": humming_block, "tokamax": tokamax_block}

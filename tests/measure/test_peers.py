@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("cuda.bindings.driver")
-from benchmarks import blocks
-from benchmarks.peer_humming import _FORMATS
+from benchmarks import blocks, peer_humming_weights
 from benchmarks.peers import PEER_FORMATS, PEERS
 from jax_marlin_moe.formats import FORMATS
 
@@ -20,7 +19,7 @@ def test_every_peer_has_formats_that_are_ours():
 @pytest.mark.parametrize(("name", "zero"), [("int4", 8), ("mxfp4", 0), ("nvfp4", 0)])
 def test_the_peers_codes_have_the_values_of_ours(name, zero):
     values = np.asarray(FORMATS[name].code.decode(jnp.arange(16, dtype=jnp.uint8)), np.float32) - zero
-    np.testing.assert_array_equal(values, np.asarray(_FORMATS[name].values, np.float32))
+    np.testing.assert_array_equal(values, np.asarray(peer_humming_weights.FORMATS[name].values, np.float32))
 
 
 def test_a_peer_is_not_timed_on_formats_that_it_does_not_have(monkeypatch, capsys, tmp_path):
