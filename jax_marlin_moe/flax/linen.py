@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.byte_rows import ByteDtype
+from jax_marlin_moe.byte_rows import ByteDtype, as_byte_dtype
 from jax_marlin_moe.checkpoint import load_moe_layer
 from jax_marlin_moe.flax.parts import (
     PARAMS,
@@ -56,15 +56,22 @@ class MarlinMoE(nn.Module):
         expert_axis: the logical axis over which the routed experts are. The leaves of `gate_up` and `down` are boxes
             then (`nn.LogicallyPartitioned`), which `nn.get_partition_spec` reads and `apply` takes off. In calls each
             device computes its own experts.
+        activation_dtype: what rows are quantised to in calls that say nothing of it, as for `MoELayer`.
     """
 
     structure: Structure
     implementation: str | None = None
     expert_axis: str | None = None
+    activation_dtype: ByteDtype | DTypeLike | None = None
 
     @classmethod
     def from_layer(
-        cls, layer: Layer, *, implementation: str | None = None, expert_axis: str | None = None
+        cls,
+        layer: Layer,
+        *,
+        implementation: str | None = None,
+        expert_axis: str | None = None,
+        activation_dtype: ByteDtype | DTypeLike | None = None,
     ) -> tuple["MarlinMoE", Variables]:
         """A module and its variables from a layer.
 
@@ -73,6 +80,7 @@ class MarlinMoE(nn.Module):
                 variables then.
             implementation: as the attribute.
             expert_axis: as the attribute.
+            activation_dtype: as the attribute.
 
         Returns:
             The module, and `{"params": ..., "quantized": ...}`, with "routing" where it has such arrays, for its
@@ -82,7 +90,7 @@ class MarlinMoE(nn.Module):
             TypeError: `layer` is neither a `MoELayer` nor a `StackedMoELayer`.
             ValueError: its parts do not fit together; the message names the part.
         """
-        module = cls(Structure.of(layer), implementation, expert_axis)
+        module = cls(Structure.of(layer), implementation, expert_axis, as_byte_dtype(activation_dtype))
         variables: Variables = {}
         for name, value in parts_of(checked(layer)).items():
             variables.setdefault(kind_of(name, value), {})[name] = module._boxed(name, value)
@@ -90,7 +98,13 @@ class MarlinMoE(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike, layer: int, *, implementation: str | None = None, **options: Any
+        cls,
+        path: str | os.PathLike,
+        layer: int,
+        *,
+        implementation: str | None = None,
+        activation_dtype: ByteDtype | DTypeLike | None = None,
+        **options: Any,
     ) -> tuple["MarlinMoE", Variables]:
         """A layer of a checkpoint.
 
@@ -98,6 +112,8 @@ class MarlinMoE(nn.Module):
             path: as for `jax_marlin_moe.checkpoint.load_moe_layer`.
             layer: its number, from 0.
             implementation: as the attribute.
+            activation_dtype: as the attribute; what the checkpoint was calibrated for is
+                `Checkpoint.activation_dtype(layer)`.
             **options: `quantize`, `group_size` and `scale_dtype`, as for `load_moe_layer`.
 
         Returns:
@@ -107,7 +123,8 @@ class MarlinMoE(nn.Module):
             FileNotFoundError: as `load_moe_layer`.
             ValueError: likewise.
         """
-        return cls.from_layer(load_moe_layer(path, layer, **options), implementation=implementation)
+        loaded = load_moe_layer(path, layer, **options)
+        return cls.from_layer(loaded, implementation=implementation, activation_dtype=activation_dtype)
 
     @classmethod
     def random(
@@ -183,7 +200,7 @@ class MarlinMoE(nn.Module):
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
-            activation_dtype: as for `MoELayer`, whose fixed scales count here too.
+            activation_dtype: as for `MoELayer`, whose fixed scales count here too; None, that of the module.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
 
         Returns:
@@ -199,7 +216,7 @@ class MarlinMoE(nn.Module):
         held = layer_of(parts, statics_of(self.structure.layer), stacked=self._stacked)
         options: dict[str, Any] = {
             "implementation": self.implementation,
-            "activation_dtype": activation_dtype,
+            "activation_dtype": self.activation_dtype if activation_dtype is None else activation_dtype,
             "batch_invariant": batch_invariant,
         }
         return one_layer(held, layer)(x, token_ids, router_input=router_input, **options)

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_marlin_moe.activations import Activation
-from jax_marlin_moe.byte_rows import ByteDtype
+from jax_marlin_moe.byte_rows import ByteDtype, as_byte_dtype
 from jax_marlin_moe.checkpoint import load_moe_layer
 from jax_marlin_moe.flax.parts import (
     PARAMS,
@@ -74,13 +74,22 @@ class MarlinMoE(nnx.Module):
         expert_axis: a logical axis, or one of the mesh, over which the routed experts are: metadata `out_sharding` of
             `gate_up` and `down`, which `nnx.get_partition_spec` and `nnx.get_named_sharding` read. In calls each
             device computes its own experts.
+        activation_dtype: what rows are quantised to in calls that say nothing of it, as for `MoELayer`; an attribute
+            that may be assigned.
 
     Raises:
         TypeError: `layer` is neither a `MoELayer` nor a `StackedMoELayer`.
         ValueError: its parts do not fit together; the message names the part.
     """
 
-    def __init__(self, layer: Layer, *, implementation: str | None = None, expert_axis: str | None = None) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        *,
+        implementation: str | None = None,
+        expert_axis: str | None = None,
+        activation_dtype: ByteDtype | DTypeLike | None = None,
+    ) -> None:
         layers = checked(layer)
         self.stacked = isinstance(layer, StackedMoELayer)
         parts = parts_of(layers)
@@ -93,17 +102,30 @@ class MarlinMoE(nnx.Module):
             setattr(self, name, getattr(layers, name))
         self.part_names = tuple(parts)
         self.implementation = implementation
+        self.activation_dtype = as_byte_dtype(activation_dtype)
 
     @classmethod
     def from_layer(
-        cls, layer: Layer, *, implementation: str | None = None, expert_axis: str | None = None
+        cls,
+        layer: Layer,
+        *,
+        implementation: str | None = None,
+        expert_axis: str | None = None,
+        activation_dtype: ByteDtype | DTypeLike | None = None,
     ) -> "MarlinMoE":
         """The module of a layer: the constructor, under the name that Linen's module has for it."""
-        return cls(layer, implementation=implementation, expert_axis=expert_axis)
+        options: dict[str, Any] = {"expert_axis": expert_axis, "activation_dtype": activation_dtype}
+        return cls(layer, implementation=implementation, **options)
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike, layer: int, *, implementation: str | None = None, **options: Any
+        cls,
+        path: str | os.PathLike,
+        layer: int,
+        *,
+        implementation: str | None = None,
+        activation_dtype: ByteDtype | DTypeLike | None = None,
+        **options: Any,
     ) -> "MarlinMoE":
         """A layer of a checkpoint.
 
@@ -111,13 +133,15 @@ class MarlinMoE(nnx.Module):
             path: as for `jax_marlin_moe.checkpoint.load_moe_layer`.
             layer: its number, from 0.
             implementation: as in the constructor.
+            activation_dtype: likewise; what the checkpoint was calibrated for is `Checkpoint.activation_dtype(layer)`.
             **options: `quantize`, `group_size` and `scale_dtype`, as for `load_moe_layer`.
 
         Raises:
             FileNotFoundError: as `load_moe_layer`.
             ValueError: likewise.
         """
-        return cls(load_moe_layer(path, layer, **options), implementation=implementation)
+        loaded = load_moe_layer(path, layer, **options)
+        return cls(loaded, implementation=implementation, activation_dtype=activation_dtype)
 
     @classmethod
     def random(
@@ -200,7 +224,7 @@ class MarlinMoE(nnx.Module):
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
-            activation_dtype: as for `MoELayer`, whose fixed scales count here too.
+            activation_dtype: as for `MoELayer`, whose fixed scales count here too; None, that of the module.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
 
         Returns:
@@ -214,7 +238,7 @@ class MarlinMoE(nnx.Module):
         called = one_layer(self.layer, layer)
         options: dict[str, Any] = {
             "implementation": self.implementation,
-            "activation_dtype": activation_dtype,
+            "activation_dtype": self.activation_dtype if activation_dtype is None else activation_dtype,
             "batch_invariant": batch_invariant,
         }
         return called(x, token_ids, router_input=router_input, **options)
