@@ -20,6 +20,7 @@ from accepted_calls import (
     replaced,
     shaped,
 )
+from host_arrays import ones, zeros
 from oracle import FACTS
 
 import jax_marlin_moe as jmm
@@ -28,7 +29,7 @@ from jax_marlin_moe.arguments import check_weights
 from jax_marlin_moe.cuda import compiler
 
 BAD_WEIGHTS = {
-    "dense array": (constant(jnp.zeros((4, 128, 64))), TypeError, r"{} has type .*; it must be a MarlinWeights"),
+    "dense array": (constant(zeros((4, 128, 64))), TypeError, r"{} has type .*; it must be a MarlinWeights"),
     "another layout": (partial(replaced, layout=constant("a8")), ValueError, r"{}\.layout is 'a8', .*'a16'"),
     "another format": (
         partial(replaced, format=constant(dataclasses.replace(jmm.FORMATS["int4"], zero_point=7))),
@@ -63,7 +64,7 @@ BAD_WEIGHTS = {
     "unsigned zero points": (partial(replaced, zeros=cast(jnp.uint32)), TypeError, r"{}\.zeros has dtype uint32"),
     "zero points of one group": (partial(replaced, zeros=shaped(4, 1, 8)), ValueError, r"{}\.zeros has shape"),
     "superfluous global scales": (
-        partial(replaced, global_scales=constant(jnp.ones((4, 1)))),
+        partial(replaced, global_scales=constant(ones((4, 1)))),
         ValueError,
         r"{}\.global_scales is not None; int4_zp takes no global_scales",
     ),
@@ -76,12 +77,12 @@ BAD_WEIGHTS = {
     "half a bias": (partial(replaced, bias=cast(jnp.float16)), TypeError, r"{}\.bias has dtype float16"),
     "bias of another width": (partial(replaced, bias=shaped(4, 32)), ValueError, r"{}\.bias has shape"),
     "float row order": (
-        partial(replaced, input_order=constant(jnp.zeros((4, 128)))),
+        partial(replaced, input_order=constant(zeros((4, 128)))),
         TypeError,
         r"{}\.input_order has dtype float32",
     ),
     "a short row order": (
-        partial(replaced, input_order=constant(jnp.zeros((4, 64), jnp.int32))),
+        partial(replaced, input_order=constant(zeros((4, 64), jnp.int32))),
         ValueError,
         r"{}\.input_order has shape",
     ),
@@ -111,7 +112,7 @@ BAD_LEAVES_OF_FORMATS = [
     ("mxfp4", {"scales": shaped(4, 1, 64)}, ValueError, r"w\.scales has 1 groups .* must be one of \(32,\)$"),
     (
         "mxfp8",
-        {"zeros": constant(jnp.zeros((4, 4, 16), jnp.int32))},
+        {"zeros": constant(zeros((4, 4, 16), jnp.int32))},
         ValueError,
         r"w\.zeros is not None; mxfp8 takes no",
     ),
@@ -140,40 +141,40 @@ def alignment_with(**leaves):
 
 BAD_PRODUCTS = {
     "integer rows": (
-        {"x": jnp.zeros((TOKENS, HIDDEN), int)},
+        {"x": zeros((TOKENS, HIDDEN), int)},
         TypeError,
         "x has dtype int32; it must be bfloat16, float16 or float32",
     ),
-    "flat rows": ({"x": jnp.zeros(HIDDEN, jnp.bfloat16)}, ValueError, "x has shape .*2 dimensions"),
-    "rows of another width": ({"x": jnp.zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
+    "flat rows": ({"x": zeros(HIDDEN, jnp.bfloat16)}, ValueError, "x has shape .*2 dimensions"),
+    "rows of another width": ({"x": zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
     "a list": ({"x": [[0.0]]}, TypeError, "x has dtype list"),
-    "no alignment": ({"alignment": jnp.zeros(8, jnp.int32)}, TypeError, "alignment has type .*moe_align_block_size"),
+    "no alignment": ({"alignment": zeros(8, jnp.int32)}, TypeError, "alignment has type .*moe_align_block_size"),
     "blocks of 24": ({"alignment": alignment_with(block_size=24)}, ValueError, "block_size is 24; .*8, 16, 32, 48, 64"),
     "no choice": ({"top_k": 0}, ValueError, "top_k is 0"),
     "more choices than experts": ({"top_k": 5}, ValueError, r"top_k is 5; it must lie in \[1, 4\]"),
     "float slots": (
-        {"alignment": alignment_with(sorted_token_ids=jnp.zeros(38))},
+        {"alignment": alignment_with(sorted_token_ids=zeros(38))},
         TypeError,
         r"alignment\.sorted_token_ids has dtype float32",
     ),
     "too few blocks": (
-        {"alignment": alignment_with(expert_ids=jnp.zeros(4, jnp.int32))},
+        {"alignment": alignment_with(expert_ids=zeros(4, jnp.int32))},
         ValueError,
         r"alignment\.expert_ids has shape \(4,\); .*\(5,\)",
     ),
     "two counts": (
-        {"alignment": alignment_with(num_tokens_post_padded=jnp.zeros(2, jnp.int32))},
+        {"alignment": alignment_with(num_tokens_post_padded=zeros(2, jnp.int32))},
         ValueError,
         r"alignment\.num_tokens_post_padded has shape \(2,\)",
     ),
     "weights to multiply by": ({"mul_topk_weights": True}, ValueError, "topk_weights is None"),
     "integer router weights": (
-        {"mul_topk_weights": True, "topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.int32)},
+        {"mul_topk_weights": True, "topk_weights": zeros((TOKENS, TOP_K), jnp.int32)},
         TypeError,
         "topk_weights has dtype int32; it must be a float32",
     ),
     "too few router weights": (
-        {"mul_topk_weights": True, "topk_weights": jnp.zeros(TOKENS)},
+        {"mul_topk_weights": True, "topk_weights": zeros(TOKENS)},
         ValueError,
         r"topk_weights has shape \(5,\); .* = 10 values",
     ),
@@ -189,13 +190,13 @@ def test_bad_products_are_refused(bad):
 
 
 BAD_BLOCKS = {
-    "integer rows": ({"x": jnp.zeros((TOKENS, HIDDEN), int)}, TypeError, "x has dtype int32"),
+    "integer rows": ({"x": zeros((TOKENS, HIDDEN), int)}, TypeError, "x has dtype int32"),
     "a batch of rows alone": (
-        {"x": jnp.zeros((1, TOKENS, HIDDEN), jnp.bfloat16)},
+        {"x": zeros((1, TOKENS, HIDDEN), jnp.bfloat16)},
         ValueError,
         r"topk_weights has shape \(5, 2\); x has shape \(1, 5, 128\)",
     ),
-    "rows of another width": ({"x": jnp.zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
+    "rows of another width": ({"x": zeros((TOKENS, 64), jnp.bfloat16)}, ValueError, r"x has shape \(5, 64\)"),
     "down with too many rows": (
         {"down": experts(128, HIDDEN)},
         ValueError,
@@ -227,33 +228,33 @@ BAD_BLOCKS = {
         "down.input_order .*fold_input_order",
     ),
     "unknown activation": ({"activation": "sine"}, ValueError, "activation is 'sine'; .*relu2.* or made by .*swiglu"),
-    "float ids": ({"topk_ids": jnp.zeros((TOKENS, TOP_K))}, TypeError, "topk_ids has dtype float32; .*int32"),
+    "float ids": ({"topk_ids": zeros((TOKENS, TOP_K))}, TypeError, "topk_ids has dtype float32; .*int32"),
     "64-bit ids": ({"topk_ids": np.zeros((TOKENS, TOP_K), np.int64)}, TypeError, "topk_ids has dtype int64"),
     "ids in a list": ({"topk_ids": [[0, 1]]}, TypeError, "topk_ids has dtype list"),
-    "flat ids": ({"topk_ids": jnp.zeros(TOKENS, jnp.int32)}, ValueError, "topk_ids has shape .*2 dimensions"),
-    "ids of other tokens": ({"topk_ids": jnp.zeros((4, TOP_K), jnp.int32)}, ValueError, r"topk_ids has shape \(4, 2\)"),
+    "flat ids": ({"topk_ids": zeros(TOKENS, jnp.int32)}, ValueError, "topk_ids has shape .*2 dimensions"),
+    "ids of other tokens": ({"topk_ids": zeros((4, TOP_K), jnp.int32)}, ValueError, r"topk_ids has shape \(4, 2\)"),
     "integer router weights": (
-        {"topk_weights": jnp.zeros((TOKENS, TOP_K), jnp.int32)},
+        {"topk_weights": zeros((TOKENS, TOP_K), jnp.int32)},
         TypeError,
         "topk_weights has dtype int32; it must be a float32",
     ),
     "router weights of other shape": (
-        {"topk_weights": jnp.zeros((TOKENS, 3))},
+        {"topk_weights": zeros((TOKENS, 3))},
         ValueError,
         r"topk_weights has shape \(5, 3\); .*\(5, 2\)",
     ),
     "more choices than experts": (
-        {"topk_ids": jnp.zeros((TOKENS, 5), jnp.int32), "topk_weights": jnp.zeros((TOKENS, 5))},
+        {"topk_ids": zeros((TOKENS, 5), jnp.int32), "topk_weights": zeros((TOKENS, 5))},
         ValueError,
         r"top_k is 5; it must lie in \[1, 4\]",
     ),
     "no choice": (
-        {"topk_ids": jnp.zeros((TOKENS, 0), jnp.int32), "topk_weights": jnp.zeros((TOKENS, 0))},
+        {"topk_ids": zeros((TOKENS, 0), jnp.int32), "topk_weights": zeros((TOKENS, 0))},
         ValueError,
         "top_k is 0",
     ),
-    "a float map": ({"expert_map": jnp.zeros(4)}, TypeError, "expert_map has dtype float32"),
-    "a map of two dimensions": ({"expert_map": jnp.zeros((1, 4), jnp.int32)}, ValueError, "expert_map has shape"),
+    "a float map": ({"expert_map": zeros(4)}, TypeError, "expert_map has dtype float32"),
+    "a map of two dimensions": ({"expert_map": zeros((1, 4), jnp.int32)}, ValueError, "expert_map has shape"),
     "a map past the last expert": (
         {"expert_map": np.asarray([0, -1, 4, 1], np.int32)},
         ValueError,
@@ -269,7 +270,7 @@ BAD_BLOCKS = {
         ValueError,
         r"expert_map\[0\] and expert_map\[3\] are both 2; an expert here must be one of all",
     ),
-    "more choices than the map has": ({"expert_map": jnp.zeros(1, jnp.int32)}, ValueError, r"top_k is 2; .*\[1, 1\]"),
+    "more choices than the map has": ({"expert_map": zeros(1, jnp.int32)}, ValueError, r"top_k is 2; .*\[1, 1\]"),
     "unknown implementation": ({"implementation": "triton"}, ValueError, "implementation is 'triton'"),
 }
 
@@ -284,18 +285,18 @@ def test_bad_blocks_are_refused(bad):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"topk_ids": jnp.zeros((2, 2))}, TypeError, "topk_ids has dtype float32"),
-        ({"topk_ids": jnp.zeros(4, jnp.int32)}, ValueError, "topk_ids has shape"),
+        ({"topk_ids": zeros((2, 2))}, TypeError, "topk_ids has dtype float32"),
+        ({"topk_ids": zeros(4, jnp.int32)}, ValueError, "topk_ids has shape"),
         ({"block_size": 4}, ValueError, "block_size is 4"),
         ({"num_experts": 0}, ValueError, "num_experts is 0"),
-        ({"expert_map": jnp.zeros(3, jnp.int32)}, ValueError, r"expert_map has shape \(3,\)"),
+        ({"expert_map": zeros(3, jnp.int32)}, ValueError, r"expert_map has shape \(3,\)"),
         ({"expert_map": np.zeros(4, np.int64)}, TypeError, "expert_map has dtype int64"),
         ({"expert_map": np.asarray([0, 1, 4, 3], np.int32)}, ValueError, r"expert_map\[2\] is 4; .*\[0, 4\)"),
         ({"implementation": "triton"}, ValueError, "implementation is 'triton'"),
     ],
 )
 def test_bad_alignments_are_refused(change, error, message):
-    arguments = {"topk_ids": jnp.zeros((2, 2), jnp.int32), "block_size": 8, "num_experts": 4}
+    arguments = {"topk_ids": zeros((2, 2), jnp.int32), "block_size": 8, "num_experts": 4}
     with pytest.raises(error, match=message):
         jmm.moe_align_block_size(**(arguments | change))
 
@@ -318,7 +319,7 @@ def test_an_implementation_of_another_platform_is_refused(call, monkeypatch):
     monkeypatch.setattr(compiler, "unavailable_reason", lambda: None)
     functions = {
         "align": lambda: jmm.moe_align_block_size(
-            jnp.zeros((2, 2), jnp.int32), block_size=8, num_experts=4, implementation="cuda"
+            zeros((2, 2), jnp.int32), block_size=8, num_experts=4, implementation="cuda"
         ),
         "product": lambda: jmm.moe_gemm(**gemm_arguments(), implementation="cuda"),
         "block": lambda: jmm.fused_moe(**block_arguments(), implementation="cuda"),

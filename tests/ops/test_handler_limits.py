@@ -19,11 +19,11 @@ INNER = 64
 def matrix(experts, k, n, group_size):
     """Operands of int4 experts without a value; whether they have elements is for the extents to say."""
     return [
-        jnp.zeros((experts, k // 16, 2 * n), jnp.int32),
-        jnp.zeros((experts, -(-k // group_size), n), jnp.bfloat16),
-        jnp.zeros((0,), jnp.int32),
-        jnp.zeros((0,), jnp.float32),
-        jnp.zeros((0,), jnp.float32),
+        host_arrays.zeros((experts, k // 16, 2 * n), jnp.int32),
+        host_arrays.zeros((experts, -(-k // group_size), n), jnp.bfloat16),
+        host_arrays.zeros((0,), jnp.int32),
+        host_arrays.zeros((0,), jnp.float32),
+        host_arrays.zeros((0,), jnp.float32),
     ]
 
 
@@ -42,14 +42,14 @@ def call(target, result, operands, **attributes):
 def block(*, experts=1, tokens=0, top_k=1, hidden=64, group_size=64, map_length=0):
     down_columns = -(-hidden // 64) * 64
     operands = [
-        jnp.zeros((tokens, hidden), jnp.bfloat16),
+        host_arrays.zeros((tokens, hidden), jnp.bfloat16),
         *matrix(experts, hidden, 2 * INNER, group_size),
         *matrix(experts, INNER, down_columns, INNER),
-        jnp.zeros((tokens, top_k), jnp.float32),
-        jnp.zeros((tokens, top_k), jnp.int32),
-        jnp.zeros((map_length,), jnp.int32),
-        jnp.zeros((0,), jnp.float32),
-        jnp.zeros((0,), jnp.float32),
+        host_arrays.zeros((tokens, top_k), jnp.float32),
+        host_arrays.zeros((tokens, top_k), jnp.int32),
+        host_arrays.zeros((map_length,), jnp.int32),
+        host_arrays.zeros((0,), jnp.float32),
+        host_arrays.zeros((0,), jnp.float32),
     ]
     return call(
         native.TARGETS["fused_moe", "cpu"],
@@ -65,10 +65,10 @@ def block(*, experts=1, tokens=0, top_k=1, hidden=64, group_size=64, map_length=
 
 def gemm(*, experts=1, tokens=0, top_k=1, k=64, n=64, group_size=64, block_size=8):
     operands = [
-        jnp.zeros((tokens, k), jnp.bfloat16),
+        host_arrays.zeros((tokens, k), jnp.bfloat16),
         *matrix(experts, k, n, group_size),
-        jnp.zeros((0,), jnp.float32),
-        *(jnp.zeros((length,), jnp.int32) for length in (0, 0, 1)),
+        host_arrays.zeros((0,), jnp.float32),
+        *(host_arrays.zeros((length,), jnp.int32) for length in (0, 0, 1)),
     ]
     return call(
         native.TARGETS["moe_gemm", "cpu"],
@@ -162,7 +162,7 @@ def test_alignment_takes_memory_for_slots_not_for_experts():
 
 def test_the_first_of_several_listings_of_a_slot_counts():
     weights = jmm.quantize(host_arrays.normal(0, (8, 512, 1024), jnp.bfloat16), "int4", group_size=128)
-    x = jnp.ones((2, 512), jnp.bfloat16)
+    x = host_arrays.ones((2, 512), jnp.bfloat16)
     listed = np.full((9, 8), 2, np.int32)  # 2 is no slot
     listed[:, 0] = 1  # every block lists slot 1, the sixth slot 0 as well
     listed[5, 3:5] = 0
@@ -188,7 +188,7 @@ def test_the_first_of_several_listings_of_a_slot_counts():
 def test_a_dropped_slot_contributes_nothing_whatever_its_weight():
     gate_up = jmm.quantize(host_arrays.normal(0, (4, 128, 128), jnp.bfloat16), "int4", group_size=128)
     down = jmm.quantize(host_arrays.normal(1, (4, 64, 128), jnp.bfloat16), "int4", group_size=None)
-    x = jnp.ones((3, 128), jnp.bfloat16)
+    x = host_arrays.ones((3, 128), jnp.bfloat16)
     ids = jnp.asarray([[0, 1], [2, -1], [-1, 7]], jnp.int32)
     dropped = (np.asarray(ids) < 0) | (np.asarray(ids) >= 4)
 
