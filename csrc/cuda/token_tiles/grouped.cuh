@@ -9,12 +9,15 @@ namespace jmm {
 
 constexpr int kMostGroupedSlots = 512;  // and those of shared experts
 
-// Slots grouped by expert with no kernel before: every CTA makes the same table. Experts ascend, and so do the slots of
-// each, so that an expert's token tiles follow each other.
+// Slots grouped by expert with no kernel before. Experts ascend, and so do the slots of each, so that an expert's token
+// tiles follow each other.
 //
-// A warp knows 32 slots at a time, a word of them: which lanes have equal experts, and so how many slots of its expert
-// in the word are before its own. A byte for each expert and word counts those; the bytes of an expert are summed up to
-// a word, and experts are summed up to an expert.
+// `Reader` makes a table of all slots, the same in every CTA. A warp knows 32 slots at a time, a word of them: which
+// lanes have equal experts, and so how many slots of its expert in the word are before its own. A byte for each expert
+// and word counts those; the bytes of an expert are summed up to a word, and experts are summed up to an expert.
+//
+// `WarpReader` counts the slots of each expert, and where its token tiles begin. The slots of a tile are looked for
+// among all of them when a warp asks for it, so that a tile's weights are known before them, and at little cost.
 template <class Facts>
 struct GroupedTiles {
   static constexpr int kSlots = Facts::kSlots, kExperts = Facts::kExperts;
@@ -43,8 +46,25 @@ struct GroupedTiles {
     uint16_t firsts[kExperts];          // of an expert's slots in the table
   };
 
+  // Of `WarpReader`: a lane has experts that follow each other.
+  static constexpr int kLaneExperts = (kExperts + 31) / 32;
+  struct Counts {
+    int slots[kLaneExperts * 32];  // of an expert
+  };
+  template <int kWarps>
+  struct FirstTiles {
+    uint16_t firsts[kLaneExperts * 32];  // of an expert: how many token tiles come before its own
+    uint16_t rows[kWarps][kRows];        // slots of the token tile that a warp has asked for
+  };
+
   static constexpr bool kNeedsPreviousKernel = Facts::kFromPreviousKernel;  // whether it writes topk_ids
   static constexpr int kSharedBytes = sizeof(Table), kScratchBytes = (sizeof(Scratch) + 15) / 16 * 16;
+
+  // Whether a `WarpReader` has room where a `Reader` has.
+  template <int kThreads>
+  static constexpr bool kFitsWarps =
+      kLaneExperts <= 32 && kRows <= 32 && sizeof(FirstTiles<kThreads / 32>) <= kSharedBytes &&
+      sizeof(Counts) <= kScratchBytes;
 
   template <int kThreads>
   struct Reader {
@@ -149,6 +169,108 @@ struct GroupedTiles {
       return count;
     }
   };
+
+  // All lanes of a warp ask together, for the same token tile.
+  template <int kThreads>
+  struct WarpReader {
+    using Made = FirstTiles<kThreads / 32>;
+    const GroupedTiles& slots;
+    Made& made;
+    int tiles = 0;
+
+    __device__ __forceinline__ WarpReader(const GroupedTiles& s, unsigned char* shared, unsigned char* lent)
+        : slots(s), made(*reinterpret_cast<Made*>(shared)) {
+      static_assert(kThreads % 32 == 0 && kFitsWarps<kThreads>, "whole warps, and room for what they share");
+      constexpr int kSlotsOfThread = (kSlots + kThreads - 1) / kThreads;
+      const int lane = threadIdx.x % 32;
+      Counts& counts = *reinterpret_cast<Counts*>(lent);
+
+      int experts[kSlotsOfThread];
+#pragma unroll
+      for (int i = 0; i < kSlotsOfThread; ++i) experts[i] = expert_of(i * kThreads + threadIdx.x);
+#pragma unroll
+      for (int e = threadIdx.x; e < kLaneExperts * 32; e += kThreads) counts.slots[e] = 0;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kSlotsOfThread; ++i) {
+        if (experts[i] >= 0) atomicAdd(&counts.slots[experts[i]], 1);
+      }
+      __syncthreads();
+
+      // Every warp adds up the token tiles; the first one notes where those of each expert begin.
+      int own[kLaneExperts], sum = 0;
+#pragma unroll
+      for (int i = 0; i < kLaneExperts; ++i) {
+        own[i] = (counts.slots[lane * kLaneExperts + i] + kRows - 1) / kRows;
+        sum += own[i];
+      }
+      const int end = inclusive_sum_of_warp(sum);
+      tiles = __shfl_sync(~0u, end, 31);
+      if (threadIdx.x < 32) {
+        int first = end - sum;
+#pragma unroll
+        for (int i = 0; i < kLaneExperts; ++i) {
+          made.firsts[lane * kLaneExperts + i] = first;
+          first += own[i];
+        }
+      }
+      __syncthreads();
+    }
+
+    __device__ __forceinline__ int count() const { return tiles; }
+
+    // The last expert whose token tiles do not begin behind this one: one that has none begins where the next one does.
+    __device__ __forceinline__ int expert(int tile) const {
+      const int lane = threadIdx.x % 32;
+      const int owner = last_of(made.firsts[lane * kLaneExperts] <= tile);
+      if constexpr (kLaneExperts == 1) return owner;
+      const bool begins = lane < kLaneExperts && made.firsts[owner * kLaneExperts + lane % kLaneExperts] <= tile;
+      return owner * kLaneExperts + last_of(begins);
+    }
+
+    // The slot of row `lane` of a token tile.
+    __device__ __forceinline__ int slot(int tile, int lane) const {
+      const int e = expert(tile);
+      uint16_t (&rows)[kRows] = made.rows[threadIdx.x / 32];
+      int experts[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) experts[w] = expert_of(w * 32 + lane);
+      int row = (made.firsts[e] - tile) * kRows;  // of the next slot that is found; negative in tiles before this one
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const uint32_t found = __ballot_sync(~0u, experts[w] == e);
+        const uint32_t own = row + __popc(found & ((1u << lane) - 1));
+        if (experts[w] == e && own < kRows) rows[own] = w * 32 + lane;
+        row += __popc(found);
+      }
+      __syncwarp();
+      const int slot = lane < min(row, kRows) ? rows[lane] : -1;
+      __syncwarp();  // before the warp asks for another one
+      return slot;
+    }
+
+    __device__ __forceinline__ int shift(int) const { return 0; }
+
+   private:
+    __device__ __forceinline__ int expert_of(int slot) const {
+      if (slot >= kSlots) return -1;
+      return expert_of_slot<kExperts, kRoutedExperts, kMapped>(slots.topk_ids, slots.expert_map, slot);
+    }
+    __device__ __forceinline__ static int last_of(bool lane_has) { return 31 - __clz(__ballot_sync(~0u, lane_has)); }
+  };
+};
+
+// How the warps of a CTA read token tiles. kTogether: all lanes of a warp ask at once, for one tile.
+template <class TokenTiles, int kThreads>
+struct WarpsRead {
+  static constexpr bool kTogether = false;
+  using Reader = typename TokenTiles::template Reader<kThreads>;
+};
+template <class Facts, int kThreads>
+  requires(GroupedTiles<Facts>::template kFitsWarps<kThreads>)
+struct WarpsRead<GroupedTiles<Facts>, kThreads> {
+  static constexpr bool kTogether = true;
+  using Reader = typename GroupedTiles<Facts>::template WarpReader<kThreads>;
 };
 
 }  // namespace jmm

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "gemm/mma/loader.cuh"
 #include "gemm/mma/storage.cuh"
 #include "gemm/named_barriers.cuh"
 #include "ptx/memory.cuh"
@@ -25,9 +26,10 @@ struct MmaRows {
   PairBiases biases[Shape::kOwnUnits][kSubTiles];
 
   __device__ __forceinline__ MmaRows(const Operands<Problem>& operands, const typename Shape::Epilogue& epilogue,
-                                     const typename Shape::Reader& token_tiles, int work_tile, int warp_n, int lane) {
+                                     const MmaLoader<Shape>& loader, int work_tile, int warp_n, int lane) {
+    const typename Shape::Reader& token_tiles = loader.token_tiles;
     const int token_tile = work_tile / Shape::kColumnTiles;
-    expert = token_tiles.expert(token_tile);
+    expert = Shape::kAsksTogether ? loader.expert : token_tiles.expert(token_tile);
 #pragma unroll
     for (int u = 0; u < Tile::kUnits; ++u) {
       global_scales[u] = 1.0f;
@@ -40,7 +42,11 @@ struct MmaRows {
     if constexpr (Shape::Epilogue::kBias) {
       if (expert >= 0) load_biases(epilogue, work_tile, warp_n, lane);
     }
-    slot = lane < Tile::kTokens ? token_tiles.slot(token_tile, lane) : -1;
+    if constexpr (Shape::kAsksTogether) {
+      slot = loader.slot;
+    } else {
+      slot = lane < Tile::kTokens ? token_tiles.slot(token_tile, lane) : -1;
+    }
     if constexpr (Shape::TokenTiles::kMayRepeat) slot = token_tiles.first_listed(slot, token_tile, lane);
     factor = slot >= 0 ? epilogue.factor(slot) : 0.0f;
     token_fragments = 1;

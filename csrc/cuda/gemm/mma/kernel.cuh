@@ -65,6 +65,7 @@ struct GroupedGemm {
     for (int s = 0; s < kAhead; ++s) {
       if (s < k_blocks) loader.load_weights(rings.weights(s), s);
     }
+    if constexpr (Shape::kAsksTogether) loader.find_rows();
     if constexpr (!TokenTiles::kNeedsPreviousKernel) wait_for_previous_kernel();
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
@@ -79,7 +80,7 @@ struct GroupedGemm {
     int stage = 0;
     for (int work_tile = Shape::first_work_tile(); work_tile < work_tiles; work_tile += Shape::work_tile_stride()) {
       multiplier.begin_tile();
-      const MmaRows<Shape> rows(operands, epilogue, reader, work_tile, warp_n, lane);  // fetched now, wanted at the end
+      const MmaRows<Shape> rows(operands, epilogue, loader, work_tile, warp_n, lane);  // fetched now, wanted at the end
       int rows_left = Problem::kGroup - Shape::first_row(share) % Problem::kGroup;     // of K, in the current group
 #pragma unroll 1
       for (int k_block = 0; k_block < k_blocks; ++k_block) {

@@ -26,6 +26,7 @@ struct MmaLoader {
   int work_tile, k_block = 0;
   int expert, row;                                             // of the work tile; lane r holds row r of x
   int next_expert, next_row;                                   // of the work tile after it, fetched ahead
+  int slot;                                                    // likewise of the lane's row, where warps ask together
   const uint32_t* weights;                                     // this lane's 16 bytes of the k-block's first step
   const typename Shape::T* tokens;                             // the k-block's first column of x, this lane's piece
   typename Shape::RowOffset token_rows[Shape::kPiecesOfLane];  // element offsets of the rows of this lane's pieces
@@ -44,8 +45,19 @@ struct MmaLoader {
       // Few are kept: the compiler would rather make them again for each k-block.
       if constexpr (Shape::kPiecesOfLane <= 2) token_targets[i] = opaque(token_targets[i]);
     }
+    if constexpr (Shape::kAsksTogether) {  // weights may be on their way before it is known which rows there are
+      expert = work_tile < work_tiles ? token_tiles.expert(work_tile / Shape::kColumnTiles) : -1;
+      begin_weights();
+    } else {
+      fetch(work_tile, expert, row);
+      fetch(work_tile + Shape::work_tile_stride(), next_expert, next_row);
+      begin_tile();
+    }
+  }
+
+  // Of the first work tile, where warps ask together: before the first tokens and scales.
+  __device__ __forceinline__ void find_rows() {
     fetch(work_tile, expert, row);
-    fetch(work_tile + Shape::work_tile_stride(), next_expert, next_row);
     begin_tile();
   }
 
@@ -104,35 +116,48 @@ struct MmaLoader {
     if (++k_block == Shape::k_blocks_of(share)) {
       k_block = 0;
       work_tile += Shape::work_tile_stride();
-      expert = next_expert;
-      row = next_row;
-      fetch(work_tile + Shape::work_tile_stride(), next_expert, next_row);
-      begin_tile();
+      if constexpr (Shape::kAsksTogether) {
+        find_rows();
+      } else {
+        expert = next_expert;
+        row = next_row;
+        fetch(work_tile + Shape::work_tile_stride(), next_expert, next_row);
+        begin_tile();
+      }
     }
   }
 
  private:
   __device__ __forceinline__ int copy_lane() const { return warp_n * 32 + lane; }
 
-  __device__ __forceinline__ void fetch(int t, int& e, int& r) const {
+  __device__ __forceinline__ void fetch(int t, int& e, int& r) {
     e = r = -1;
     if (t >= work_tiles) return;
     const int token_tile = t / Shape::kColumnTiles;
     e = token_tiles.expert(token_tile);
-    if (lane < Tile::kTokens) {
+    if constexpr (Shape::kAsksTogether) {
+      slot = token_tiles.slot(token_tile, lane);
+      r = slot < 0 ? -1 : slot / Problem::kSlotsPerRow + token_tiles.shift(token_tile);
+    } else if (lane < Tile::kTokens) {
       const int slot = token_tiles.slot(token_tile, lane);
       r = slot < 0 ? -1 : slot / Problem::kSlotsPerRow + token_tiles.shift(token_tile);
     }
     if (!__any_sync(~0u, r >= 0)) e = -1;  // nothing but padding
   }
 
-  __device__ __forceinline__ void begin_tile() {
+  __device__ __forceinline__ void begin_weights() {
     const int k = Shape::first_row(share);
     const int unit = Shape::first_unit(work_tile, warp_n);
     const ExpertArray<Problem, int32_t> packed(operands.packed, operands.shared_packed, max(expert, 0));
     weights = reinterpret_cast<const uint32_t*>(packed.elements) +
               (int64_t(packed.expert) * (Problem::kK / kStepRows) + k / kStepRows) * Shape::kStepWords +
               unit * Packed::kWords + lane * 4;
+  }
+
+  __device__ __forceinline__ void begin_tile() {
+    const int k = Shape::first_row(share);
+    const int unit = Shape::first_unit(work_tile, warp_n);
+    begin_weights();
     tokens = operands.x + k + copy_lane() % Shape::kPieces * Problem::kPieceValues;
     token_copies = 0;
 #pragma unroll

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm/problem.cuh"
+#include "token_tiles/grouped.cuh"
 #include "weights/fragments_bytes.cuh"
 #include "weights/fragments_raw.cuh"
 
@@ -47,7 +48,6 @@ struct MmaShape {
   using Packed = PackedTile<Code>;
   using KBlocks = jmm::KBlocks<Problem, Tile::kBlockK>;
   using Columns = ProductColumns<Problem, TokenTiles, Epilogue>;
-  using Reader = typename TokenTiles::template Reader<Tile::kThreads>;
   using ExpertIndex = typename Problem::ExpertIndex;
   // Of the elements of x.
   using RowOffset = Offset<((TokenTiles::kSlots - 1) / Problem::kSlotsPerRow + int64_t(1)) * Problem::kRowStride>;
@@ -74,6 +74,15 @@ struct MmaShape {
   static constexpr int kLastSteps = KBlocks::kSteps - KBlocks::kMissingRows / kStepRows;  // of the last k-block
   static constexpr bool kShortens = kLastSteps < KBlocks::kSteps;
   static_assert(KBlocks::kCount >= kShares, "every warp has a k-block");
+
+  // Whether warps ask together which rows a token tile has, rather than read a table that the CTA makes of all: few
+  // warps would take longer to make one. The loader is still at a work tile when its rows are wanted, so they are asked
+  // for once. Where instructions bind, the table is measured to be faster: asking stands in the loop.
+  static constexpr bool kAsksTogether = WarpsRead<TokenTiles, Tile::kThreads>::kTogether && Tile::kWarps <= 3 &&
+                                        KBlocks::kCount / kShares >= Tile::kStages && !kBoundByInstructions;
+  using Reader = typename Select<kAsksTogether, typename WarpsRead<TokenTiles, Tile::kThreads>::Reader,
+                                 typename TokenTiles::template Reader<Tile::kThreads>>::Type;
+
   // With rows of bytes, sums are those of a k-block: they are scaled whether its group ends there or not.
   static constexpr bool kClosesBlocks = kIsByte<T>;
   static_assert(Problem::kGroup % Tile::kBlockK == 0 || Tile::kBlockK % Problem::kGroup == 0 ||
