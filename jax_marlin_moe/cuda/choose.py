@@ -86,6 +86,8 @@ def choose_tile(
     if tokens == mma.TOKEN_TILES[0]:
         # With eight rows a block `mma.sync` was ahead wherever both were measured: others are left to tables there.
         found = tuple(tile for tile in found if isinstance(tile, mma.MmaTile))
+    elif any(isinstance(tile, wgmma.WgmmaTile) for tile in found):  # and behind with more
+        found = tuple(tile for tile in found if isinstance(tile, wgmma.WgmmaTile))
     if not found:
         raise ValueError(f"no kernel tile supports {shape} with {tokens}-row blocks on compute capability {capability}")
     return _cheapest(found, shape, expected_blocks, rows, capability)

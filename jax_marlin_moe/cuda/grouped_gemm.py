@@ -10,6 +10,7 @@ from jax_marlin_moe.cuda.kernels.epilogue import Epilogue
 from jax_marlin_moe.cuda.kernels.problem import UNIT, GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS, TokenTiles
 from jax_marlin_moe.cuda.kernels.transposed import TransposedTile, WgmmaTransposedTile
+from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.limits import MOST_COUNTED, grid
 from jax_marlin_moe.cuda.program import Kernel
 from jax_marlin_moe.cuda.scheme import KERNELS, Tile
@@ -64,6 +65,7 @@ def gemm_kernel(
     columns: range | None = None,
     in_order: bool = False,
     padding_bytes: int = 0,
+    expert_rows: float | None = None,
 ) -> Kernel:
     """A grouped GEMM, or a slice of its columns, whose kernel is the same for all slices of as many.
 
@@ -115,7 +117,7 @@ def gemm_kernel(
         body=(f"{tile.kernel}<jmm::Problem<Problem>, {tile.cpp}<Tile>, {found_tiles}, jmm::{epilogue.cpp}<Epilogue>>"),
         structs={
             "Problem": problem,
-            "Tile": tile.facts,
+            "Tile": tile.facts_for(expert_rows) if expert_rows and isinstance(tile, WgmmaTile) else tile.facts,
             "TokenTiles": token_tiles.facts,
             "Epilogue": epilogue.facts,
         },

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jax_marlin_moe as jmm
+from jax_marlin_moe.cuda import block_kernels
 from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.scheme import BlockScheme
 from jax_marlin_moe.ops.four_numbers import WORDS, pack_fours, unpack_fours
@@ -14,10 +15,19 @@ from jax_marlin_moe.ops.packed_shares import add_shares, pack_share
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, TOKENS = 4, 2, 512, 256, 200
 FIRST = WgmmaTile(48, 2, 1, 1, 128, 3, 1, True)
-# A lane of the second product has four columns of a row, or two.
-SECOND = {"four": WgmmaTile(48, 2, 1, 1, 128, 3, 1, True), "pairs": WgmmaTile(48, 1, 1, 1, 128, 3, 1, True)}
+# A lane of the second product has four columns of a row, or two, or eight of few rows.
+SECOND = {
+    "four": WgmmaTile(48, 2, 1, 1, 128, 3, 1, True),
+    "pairs": WgmmaTile(48, 1, 1, 1, 128, 3, 1, True),
+    "few rows": WgmmaTile(16, 4, 1, 1, 128, 4, 2, False),
+}
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def small_rows_are_packed(monkeypatch):
+    monkeypatch.setattr(block_kernels, "_MOST_FLOAT_BYTES", 0)
 
 
 def operands():

@@ -45,7 +45,7 @@ def test_results_are_those_of_tiles_taken_in_turn(monkeypatch):
     arguments = operands()
     taken = jax.jit(block(MANY))
     results = [np.asarray(taken(*arguments).astype(jnp.float32)) for _ in range(5)]
-    monkeypatch.setattr(block_kernels, "_takes_tiles", lambda *_: False)
+    monkeypatch.setattr(block_kernels.BlockKernels, "_takes_tiles", lambda *_: False)
     in_turn = np.asarray(jax.jit(block(MANY))(*arguments).astype(jnp.float32))
     assert np.abs(in_turn).max() > 0
     for result in results:

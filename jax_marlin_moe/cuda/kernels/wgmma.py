@@ -1,8 +1,10 @@
 """The GEMM on Hopper's wgmma, for many rows per expert: its tiles and their cost. Twin of csrc/cuda/gemm/wgmma."""
 
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Iterable
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
@@ -13,6 +15,7 @@ TOKEN_TILES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 
 _MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
 OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
+_MOST_COLUMNS = 256  # of one instruction
 
 # Fitted to 91 products of four blocks with 128 to 16384 tokens on an H200 (benchmarks/NOTES.md, "Tiles for many rows,
 # and one FMA for a weight").
@@ -91,7 +94,13 @@ class WgmmaTile:
             "producer_registers": self.producer_registers,
             "consumer_registers": self.consumer_registers,
             "other_registers": OTHER_CONSUMER_REGISTERS,
+            "row_counts": row_counts_fact(row_counts(self.tokens)),
         }
+
+    def facts_for(self, expert_rows: float) -> Facts:
+        """What the kernel is compiled with where experts have about so many rows."""
+        counts = {*row_counts(self.tokens), *likely_row_counts(self.tokens, expert_rows)}
+        return self.facts | {"row_counts": row_counts_fact(counts)}
 
     def stage_bytes(self, shape: GemmShape) -> int:
         """Tokens, weights, scales and zero points of one stage."""
@@ -147,10 +156,21 @@ class WgmmaTile:
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
         busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
         units = self.warpgroups_n * self.sub_tiles  # of 64 columns
-        # Rows are multiplied in quarters of a tile, or eighths: half of one too many in an expert's last tile.
-        spare = self.tokens / (8 if self.tokens <= 256 else 16) * min(1.0, shape.num_experts / expected_blocks)
-        multiplied = self.tokens if rows is None else min(self.tokens, rows + spare)
+        if rows is None or self.tokens > _MOST_COLUMNS or rows * expected_blocks < shape.num_experts:
+            spare = self.tokens / (8 if self.tokens <= _MOST_COLUMNS else 16)  # half a quarter, or an eighth, too many
+            spare *= min(1.0, shape.num_experts / expected_blocks)  # in an expert's last tile
+            shares = ((self.tokens if rows is None else min(self.tokens, rows + spare), 1.0),)
+        else:
+            shares = multiplied_rows(self.tokens, round(rows * expected_blocks / shape.num_experts, 2))
+        rounds = tiles / (card.multiprocessors * self.ctas_per_sm)
+        rounds = rounds + _LAST_ROUND if rounds > 1 else 1.0
+        cycles = rounds * sum(share * self._cycles(shape, multiplied, busy, capability) for multiplied, share in shares)
+        return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
 
+    def _cycles(self, shape: GemmShape, multiplied: float, busy: float, capability: int) -> float:
+        """Of a work tile that multiplies so many rows, beside others of its kind on `busy` CTAs of a multiprocessor."""
+        card = get_architecture(capability)
+        units = self.warpgroups_n * self.sub_tiles  # of 64 columns
         tensor = UNIT * units * multiplied * self.block_k / 2048 / _TENSOR_RATE
         # A unit of 16 rows of K is a sub-tile for each of the four schedulers.
         word = word_instructions(shape.code) + 4  # and an FMA for each pair
@@ -171,10 +191,57 @@ class WgmmaTile:
             computed, between = tensor * _TENSOR_RATE * (1 + _LOST_ROWS / self.tokens), 0
         k_block = busy * (max(computed, memory) + _MEMORY_SHARE * min(computed, memory)) + between
         ends = _TILE_CYCLES + _STORE_CYCLES * self.sub_tiles * multiplied / 2
-        rounds = tiles / (card.multiprocessors * self.ctas_per_sm)
-        rounds = rounds + _LAST_ROUND if rounds > 1 else 1.0
-        cycles = rounds * (math.ceil(shape.k / self.block_k) * k_block + ends)
-        return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
+        return math.ceil(shape.k / self.block_k) * k_block + ends
+
+
+def row_counts(tokens: int, *, byte_rows: bool = False) -> tuple[int, ...]:
+    """How many rows a token tile multiplies that has no more, where those are fewer than all, ascending.
+
+    Quarters of the tile, in eights, or in sixteens of bytes and of instructions with more than 128 columns. Seven
+    eighths, too, and five of small tiles, but of rows of bytes: an expert's rows differ from the mean by about its
+    root, and tiles are chosen to hold most of them.
+    """
+    every_eighth_from = 8 if byte_rows else 4 if tokens <= 64 else 6
+    eighths = [*range(2, every_eighth_from, 2), *range(every_eighth_from, 8)]
+    counts = set()
+    for rows in (tokens * eighth // 8 for eighth in eighths):
+        step = 16 if byte_rows or tokens > _MOST_COLUMNS or rows > 128 else 8
+        counts.add(-(-rows // step) * step)
+    return tuple(sorted(count for count in counts if count < tokens))
+
+
+def likely_row_counts(tokens: int, expert_rows: float) -> tuple[int, ...]:
+    """Further counts, near what an expert of about so many rows leaves for its last token tile.
+
+    Each makes the kernel larger, and compile longer: at most three of them, and none for small tiles, which have every
+    eighth, or where an expert has many tiles.
+    """
+    if not 64 < tokens <= _MOST_COLUMNS or expert_rows > 5 * tokens:
+        return ()
+    last, deviation = expert_rows % tokens, math.sqrt(expert_rows)
+    near = (rows for rows in range(8, tokens, 8) if abs(rows - last) <= deviation and (rows <= 136 or rows % 16 == 0))
+    return tuple(sorted(set(near) - {*row_counts(tokens)}, key=lambda rows: abs(rows - last))[:3])
+
+
+def row_counts_fact(counts: Iterable[int]) -> int:
+    """A bit for each count in eights, the lowest for eight rows."""
+    return sum(1 << count // 8 - 1 for count in counts)
+
+
+@functools.lru_cache(maxsize=4096)
+def multiplied_rows(tokens: int, expert_rows: float) -> tuple[tuple[int, float], ...]:
+    """Rows that a token tile multiplies, and the share of all tiles that do, under uniform routing."""
+    counts = sorted({*row_counts(tokens), *likely_row_counts(tokens, expert_rows), tokens})
+    tiles = dict.fromkeys(counts, 0.0)
+    deviation = math.sqrt(expert_rows)
+    for rows in range(max(1, int(expert_rows - 6 * deviation)), int(expert_rows + 6 * deviation) + 2):
+        likely = math.exp(rows * math.log(expert_rows) - expert_rows - math.lgamma(rows + 1))
+        full, last = divmod(rows, tokens)
+        tiles[tokens] += likely * full
+        if last:
+            tiles[next(count for count in counts if count >= last)] += likely
+    total = sum(tiles.values())
+    return tuple((rows, number / total) for rows, number in tiles.items() if number)
 
 
 def consumer_registers(warpgroups: int, ctas_per_sm: int, producer_registers: int) -> int:

@@ -8,7 +8,7 @@ from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
 from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, UNIT, GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import TAKEN_BYTES
-from jax_marlin_moe.cuda.kernels.wgmma import consumer_registers
+from jax_marlin_moe.cuda.kernels.wgmma import consumer_registers, row_counts, row_counts_fact
 
 TOKEN_TILES = (16, 32, 48, 64, 96, 128)
 BLOCK_K = 128  # rows of K in one stage: those whose sums are made before they are scaled
@@ -85,6 +85,7 @@ class WgmmaByteTile:
             "producer_registers": _PRODUCER_REGISTERS,
             "consumer_registers": self.consumer_registers,
             "other_registers": _OTHER_CONSUMER_REGISTERS,
+            "row_counts": row_counts_fact(row_counts(self.tokens, byte_rows=True)),
         }
 
     def stage_bytes(self, shape: GemmShape) -> int:

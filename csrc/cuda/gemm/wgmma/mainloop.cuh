@@ -355,28 +355,20 @@ struct WgmmaConsumer {
     return true;
   }
 
-  // Token tiles with few rows multiply only so many: quarters of the tile, in eights, or in sixteens of bytes and of
-  // instructions that have no others. Seven eighths, too, and five of small tiles, but of rows of bytes: an expert's
-  // rows differ from the mean by about its root, and tiles are chosen to hold most of them.
-  static constexpr bool kTwo = Tile::kTokens > 256;
-  __device__ __forceinline__ static constexpr int rows_of(int eighths) {
-    const int rows = Tile::kTokens * eighths / 8;
-    const int step = kIsByte<T> || kTwo || rows > 128 ? 16 : 8;  // instructions of more than 128 columns, too
-    return (rows + step - 1) / step * step;
+  // Token tiles with few rows multiply only so many: the least that a tile's counts have.
+  __device__ __forceinline__ static constexpr int next_rows(int rows) {
+    do rows += 8;
+    while (rows < Tile::kTokens && !(Tile::kRowCounts >> (rows / 8 - 1) & 1));
+    return rows;
   }
-  static constexpr int kEighthsFrom = kIsByte<T> ? 8 : Tile::kTokens <= 64 ? 4 : 6;  // and quarters up to there
-  __device__ __forceinline__ static constexpr int more_eighths(int eighths) {
-    return eighths < kEighthsFrom ? eighths + 2 : eighths + 1;
-  }
-  template <int kEighths, int kFewer = 0>
+  template <int kRows>
   __device__ __forceinline__ static void multiply_rows(const Gemm& gemm, int rows, const Shared& shared,
                                                        const Record& record, const Lane& lane, Stage stage) {
-    constexpr int kRows = rows_of(kEighths);
     if constexpr (kRows == Tile::kTokens) {
       multiply_tile<kRows>(gemm, shared, record, lane, stage);
     } else {
-      if (kRows > kFewer && rows <= kRows) return multiply_tile<kRows>(gemm, shared, record, lane, stage);
-      multiply_rows<more_eighths(kEighths), kRows>(gemm, rows, shared, record, lane, stage);
+      if (rows <= kRows) return multiply_tile<kRows>(gemm, shared, record, lane, stage);
+      multiply_rows<next_rows(kRows)>(gemm, rows, shared, record, lane, stage);
     }
   }
 
@@ -392,7 +384,7 @@ struct WgmmaConsumer {
       const Record& record = shared.record(next.at);
       if (record.expert < 0) break;
       const int rows = max(max(record.rows[0], record.rows[1]), max(record.rows[2], record.rows[3]));
-      multiply_rows<2>(gemm, rows, shared, record, lane, stage);
+      multiply_rows<next_rows(0)>(gemm, rows, shared, record, lane, stage);
       stage.template advance<KBlocks::kCount + zero_stages<Shape>()>();
       __syncwarp();
       if (lane.lane == 0) mbarrier_arrive(shared.record_empty(next.at));

@@ -31,6 +31,8 @@ struct WgmmaTile {
   static constexpr int kProducerRegisters = Facts::kProducerRegisters;
   static constexpr int kConsumerRegisters = Facts::kConsumerRegisters;
   static constexpr int kOtherRegisters = Facts::kOtherRegisters;  // of a consumer, beside sums and weights
+  // Bit i: whether a tile with at most 8 * (i + 1) rows multiplies only those, where that is less than a whole tile.
+  static constexpr int64_t kRowCounts = Facts::kRowCounts;
   static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0, "as setmaxnreg takes them");
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * kEntryRegisters,
                 "the multiprocessor has them");
