@@ -66,6 +66,7 @@ def choose_tile(
     capability: int,
     rows: float | None = None,
     least_results: int = 0,
+    uniform: bool = False,
 ) -> Tile:
     """The tile of least predicted time.
 
@@ -76,6 +77,7 @@ def choose_tile(
         capability: compute capability times ten.
         rows: of a block that are not padding, on average; all of them by default.
         least_results: of a work tile.
+        uniform: whether the rows are those of a block under uniform routing.
 
     Raises:
         ValueError: no kernel has such a tile for the shape.
@@ -86,11 +88,11 @@ def choose_tile(
     if tokens == mma.TOKEN_TILES[0]:
         # With eight rows a block `mma.sync` was ahead wherever both were measured: others are left to tables there.
         found = tuple(tile for tile in found if isinstance(tile, mma.MmaTile))
-    elif any(isinstance(tile, wgmma.WgmmaTile) for tile in found):  # and behind with more
+    elif uniform and any(isinstance(tile, wgmma.WgmmaTile) for tile in found):  # and behind with more, in blocks
         found = tuple(tile for tile in found if isinstance(tile, wgmma.WgmmaTile))
     if not found:
         raise ValueError(f"no kernel tile supports {shape} with {tokens}-row blocks on compute capability {capability}")
-    return _cheapest(found, shape, expected_blocks, rows, capability)
+    return _cheapest(found, shape, expected_blocks, rows, capability, uniform)
 
 
 def choose_rows_tile(shape: GemmShape, num_rows: int, parts: int, capability: int) -> Tile:
@@ -219,7 +221,7 @@ def predicted_scheme(
     """
 
     def fastest(tokens: int, blocks: float, rows: float | None, direct: bool) -> tuple[float, BlockScheme]:
-        tiles = [choose_tile(shape, tokens, blocks, capability, rows) for shape in (first, second)]
+        tiles = [choose_tile(shape, tokens, blocks, capability, rows, uniform=True) for shape in (first, second)]
         # A thread that has one slot to group does so in less than an alignment kernel takes.
         groups = num_slots <= min(tile.threads for tile in tiles)
         routing: SlotRouting = "direct" if direct else "grouped" if groups else "aligned"
@@ -257,7 +259,7 @@ def invariant_scheme(
             fitting = [_tiles_in_order(kernel, shape, tokens, capability) for shape in shapes]
             if all(fitting):
                 pairs = zip(fitting, shapes, strict=True)
-                tiles = [_cheapest(of_shape, shape, blocks, rows, capability) for of_shape, shape in pairs]
+                tiles = [_cheapest(of_shape, shape, blocks, rows, capability, True) for of_shape, shape in pairs]
                 found.append(_timed_scheme("grouped", shapes, tiles, blocks, rows, capability))
         # Which kernel has tiles depends on the shapes alone.
         if found:
@@ -275,10 +277,15 @@ def _filled(shape: GemmShape, num_slots: int, routed_experts: int, tokens: int) 
 
 
 def _cheapest(
-    tiles: Sequence[Tile], shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
+    tiles: Sequence[Tile],
+    shape: GemmShape,
+    expected_blocks: float,
+    rows: float | None,
+    capability: int,
+    uniform: bool,
 ) -> Tile:
     """The tile of least predicted time, the first of equals."""
-    return min(tiles, key=lambda tile: tile.predicted_microseconds(shape, expected_blocks, rows, capability))
+    return min(tiles, key=lambda tile: tile.predicted_microseconds(shape, expected_blocks, rows, capability, uniform))
 
 
 def _timed_scheme(
@@ -291,7 +298,8 @@ def _timed_scheme(
 ) -> tuple[float, BlockScheme]:
     """The predicted microseconds of both products, and their scheme with or without an overlap."""
     microseconds = sum(
-        tile.predicted_microseconds(shape, blocks, rows, capability) for shape, tile in zip(shapes, tiles, strict=True)
+        tile.predicted_microseconds(shape, blocks, rows, capability, uniform=True)
+        for shape, tile in zip(shapes, tiles, strict=True)
     )
     overlapping = overlaps(shapes[1], tiles[1], microseconds, capability)
     return microseconds, BlockScheme(routing, *tiles, overlaps=overlapping)

@@ -46,7 +46,7 @@ def propose(
         blocks = slots if routing == "direct" else max(experts_hit, expected_blocks(slots, experts, experts, size))
         ranked = []
         for shape in (first, second):
-            cost = methodcaller("predicted_microseconds", shape, blocks, slots / blocks, capability)
+            cost = methodcaller("predicted_microseconds", shape, blocks, slots / blocks, capability, uniform=True)
             ranked.append(sorted(candidates(shape, size, capability), key=cost)[:tiles_per_product])
         if all(ranked):
             count = max(map(len, ranked))

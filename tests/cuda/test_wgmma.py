@@ -210,7 +210,7 @@ def test_more_tokens_are_not_predicted_to_take_less_time():
         blocks = choose.expected_blocks(slots, 8, 8, scheme.gate_up.tokens)
         times.append(
             sum(
-                tile.predicted_microseconds(shape, blocks, slots / blocks, 90)
+                tile.predicted_microseconds(shape, blocks, slots / blocks, 90, uniform=True)
                 for tile, shape in ((scheme.gate_up, first), (scheme.down, second))
             )
         )

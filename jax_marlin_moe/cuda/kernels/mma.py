@@ -129,11 +129,11 @@ class MmaTile:
         return 4 * (word_instructions(shape.code) + self.tokens // 8 * _MMA_INSTRUCTIONS)
 
     def predicted_microseconds(
-        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
+        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int, uniform: bool = False
     ) -> float:
         """Time of one product: its busiest slot's k-blocks, each as long as latency, issue or memory makes it.
 
-        Rows that are padding cost as much as others.
+        Rows that are padding cost as much as others, and how they are spread over experts does not matter.
         """
         card = get_architecture(capability)
         warps, token_tiles = self.warps_n * self.warps_k, self.tokens // 8

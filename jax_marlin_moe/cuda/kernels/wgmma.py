@@ -149,14 +149,23 @@ class WgmmaTile:
         )
 
     def predicted_microseconds(
-        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
+        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int, uniform: bool = False
     ) -> float:
-        """Time of one product, of whose token tiles that many `rows` are not padding on average; None for all."""
+        """Time of one product.
+
+        Args:
+            shape: the product.
+            expected_blocks: token tiles that have work.
+            rows: of such a tile that are not padding, on average; None for all.
+            capability: compute capability times ten.
+            uniform: whether they are those of a block under uniform routing, whose numbers for each expert are known
+                to vary about their mean.
+        """
         card = get_architecture(capability)
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
         busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
         units = self.warpgroups_n * self.sub_tiles  # of 64 columns
-        if rows is None or self.tokens > _MOST_COLUMNS or rows * expected_blocks < shape.num_experts:
+        if not uniform or rows is None or self.tokens > _MOST_COLUMNS or rows * expected_blocks < shape.num_experts:
             spare = self.tokens / (8 if self.tokens <= _MOST_COLUMNS else 16)  # half a quarter, or an eighth, too many
             spare *= min(1.0, shape.num_experts / expected_blocks)  # in an expert's last tile
             shares = ((self.tokens if rows is None else min(self.tokens, rows + spare), 1.0),)

@@ -122,7 +122,7 @@ class WgmmaByteTile:
         )
 
     def predicted_microseconds(
-        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int
+        self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int, uniform: bool = False
     ) -> float:
         """Time of one product, of whose token tiles that many `rows` are not padding on average; None for all."""
         card = get_architecture(capability)
