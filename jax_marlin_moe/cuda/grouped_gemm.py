@@ -117,7 +117,7 @@ def gemm_kernel(
         body=(f"{tile.kernel}<jmm::Problem<Problem>, {tile.cpp}<Tile>, {found_tiles}, jmm::{epilogue.cpp}<Epilogue>>"),
         structs={
             "Problem": problem,
-            "Tile": tile.facts_for(expert_rows) if expert_rows and isinstance(tile, WgmmaTile) else tile.facts,
+            "Tile": tile.facts_for(expert_rows, shape.k) if expert_rows and isinstance(tile, WgmmaTile) else tile.facts,
             "TokenTiles": token_tiles.facts,
             "Epilogue": epilogue.facts,
         },

@@ -42,18 +42,18 @@ def test_rows_of_bytes_are_multiplied_in_quarters_of_sixteens():
 
 
 def test_tiles_have_counts_near_what_experts_leave_for_their_last_one():
-    assert sorted(likely_row_counts(144, 128.0)) == [120, 136]
-    assert sorted(likely_row_counts(144, 256.0)) == [96, 104, 120]
-    assert likely_row_counts(48, 32.0) == ()  # has every eighth
-    assert likely_row_counts(160, 4096.0) == ()
-    assert len(likely_row_counts(144, 512.0)) == 3
+    assert sorted(likely_row_counts(144, 128.0, 2048)) == [120, 136]
+    assert sorted(likely_row_counts(144, 256.0, 2048)) == [96, 104, 120]
+    assert likely_row_counts(48, 32.0, 2048) == ()  # has every eighth
+    assert likely_row_counts(160, 512.0, 2048) == ()  # four tiles of an expert
+    assert likely_row_counts(144, 128.0, 768) == ()
 
 
 @pytest.mark.parametrize("tokens", wgmma.TOKEN_TILES)
 @pytest.mark.parametrize("expert_rows", [2.5, 64.0, 170.67])
 def test_what_is_multiplied_is_enough_for_all_rows(tokens, expert_rows):
-    shares = multiplied_rows(tokens, expert_rows)
-    counts = {*row_counts(tokens), *likely_row_counts(tokens, expert_rows), tokens}
+    shares = multiplied_rows(tokens, expert_rows, 2048)
+    counts = {*row_counts(tokens), *likely_row_counts(tokens, expert_rows, 2048), tokens}
     assert sum(share for _, share in shares) == pytest.approx(1)
     assert {rows for rows, _ in shares} <= counts
     # An expert has at least a tile's rows in as many tiles, and at most a tile too many.
@@ -69,9 +69,10 @@ def test_a_block_is_compiled_with_counts_for_its_number_of_rows():
         planned = planned_block(x, gate_up, down, top_k=8, scheme=BlockScheme("aligned", TILE, TILE))
         return {int(found) for found in re.findall(r"kRowCounts = (\d+);", planned.source)}
 
-    quarters = {rows // 8 - 1 for rows in (40, 72, 112, 128)}
-    assert counts(4096) == {sum(1 << bit for bit in quarters | {rows // 8 - 1 for rows in (96, 104, 120)})}
-    assert counts(2048) == {sum(1 << bit for bit in quarters | {rows // 8 - 1 for rows in (120, 136)})}
+    # The second product's K is 768: it has the tile's own counts.
+    own = (40, 72, 112, 128)
+    assert counts(4096) == {wgmma.row_counts_fact(own), wgmma.row_counts_fact((*own, 96, 104, 120))}
+    assert counts(2048) == {wgmma.row_counts_fact(own), wgmma.row_counts_fact((*own, 120, 136))}
 
 
 @pytest.mark.parametrize(("model", "tokens", "packs"), [("deepseek-v3-tp8", 256, True), ("qwen3-30b-a3b", 256, False)])
@@ -93,11 +94,11 @@ def test_last_tiles_of_every_count_have_the_rows_of_the_reference():
     ids = np.repeat(np.arange(experts, dtype=np.int32), rows)
     ids = np.concatenate([ids, np.full(128 * experts - len(ids), -1, np.int32)])  # 128 slots for each on average
     rng.shuffle(ids)
-    gate_up, down = (oracle.random_experts(rng, experts, 256, n, group_size=128) for n in (512, 256))
-    x = oracle.random_rows(rng, len(ids), 256, jnp.bfloat16)
+    gate_up, down = (oracle.random_experts(rng, experts, k, n, group_size=128) for k, n in ((1024, 256), (128, 1024)))
+    x = oracle.random_rows(rng, len(ids), 1024, jnp.bfloat16)
     weights = rng.uniform(0.5, 1.5, (len(ids), 1)).astype(np.float32)
-    tile = WgmmaTile(144, 2, 2, 1, 64, 3, 1, True)
-    assert {120, 136} <= set(likely_row_counts(tile.tokens, len(ids) / experts))
+    tile = WgmmaTile(144, 2, 1, 1, 64, 3, 1, True)
+    assert {120, 136} <= set(likely_row_counts(tile.tokens, len(ids) / experts, 1024))
 
     def block(implementation, scheme):
         arguments = jnp.asarray(x), gate_up.packed(), down.packed(), jnp.asarray(weights), jnp.asarray(ids)[:, None]

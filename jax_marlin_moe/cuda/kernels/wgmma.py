@@ -16,6 +16,7 @@ TOKEN_TILES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 _MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
 OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
 _MOST_COLUMNS = 256  # of one instruction
+_LEAST_K_OF_MORE_COUNTS = 1024
 
 # Fitted to 91 products of four blocks with 128 to 16384 tokens on an H200 (benchmarks/NOTES.md, "Tiles for many rows,
 # and one FMA for a weight").
@@ -97,9 +98,9 @@ class WgmmaTile:
             "row_counts": row_counts_fact(row_counts(self.tokens)),
         }
 
-    def facts_for(self, expert_rows: float) -> Facts:
-        """What the kernel is compiled with where experts have about so many rows."""
-        counts = {*row_counts(self.tokens), *likely_row_counts(self.tokens, expert_rows)}
+    def facts_for(self, expert_rows: float, k: int) -> Facts:
+        """What the kernel is compiled with where experts have about so many rows, for a product over so many columns."""
+        counts = {*row_counts(self.tokens), *likely_row_counts(self.tokens, expert_rows, k)}
         return self.facts | {"row_counts": row_counts_fact(counts)}
 
     def stage_bytes(self, shape: GemmShape) -> int:
@@ -170,7 +171,7 @@ class WgmmaTile:
             spare *= min(1.0, shape.num_experts / expected_blocks)  # in an expert's last tile
             shares = ((self.tokens if rows is None else min(self.tokens, rows + spare), 1.0),)
         else:
-            shares = multiplied_rows(self.tokens, round(rows * expected_blocks / shape.num_experts, 2))
+            shares = multiplied_rows(self.tokens, round(rows * expected_blocks / shape.num_experts, 2), shape.k)
         rounds = tiles / (card.multiprocessors * self.ctas_per_sm)
         rounds = rounds + _LAST_ROUND if rounds > 1 else 1.0
         cycles = rounds * sum(share * self._cycles(shape, multiplied, busy, capability) for multiplied, share in shares)
@@ -219,13 +220,14 @@ def row_counts(tokens: int, *, byte_rows: bool = False) -> tuple[int, ...]:
     return tuple(sorted(count for count in counts if count < tokens))
 
 
-def likely_row_counts(tokens: int, expert_rows: float) -> tuple[int, ...]:
+def likely_row_counts(tokens: int, expert_rows: float, k: int) -> tuple[int, ...]:
     """Further counts, near what an expert of about so many rows leaves for its last token tile.
 
-    Each makes the kernel larger, and compile longer: at most three of them, and none for small tiles, which have every
-    eighth, or where an expert has many tiles.
+    Each makes the kernel larger, and compile longer: at most three of them. There are none for small tiles, which have
+    every eighth; where an expert has more than two tiles, as they would save half a percent; and for a short K, where
+    tiles of other counts follow each other so fast that their instructions have to be fetched anew.
     """
-    if not 64 < tokens <= _MOST_COLUMNS or expert_rows > 5 * tokens:
+    if not 64 < tokens <= _MOST_COLUMNS or expert_rows > 2 * tokens or k < _LEAST_K_OF_MORE_COUNTS:
         return ()
     last, deviation = expert_rows % tokens, math.sqrt(expert_rows)
     near = (rows for rows in range(8, tokens, 8) if abs(rows - last) <= deviation and (rows <= 136 or rows % 16 == 0))
@@ -238,9 +240,9 @@ def row_counts_fact(counts: Iterable[int]) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def multiplied_rows(tokens: int, expert_rows: float) -> tuple[tuple[int, float], ...]:
+def multiplied_rows(tokens: int, expert_rows: float, k: int) -> tuple[tuple[int, float], ...]:
     """Rows that a token tile multiplies, and the share of all tiles that do, under uniform routing."""
-    counts = sorted({*row_counts(tokens), *likely_row_counts(tokens, expert_rows), tokens})
+    counts = sorted({*row_counts(tokens), *likely_row_counts(tokens, expert_rows, k), tokens})
     tiles = dict.fromkeys(counts, 0.0)
     deviation = math.sqrt(expert_rows)
     for rows in range(max(1, int(expert_rows - 6 * deviation)), int(expert_rows + 6 * deviation) + 2):
