@@ -88,6 +88,7 @@ def gemm_kernel(
         columns: that it computes; None is all.
         in_order: whether a row's sums must be added up in one order, however many rows its token tile has.
         padding_bytes: that are asked for beside the shared memory of the tile.
+        expert_rows: rows of an expert on average, where that is known.
 
     Raises:
         ValueError: there are more work tiles than the kernels count.

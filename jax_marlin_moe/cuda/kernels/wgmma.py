@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.facts import Facts
@@ -99,7 +99,7 @@ class WgmmaTile:
         }
 
     def facts_for(self, expert_rows: float, k: int) -> Facts:
-        """What the kernel is compiled with where experts have about so many rows, for a product over so many columns."""
+        """What the kernel is compiled with where experts have about so many rows of `k` columns."""
         counts = {*row_counts(self.tokens), *likely_row_counts(self.tokens, expert_rows, k)}
         return self.facts | {"row_counts": row_counts_fact(counts)}
 
@@ -165,17 +165,24 @@ class WgmmaTile:
         card = get_architecture(capability)
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
         busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
-        units = self.warpgroups_n * self.sub_tiles  # of 64 columns
-        if not uniform or rows is None or self.tokens > _MOST_COLUMNS or rows * expected_blocks < shape.num_experts:
-            spare = self.tokens / (8 if self.tokens <= _MOST_COLUMNS else 16)  # half a quarter, or an eighth, too many
-            spare *= min(1.0, shape.num_experts / expected_blocks)  # in an expert's last tile
-            shares = ((self.tokens if rows is None else min(self.tokens, rows + spare), 1.0),)
-        else:
-            shares = multiplied_rows(self.tokens, round(rows * expected_blocks / shape.num_experts, 2), shape.k)
+        shares = self._multiplied(shape, expected_blocks, rows, uniform)
         rounds = tiles / (card.multiprocessors * self.ctas_per_sm)
         rounds = rounds + _LAST_ROUND if rounds > 1 else 1.0
         cycles = rounds * sum(share * self._cycles(shape, multiplied, busy, capability) for multiplied, share in shares)
         return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
+
+    def _multiplied(
+        self, shape: GemmShape, expected_blocks: float, rows: float | None, uniform: bool
+    ) -> Sequence[tuple[float, float]]:
+        """Rows that token tiles multiply, and the share of all tiles that do."""
+        if rows is None:
+            return [(self.tokens, 1.0)]
+        expert_rows = rows * expected_blocks / shape.num_experts
+        if uniform and expert_rows >= 1 and self.tokens <= _MOST_COLUMNS:
+            return multiplied_rows(self.tokens, round(expert_rows, 2), shape.k)
+        # Half a quarter of a tile, or an eighth of two instructions, too many in an expert's last one.
+        spare = self.tokens / (8 if self.tokens <= _MOST_COLUMNS else 16)
+        return [(min(self.tokens, rows + spare * min(1.0, shape.num_experts / expected_blocks)), 1.0)]
 
     def _cycles(self, shape: GemmShape, multiplied: float, busy: float, capability: int) -> float:
         """Of a work tile that multiplies so many rows, beside others of its kind on `busy` CTAs of a multiprocessor."""
