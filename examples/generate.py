@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 import jax_marlin_moe as jmm
 from examples.decoder import Cache, Decoder, Reader
-from examples.models import load_for
+from examples.models import add_options, load_for
 from examples.qwen3_moe import Sizes
 from examples.rotary import Rotary
 from jax_marlin_moe.random_experts import random_experts
@@ -223,8 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens that are drawn from")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--quantize", help="format for plain experts, such as int4")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of the rows")
+    add_options(parser)
     parser.add_argument("--random", choices=sorted(RANDOM), help="times random weights in place of a checkpoint")
     parser.add_argument("--layers", type=int, help="with --random: the first layers alone")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences at once, with --random")
@@ -245,7 +244,10 @@ def main(arguments: list[str] | None = None) -> int:
     folder = pathlib.Path(options.path)
     if not options.tokens and folder.is_dir() and not (folder / "tokenizer.json").is_file():
         parser.error(f"{options.path} has no tokenizer.json to read the prompt with; pass token ids, as --tokens 5 17")
-    model = load_for(parser, folder, dtype=options.dtype, quantize=options.quantize)
+    model = load_for(
+        parser, folder,
+        dtype=options.dtype, quantize=options.quantize, activation_dtype=options.activation_dtype,
+    )  # fmt: skip
     sampling = Sampling(options.temperature, options.top_p)
     if options.tokens:
         prompt, ends = options.tokens, []

@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from examples.batching import Engine, Request
 from examples.generate import ends_of
-from examples.models import load_for
+from examples.models import add_options, load_for
 
 # Fields of a completion: the type that each must have. `model` and `user` change nothing; what OpenAI has besides is
 # refused unless it has the value under which nothing is asked for.
@@ -305,10 +305,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--slots", type=int, default=8, help="sequences that are decoded at once")
     parser.add_argument("--capacity", type=int, default=2048, help="tokens of a sequence, its prompt included")
-    parser.add_argument("--quantize", help="format for plain experts, such as int4")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of the rows")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    model = load_for(parser, options.path, dtype=options.dtype, quantize=options.quantize)
+    model = load_for(
+        parser, options.path,
+        dtype=options.dtype, quantize=options.quantize, activation_dtype=options.activation_dtype,
+    )  # fmt: skip
     engine = Engine(model, slots=options.slots, capacity=options.capacity, end=ends_of(options.path))
     server = Server(engine, Texts.of(options.path), pathlib.Path(options.path).resolve().name)
     try:

@@ -169,6 +169,12 @@ def test_a_packed_folder_is_the_same_model(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_rows_of_experts_are_quantised_as_the_checkpoint_says():
+    model = load(DATA / "deepseek_v3", activation_dtype="checkpoint")
+    found = [getattr(block.experts, "activation_dtype", None) for block in model.blocks]
+    assert found == [None, "float8_e4m3fn_g128"]  # the first layer has no experts
+
+
 def test_loops_write_what_single_steps_choose_and_end_with_the_last_sequence(expected):
     model, prompts = decoder("ck_modelopt"), expected["tokens"][:, :5]
     tokens = np.concatenate(list(generate(model, prompts, new_tokens=9, chunk=4)), axis=1)
