@@ -120,7 +120,8 @@ class _Run:
                     self.entries.pop(number, None)
                     with self._nothing_left_where_refused():
                         layer = self.checkpoint.load(number)
-                    self.entries[number] = packed_form.write_layer(self.folder, number, layer)
+                        stated = self.checkpoint.activation_dtype(number)
+                    self.entries[number] = packed_form.write_layer(self.folder, number, layer, stated)
                     self._write_record()
                 self.report(number, path.stat().st_size)
             for name, write in self.others.items():

@@ -263,12 +263,13 @@ class Checkpoint:
             None where the config says nothing of activations, or something that there is no product for.
 
         Raises:
-            ValueError: the layer has no experts, or the folder is one that `convert` wrote, whose config says nothing
-                of its tensors.
+            ValueError: the layer has no experts, or `convert` wrote the folder before it kept what the config says.
         """
-        if not isinstance(self.contents, Source):
-            raise ValueError(f"{self.folder} is packed; ask the folder that it was converted from")
-        return self.contents.reader(self._checked(layer)).activation_dtype()
+        layer = self._checked(layer)
+        if isinstance(self.contents, Source):
+            return self.contents.reader(layer).activation_dtype()
+        assert isinstance(layer, int), "the packed form has numbers alone"
+        return self.contents.activation_dtype(layer)
 
     def load(self, layer: int | str, sharding: MoESharding | None = None) -> MoELayer:
         """Loads one layer; arguments and errors as for `load_moe_layer`."""

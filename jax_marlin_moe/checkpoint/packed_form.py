@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_marlin_moe.byte_rows import ByteDtype, as_byte_dtype
 from jax_marlin_moe.checkpoint.facts import Facts, layer_from, leaves_and_facts, read_facts
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.checkpoint.model_tensors import ModelTensors
@@ -150,18 +151,37 @@ class Manifest:
             raise ValueError(f"{path} is not a regular file; {MANIFEST} names it")
         return path
 
+    def activation_dtype(self, layer: int) -> ByteDtype | None:
+        """What the config of the source says, as for `Checkpoint.activation_dtype`."""
+        file = SafetensorsFile(self._path(layer))
+        if self.version == 1 or "activation_dtype" not in (keys := _about(file)):
+            raise ValueError(
+                f"{file.path} was written before layers said what their rows are quantised to; ask the folder that it "
+                "was converted from, or convert that again"
+            )
+        name = keys.text("activation_dtype", None, null=True)
+        try:
+            return as_byte_dtype(name)
+        except ValueError as error:
+            raise ValueError(f"{file.path}: metadata.layer: {error}") from None
+
     def _facts(self, layer: int, file: SafetensorsFile) -> Facts:
         if self.version == 1:
             return read_facts(self.entries[layer].object("layer"), states_group_size=False)
-        try:
-            values = json.loads(file.metadata.get("layer", ""))
-        except (RecursionError, ValueError) as error:
-            raise ValueError(f"{file.path}: metadata.layer is not valid JSON: {error}") from None
-        keys = Keys({"layer": values}, file.path, "metadata.").object("layer")
+        keys = _about(file)
         number = keys.integer("number")
         if number != layer:
             raise ValueError(f"{file.path} is of layer {number}; {MANIFEST} names it for layer {layer}")
         return read_facts(keys.object("facts"), states_group_size=True)
+
+
+def _about(file: SafetensorsFile) -> Keys:
+    """What a file says of its layer; raises ValueError where that is no object."""
+    try:
+        values = json.loads(file.metadata.get("layer", ""))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{file.path}: metadata.layer is not valid JSON: {error}") from None
+    return Keys({"layer": values}, file.path, "metadata.").object("layer")
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest | None:
@@ -230,10 +250,15 @@ def file_of(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
 
 
-def write_layer(folder: pathlib.Path, number: int, layer: MoELayer) -> dict[str, Any]:
-    """Writes the file of a layer; returns its entry of the manifest."""
+def write_layer(
+    folder: pathlib.Path, number: int, layer: MoELayer, activation_dtype: ByteDtype | None = None
+) -> dict[str, Any]:
+    """Writes the file of a layer; returns its entry of the manifest.
+
+    `activation_dtype` is what the config of its source says, for `Checkpoint.activation_dtype`.
+    """
     leaves, facts = leaves_and_facts(layer)
-    about = json.dumps({"number": number, "facts": facts}, allow_nan=False)
+    about = json.dumps({"number": number, "facts": facts, "activation_dtype": activation_dtype}, allow_nan=False)
     metadata = {"format": "jax_marlin_moe", "version": str(VERSION), "layer": about}
     infos = {name: TensorInfo(_NAMES[jnp.dtype(leaf.dtype).name], leaf.shape) for name, leaf in leaves.items()}
     sizes = {name: leaf.size * leaf.dtype.itemsize for name, leaf in leaves.items()}

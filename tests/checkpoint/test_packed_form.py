@@ -15,7 +15,7 @@ from oracle import random_experts
 from saved_layers import full_layer
 
 import jax_marlin_moe as jmm
-from jax_marlin_moe.checkpoint import MoELayer, convert, load_moe_layer, load_moe_layers, packed_form
+from jax_marlin_moe.checkpoint import Checkpoint, MoELayer, convert, load_moe_layer, load_moe_layers, packed_form
 from jax_marlin_moe.checkpoint.facts import layer_from, leaves_and_facts, read_facts
 from jax_marlin_moe.checkpoint.keys import Keys
 from jax_marlin_moe.cli.main import main
@@ -283,6 +283,18 @@ def test_a_file_of_another_layer_is_refused(folder):
     edit(folder, lambda v: v["layers"]["0"].update(sha256=v["layers"]["1"]["sha256"]))
     with pytest.raises(ValueError, match=r"layer-00000\.safetensors is of layer 1; .* names it for layer 0"):
         load_moe_layer(folder, 0)
+
+
+def test_what_rows_are_quantised_to_is_asked_of_folders_that_say_it(folder):
+    assert Checkpoint(folder).activation_dtype(1) is None
+    edit_facts(folder, lambda about: about.update(activation_dtype="int4"))
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors: metadata\.layer: activation_dtype is .int4."):
+        Checkpoint(folder).activation_dtype(0)
+    edit_facts(folder, lambda about: about.pop("activation_dtype"))
+    for old, layer in ((folder, 0), (DATA / "packed_version_1", 7)):
+        with pytest.raises(ValueError, match=r"written before layers said what .*; ask the folder that"):
+            Checkpoint(old).activation_dtype(layer)
+    load_moe_layer(folder, 0)
 
 
 @pytest.mark.parametrize("about", ["", "{", "[" * 100000, "[]", "{}"])
