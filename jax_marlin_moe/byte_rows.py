@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jax_marlin_moe.formats import E4M3
-from jax_marlin_moe.intermediate import in_units, nearest, nearest_integer, usable
+from jax_marlin_moe.intermediate import INT8_LARGEST, in_integer_units, in_units, nearest, nearest_integer, usable
 
 ByteDtype = Literal["float8_e4m3fn", "float8_e4m3fn_g128", "int8"]
 
 GROUP = 128  # columns that share a scale, where rows have several
 
 _NUMBERS = {"float8_e4m3fn": "float8_e4m3fn", "float8_e4m3fn_g128": "float8_e4m3fn", "int8": "int8"}
-_LARGEST = {"float8_e4m3fn": E4M3.largest, "int8": 127.0}
+_LARGEST = {"float8_e4m3fn": E4M3.largest, "int8": INT8_LARGEST}
 _LEAST_EXTENT = 2.0**-100  # of a row: the inverse of its scale is finite
 
 
@@ -63,8 +63,8 @@ def quantize_rows(
     value or NaN has a scale that is not finite, and products that are NaN. With "float8_e4m3fn_g128" all this is so for
     each 128 columns of a row, the last of which may be fewer, and there are as many scales.
 
-    With a `scale`, of "float8_e4m3fn" alone, it is that of all rows: values are the nearest of the type to
-    `row / scale`, zero where the scale is not positive and finite.
+    With a `scale`, it is that of all rows: values are the nearest of the type to `row / scale`, zero where the scale is
+    not positive and finite. "float8_e4m3fn_g128" has none.
 
     Along the manual mesh axes `columns_over` devices have other columns of the same rows, whose scale is that of all;
     it is for scales of whole rows alone.
@@ -79,7 +79,7 @@ def quantize_rows(
         return values.reshape(count, -1)[:, :columns], scales.reshape(count, groups)
     if scale is not None:
         scales = jnp.broadcast_to(usable(scale), (rows.shape[0], 1))
-        return in_units(rows, scales), scales
+        return (in_integer_units if dtype == "int8" else in_units)(rows, scales), scales
     extent = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True, initial=0), _LEAST_EXTENT)
     if columns_over:
         # Without a derivative, as the numbers are, whose error says so.

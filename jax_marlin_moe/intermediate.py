@@ -19,6 +19,7 @@ from jax_marlin_moe.formats import E2M1, E4M3, CodeType
 from jax_marlin_moe.no_derivative import refused_tangents
 
 BLOCK = 16  # columns of a dynamic block scale
+INT8_LARGEST = 127.0  # of rows: -128 has no counterpart
 
 _MANTISSA_BITS = {"e4m3": 3, "e2m1": 1}
 _LEAST_EXPONENT = {"e4m3": -6, "e2m1": 0}  # of normal numbers
@@ -81,6 +82,11 @@ def in_units(values: Float32[Array, "..."], scale: Float32[Array, "..."]) -> Flo
     return nearest(_quotient(values, scale), E4M3)
 
 
+def in_integer_units(values: Float32[Array, "..."], scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """The integers from -127 to 127 that are nearest to `values / scale`, zero where the scale is."""
+    return jnp.clip(nearest_integer(_quotient(values, scale)), -INT8_LARGEST, INT8_LARGEST)
+
+
 def _dynamic_nvfp4(
     values: Float32[Array, "rows columns"], scale: Float32[Array, "rows 1"]
 ) -> Float32[Array, "rows columns"]:
@@ -108,6 +114,7 @@ class _Kind:
 
 KINDS = {
     "static_fp8": _Kind("StaticFp8", in_units),
+    "static_int8": _Kind("StaticInt8", in_integer_units),
     "dynamic_nvfp4": _Kind("DynamicNvfp4", _dynamic_nvfp4),
 }
 
@@ -116,12 +123,12 @@ KINDS = {
 class IntermediateQuantizer:
     """How the input of the second product is quantised before it is multiplied. A pytree: the scales are a leaf.
 
-    Made by `static_fp8` and `dynamic_nvfp4`, which check the scales. Scales that are traced cannot be checked: an
-    expert whose scale is not positive and finite has an intermediate of zero.
+    Made by `static_fp8`, `static_int8` and `dynamic_nvfp4`, which check the scales. Scales that are traced cannot be
+    checked: an expert whose scale is not positive and finite has an intermediate of zero.
 
     Attributes:
         scales: float32, one per expert or one for all.
-        kind: "static_fp8" or "dynamic_nvfp4".
+        kind: "static_fp8", "static_int8" or "dynamic_nvfp4".
     """
 
     scales: Float32[Array, " experts"] | Float32[Array, ""]
@@ -138,6 +145,18 @@ class IntermediateQuantizer:
             ValueError: a scale is not positive and finite, or there are several axes.
         """
         return cls(_checked_scales("scale", scale), "static_fp8")
+
+    @classmethod
+    def static_int8(cls, scale: ArrayLike) -> "IntermediateQuantizer":
+        """`int8(a / scale) * scale`: nearest, ties to even, from -127 to 127. With `activation_dtype="int8"` alone.
+
+        Args:
+            scale: one number, or one per expert.
+
+        Raises:
+            ValueError: a scale is not positive and finite, or there are several axes.
+        """
+        return cls(_checked_scales("scale", scale), "static_int8")
 
     @classmethod
     def dynamic_nvfp4(cls, scale: ArrayLike) -> "IntermediateQuantizer":

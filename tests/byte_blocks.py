@@ -26,10 +26,12 @@ def quantized(rows, dtype):
         return np.float32(clipped.astype(ml_dtypes.float8_e4m3fn)), scales
 
 
-def in_fixed_units(rows, scales):
-    """e4m3 values nearest to rows in units of scales that are given, [rows] or one."""
+def in_fixed_units(rows, scales, dtype="float8_e4m3fn"):
+    """Values of the type nearest to rows in units of scales that are given, [rows] or one."""
     scales = np.broadcast_to(np.float32(scales).reshape(-1, 1), (len(rows), 1))
-    clipped = np.clip(np.float32(rows) / scales, -448, 448)
+    clipped = np.clip(np.float32(rows) / scales, -LARGEST[dtype], LARGEST[dtype])
+    if dtype == "int8":
+        return np.round(clipped), scales
     return np.float32(clipped.astype(ml_dtypes.float8_e4m3fn)), scales
 
 
@@ -47,7 +49,7 @@ def random_block(rng, tokens, experts, hidden, inner, *, dtype, scale_dtype, top
 
 def product(rows, experts: Experts, chosen, dtype, scales=None):
     """Quantised rows times the matrices of their experts in float64; `scales` are fixed ones."""
-    values, scales = quantized(rows, dtype) if scales is None else in_fixed_units(rows, scales)
+    values, scales = quantized(rows, dtype) if scales is None else in_fixed_units(rows, scales, dtype)
     values, y = np.float64(values), np.zeros((len(rows), experts.n))
     for e, matrix in enumerate(experts.dense()):
         rows = values * np.float64(scales) @ matrix

@@ -96,7 +96,7 @@ struct Activated {
   template <int kCount, class Expert>
   __device__ __forceinline__ void store_places(Expert expert, int slot, float2 factors, int column, int place,
                                                float (&gate)[kCount], float (&up)[kCount]) const {
-    static_assert(!Intermediate::kQuantizes || kSame<Intermediate, StaticFp8>, "neighbours share nothing");
+    static_assert(!kSame<Intermediate, DynamicNvfp4>, "neighbours share nothing");
     uint32_t words[kCount / 2];
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
@@ -181,7 +181,7 @@ struct SlotRows {
 template <class Partials>
 __device__ __forceinline__ float2 factors_around_bias(const Partials& partials, int slot) {
   if constexpr (Partials::kRowScaled && Partials::kBias) return {partials.row_scales[slot], partials.factor(slot)};
-  if constexpr (Partials::kRowScaled) return {partials.row_scales[slot] * partials.factor(slot), 1.0f};
+  if constexpr (Partials::kRowScaled) return {partials.factor(slot), 1.0f};
   return {1.0f, partials.factor(slot)};
 }
 
@@ -213,9 +213,12 @@ struct SlotPartials {
 
   static constexpr bool kGated = false;
 
+  static constexpr bool kJoins = kRowScaled && !kBias;  // whether the row's scale is part of its factor
   __device__ __forceinline__ float factor(int slot) const {
-    if constexpr (kWeighted) return topk_weights[slot];
-    return 1.0f;
+    float product = 1.0f;
+    if constexpr (kWeighted) product = topk_weights[slot];
+    if constexpr (kJoins) product *= row_scales[slot];
+    return product;
   }
   __device__ __forceinline__ float2 both_factors(int slot) const { return factors_around_bias(*this, slot); }
 
@@ -234,9 +237,9 @@ struct SlotPartials {
   __device__ __forceinline__ void store(Expert expert, int slot, float factor, int column, float sum, float,
                                         float2 biases) const {
     if constexpr (kScaled) sum *= usable_scale(intermediate_scales[expert]);
-    if constexpr (kRowScaled) sum *= row_scales[slot];
+    if constexpr (kRowScaled && !kJoins) sum *= row_scales[slot];
     if constexpr (kBias) sum += biases.x;
-    if constexpr (kWeighted) sum *= factor;
+    if constexpr (kWeighted || kJoins) sum *= factor;
     out[int64_t(slot) * kColumns + column] = sum;
   }
 
@@ -270,9 +273,12 @@ struct PackedPartials {
 
   static constexpr bool kGated = false;
 
+  static constexpr bool kJoins = kRowScaled && !kBias;  // whether the row's scale is part of its factor
   __device__ __forceinline__ float factor(int slot) const {
-    if constexpr (kWeighted) return topk_weights[slot];
-    return 1.0f;
+    float product = 1.0f;
+    if constexpr (kWeighted) product = topk_weights[slot];
+    if constexpr (kJoins) product *= row_scales[slot];
+    return product;
   }
   __device__ __forceinline__ float2 both_factors(int slot) const { return factors_around_bias(*this, slot); }
 
@@ -286,12 +292,12 @@ struct PackedPartials {
   template <int kBehind, class Expert>
   __device__ __forceinline__ void store_four(Expert expert, int slot, float residual, float factor, uint2* vectors,
                                              int column, float (&sums)[4]) const {
-    if constexpr (!kBias && kWeighted) residual *= factor;
+    if constexpr (!kBias && (kWeighted || kJoins)) residual *= factor;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       sums[c] *= residual;
       if constexpr (kScaled) sums[c] *= usable_scale(intermediate_scales[expert]);
-      if constexpr (kRowScaled) sums[c] *= row_scales[max(slot, 0)];
+      if constexpr (kRowScaled && !kJoins) sums[c] *= row_scales[max(slot, 0)];
       if constexpr (kBias) sums[c] += bias[expert * kBiasColumns + column + kBehind + Places::offset(c)];
       if constexpr (kBias && kWeighted) sums[c] *= factor;
     }

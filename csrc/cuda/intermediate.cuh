@@ -44,6 +44,19 @@ struct StaticFp8 {
   }
 };
 
+struct StaticInt8 {
+  static constexpr bool kQuantizes = true;
+  // NaN stays NaN.
+  __device__ __forceinline__ static float in_units(float value, float scale) {
+    if (scale == 0.0f) return 0.0f;
+    const float nearest = rintf(__fdiv_rn(value, scale));
+    return nearest == nearest ? fminf(fmaxf(nearest, -127.0f), 127.0f) : nearest;
+  }
+  __device__ __forceinline__ static void apply(float& first, float& second, float scale) {
+    first = in_units(first, scale), second = in_units(second, scale);
+  }
+};
+
 struct DynamicNvfp4 {
   static constexpr bool kQuantizes = true;
 

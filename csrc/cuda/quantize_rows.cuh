@@ -45,13 +45,15 @@ struct QuantizeRows {
   static constexpr bool kFixed = Facts::kFixed;      // whether there is a scale of all rows
   static constexpr bool kInUnits = Facts::kInUnits;  // whether there is none to find, nor to write
   static_assert(kColumns % (kWide ? 8 : 32) == 0, "whole pieces, and fragments");
-  static_assert(!(kFixed && kInUnits) && (kSame<Byte, Fp8> || !(kFixed || kInUnits)), "fixed scales are of e4m3");
+  static_assert(!(kFixed && kInUnits), "one or the other");
+  // Integers have no NaN: with a scale that is fixed, a row with one has NaN for its own, and one in units else.
+  static constexpr bool kMarks = !kSame<Byte, Fp8> && (kFixed || kInUnits);
   static_assert(kPieces * 8 <= kSourceStride, "a row of x has them");
 
   const T* __restrict__ x;          // [kRows, kSourceStride]
   const float* __restrict__ fixed;  // [1] if kFixed
   Stored* __restrict__ bytes;       // [kRows, kStride]
-  float* __restrict__ scales;       // [kRows] unless kInUnits or kGroups
+  float* __restrict__ scales;       // [kRows] unless kGroups, or kInUnits of e4m3
 
   __device__ void run() const {
     const int lane = threadIdx.x % kRowThreads;
@@ -70,11 +72,17 @@ struct QuantizeRows {
     float factor = 1.0f;  // of values, or what they are divided by
     if constexpr (kFixed) {
       factor = usable_scale(fixed[0]);
-      if (real && lane == 0) scales[row] = factor;
+      if constexpr (!kMarks) {
+        if (real && lane == 0) scales[row] = factor;
+      }
     } else if constexpr (!kInUnits && !kGroups) {
       const float largest = largest_of_row(pieces);
       factor = __fdiv_rn(kLargest, largest);
       if (real && lane == 0) scales[row] = __fmul_rn(largest, 1.0f / kLargest);
+    }
+    if constexpr (kMarks) {
+      const float largest = largest_of_row(pieces);
+      if (real && lane == 0) scales[row] = largest == largest || factor == 0.0f ? factor : largest;
     }
 
     unsigned char* const out = reinterpret_cast<unsigned char*>(bytes + row * kStride);

@@ -140,10 +140,9 @@ class BlockKernels:
         """Whether kernels may start before the ones before them have ended."""
         return self.capability >= 90
 
-    @property
-    def overlaps_rows(self) -> bool:
-        """Whether products may start so: those of mma.sync and of 16 bits fetch scales of rows before they wait."""
-        return self.overlaps and (self.activation_dtype is None or self.scheme.down.has_slabs)
+    def overlaps_rows(self, tile: Tile) -> bool:
+        """Whether a product may start so: those of mma.sync fetch scales of rows before they wait."""
+        return self.overlaps and (self.activation_dtype is None or tile.waits_for_rows)
 
     def plan(self) -> Plan:
         """The kernels, and the scratch: `hidden`, the rows of the second product, rows in 8 bits, a list of slots."""
@@ -169,7 +168,7 @@ class BlockKernels:
         overlaps_first = self.overlaps and (bool(kernels) or buffers.ids_from_previous)
         if of_x is not None:  # beside alignment
             kernels.append(dataclasses.replace(of_x.kernel, overlaps_predecessor=overlaps_first))
-            overlaps_first = self.overlaps_rows
+            overlaps_first = self.overlaps_rows(self.scheme.gate_up)
         kernels.append(self._first_product(reads[0], first_tiles, hidden, overlaps_first))
         if of_hidden is not None:
             kernels.append(of_hidden.kernel)
@@ -338,7 +337,7 @@ class BlockKernels:
                 first_operand=buffers.down,
                 token_tiles=tiles,
                 epilogue=weigh if packed_pairs is None else packed_partials(weigh, packed_pairs),
-                overlaps_predecessor=self.overlaps_rows and (self.scheme.overlaps or tile.has_slabs),
+                overlaps_predecessor=self.overlaps_rows(tile) and (self.scheme.overlaps or tile.has_slabs),
                 shared=buffers.shared_down,
                 shared_experts=self.shared,
                 columns=part,

@@ -14,7 +14,7 @@ from jax_marlin_moe.byte_rows import ByteDtype, has_groups, number_type
 from jax_marlin_moe.cuda.architectures import get_architecture
 from jax_marlin_moe.cuda.kernels import mma_bytes, wgmma_bytes
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
-from jax_marlin_moe.cuda.kernels.quantize_rows import quantize_rows_kernel, row_stride
+from jax_marlin_moe.cuda.kernels.quantize_rows import has_scales, quantize_rows_kernel, row_stride
 from jax_marlin_moe.cuda.program import Kernel
 from jax_marlin_moe.cuda.scheme import Tile
 from jax_marlin_moe.weights import MarlinWeights
@@ -105,7 +105,7 @@ def quantized_rows(
         overlaps_predecessor=overlaps_predecessor,
     )
     quantized = jax.ShapeDtypeStruct((rows, stride), shape.dtype)
-    if in_units or shape.row_groups:
+    if not has_scales(number_type(activation_dtype), in_units=in_units, groups=shape.row_groups):
         return QuantizedRows(kernel, Rows(scratch, stride), (quantized,))
     scales = jax.ShapeDtypeStruct((rows,), jnp.float32)
     return QuantizedRows(kernel, Rows(scratch, stride, scratch + 1), (quantized, scales))
@@ -125,7 +125,8 @@ def multiplies_bytes(
     Raises:
         ValueError: there is no kernel for them, and their values cannot be multiplied in 16 bits either.
     """
-    if "wgmma_bytes" in get_architecture(capability).kernels:
+    of_wgmma = "wgmma_bytes" in get_architecture(capability).kernels
+    if of_wgmma:
         there = all(map(wgmma_bytes.multiplies, shapes))
     else:
         there = all(mma_bytes.multiplies(shape, capability) for shape in shapes)
@@ -138,4 +139,4 @@ def multiplies_bytes(
             "32 from 128 on for K, and of 64 from 128 on for N, in both matrices: pass 'float8_e4m3fn', or "
             "implementation='xla'"
         )
-    return there and (rows is None or all(wgmma_bytes.pays(shape, rows) for shape in shapes))
+    return there and (rows is None or not of_wgmma or all(wgmma_bytes.pays(shape, rows) for shape in shapes))

@@ -105,7 +105,7 @@ def check_intermediate(intermediate: Any, num_experts: int) -> None:
     if not isinstance(intermediate, IntermediateQuantizer):
         raise TypeError(
             f"intermediate has type {type(intermediate).__name__}; it must be made by "
-            "jax_marlin_moe.IntermediateQuantizer.static_fp8 or .dynamic_nvfp4"
+            "jax_marlin_moe.IntermediateQuantizer.static_fp8, .static_int8 or .dynamic_nvfp4"
         )
     check_kind("intermediate.kind", intermediate.kind)
     scales = intermediate.scales
@@ -114,21 +114,32 @@ def check_intermediate(intermediate: Any, num_experts: int) -> None:
         arguments.check_shape("intermediate.scales", scales, (num_experts,), "(experts,)")
 
 
+# Of the rows between the products, where their scales are fixed.
+_KIND_OF_ROWS = {"float8_e4m3fn": "static_fp8", "int8": "static_int8"}
+
+
 def check_fixed_scales(
     activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None
 ) -> None:
     """Raises ValueError where fixed scales do not go with what rows are quantised to."""
-    if activation_dtype not in (None, "float8_e4m3fn"):
+    if activation_dtype is not None and activation_dtype not in _KIND_OF_ROWS:
         for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
             if value is not None:
                 raise ValueError(
                     f"activation_dtype is {activation_dtype!r} and {name} is not None; it must be None: scales that "
-                    "are fixed are those of 'float8_e4m3fn'"
+                    f"are fixed are those of {' and '.join(map(repr, _KIND_OF_ROWS))}"
                 )
-    if activation_dtype is not None and intermediate is not None and intermediate.kind != "static_fp8":
+    if intermediate is None:
+        return
+    kind, found = intermediate.kind, f"activation_dtype is {activation_dtype!r} and intermediate.kind "
+    if activation_dtype is None and kind == "static_int8":
         raise ValueError(
-            f"activation_dtype is {activation_dtype!r} and intermediate.kind {intermediate.kind!r}; it must be "
-            "'static_fp8', or intermediate None: both say how rows are quantised"
+            f"{found}{kind!r}; pass activation_dtype='int8': without it, kinds are 'static_fp8' and 'dynamic_nvfp4'"
+        )
+    if activation_dtype is not None and kind != _KIND_OF_ROWS[activation_dtype]:
+        raise ValueError(
+            f"{found}{kind!r}; it must be {_KIND_OF_ROWS[activation_dtype]!r}, or intermediate None: both say how rows "
+            "are quantised"
         )
 
 

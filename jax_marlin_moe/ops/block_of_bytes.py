@@ -9,7 +9,7 @@ from jax_marlin_moe import reference
 from jax_marlin_moe.activations import Activation
 from jax_marlin_moe.block_operands import BlockOperands
 from jax_marlin_moe.byte_rows import ByteDtype, dequantize_rows, has_groups, quantize_rows
-from jax_marlin_moe.intermediate import in_units, usable
+from jax_marlin_moe.intermediate import KINDS, usable
 from jax_marlin_moe.ops.grouped_product import float32_product, multiplied, with_bias
 from jax_marlin_moe.rounding import rounded
 
@@ -53,7 +53,7 @@ def composed_of_bytes(
         hidden = quantize_rows(rounded(a, block.x.dtype), activation_dtype, columns_over=columns_over)
     else:
         scales = usable(intermediate.scales[jnp.clip(experts, 0, gate_up.num_experts - 1)])[:, None]
-        hidden = in_units(a, scales), scales
+        hidden = KINDS[intermediate.kind].apply(a, scales), scales
     y = product(*hidden, down).reshape(*block.topk_ids.shape, down.padded_n)
     kept = jnp.where((experts >= 0).reshape(block.topk_ids.shape), block.topk_weights, 0)
     return (y * kept[..., None]).sum(1)

@@ -124,6 +124,17 @@ def test_hidden_rows_in_units_of_fixed_scales_become_bytes():
     assert not down.structs["Epilogue"]["row_scaled"]
 
 
+@needs_nvrtc
+@pytest.mark.long
+def test_integers_in_units_of_fixed_scales_have_a_scale_that_says_whether_their_row_is_of_numbers():
+    planned = plan_of("int4, int8", 9, "sm_80", scaled=True, intermediate="static_int8")
+    *_, quantize_hidden, down, _ = planned.kernels
+    assert quantize_hidden.structs["Facts"]["in_units"]
+    assert down.structs["Epilogue"]["scaled"]
+    assert down.pointers["epilogue.row_scales"].buffer == quantize_hidden.pointers["scales"].buffer
+    assert compiler.compile_cubin(planned.source, "sm_80")
+
+
 def test_a_tile_of_bytes_fits_what_its_kernel_takes():
     tile = MmaByteTile(16, 2, 1, 2, 128, 2, 1)
     assert tile.fits(shape_of(2048, 1536, gated=True), 89)

@@ -58,8 +58,8 @@ def test_bytes_are_multiplied_where_there_is_an_instruction_for_them():
     in_integers = (*OF_HOPPER[:3], "int8")
     for architecture in ("sm_75", "sm_80", "sm_86", "sm_100"):
         assert elements_of_products(plan_of(OF_HOPPER, 9, architecture, dtype=jnp.float16)) == ["jmm::Half"] * 2
-    for architecture in ("sm_89", "sm_90a", "sm_120"):
-        assert elements_of_products(plan_of(OF_HOPPER, 9, architecture)) == ["jmm::Fp8"] * 2
+    for architecture, tokens in (("sm_89", 9), ("sm_90a", 80), ("sm_120", 9)):
+        assert elements_of_products(plan_of(OF_HOPPER, tokens, architecture)) == ["jmm::Fp8"] * 2
     for architecture in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"):
         assert elements_of_products(plan_of(in_integers, 9, architecture)) == ["jmm::Signed8"] * 2
     assert elements_of_products(plan_of(in_integers, 9, "sm_75", dtype=jnp.float16)) == ["jmm::Half"] * 2
@@ -135,20 +135,26 @@ def test_a_block_of_their_values_on_the_card(name, tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [9, 300])
-def test_a_block_of_their_values_with_fixed_scales_on_the_card(tokens):
-    first, second, x, weights, ids = block_of(CASES["mxfp4, fp8"], tokens)
+@pytest.mark.parametrize(
+    ("name", "tokens", "most"),
+    [("mxfp4, fp8", 9, 1.2e-2), ("mxfp4, fp8", 300, 1.2e-2), ("int4 of groups of 64, int8", 60, 4e-3)],
+)
+def test_a_block_of_their_values_with_fixed_scales_on_the_card(name, tokens, most):
+    first, second, x, weights, ids = block_of(CASES[name], tokens)
+    dtype = CASES[name][3]
+    quantizers = jmm.IntermediateQuantizer
+    quantizer = {"float8_e4m3fn": quantizers.static_fp8, "int8": quantizers.static_int8}[dtype]
     x_scale, hidden_scales = np.float32(0.03), np.linspace(0.05, 0.3, EXPERTS, dtype=np.float32)
     run = jax.jit(
         lambda *a: jmm.fused_moe(
             *a,
-            activation_dtype="float8_e4m3fn",
+            activation_dtype=dtype,
             x_scale=x_scale,
-            intermediate=jmm.IntermediateQuantizer.static_fp8(hidden_scales),
+            intermediate=quantizer(hidden_scales),
             preferred_element_type=jnp.float32,
         )
     )
     with jax.default_device(jax.devices("cuda")[0]):
         actual = run(jax.device_put(x), first.packed(), second.packed(), jax.device_put(weights), jax.device_put(ids))
-    wanted = quantized_block(first, second, x, weights, ids, "float8_e4m3fn", x_scale, hidden_scales)
-    assert relative_error(actual, wanted) < 1.2e-2
+    wanted = quantized_block(first, second, x, weights, ids, dtype, x_scale, hidden_scales)
+    assert relative_error(actual, wanted) < most

@@ -92,30 +92,61 @@ def test_a_block_is_that_of_its_quantised_rows(implementation, weight_format, gr
     assert not np.any(y[2])
 
 
+def quantizer_of(dtype):
+    quantizers = jmm.IntermediateQuantizer
+    return {"float8_e4m3fn": quantizers.static_fp8, "int8": quantizers.static_int8}[dtype]
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
-@pytest.mark.parametrize(("of_x", "of_hidden"), [(True, True), (True, False), (False, True)])
-def test_scales_that_are_fixed_take_the_place_of_those_of_rows(implementation, of_x, of_hidden):
+@pytest.mark.parametrize(
+    ("dtype", "of_x", "of_hidden"),
+    [
+        ("float8_e4m3fn", True, True),
+        ("float8_e4m3fn", True, False),
+        ("float8_e4m3fn", False, True),
+        ("int8", True, True),
+        ("int8", False, True),
+    ],
+)
+def test_scales_that_are_fixed_take_the_place_of_those_of_rows(implementation, dtype, of_x, of_hidden):
     first, second, x, weights, ids = block_of("int4", 128)
     # Some values are beyond the largest number of the type, and are that.
-    x_scale = np.float32(np.abs(np.float32(x)).max() / 300) if of_x else None
+    x_scale = np.float32(np.abs(np.float32(x)).max() / (100 if dtype == "int8" else 300)) if of_x else None
     hidden_scales = np.float32([0.11, 0.2, 0.07, 0.4]) if of_hidden else None
-    quantizer = jmm.IntermediateQuantizer.static_fp8(hidden_scales) if of_hidden else None
+    quantizer = quantizer_of(dtype)(hidden_scales) if of_hidden else None
     y = jmm.fused_moe(
         jax.device_put(x),
         first.packed(),
         second.packed(),
         jax.device_put(weights),
         jax.device_put(ids),
-        activation_dtype="float8_e4m3fn",
+        activation_dtype=dtype,
         x_scale=x_scale,
         intermediate=quantizer,
         preferred_element_type=jnp.float32,
         implementation=implementation,
     )
-    wanted = quantized_block(first, second, x, weights, ids, "float8_e4m3fn", x_scale, hidden_scales)
-    assert relative_error(y, wanted) < 3e-3
-    assert relative_error(y, quantized_block(first, second, x, weights, ids, "float8_e4m3fn")) > 1e-2
+    assert relative_error(y, quantized_block(first, second, x, weights, ids, dtype, x_scale, hidden_scales)) < 3e-3
+    assert relative_error(y, quantized_block(first, second, x, weights, ids, dtype)) > 1e-2
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_a_row_that_is_not_a_number_stays_one_with_fixed_scales(implementation, dtype):
+    """Integers have no NaN, and what is not a number is not the largest one in silence; infinity is."""
+    first, second, x, weights, ids = block_of("int4", 128)
+    x, ids = x[4:7].copy(), ids[4:7] % EXPERTS
+    x[0, 3], x[1, 3] = np.nan, np.inf
+    y = jmm.fused_moe(
+        *(jax.device_put(x), first.packed(), second.packed(), jax.device_put(weights[4:7]), jax.device_put(ids)),
+        activation_dtype=dtype,
+        x_scale=0.1,
+        intermediate=quantizer_of(dtype)(0.1),
+        implementation=implementation,
+    )
+    assert np.isnan(np.float32(y)).all(axis=1).tolist() == [True, False, False]
+    assert np.isfinite(np.float32(y[1:])).all()
 
 
 def test_a_layer_uses_its_fixed_scales_for_rows_of_e4m3_alone():
@@ -150,13 +181,18 @@ def test_quantised_rows_are_named_where_they_cannot_be():
     ):
         jmm.fused_moe(*arguments, activation_dtype="bfloat16")
     quantizer = jmm.IntermediateQuantizer.static_fp8(1.0)
-    with pytest.raises(ValueError, match="activation_dtype is 'int8' and intermediate is not None; it must be None: s"):
+    with pytest.raises(ValueError, match=r"'int8' and intermediate\.kind 'static_fp8'; it must be 'static_int8', or i"):
         jmm.fused_moe(*arguments, activation_dtype="int8", intermediate=quantizer)
-    with pytest.raises(ValueError, match="activation_dtype is 'int8' and x_scale is not None; it must be None: scales"):
-        jmm.fused_moe(*arguments, activation_dtype="int8", x_scale=1.0)
     for bad in (-1.0, 0, np.float32("nan")):
         with pytest.raises(ValueError, match=r"x_scale is .*; scales must be positive and finite"):
             jmm.fused_moe(*arguments, activation_dtype="float8_e4m3fn", x_scale=bad)
+    integers = jmm.IntermediateQuantizer.static_int8(1.0)
+    with pytest.raises(
+        ValueError, match=r"intermediate\.kind 'static_int8'; pass activation_dtype='int8': without it, "
+    ):
+        jmm.fused_moe(*arguments, intermediate=integers)
+    with pytest.raises(ValueError, match=r"_g128' and x_scale is not None; it must be None: .* 'float8_e4m3fn' and 'i"):
+        jmm.fused_moe(*arguments, activation_dtype="float8_e4m3fn_g128", x_scale=1.0)
     blocks = jmm.IntermediateQuantizer.dynamic_nvfp4(1.0)
     with pytest.raises(ValueError, match=r"intermediate\.kind 'dynamic_nvfp4'; it must be 'static_fp8', or inter"):
         jmm.fused_moe(*arguments, activation_dtype="float8_e4m3fn", intermediate=blocks)

@@ -42,6 +42,7 @@ class MmaTile:
         packed_pairs: whether four results in 64 bits are two pairs of columns (csrc/cuda/four_columns.cuh); None where
             there is no such epilogue.
         takes_tiles: whether CTAs may take work tiles as they come to them, off a list.
+        waits_for_rows: whether scales of rows are read behind the wait for the kernel that writes them.
     """
 
     tokens: int
@@ -58,6 +59,7 @@ class MmaTile:
     has_slabs = False
     packed_pairs = None
     takes_tiles = False
+    waits_for_rows = False
 
     @property
     def threads(self) -> int:

@@ -17,6 +17,11 @@ def row_stride(columns: int, *, sums: bool, groups: bool) -> int:
     return stride + (16 * -(-columns // (4 * _SUMMED)) if groups else 0)
 
 
+def has_scales(to: str, *, in_units: bool, groups: bool) -> bool:
+    """Whether each quantised row has a scale of its own; integers in units of scales that are known have one or NaN."""
+    return not groups and (to == "int8" or not in_units)
+
+
 def quantize_rows_kernel(
     stage: str,
     rows: int,
@@ -46,8 +51,8 @@ def quantize_rows_kernel(
     `in_units` says that x has values of the type already, in units of scales that are known, `from_previous` that the
     kernel before writes x.
 
-    Buffers: x [rows, source_stride], fixed [1], a scale of all rows, or None; out [rows, row_stride] and, unless
-    `in_units` or there are `groups`, scales [rows], which it writes.
+    Buffers: x [rows, source_stride], fixed [1], a scale of all rows, or None; out [rows, row_stride] and, where
+    `has_scales`, scales [rows], which it writes.
     """
     row_threads = 128 if columns > 8192 else 64 if columns > 4096 else 32
     return Kernel(
@@ -76,7 +81,9 @@ def quantize_rows_kernel(
             "x": Pointer(x, dtype),
             "fixed": optional(fixed, "float32"),
             "bytes": Pointer(out, dtype if wide else to, written=True),
-            "scales": None if in_units or groups else Pointer(scales, "float32", written=True),
+            "scales": Pointer(scales, "float32", written=True)
+            if has_scales(to, in_units=in_units, groups=groups)
+            else None,
         },
         threads=_THREADS,
         shared_bytes=0,

@@ -60,6 +60,7 @@ class WgmmaTile:
     cpp = "jmm::WgmmaTile"
     cluster = 1
     has_slabs = False
+    waits_for_rows = True
 
     @property
     def threads(self) -> int:
@@ -215,10 +216,11 @@ def row_counts(tokens: int, *, byte_rows: bool = False) -> tuple[int, ...]:
     """How many rows a token tile multiplies that has no more, where those are fewer than all, ascending.
 
     Quarters of the tile, in eights, or in sixteens of bytes and of instructions with more than 128 columns. Seven
-    eighths, too, and five of small tiles, but of rows of bytes: an expert's rows differ from the mean by about its
-    root, and tiles are chosen to hold most of them.
+    eighths, too, and five of small tiles, but of rows of bytes, unless all rows of a tile are multiplied by parts: an
+    expert's rows differ from the mean by about its root, and tiles are chosen to hold most of them.
     """
-    every_eighth_from = 8 if byte_rows else 4 if tokens <= 64 else 6
+    few, every = (tokens <= 128, 8) if byte_rows else (tokens <= 64, 4)
+    every_eighth_from = every if few else 6
     eighths = [*range(2, every_eighth_from, 2), *range(every_eighth_from, 8)]
     counts = set()
     for rows in (tokens * eighth // 8 for eighth in eighths):

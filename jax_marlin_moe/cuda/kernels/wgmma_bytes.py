@@ -10,7 +10,7 @@ from jax_marlin_moe.cuda.kernels.problem import LAUNCH_MICROSECONDS, UNIT, GemmS
 from jax_marlin_moe.cuda.kernels.token_tiles import TAKEN_BYTES
 from jax_marlin_moe.cuda.kernels.wgmma import consumer_registers, row_counts, row_counts_fact
 
-TOKEN_TILES = (16, 32, 48, 64, 96, 128)
+TOKEN_TILES = (16, 32, 48, 64, 96, 128, 144)
 BLOCK_K = 128  # rows of K in one stage: those whose sums are made before they are scaled
 
 # (type of rows, type of codes) that there are fragments for, in groups of whole k-blocks.
@@ -23,17 +23,25 @@ _MULTIPLIED = {
 
 # Codes of which a fragment has a group of 32, with a power of two as its scale, for rows of e4m3.
 _OF_SMALL_GROUPS = ("e2m1", "e4m3")
-_LEAST_ROWS = 32  # of an expert, for which such bytes were timed: MXFP4 lost with 4 of them
 
 _OTHER_CONSUMER_REGISTERS = 8  # of a thread that multiplies, beside sums and fragments
 _PRODUCER_REGISTERS = 24
 _FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
+_MOST_AT_ONCE = 128  # tokens of a slab's sums of a k-block; those of more are made by thirds, two of which it holds
 
-# Blocks of Mixtral, Qwen3-30B and DeepSeek-V3 on an H200.
-_RATE = 0.7  # of 4096 multiply-adds a cycle
-_COPIED_BYTES_PER_CYCLE = 16.5  # into a multiprocessor
-_TILE_CYCLES = 1500  # and _GATED_CYCLES or _STORE_CYCLES for each sum of a thread
-_GATED_CYCLES, _STORE_CYCLES = 11, 24
+_LEAST_ROWS = 32  # of an expert, with which products of e4m3 rows are ahead of their values in 16 bits
+
+# Of 50 products of Mixtral, Qwen3-30B and DeepSeek-V3 with 256 to 16384 tokens on an H200, to 6 %. Cycles of a k-block:
+# for each unit of 64 columns, for each row of it, of which there are as good as 24, more where rows are made by parts,
+# and where no other warpgroup fills the waits of one.
+_UNIT_CYCLES, _ROW_CYCLES = 197, 1.9
+_LEAST_TIMED_ROWS = 24
+_BY_PARTS = 1.075
+_ALONE = 1.4
+# Of the end of a work tile, and there for each sum of a thread.
+_TILE_CYCLES = 2200
+_GATED_CYCLES, _STORE_CYCLES = 3.4, 32
+_COUNTED_ROUNDS, _LAST_ROUND = 4, 0.9  # beyond so many, CTAs end that part of a work tile after the average one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +72,7 @@ class WgmmaByteTile:
     has_slabs = True
     packed_pairs = False
     takes_tiles = True
+    waits_for_rows = True
 
     @property
     def threads(self) -> int:
@@ -107,7 +116,8 @@ class WgmmaByteTile:
 
     def registers(self, shape: GemmShape) -> int:
         """Of a thread that multiplies: sums of the tile and of a slab, fragments, the rest."""
-        return (self.sub_tiles + 1) * self.tokens // 2 + _FRAGMENT_REGISTERS + _OTHER_CONSUMER_REGISTERS
+        at_once = self.tokens if self.tokens <= _MOST_AT_ONCE else self.tokens * 2 // 3
+        return (self.sub_tiles * self.tokens + at_once) // 2 + _FRAGMENT_REGISTERS + _OTHER_CONSUMER_REGISTERS
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
         """Whether the kernel compiles for this shape and its CTAs fit the multiprocessor."""
@@ -116,6 +126,7 @@ class WgmmaByteTile:
             "wgmma_bytes" in card.kernels
             and multiplies(shape)
             and self.tokens in TOKEN_TILES
+            and (self.tokens <= _MOST_AT_ONCE or not shape.row_groups)  # one thread copies the scales of a row
             and shape.n >= UNIT * self.warpgroups_n * self.sub_tiles
             and card.fits_shared_memory(self.shared_bytes(shape) + TAKEN_BYTES, self.ctas_per_sm)
             and self.registers(shape) <= self.consumer_registers
@@ -126,20 +137,27 @@ class WgmmaByteTile:
     ) -> float:
         """Time of one product, of whose token tiles that many `rows` are not padding on average; None for all."""
         card = get_architecture(capability)
+        ctas = card.multiprocessors * self.ctas_per_sm
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
         busy = min(self.ctas_per_sm, max(1.0, tiles / card.multiprocessors))
         units = self.warpgroups_n * self.sub_tiles  # of 64 columns
-        quarter = self.tokens / 4
-        multiplied = min(self.tokens, math.ceil((self.tokens if rows is None else rows) / quarter) * quarter)
-        tensor = UNIT * units * max(multiplied, 32) * BLOCK_K / 4096 / _RATE
-        weights = BLOCK_K * units * UNIT * shape.bytes_per_weight
-        copies = (weights + multiplied * BLOCK_K) / _COPIED_BYTES_PER_CYCLE
-        memory = weights / card.bytes_per_cycle
-        k_block = busy * max(tensor, copies, memory)
-        ends = _TILE_CYCLES + (_GATED_CYCLES if shape.gated else _STORE_CYCLES) * self.sub_tiles * multiplied / 2
-        rounds = math.ceil(tiles / (card.multiprocessors * self.ctas_per_sm))
-        cycles = rounds * (math.ceil(shape.k / BLOCK_K) * k_block + ends)
-        return LAUNCH_MICROSECONDS + cycles / card.cycles_per_microsecond
+        memory = BLOCK_K * units * UNIT * shape.bytes_per_weight / card.bytes_per_cycle
+
+        def cycles(rows: float) -> float:
+            """Of a work tile."""
+            parts = 1 + (_BY_PARTS - 1) * rows / self.tokens if self.tokens > _MOST_AT_ONCE else 1
+            alone = _ALONE if self.warpgroups_n * self.ctas_per_sm == 1 else 1
+            products = units * (_UNIT_CYCLES + _ROW_CYCLES * max(rows, _LEAST_TIMED_ROWS)) * parts * alone
+            block = max(memory, products)
+            end = _TILE_CYCLES + (_GATED_CYCLES if shape.gated else _STORE_CYCLES) * self.sub_tiles * rows / 2
+            return busy * math.ceil(shape.k / BLOCK_K) * block + end
+
+        eighth = self.tokens / 8
+        multiplied = min(self.tokens, math.ceil((self.tokens if rows is None else rows) / eighth) * eighth)
+        # CTAs take work tiles as they come to them, so those of few rows go where there is time for them.
+        rounds = tiles * cycles(multiplied) / cycles(self.tokens) / ctas
+        rounds = max(1, math.ceil(rounds)) if rounds < _COUNTED_ROUNDS else rounds + _LAST_ROUND
+        return LAUNCH_MICROSECONDS + rounds * cycles(self.tokens) / card.cycles_per_microsecond
 
 
 def multiplies(shape: GemmShape) -> bool:
@@ -150,8 +168,11 @@ def multiplies(shape: GemmShape) -> bool:
 
 
 def pays(shape: GemmShape, rows: float) -> bool:
-    """Whether to multiply bytes where experts have so many rows on average, rather than values in 16 bits."""
-    return rows >= _LEAST_ROWS or not _has_small_groups(shape)
+    """Whether to multiply bytes where experts have so many rows on average, rather than values in 16 bits.
+
+    Those of int8 always, whose sums are exact, and those whose groups have scales, which 16 bits do not hold.
+    """
+    return rows >= _LEAST_ROWS or shape.dtype == "int8" or shape.row_groups
 
 
 def has_fragments(shape: GemmShape) -> bool:

@@ -8,6 +8,15 @@
 
 namespace jmm {
 
+// The rows of a tile with kN of them, by parts: thirds, where a slab's sums of a k-block have no registers for all, and
+// halves, where each instruction has sums of its own, for which it would be waited.
+template <int kN, bool kSumsInstructions>
+struct WgmmaByteParts {
+  static constexpr int kCount = kN > 128 ? 3 : kSumsInstructions && kN >= 64 && kN % 32 == 0 ? 2 : 1;
+  static constexpr int kRows = kN / kCount;
+  static_assert(kRows % 16 == 0, "instructions have all rows of a part");
+};
+
 // Gemm is the kernel, Consumer its WgmmaConsumer.
 template <class Gemm, class Consumer>
 struct WgmmaByteZeros {
@@ -21,6 +30,8 @@ struct WgmmaByteZeros {
   using Lane = WgmmaLane<Shape>;
   using Record = typename WgmmaStorage<Shape>::Record;
   using Stage = Cursor<Tile::kStages>;
+  template <int kN>
+  using Parts = WgmmaByteParts<kN, false>;
   // A power of two times a bfloat16 number is one.
   static constexpr bool kSplitsScales = Zeros::kStored || !kSame<Scale, BFloat>;
 
@@ -65,7 +76,8 @@ struct WgmmaByteZeros {
   template <int kN>
   __device__ __forceinline__ static void add(const Gemm& gemm, const Shared& shared, const Record& record,
                                              const Lane& lane, Stage stage, float (&sums)[Tile::kSubTiles][kN / 2]) {
-    constexpr int kMost = Tile::kStages / 2, kHeld = Stages::kCount < kMost ? Stages::kCount : kMost;
+    constexpr int kMost = Parts<kN>::kCount > 1 ? 1 : Tile::kStages / 2;
+    constexpr int kHeld = Stages::kCount < kMost ? Stages::kCount : kMost;
     int first = 0;
 #pragma unroll 1
     for (; first + kHeld <= Stages::kCount; first += kHeld) {
@@ -100,12 +112,26 @@ struct WgmmaByteZeros {
     if constexpr (kSplitsScales) wgmma_operand_ready(a.low);
   }
 
+  // Starts the product of a fragment with the sums of a part of the rows.
+  template <int kN>
+  __device__ __forceinline__ static void multiply(float (&part)[Parts<kN>::kRows / 2], const Fragments& a,
+                                                  const WgmmaRows& row_sums, int p, int accumulate) {
+    using Product = Wgmma<BFloat, Parts<kN>::kRows>;
+    constexpr int kLow = 32;  // bytes of a row from high parts to low ones
+    const int at = p * Parts<kN>::kRows * 128;
+    wgmma_fence();
+    Product::run(part, a.high, row_sums.at(at), accumulate);
+    Product::run(part, a.high, row_sums.at(at + kLow), true);
+    if constexpr (kSplitsScales) Product::run(part, a.low, row_sums.at(at), true);
+    wgmma_commit();
+    issue_products();
+  }
+
   template <int kN, int kHere>
   __device__ __forceinline__ static void add_stages(const Gemm& gemm, const Shared& shared, const Record& record,
                                                     const Lane& lane, int first, Stage& stage,
                                                     float (&sums)[Tile::kSubTiles][kN / 2]) {
-    using Product = Wgmma<BFloat, kN>;
-    constexpr int kLow = 32;  // bytes of a row from high parts to low ones
+    static_assert(kHere == 1 || Parts<kN>::kCount == 1, "one part's sums of all stages");
     constexpr int kProducts = Tile::kSubTiles * kHere;
     int places[kHere];
 #pragma unroll
@@ -114,19 +140,14 @@ struct WgmmaByteZeros {
       places[s] = stage.at;
       stage.advance();
     }
-    float part[kN / 2];
+    float part[Parts<kN>::kRows / 2];
     Fragments a[2];  // being made, and in use
     make(a[0], gemm, record, shared.weights(places[0]), first, 0, lane);
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
       const int j = i / kHere, s = i % kHere, next = i + 1;
       const WgmmaRows row_sums(shared.tokens(places[s]));
-      wgmma_fence();
-      Product::run(part, a[i % 2].high, row_sums.at(0), s > 0);
-      Product::run(part, a[i % 2].high, row_sums.at(kLow), true);
-      if constexpr (kSplitsScales) Product::run(part, a[i % 2].low, row_sums.at(0), true);
-      wgmma_commit();
-      issue_products();
+      multiply<kN>(part, a[i % 2], row_sums, 0, s > 0);
       if (next < kProducts) {
         wgmma_wait<1>();  // the fragment before is free
         make(a[next % 2], gemm, record, shared.weights(places[next % kHere]), first + next % kHere, next / kHere, lane);
@@ -134,7 +155,14 @@ struct WgmmaByteZeros {
       if (s + 1 == kHere) {
         wgmma_wait<0>();
 #pragma unroll
-        for (int t = 0; t < kN / 2; ++t) sums[j][t] += part[t];
+        for (int t = 0; t < Parts<kN>::kRows / 2; ++t) sums[j][t] += part[t];
+      }
+#pragma unroll
+      for (int p = 1; p < Parts<kN>::kCount; ++p) {
+        multiply<kN>(part, a[i % 2], row_sums, p, false);
+        wgmma_wait<0>();
+#pragma unroll
+        for (int t = 0; t < Parts<kN>::kRows / 2; ++t) sums[j][p * Parts<kN>::kRows / 2 + t] += part[t];
       }
     }
 #pragma unroll
