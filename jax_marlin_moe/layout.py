@@ -84,7 +84,7 @@ unpermute_scales = permute_scales
 def pack_zeros(zeros: UInt8[Array, "*batch N"], bits: int = 4) -> Int32[Array, "*batch N*bits/32"]:
     """Integer zero points in Marlin order: docs/formats.md, "Scales, zero points and bias"."""
     *batch, n = zeros.shape
-    # column = (chunk, t, col) -> word (chunk, col[, t // 4]), code t
+    # column = (unit, t, col) -> word (unit, col[, t // 4]), code t
     fields = zeros.reshape(*batch, n // 64, 8, 8).swapaxes(-1, -2)
     return _fold_words(fields.reshape(*batch, n * bits // 32, 32 // bits), _PAIR_ORDER[bits], bits)
 

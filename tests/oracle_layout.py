@@ -66,8 +66,8 @@ def natural_scales(scales: np.ndarray) -> np.ndarray:
 def _zero_places(columns: int, bits: int):
     """Where the integer zero point of a column lies: docs/formats.md, "Scales, zero points and bias"."""
     n = np.arange(columns)
-    chunk, col, t = n // 64, n % 8, n % 64 // 8
-    word = chunk * 8 + col if bits == 4 else chunk * 16 + 2 * col + t // 4
+    unit, col, t = n // 64, n % 8, n % 64 // 8
+    word = unit * 8 + col if bits == 4 else unit * 16 + 2 * col + t // 4
     return word, _PAIR_ORDER[bits][t % (32 // bits)]
 
 

@@ -200,7 +200,7 @@ BLOCKS = [
     *(Block(f"{name}, {d}", name, dtype=d) for name in FACTS for d in ("bfloat16", "float16")),
     *(Block(f"padded {name}", name, hidden=80, inner=100, bias=True) for name in FACTS),
     *(Block(f"padded {name}, one token", name, hidden=72, inner=36, tokens=1) for name in ("int4_zp", "nvfp4")),
-    Block("halves off the chunks", hidden=64, inner=192),
+    Block("halves off the units", hidden=64, inner=192),
     Block("formats of their own", "fp8", "mxfp4"),
     Block("gpt-oss", "mxfp4", hidden=288, inner=288, activation="swiglu", parameters=(7.0, 1.702, 1.0), bias=True),
     Block("gpt-oss, fp16", "mxfp4", dtype="float16", activation="swiglu", parameters=(7.0, 1.702, 1.0), bias=True),

@@ -45,12 +45,12 @@ def marlin_zeros(zeros, bits):
     """docs/formats.md, "Scales, zero points and bias": integer zero points of one group."""
     words = np.zeros(len(zeros) * bits // 32, np.uint32)
     for n, zero in enumerate(zeros):
-        chunk, c = divmod(n, 64)
+        unit, c = divmod(n, 64)
         t = c // 8
         if bits == 4:
-            word, shift = chunk * 8 + c % 8, 4 * PAIR_ORDER[4][t]
+            word, shift = unit * 8 + c % 8, 4 * PAIR_ORDER[4][t]
         else:
-            word, shift = chunk * 16 + 2 * (c % 8) + t // 4, 8 * PAIR_ORDER[8][t % 4]
+            word, shift = unit * 16 + 2 * (c % 8) + t // 4, 8 * PAIR_ORDER[8][t % 4]
         words[word] |= np.uint32(zero) << np.uint32(shift)
     return as_words(words)
 

@@ -1,6 +1,6 @@
 // The panel kernel for 512-bit registers, apart from the codes and the arithmetic, which `Math` brings.
 //
-// A packed line is 64 bytes of the words of one col of a chunk: columns 16 * w + 8 * b + col. With 4-bit codes one line
+// A packed line is 64 bytes of the words of one col of a unit: columns 16 * w + 8 * b + col. With 4-bit codes one line
 // is a col, lanes [t = 0..3][w = 0..3], both halves b inside a word; with 8-bit codes two lines are, lanes
 // [t % 2][w = 0..3][b = 0..1]; with 16-bit codes four, one for each t, lanes [w = 0..3][b = 0..1][half of k]. Lanes are
 // multiplied by x expanded to the same order and accumulated apart; only at the end of a segment are the lanes of a
@@ -95,7 +95,7 @@ JMM_INLINE __m512 LoadPair(const void* values, int64_t index) {
   }
 }
 
-// A group of one chunk as the four vectors of column pairs: lanes [c][b][w] of vector p are column
+// A group of one unit as the four vectors of column pairs: lanes [c][b][w] of vector p are column
 // 16 * w + 8 * b + 2 * p + c.
 struct GroupScales {
   __m512 scale[4];
@@ -173,7 +173,7 @@ JMM_INLINE __m512 SumLanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
 }
 
-// One segment (tiles of one group) of one chunk for R rows.
+// One segment (tiles of one group) of one unit for R rows.
 struct Segment {
   const int32_t* tiles;  // first tile
   int64_t tile_stride;   // words from a tile to the next one along k
@@ -233,7 +233,7 @@ JMM_INLINE void AddSegment(const Segment& segment, const GroupScales& scales, bo
 // The rows row ... row + R - 1 of a panel over one segment.
 template <class Math, int R>
 void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count) {
-  constexpr int64_t kTileWords = kTileK * kChunk * Math::kBits / 32;
+  constexpr int64_t kTileWords = kTileK * kUnit * Math::kBits / 32;
   const ExpertMatrix& weight = panel.weight;
   const bool has_excess = HasExcess<Math>(weight);
   alignas(64) float x[Math::kSegmentTiles * Math::kVectors * R * kVectorFloats];
@@ -249,25 +249,25 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
   }
 
   Segment segment;
-  segment.tile_stride = weight.n / kChunk * kTileWords;
+  segment.tile_stride = weight.n / kUnit * kTileWords;
   segment.count = count;
   segment.x = x;
   segment.sums = sums;
-  segment.out_stride = static_cast<int64_t>(panel.chunks) * kChunk;
+  segment.out_stride = static_cast<int64_t>(panel.units) * kUnit;
   segment.out = panel.out + row * segment.out_stride;
   Lookahead lookahead(panel, first_tile, count);
-  for (int i = 0; i < panel.chunks; ++i, lookahead.Advance()) {
-    segment.tiles = weight.packed + first_tile * segment.tile_stride + panel.chunk[i] * kTileWords;
+  for (int i = 0; i < panel.units; ++i, lookahead.Advance()) {
+    segment.tiles = weight.packed + first_tile * segment.tile_stride + panel.unit[i] * kTileWords;
     segment.prefetch = lookahead.Words(segment.tiles, kTileWords);
     lookahead.PrefetchScales(Math::kBits);
     GroupScales scales;
-    LoadScales<Math>(weight, group, panel.chunk[i] * kChunk, &scales);
+    LoadScales<Math>(weight, group, panel.unit[i] * kUnit, &scales);
     AddSegment<Math, R>(segment, scales, has_excess);
-    segment.out += kChunk;
+    segment.out += kUnit;
   }
 }
 
-// Brings the vectors of column pairs of one chunk into plain column order.
+// Brings the vectors of column pairs of one unit into plain column order.
 JMM_INLINE void OrderColumns(float* out) {
   const __m512i first = _mm512_setr_epi32(0, 8, 16, 24, 0, 8, 16, 24, 4, 12, 20, 28, 4, 12, 20, 28);
   const __m512 pair0 = _mm512_loadu_ps(out), pair1 = _mm512_loadu_ps(out + 16);
@@ -286,7 +286,7 @@ void RunPanel(const Panel& panel) {
   const ExpertMatrix& weight = panel.weight;
   const int64_t group_tiles = weight.group_size / kTileK;
   const int64_t all_tiles = weight.k / kTileK;
-  const int64_t blocks = static_cast<int64_t>(panel.rows) * panel.chunks;
+  const int64_t blocks = static_cast<int64_t>(panel.rows) * panel.units;
   for (int64_t i = 0; i < blocks * 4; ++i) _mm512_storeu_ps(panel.out + 16 * i, _mm512_setzero_ps());
   for (int64_t group = 0; group < weight.groups; ++group) {
     const int64_t group_end = (group + 1) * group_tiles;
@@ -312,7 +312,7 @@ void RunPanel(const Panel& panel) {
       }
     }
   }
-  for (int64_t i = 0; i < blocks; ++i) OrderColumns(panel.out + i * kChunk);
+  for (int64_t i = 0; i < blocks; ++i) OrderColumns(panel.out + i * kUnit);
 }
 
 }  // namespace

@@ -11,8 +11,8 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kGateChunks = 4;    // most chunks of gate columns of a work item, and of up columns
-constexpr int kDownChunks = 8;    // most column chunks of a work item of the down matrix
+constexpr int kGateUnits = 4;     // most units of gate columns of a work item, and of up columns
+constexpr int kDownUnits = 8;     // most units of a work item of the down matrix
 constexpr int kSumColumns = 512;  // most columns of a work item of the final sum
 
 // Most values of a pass that wait for its next phase; tokens beyond go in another pass. Experts are read again in each.
@@ -29,34 +29,34 @@ void MultiplyOne(const ExpertStack& own, const ExpertStack* shared, int64_t expe
 }
 
 // Activated columns [begin, end) of one group's rows, rounded to x's type, into `out` [rows, inner]. One
-// panel has both halves of the columns, each with the whole chunks around it: up need not begin at a chunk.
+// panel has both halves of the columns, each with the whole units around it: up need not begin at a unit.
 void GateUpItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup& group, int64_t begin, int64_t end,
                 uint16_t* out) {
-  static_assert(2 * (kGateChunks + 1) <= kPanelChunks);
+  static_assert(2 * (kGateUnits + 1) <= kPanelUnits);
   const uint16_t* inputs[kPanelRows];
   for (int r = 0; r < group.count; ++r) {
     inputs[r] = block.x + rows.slots[static_cast<size_t>(group.first + r)] / block.slots_per_row * block.gate_up->k();
   }
-  alignas(64) float product[kPanelRows * 2 * (kGateChunks + 1) * kChunk];
+  alignas(64) float product[kPanelRows * 2 * (kGateUnits + 1) * kUnit];
   Panel panel;
   panel.x = inputs;
   panel.x_type = block.type;
   panel.rows = group.count;
-  panel.chunks = 0;
+  panel.units = 0;
   panel.out = product;
   const float* halves[2] = {};  // column `begin` of gate and of up in the first row
   for (int half = 0; half < block.halves(); ++half) {
     const int64_t first = half * block.half() + begin;
     const int64_t last = half * block.half() + end - 1;
-    halves[half] = product + panel.chunks * kChunk + first % kChunk;
-    for (int64_t chunk = first / kChunk; chunk <= last / kChunk; ++chunk) {
-      panel.chunk[panel.chunks++] = chunk;
+    halves[half] = product + panel.units * kUnit + first % kUnit;
+    for (int64_t unit = first / kUnit; unit <= last / kUnit; ++unit) {
+      panel.unit[panel.units++] = unit;
     }
   }
   MultiplyOne(*block.gate_up, block.shared_gate_up, group.expert, panel);
-  const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
+  const int64_t width = static_cast<int64_t>(panel.units) * kUnit;
   for (int r = 0; r < group.count; ++r) {
-    float activated[kGateChunks * kChunk];
+    float activated[kGateUnits * kUnit];
     const float* up = block.activation->gated ? halves[1] + r * width : nullptr;
     block.activation->apply(halves[0] + r * width, up, end - begin, block.activation_parameters, activated);
     if (block.intermediate != nullptr) {
@@ -69,17 +69,17 @@ void GateUpItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup&
 // A range of columns of the down matrix for one group's rows, times the router weights, into row `slot` of
 // out.
 void DownItem(const ExpertBlock& block, const RowGroups& rows, const RowGroup& group, const uint16_t* activated,
-              int64_t first_chunk, int64_t end_chunk, float* out) {
+              int64_t first_unit, int64_t end_unit, float* out) {
   const uint16_t* inputs[kPanelRows];
   for (int r = 0; r < group.count; ++r) inputs[r] = activated + (group.first + r) * block.inner();
-  alignas(64) float product[kPanelRows * kDownChunks * kChunk];
-  const Panel panel = ChunksOfRows(inputs, block.type, group.count, first_chunk, end_chunk, product);
+  alignas(64) float product[kPanelRows * kDownUnits * kUnit];
+  const Panel panel = UnitsOfRows(inputs, block.type, group.count, first_unit, end_unit, product);
   MultiplyOne(*block.down, block.shared_down, group.expert, panel);
-  const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
+  const int64_t width = static_cast<int64_t>(panel.units) * kUnit;
   for (int r = 0; r < group.count; ++r) {
     const int64_t slot = rows.slots[static_cast<size_t>(group.first + r)];
     const float weight = block.topk_weights[slot];
-    float* row = out + slot * block.down->n() + first_chunk * kChunk;
+    float* row = out + slot * block.down->n() + first_unit * kUnit;
     for (int64_t c = 0; c < width; ++c) row[c] = product[r * width + c] * weight;
   }
 }
@@ -102,13 +102,13 @@ void SumItem(const ExpertBlock& block, const RowGroups& rows, const float* produ
 }
 
 // The factors of each expert's columns that make up for what its rows are in units of: those of the stack, times that.
-template <class UnitOfExpert>
-Scratch<float> FactorsWithUnits(const ExpertStack& stack, UnitOfExpert unit) {
-  const int64_t chunks = stack.n() / kChunk;
-  Scratch<float> factors(static_cast<size_t>(stack.experts * chunks));
-  for (int64_t i = 0; i < stack.experts * chunks; ++i) {
+template <class ScaleOfExpert>
+Scratch<float> FactorsTimesScales(const ExpertStack& stack, ScaleOfExpert scale) {
+  const int64_t units = stack.n() / kUnit;
+  Scratch<float> factors(static_cast<size_t>(stack.experts * units));
+  for (int64_t i = 0; i < stack.experts * units; ++i) {
     factors[static_cast<size_t>(i)] =
-        (stack.global_scales == nullptr ? 1.0f : stack.global_scales[i]) * unit(i / chunks);
+        (stack.global_scales == nullptr ? 1.0f : stack.global_scales[i]) * scale(i / units);
   }
   return factors;
 }
@@ -122,7 +122,7 @@ void RunPass(Workers& workers, const ExpertBlock& block) {
   Scratch<float> products(static_cast<size_t>(block.routing.slots) * static_cast<size_t>(columns));
 
   auto gate_up = [&](const RowGroup& group, int64_t first, int64_t last) {
-    GateUpItem(block, rows, group, first * kChunk, std::min(last * kChunk, inner), activated.data());
+    GateUpItem(block, rows, group, first * kUnit, std::min(last * kUnit, inner), activated.data());
   };
   auto down = [&](const RowGroup& group, int64_t first, int64_t last) {
     DownItem(block, rows, group, activated.data(), first, last, products.data());
@@ -132,8 +132,8 @@ void RunPass(Workers& workers, const ExpertBlock& block) {
     const int64_t begin = item % sum_splits * kSumColumns;
     SumItem(block, rows, products.data(), item / sum_splits, begin, std::min<int64_t>(begin + kSumColumns, columns));
   };
-  RunPhases(workers, {RowPhase(rows, CeilDiv(inner, kChunk), kGateChunks, workers.count(), gate_up),
-                      RowPhase(rows, columns / kChunk, kDownChunks, workers.count(), down),
+  RunPhases(workers, {RowPhase(rows, CeilDiv(inner, kUnit), kGateUnits, workers.count(), gate_up),
+                      RowPhase(rows, columns / kUnit, kDownUnits, workers.count(), down),
                       {block.tokens() * sum_splits, sum}});
 }
 
@@ -146,11 +146,11 @@ void RunExpertBlock(Workers& workers, const ExpertBlock& block) {
   ExpertStack gate_up = *block.gate_up, down = *block.down;
   Scratch<float> gate_up_factors, down_factors;
   if (block.x_scale != nullptr) {
-    gate_up_factors = FactorsWithUnits(gate_up, [&](int64_t) { return UsableScale(*block.x_scale); });
+    gate_up_factors = FactorsTimesScales(gate_up, [&](int64_t) { return UsableScale(*block.x_scale); });
     gate_up.global_scales = gate_up_factors.data();
   }
   if (block.intermediate != nullptr) {
-    down_factors = FactorsWithUnits(down, [&](int64_t e) { return UsableScale(block.intermediate_scales[e]); });
+    down_factors = FactorsTimesScales(down, [&](int64_t e) { return UsableScale(block.intermediate_scales[e]); });
     down.global_scales = down_factors.data();
   }
   for (int64_t first = 0; first < tokens; first += pass_tokens) {

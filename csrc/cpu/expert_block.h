@@ -37,7 +37,7 @@ struct ExpertBlock {
   int64_t tokens() const { return routing.slots / top_k; }
   int64_t inner() const { return down->k(); }
   int halves() const { return activation->gated ? 2 : 1; }
-  // Columns of gate, and of up: inner, or more where gate_up is padded to whole chunks and down to whole tiles.
+  // Columns of gate, and of up: inner, or more where gate_up is padded to whole units and down to whole tiles.
   int64_t half() const { return gate_up->n() / halves(); }
   int64_t result_bytes() const { return float_result ? sizeof(float) : sizeof(uint16_t); }
 };

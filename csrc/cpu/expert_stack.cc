@@ -13,17 +13,17 @@ ExpertMatrix Expert(const ExpertStack& stack, int64_t expert) {
 }
 
 const float* GlobalScales(const ExpertStack& stack, int64_t expert) {
-  return stack.global_scales == nullptr ? nullptr : stack.global_scales + expert * (stack.n() / kChunk);
+  return stack.global_scales == nullptr ? nullptr : stack.global_scales + expert * (stack.n() / kUnit);
 }
 
-Panel ChunksOfRows(const uint16_t* const* x, Element x_type, int rows, int64_t first_chunk, int64_t end_chunk,
-                   float* out) {
+Panel UnitsOfRows(const uint16_t* const* x, Element x_type, int rows, int64_t first_unit, int64_t end_unit,
+                  float* out) {
   Panel panel;
   panel.x = x;
   panel.x_type = x_type;
   panel.rows = rows;
-  panel.chunks = static_cast<int>(end_chunk - first_chunk);
-  for (int i = 0; i < panel.chunks; ++i) panel.chunk[i] = first_chunk + i;
+  panel.units = static_cast<int>(end_unit - first_unit);
+  for (int i = 0; i < panel.units; ++i) panel.unit[i] = first_unit + i;
   panel.out = out;
   return panel;
 }
@@ -36,13 +36,13 @@ void MultiplyExpert(const ExpertStack& stack, int64_t expert, Panel panel) {
   if (global_scales == nullptr && bias == nullptr) return;
   float* out = panel.out;
   for (int r = 0; r < panel.rows; ++r) {
-    for (int i = 0; i < panel.chunks; ++i, out += kChunk) {
+    for (int i = 0; i < panel.units; ++i, out += kUnit) {
       if (global_scales != nullptr) {
-        for (int c = 0; c < kChunk; ++c) out[c] *= global_scales[panel.chunk[i]];
+        for (int c = 0; c < kUnit; ++c) out[c] *= global_scales[panel.unit[i]];
       }
       if (bias != nullptr) {
-        const float* chunk_bias = bias + panel.chunk[i] * kChunk;
-        for (int c = 0; c < kChunk; ++c) out[c] += chunk_bias[c];
+        const float* unit_bias = bias + panel.unit[i] * kUnit;
+        for (int c = 0; c < kUnit; ++c) out[c] += unit_bias[c];
       }
     }
   }

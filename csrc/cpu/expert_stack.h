@@ -14,20 +14,19 @@ struct ExpertStack {
   int64_t packed_words = 0;  // from an expert to the next
   int64_t scale_bytes = 0;
   int64_t zero_bytes = 0;
-  const float* global_scales = nullptr;  // [experts, n / kChunk] or null
+  const float* global_scales = nullptr;  // [experts, n / kUnit] or null
   const float* bias = nullptr;           // [experts, n] or null
 
   int64_t k() const { return first.k; }
   int64_t n() const { return first.n; }
 };
 
-// The matrix of one expert, and its global scales [n / kChunk] or null.
+// The matrix of one expert, and its global scales [n / kUnit] or null.
 ExpertMatrix Expert(const ExpertStack& stack, int64_t expert);
 const float* GlobalScales(const ExpertStack& stack, int64_t expert);
 
-// A panel of `rows` rows and the column chunks [first_chunk, end_chunk), for MultiplyExpert.
-Panel ChunksOfRows(const uint16_t* const* x, Element x_type, int rows, int64_t first_chunk, int64_t end_chunk,
-                   float* out);
+// A panel of `rows` rows and the units [first_unit, end_unit), for MultiplyExpert.
+Panel UnitsOfRows(const uint16_t* const* x, Element x_type, int rows, int64_t first_unit, int64_t end_unit, float* out);
 
 // Computes `panel` with the matrix of one expert, which it fills in, then applies the expert's global scales and adds
 // its bias.

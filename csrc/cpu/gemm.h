@@ -9,10 +9,10 @@
 
 namespace jax_marlin_moe::cpu {
 
-constexpr int kTileK = 16;        // contraction extent of a packed tile
-constexpr int kChunk = 64;        // columns of a packed tile
-constexpr int kPanelRows = 16;    // most rows that one panel holds
-constexpr int kPanelChunks = 10;  // most column chunks that one panel holds
+constexpr int kTileK = 16;       // contraction extent of a packed tile
+constexpr int kUnit = 64;        // columns of a packed tile
+constexpr int kPanelRows = 16;   // most rows that one panel holds
+constexpr int kPanelUnits = 10;  // most units that one panel holds
 
 // A 16-bit floating-point type, stored as its bit pattern.
 enum class Element { kBf16, kF16 };
@@ -37,7 +37,7 @@ enum class Zeros { kNone, kInteger, kFloat };
 // the last one what is left of them.
 struct ExpertMatrix {
   const int32_t* packed;  // [k / 16, n * 16 * bits / 32]
-  const void* scales;     // [groups, n], Marlin grouped order: column c of a chunk at 8 * (c % 8) + c / 8
+  const void* scales;     // [groups, n], Marlin grouped order: column c of a unit at 8 * (c % 8) + c / 8
   const void* zeros;      // [groups, n * bits / 32] words or [groups, n] floats
   int64_t k;
   int64_t n;
@@ -49,15 +49,15 @@ struct ExpertMatrix {
   Zeros zeros_type;
 };
 
-// A few rows of x times some column chunks of one expert.
+// A few rows of x times some units of one expert.
 struct Panel {
   ExpertMatrix weight;
   const uint16_t* const* x;  // `rows` pointers to rows of k elements
   Element x_type;
-  int rows;                     // 1 ... kPanelRows
-  int chunks;                   // 1 ... kPanelChunks
-  int64_t chunk[kPanelChunks];  // `chunks` indices: columns chunk[i] * kChunk and up
-  float* out;                   // [rows, chunks * kChunk], plain column order inside a chunk; overwritten
+  int rows;                   // 1 ... kPanelRows
+  int units;                  // 1 ... kPanelUnits
+  int64_t unit[kPanelUnits];  // `units` indices: columns unit[i] * kUnit and up
+  float* out;                 // [rows, units * kUnit], plain column order inside a unit; overwritten
 };
 
 // Computes panel.out: x @ W, without global scales and bias. A row's result has the same bits whichever rows and

@@ -294,7 +294,7 @@ JMM_INLINE __m256 LoadExcess(const ExpertMatrix& weight, int64_t first) {
 // The rows row ... row + R - 1 of a panel over `count` tiles of one group.
 template <class Math, int R>
 void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int count) {
-  constexpr int64_t kTileWords = kTileK * kChunk * Math::kBits / 32;
+  constexpr int64_t kTileWords = kTileK * kUnit * Math::kBits / 32;
   constexpr int kColWords = kTileWords / 8;
   const ExpertMatrix& weight = panel.weight;
   const bool has_excess = weight.zeros_type != Zeros::kNone || weight.zero_point != Math::kCenter;
@@ -309,16 +309,16 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
     sums[r] = SumOfLanes(sum);
   }
 
-  const int64_t tile_stride = weight.n / kChunk * kTileWords;
-  const int64_t out_stride = static_cast<int64_t>(panel.chunks) * kChunk;
+  const int64_t tile_stride = weight.n / kUnit * kTileWords;
+  const int64_t out_stride = static_cast<int64_t>(panel.units) * kUnit;
   // As many cols at once as accumulators fit in the registers.
   constexpr int kColumns = R == 1 ? 4 : R == 2 ? 2 : 1;
   // Stored scales of a col are [w][b], sums are [b][w].
   const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
   Lookahead lookahead(panel, first_tile, count);
-  for (int i = 0; i < panel.chunks; ++i, lookahead.Advance()) {
-    const int64_t column = panel.chunk[i] * kChunk;
-    const int32_t* tiles = weight.packed + first_tile * tile_stride + panel.chunk[i] * kTileWords;
+  for (int i = 0; i < panel.units; ++i, lookahead.Advance()) {
+    const int64_t column = panel.unit[i] * kUnit;
+    const int32_t* tiles = weight.packed + first_tile * tile_stride + panel.unit[i] * kTileWords;
     const int64_t prefetch = lookahead.Words(tiles, kTileWords);
     lookahead.PrefetchScales(Math::kBits);
     for (int col = 0; col < 8; col += kColumns) {
@@ -357,7 +357,7 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
         for (int r = 0; r < R; ++r) {
           __m256 dot = Math::SumColumn(acc[c][r]);
           if (has_excess) dot = _mm256_fnmadd_ps(excess, _mm256_set1_ps(sums[r]), dot);
-          float* out = panel.out + (row + r) * out_stride + i * kChunk + 8 * (col + c);
+          float* out = panel.out + (row + r) * out_stride + i * kUnit + 8 * (col + c);
           _mm256_storeu_ps(out, _mm256_fmadd_ps(scale, dot, _mm256_loadu_ps(out)));
         }
       }
@@ -365,15 +365,15 @@ void AddRows(const Panel& panel, int row, int64_t group, int64_t first_tile, int
   }
 }
 
-// Brings a chunk's sums, stored [col][b][w], into plain column order 16 * w + 8 * b + col.
+// Brings a unit's sums, stored [col][b][w], into plain column order 16 * w + 8 * b + col.
 JMM_INLINE void OrderColumns(float* out) {
-  float plain[kChunk];
+  float plain[kUnit];
   for (int col = 0; col < 8; ++col) {
     for (int b = 0; b < 2; ++b) {
       for (int w = 0; w < 4; ++w) plain[16 * w + 8 * b + col] = out[8 * col + 4 * b + w];
     }
   }
-  for (int i = 0; i < kChunk; ++i) out[i] = plain[i];
+  for (int i = 0; i < kUnit; ++i) out[i] = plain[i];
 }
 
 template <class Math>
@@ -381,8 +381,8 @@ void RunPanel(const Panel& panel) {
   const ExpertMatrix& weight = panel.weight;
   const int64_t group_tiles = weight.group_size / kTileK;
   const int64_t all_tiles = weight.k / kTileK;
-  const int64_t blocks = static_cast<int64_t>(panel.rows) * panel.chunks;
-  for (int64_t i = 0; i < blocks * kChunk; ++i) panel.out[i] = 0;
+  const int64_t blocks = static_cast<int64_t>(panel.rows) * panel.units;
+  for (int64_t i = 0; i < blocks * kUnit; ++i) panel.out[i] = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
     const int64_t group_end = (group + 1) * group_tiles;
     const int64_t end = group_end < all_tiles ? group_end : all_tiles;
@@ -407,7 +407,7 @@ void RunPanel(const Panel& panel) {
       }
     }
   }
-  for (int64_t i = 0; i < blocks; ++i) OrderColumns(panel.out + i * kChunk);
+  for (int64_t i = 0; i < blocks; ++i) OrderColumns(panel.out + i * kUnit);
 }
 
 }  // namespace

@@ -82,10 +82,10 @@ float LoadFloat(const void* values, Scale type, int64_t index) {
   return FloatFromE8M0(static_cast<const uint8_t*>(values)[index]);
 }
 
-// The zero point of column 16 * w + 8 * b + col of a chunk, less what codes have already subtracted.
+// The zero point of column 16 * w + 8 * b + col of a unit, less what codes have already subtracted.
 template <class Type>
-float ZeroExcess(const ExpertMatrix& weight, int64_t group, int64_t chunk, int col, int w, int b) {
-  const int64_t first = group * weight.n + chunk * kChunk;  // of the chunk
+float ZeroExcess(const ExpertMatrix& weight, int64_t group, int64_t unit, int col, int w, int b) {
+  const int64_t first = group * weight.n + unit * kUnit;  // of the unit
   switch (weight.zeros_type) {
     case Zeros::kNone:
       return weight.zero_point - Type::kCenter;
@@ -123,18 +123,18 @@ float Expand(const uint16_t* x, Element type, int tiles, ExpandedTile* out) {
   return sum;
 }
 
-// Adds scale * (value - zero) . x over `tiles` tiles of one chunk to `out`.
+// Adds scale * (value - zero) . x over `tiles` tiles of one unit to `out`.
 template <class Type>
-void AddSegment(const Panel& panel, int64_t chunk, int64_t first_tile, int tiles, int64_t group, int rows,
+void AddSegment(const Panel& panel, int64_t unit, int64_t first_tile, int tiles, int64_t group, int rows,
                 const ExpandedTile (*x)[kSegmentTiles], const float* sums, float* const* out) {
   const ExpertMatrix& weight = panel.weight;
-  const int64_t tile_words = kChunk * kTileK * Type::kBits / 32;
-  const int64_t tile_stride = weight.n / kChunk * tile_words;
+  const int64_t tile_words = kUnit * kTileK * Type::kBits / 32;
+  const int64_t tile_stride = weight.n / kUnit * tile_words;
   for (int col = 0; col < 8; ++col) {
     float acc[kRows][2][kLine] = {};
     for (int tile = 0; tile < tiles; ++tile) {
       const int32_t* line =
-          weight.packed + (first_tile + tile) * tile_stride + chunk * tile_words + col * (tile_words / 8);
+          weight.packed + (first_tile + tile) * tile_stride + unit * tile_words + col * (tile_words / 8);
       for (int b = 0; b < 2; ++b) {
         for (int j = 0; j < 4; ++j) {
           float values[kLine];
@@ -147,9 +147,9 @@ void AddSegment(const Panel& panel, int64_t chunk, int64_t first_tile, int tiles
     }
     for (int w = 0; w < 4; ++w) {
       for (int b = 0; b < 2; ++b) {
-        const int64_t position = group * weight.n + chunk * kChunk + 8 * col + 2 * w + b;
+        const int64_t position = group * weight.n + unit * kUnit + 8 * col + 2 * w + b;
         const float scale = LoadFloat(weight.scales, weight.scale_type, position);
-        const float excess = ZeroExcess<Type>(weight, group, chunk, col, w, b);
+        const float excess = ZeroExcess<Type>(weight, group, unit, col, w, b);
         for (int r = 0; r < rows; ++r) {
           float dot = (acc[r][b][w] + acc[r][b][8 + w]) + (acc[r][b][4 + w] + acc[r][b][12 + w]);
           if (excess != 0) dot -= excess * sums[r];
@@ -163,7 +163,7 @@ void AddSegment(const Panel& panel, int64_t chunk, int64_t first_tile, int tiles
 template <class Type>
 void RunPanel(const Panel& panel) {
   const ExpertMatrix& weight = panel.weight;
-  const int64_t width = static_cast<int64_t>(panel.chunks) * kChunk;
+  const int64_t width = static_cast<int64_t>(panel.units) * kUnit;
   const int64_t group_tiles = weight.group_size / kTileK;
   const int64_t all_tiles = weight.k / kTileK;
   std::fill(panel.out, panel.out + panel.rows * width, 0.0f);
@@ -178,10 +178,10 @@ void RunPanel(const Panel& panel) {
         for (int r = 0; r < rows; ++r) {
           sums[r] = Expand(panel.x[row + r] + first_tile * kTileK, panel.x_type, tiles, x[r]);
         }
-        for (int chunk = 0; chunk < panel.chunks; ++chunk) {
+        for (int unit = 0; unit < panel.units; ++unit) {
           float* out[kRows];
-          for (int r = 0; r < rows; ++r) out[r] = panel.out + (row + r) * width + chunk * kChunk;
-          AddSegment<Type>(panel, panel.chunk[chunk], first_tile, tiles, group, rows, x, sums, out);
+          for (int r = 0; r < rows; ++r) out[r] = panel.out + (row + r) * width + unit * kUnit;
+          AddSegment<Type>(panel, panel.unit[unit], first_tile, tiles, group, rows, x, sums, out);
         }
       }
     }

@@ -12,7 +12,7 @@
 namespace jax_marlin_moe::cpu {
 namespace {
 
-constexpr int kItemChunks = 8;  // most column chunks of a work item
+constexpr int kItemUnits = 8;   // most units of a work item
 constexpr int kItemTiles = 32;  // most tiles along k of a work item of a transposed product
 
 const uint16_t* RowOf(const GroupedProduct& product, int32_t slot) {
@@ -29,21 +29,21 @@ void Store(const GroupedProduct& product, int64_t slot, int64_t first, int64_t w
   }
 }
 
-// `chunks` column chunks from `first_chunk` on of one group's rows.
-void Item(const GroupedProduct& product, const RowGroup& group, const int32_t* slots, int64_t first_chunk, int chunks) {
+// `units` units from `first_unit` on of one group's rows.
+void Item(const GroupedProduct& product, const RowGroup& group, const int32_t* slots, int64_t first_unit, int units) {
   const uint16_t* inputs[kPanelRows];
   for (int r = 0; r < group.count; ++r) inputs[r] = RowOf(product, slots[r]);
-  alignas(64) float out[kPanelRows * kItemChunks * kChunk];
+  alignas(64) float out[kPanelRows * kItemUnits * kUnit];
   MultiplyExpert(*product.stack, group.expert,
-                 ChunksOfRows(inputs, product.type, group.count, first_chunk, first_chunk + chunks, out));
-  const int64_t width = static_cast<int64_t>(chunks) * kChunk;
-  for (int r = 0; r < group.count; ++r) Store(product, slots[r], first_chunk * kChunk, width, out + r * width);
+                 UnitsOfRows(inputs, product.type, group.count, first_unit, first_unit + units, out));
+  const int64_t width = static_cast<int64_t>(units) * kUnit;
+  for (int r = 0; r < group.count; ++r) Store(product, slots[r], first_unit * kUnit, width, out + r * width);
 }
 
-// One chunk of a row, in Marlin's grouped order.
+// One unit of a row, in Marlin's grouped order.
 void LoadGroupedOrder(const uint16_t* row, Element type, float* out) {
-  float values[kChunk];
-  for (int i = 0; i < kChunk; ++i) values[i] = FloatFromElement(row[i], type);
+  float values[kUnit];
+  for (int i = 0; i < kUnit; ++i) values[i] = FloatFromElement(row[i], type);
   for (int col = 0; col < 8; ++col) {
     for (int i = 0; i < 8; ++i) out[8 * col + i] = values[8 * i + col];
   }
@@ -54,8 +54,8 @@ void TransposedItem(const GroupedProduct& product, const RowGroup& group, const 
                     int tiles) {
   const ExpertMatrix matrix = Expert(*product.stack, group.expert);
   const float* global_scales = GlobalScales(*product.stack, group.expert);
-  const int64_t chunks = matrix.n / kChunk;
-  const int64_t tile_words = product.stack->packed_words / (matrix.k / kTileK) / chunks;
+  const int64_t units = matrix.n / kUnit;
+  const int64_t tile_words = product.stack->packed_words / (matrix.k / kTileK) / units;
   const int64_t group_tiles = matrix.group_size / kTileK;
   const int64_t width = static_cast<int64_t>(tiles) * kTileK;
   alignas(64) float out[kPanelRows * kItemTiles * kTileK];
@@ -63,33 +63,33 @@ void TransposedItem(const GroupedProduct& product, const RowGroup& group, const 
   const TransposedKernel kernel = ActiveTransposedKernel();
 
   TransposedSegment segment;
-  segment.tile_stride = chunks * tile_words;
+  segment.tile_stride = units * tile_words;
   segment.code = matrix.code;
   segment.rows = group.count;
   segment.out_stride = width;
-  for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += segment.chunks) {
-    segment.chunks = static_cast<int>(std::min<int64_t>(kSegmentChunks, chunks - first_chunk));
-    float rows[kPanelRows][kSegmentChunks * kChunk];  // in the order of the kernel
+  for (int64_t first_unit = 0; first_unit < units; first_unit += segment.units) {
+    segment.units = static_cast<int>(std::min<int64_t>(kSegmentUnits, units - first_unit));
+    float rows[kPanelRows][kSegmentUnits * kUnit];  // in the order of the kernel
     for (int r = 0; r < group.count; ++r) {
-      for (int c = 0; c < segment.chunks; ++c) {
-        LoadGroupedOrder(RowOf(product, slots[r]) + (first_chunk + c) * kChunk, product.type, rows[r] + c * kChunk);
+      for (int c = 0; c < segment.units; ++c) {
+        LoadGroupedOrder(RowOf(product, slots[r]) + (first_unit + c) * kUnit, product.type, rows[r] + c * kUnit);
       }
     }
     for (int64_t tile = first_tile; tile < first_tile + tiles; tile += segment.tiles) {
       const int64_t scale_group = tile / group_tiles;
       segment.tiles = static_cast<int>(std::min((scale_group + 1) * group_tiles, first_tile + tiles) - tile);
-      alignas(64) float x[kPanelRows * kSegmentChunks * kChunk];
+      alignas(64) float x[kPanelRows * kSegmentUnits * kUnit];
       float excess[kPanelRows] = {};  // of the zero points
-      for (int c = 0; c < segment.chunks; ++c) {
+      for (int c = 0; c < segment.units; ++c) {
         GroupScales scales;
-        scales.Load(matrix, scale_group, first_chunk + c);
-        if (global_scales != nullptr) scales.MultiplyBy(global_scales[first_chunk + c]);
+        scales.Load(matrix, scale_group, first_unit + c);
+        if (global_scales != nullptr) scales.MultiplyBy(global_scales[first_unit + c]);
         for (int r = 0; r < group.count; ++r) {
-          float* scaled = x + (r * segment.chunks + c) * kChunk;
-          excess[r] += scales.Apply(rows[r] + c * kChunk, scaled);
+          float* scaled = x + (r * segment.units + c) * kUnit;
+          excess[r] += scales.Apply(rows[r] + c * kUnit, scaled);
         }
       }
-      segment.words = matrix.packed + tile * segment.tile_stride + first_chunk * tile_words;
+      segment.words = matrix.packed + tile * segment.tile_stride + first_unit * tile_words;
       segment.x = x;
       segment.out = out + (tile - first_tile) * kTileK;
       kernel(segment);
@@ -121,9 +121,9 @@ void RunGroupedProduct(Workers& workers, const GroupedProduct& product) {
       Item(product, group, slots, first, static_cast<int>(last - first));
     }
   };
-  const int64_t units = product.outputs() / (product.transposed ? kTileK : kChunk);
-  const int64_t most = product.transposed ? kItemTiles : kItemChunks;
-  RunPhases(workers, {RowPhase(rows, units, most, workers.count(), item)});
+  const int64_t pieces = product.outputs() / (product.transposed ? kTileK : kUnit);
+  const int64_t most = product.transposed ? kItemTiles : kItemUnits;
+  RunPhases(workers, {RowPhase(rows, pieces, most, workers.count(), item)});
 }
 
 }  // namespace jax_marlin_moe::cpu

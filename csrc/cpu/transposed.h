@@ -12,19 +12,19 @@
 
 namespace jax_marlin_moe::cpu {
 
-constexpr int kSegmentChunks = 8;  // most chunks of columns of a segment
+constexpr int kSegmentUnits = 8;  // most units of a segment
 
 // What the values of codes have already subtracted: their zero point is taken as the rest.
 constexpr int CenterOf(Code code) { return code == Code::kInt8 ? 128 : 0; }
 
-// Consecutive chunks of columns of consecutive tiles along k that share their scales.
+// Consecutive units of consecutive tiles along k that share their scales.
 struct TransposedSegment {
-  const int32_t* words;  // of the first chunk in the first tile
+  const int32_t* words;  // of the first unit in the first tile
   int64_t tile_stride;   // words from a tile to the next one along k
   int tiles;
-  int chunks;  // 1 ... kSegmentChunks
+  int units;  // 1 ... kSegmentUnits
   Code code;
-  // [rows, chunks, kChunk] scaled, in Marlin's grouped order: column 16 * w + 8 * b + col of a chunk at
+  // [rows, units, kUnit] scaled, in Marlin's grouped order: column 16 * w + 8 * b + col of a unit at
   // 8 * col + 2 * w + b.
   const float* x;
   int rows;    // 1 ... kPanelRows
@@ -32,7 +32,7 @@ struct TransposedSegment {
   int64_t out_stride;
 };
 
-// out[r, k] += sum over the chunks' columns n of value(code[k, n]) * x[r, n]. A row's result has the same bits
+// out[r, k] += sum over the units' columns n of value(code[k, n]) * x[r, n]. A row's result has the same bits
 // whichever rows it comes with.
 using TransposedKernel = void (*)(const TransposedSegment& segment);
 

@@ -1,9 +1,9 @@
 // The transposed kernel. Its vectors are consecutive words of a packed line, which the compiler of the file that
 // includes this one puts into the registers of its instruction set.
 //
-// A line has the words of one col of a chunk, those of one t after those of another: 4-bit codes [t][w], with columns
+// A line has the words of one col of a unit, those of one t after those of another: 4-bit codes [t][w], with columns
 // 16 * w + 8 * b + col for both b in a word; 8-bit ones [t][w][b]; 16-bit ones [t][w][b][half of k]. Lanes are
-// multiplied by x, which depends on w and b, and accumulated apart through all chunks of a segment; at the end the
+// multiplied by x, which depends on w and b, and accumulated apart through all units of a segment; at the end the
 // lanes of a row of W are added.
 //
 // Everything has internal linkage: a shared template instance could be kept from the wrong file.
@@ -71,13 +71,13 @@ struct Halfwords {
 // Masked and converted where they stand.
 struct Int4 : Nibbles {
   static constexpr int Shift(int c) { return c % 2 * 16 + c / 2 * 4; }
-  static constexpr float Unit(int c) { return 1.0f / static_cast<float>(1u << Shift(c)); }
+  static constexpr float Factor(int c) { return 1.0f / static_cast<float>(1u << Shift(c)); }
   static JMM_INLINE Words Ready(Words words, int b) { return b == 0 ? words : words >> 8; }
   static JMM_INLINE Floats Value(Words words, int c) { return Converted(words & (15u << Shift(c))); }
 };
 // Sign and magnitude where a float32 has them, times what its exponent is too wide by.
 struct E2M1 : Nibbles {
-  static constexpr float Unit(int) { return 1; }
+  static constexpr float Factor(int) { return 1; }
   static JMM_INLINE Words Ready(Words words, int b) { return b == 0 ? words : words >> 8; }
   static JMM_INLINE Floats Value(Words words, int c) {
     constexpr int kPlaces = static_cast<int>(0x80000000u | 7u << 22);
@@ -86,7 +86,7 @@ struct E2M1 : Nibbles {
   }
 };
 struct Int8 : Bytes {
-  static constexpr float Unit(int) { return 1; }
+  static constexpr float Factor(int) { return 1; }
   // Flipping the top bit makes q - 128 in two's complement.
   static JMM_INLINE Words Ready(Words words, int) { return words ^ 0x80808080u; }
   static JMM_INLINE Floats Value(Words words, int c) {
@@ -96,7 +96,7 @@ struct Int8 : Bytes {
 };
 template <int kExponentBits>
 struct FloatByte : Bytes {
-  static constexpr float Unit(int) { return 1; }
+  static constexpr float Factor(int) { return 1; }
   static JMM_INLINE Words Ready(Words words, int) { return words; }
   static JMM_INLINE Floats Value(Words words, int c) {
     constexpr float kScale = 0x1p127f / (1u << ((1 << (kExponentBits - 1)) - 1));
@@ -107,12 +107,12 @@ struct FloatByte : Bytes {
   }
 };
 struct Bf16 : Halfwords {
-  static constexpr float Unit(int) { return 1; }
+  static constexpr float Factor(int) { return 1; }
   static JMM_INLINE Words Ready(Words words, int) { return words; }
   static JMM_INLINE Floats Value(Words words, int c) { return AsFloats(c == 0 ? words << 16 : words & 0xFFFF0000u); }
 };
 struct Fp16 : Halfwords {
-  static constexpr float Unit(int) { return 1; }
+  static constexpr float Factor(int) { return 1; }
   static JMM_INLINE Words Ready(Words words, int) { return words; }
   static JMM_INLINE Floats Value(Words words, int c) {
     const Words code = c == 0 ? words & 0xFFFF : words >> 16;
@@ -132,7 +132,7 @@ struct Cut {
   static constexpr int kLineWords = 4 * kWordsOfT;
   static constexpr int kParts = kLineWords / kPartWords;
   static constexpr int kColX = kVectors * Type::kHalves;  // vectors of x of a col
-  static constexpr int kChunkX = 8 * kColX;
+  static constexpr int kUnitX = 8 * kColX;
 };
 
 // Of the eight floats of a col, those of these columns.
@@ -150,13 +150,13 @@ JMM_INLINE Floats Gathered(const float* eight, Integers column) {
 #endif
 }
 
-// x as lanes take it: chunk after chunk, each [col][vector of a part][b], then rows.
+// x as lanes take it: unit after unit, each [col][vector of a part][b], then rows.
 template <class Type, int R>
 JMM_INLINE void Expand(const TransposedSegment& segment, int row, Floats* out) {
   using C = Cut<Type>;
   for (int r = 0; r < R; ++r) {
-    const float* source = segment.x + static_cast<int64_t>(row + r) * segment.chunks * kChunk;
-    for (int col = 0; col < 8 * segment.chunks; ++col, source += 8) {
+    const float* source = segment.x + static_cast<int64_t>(row + r) * segment.units * kUnit;
+    for (int col = 0; col < 8 * segment.units; ++col, source += 8) {
 #pragma GCC unroll 4
       for (int v = 0; v < C::kVectors; ++v) {
 #pragma GCC unroll 2
@@ -187,17 +187,17 @@ JMM_INLINE void AddLanes(Floats sums, int part, int c, float* out) {
     for (int i = 0; i < kRows; ++i) {
       float sum = 0;
       for (int lane = i; lane < kOfT; lane += kRows) sum += lanes[t * kOfT + lane];
-      row[kOffset[Type::Row(i, c)]] += sum * Type::Unit(c);
+      row[kOffset[Type::Row(i, c)]] += sum * Type::Factor(c);
     }
   }
 }
 
-// Codes c = first ... first + count - 1 of one part of a tile times R rows of x, through all chunks.
+// Codes c = first ... first + count - 1 of one part of a tile times R rows of x, through all units.
 template <class Type, int R, int first, int count>
-JMM_INLINE void AddPart(const int32_t* words, int chunks, const Floats* x, Floats (&sums)[Type::kCodes][R]) {
+JMM_INLINE void AddPart(const int32_t* words, int units, const Floats* x, Floats (&sums)[Type::kCodes][R]) {
   using C = Cut<Type>;
 #pragma GCC unroll 1
-  for (int col = 0; col < 8 * chunks; ++col, words += C::kLineWords, x += C::kColX * R) {
+  for (int col = 0; col < 8 * units; ++col, words += C::kLineWords, x += C::kColX * R) {
 #pragma GCC unroll 4
     for (int v = 0; v < C::kVectors; ++v) {
       Words line;
@@ -222,18 +222,18 @@ void AddRows(const TransposedSegment& segment, int row) {
   // Sums that fit the registers beside what they are made of.
   constexpr int kAtOnce = R > 2 && kLanes < 16 ? 2 : Type::kCodes;
   constexpr int kTileWords = 8 * C::kLineWords;
-  Floats x[kSegmentChunks * C::kChunkX * R];
+  Floats x[kSegmentUnits * C::kUnitX * R];
   Expand<Type, R>(segment, row, x);
   float* out = segment.out + row * segment.out_stride;
   for (int tile = 0; tile < segment.tiles; ++tile, out += kTileK) {
     const int32_t* words = segment.words + tile * segment.tile_stride;
     const char* next = reinterpret_cast<const char*>(words + (tile + 1 < segment.tiles ? segment.tile_stride : 0));
-    for (int byte = 0; byte < segment.chunks * kTileWords * 4; byte += 64) __builtin_prefetch(next + byte);
+    for (int byte = 0; byte < segment.units * kTileWords * 4; byte += 64) __builtin_prefetch(next + byte);
     for (int part = 0; part < C::kParts; ++part) {
       Floats sums[Type::kCodes][R] = {};
       const int32_t* first = words + part * C::kPartWords;
-      AddPart<Type, R, 0, kAtOnce>(first, segment.chunks, x, sums);
-      if constexpr (kAtOnce < Type::kCodes) AddPart<Type, R, kAtOnce, kAtOnce>(first, segment.chunks, x, sums);
+      AddPart<Type, R, 0, kAtOnce>(first, segment.units, x, sums);
+      if constexpr (kAtOnce < Type::kCodes) AddPart<Type, R, kAtOnce, kAtOnce>(first, segment.units, x, sums);
       for (int r = 0; r < R; ++r) {
         for (int c = 0; c < Type::kCodes; ++c) AddLanes<Type>(sums[c][r], part, c, out + r * segment.out_stride);
       }

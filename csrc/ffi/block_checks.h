@@ -28,11 +28,11 @@ inline void SetActivation(Contract& contract, std::string_view name, ffi::Span<c
 inline void CheckMatrices(Contract& contract, const cpu::ExpertBlock& block, int64_t hidden) {
   const cpu::ExpertStack &gate_up = *block.gate_up, &down = *block.down;
   const int64_t inner = down.k();
-  // Columns come in chunks of 64 and rows in tiles of 16, so one side may have the longer padding of the same extent.
-  contract.Require(gate_up.n() % block.halves() == 0 && block.half() >= inner && block.half() - inner < cpu::kChunk,
+  // Columns come in units of 64 and rows in tiles of 16, so one side may have the longer padding of the same extent.
+  contract.Require(gate_up.n() % block.halves() == 0 && block.half() >= inner && block.half() - inner < cpu::kUnit,
                    "gate_up has " + std::to_string(gate_up.n()) + " columns, which are not " +
                        std::to_string(block.halves()) + " times the " + std::to_string(inner) + " rows of down");
-  contract.Require(down.n() >= hidden && down.n() - hidden < cpu::kChunk,
+  contract.Require(down.n() >= hidden && down.n() - hidden < cpu::kUnit,
                    "down has " + std::to_string(down.n()) + " columns, x has " + std::to_string(hidden));
   contract.Require(gate_up.experts == down.experts, "gate_up has " + std::to_string(gate_up.experts) +
                                                         " experts, down has " + std::to_string(down.experts));

@@ -7,8 +7,8 @@ namespace jax_marlin_moe {
 namespace {
 
 using cpu::Code;
-using cpu::kChunk;
 using cpu::kTileK;
+using cpu::kUnit;
 using cpu::Scale;
 using cpu::Zeros;
 
@@ -96,10 +96,10 @@ cpu::ExpertStack CheckMatrix(Contract& contract, const std::string& prefix, int6
                    prefix + "zero_point is " + std::to_string(format.zero_point) + ", which is no code");
 
   const std::string packed_name = prefix + "packed";
-  const int64_t tile_words = kTileK * kChunk * code.bits / 32;
+  const int64_t tile_words = kTileK * kUnit * code.bits / 32;
   const int64_t experts = contract.Extent(operands.packed, packed_name, 0);
   const int64_t words = contract.Extent(operands.packed, packed_name, 2);
-  const int64_t n = words / tile_words * kChunk;
+  const int64_t n = words / tile_words * kUnit;
   const int64_t group = format.group_size;
   contract.Require(experts != 0, packed_name + " has 0 experts; there must be at least one");
   contract.Require(k >= kTileK && k % kTileK == 0,
@@ -127,7 +127,7 @@ cpu::ExpertStack CheckMatrix(Contract& contract, const std::string& prefix, int6
     contract.HasShape(operands.zeros, zeros_name, scale.dtype, {experts, groups, n});
   }
   contract.HasShapeOrIsAbsent(operands.global_scales, prefix + "global_scales", ffi::DataType::F32,
-                              {experts, n / kChunk});
+                              {experts, n / kUnit});
   contract.HasShapeOrIsAbsent(operands.bias, prefix + "bias", ffi::DataType::F32, {experts, n});
   if (!contract.ok()) return stack;
 

@@ -46,9 +46,9 @@ def plan_fused_moe(
 ) -> Plan:
     """Buffers: the operands of `operands_of_block`; y; scratch.
 
-    `scaled` says whether there is an x_scale, `intermediate` how the intermediate is quantised. Many tokens get the
-    program of a range of numbers. Each token visits `shared` experts beside `top_k` others: weights and ids name them
-    too.
+    `scaled` says whether there is an x_scale, `intermediate` how the intermediate is quantised; `rounded_to` and
+    `sliced` as for `plan_block`. Many tokens get the program of a range of numbers. Each token visits `shared` experts
+    beside `top_k` others: weights and ids name them too.
     """
     router = 1 + 2 * WEIGHT_OPERANDS
     of_shared = router + 5

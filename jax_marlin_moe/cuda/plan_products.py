@@ -137,17 +137,38 @@ def plan_grouped_product(
         (token_tiles,) = listed.tiles
         kernels += listed.kernels
         scratch += listed.scratch
+
+    def product(columns: range, out: int, out_columns: int) -> Kernel:
+        """Of these columns of the slots' rows, into rows of `out_columns`."""
+        epilogue = (
+            slot_partials(out_columns, out=out, bias=None, topk_weights=None)
+            if dtype == jnp.float32
+            else slot_rows(x.dtype.name, out_columns, out=out, bias=None, topk_weights=None)
+        )
+        return gemm_kernel(
+            "transposed" if transposed else "product",
+            shape,
+            tile,
+            weights,
+            x.dtype,
+            slots_per_row=num_slots // x.shape[0],
+            row_stride=shape.n if transposed else shape.k,
+            x=0,
+            first_operand=first_matrix,
+            token_tiles=token_tiles,
+            epilogue=epilogue,
+            overlaps_predecessor=capability >= 90 and bool(kernels),
+            transposed=transposed,
+            columns=columns,
+        )
+
     columns = shape.k if transposed else shape.n
-    slices, slots = [range(columns)], y
-    if summed > 1:
-        slices = slices_of_columns(shape, transposed, tile, _most_columns(x, num_slots, dtype))
-        slots = y + 1 + len(scratch)
-        scratch.append(jax.ShapeDtypeStruct((num_slots, len(slices[0])), dtype))
-    epilogue = (
-        slot_partials(len(slices[0]), out=slots, bias=None, topk_weights=None)
-        if dtype == jnp.float32
-        else slot_rows(x.dtype.name, len(slices[0]), out=slots, bias=None, topk_weights=None)
-    )
+    if summed == 1:
+        kernels.append(product(range(columns), y, columns))
+        return Plan(tuple(kernels), tuple(scratch))
+    slices = slices_of_columns(shape, transposed, tile, _most_columns(x, num_slots, dtype))
+    slots, width = y + 1 + len(scratch), len(slices[0])
+    scratch.append(jax.ShapeDtypeStruct((num_slots, width), dtype))
     sums = SlotSums(
         num_slots // summed,
         summed,
@@ -162,26 +183,8 @@ def plan_grouped_product(
         overlaps_predecessor=capability >= 90,
     )
     for part in slices:
-        kernels.append(
-            gemm_kernel(
-                "transposed" if transposed else "product",
-                shape,
-                tile,
-                weights,
-                x.dtype,
-                slots_per_row=num_slots // x.shape[0],
-                row_stride=shape.n if transposed else shape.k,
-                x=0,
-                first_operand=first_matrix,
-                token_tiles=token_tiles,
-                epilogue=epilogue,
-                overlaps_predecessor=capability >= 90 and bool(kernels),
-                transposed=transposed,
-                columns=part,
-            )
-        )
-        if summed > 1:
-            kernels.append(combine_kernel(sums, partial_dtype=dtype.name, columns_of=part))
+        kernels.append(product(part, slots, width))
+        kernels.append(combine_kernel(sums, partial_dtype=dtype.name, columns_of=part))
     return Plan(tuple(kernels), tuple(scratch))
 
 

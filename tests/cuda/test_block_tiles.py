@@ -48,7 +48,7 @@ def test_tiles_of_odd_width(tiles):
     ids=["3 and 2", "2 and 1", "4 and 2"],
 )
 def test_shares_of_k_that_are_not_alike(tiles, weight_format, group):
-    """The last chunk of K may be shorter, as the last group may."""
+    """The last k-block of K may be shorter, as the last group may."""
     case = Case("", hidden=960, inner=448, group_size=group, down_group_size=group)
     assert_tiles_agree(dataclasses.replace(case, weight_format=weight_format, down_format=weight_format), tiles)
 
@@ -144,7 +144,7 @@ def test_clusters_that_share_k(tiles, weight_format, routing):
     ids=["8 rows", "16 rows"],
 )
 def test_groups_side_by_side(tiles, weight_format, group, dtype):
-    """Experts have 1, 2, ... 9 rows: two groups of K at a time, or one. Last chunks of K are shorter."""
+    """Experts have 1, 2, ... 9 rows: two groups of K at a time, or one. Last k-blocks of K are shorter."""
     formats = {"weight_format": weight_format, "down_format": weight_format, "scale_dtype": dtype, "dtype": dtype}
     case = Case("", tokens=45, top_k=1, experts=9, hidden=480, inner=448, group_size=group, down_group_size=group)
     with jax.default_device(jax.devices("cuda")[0]):

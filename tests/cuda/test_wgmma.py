@@ -89,9 +89,9 @@ SCHEMES = {
     ),
     "float32 scales, sums": Scheme(SCALED_SUMS, "float16", "int8_zp", 64, "float32"),
 }
-# K of seven and a half chunks, and of three and a half: the last one repeats rows of the one before.
+# K of seven and a half k-blocks, and of three and a half: the last one repeats rows of the one before.
 SCHEMES |= {
-    f"half a chunk, {weight_format}": Scheme(tiles, dtype, weight_format, group_size, scale_dtype, 960, 448)
+    f"half a k-block, {weight_format}": Scheme(tiles, dtype, weight_format, group_size, scale_dtype, 960, 448)
     for tiles, dtype, weight_format, group_size, scale_dtype in (
         (two((16, 2, 1, 2, 128, 6, 1, False), (16, 1, 3, 2, 128, 4, 1, False)), "bfloat16", "int4", 128, None),
         (two((8, 2, 1, 3, 128, 6, 1, False), (8, 1, 1, 3, 128, 6, 1, False)), "bfloat16", "int8_zp", None, None),
@@ -163,13 +163,13 @@ def test_a_tile_fits_what_its_kernel_takes():
     assert not tile.fits(shape_of(2048, 1536, dtype="float16", code="e2m1", scale="e8m0", group_size=32), 90)
     assert tile.fits(shape_of(2048, 1536, zeros="float"), 90)
     assert not WgmmaTile(32, 2, 2, 1, 128, 4, 1, False).fits(shape_of(2048, 1536, zeros="float"), 90)
-    assert tile.fits(shape_of(2112, 1536), 90)  # half a chunk
+    assert tile.fits(shape_of(2112, 1536), 90)  # half a k-block
     assert tile.fits(shape_of(2112, 1536, group_size=64), 90)
     assert not tile.fits(shape_of(2080, 1536, group_size=64), 90)  # and half a group
     assert not tile.fits(shape_of(64, 1536, group_size=64), 90)  # nothing to repeat
     assert not tile.fits(shape_of(2048, 1600), 90)  # part of a column tile
     assert not WgmmaTile(144, 4, 2, 1, 128, 3, 1, True).fits(shape_of(2048, 1536), 90)  # registers
-    assert not WgmmaTile(24, 2, 1, 3, 128, 6, 1, False).fits(shape_of(256, 1536), 90)  # a warpgroup without a chunk
+    assert not WgmmaTile(24, 2, 1, 3, 128, 6, 1, False).fits(shape_of(256, 1536), 90)  # a warpgroup without a k-block
     assert WgmmaTile(8, 4, 1, 3, 128, 6, 1, False).fits(shape_of(2048, 1536), 90)
     assert not WgmmaTile(8, 4, 1, 3, 128, 8, 1, False).fits(shape_of(2048, 1536), 90)  # a stage of two warpgroups
 
@@ -409,7 +409,7 @@ def test_blocks_of_bytes_behind_each_other_agree_with_one_alone(name, activation
 @pytest.mark.gpu
 @pytest.mark.long
 def test_many_runs_give_the_same_bits():
-    """Three warpgroups take the chunks of a long K in turn; copies arrive in any order."""
+    """Three warpgroups take the k-blocks of a long K in turn; copies arrive in any order."""
     if compiler.compute_capability(compiler.target_architecture()) != 90:
         pytest.skip("wgmma is Hopper's")
     experts, hidden, inner, tokens, top_k = 32, 7168, 2048, 16, 8

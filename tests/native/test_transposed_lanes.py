@@ -12,7 +12,7 @@ from native import cpu_handlers_fuzz
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-TILES, CHUNKS = 3, 2
+TILES, UNITS = 3, 2
 # In the order of `Code` (csrc/cpu/gemm.h): bits of a code, and the values of all of them, less the kernel's center.
 SIXTEEN_BITS = np.arange(2**16, dtype=np.uint16)
 E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -42,16 +42,16 @@ def test_lanes_are_those_of_the_layout(kernel, code):
     rng = np.random.default_rng(0)
     bits, values = CODES[code]
     usable = np.flatnonzero(np.abs(values) < 1e4)
-    codes = rng.choice(usable, (TILES * 16, CHUNKS * 64)).astype(np.uint16)
+    codes = rng.choice(usable, (TILES * 16, UNITS * 64)).astype(np.uint16)
     words = oracle.pack_codes(codes[None], bits)[0]
     dense = values[codes].astype(np.float64)
     for rows in (1, 2, 3, 7):
-        x = rng.normal(size=(rows, CHUNKS * 64)).astype(np.float32)
-        # In Marlin's grouped order: column c of a chunk at 8 * (c % 8) + c / 8.
-        ordered = np.ascontiguousarray(x.reshape(rows, CHUNKS, 8, 8).swapaxes(-1, -2))
+        x = rng.normal(size=(rows, UNITS * 64)).astype(np.float32)
+        # In Marlin's grouped order: column c of a unit at 8 * (c % 8) + c / 8.
+        ordered = np.ascontiguousarray(x.reshape(rows, UNITS, 8, 8).swapaxes(-1, -2))
         out = np.ones((rows, TILES * 16), np.float32)
         arrays = [ctypes.c_void_p(array.ctypes.data) for array in (words, ordered, out)]
         number = list(CODES).index(code)
-        kernel(arrays[0], ctypes.c_int64(words.shape[1]), TILES, CHUNKS, number, arrays[1], rows, arrays[2])
+        kernel(arrays[0], ctypes.c_int64(words.shape[1]), TILES, UNITS, number, arrays[1], rows, arrays[2])
         expected = 1 + x.astype(np.float64) @ dense.T
         np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())

@@ -4,14 +4,14 @@
 #define JMM_TRANSPOSED_LANES LANES
 #include "cpu/transposed_segment.h"
 
-extern "C" void run(const int32_t* words, int64_t tile_stride, int tiles, int chunks, int code, const float* x,
-                    int rows, float* out) {
+extern "C" void run(const int32_t* words, int64_t tile_stride, int tiles, int units, int code, const float* x, int rows,
+                    float* out) {
   using namespace jax_marlin_moe::cpu;
   TransposedSegment segment;
   segment.words = words;
   segment.tile_stride = tile_stride;
   segment.tiles = tiles;
-  segment.chunks = chunks;
+  segment.units = units;
   segment.code = static_cast<Code>(code);
   segment.x = x;
   segment.rows = rows;
