@@ -15,6 +15,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "PYTEST_XDIST_WORKER" not i
     atexit.register(xla_cache.cleanup)
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": xla_cache.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
+# What is imported and collected stays: looking for cycles meanwhile finds none.
+gc.set_threshold(50_000, 20, 20)
+
 import jax
 import pytest
 from covering import covering, sample
@@ -93,10 +96,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish(session):
-    # What is imported and collected by now stays, and little that tests leave is in cycles: looking for them, again and
-    # again, would take a twentieth of a run.
+    # Little that tests leave is in cycles: looking for them as often as usual would take a twentieth of a run.
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_setup(item):

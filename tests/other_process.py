@@ -14,6 +14,16 @@ from printed_checks import NOT_ASKED
 
 _TESTS = str(pathlib.Path(__file__).parent)  # whose modules programs in other folders import, too
 
+# Runs the program that its first argument names, as Python itself does, but looks for cycles seldom, which few programs
+# have and which takes a twentieth of their time.
+_SELDOM = """
+import gc, os, runpy, sys
+gc.set_threshold(50_000, 20, 20)
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def cases_of(checks: Sequence[str], exhaustive: Container[str] = ()) -> list[Any]:
     """Parameters of a test named `check`: those of `exhaustive` are skipped by ordinary runs."""
@@ -34,7 +44,7 @@ def found_by(program: str, test_file: str, *arguments: str) -> Any:
     """The JSON in the last line that a program beside the file of a test prints."""
     path = pathlib.Path(test_file).with_name(program)
     run = subprocess.run(
-        [sys.executable, path, *arguments],
+        [sys.executable, "-c", _SELDOM, path, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([_TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])},
         capture_output=True,
         text=True,
@@ -57,7 +67,7 @@ def last_lines_of_two(
         address = f"127.0.0.1:{free.getsockname()[1]}"
     runs = [
         subprocess.Popen(
-            [sys.executable, path, address, str(process), *arguments],
+            [sys.executable, "-c", _SELDOM, path, address, str(process), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
