@@ -15,8 +15,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "PYTEST_XDIST_WORKER" not i
     atexit.register(xla_cache.cleanup)
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": xla_cache.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
-# What is imported and collected stays: looking for cycles meanwhile finds none.
-gc.set_threshold(50_000, 20, 20)
+if gc.isenabled():  # what is imported and collected stays: looking for cycles meanwhile finds none
+    gc.set_threshold(50_000, 20, 20)
 
 import jax
 import pytest

@@ -248,14 +248,24 @@ def test_slices_and_joins_of_every_format(weight_format):
     experts = random_experts(rng, 3, 2 * size + 16, 192, weight_format=weight_format, group_size=size, bias=True)
     weights, dense = experts.packed(), experts.dense()
     assert (weights.group_size, weights.num_groups) == (size, 3)
-    np.testing.assert_array_equal(oracle.dense(weights.columns(64, 192)), dense[..., 64:192])
-    np.testing.assert_array_equal(weights.columns(64, 192).bias, experts.bias[:, 64:192])
-    np.testing.assert_array_equal(oracle.dense(weights.rows(0, size)), dense[:, :size])
-    np.testing.assert_array_equal(oracle.dense(weights.rows(size, 2 * size + 16)), dense[:, size:])
-    assert_same_weights(jmm.concatenate_columns([weights.columns(0, 64), weights.columns(64, 192)]), weights)
-    assert_same_weights(jmm.stack_experts([weights.expert(e) for e in range(3)]), weights)
+    # In one program: slices are one of their own for each leaf.
+    columns, first, last, joined, stacked = jax.jit(
+        lambda w: (
+            w.columns(64, 192),
+            w.rows(0, size),
+            w.rows(size, 2 * size + 16),
+            jmm.concatenate_columns([w.columns(0, 64), w.columns(64, 192)]),
+            jmm.stack_experts([w.expert(e) for e in range(3)]),
+        )
+    )(weights)
+    np.testing.assert_array_equal(oracle.dense(columns), dense[..., 64:192])
+    np.testing.assert_array_equal(columns.bias, experts.bias[:, 64:192])
+    np.testing.assert_array_equal(oracle.dense(first), dense[:, :size])
+    np.testing.assert_array_equal(oracle.dense(last), dense[:, size:])
+    assert_same_weights(joined, weights)
+    assert_same_weights(stacked, weights)
     if experts.global_scales is not None:
-        np.testing.assert_array_equal(weights.columns(64, 192).global_scales, experts.global_scales[:, 1:])
+        np.testing.assert_array_equal(columns.global_scales, experts.global_scales[:, 1:])
 
 
 @pytest.mark.sampled(3)

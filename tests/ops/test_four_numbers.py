@@ -1,22 +1,27 @@
 """Four numbers in 64 bits, for shares that are sent between devices only to be added up."""
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_marlin_moe.ops.four_numbers import WORDS, pack_fours, unpack_fours
-from jax_marlin_moe.ops.packed_shares import add_shares, pack_share
+from jax_marlin_moe.ops import four_numbers, packed_shares
+from jax_marlin_moe.ops.four_numbers import WORDS
+
+# As calls have them: op by op, one of them compiles twenty programs for each shape.
+pack_fours, unpack_fours = jax.jit(four_numbers.pack_fours), jax.jit(four_numbers.unpack_fours)
+pack_share, add_shares = jax.jit(packed_shares.pack_share), jax.jit(packed_shares.add_shares, static_argnums=1)
 
 
 def there_and_back(y):
-    return np.asarray(unpack_fours(pack_fours(jnp.asarray(y, jnp.float32))))
+    return np.asarray(unpack_fours(pack_fours(np.asarray(y, np.float32))))
 
 
 def test_the_error_is_half_a_unit_of_the_largest_of_four():
-    keys = jax.random.split(jax.random.key(0), 2)
-    y = jax.random.normal(keys[0], (64, 256)) * jnp.exp(8 * jax.random.normal(keys[1], (64, 256)))
-    largest = np.abs(np.asarray(y)).reshape(64, 64, 4).max(2)
+    rng = np.random.default_rng(0)
+    y = (rng.normal(size=(64, 256)) * np.exp(8 * rng.normal(size=(64, 256)))).astype(np.float32)
+    largest = np.abs(y).reshape(64, 64, 4).max(2)
     error = np.abs(there_and_back(y) - y).reshape(64, 64, 4).max(2)
     assert (error <= 2.0**-13 * largest).all()
     assert error.max() > 0
@@ -49,21 +54,21 @@ def words_of(fours):
 
 def test_words_are_those_of_the_kernels():
     y = np.float32([[1, -1, 0.5, -0.25], [-3.4e38, 1e38, 0, 7e37], [0, 0, 0, 0], [-1e-30, 2e-30, -3e-30, 4e-30]])
-    np.testing.assert_array_equal(pack_fours(jnp.asarray(y)).reshape(-1), words_of(y))
+    np.testing.assert_array_equal(np.asarray(pack_fours(y)).reshape(-1), words_of(y))
 
 
 def test_shares_are_added_in_float32_and_rounded_once():
-    y = jax.random.normal(jax.random.key(0), (3, 4, 16))
+    y = host_arrays.normal(0, (3, 4, 16))
     words = pack_share(y)
     assert (words.dtype, words.shape) == (WORDS, (3, 4, 8))
     wanted = sum(np.asarray(unpack_fours(words)))
     np.testing.assert_array_equal(add_shares(words, jnp.float32), wanted)
-    np.testing.assert_array_equal(add_shares(words, jnp.bfloat16), jnp.asarray(wanted).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(add_shares(words, jnp.bfloat16), wanted.astype(jnp.bfloat16))
 
 
 def test_shares_are_packed_and_added_in_batches():
-    y = jax.random.normal(jax.random.key(1), (2, 3, 4, 16))  # shares, batch, rows, columns
+    y = host_arrays.normal(1, (2, 3, 4, 16))  # shares, batch, rows, columns
     words = jax.vmap(pack_share, in_axes=1, out_axes=2)(y)
-    np.testing.assert_array_equal(words, jnp.moveaxis(pack_share(y), 1, 2))
+    np.testing.assert_array_equal(words, np.moveaxis(pack_share(y), 1, 2))
     sums = jax.vmap(lambda one: add_shares(one, jnp.float32), in_axes=2)(words)
     np.testing.assert_array_equal(sums, [add_shares(pack_share(y[:, i]), jnp.float32) for i in range(3)])
