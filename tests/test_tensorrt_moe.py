@@ -2,6 +2,7 @@
 
 import functools
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -36,7 +37,13 @@ def sample(intermediate=None, scale=1.0, activation="silu"):
 
 def tokens(dtype=jnp.float32, batch=(2, 3)):
     ids = np.arange(np.prod(batch) * TOP_K, dtype=np.int32).reshape(*batch, TOP_K) % E
-    return jnp.ones((*batch, H), dtype), ids, jnp.ones(ids.shape, jnp.float32)
+    return host_arrays.ones((*batch, H), dtype), ids, host_arrays.ones(ids.shape)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def called(layer, *arguments, implementation=None):
+    """As one program: a layer's own operations are twenty."""
+    return layer(*arguments, implementation=implementation)
 
 
 @pytest.mark.covering
@@ -53,14 +60,14 @@ def tokens(dtype=jnp.float32, batch=(2, 3)):
 def test_the_values_of_the_sample(implementation, intermediate, scale, value):
     """All ones: silu(32) * 32 is 1024, times 32 columns and 4 experts, as far as its type reaches."""
     with default_device(implementation):
-        y = sample(intermediate, scale)(*tokens(), implementation=implementation)
+        y = called(sample(intermediate, scale), *tokens(), implementation=implementation)
     assert (y.shape, y.dtype) == ((2, 3, H), jnp.float32)
     np.testing.assert_array_equal(np.asarray(y), np.float32(value))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 def test_the_result_has_the_type_of_the_hidden_states(dtype):
-    y = sample("static_fp8")(*tokens(dtype))
+    y = called(sample("static_fp8"), *tokens(dtype))
     assert y.dtype == (jnp.float32 if dtype == jnp.float8_e4m3fn else dtype)
     np.testing.assert_array_equal(np.asarray(y, np.float32), 57344)
 
@@ -135,10 +142,9 @@ def test_packed_codes_are_those_of_the_narrow_type():
 
 def test_layers_are_arguments_of_jitted_and_exported_functions():
     layer, arguments = sample("dynamic_nvfp4"), tokens()
-    run = jax.jit(lambda layer, *arguments: layer(*arguments))
-    np.testing.assert_array_equal(np.asarray(run(layer, *arguments)), 135168)
+    np.testing.assert_array_equal(np.asarray(called(layer, *arguments)), 135168)
     checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in jmm.CUSTOM_CALL_TARGETS]
-    data = jax.export.export(run, disabled_checks=checks)(layer, *arguments).serialize()
+    data = jax.export.export(called, disabled_checks=checks)(layer, *arguments).serialize()
     np.testing.assert_array_equal(np.asarray(jax.export.deserialize(data).call(layer, *arguments)), 135168)
     assert "TensorRTMoE(" in repr(layer)
 
