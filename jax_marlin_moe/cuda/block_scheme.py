@@ -74,4 +74,5 @@ def block_scheme(
         measured = measured_scheme(gate_up, down, top_k, tokens, architecture, shared)
         if measured is not None and measured.fits(first, second, capability):
             return measured
-    return predicted_scheme(first, second, tokens * slots, slots, experts, capability)
+    at_once = asked == "batch_invariant"  # parts of a tile have their zero points in another order
+    return predicted_scheme(first, second, tokens * slots, slots, experts, capability, at_once=at_once)

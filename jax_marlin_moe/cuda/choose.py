@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from jax_marlin_moe.cuda.architectures import get_architecture
-from jax_marlin_moe.cuda.kernels import mma, mma_bytes, transposed, wgmma
+from jax_marlin_moe.cuda.kernels import mma, mma_bytes, transposed, wgmma, wgmma_bytes
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
 from jax_marlin_moe.cuda.scheme import KERNELS, BlockScheme, SlotRouting, Tile, kernels_of
 
@@ -212,9 +212,18 @@ def overlaps(shape: GemmShape, tile: Tile, microseconds: float, capability: int)
 
 
 def predicted_scheme(
-    first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
+    first: GemmShape,
+    second: GemmShape,
+    num_slots: int,
+    top_k: int,
+    routed_experts: int,
+    capability: int,
+    *,
+    at_once: bool = False,
 ) -> BlockScheme:
     """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere.
+
+    Token tiles of bytes are those whose rows are multiplied `at_once`, or any.
 
     Raises:
         ValueError: no kernel supports the shapes.
@@ -232,6 +241,8 @@ def predicted_scheme(
         return fastest(mma.TOKEN_TILES[0], num_slots, rows=None, direct=True)[1]
     found = []
     for tokens in block_sizes(num_slots, routed_experts, first, capability):
+        if at_once and tokens > wgmma_bytes.MOST_AT_ONCE:
+            continue
         with contextlib.suppress(ValueError):  # no tile of this size supports one of the shapes
             found.append(fastest(tokens, *_filled(first, num_slots, routed_experts, tokens), direct=False))
     if not found:

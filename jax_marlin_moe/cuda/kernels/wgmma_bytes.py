@@ -27,7 +27,7 @@ _OF_SMALL_GROUPS = ("e2m1", "e4m3")
 _OTHER_CONSUMER_REGISTERS = 8  # of a thread that multiplies, beside sums and fragments
 _PRODUCER_REGISTERS = 24
 _FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
-_MOST_AT_ONCE = 128  # tokens of a slab's sums of a k-block; those of more are made by thirds, two of which it holds
+MOST_AT_ONCE = 128  # tokens of a slab's sums of a k-block; those of more are made by thirds, two of which it holds
 
 _LEAST_ROWS = 32  # of an expert, with which products of e4m3 rows are ahead of their values in 16 bits
 
@@ -116,7 +116,7 @@ class WgmmaByteTile:
 
     def registers(self, shape: GemmShape) -> int:
         """Of a thread that multiplies: sums of the tile and of a slab, fragments, the rest."""
-        at_once = self.tokens if self.tokens <= _MOST_AT_ONCE else self.tokens * 2 // 3
+        at_once = self.tokens if self.tokens <= MOST_AT_ONCE else self.tokens * 2 // 3
         return (self.sub_tiles * self.tokens + at_once) // 2 + _FRAGMENT_REGISTERS + _OTHER_CONSUMER_REGISTERS
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
@@ -126,7 +126,7 @@ class WgmmaByteTile:
             "wgmma_bytes" in card.kernels
             and multiplies(shape)
             and self.tokens in TOKEN_TILES
-            and (self.tokens <= _MOST_AT_ONCE or not shape.row_groups)  # one thread copies the scales of a row
+            and (self.tokens <= MOST_AT_ONCE or not shape.row_groups)  # one thread copies the scales of a row
             and shape.n >= UNIT * self.warpgroups_n * self.sub_tiles
             and card.fits_shared_memory(self.shared_bytes(shape) + TAKEN_BYTES, self.ctas_per_sm)
             and self.registers(shape) <= self.consumer_registers
@@ -145,7 +145,7 @@ class WgmmaByteTile:
 
         def cycles(rows: float) -> float:
             """Of a work tile."""
-            parts = 1 + (_BY_PARTS - 1) * rows / self.tokens if self.tokens > _MOST_AT_ONCE else 1
+            parts = 1 + (_BY_PARTS - 1) * rows / self.tokens if self.tokens > MOST_AT_ONCE else 1
             alone = _ALONE if self.warpgroups_n * self.ctas_per_sm == 1 else 1
             products = units * (_UNIT_CYCLES + _ROW_CYCLES * max(rows, _LEAST_TIMED_ROWS)) * parts * alone
             block = max(memory, products)
