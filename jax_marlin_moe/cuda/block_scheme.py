@@ -4,7 +4,7 @@ from jax_marlin_moe.cuda import tables
 from jax_marlin_moe.cuda.choose import invariant_scheme, predicted_scheme
 from jax_marlin_moe.cuda.compiler import compute_capability
 from jax_marlin_moe.cuda.kernels.problem import GemmShape
-from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme, kernels_of
+from jax_marlin_moe.cuda.scheme import BatchInvariant, BlockScheme
 from jax_marlin_moe.weights import MarlinWeights
 
 
@@ -68,11 +68,10 @@ def block_scheme(
             )
         return asked
     slots, experts = top_k + shared, routed_experts + shared
-    if asked == "batch_invariant" and "wgmma_bytes" not in kernels_of(first, capability):  # that adds up in one order
+    if asked == "batch_invariant":
         return invariant_scheme(first, second, tokens * slots, experts, capability)
     if not first.has_byte_rows:  # which no table has
         measured = measured_scheme(gate_up, down, top_k, tokens, architecture, shared)
         if measured is not None and measured.fits(first, second, capability):
             return measured
-    at_once = asked == "batch_invariant"  # parts of a tile have their zero points in another order
-    return predicted_scheme(first, second, tokens * slots, slots, experts, capability, at_once=at_once)
+    return predicted_scheme(first, second, tokens * slots, slots, experts, capability)

@@ -212,18 +212,9 @@ def overlaps(shape: GemmShape, tile: Tile, microseconds: float, capability: int)
 
 
 def predicted_scheme(
-    first: GemmShape,
-    second: GemmShape,
-    num_slots: int,
-    top_k: int,
-    routed_experts: int,
-    capability: int,
-    *,
-    at_once: bool = False,
+    first: GemmShape, second: GemmShape, num_slots: int, top_k: int, routed_experts: int, capability: int
 ) -> BlockScheme:
     """The cost model's choice: slots by themselves where hardly two share an expert, aligned blocks elsewhere.
-
-    Token tiles of bytes are those whose rows are multiplied `at_once`, or any.
 
     Raises:
         ValueError: no kernel supports the shapes.
@@ -241,8 +232,6 @@ def predicted_scheme(
         return fastest(mma.TOKEN_TILES[0], num_slots, rows=None, direct=True)[1]
     found = []
     for tokens in block_sizes(num_slots, routed_experts, first, capability):
-        if at_once and tokens > wgmma_bytes.MOST_AT_ONCE:
-            continue
         with contextlib.suppress(ValueError):  # no tile of this size supports one of the shapes
             found.append(fastest(tokens, *_filled(first, num_slots, routed_experts, tokens), direct=False))
     if not found:
@@ -263,9 +252,9 @@ def invariant_scheme(
         ValueError: no kernel has such tiles for the shapes.
     """
     shapes = first, second
-    for kernel in ("wgmma", "mma", "mma_bytes"):
+    for kernel in ("wgmma", "mma", "wgmma_bytes", "mma_bytes"):
         found = []
-        for tokens in sorted({*mma.TOKEN_TILES, *wgmma.TOKEN_TILES}):
+        for tokens in KERNELS[kernel].token_tiles:
             blocks, rows = _filled(first, num_slots, routed_experts, tokens)
             fitting = [_tiles_in_order(kernel, shape, tokens, capability) for shape in shapes]
             if all(fitting):
@@ -319,12 +308,10 @@ def _timed_scheme(
 def _tiles_in_order(kernel: str, shape: GemmShape, tokens: int, capability: int) -> list[Tile]:
     if kernel not in kernels_of(shape, capability):
         return []
-    if kernel != "wgmma":
-        of_mma: Sequence[mma.MmaTile] = (
-            mma.candidates(shape, tokens, capability)
-            if kernel == "mma"
-            else mma_bytes.candidates(shape, tokens, capability)
-        )
-        return [tile for tile in of_mma if mma.adds_in_order(tile)]
-    tiles = wgmma.candidates(shape, tokens, capability, all_scaling=True)
-    return [tile for tile in tiles if wgmma.adds_in_order(shape, tile)]
+    if kernel == "wgmma":
+        tiles = wgmma.candidates(shape, tokens, capability, all_scaling=True)
+        return [tile for tile in tiles if wgmma.adds_in_order(shape, tile)]
+    if kernel == "wgmma_bytes":
+        return [*wgmma_bytes.candidates(shape, tokens, capability, in_order=True)]
+    of_mma = (mma if kernel == "mma" else mma_bytes).candidates(shape, tokens, capability)
+    return [tile for tile in of_mma if mma.adds_in_order(tile)]

@@ -269,11 +269,19 @@ def elements_of_products(planned):
     return [kernel.structs["Problem"]["element"] for kernel in planned.kernels if "Problem" in kernel.structs]
 
 
-def test_blocks_whose_results_do_not_depend_on_the_batch_have_no_tiles_by_parts():
-    weights = [abstract_experts(8, k, n, group_size=128) for k, n in ((4096, 28672), (14336, 4096))]
-    x = array((1024, 4096), jnp.bfloat16)
-    planned = planned_block(x, *weights, top_k=2, scheme="batch_invariant", activation_dtype="float8_e4m3fn")
-    assert {k.structs["Tile"]["tokens"] for k in planned.kernels if "Tile" in k.structs} == {128}
+@pytest.mark.parametrize(("dtype", "element"), [("float8_e4m3fn", "jmm::Fp8"), ("int8", "jmm::Signed8")])
+def test_blocks_whose_results_do_not_depend_on_the_batch_add_zero_points_in_one_order(dtype, element):
+    """No rows by parts; of K of more than 2048, half of a ring always has two stages of zero points."""
+    weights = [abstract_experts(8, k, n, group_size=128, zeros=True) for k, n in ((4096, 28672), (14336, 4096))]
+    rows_of_a_tile = set()
+    for tokens in (1, 64, 1024, 16384):
+        x = array((tokens, 4096), jnp.bfloat16)
+        planned = planned_block(x, *weights, top_k=2, scheme="batch_invariant", activation_dtype=dtype)
+        assert elements_of_products(planned) == [element, element]
+        tiles = [kernel.structs["Tile"] for kernel in planned.kernels if "Tile" in kernel.structs]
+        assert all(tile["tokens"] <= 128 and tile["stages"] // 2 == 2 for tile in tiles)
+        rows_of_a_tile |= {tile["tokens"] for tile in tiles}
+    assert len(rows_of_a_tile) > 1
 
 
 @pytest.mark.parametrize(("name", "tokens", "packed"), [("deepseek-v3", 512, True), ("qwen3-30b-a3b", 256, False)])

@@ -27,7 +27,7 @@ _OF_SMALL_GROUPS = ("e2m1", "e4m3")
 _OTHER_CONSUMER_REGISTERS = 8  # of a thread that multiplies, beside sums and fragments
 _PRODUCER_REGISTERS = 24
 _FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
-MOST_AT_ONCE = 128  # tokens of a slab's sums of a k-block; those of more are made by thirds, two of which it holds
+_MOST_AT_ONCE = 128  # tokens of a slab's sums of a k-block; those of more are made by thirds, two of which it holds
 
 _LEAST_ROWS = 32  # of an expert, with which products of e4m3 rows are ahead of their values in 16 bits
 
@@ -116,7 +116,7 @@ class WgmmaByteTile:
 
     def registers(self, shape: GemmShape) -> int:
         """Of a thread that multiplies: sums of the tile and of a slab, fragments, the rest."""
-        at_once = self.tokens if self.tokens <= MOST_AT_ONCE else self.tokens * 2 // 3
+        at_once = self.tokens if self.tokens <= _MOST_AT_ONCE else self.tokens * 2 // 3
         return (self.sub_tiles * self.tokens + at_once) // 2 + _FRAGMENT_REGISTERS + _OTHER_CONSUMER_REGISTERS
 
     def fits(self, shape: GemmShape, capability: int) -> bool:
@@ -126,7 +126,7 @@ class WgmmaByteTile:
             "wgmma_bytes" in card.kernels
             and multiplies(shape)
             and self.tokens in TOKEN_TILES
-            and (self.tokens <= MOST_AT_ONCE or not shape.row_groups)  # one thread copies the scales of a row
+            and (self.tokens <= _MOST_AT_ONCE or not shape.row_groups)  # one thread copies the scales of a row
             and shape.n >= UNIT * self.warpgroups_n * self.sub_tiles
             and card.fits_shared_memory(self.shared_bytes(shape) + TAKEN_BYTES, self.ctas_per_sm)
             and self.registers(shape) <= self.consumer_registers
@@ -145,7 +145,7 @@ class WgmmaByteTile:
 
         def cycles(rows: float) -> float:
             """Of a work tile."""
-            parts = 1 + (_BY_PARTS - 1) * rows / self.tokens if self.tokens > MOST_AT_ONCE else 1
+            parts = 1 + (_BY_PARTS - 1) * rows / self.tokens if self.tokens > _MOST_AT_ONCE else 1
             alone = _ALONE if self.warpgroups_n * self.ctas_per_sm == 1 else 1
             products = units * (_UNIT_CYCLES + _ROW_CYCLES * max(rows, _LEAST_TIMED_ROWS)) * parts * alone
             block = max(memory, products)
@@ -206,12 +206,25 @@ def halves_apart(shape: GemmShape) -> bool:
     return shape.code == "int4"
 
 
-def candidates(shape: GemmShape, tokens: int, capability: int) -> list[WgmmaByteTile]:
-    """Every tile worth considering: it fits."""
+def _zero_stages(shape: GemmShape) -> int:
+    """Stages of the ring that zero points have, behind those of the k-blocks (csrc/cuda/gemm/wgmma/zero_stages.cuh)."""
+    there = shape.zeros is not None or (shape.code == "int4" and shape.dtype != "int8")
+    return -(-shape.k // (16 * BLOCK_K)) if there else 0
+
+
+def candidates(shape: GemmShape, tokens: int, capability: int, *, in_order: bool = False) -> list[WgmmaByteTile]:
+    """Every tile worth considering: it fits.
+
+    With `in_order` those that give a row the same bits, however many rows there are. Sums of zero points are added for
+    as many of their stages at a time as half of the ring has, one where rows are multiplied by parts: it is two then.
+    """
+    if in_order and tokens > _MOST_AT_ONCE:
+        return []
+    rings = (5, 4) if in_order and _zero_stages(shape) > 1 else range(8, 2, -1)
     found = []
     # Of four sub-tiles a lane's float32 results take two stores of half a sector each: slower wherever they were timed.
     for sub_tiles, warpgroups_n in itertools.product((2, 4) if shape.gated else (2,), (1, 2)):
-        for stages in range(8, 2, -1):  # as many as there is room for
+        for stages in rings:  # as many as there is room for
             tile = WgmmaByteTile(tokens, sub_tiles, warpgroups_n, stages)
             if tile.fits(shape, capability):
                 found.append(tile)
