@@ -20,16 +20,16 @@ ALL = 600  # tokens; blocks of 144 rows are worth considering
 PARTS = [slice(0, 1), slice(599, 600), slice(100, 117), slice(250, 350), slice(None, None, -1)]
 
 
-def weights_of(weight_format, dtype="bfloat16"):
+def weights_of(weight_format, dtype="bfloat16", hidden=HIDDEN):
     keys = jax.random.split(jax.random.key(0), 2)
-    shapes = (EXPERTS, HIDDEN, 2 * INNER), (EXPERTS, INNER, HIDDEN)
+    shapes = (EXPERTS, hidden, 2 * INNER), (EXPERTS, INNER, hidden)
     dense = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
     return [jmm.quantize(matrix, weight_format) for matrix in dense]
 
 
-def rows(dtype="bfloat16"):
+def rows(dtype="bfloat16", hidden=HIDDEN):
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(ALL, HIDDEN)), dtype)
+    x = jnp.asarray(rng.normal(size=(ALL, hidden)), dtype)
     ids = np.argsort(rng.random((ALL, EXPERTS)), axis=1)[:, :TOP_K].astype(np.int32)
     return x, rng.uniform(0.1, 1, (ALL, TOP_K)).astype(np.float32), ids
 
@@ -70,6 +70,21 @@ def test_a_block_on_the_card(weight_format, dtype):
         )
 
     assert_same_bits(block, PARTS[1:4])
+
+
+@pytest.mark.parametrize("activation_dtype", ["float8_e4m3fn", pytest.param("int8", marks=pytest.mark.gpu)])
+def test_a_block_of_rows_of_bytes(platform, activation_dtype):
+    """On cards zero points have sums of their own, for each 2048 rows of K."""
+    hidden = 4352 if platform == "cuda" else HIDDEN
+    gate_up, down = weights_of("int4_zp", hidden=hidden)
+    x, router, ids = rows(hidden=hidden)
+
+    def block(part):
+        call = x[part], gate_up, down, router[part], ids[part]
+        options = {"activation_dtype": activation_dtype, "batch_invariant": True}
+        return jmm.fused_moe(*call, **options, implementation=platform)
+
+    assert_same_bits(block, PARTS if platform == "cuda" else PARTS[1:3])
 
 
 def test_a_layer(platform):
