@@ -84,7 +84,7 @@ def plan_of(name, tokens):
 
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.sampled(14)
+@pytest.mark.sampled(len(CASES))
 @pytest.mark.parametrize("name", CASES)
 def test_products_of_bytes_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like), and what it keeps in memory for want of registers."""

@@ -124,7 +124,7 @@ def shape_of(k, n, *, gated=False, dtype="bfloat16", **facts):
 
 @needs_nvrtc
 @pytest.mark.long
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(len(SCHEMES))
 @pytest.mark.parametrize("name", SCHEMES)
 def test_products_are_not_serialised(name):
     """ptxas says so in its log (C7510 and its like)."""
