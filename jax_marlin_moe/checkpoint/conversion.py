@@ -68,9 +68,9 @@ def convert(
         source, quantize=quantize, group_size=group_size, scale_dtype=scale_dtype, families=families
     )
     if isinstance(checkpoint.contents, packed_form.Manifest):
-        raise ValueError(f"{source} is packed already")
+        raise ValueError(f"{source} is packed already; source must be the folder that it was converted from")
     if not checkpoint.layers:
-        raise ValueError(f"{source} has no layers with experts")
+        raise ValueError(f"{source} has no layers with experts; it must have at least one")
     conversion = {
         "package": jax_marlin_moe.__version__,
         "quantize": quantize,

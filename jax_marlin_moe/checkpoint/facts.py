@@ -245,17 +245,6 @@ def refuse_unknown(keys: Keys, known: Collection[str]) -> None:
             raise keys.fault(key, "omitted: this package does not know it")
 
 
-def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: jax.Array) -> int:
-    """Of a matrix whose facts do not state it: what the shapes determine, and they mostly do."""
-    if packed.ndim != 3 or scales.ndim != 3:
-        raise ValueError(f"{path}.packed and {path}.scales must have 3 dimensions")
-    k = packed.shape[1] * TILE_K - about["row_padding"]
-    try:
-        return resolve_group_size(None, k, scales.shape[1], about["format"])
-    except ValueError as error:
-        raise ValueError(f"{path} states no group_size: {error}; convert the source again") from None
-
-
 def write_activation(activation: str | Activation) -> dict[str, Any]:
     """The JSON object of an activation."""
     made = get_activation(activation)
@@ -277,3 +266,18 @@ def read_activation(keys: Keys) -> str | Activation:
     except ValueError as error:
         raise keys.fault("parameters", f"{wanted} numbers as strings, as {name} takes them", f" ({error})") from None
     return activation if activation.parameters else activation.name
+
+
+def _group_size(path: str, about: Mapping[str, Any], packed: jax.Array, scales: jax.Array) -> int:
+    """The group size of a matrix whose facts do not state it, as the shapes determine it.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if packed.ndim != 3 or scales.ndim != 3:
+        raise ValueError(f"{path}.packed and {path}.scales must have 3 dimensions")
+    k = packed.shape[1] * TILE_K - about["row_padding"]
+    try:
+        return resolve_group_size(None, k, scales.shape[1], about["format"])
+    except ValueError as error:
+        raise ValueError(f"{path} states no group_size: {error}; convert the source again") from None

@@ -1,7 +1,6 @@
 """Scales of 8-bit activations that calibration has fixed, as files have them: an `input_scale` for each linear."""
 
 import logging
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,12 @@ from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 
 _LOGGER = logging.getLogger(__name__)
 _SUFFIX = ".input_scale"
-# W4AFP8 has them beside the linears, by other names than these.
+# W4AFP8 files have them beside the linears, under these names.
 _BESIDE = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def input_scale_name(files: TensorFolder, linear: Linear) -> str:
-    """The tensor with the scale of a linear's rows: its own, or one beside it."""
+    """The name of the tensor with the scale of a linear's rows: in the linear's module, or beside it (W4AFP8)."""
     own = linear.name(_SUFFIX)
     expert, _, name = linear.module.rpartition(".")
     beside = f"{expert}.{_BESIDE.get(name, name)}{_SUFFIX}"
@@ -51,13 +50,15 @@ def _of_matrix(files: TensorFolder, matrix: StoredMatrix, quantization: Quantiza
     ]
     names = [input_scale_name(files, linear) for linear in linears]
     there = [name in files for name in names]
-    for name in names if _SUFFIX in matrix.storage.ignored else ():
-        files.ignore(name)
+    if _SUFFIX in matrix.storage.ignored:
+        for name in names:
+            files.ignore(name)
     if not any(there) or not any(fixed):
         return None
     scales = np.zeros(len(linears), np.float32)
-    for i in _members(fixed, there):
-        scales[i] = _read(files, names[i], linears[i])
+    for i, linear in enumerate(linears):
+        if fixed[i] and there[i]:
+            scales[i] = _read(files, names[i], linear)
     usable = (scales > 0) & np.isfinite(scales)
     if not usable.all():
         name = names[int(np.argmin(usable))]
@@ -70,12 +71,8 @@ def _of_matrix(files: TensorFolder, matrix: StoredMatrix, quantization: Quantiza
     return scales.reshape(len(matrix.experts), -1)
 
 
-def _members(*flags: Iterable[bool]) -> list[int]:
-    return [i for i, values in enumerate(zip(*flags, strict=True)) if all(values)]
-
-
 def _read(files: TensorFolder, name: str, linear: Linear) -> np.float32:
-    """One number: of the linear's own, of all experts, or the linear's among those of all."""
+    """The number of a linear: alone in the tensor, or that of its expert in a tensor with one for each expert."""
     shape = files.info(name).shape
     size = int(np.prod(shape))
     if size != 1 and (linear.expert is None or size != linear.num_experts):

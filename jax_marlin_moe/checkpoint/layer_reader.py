@@ -57,7 +57,7 @@ class LayerReader:
         first, second = expert_linears(self.tensors)
         linears = [linear for expert in (*first, *second) for linear in expert]
         if all(W4AFp8Storage.holds(self.tensors.files, linear) for linear in linears):
-            return W4AFp8Storage.rows
+            return W4AFp8Storage.activation_dtype
         quantization = self.tensors.quantization
         stated = {stated_activation_dtype(quantization, module) for module in {each.module for each in linears}}
         return stated.pop() if len(stated) == 1 else None
@@ -120,7 +120,7 @@ class LayerReader:
         return layer
 
     def _input_scales(self, first: Experts, second: Experts) -> tuple[Array | None, Array | None]:
-        """Those of e4m3 rows that the files fix."""
+        """The scales of e4m3 rows that the files fix: of x, and of the rows between the products by expert."""
         tensors, files = self.tensors, self.tensors.files
         hidden, size = tensors.facts.hidden, tensors.facts.size
         linears = (linear for expert in (*first, *second) for linear in expert)

@@ -70,7 +70,7 @@ class LayerTensors:
         name = self.name(template)
         value = self.files.read(name, shape, FLOATS)
         if not np.isfinite(value.astype(np.float32)).all():
-            raise self.files.fault(name, "holds infinities or NaN")
+            raise self.files.fault(name, "holds infinities or NaN; every value must be finite")
         return jnp.array(value, copy=True)
 
     def correction_bias(self, experts: int) -> Array | None:

@@ -153,17 +153,6 @@ def load_moe_layers(
         raise ValueError(f"{checkpoint.folder}, whose layers {numbers} are stacked: {error}") from None
 
 
-def _loaded(
-    checkpoint: "Checkpoint", numbers: Sequence[int], sharding: MoESharding | None
-) -> Iterator[tuple[int, MoELayer]]:
-    """The layers, one by one, with a line on a terminal that counts them."""
-    with progress_bar("layers", len(numbers)) as bar:
-        for number in numbers:
-            layer = checkpoint.load(number, sharding)
-            bar.update()
-            yield number, layer
-
-
 class Checkpoint:
     """An opened checkpoint folder, of either kind: its layers that have experts, and the rest of the model.
 
@@ -177,8 +166,8 @@ class Checkpoint:
     Attributes:
         contents: the manifest of the packed form, or the folder as its tool wrote it; both have `layers` and `load`.
         layers: numbers of the layers with experts, ascending, without those for multi-token prediction.
-        layer_names: what `load` takes besides, of a folder as its tool wrote it: what the names of the tensors of each
-            layer begin with, also of those for multi-token prediction.
+        layer_names: of each layer, what the names of its tensors begin with, which `load` takes too; also of layers for
+            multi-token prediction. Empty for the packed form.
     """
 
     def __init__(
@@ -302,6 +291,17 @@ class Checkpoint:
             more = f"; others, by name: {', '.join(further)}" if further else ""
             raise ValueError(f"{self.folder}: layer {layer} has no experts; layers with experts: {found}{more}")
         return layer
+
+
+def _loaded(
+    checkpoint: "Checkpoint", numbers: Sequence[int], sharding: MoESharding | None
+) -> Iterator[tuple[int, MoELayer]]:
+    """The layers, one by one, with a line on a terminal that counts them."""
+    with progress_bar("layers", len(numbers)) as bar:
+        for number in numbers:
+            layer = checkpoint.load(number, sharding)
+            bar.update()
+            yield number, layer
 
 
 def _checked_name(name: str) -> str:

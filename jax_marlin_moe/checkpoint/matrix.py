@@ -294,7 +294,7 @@ def _read_biases(files: TensorFolder, experts: Experts, n: int, *, biased: bool)
                 continue
             bias = linear.read(files, suffix, (n,), FLOATS).astype(np.float32)
             if not np.isfinite(bias).all():
-                raise files.fault(linear.name(suffix), "holds infinities or NaN")
+                raise files.fault(linear.name(suffix), "holds infinities or NaN; every value must be finite")
             if not biased and bias.any():
                 raise files.fault(linear.name(suffix), "is not zero; experts of this model have no bias")
             rows.append(bias)

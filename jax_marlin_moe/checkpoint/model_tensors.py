@@ -72,7 +72,7 @@ class ModelTensors:
         return load_matrix(files, matrix, biased=True, scaled_input=True if scaled_input else advice)
 
     def _size(self, linear: Linear) -> tuple[int, int]:
-        """Input and output features of a quantised linear, which nothing but its tensors tells."""
+        """Input and output features of a quantised linear, from its tensors."""
         files = self.files
         for scheme in SCHEMES:
             size = scheme.size(files, linear, self.quantization)
@@ -95,7 +95,7 @@ class ModelTensors:
         raise files.fault(linear.module, f"is a tensor, not a linear; read it as tensor({linear.module!r})")
 
     def _check_name(self, name: str) -> None:
-        """Raises ValueError, with names that are near, where there is no such tensor."""
+        """Raises ValueError, with similar names, where there is no such tensor."""
         if name in self.files:
             return
         module = name.rpartition(".")[0] or name

@@ -2,8 +2,8 @@
 
 `jax_marlin_moe.json` has the version of the form and, per layer, a file and its SHA-256. A file holds the leaves of the
 layer by their paths (`gate_up.packed`), dtypes as they are in memory, each at a multiple of 64 bytes; and in its
-metadata, as JSON, the layer's number and its facts: formats, group sizes, padding, routing, activation. So the digest
-covers what the arrays mean as well as the arrays.
+metadata, as JSON, the layer's number, its facts (formats, group sizes, padding, routing, activation), and what the
+source's config says that its rows are quantised to. So the digest covers what the arrays mean as well as the arrays.
 
 Version 1 has the facts in the manifest, where no digest covers them, and no group size, which followed from the shapes.
 Such folders load, every fact checked for its type and range; to have their facts covered, convert the source again.
@@ -94,28 +94,34 @@ class Manifest:
             file.drop_pages()
         return _layer_of(path, leaves, facts)
 
-    def _load_sharded(self, path: pathlib.Path, layer: int, sharding: MoESharding) -> MoELayer:
-        file = SafetensorsFile(path)
-        names = [name for name in file.infos if not name.endswith(_GAP)]
-        views: Any = {name: file.read(name) for name in names}
-        whole = _layer_of(path, views, self._facts(layer, file))
-        (gate_up, down), _ = load_block(
-            lambda share: share_of_views(whole, share, file.drop_pages),
-            sharding,
-            experts=whole.gate_up.num_experts,
-            size=whole.down.k,
-            row=whole.down.format,
-            group_size=whole.down.rows_per_scale,
-            activation=whole.activation,
-        )
-        rest = jax.tree.map(lambda view: jnp.array(view, copy=True), without_experts(whole))
-        return put_rest(dataclasses.replace(rest, gate_up=gate_up, down=down), sharding)
-
     def describe(self, layer: int) -> tuple[Facts, int]:
         """The facts of a layer and the bytes of its leaves, from the header of its file; errors as for `load`."""
         file = SafetensorsFile(self._path(layer))
         size = sum(file.read(name).nbytes for name in file.infos if not name.endswith(_GAP))
         return self._facts(layer, file), size
+
+    def activation_dtype(self, layer: int) -> ByteDtype | None:
+        """What the config of the source says; as for `Checkpoint.activation_dtype`.
+
+        Args:
+            layer: its number.
+
+        Raises:
+            FileNotFoundError: its file is missing.
+            ValueError: the file was written before it had this, or holds something else in its place.
+        """
+        file = SafetensorsFile(self._path(layer))
+        keys = None if self.version == 1 else _read_metadata(file)
+        if keys is None or "activation_dtype" not in keys:
+            raise ValueError(
+                f"{file.path} was written before layers said what their rows are quantised to; ask the folder that it "
+                "was converted from, or convert that again"
+            )
+        name = keys.text("activation_dtype", None, null=True)
+        try:
+            return as_byte_dtype(name)
+        except ValueError as error:
+            raise ValueError(f"{file.path}: metadata.layer: {error}") from None
 
     def model_tensors(self) -> ModelTensors:
         """The tensors beside the experts; files are compared with their digests when they are opened.
@@ -143,6 +149,23 @@ class Manifest:
             raise FileNotFoundError(f"{path} is missing; {MANIFEST} names it")
         _check_digest(path, self.others[path.name])
 
+    def _load_sharded(self, path: pathlib.Path, layer: int, sharding: MoESharding) -> MoELayer:
+        file = SafetensorsFile(path)
+        names = [name for name in file.infos if not name.endswith(_GAP)]
+        views: Any = {name: file.read(name) for name in names}
+        whole = _layer_of(path, views, self._facts(layer, file))
+        (gate_up, down), _ = load_block(
+            lambda share: share_of_views(whole, share, file.drop_pages),
+            sharding,
+            experts=whole.gate_up.num_experts,
+            size=whole.down.k,
+            row=whole.down.format,
+            group_size=whole.down.rows_per_scale,
+            activation=whole.activation,
+        )
+        rest = jax.tree.map(lambda view: jnp.array(view, copy=True), without_experts(whole))
+        return put_rest(dataclasses.replace(rest, gate_up=gate_up, down=down), sharding)
+
     def _path(self, layer: int) -> pathlib.Path:
         path = self.folder / self.entries[layer].text("file")
         if not path.exists():
@@ -151,37 +174,14 @@ class Manifest:
             raise ValueError(f"{path} is not a regular file; {MANIFEST} names it")
         return path
 
-    def activation_dtype(self, layer: int) -> ByteDtype | None:
-        """What the config of the source says, as for `Checkpoint.activation_dtype`."""
-        file = SafetensorsFile(self._path(layer))
-        if self.version == 1 or "activation_dtype" not in (keys := _about(file)):
-            raise ValueError(
-                f"{file.path} was written before layers said what their rows are quantised to; ask the folder that it "
-                "was converted from, or convert that again"
-            )
-        name = keys.text("activation_dtype", None, null=True)
-        try:
-            return as_byte_dtype(name)
-        except ValueError as error:
-            raise ValueError(f"{file.path}: metadata.layer: {error}") from None
-
     def _facts(self, layer: int, file: SafetensorsFile) -> Facts:
         if self.version == 1:
             return read_facts(self.entries[layer].object("layer"), states_group_size=False)
-        keys = _about(file)
+        keys = _read_metadata(file)
         number = keys.integer("number")
         if number != layer:
             raise ValueError(f"{file.path} is of layer {number}; {MANIFEST} names it for layer {layer}")
         return read_facts(keys.object("facts"), states_group_size=True)
-
-
-def _about(file: SafetensorsFile) -> Keys:
-    """What a file says of its layer; raises ValueError where that is no object."""
-    try:
-        values = json.loads(file.metadata.get("layer", ""))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{file.path}: metadata.layer is not valid JSON: {error}") from None
-    return Keys({"layer": values}, file.path, "metadata.").object("layer")
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest | None:
@@ -234,32 +234,25 @@ def read_entries(path: pathlib.Path) -> Manifest:
     return Manifest(path.parent, version, entries, _read_others(path, keys))
 
 
-def _read_others(path: pathlib.Path, keys: Keys) -> dict[str, str] | None:
-    others = keys.object("others", None, null=True)
-    if others is None:
-        return None
-    for name in others.values:
-        check_file_name(path, name)
-        if not re.fullmatch("[0-9a-f]{64}", others.text(name)):
-            raise others.fault(name, "64 hexadecimal digits")
-    return {name: others.text(name) for name in others.values}
-
-
 def file_of(layer: int) -> str:
     """The name of a layer's file."""
     return f"layer-{layer:05d}.safetensors"
 
 
 def write_layer(
-    folder: pathlib.Path, number: int, layer: MoELayer, activation_dtype: ByteDtype | None = None
+    folder: pathlib.Path, number: int, layer: MoELayer, activation_dtype: ByteDtype | None
 ) -> dict[str, Any]:
     """Writes the file of a layer; returns its entry of the manifest.
 
-    `activation_dtype` is what the config of its source says, for `Checkpoint.activation_dtype`.
+    Args:
+        folder: of the packed form.
+        number: of the layer.
+        layer: the layer.
+        activation_dtype: what the config of the source says that its rows are quantised to.
     """
     leaves, facts = leaves_and_facts(layer)
-    about = json.dumps({"number": number, "facts": facts, "activation_dtype": activation_dtype}, allow_nan=False)
-    metadata = {"format": "jax_marlin_moe", "version": str(VERSION), "layer": about}
+    described = json.dumps({"number": number, "facts": facts, "activation_dtype": activation_dtype}, allow_nan=False)
+    metadata = {"format": "jax_marlin_moe", "version": str(VERSION), "layer": described}
     infos = {name: TensorInfo(_NAMES[jnp.dtype(leaf.dtype).name], leaf.shape) for name, leaf in leaves.items()}
     sizes = {name: leaf.size * leaf.dtype.itemsize for name, leaf in leaves.items()}
 
@@ -285,6 +278,44 @@ def copy_file(path: pathlib.Path, source: pathlib.Path) -> str:
     with source.open("rb") as original, whole_file(path) as file:
         while chunk := original.read(_CHUNK):
             file.write(chunk)
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(
+    path: pathlib.Path,
+    entries: Mapping[int, Mapping[str, Any]],
+    source: str,
+    conversion: Mapping[str, Any],
+    *,
+    others: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a manifest, finished or not.
+
+    Args:
+        path: `MANIFEST` or `UNFINISHED` in the folder. A folder without the first is not a packed checkpoint.
+        entries: by layer, as `write_layer` returns them.
+        source: name of the checkpoint.
+        conversion: what else determines the content of the layers.
+        others: digests of the files of everything else, by name; None for layers alone.
+    """
+    values: dict[str, Any] = {
+        "version": VERSION,
+        "source": source,
+        "conversion": conversion,
+        "layers": {str(number): entry for number, entry in sorted(entries.items())},
+    }
+    if others is not None:
+        values["others"] = dict(sorted(others.items()))
+    with whole_file(path) as file:
+        file.write((json.dumps(values, indent=1) + "\n").encode())
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -339,42 +370,24 @@ def _write_tensors(
     return digest.hexdigest()
 
 
-def write_manifest(
-    path: pathlib.Path,
-    entries: Mapping[int, Mapping[str, Any]],
-    source: str,
-    conversion: Mapping[str, Any],
-    *,
-    others: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a manifest, finished or not.
-
-    Args:
-        path: `MANIFEST` or `UNFINISHED` in the folder. A folder without the first is not a packed checkpoint.
-        entries: by layer, as `write_layer` returns them.
-        source: name of the checkpoint.
-        conversion: what else determines the content of the layers.
-        others: digests of the files of everything else, by name; None for layers alone.
-    """
-    values: dict[str, Any] = {
-        "version": VERSION,
-        "source": source,
-        "conversion": conversion,
-        "layers": {str(number): entry for number, entry in sorted(entries.items())},
-    }
-    if others is not None:
-        values["others"] = dict(sorted(others.items()))
-    with whole_file(path) as file:
-        file.write((json.dumps(values, indent=1) + "\n").encode())
+def _read_others(path: pathlib.Path, keys: Keys) -> dict[str, str] | None:
+    others = keys.object("others", None, null=True)
+    if others is None:
+        return None
+    for name in others.values:
+        check_file_name(path, name)
+        if not re.fullmatch("[0-9a-f]{64}", others.text(name)):
+            raise others.fault(name, "64 hexadecimal digits")
+    return {name: others.text(name) for name in others.values}
 
 
-def sha256(path: pathlib.Path) -> str:
-    """The digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _read_metadata(file: SafetensorsFile) -> Keys:
+    """What the metadata of a file says of its layer; raises ValueError unless that is a JSON object."""
+    try:
+        values = json.loads(file.metadata.get("layer", ""))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{file.path}: metadata.layer is not valid JSON: {error}") from None
+    return Keys({"layer": values}, file.path, "metadata.").object("layer")
 
 
 def _check_digest(path: pathlib.Path, wanted: str) -> None:

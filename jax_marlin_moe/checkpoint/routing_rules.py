@@ -143,14 +143,14 @@ def _deepseek_v4(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Ro
 
 
 def _sparsemixer(keys: Keys, experts: int, top_k: int, defaults: Defaults) -> Routing:
-    # Its class has no other number of experts per token: their weights are made one by one, twice.
+    # The rule has a formula for the first expert and one for the second.
     if top_k != 2:
-        raise ValueError(f"{keys.source}: {keys.path}it has {top_k} experts per token; sparsemixer has 2")
+        raise ValueError(f"{keys.source}: a token has {top_k} experts; with sparsemixer it must have 2")
     return Routing(2, scoring="sparsemixer", renormalize=False, jitter=keys.number("router_jitter_noise", 0.01, low=0))
 
 
 def cohere_shared_scale(keys: Keys) -> float:
-    """What the shared expert of Cohere's block counts: half, as the routed ones do, where the two are averaged."""
+    """The factor of the shared expert in Cohere's block: 0.5, as for the routed ones, where the two are averaged."""
     way = keys.choice("shared_expert_combination_strategy", ("sum", "average"), "average")
     return 0.5 if keys.integer("num_shared_experts", 0, low=0) and way == "average" else 1.0
 

@@ -119,35 +119,6 @@ def load_block(
     return jax.tree.unflatten(jax.tree.structure((gate_up, down)), whole), one
 
 
-def _whole_leaf(sharding: MoESharding, spec: PartitionSpec, shards: Mapping[jax.Device, jax.Array]) -> jax.Array:
-    """The array of which each device of this process has its shard."""
-    placing = NamedSharding(sharding.mesh, spec)
-    pieces = [shards[device] for device in placing.addressable_devices]
-    shape = tuple(
-        extent * sharding.size(() if axes is None else (axes,) if isinstance(axes, str) else axes)
-        for extent, axes in itertools.zip_longest(pieces[0].shape, spec)
-    )
-    return jax.make_array_from_single_device_arrays(shape, placing, pieces)
-
-
-def _places(sharding: MoESharding) -> Iterator[tuple[jax.Device, tuple[int, int]]]:
-    """The devices of the mesh, with their ranks among the experts and in the intermediate dimension."""
-    mesh = sharding.mesh
-    assert isinstance(mesh, jax.sharding.Mesh)
-    for at in np.ndindex(mesh.devices.shape):
-        coordinates = dict(zip(mesh.axis_names, at, strict=True))
-        expert, tensor = (_rank(mesh, axes, coordinates) for axes in (sharding.expert_axes, sharding.tensor_axes))
-        yield mesh.devices[at], (expert, tensor)
-
-
-def _rank(mesh: jax.sharding.Mesh, axes: Sequence[str], coordinates: Mapping[str, int]) -> int:
-    """Of a device, along axes of which the first is the outermost."""
-    rank = 0
-    for axis in axes:
-        rank = rank * mesh.shape[axis] + coordinates[axis]
-    return rank
-
-
 def cut_of(share: Share, k: int, *, down: bool) -> Cut:
     """Of the linears of gate and up with k rows, or of down with k columns."""
     return Cut(share.columns, (0, k)) if down else Cut((0, k), share.columns)
@@ -181,14 +152,6 @@ def share_of_views(layer: MoELayer, share: Share, drop_pages: Callable[[], None]
     return block
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put(block: Any, one: Any, place: jax.Array) -> Any:
-    def write(leaves: jax.Array, leaf: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(leaves, leaf, place, 0)
-
-    return jax.tree.map(write, block, one)
-
-
 def put_rest(layer: MoELayer, sharding: MoESharding) -> MoELayer:
     """A layer whose routed experts are placed, with the rest of it placed too."""
     laid_out = sharding.lay_out_shared(layer)
@@ -207,3 +170,40 @@ def add_bias(down: MarlinWeights, bias: jax.Array, sharding: MoESharding) -> Mar
     wide = jnp.pad(bias, ((0, 0), (0, (sharding.tensor_ranks - 1) * bias.shape[1])))
     spec = matrix_specs(dataclasses.replace(down, bias=wide), sharding.expert_axes, (), sharding.tensor_axes).bias
     return dataclasses.replace(down, bias=put(wide, NamedSharding(sharding.mesh, spec)))
+
+
+def _whole_leaf(sharding: MoESharding, spec: PartitionSpec, shards: Mapping[jax.Device, jax.Array]) -> jax.Array:
+    """The array of which each device of this process has its shard."""
+    placing = NamedSharding(sharding.mesh, spec)
+    pieces = [shards[device] for device in placing.addressable_devices]
+    shape = tuple(
+        extent * sharding.size(() if axes is None else (axes,) if isinstance(axes, str) else axes)
+        for extent, axes in itertools.zip_longest(pieces[0].shape, spec)
+    )
+    return jax.make_array_from_single_device_arrays(shape, placing, pieces)
+
+
+def _places(sharding: MoESharding) -> Iterator[tuple[jax.Device, tuple[int, int]]]:
+    """The devices of the mesh, with their ranks among the experts and in the intermediate dimension."""
+    mesh = sharding.mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
+    for at in np.ndindex(mesh.devices.shape):
+        coordinates = dict(zip(mesh.axis_names, at, strict=True))
+        expert, tensor = (_rank(mesh, axes, coordinates) for axes in (sharding.expert_axes, sharding.tensor_axes))
+        yield mesh.devices[at], (expert, tensor)
+
+
+def _rank(mesh: jax.sharding.Mesh, axes: Sequence[str], coordinates: Mapping[str, int]) -> int:
+    """Of a device, along axes of which the first is the outermost."""
+    rank = 0
+    for axis in axes:
+        rank = rank * mesh.shape[axis] + coordinates[axis]
+    return rank
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(block: Any, one: Any, place: jax.Array) -> Any:
+    def write(leaves: jax.Array, leaf: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaves, leaf, place, 0)
+
+    return jax.tree.map(write, block, one)

@@ -123,5 +123,5 @@ def _dense(tensors: LayerTensors, linear: Linear, k: int, n: int) -> np.ndarray:
         return read_dense(tensors.files, linear, k, n, tensors.quantization)
     value = read_plain(tensors.files, linear, suffix, k, n)
     if not np.isfinite(value.astype(np.float32, copy=False)).all():
-        raise tensors.files.fault(linear.name(suffix), "holds infinities or NaN")
+        raise tensors.files.fault(linear.name(suffix), "holds infinities or NaN; every value must be finite")
     return value.T

@@ -96,7 +96,7 @@ class Source:
         return self.reader(layer, sharding).load()
 
     def reader(self, layer: int | str, sharding: MoESharding | None = None) -> LayerReader:
-        """Of one layer, which there must be."""
+        """The reader of one of `layers`, or one of `layer_names`; `sharding` as for `load_moe_layer`."""
         place = self._numbered[layer] if isinstance(layer, int) else self._places[layer]
         tensors = LayerTensors(
             files=self.files,

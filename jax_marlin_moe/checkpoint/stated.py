@@ -15,6 +15,8 @@ _STORED = {
     "torch.float16": ("F16",), "torch.bfloat16": ("BF16",), "torch.float32": ("F32",),
     "torch.float8_e4m3fn": ("F8_E4M3",), "torch.uint8": ("U8", "F8_E8M0"), "torch.float8_e8m0fnu": ("U8", "F8_E8M0"),
 }  # fmt: skip
+# ModelOpt's names of methods whose rows are in e4m3, with a scale for each or one that is fixed.
+E4M3_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A8_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")
 _ALGORITHM_KEYS = ("quant_algo", "group_size", "awq_block_size", "pre_quant_scale", "has_zero_point")
 
 
@@ -82,10 +84,6 @@ def states_e4m3_inputs(quantization: Quantization, module: str) -> bool | None:
     fixed = inputs.values.get("dynamic") in (False, None)
     kind = inputs.values.get("type"), inputs.values.get("num_bits"), inputs.values.get("strategy")
     return fixed and kind in (("float", 8, "tensor"), ("float", 8, None))
-
-
-# ModelOpt's names of methods whose rows are in e4m3, with a scale for each or one that is fixed.
-E4M3_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A8_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")
 
 
 def algorithm_of(quantization: Quantization, module: str) -> str | None:
@@ -186,6 +184,22 @@ def check_stated(
         _check_group_size(keys, module, assumed.group_sizes)
 
 
+def check_zero_point_dtype(keys: Keys, *, symmetric: bool) -> None:
+    """Zero points are packed integers with the offset of the codes; where there are none their dtype says nothing."""
+    if symmetric:
+        keys.text("zp_dtype", None, null=True)
+    else:
+        keys.choice("zp_dtype", ["torch.int8"], None, null=True)
+
+
+def check_order(keys: Keys) -> str | None:
+    """`actorder`, "group" or "weight" by all its spellings; None where there is none."""
+    if isinstance(keys.values.get("actorder"), bool):  # of the first versions
+        return "group" if keys.values["actorder"] else None
+    order = keys.choice("actorder", ("group", "weight", "dynamic", "static"), None, null=True)
+    return {"dynamic": "group", "static": "weight"}.get(order or "", order)
+
+
 def _check_bits(group: Keys, module: str, assumed: Assumed) -> None:
     if group.integer("num_bits", assumed.bits) != assumed.bits:
         raise group.fault("num_bits", f"{assumed.bits}, as the tensors of {module} have them")
@@ -204,22 +218,6 @@ def _check_bits(group: Keys, module: str, assumed: Assumed) -> None:
         spelled = "" if must is None else "x".join(map(str, must))
         if repr(group.values["block_structure"]) not in (repr(must), repr(spelled)):
             raise group.fault("block_structure", str(must or "null"))
-
-
-def check_zero_point_dtype(keys: Keys, *, symmetric: bool) -> None:
-    """Zero points are packed integers with the offset of the codes; where there are none their dtype says nothing."""
-    if symmetric:
-        keys.text("zp_dtype", None, null=True)
-    else:
-        keys.choice("zp_dtype", ["torch.int8"], None, null=True)
-
-
-def check_order(keys: Keys) -> str | None:
-    """`actorder`, "group" or "weight" by all its spellings; None where there is none."""
-    if isinstance(keys.values.get("actorder"), bool):  # of the first versions
-        return "group" if keys.values["actorder"] else None
-    order = keys.choice("actorder", ("group", "weight", "dynamic", "static"), None, null=True)
-    return {"dynamic": "group", "static": "weight"}.get(order or "", order)
 
 
 def _check_group_size(keys: Keys, module: str, sizes: Collection[int | None]) -> None:

@@ -64,35 +64,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"an object has the key {twice!r} more than once")
-    return value
-
-
 class TensorInfo(NamedTuple):
     """What a header says of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
-
-
-def _check_header(path: pathlib.Path) -> None:
-    """Holds the header of a file against its length; raises ValueError where they disagree."""
-    try:  # not with this module: free-threaded Pythons have no wheel of it, and all but checkpoints works without
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(
-            f"{path} cannot be read: the package safetensors is missing ({error}); install it with "
-            "`pip install safetensors`. It has no wheels for free-threaded Pythons; building its source takes Rust"
-        ) from None
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
 
 
 class SafetensorsFile:
@@ -136,7 +112,7 @@ class SafetensorsFile:
         """A view of a tensor, valid as long as it is referred to."""
         dtype, shape = self.info(name)
         if dtype not in _DTYPES:
-            raise ValueError(f"{self.path}: tensor {name} has dtype {dtype}, which cannot be read")
+            raise ValueError(f"{self.path}: tensor {name} has dtype {dtype}; it must be one of {', '.join(_DTYPES)}")
         start = self._start + self._entries[name]["data_offsets"][0]
         return np.frombuffer(self._map, _DTYPES[dtype], math.prod(shape), start).reshape(shape)
 
@@ -284,7 +260,7 @@ def check_file_name(source: pathlib.Path, name: object) -> None:
 def _indexed_files(index: pathlib.Path) -> dict[str, pathlib.Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        raise ValueError(f"{index} has no weight_map; it must have one, an object of tensor names and their files")
     for name in dict.fromkeys(names.values()):
         check_file_name(index, name)
     return {tensor: index.parent / name for tensor, name in names.items()}
@@ -303,3 +279,27 @@ def _safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
             "to safetensors with the tool that wrote it"
         )
     raise FileNotFoundError(f"{folder} holds neither {_INDEX} nor a safetensors file")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {twice!r} more than once")
+    return value
+
+
+def _check_header(path: pathlib.Path) -> None:
+    """Raises ValueError unless the header of a file is valid and agrees with the length of the file."""
+    try:  # not with this module: free-threaded Pythons have no wheel of it, and all but checkpoints works without
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(
+            f"{path} cannot be read: the package safetensors is missing ({error}); install it with "
+            "`pip install safetensors`. It has no wheels for free-threaded Pythons; building its source takes Rust"
+        ) from None
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None

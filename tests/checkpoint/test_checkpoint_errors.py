@@ -277,7 +277,7 @@ def test_hqq_along_the_other_axis(spoil):
             tensors |= {name: None, f"{module}.W_q": np.zeros((64, 128), np.uint8), f"{module}.axis": np.asarray(0)}
     quantization = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}
     folder = spoil("ck_q3", tensors, config={"quantization_config": quantization})
-    with pytest.raises(ValueError, match="HQQ axis 0; only axis 1 has groups along K"):
+    with pytest.raises(ValueError, match="HQQ axis 0; it must be 1: only axis 1 has groups along K"):
         load_moe_layer(folder, 0)
 
 

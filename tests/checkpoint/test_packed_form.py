@@ -48,7 +48,7 @@ def test_plain_weights_are_quantised_once(tmp_path):
 
 def write(folder, number, layer):
     packed_form.write_manifest(
-        folder / packed_form.MANIFEST, {number: packed_form.write_layer(folder, number, layer)}, "test", {}
+        folder / packed_form.MANIFEST, {number: packed_form.write_layer(folder, number, layer, None)}, "test", {}
     )
 
 
@@ -88,7 +88,7 @@ def test_a_layer_is_shown_in_one_line(tmp_path):
 def test_the_file_is_plain_safetensors(tmp_path):
     """Any reader of safetensors can open it; every leaf begins at a multiple of 64 bytes."""
     layer = full_layer()
-    entry = packed_form.write_layer(tmp_path, 0, layer)
+    entry = packed_form.write_layer(tmp_path, 0, layer, None)
     tensors = files.read(tmp_path / entry["file"])
     np.testing.assert_array_equal(tensors["gate_up.packed"], layer.gate_up.packed)
     raw = (tmp_path / entry["file"]).read_bytes()

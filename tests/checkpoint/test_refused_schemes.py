@@ -51,11 +51,11 @@ def test_what_a_config_says_of_fp8_is_compared_with_the_tensors(save, rng, value
 HQQ_REFUSED = [
     ({"nbits": 4, "group_size": 64, "axis": 1, "rotation": 1}, {}, "rotation is 1; it must be omitted"),
     ({"nbits": 3}, {".nbits": np.asarray(3)}, "HQQ nbits 3; it must be 4 or 8"),
-    ({"axis": 1}, {".axis": np.asarray(0)}, "HQQ axis 0; only axis 1 has groups along K"),
+    ({"axis": 1}, {".axis": np.asarray(0)}, "HQQ axis 0; it must be 1"),
     ({"axis": 1}, {".axis": np.asarray([1, 1])}, r"down_proj\.axis is \[1, 1\]; it must be one integer"),
     ({"axis": 1}, {".nbits": np.float32(np.nan)}, r"down_proj\.nbits is nan; it must be one integer"),
     ({"axis": 1}, {".group_size": np.asarray(48)}, "HQQ group_size 48; it must be 64, or one of"),
-    ({"axis": 1}, {".view_as_float": np.asarray(True)}, "HQQ view_as_float; only float scales"),
+    ({"axis": 1}, {".view_as_float": np.asarray(True)}, "HQQ view_as_float; it must be false: only float scales"),
     ({"axis": 1}, {".shape": np.asarray([3, 5])}, r"down_proj\.shape says \[3, 5\]; it must be \[128, 64\]"),
     ({"axis": "1"}, {".axis": None}, "axis is '1'; it must be an integer"),
     ({"axis": 1}, {".scale": np.full((128, 1), np.inf, np.float16)}, r"\.scale holds infinities or NaN"),

@@ -61,14 +61,6 @@ def decode_compressed_tensors(
     return LogicalLinear(codes if order is None else codes[order], weight_scale.T, zeros)
 
 
-def _weights_scheme(quantization: Quantization, module: str, formats: tuple[str, ...]) -> Keys:
-    group = group_of(quantization, module)
-    if group is None:
-        raise ValueError(f"{quantization.source}: no config group has {module} among its targets")
-    check_format(quantization, group, formats)
-    return group.object("weights")
-
-
 class IntegerFacts(NamedTuple):
     """What a config says of a linear of integer codes.
 
@@ -95,7 +87,19 @@ def integer_facts(
     formats: tuple[str, ...],
     strategies: tuple[str, ...],
 ) -> IntegerFacts:
-    """Reads them; raises ValueError, naming the key, where they are of something else or contradict the tensors."""
+    """What the config says of a linear of integer codes.
+
+    Args:
+        files: the checkpoint.
+        linear: the linear.
+        k: its input features.
+        quantization: the config.
+        formats: values of `format` that it may have.
+        strategies: values of `strategy` that it may have.
+
+    Raises:
+        ValueError: the config says something else, or contradicts the tensors; names file and key.
+    """
     keys = _weights_scheme(quantization, linear.module, formats)
     keys.choice("type", ["int"], None)
     bits = keys.integer("num_bits")
@@ -118,18 +122,12 @@ def integer_facts(
     return IntegerFacts(bits, size, symmetric, ordered)
 
 
-def _writes_no_order(quantization: Quantization) -> bool:
-    """Whether a version of the tool wrote the config that has no `weight_g_idx` any more: 0.20 and later."""
-    version = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", quantization.keys.text("version", "0.0", null=True) or "")
-    return version is not None and (int(version[1]), int(version[2])) >= (0, 20)
-
-
 @dataclasses.dataclass(frozen=True)
 class PackQuantizedStorage(Scheme):
     """How a pack-quantized linear is stored.
 
     Attributes:
-        bits: as in `IntegerFacts`, like the following.
+        bits: as in `IntegerFacts`.
         group_size: likewise.
         symmetric: likewise.
         ordered: likewise.
@@ -274,3 +272,18 @@ def from_compressed_tensors(
         order = row_order(np.asarray(weight_g_idx), size)
     tensors = (weight_packed, weight_scale, weight_zero_point, order)
     return pack_stack(decode_compressed_tensors, tensors, row, k, n, size, order, options={"bits": bits, "k": k})
+
+
+def _weights_scheme(quantization: Quantization, module: str, formats: tuple[str, ...]) -> Keys:
+    """`weights` of the module's config group; raises ValueError where there is none, or its format is another."""
+    group = group_of(quantization, module)
+    if group is None:
+        raise ValueError(f"{quantization.source}: no config group has {module} among its targets")
+    check_format(quantization, group, formats)
+    return group.object("weights")
+
+
+def _writes_no_order(quantization: Quantization) -> bool:
+    """Whether the version that wrote the config is one that writes no `weight_g_idx`: 0.20 or later."""
+    version = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", quantization.keys.text("version", "0.0", null=True) or "")
+    return version is not None and (int(version[1]), int(version[2])) >= (0, 20)

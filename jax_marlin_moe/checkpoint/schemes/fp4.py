@@ -216,21 +216,6 @@ class Mxfp4Storage(Scheme):
         return decode_fp4(*tensors)
 
 
-def _size(files: TensorFolder, linear: Linear) -> tuple[int, int] | None:
-    """(k, n) from bytes [n, k / 2], by either name."""
-    for suffix in (".weight_packed", ".weight"):
-        shape = shape_of_rank(files, linear.name(suffix), 2, "U8", "I8")
-        if shape is not None:
-            return 2 * shape[1], shape[0]
-    return None
-
-
-def _check_block_scales(files: TensorFolder, name: str, scale: np.ndarray, *, exponent: bool) -> None:
-    fault = bad_block_scales(scale, exponent=exponent)
-    if fault:
-        raise files.fault(name, f"holds {fault}; every block scale must be a number that is not negative")
-
-
 def from_nvfp4(
     weight: UInt8[Array, "experts N K/2"],
     weight_scale: UInt8[Array, "experts N K/16"],
@@ -345,3 +330,18 @@ def _check_fp4(weight: Array) -> tuple[int, int]:
     """K and N of FP4 bytes [E, N, K / 2]."""
     check_array("weight", weight, ndim=3, dtype=jnp.uint8)
     return weight.shape[2] * 2, weight.shape[1]
+
+
+def _size(files: TensorFolder, linear: Linear) -> tuple[int, int] | None:
+    """(k, n) from bytes [n, k / 2], by either name."""
+    for suffix in (".weight_packed", ".weight"):
+        shape = shape_of_rank(files, linear.name(suffix), 2, "U8", "I8")
+        if shape is not None:
+            return 2 * shape[1], shape[0]
+    return None
+
+
+def _check_block_scales(files: TensorFolder, name: str, scale: np.ndarray, *, exponent: bool) -> None:
+    fault = bad_block_scales(scale, exponent=exponent)
+    if fault:
+        raise files.fault(name, f"holds {fault}; every block scale must be a number that is not negative")

@@ -87,11 +87,6 @@ def fp8_scale_shapes_in_words(k: int, n: int) -> str:
     return f"() (tensor), {channels} (channel), {grouped} (groups of 128) or {blocks} (blocks of 128 x 128)"
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of ModelOpt's blocks, (rows, 1, columns, 1), the two axes that count."""
-    return (shape[0], shape[2]) if len(shape) == 4 and (shape[1], shape[3]) == (1, 1) else shape
-
-
 def fp8_block_rows(n: int, blocks: int) -> int:
     """Rows of N under one scale: 128, or less where all of N is one short block."""
     return n if blocks == 1 else FP8_BLOCK
@@ -163,7 +158,7 @@ class Fp8Storage(Scheme):
         return FP8_BLOCK if self.groups > 1 else k
 
     def fixes_input_scale(self, linear: Linear, quantization: Quantization) -> bool:
-        """As the config says; ModelOpt's says nothing, and means it."""
+        """As the config says; that of ModelOpt says nothing where the scales are fixed."""
         if self.weight_format != "fp8" or quantization.config.get("activation_scheme") == "dynamic":
             return False
         return states_e4m3_inputs(quantization, linear.module) is not False
@@ -172,7 +167,7 @@ class Fp8Storage(Scheme):
         """Codes and scales; e8m0 scales as bits."""
         weight = linear.read(files, ".weight", (n, k), ("F8_E4M3",), rows=1)
         if has_nan_codes(weight):
-            raise files.fault(linear.name(".weight"), "holds NaN (e4m3 0x7F or 0xFF)")
+            raise files.fault(linear.name(".weight"), "holds NaN (e4m3 0x7F or 0xFF); every code must be a number")
         name = linear.name(self.scale)
         stored = files.info(name).shape
         shape = _without_ones(stored)
@@ -216,7 +211,7 @@ def from_fp8(
     check_rank("weight", weight, 3)
     experts, n, k = weight.shape
     if has_nan_codes(np.asarray(weight)):
-        raise ValueError("weight holds NaN (e4m3 0x7F or 0xFF)")
+        raise ValueError("weight holds NaN (e4m3 0x7F or 0xFF); every code must be a number")
     if getattr(weight_scale, "dtype", None) == jnp.float8_e8m0fnu or weight_scale.dtype == jnp.uint8:
         weight_scale = bit_patterns("weight_scale", weight_scale, "float8_e8m0fnu")
         refuse_block_scales("weight_scale", bad_block_scales(np.asarray(weight_scale), exponent=True))
@@ -232,3 +227,8 @@ def from_fp8(
     grouped = len(shape) == 3 and shape[2] > 1
     size = FP8_BLOCK if grouped else k
     return pack_stack(decode_fp8, (weight, weight_scale), get_format("fp8"), k, n, size, bias=bias)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of scales without the axes of 1 in ModelOpt's blocks, (rows, 1, columns, 1)."""
+    return (shape[0], shape[2]) if len(shape) == 4 and (shape[1], shape[3]) == (1, 1) else shape

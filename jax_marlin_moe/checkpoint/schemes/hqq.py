@@ -43,34 +43,16 @@ def decode_hqq(w_q: Array, scale: Array, zero: Array, *, bits: int, k: int, n: i
     return LogicalLinear(rows.reshape(n, k).T, *grouped)
 
 
-def _weight_params(quantization: Quantization) -> Keys:
-    """What the config says of weights; raises ValueError on keys that the loader does not know."""
-    empty = Keys({}, quantization.source)
-    outer = quantization.keys.object("quant_config", empty, null=True)
-    for name in outer.values:
-        if name in ("scale_quant_params", "zero_quant_params") and outer.values[name]:
-            raise outer.fault(name, "null", ": HQQ scales and zeros must be floats, not quantised themselves")
-        if name not in _QUANT_CONFIG:
-            raise outer.fault(name, "omitted", ": the loader does not know this key")
-    params = outer.object("weight_quant_params", empty, null=True)
-    for name in params.values:
-        if name not in _WEIGHT_PARAMS:
-            raise params.fault(name, "omitted", ": the loader does not know this key")
-    return params
-
-
-def _one_integer(files: TensorFolder, name: str) -> int:
-    """The value of a tensor of one; raises ValueError on others, and on what is no integer of 32 bits."""
-    value = files.read(name, files.info(name).shape, _DTYPES)
-    number = float(value.reshape(-1)[0]) if value.size == 1 else np.nan
-    if not np.isfinite(number) or number != int(number) or abs(number) > 2**31:
-        raise files.fault(name, f"is {short(value.tolist())}; it must be one integer")
-    return int(number)
-
-
 @dataclasses.dataclass(frozen=True)
 class HqqStorage(Scheme):
-    """How an HQQ linear (k, n) is stored: `bits` 4 or 8, `group_size` rows of K under one scale, None for K."""
+    """How an HQQ linear is stored.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: rows of K that share a scale, None for one group.
+        k: input features.
+        n: output features.
+    """
 
     bits: int
     group_size: int | None
@@ -111,10 +93,12 @@ class HqqStorage(Scheme):
         where = f"{files.file_of(linear.name('.W_q'))}: {linear.module}"
         for name in ("quant_scale", "quant_zero", "view_as_float"):
             if setting(name, False):
-                raise ValueError(f"{where} has HQQ {name}; only float scales and uint8 codes can be loaded")
+                raise ValueError(
+                    f"{where} has HQQ {name}; it must be false: only float scales and uint8 codes can be loaded"
+                )
         axis, bits, size = setting("axis", None), setting("nbits", None), setting("group_size", None)
         if axis != 1:
-            raise ValueError(f"{where} has HQQ axis {axis!r}; only axis 1 has groups along K")
+            raise ValueError(f"{where} has HQQ axis {axis!r}; it must be 1: only axis 1 has groups along K")
         if bits not in (4, 8):
             raise ValueError(f"{where} has HQQ nbits {bits!r}; it must be 4 or 8")
         sizes = get_format(f"int{bits}_fzp").group_sizes
@@ -205,3 +189,28 @@ def from_hqq(
             )
         check_stack(name, (value.shape[0], value[0].size), (experts, n * groups))
     return pack_stack(decode_hqq, (w_q, scale, zero), row, k, n, size, options={"bits": bits, "k": k, "n": n})
+
+
+def _weight_params(quantization: Quantization) -> Keys:
+    """What the config says of weights; raises ValueError on keys that the loader does not know."""
+    empty = Keys({}, quantization.source)
+    outer = quantization.keys.object("quant_config", empty, null=True)
+    for name in outer.values:
+        if name in ("scale_quant_params", "zero_quant_params") and outer.values[name]:
+            raise outer.fault(name, "null", ": HQQ scales and zeros must be floats, not quantised themselves")
+        if name not in _QUANT_CONFIG:
+            raise outer.fault(name, "omitted", ": the loader does not know this key")
+    params = outer.object("weight_quant_params", empty, null=True)
+    for name in params.values:
+        if name not in _WEIGHT_PARAMS:
+            raise params.fault(name, "omitted", ": the loader does not know this key")
+    return params
+
+
+def _one_integer(files: TensorFolder, name: str) -> int:
+    """The value of a tensor of one number; raises ValueError unless it is an integer of 32 bits."""
+    value = files.read(name, files.info(name).shape, _DTYPES)
+    number = float(value.reshape(-1)[0]) if value.size == 1 else np.nan
+    if not np.isfinite(number) or number != int(number) or abs(number) > 2**31:
+        raise files.fault(name, f"is {short(value.tolist())}; it must be one integer")
+    return int(number)

@@ -54,10 +54,6 @@ def decode_int_quantized(
     return LogicalLinear(codes if order is None else codes[order], weight_scale.T, zeros)
 
 
-def _fit_4_bits(integers: np.ndarray) -> bool:
-    return not integers.size or -8 <= integers.min() <= integers.max() <= 7
-
-
 @dataclasses.dataclass(frozen=True)
 class IntQuantizedStorage(PackQuantizedStorage):
     """How a linear of whole bytes is stored; attributes as for `PackQuantizedStorage`."""
@@ -161,6 +157,11 @@ def from_int_quantized(
         check_stack("weight_zero_point", weight_zero_point.shape, (experts, n, groups))
     for name, integers in (("weight", weight), ("weight_zero_point", weight_zero_point)):
         if bits == 4 and integers is not None and not _fit_4_bits(np.asarray(integers)):
-            raise ValueError(f"{name} holds integers outside [-8, 7]; those of 4 bits lie in it")
+            raise ValueError(f"{name} holds integers outside [-8, 7]; with bits=4 all must lie in it")
     tensors = (weight, weight_scale, weight_zero_point, None)
     return pack_stack(decode_int_quantized, tensors, row, k, n, size, options={"bits": bits})
+
+
+def _fit_4_bits(integers: np.ndarray) -> bool:
+    """Whether all are in [-8, 7]."""
+    return not integers.size or -8 <= integers.min() <= integers.max() <= 7

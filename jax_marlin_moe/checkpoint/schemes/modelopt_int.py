@@ -11,7 +11,13 @@ from jax_marlin_moe.arguments import check_array
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, pack_stack
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_finite, shape_of_rank
+from jax_marlin_moe.checkpoint.schemes.storage import (
+    LogicalLinear,
+    Scheme,
+    check_finite,
+    int4_group_size,
+    shape_of_rank,
+)
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -51,20 +57,13 @@ class ModelOptAwqStorage(Scheme):
         scale = linear.name(".weight_scale")
         if files.dtype(linear.name(".weight")) != "U8" or files.dtype(scale) not in FLOATS:
             return None
-        shape = files.info(scale).shape
-        if len(shape) != 2 or not shape[1] or k % shape[1]:
-            raise files.fault(scale, f"has shape {shape}; it must be ({n}, groups), groups that divide K = {k}")
-        size = k // shape[1]
-        if size != k and size not in get_format("int4").group_sizes:
-            sizes = ", ".join(map(str, get_format("int4").group_sizes))
-            raise files.fault(scale, f"has {shape[1]} groups of {size} rows; groups must have {sizes} or all {k}")
-        group = None if size == k else size
+        size = int4_group_size(files, scale, k, n)
         assumed = Assumed(
-            bits=4, group_sizes=(group or k,), algorithms=ALGORITHMS, strategies=("group",), formats=(),
+            bits=4, group_sizes=(size,), algorithms=ALGORITHMS, strategies=("group",), formats=(),
             types=("int", "float"),  # ModelOpt's configs of mixed models say "float" of W4A8_AWQ
         )  # fmt: skip
         check_stated(files, linear, ".weight_scale", quantization, assumed)
-        return cls(group)
+        return cls(None if size == k else size)
 
     @classmethod
     def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:

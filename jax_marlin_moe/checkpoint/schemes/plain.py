@@ -28,11 +28,16 @@ class Target:
     def of(
         cls, quantize: str | None, group_size: int | Literal["customary"] | None, scale_dtype: DTypeLike | None
     ) -> "Target | None":
-        """What the arguments of the loader ask for, None where they leave weights as they are.
+        """What the arguments of `load_moe_layer` ask for; None where `quantize` is None.
+
+        Args:
+            quantize: as for `load_moe_layer`.
+            group_size: likewise.
+            scale_dtype: likewise.
 
         Raises:
-            TypeError: `scale_dtype` is no dtype.
-            ValueError: `quantize` is no format, or the others are there without it.
+            TypeError: `scale_dtype` is not a dtype.
+            ValueError: `quantize` is not a format, or another argument is given without it.
         """
         scale_name = None if scale_dtype is None else as_dtype("scale_dtype", scale_dtype).name
         if quantize is None:

@@ -12,6 +12,7 @@ from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import Method
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
+from jax_marlin_moe.formats import get_format
 
 
 class LogicalLinear(NamedTuple):
@@ -129,6 +130,22 @@ def check_finite(files: TensorFolder, name: str, values: np.ndarray) -> None:
 def number_of_groups(k: int, group_size: int | None) -> int:
     """Groups over k rows; None or -1 is one."""
     return 1 if group_size in (None, -1) else -(-k // group_size)
+
+
+def int4_group_size(files: TensorFolder, name: str, k: int, n: int) -> int:
+    """Rows of K that share a scale in a linear (k, n) of format "int4", from the shape of its scales, (n, groups).
+
+    Raises:
+        ValueError: the shape is another, or the format has no such groups; names file and tensor.
+    """
+    shape = files.info(name).shape
+    if len(shape) != 2 or not shape[1] or k % shape[1]:
+        raise files.fault(name, f"has shape {shape}; it must be ({n}, groups), groups that divide K = {k}")
+    size, sizes = k // shape[1], get_format("int4").group_sizes
+    if size not in (k, *sizes):
+        allowed = ", ".join(map(str, sizes))
+        raise files.fault(name, f"has {shape[1]} groups of {size} rows; groups must have {allowed} or all {k}")
+    return size
 
 
 def check_shape(files: TensorFolder, linear: Linear, k: int, n: int) -> None:

@@ -14,7 +14,13 @@ from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import Method
 from jax_marlin_moe.checkpoint.schemes.fp8 import FP8
 from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, pack_stack
-from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_finite, shape_of_rank
+from jax_marlin_moe.checkpoint.schemes.storage import (
+    LogicalLinear,
+    Scheme,
+    check_finite,
+    int4_group_size,
+    shape_of_rank,
+)
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -32,7 +38,7 @@ _SCALE = ".weight_scale_inv"  # a multiplier, whatever its name
 
 
 def decode_w4afp8(weight: Array, scale: Array) -> LogicalLinear:
-    """Bytes [N, K / 2], two's complement, the even input feature in the low nibble; scales [N, K / g]."""
+    """W4AFP8: bytes [N, K / 2], two's complement, the even input feature in the low nibble; scales [N, K / g]."""
     codes = jnp.stack([weight & 15, weight >> 4], axis=-1).reshape(weight.shape[0], -1)
     return LogicalLinear((codes ^ 8).T, scale.T)  # with an offset of 8
 
@@ -51,7 +57,7 @@ class W4AFp8Storage(Scheme):
     known_as: ClassVar[str] = "W4AFP8 of SGLang and TensorRT-LLM"
     marks: ClassVar[tuple[str, ...]] = (_SCALE,)
     ignored: ClassVar[tuple[str, ...]] = (".input_scale",)
-    rows: ClassVar[ByteDtype] = "float8_e4m3fn"  # what the weights are meant to be multiplied with
+    activation_dtype: ClassVar[ByteDtype] = "float8_e4m3fn"  # of the rows that the files are calibrated for
 
     @classmethod
     def holds(cls, files: TensorFolder, linear: Linear) -> bool:
@@ -63,14 +69,7 @@ class W4AFp8Storage(Scheme):
         """Known by its tensors; files of TensorRT-LLM name no method but MIXED_PRECISION."""
         if not cls.holds(files, linear):
             return None
-        shape = files.info(linear.name(_SCALE)).shape
-        if len(shape) != 2 or not shape[1] or k % shape[1]:
-            raise files.fault(linear.name(_SCALE), f"has shape {shape}; it must be ({n}, groups), of equal size in {k}")
-        size = k // shape[1]
-        if size != k and size not in get_format("int4").group_sizes:
-            sizes = ", ".join(map(str, get_format("int4").group_sizes))
-            message = f"has {shape[1]} groups of {size} rows; groups must have {sizes} or all {k}"
-            raise files.fault(linear.name(_SCALE), message)
+        size = int4_group_size(files, linear.name(_SCALE), k, n)
         quantization.keys.choice("moe_activation_scheme", ("static", "dynamic"), None, null=True)
         assumed = Assumed(
             bits=4, group_sizes=(size,), algorithms=("W4A8_AWQ",), strategies=("group",), formats=(), types=("int",)
