@@ -35,7 +35,7 @@ def moe_mlp(
     are computed on the devices that they are on, and a call keeps nothing but its inputs for the backward pass.
 
     Args:
-        x: bfloat16 or float16 rows; those of another float are multiplied as bfloat16 and come back as they were.
+        x: bfloat16 or float16 rows; rows of another float are multiplied as bfloat16, and the results cast back.
         selected_experts: their experts.
         combine_weights: of the sum.
         w_up_gate: packed experts (D, 2 I), gate in the first half of the columns, as this package has it.
@@ -46,7 +46,7 @@ def moe_mlp(
         capacity_factor: see above.
         remat_mode: see above.
         report_capacity_overflow: whether the number of dropped choices, which is zero, is returned too.
-        token_valid: tokens that are no padding; the others come back as zeros.
+        token_valid: False for tokens that are padding, whose results are zeros.
 
     Raises:
         TypeError: an argument has the wrong dtype or type.

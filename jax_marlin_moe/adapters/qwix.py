@@ -25,7 +25,7 @@ from jax_marlin_moe.weights import MarlinWeights
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedExperts:
-    """Packed experts where a model has an array: what it does to an array on the way to ragged_dot changes nothing."""
+    """Packed experts in the place of a model's array: what it does to the array before ragged_dot changes nothing."""
 
     weights: MarlinWeights
 
@@ -82,11 +82,11 @@ class MarlinProvider(qwix.PtqProvider):
         self.weight_format, self.group_size = weight_format, group_size
 
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
-        """qwix's, and ragged_dot."""
+        """Those of qwix, and `jax.lax.ragged_dot`."""
         return {**super().get_intercept_map(), "jax.lax.ragged_dot": self.ragged_dot}
 
     def ragged_dot(self, lhs: Array, rhs: Any, group_sizes: Array, *arguments: Any, **options: Any) -> Array:
-        """In the place of `jax.lax.ragged_dot`."""
+        """In the place of `jax.lax.ragged_dot`, with its arguments; packs experts when the model is quantised."""
         if isinstance(rhs, PackedExperts):
             return ragged_dot(lhs, rhs.weights, group_sizes, *arguments, **options)
         rule, _ = self._get_current_rule_and_op_id("ragged_dot")

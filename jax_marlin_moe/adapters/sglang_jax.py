@@ -46,6 +46,12 @@ class MarlinEPMoE(nnx.Module):
     ) -> Float[Array, "tokens H"]:
         """The weighted sum of the experts of each token.
 
+        Args:
+            hidden_states: bfloat16 or float16 rows.
+            topk_weights: of the sum.
+            topk_ids: the experts of each token, -1 for none.
+            out_sharding: must be None.
+
         Raises:
             ValueError: `out_sharding` is given: rows leave as they came.
         """

@@ -43,7 +43,7 @@ def ragged_dot(
         NotImplementedError: another implementation must compute it; says why.
     """
     if not isinstance(rhs, MarlinWeights) and not hasattr(rhs, "qvalue"):
-        raise NotImplementedError(f"rhs has type {type(rhs).__name__}; packed experts are wanted, or a QArray")
+        raise NotImplementedError(f"rhs has type {type(rhs).__name__}; it must be MarlinWeights, or a qwix QArray")
     if hasattr(lhs, "qvalue"):
         raise NotImplementedError("lhs is quantised; its rows must be floats")
     wanted = (((1,), (1,)), ((), ()))
@@ -52,9 +52,12 @@ def ragged_dot(
         or tuple(ragged_dot_dimension_numbers.lhs_ragged_dimensions) != (0,)
         or tuple(ragged_dot_dimension_numbers.rhs_group_dimensions) != (0,)
     ):
-        raise NotImplementedError(f"dimensions {ragged_dot_dimension_numbers} are not those of jax.lax.ragged_dot")
+        raise NotImplementedError(
+            f"ragged_dot_dimension_numbers is {ragged_dot_dimension_numbers}; it must be that of jax.lax.ragged_dot"
+        )
     if others.get("fuse_gateup_activation") is not None:
-        raise NotImplementedError("fuse_gateup_activation is for tokamax's own kernels")
+        found = others["fuse_gateup_activation"]
+        raise NotImplementedError(f"fuse_gateup_activation is {found!r}; it must be None: tokamax's kernels have it")
     try:
         y = packed_ragged_dot(
             lhs, rhs, jnp.asarray(group_sizes, jnp.int32), precision, preferred_element_type, group_offset

@@ -1,4 +1,4 @@
-"""Times blocks on this machine's card: device time with a cold L2, and what of the memory's bandwidth it is."""
+"""Times blocks on this machine's card: device time with a cold L2, and the bandwidth at which weights are read."""
 
 import argparse
 import statistics

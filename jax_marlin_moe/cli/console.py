@@ -18,7 +18,7 @@ def complain(text: str) -> None:
 
 
 def progress(text: str) -> None:
-    """Prints a line on the way to a result that does not depend on it: where it cannot be written, it is lost."""
+    """Prints a line of progress, on which no result depends: it is dropped where it cannot be written."""
     try:
         print(text, flush=True)
     except OSError:
@@ -27,9 +27,9 @@ def progress(text: str) -> None:
 
 @contextlib.contextmanager
 def measured_table(what: str, count: int, *headers: str) -> Iterator[Callable[..., None]]:
-    """A table whose `count` rows take a while: what it yields adds one, of texts.
+    """A table whose `count` rows take a while; yields a function that adds a row of texts.
 
-    A terminal sees how far it is; the block's end prints the rows, also where an error ends it.
+    A terminal shows the progress. The rows are printed when the block ends, also where an error ends it.
     """
     rows: list[tuple[str, ...]] = []
     try:
@@ -53,8 +53,8 @@ def escaped(text: str) -> str:
 def status_of(command: Callable[[], int]) -> int:
     """Runs a command; its exit status, once all that it has printed is written.
 
-    Ctrl-C ends in one line, output that nobody reads any more without a word, and output that cannot be written with
-    the reason.
+    After Ctrl-C it prints one line; where the reader of a pipe has closed it, nothing; where the output cannot be
+    written, the reason.
     """
     try:
         try:
@@ -77,7 +77,7 @@ def status_of(command: Callable[[], int]) -> int:
 
 
 def _discard_output() -> None:
-    """Sends what is still in the buffer nowhere: Python would try to write it again at its end, and complain."""
+    """Drops what is still in the buffer of stdout: Python would try to write it when it exits, and fail again."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,6 +1,6 @@
-"""Runs a small real checkpoint and a layer of a real size, and says how right and how fast they are.
+"""Runs a small real checkpoint and a layer of a real size, and prints their errors and times.
 
-Errors are held against float32 products with the dequantised weights. The time's limit is the packed bytes of the
+Errors are relative to float32 products with the dequantised weights. The time's limit is the packed bytes of the
 experts that the tokens hit, read once, at the bandwidth that a sum over a large array reaches on the same device.
 """
 
@@ -140,7 +140,7 @@ def _float32_block(case: _Case) -> np.ndarray:
 
 
 def _measure(case: _Case, implementation: str, expected: np.ndarray) -> tuple[float, float]:
-    """Relative L2 error of the first link, and seconds a block."""
+    """Relative L2 error of the first link, and seconds per block."""
     ids = jnp.asarray(case.ids)
     # The reference dequantises whole experts: one block of it is enough.
     links = 1 if implementation == "xla" else len(ids)

@@ -139,11 +139,11 @@ def lower_layer(
     layer = jmm.MoELayer(
         gate_up,
         down,
-        _absent((shape.hidden, experts), router_dtype),
+        _abstract((shape.hidden, experts), router_dtype),
         model.routing,
         activation=model.activation,
-        router_bias=_absent((experts,), dtype) if model.router_bias else None,
-        correction_bias=_absent((experts,), jnp.float32) if model.correction_bias else None,
+        router_bias=_abstract((experts,), dtype) if model.router_bias else None,
+        correction_bias=_abstract((experts,), jnp.float32) if model.correction_bias else None,
         shared=jmm.SharedExpert(*_experts(shape, 1, row, dtype, halves=halves)) if model.shared else None,
     )
 
@@ -185,16 +185,16 @@ def _weights(
 ) -> jmm.MarlinWeights:
     dense = jax.ShapeDtypeStruct((experts, k, n), dtype)
     packed = jax.eval_shape(lambda values: jmm.quantize(values, row.name, group_size=group_size), dense)
-    return dataclasses.replace(packed, bias=_absent((experts, n), jnp.float32)) if biased else packed
+    return dataclasses.replace(packed, bias=_abstract((experts, n), jnp.float32)) if biased else packed
 
 
-def _absent(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """The shape and dtype of an array, in its place."""
+def _abstract(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """An array of which there is only the shape and the dtype."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _can_keep(folder: pathlib.Path) -> bool:
-    """Whether kernels can be written into a folder: the cache itself drops what cannot, without a word."""
+    """Whether kernels can be written into a folder: the cache itself drops those that cannot, silently."""
     probe = folder / f"probe-{os.getpid()}"
     try:
         with named_errors(folder):

@@ -14,7 +14,7 @@ _SIZES = {"experts": "num_experts", "top_k": "top_k", "hidden": "hidden", "inter
 
 
 def add_shape_options(parser: argparse.ArgumentParser, tokens: list[int]) -> None:
-    """Declares them, with the default of `--tokens`."""
+    """Declares the options; `tokens` is the default of `--tokens`."""
     parser.add_argument("--models", nargs="+", default=[], choices=sorted(MODELS), metavar="MODEL",
                         help=f"from {', '.join(sorted(MODELS))}")  # fmt: skip
     parser.add_argument("--experts", type=int, help="in place of --models: experts of the layer")
@@ -60,7 +60,12 @@ def chosen_shapes(options: argparse.Namespace) -> list[ModelShape]:
 
 
 def shapes_to_measure(options: argparse.Namespace, action: str) -> tuple[list[ModelShape], int]:
-    """The blocks that the options name and the exit status 0; no blocks and another one after saying what is wrong."""
+    """The blocks that the options name and status 0; or no blocks and the exit status, once it has printed why.
+
+    Args:
+        options: of `add_shape_options`.
+        action: what cannot be done then, such as "measure".
+    """
     try:
         shapes = chosen_shapes(options)
     except ValueError as error:

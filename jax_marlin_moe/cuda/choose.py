@@ -86,13 +86,14 @@ def choose_tile(
     if least_results:
         found = tuple(tile for tile in found if tokens * (shape.n // tile.column_tiles(shape)) >= least_results)
     if tokens == mma.TOKEN_TILES[0]:
-        # With eight rows a block `mma.sync` was ahead wherever both were measured: others are left to tables there.
+        # With eight rows per block `mma.sync` was ahead wherever both were measured: only tables have others there.
         found = tuple(tile for tile in found if isinstance(tile, mma.MmaTile))
-    elif uniform and any(isinstance(tile, wgmma.WgmmaTile) for tile in found):  # and behind with more, in blocks
+    elif uniform and any(isinstance(tile, wgmma.WgmmaTile) for tile in found):
+        # With more rows per block, wgmma was ahead in expert blocks wherever both were measured.
         found = tuple(tile for tile in found if isinstance(tile, wgmma.WgmmaTile))
     if not found:
         raise ValueError(f"no kernel tile supports {shape} with {tokens}-row blocks on compute capability {capability}")
-    return _cheapest(found, shape, expected_blocks, rows, capability, uniform)
+    return _cheapest(found, shape, expected_blocks, rows, capability, uniform=uniform)
 
 
 def choose_rows_tile(shape: GemmShape, num_rows: int, parts: int, capability: int) -> Tile:
@@ -259,7 +260,9 @@ def invariant_scheme(
             fitting = [_tiles_in_order(kernel, shape, tokens, capability) for shape in shapes]
             if all(fitting):
                 pairs = zip(fitting, shapes, strict=True)
-                tiles = [_cheapest(of_shape, shape, blocks, rows, capability, True) for of_shape, shape in pairs]
+                tiles = [
+                    _cheapest(of_shape, shape, blocks, rows, capability, uniform=True) for of_shape, shape in pairs
+                ]
                 found.append(_timed_scheme("grouped", shapes, tiles, blocks, rows, capability))
         # Which kernel has tiles depends on the shapes alone.
         if found:
@@ -282,6 +285,7 @@ def _cheapest(
     expected_blocks: float,
     rows: float | None,
     capability: int,
+    *,
     uniform: bool,
 ) -> Tile:
     """The tile of least predicted time, the first of equals."""

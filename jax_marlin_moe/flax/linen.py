@@ -56,7 +56,7 @@ class MarlinMoE(nn.Module):
         expert_axis: the logical axis over which the routed experts are. The leaves of `gate_up` and `down` are boxes
             then (`nn.LogicallyPartitioned`), which `nn.get_partition_spec` reads and `apply` takes off. In calls each
             device computes its own experts.
-        activation_dtype: what rows are quantised to in calls that say nothing of it, as for `MoELayer`.
+        activation_dtype: what rows are quantised to in calls that do not pass one, as for `MoELayer`.
     """
 
     structure: Structure
@@ -200,7 +200,7 @@ class MarlinMoE(nn.Module):
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
-            activation_dtype: as for `MoELayer`, whose fixed scales count here too; None, that of the module.
+            activation_dtype: as for `MoELayer`, whose fixed scales count here too; None means that of the module.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
 
         Returns:

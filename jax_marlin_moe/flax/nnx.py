@@ -74,7 +74,7 @@ class MarlinMoE(nnx.Module):
         expert_axis: a logical axis, or one of the mesh, over which the routed experts are: metadata `out_sharding` of
             `gate_up` and `down`, which `nnx.get_partition_spec` and `nnx.get_named_sharding` read. In calls each
             device computes its own experts.
-        activation_dtype: what rows are quantised to in calls that say nothing of it, as for `MoELayer`; an attribute
+        activation_dtype: what rows are quantised to in calls that do not pass one, as for `MoELayer`; an attribute
             that may be assigned.
 
     Raises:
@@ -114,8 +114,7 @@ class MarlinMoE(nnx.Module):
         activation_dtype: ByteDtype | DTypeLike | None = None,
     ) -> "MarlinMoE":
         """The module of a layer: the constructor, under the name that Linen's module has for it."""
-        options: dict[str, Any] = {"expert_axis": expert_axis, "activation_dtype": activation_dtype}
-        return cls(layer, implementation=implementation, **options)
+        return cls(layer, implementation=implementation, expert_axis=expert_axis, activation_dtype=activation_dtype)
 
     @classmethod
     def from_checkpoint(
@@ -224,7 +223,7 @@ class MarlinMoE(nnx.Module):
             token_ids: for layers that route by token, the id of each row.
             router_input: rows that the router reads, where they are not those of the experts.
             layer: of a stack, which layer: a number, or a traced one, which is clamped to those there are.
-            activation_dtype: as for `MoELayer`, whose fixed scales count here too; None, that of the module.
+            activation_dtype: as for `MoELayer`, whose fixed scales count here too; None means that of the module.
             batch_invariant: as for `jax_marlin_moe.moe_layer`.
 
         Returns:

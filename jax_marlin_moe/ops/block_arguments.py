@@ -18,6 +18,8 @@ from jax_marlin_moe.ops.shares import count_shares, split_block
 from jax_marlin_moe.weights import MarlinWeights
 
 FP8_ROWS = jnp.bfloat16  # as what the kernels read float8_e4m3fn: it holds every value
+# By `activation_dtype`, the kind of `intermediate` with fixed scales of the rows between the products.
+_KIND_OF_ROWS = {"float8_e4m3fn": "static_fp8", "int8": "static_int8"}
 
 
 def check_experts(x: jax.Array, gate_up: MarlinWeights, down: MarlinWeights, act: Activation, within: str = "") -> None:
@@ -89,9 +91,12 @@ def as_block_rows(
 
 
 def as_scale(x_scale: Any) -> Float32[Array, ""]:
-    """A scale of rows as an array; raises TypeError or ValueError unless it is one float32 number.
+    """A scale of rows as an array.
 
-    A value that is in an array already is not looked at.
+    Raises:
+        TypeError: it is not float32.
+        ValueError: it is not one number; or it is a number of Python or NumPy that is not positive and finite. The
+            values of arrays are not checked.
     """
     if isinstance(x_scale, int | float | np.generic):
         check_positive("x_scale", np.asarray(x_scale, np.float32))
@@ -114,10 +119,6 @@ def check_intermediate(intermediate: Any, num_experts: int) -> None:
         arguments.check_shape("intermediate.scales", scales, (num_experts,), "(experts,)")
 
 
-# Of the rows between the products, where their scales are fixed.
-_KIND_OF_ROWS = {"float8_e4m3fn": "static_fp8", "int8": "static_int8"}
-
-
 def check_fixed_scales(
     activation_dtype: ByteDtype | None, x_scale: Any, intermediate: IntermediateQuantizer | None
 ) -> None:
@@ -126,15 +127,15 @@ def check_fixed_scales(
         for name, value in (("x_scale", x_scale), ("intermediate", intermediate)):
             if value is not None:
                 raise ValueError(
-                    f"activation_dtype is {activation_dtype!r} and {name} is not None; it must be None: scales that "
-                    f"are fixed are those of {' and '.join(map(repr, _KIND_OF_ROWS))}"
+                    f"activation_dtype is {activation_dtype!r} and {name} is not None; it must be None: only rows "
+                    f"of {' and '.join(map(repr, _KIND_OF_ROWS))} have fixed scales"
                 )
     if intermediate is None:
         return
     kind, found = intermediate.kind, f"activation_dtype is {activation_dtype!r} and intermediate.kind "
     if activation_dtype is None and kind == "static_int8":
         raise ValueError(
-            f"{found}{kind!r}; pass activation_dtype='int8': without it, kinds are 'static_fp8' and 'dynamic_nvfp4'"
+            f"{found}{kind!r}; it must be 'static_fp8' or 'dynamic_nvfp4', or pass activation_dtype='int8'"
         )
     if activation_dtype is not None and kind != _KIND_OF_ROWS[activation_dtype]:
         raise ValueError(
@@ -150,11 +151,11 @@ def check_rows_in_shares(
     activation_dtype: ByteDtype | None,
     intermediate: IntermediateQuantizer | None,
 ) -> None:
-    """Raises ValueError unless rows between the products are quantised alike in shares of the matrices and in whole."""
+    """Raises ValueError unless shares of the matrices give rows between the products the scales of whole ones."""
     if scales_whole_rows(activation_dtype, intermediate):
         raise ValueError(
             f"activation_dtype is {activation_dtype!r}, intermediate is None and gate_up is laid out for {shares} "
-            "ranks; the rows between the products have one scale each, of whole rows, and no device has those: call "
+            "ranks; each row between the products has one scale, which follows from columns of all ranks: call "
             "jax_marlin_moe.sharding.parallel_layer, or parallel_experts, whose ranks find it together; or pass fixed "
             "scales, 'float8_e4m3fn_g128', or matrices that are not laid out"
         )
@@ -162,7 +163,7 @@ def check_rows_in_shares(
 
 
 def check_groups_of_rank(gate_up: MarlinWeights, activation: Activation, activation_dtype: ByteDtype | None) -> None:
-    """Raises ValueError unless one rank's columns of the intermediate dimension are whole groups of scales."""
+    """Raises ValueError unless groups of scales divide one rank's columns of the intermediate dimension."""
     _check_groups(gate_up.padded_n // activation.halves, activation_dtype)
 
 

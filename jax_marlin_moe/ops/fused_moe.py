@@ -80,15 +80,15 @@ def fused_moe(
             `jax_marlin_moe.swiglu`, `swiglu_step` or `situ`; docs/formats.md, "The expert block", has them all.
         expert_map: int32, global to local expert, -1 for experts that live elsewhere.
         x_scale: float32, the factor of float8_e4m3fn tokens; one that is not positive and finite is refused where it is
-            a number, and counts as zero in an array. With `activation_dtype` "float8_e4m3fn", the scale that x is
-            quantised by.
+            a number, and counts as zero in an array. With `activation_dtype` "float8_e4m3fn" or "int8", the scale that
+            x is quantised by.
         intermediate: how the activation's result is quantised, in place of its rounding to the type of x; scales are
             those of the local experts.
         activation_dtype: None, or what the rows of both products are quantised to within the call, a name or a dtype
             (docs/formats.md, "8-bit activations"). "float8_e4m3fn" and "int8" have a scale per row,
             "float8_e4m3fn_g128" one per 128 columns of a row. Scales that calibration has fixed take the place of the
-            rows' own for "float8_e4m3fn": `x_scale` for x, and an `intermediate` of `IntermediateQuantizer.static_fp8`
-            for the second product.
+            rows' own for "float8_e4m3fn" and "int8": `x_scale` for x, and for the second product an `intermediate` of
+            `IntermediateQuantizer.static_fp8` or `.static_int8`.
         preferred_element_type: of the result: that of x, which is the default, or float32, unrounded, for results that
             are summed again. For float8_e4m3fn float32, which is the default, or bfloat16.
         implementation: None (the best that works), "cuda", "cpu" or "xla".
@@ -290,10 +290,14 @@ def expert_block(
         intermediate=intermediate,
     )
     if columns_over and scales_whole_rows(activation_dtype, intermediate):
-        # No kernel asks other devices for what they have between its two products.
-        options = {name: params[name] for name in ("activation", "implementation")}
-        y = composed_of_bytes(block, activation_dtype=activation_dtype, columns_over=columns_over, **options)
-        y = y.astype(out_dtype)
+        # The scale of a row follows from the columns of all devices, and no kernel communicates between its products.
+        y = composed_of_bytes(
+            block,
+            activation=params["activation"],
+            activation_dtype=activation_dtype,
+            implementation=params["implementation"],
+            columns_over=columns_over,
+        ).astype(out_dtype)
     else:
         if columns_over:
             check_groups_of_rank(gate_up, params["activation"], activation_dtype)
@@ -335,8 +339,7 @@ def _packing(form: Callable) -> Callable:
 def _cpu(*operands, activation, activation_dtype, out_dtype):
     block = BlockOperands(*operands)
     if activation_dtype is not None:
-        options = {"activation": activation, "activation_dtype": activation_dtype}
-        y = composed_of_bytes(block, **options, implementation="cpu")
+        y = composed_of_bytes(block, activation=activation, activation_dtype=activation_dtype, implementation="cpu")
         return [y.astype(out_dtype)]
     intermediate = block.intermediate
     return custom_call(

@@ -28,7 +28,7 @@ class Experts(NamedTuple):
             them, and -1 has none.
         matrices: gate_up and down, and what multiplies the columns of their rows, or None.
         slots: how many experts, or places for them, all ranks have.
-        packs: whether cards may pack their shares where they make them.
+        packs: whether ranks on CUDA may pack their shares in the kernels that compute them (`packed_shares.py`).
     """
 
     compute: Callable[..., jax.Array]

@@ -20,7 +20,7 @@ from jax_marlin_moe.layer import MoELayer, check_rows
 from jax_marlin_moe.layer_slice import LayerSlice, is_slice, share_indices
 from jax_marlin_moe.sharding.block_sum import BlockSum
 from jax_marlin_moe.sharding.moe_sharding import MoESharding, check_axes
-from jax_marlin_moe.sharding.rank import Quantized, experts_of_rank, layer_of_rank
+from jax_marlin_moe.sharding.rank import RowQuantization, experts_of_rank, layer_of_rank
 from jax_marlin_moe.sharding.shares import check_shares
 from jax_marlin_moe.sharding.specs import Axes, as_axes, is_spec, spec
 from jax_marlin_moe.weights import MarlinWeights
@@ -66,9 +66,9 @@ def parallel_layer(
             and round every share once more.
         router_input: as for `MoELayer`.
         activation_dtype: as for `MoELayer`. Rows are sent in their own type, and quantised where they are multiplied.
-            Where the intermediate dimension is over devices and its rows have a scale each, computed in the call, ranks
-            find the largest magnitude together, and what the bytes stand for is multiplied in 16 bits; fixed scales and
-            those of groups are multiplied as on one device.
+            Where the intermediate dimension is over devices and a scale of whole rows is computed in the call, ranks
+            find the largest magnitude together, and the values that the bytes stand for are multiplied in 16 bits. With
+            fixed scales and those of groups, rows are multiplied as on one device.
         implementation: as for `jax_marlin_moe.fused_moe`.
 
     Returns:
@@ -87,7 +87,7 @@ def parallel_layer(
             f"layer has type {type(layer).__name__}; it must be a MoELayer, of a stack the one that is called"
         )
     check_rows(layer, x, token_ids, router_input)
-    rows_as = as_byte_dtype(activation_dtype)
+    byte_dtype = as_byte_dtype(activation_dtype)
     axes = as_axes("tokens", tokens)
     check_axes("tokens", axes, sharding.mesh)
     _check_exchange(exchange, capacity, [axis for axis in axes if axis in sharding.expert_axes])
@@ -97,8 +97,7 @@ def parallel_layer(
     layer = share_indices(layer)
     specs = jax.tree.map(_of_stack, sharding.specs(layer), layer, is_leaf=_is_leaf)
     leaves, structure = jax.tree.flatten(specs, is_leaf=is_spec)
-    options = exchange, capacity, share, rows_as, implementation
-    run = _program(sharding, tuple(leaves), structure, axes, *options)
+    run = _program(sharding, tuple(leaves), structure, axes, exchange, capacity, share, byte_dtype, implementation)
     return run(layer, x, token_ids, router_input)
 
 
@@ -206,8 +205,8 @@ def parallel_experts(
     block = BlockSum(expert, tensor, tokens, exchange, capacity, _share_dtype(share_dtype), jnp.dtype(x.dtype))
     if activation_dtype is None and x_scale is not None:
         raise ValueError("x_scale is not None and activation_dtype None; it must be None: rows stay in 16 bits")
-    rows_as = Quantized(as_byte_dtype(activation_dtype), x_scale, intermediate)
-    experts = experts_of_rank(block, gate_up, down, activation, implementation, rows_as=rows_as)
+    quantization = RowQuantization(as_byte_dtype(activation_dtype), x_scale, intermediate)
+    experts = experts_of_rank(block, gate_up, down, activation, implementation, quantization=quantization)
     y, dropped = block.sum(experts, x, topk_weights, topk_ids, dtype=x.dtype)
     return y if capacity is None else (y, block.total(dropped))
 

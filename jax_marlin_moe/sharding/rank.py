@@ -23,7 +23,7 @@ from jax_marlin_moe.shared_expert import SharedExpert
 from jax_marlin_moe.weights import MarlinWeights
 
 
-class Quantized(NamedTuple):
+class RowQuantization(NamedTuple):
     """How a rank quantises the rows of its experts, as for `fused_moe`; scales are those of its experts."""
 
     activation_dtype: ByteDtype | None = None
@@ -63,9 +63,9 @@ def layer_of_rank(
     block = BlockSum(expert, tensor, tokens, exchange, capacity, share, jnp.dtype(x.dtype))
     on_input = layer.routing.apply_on_input
     input_scale = None if on_input else layer.expert_input_scale
-    rows_as = _quantized_of_rank(layer, block, activation_dtype)
+    quantization = _quantization_of_rank(layer, block, activation_dtype)
     matrices = layer.gate_up, layer.down
-    experts = experts_of_rank(block, *matrices, layer.activation, implementation, input_scale, rows_as)
+    experts = experts_of_rank(block, *matrices, layer.activation, implementation, input_scale, quantization)
     shared = partial(_shared_of_rank, layer, block, activation_dtype, implementation)
     if on_input:
         # Each slot is a row of its own, with weight 1.
@@ -95,10 +95,10 @@ def experts_of_rank(
     activation: str | Activation,
     implementation: str | None,
     input_scale: Float[Array, " H"] | None = None,
-    rows_as: Quantized | None = None,
+    quantization: RowQuantization | None = None,
 ) -> Experts:
     """This rank's share of the experts, by the specs of a `MoESharding`; they read rows times `input_scale`."""
-    rows_as = Quantized() if rows_as is None else rows_as
+    quantization = RowQuantization() if quantization is None else quantization
     gate_up = local_matrix(gate_up)
     count = gate_up.num_experts
     slots = count * block.size(block.expert)
@@ -115,21 +115,21 @@ def experts_of_rank(
             rounded_to=block.rounded_to,
             implementation=implementation,
             columns_over=block.tensor,
-            **rows_as._asdict(),
+            **quantization._asdict(),
         )  # fmt: skip
 
-    return Experts(compute, (gate_up, down, input_scale), slots, packs=all(one is None for one in rows_as))
+    return Experts(compute, (gate_up, down, input_scale), slots, packs=all(one is None for one in quantization))
 
 
-def _quantized_of_rank(layer: MoELayer, block: BlockSum, activation_dtype: ByteDtype | None) -> Quantized:
-    """As a call of the layer has it; fixed scales are those of all slots, of which this rank takes its own."""
+def _quantization_of_rank(layer: MoELayer, block: BlockSum, activation_dtype: ByteDtype | None) -> RowQuantization:
+    """How this rank quantises the rows of its experts, with its part of the fixed scales, which are by slot."""
     x_scale, intermediate = layer.fixed_scales(activation_dtype)
     if intermediate is not None and block.expert:
         count = layer.gate_up.num_experts
         first = lax.axis_index(block.expert) * count
         scales = lax.dynamic_slice_in_dim(intermediate.scales, first, count)
         intermediate = dataclasses.replace(intermediate, scales=scales)
-    return Quantized(activation_dtype, x_scale, intermediate)
+    return RowQuantization(activation_dtype, x_scale, intermediate)
 
 
 def _shared_of_rank(

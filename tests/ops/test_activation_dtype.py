@@ -188,7 +188,7 @@ def test_quantised_rows_are_named_where_they_cannot_be():
             jmm.fused_moe(*arguments, activation_dtype="float8_e4m3fn", x_scale=bad)
     integers = jmm.IntermediateQuantizer.static_int8(1.0)
     with pytest.raises(
-        ValueError, match=r"intermediate\.kind 'static_int8'; pass activation_dtype='int8': without it, "
+        ValueError, match=r"intermediate\.kind 'static_int8'; it must be 'static_fp8' or 'dynamic_nvfp4'"
     ):
         jmm.fused_moe(*arguments, intermediate=integers)
     with pytest.raises(ValueError, match=r"_g128' and x_scale is not None; it must be None: .* 'float8_e4m3fn' and 'i"):

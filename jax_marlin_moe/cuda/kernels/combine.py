@@ -31,19 +31,19 @@ class IdentityExperts:
 
 @dataclasses.dataclass(frozen=True)
 class SlotSums:
-    """Sums over the slots of each token, as extents and buffers.
+    """Sums over the slots of each token: extents, and the numbers of buffers.
 
     Attributes:
         tokens: rows of the result.
         top_k: slots of a token.
-        columns: of a row.
+        columns: of a row of the result.
         num_experts: of the matrices.
         routed_experts: that ids may name.
         dtype: of the result.
-        partials: the buffer of the slots' rows.
-        topk_ids: of the ids.
-        expert_map: of the map, or None.
-        out: of the result.
+        partials: buffer of the slots' rows.
+        topk_ids: buffer of the ids.
+        expert_map: buffer of the map, or None.
+        out: buffer of the result.
         overlaps_predecessor: whether the kernel may start before the one before it has ended.
         counted: whether a call may have fewer tokens.
     """
@@ -72,7 +72,7 @@ class SlotSums:
         columns: int,
         columns_of_thread: int,
     ) -> Kernel:
-        """One that sums so many columns of the slots' rows, each thread 16 bytes of them."""
+        """The kernel that sums `columns` of the slots' rows, `columns_of_thread` of one token in each thread."""
         threads = self.tokens * (columns // columns_of_thread)
         return Kernel(
             name=f"jmm_combine_m{self.tokens}",
@@ -131,9 +131,15 @@ def combine_kernel(
         "x": rows,
         "topk_weights": optional(None if identity is None else identity.topk_weights, "float32"),
     }
-    vector = 16 // jnp.dtype(partial_dtype).itemsize
-    columns = len(columns_of)
-    return sums.kernel("Combine<Facts>", facts, partials, of_input, result, columns=columns, columns_of_thread=vector)
+    return sums.kernel(
+        "Combine<Facts>",
+        facts,
+        partials,
+        of_input,
+        result,
+        columns=len(columns_of),
+        columns_of_thread=16 // jnp.dtype(partial_dtype).itemsize,
+    )
 
 
 def combine_four_columns_kernel(sums: SlotSums, pairs: bool) -> Kernel:

@@ -41,8 +41,8 @@ class MmaTile:
             product must have them so, too.
         packed_pairs: whether four results in 64 bits are two pairs of columns (csrc/cuda/four_columns.cuh); None where
             there is no such epilogue.
-        takes_tiles: whether CTAs may take work tiles as they come to them, off a list.
-        waits_for_rows: whether scales of rows are read behind the wait for the kernel that writes them.
+        takes_tiles: whether CTAs may take work tiles from a list when they are done with others.
+        waits_for_rows: whether scales of rows are read after the wait for the kernel that writes them.
     """
 
     tokens: int

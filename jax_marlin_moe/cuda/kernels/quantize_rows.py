@@ -18,7 +18,10 @@ def row_stride(columns: int, *, sums: bool, groups: bool) -> int:
 
 
 def has_scales(to: str, *, in_units: bool, groups: bool) -> bool:
-    """Whether each quantised row has a scale of its own; integers in units of scales that are known have one or NaN."""
+    """Whether each quantised row has a scale of its own.
+
+    Integers in units of known scales have one too, of 1, or NaN where the row has a NaN, which no integer stands for.
+    """
     return not groups and (to == "int8" or not in_units)
 
 

@@ -16,7 +16,7 @@ TOKEN_TILES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 _MOST_CONSUMER_REGISTERS = 240  # of a thread that multiplies
 OTHER_CONSUMER_REGISTERS = 40  # of these, beside sums and weights
 _MOST_COLUMNS = 256  # of one instruction
-_LEAST_K_OF_MORE_COUNTS = 1024
+_LEAST_K_OF_MORE_COUNTS = 1024  # of `likely_row_counts`
 
 # Fitted to 91 products of four blocks with 128 to 16384 tokens on an H200 (benchmarks/NOTES.md, "Tiles for many rows,
 # and one FMA for a weight").
@@ -175,18 +175,19 @@ class WgmmaTile:
     def _multiplied(
         self, shape: GemmShape, expected_blocks: float, rows: float | None, uniform: bool
     ) -> Sequence[tuple[float, float]]:
-        """Rows that token tiles multiply, and the share of all tiles that do."""
+        """Numbers of rows that token tiles multiply, each with the share of the tiles that multiply so many."""
         if rows is None:
             return [(self.tokens, 1.0)]
         expert_rows = rows * expected_blocks / shape.num_experts
         if uniform and expert_rows >= 1 and self.tokens <= _MOST_COLUMNS:
             return multiplied_rows(self.tokens, round(expert_rows, 2), shape.k)
-        # Half a quarter of a tile, or an eighth of two instructions, too many in an expert's last one.
+        # An expert's last tile multiplies half of the step between counts too many, on average: a quarter of a tile is
+        # the step, and an eighth where a tile has two instructions.
         spare = self.tokens / (8 if self.tokens <= _MOST_COLUMNS else 16)
         return [(min(self.tokens, rows + spare * min(1.0, shape.num_experts / expected_blocks)), 1.0)]
 
     def _cycles(self, shape: GemmShape, multiplied: float, busy: float, capability: int) -> float:
-        """Of a work tile that multiplies so many rows, beside others of its kind on `busy` CTAs of a multiprocessor."""
+        """Cycles of a work tile that multiplies so many rows, with `busy` CTAs at work on its multiprocessor."""
         card = get_architecture(capability)
         units = self.warpgroups_n * self.sub_tiles  # of 64 columns
         tensor = UNIT * units * multiplied * self.block_k / 2048 / _TENSOR_RATE
@@ -213,11 +214,12 @@ class WgmmaTile:
 
 
 def row_counts(tokens: int, *, byte_rows: bool = False) -> tuple[int, ...]:
-    """How many rows a token tile multiplies that has no more, where those are fewer than all, ascending.
+    """Numbers of rows below `tokens` that a token tile can multiply, ascending: it takes the least that holds its rows.
 
-    Quarters of the tile, in eights, or in sixteens of bytes and of instructions with more than 128 columns. Seven
-    eighths, too, and five of small tiles, but of rows of bytes, unless all rows of a tile are multiplied by parts: an
-    expert's rows differ from the mean by about its root, and tiles are chosen to hold most of them.
+    They are quarters of the tile, rounded up to a multiple of 8, or of 16 for rows of bytes and for instructions with
+    more than 128 columns. There are further eighths too, as the rows of an expert differ from the mean by about its
+    root, and tiles are chosen to hold most of them: five and seven of small tiles, seven of others; for rows of bytes
+    seven alone, and only where a tile is multiplied by parts.
     """
     few, every = (tokens <= 128, 8) if byte_rows else (tokens <= 64, 4)
     every_eighth_from = every if few else 6
@@ -250,7 +252,10 @@ def row_counts_fact(counts: Iterable[int]) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def multiplied_rows(tokens: int, expert_rows: float, k: int) -> tuple[tuple[int, float], ...]:
-    """Rows that a token tile multiplies, and the share of all tiles that do, under uniform routing."""
+    """Numbers of rows that token tiles multiply, each with its share of the tiles, under uniform routing.
+
+    The rows of an expert then have a Poisson distribution, of mean `expert_rows`.
+    """
     counts = sorted({*row_counts(tokens), *likely_row_counts(tokens, expert_rows, k), tokens})
     tiles = dict.fromkeys(counts, 0.0)
     deviation = math.sqrt(expert_rows)

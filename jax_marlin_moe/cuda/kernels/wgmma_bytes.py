@@ -27,18 +27,20 @@ _OF_SMALL_GROUPS = ("e2m1", "e4m3")
 _OTHER_CONSUMER_REGISTERS = 8  # of a thread that multiplies, beside sums and fragments
 _PRODUCER_REGISTERS = 24
 _FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
-_MOST_AT_ONCE = 128  # tokens of a slab's sums of a k-block; those of more are made by thirds, two of which it holds
+_MOST_AT_ONCE = (
+    128  # rows whose sums a slab holds for a k-block; larger tiles make theirs by thirds, and hold two of them
+)
 
 _LEAST_ROWS = 32  # of an expert, with which products of e4m3 rows are ahead of their values in 16 bits
 
-# Of 50 products of Mixtral, Qwen3-30B and DeepSeek-V3 with 256 to 16384 tokens on an H200, to 6 %. Cycles of a k-block:
-# for each unit of 64 columns, for each row of it, of which there are as good as 24, more where rows are made by parts,
-# and where no other warpgroup fills the waits of one.
+# Fitted to 50 products of Mixtral, Qwen3-30B and DeepSeek-V3 with 256 to 16384 tokens on an H200, to 6 %. Cycles of a
+# k-block: for each unit of 64 columns, and for each row of a unit, at least 24 of them; times a factor where rows are
+# multiplied by parts, and one where no other warpgroup fills the waits.
 _UNIT_CYCLES, _ROW_CYCLES = 197, 1.9
 _LEAST_TIMED_ROWS = 24
 _BY_PARTS = 1.075
 _ALONE = 1.4
-# Of the end of a work tile, and there for each sum of a thread.
+# Cycles of the end of a work tile, and of that for each sum of a thread.
 _TILE_CYCLES = 2200
 _GATED_CYCLES, _STORE_CYCLES = 3.4, 32
 _COUNTED_ROUNDS, _LAST_ROUND = 4, 0.9  # beyond so many, CTAs end that part of a work tile after the average one
@@ -135,7 +137,10 @@ class WgmmaByteTile:
     def predicted_microseconds(
         self, shape: GemmShape, expected_blocks: float, rows: float | None, capability: int, uniform: bool = False
     ) -> float:
-        """Time of one product, of whose token tiles that many `rows` are not padding on average; None for all."""
+        """Time of one product, of whose token tiles that many `rows` are not padding on average; None for all.
+
+        Whether rows are those of `uniform` routing does not matter.
+        """
         card = get_architecture(capability)
         ctas = card.multiprocessors * self.ctas_per_sm
         tiles = max(1.0, expected_blocks * self.column_tiles(shape))
@@ -144,13 +149,13 @@ class WgmmaByteTile:
         memory = BLOCK_K * units * UNIT * shape.bytes_per_weight / card.bytes_per_cycle
 
         def cycles(rows: float) -> float:
-            """Of a work tile."""
+            """Cycles of a work tile that multiplies so many rows."""
             parts = 1 + (_BY_PARTS - 1) * rows / self.tokens if self.tokens > _MOST_AT_ONCE else 1
             alone = _ALONE if self.warpgroups_n * self.ctas_per_sm == 1 else 1
             products = units * (_UNIT_CYCLES + _ROW_CYCLES * max(rows, _LEAST_TIMED_ROWS)) * parts * alone
-            block = max(memory, products)
+            k_block = max(memory, products)
             end = _TILE_CYCLES + (_GATED_CYCLES if shape.gated else _STORE_CYCLES) * self.sub_tiles * rows / 2
-            return busy * math.ceil(shape.k / BLOCK_K) * block + end
+            return busy * math.ceil(shape.k / BLOCK_K) * k_block + end
 
         eighth = self.tokens / 8
         multiplied = min(self.tokens, math.ceil((self.tokens if rows is None else rows) / eighth) * eighth)
@@ -170,7 +175,8 @@ def multiplies(shape: GemmShape) -> bool:
 def pays(shape: GemmShape, rows: float) -> bool:
     """Whether to multiply bytes where experts have so many rows on average, rather than values in 16 bits.
 
-    Those of int8 always, whose sums are exact, and those whose groups have scales, which 16 bits do not hold.
+    Rows of int8 always are, as their sums are exact, and so are rows whose groups have scales: 16 bits do not hold
+    their values.
     """
     return rows >= _LEAST_ROWS or shape.dtype == "int8" or shape.row_groups
 
@@ -208,15 +214,16 @@ def halves_apart(shape: GemmShape) -> bool:
 
 def _zero_stages(shape: GemmShape) -> int:
     """Stages of the ring that zero points have, behind those of the k-blocks (csrc/cuda/gemm/wgmma/zero_stages.cuh)."""
-    there = shape.zeros is not None or (shape.code == "int4" and shape.dtype != "int8")
-    return -(-shape.k // (16 * BLOCK_K)) if there else 0
+    has_zeros = shape.zeros is not None or (shape.code == "int4" and shape.dtype != "int8")
+    return -(-shape.k // (16 * BLOCK_K)) if has_zeros else 0
 
 
 def candidates(shape: GemmShape, tokens: int, capability: int, *, in_order: bool = False) -> list[WgmmaByteTile]:
     """Every tile worth considering: it fits.
 
-    With `in_order` those that give a row the same bits, however many rows there are. Sums of zero points are added for
-    as many of their stages at a time as half of the ring has, one where rows are multiplied by parts: it is two then.
+    `in_order` leaves those that give a row the same bits, whatever the number of rows. Sums of zero points are added
+    for as many of their stages at a time as half of the ring has, or for one where rows are multiplied by parts: so
+    rings are chosen whose half is two stages, and no tiles by parts.
     """
     if in_order and tokens > _MOST_AT_ONCE:
         return []
