@@ -1,4 +1,4 @@
-"""What config.json says of a model's layers of experts, every key of it read with its type or known not to matter."""
+"""What config.json says of a model's layers of experts, every key read with its type or known not to matter."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What commands say and where: results on stdout, complaints on stderr, and a quiet end where nobody reads on."""
+"""What commands print and where: results on stdout, complaints on stderr; a closed pipe is no error message."""
 
 import contextlib
 import os

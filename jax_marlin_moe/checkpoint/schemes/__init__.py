@@ -42,7 +42,7 @@ __all__ = [
     "from_w4afp8",
 ]
 
-# The tensors decide which one it is, so no two of them know the same tensors.
+# The tensors of a linear decide which scheme it is, so no two schemes may match the same tensors.
 SCHEMES: tuple[type[Scheme], ...] = (
     AwqStorage,
     GptqStorage,
@@ -56,9 +56,8 @@ SCHEMES: tuple[type[Scheme], ...] = (
     HqqStorage,
 )
 METHODS = {method.name: method for scheme in SCHEMES for method in scheme.methods}
-# What may follow the module of experts that lie in one tensor, what is broken there, and what tells of a quantised
-# linear.
 _WITH_PLAIN: tuple[type[Storage], ...] = (*SCHEMES, PlainStorage)
+# `stacked`, `broken` and `marks` of all schemes.
 STACKED_SUFFIXES = tuple(suffix for scheme in _WITH_PLAIN for suffix in scheme.stacked)
 BROKEN = {suffix: fault for scheme in SCHEMES for suffix, fault in scheme.broken.items()}
 MARKS = tuple({suffix: None for scheme in SCHEMES for suffix in scheme.marks})

@@ -86,9 +86,9 @@ class Scheme(Storage):
 
     Attributes:
         methods: the values of `quant_method` that are this scheme's, each with its keys.
-        marks: suffixes of tensors that tell that a linear may be stored so.
-        broken: suffixes of tensors, behind the module of all experts, that a writer is known to have written wrongly;
-            each with what is said of it.
+        marks: suffixes of tensors whose presence shows that a linear may be stored so.
+        broken: suffixes, after the module of all experts, of tensors that a tool is known to have written wrongly; each
+            with the text of the error.
     """
 
     methods: ClassVar[tuple[Method, ...]] = ()
@@ -107,7 +107,7 @@ class Scheme(Storage):
     @classmethod
     @abc.abstractmethod
     def size(cls, files: TensorFolder, linear: Linear, quantization: Quantization) -> tuple[int, int] | None:
-        """(k, n) of a linear with tensors of its own, if it is of this scheme, which `find` then tells.
+        """(k, n) of a linear with tensors of its own, provided that `find` then recognises it as of this scheme.
 
         None where there are no tensors of such names, dtypes and ranks.
         """
