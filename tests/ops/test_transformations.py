@@ -33,17 +33,16 @@ MODES = {
 
 def quantised():
     """Padded matrices: int4 with zero points, with a bias, and NVFP4."""
-    keys = jax.random.split(jax.random.key(0), 3)
     parts = [
         jmm.quantize(
-            jax.random.normal(key, (EXPERTS, HIDDEN, INNER), jnp.float32),
+            host_arrays.normal(seed, (EXPERTS, HIDDEN, INNER)),
             "int4_zp",
             group_size=32,
-            bias=jnp.ones((EXPERTS, INNER), jnp.float32),
+            bias=host_arrays.ones((EXPERTS, INNER)),
         )
-        for key in keys[:2]
+        for seed in range(2)
     ]
-    down = jmm.quantize(jax.random.normal(keys[2], (EXPERTS, INNER, HIDDEN), jnp.float32), "nvfp4")
+    down = jmm.quantize(host_arrays.normal(2, (EXPERTS, INNER, HIDDEN)), "nvfp4")
     return jmm.concatenate_columns(parts), down
 
 
@@ -55,8 +54,12 @@ def rows():
     return x, host_arrays.normal(2, (TOKENS, EXPERTS), jnp.float32)
 
 
+def spread():
+    return jax.device_put(np.linspace(0, 1, EXPERTS, dtype=np.float32))
+
+
 def routed(logits):
-    return jmm.route(logits, top_k=TOP_K, scoring="sigmoid", correction_bias=jnp.linspace(0, 1, EXPERTS), scale=2.5)
+    return jmm.route(logits, top_k=TOP_K, scoring="sigmoid", correction_bias=spread(), scale=2.5)
 
 
 def call_block(implementation):
@@ -69,7 +72,7 @@ def call_product(implementation):
     x, logits = rows()
     weights, ids = routed(logits)
     alignment = jmm.moe_align_block_size(
-        ids, block_size=8, num_experts=EXPERTS, expert_map=jnp.arange(EXPERTS, dtype=jnp.int32),
+        ids, block_size=8, num_experts=EXPERTS, expert_map=np.arange(EXPERTS, dtype=np.int32),
         implementation=implementation,
     )  # fmt: skip
     y = jmm.moe_gemm(
@@ -133,9 +136,9 @@ def test_eager_calls_transfer_nothing(implementation):
     x, logits = rows()
     weights, ids = routed(logits)
     matrices = gate_up_and_down()
-    layer = jmm.MoELayer(*matrices, jnp.ones((HIDDEN, EXPERTS)), jmm.Routing(TOP_K))
+    layer = jmm.MoELayer(*matrices, host_arrays.ones((HIDDEN, EXPERTS)), jmm.Routing(TOP_K))
     module = MarlinMoE(layer, implementation=implementation)
-    batch = [jnp.stack([array, array]) for array in (x, weights, ids)]
+    batch = [jax.device_put(np.stack([array, array])) for array in (x, weights, ids)]
 
     def block(x, weights, ids):
         return jmm.fused_moe(x, *matrices, weights, ids, implementation=implementation)
@@ -173,7 +176,7 @@ def test_eager_packing_transfers_nothing(weight_format):
 )
 def test_eager_routing_transfers_nothing(options):
     _, logits = rows()
-    bias = jnp.linspace(0, 1, EXPERTS)
+    bias = spread()
     with jax.transfer_guard("disallow"):
         _, ids = jmm.route(logits, top_k=TOP_K, correction_bias=bias, expert_scale=bias, **options)
         jmm.route(logits, top_k=TOP_K, ids=ids, **options)
@@ -190,8 +193,8 @@ def test_vmap_over_no_elements_is_empty(implementation):
         lists = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS, implementation=implementation)
         return jmm.moe_gemm(x, matrices[0], lists, top_k=TOP_K, implementation=implementation)
 
-    x, ids = jnp.ones((0, 3, HIDDEN), jnp.bfloat16), jnp.zeros((0, 3, TOP_K), jnp.int32)
-    assert jax.vmap(block)(x, jnp.ones((0, 3, TOP_K)), ids).shape == (0, 3, HIDDEN)
+    x, ids = host_arrays.ones((0, 3, HIDDEN), jnp.bfloat16), host_arrays.zeros((0, 3, TOP_K), jnp.int32)
+    assert jax.vmap(block)(x, host_arrays.ones((0, 3, TOP_K)), ids).shape == (0, 3, HIDDEN)
     assert jax.vmap(product)(x, ids).shape == (0, 3 * TOP_K, 100)
 
 
@@ -199,21 +202,22 @@ def test_vmap_over_no_elements_is_empty(implementation):
 def test_a_dropped_slot_does_not_read_its_weight(implementation):
     x, _ = rows()
     gate_up, _ = gate_up_and_down()
-    ids = jnp.asarray([[0, 1], [2, -1], [-1, -1], [3, 9], [1, 2]], jnp.int32)
-    weights = jnp.where((ids >= 0) & (ids < EXPERTS), 0.5, jnp.nan)
+    ids = np.int32([[0, 1], [2, -1], [-1, -1], [3, 9], [1, 2]])
+    absent = (ids < 0) | (ids >= EXPERTS)
+    ids, weights = jax.device_put((ids, np.where(absent, np.nan, 0.5).astype(np.float32)))
     alignment = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS, implementation=implementation)
     options = {"top_k": TOP_K, "mul_topk_weights": True, "implementation": implementation}
-    y = jmm.moe_gemm(x, gate_up, alignment, topk_weights=weights, **options)
-    assert np.array_equal(~np.any(y != 0, axis=1), np.asarray((ids < 0) | (ids >= EXPERTS)).reshape(-1))
-    assert not np.isnan(np.asarray(y, np.float32)).any()
+    y = np.asarray(jmm.moe_gemm(x, gate_up, alignment, topk_weights=weights, **options), np.float32)
+    assert np.array_equal(~np.any(y != 0, axis=1), absent.reshape(-1))
+    assert not np.isnan(y).any()
     layer = MoELayer(
         *gate_up_and_down(),
-        jnp.ones((HIDDEN, EXPERTS)),
+        host_arrays.ones((HIDDEN, EXPERTS)),
         jmm.Routing(TOP_K, apply_on_input=True),
         token_experts=ids,
     )
-    y = layer(x, jnp.arange(5), implementation=implementation)
-    assert not np.isnan(np.asarray(y, np.float32)).any()
+    y = np.asarray(layer(x, jax.device_put(np.arange(5, dtype=np.int32)), implementation=implementation), np.float32)
+    assert not np.isnan(y).any()
     assert not np.any(y[2])
 
 
@@ -226,14 +230,10 @@ def test_the_first_listing_of_a_slot_counts_on_the_reference(reordered):
         gate_up = jax.tree.map(jnp.asarray, jmm.MarlinWeights(**vars(gate_up) | {"input_order": jnp.int32(order)}))
     ids = jnp.asarray([[0], [1], [2], [3], [0]], jnp.int32)
     once = jmm.moe_align_block_size(ids, block_size=8, num_experts=EXPERTS)
-    twice = jmm.BlockAlignment(
-        jnp.concatenate([once.sorted_token_ids[:32], once.sorted_token_ids[:32]]),
-        # An expert that is not here lists nothing, so the slots of block 1 are listed first by the fifth block.
-        jnp.asarray([0, 9, 2, 3, 3, 1, 1, 1], jnp.int32),
-        jnp.full((1,), 64, jnp.int32),
-        8,
-        EXPERTS,
-    )
+    lists = np.tile(once.sorted_token_ids[:32], 2)
+    # An expert that is not here lists nothing, so the slots of block 1 are listed first by the fifth block.
+    experts, rows_listed = np.int32([0, 9, 2, 3, 3, 1, 1, 1]), np.int32([64])
+    twice = jmm.BlockAlignment(*jax.device_put((lists, experts, rows_listed)), 8, EXPERTS)
     wanted = jmm.moe_gemm(x, gate_up, once, top_k=1, implementation="xla")
     np.testing.assert_array_equal(jmm.moe_gemm(x, gate_up, twice, top_k=1, implementation="xla"), wanted)
 
@@ -246,10 +246,13 @@ def test_an_expert_may_be_chosen_by_a_traced_index():
 
 
 def test_slices_of_abstract_weights_are_abstract():
-    weights = jmm.quantize(jnp.ones((EXPERTS, 128, 128)), "int4_zp", group_size=64, bias=jnp.ones((EXPERTS, 128)))
-    abstract = jax.eval_shape(lambda: weights)
+    def weights():
+        dense, bias = jnp.ones((EXPERTS, 128, 128)), jnp.ones((EXPERTS, 128))
+        return jmm.quantize(dense, "int4_zp", group_size=64, bias=bias)
+
+    abstract = jax.eval_shape(weights)
     for cut in (lambda w: w.columns(64, 128), lambda w: w.rows(64, 128), lambda w: w.expert(1)):
-        assert cut(abstract) == jax.eval_shape(lambda cut=cut: cut(weights))
+        assert cut(abstract) == jax.eval_shape(lambda cut=cut: cut(weights()))
 
 
 def test_quantize_blames_the_argument_that_was_given():
@@ -266,7 +269,8 @@ def exported(function, *arguments, **options):
 def test_layers_are_arguments_and_results_of_exported_functions(activation):
     x, logits = rows()
     routing = jmm.Routing(TOP_K, scoring="sigmoid", scale=2.5)
-    layer = MoELayer(*gate_up_and_down(), logits[:1].T.T * jnp.ones((HIDDEN, 1)), routing, activation=activation)
+    router = jax.device_put(np.tile(logits[:1], (HIDDEN, 1)))
+    layer = MoELayer(*gate_up_and_down(), router, routing, activation=activation)
     y, again = exported(lambda layer, x: (layer(x), layer), layer, x).call(layer, x)
     np.testing.assert_array_equal(y, layer(x))
     assert jax.tree.structure(again) == jax.tree.structure(layer)

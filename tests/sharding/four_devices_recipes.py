@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import host_arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +43,7 @@ HOSTS, DATA = mesh((2, 2), ("hosts", "cards")), mesh((2, 2), ("data", "tensor"))
 
 def random(seed, *shape):
     # By NumPy: JAX's numbers are a program for each shape, which takes longer to compile than the checks to run.
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * shape[-2] ** -0.5, jnp.float32)
+    return host_arrays.normal(seed, shape, scale=shape[-2] ** -0.5)
 
 
 def layer(weight_format="int4", inner=INNER, group_size=64, shared=None, **options):
@@ -69,7 +70,12 @@ def layer(weight_format="int4", inner=INNER, group_size=64, shared=None, **optio
     return jmm.MoELayer(*block(EXPERTS, 0), router, **{"routing": jmm.Routing(2), **options})
 
 
-X = jax.random.normal(jax.random.key(99), (TOKENS, HIDDEN), jnp.bfloat16)
+X = host_arrays.normal(99, (TOKENS, HIDDEN), jnp.bfloat16)
+
+
+def placed_from_host(whole, sharding):
+    """The same shares, but by NumPy: JAX slices arrays of a device by a program for each shape and sharding."""
+    return place(jax.tree.map(np.asarray, whole), sharding)
 
 
 def assert_close(actual, wanted, tolerance=4e-3):
@@ -84,7 +90,7 @@ def collectives(compiled):
 
 
 def equals_one_device(sharding, whole, wanted_collectives=None, **options):
-    placed = place(whole, sharding)
+    placed = placed_from_host(whole, sharding)
     run = jax.jit(lambda layer, x: parallel_layer(layer, x, sharding, **options)).lower(placed, X).compile()
     y = run(placed, jax.device_put(X, run.input_shardings[0][1]))
     rows = {name: value for name, value in options.items() if name == "activation_dtype"}
@@ -100,6 +106,7 @@ def equals_one_device(sharding, whole, wanted_collectives=None, **options):
 def shares_of_16_bits():
     """Every recipe, with a rounding more for each share."""
     whole = layer(shared="packed")
+    wanted = whole(X)
     for sharding, options in (
         (MoESharding(EP), {}),
         (MoESharding(EP), {"tokens": "expert"}),
@@ -107,7 +114,7 @@ def shares_of_16_bits():
         (MoESharding(BOTH), {"tokens": "tensor"}),
     ):
         run = jax.jit(lambda layer, x, s=sharding, o=options: parallel_layer(layer, x, s, share_dtype="bfloat16", **o))
-        assert_close(run(place(whole, sharding), X), whole(X), 7e-3)
+        assert_close(run(placed_from_host(whole, sharding), X), wanted, 7e-3)
 
 
 def sums_of_packed_shares():
@@ -140,11 +147,13 @@ def sums_of_packed_shares():
 
 def shares_packed_where_they_are_made():
     """What cards do with many rows, here with few: words of 64 bits, and derivatives that know nothing of them."""
+    sharding, whole = MoESharding(BOTH), layer()
+    stack = jmm.stack_layers([whole, whole])
+    placed = placed_from_host(stack, sharding)
     where = sums._PACKING_PLATFORMS, sums._MANY_BYTES
     sums._PACKING_PLATFORMS, sums._MANY_BYTES = ("cpu",), 0
     jax.clear_caches()
     try:
-        sharding, stack = MoESharding(BOTH), jmm.stack_layers([layer(), layer()])
 
         def loss(call, stack, x, bias):
             of_stack = dataclasses.replace(stack.layers, down=dataclasses.replace(stack.layers.down, bias=bias))
@@ -157,14 +166,14 @@ def shares_packed_where_they_are_made():
             compiled = jax.jit(jax.grad(partial(loss, call), (1, 2), has_aux=True)).lower(*arguments).compile()
             return compiled(*arguments), collectives(compiled)
 
-        ((x, bias), y), kinds = run(partial(parallel_layer, sharding=sharding), place(stack, sharding))
+        ((x, bias), y), kinds = run(partial(parallel_layer, sharding=sharding), placed)
         ((wanted_x, wanted_bias), wanted_y), _ = run(lambda layer, x: layer(x), stack)
         assert "all-to-all" in kinds, kinds
         assert_close(y, wanted_y)
         assert_close(x, wanted_x, 2e-2)
         assert_close(bias[:, :, :HIDDEN], wanted_bias, 2e-2)
-        equals_one_device(MoESharding(EP), layer(), ["all-gather"] * 3 + ["all-to-all"], tokens="expert")
-        equals_one_device(MoESharding(DATA), layer(), ["all-gather"] * 3 + ["all-to-all"], tokens=("data", "tensor"))
+        equals_one_device(MoESharding(EP), whole, ["all-gather"] * 3 + ["all-to-all"], tokens="expert")
+        equals_one_device(MoESharding(DATA), whole, ["all-gather"] * 3 + ["all-to-all"], tokens=("data", "tensor"))
     finally:
         sums._PACKING_PLATFORMS, sums._MANY_BYTES = where
         jax.clear_caches()
@@ -182,7 +191,7 @@ def all_on_one_expert():
     bias = jnp.zeros(EXPERTS).at[jnp.asarray([5, 4])].set(1000.0)
     whole, sharding = layer(router_bias=bias), MoESharding(EP)
     equals_one_device(sharding, whole, tokens="expert", exchange="ragged")
-    placed = place(whole, sharding)
+    placed = placed_from_host(whole, sharding)
     y, dropped = parallel_layer(placed, X, sharding, tokens="expert", exchange="ragged", capacity=5)
     assert int(dropped) == 2 * (TOKENS - 5), dropped
     wanted = np.asarray(whole(X), np.float32)
@@ -198,12 +207,13 @@ def copies():
     whole, sharding = layer(), MoESharding(EP)
     table = [3, 3, 0, 7, 2, 4, 1, 5, 6, 3, 0, 1]
     hot = place_experts(whole, table)
-    assert_close(hot(X), whole(X), 0)
+    wanted = whole(X)
+    assert_close(hot(X), wanted, 0)
     run = jax.jit(lambda layer, x: parallel_layer(layer, x, sharding, tokens="expert", exchange="ragged"))
-    assert_close(run(place(hot, sharding), X), whole(X))
+    assert_close(run(placed_from_host(hot, sharding), X), wanted)
     anew = place_experts(hot, table[::-1])
     np.testing.assert_array_equal(anew.gate_up.packed, hot.gate_up.packed[::-1])
-    assert_close(run(place(anew, sharding), X), whole(X))
+    assert_close(run(placed_from_host(anew, sharding), X), wanted)
     assert run._cache_size() == 1
 
 
@@ -253,7 +263,7 @@ def rows_of_8_bits():
         y = parallel_layer(placed, x, both, activation_dtype="int8").astype(jnp.float32)
         return (x + stop(y)).sum()
 
-    placed = place(own, both)
+    placed = placed_from_host(own, both)
     jax.eval_shape(jax.grad(partial(total, stop=jax.lax.stop_gradient)), X)  # raises nothing
     with pytest.raises(NotImplementedError, match="rounding to integers has no derivative"):
         jax.eval_shape(jax.grad(total), X)
@@ -262,12 +272,14 @@ def rows_of_8_bits():
     wanted = turned(X, activation_dtype="float8_e4m3fn")
     assert not np.array_equal(wanted, dataclasses.replace(turned, x_scale=None)(X, activation_dtype="float8_e4m3fn"))
     for call in (lambda layer, x, **rows: layer(x, **rows), partial(parallel_layer, sharding=both)):
-        assert_close(jax.jit(partial(call, activation_dtype="float8_e4m3fn"))(place(turned, both), X), wanted)
+        assert_close(
+            jax.jit(partial(call, activation_dtype="float8_e4m3fn"))(placed_from_host(turned, both), X), wanted
+        )
 
 
 def gradients():
     whole, sharding = layer(), MoESharding(BOTH)
-    placed = place(whole, sharding)
+    placed = placed_from_host(whole, sharding)
 
     def gradient(call):
         return jax.jit(jax.grad(lambda x: jnp.sin(call(x).astype(jnp.float32)).sum()))(X)
