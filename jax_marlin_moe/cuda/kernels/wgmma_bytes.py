@@ -27,9 +27,8 @@ _OF_SMALL_GROUPS = ("e2m1", "e4m3")
 _OTHER_CONSUMER_REGISTERS = 8  # of a thread that multiplies, beside sums and fragments
 _PRODUCER_REGISTERS = 24
 _FRAGMENT_REGISTERS = 32  # two sets for a slab and a k-block
-_MOST_AT_ONCE = (
-    128  # rows whose sums a slab holds for a k-block; larger tiles make theirs by thirds, and hold two of them
-)
+# Rows whose sums a slab holds for a k-block; larger tiles make theirs by thirds, and hold two of them.
+_MOST_AT_ONCE = 128
 
 _LEAST_ROWS = 32  # of an expert, with which products of e4m3 rows are ahead of their values in 16 bits
 
