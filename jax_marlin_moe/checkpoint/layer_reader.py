@@ -1,6 +1,7 @@
 """Reads one layer of a checkpoint as its tool wrote it."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class LayerReader:
     def activation_dtype(self) -> ByteDtype | None:
         """What the config says that the rows of the routed experts are quantised to, if it says so of all of them."""
         first, second = expert_linears(self.tensors)
-        linears = [linear for expert in (*first, *second) for linear in expert]
+        linears = list(itertools.chain(*first, *second))
         if all(W4AFp8Storage.holds(self.tensors.files, linear) for linear in linears):
             return W4AFp8Storage.activation_dtype
         quantization = self.tensors.quantization
@@ -123,8 +124,7 @@ class LayerReader:
         """The scales of e4m3 rows that the files fix: of x, and of the rows between the products by expert."""
         tensors, files = self.tensors, self.tensors.files
         hidden, size = tensors.facts.hidden, tensors.facts.size
-        linears = (linear for expert in (*first, *second) for linear in expert)
-        if not any(input_scale_name(files, linear) in files for linear in linears):
+        if not any(input_scale_name(files, linear) in files for linear in itertools.chain(*first, *second)):
             return None, None
         gate_up, down = (
             find_matrix(files, experts, k, n, tensors.quantization, self.target)
@@ -186,7 +186,7 @@ class LayerReader:
             for module in read
             if name.startswith((f"{module}.", f"{module}_")) or name == module
         }
-        for linear in (linear for expert in (*first, *second) for linear in expert):
+        for linear in itertools.chain(*first, *second):
             for suffix in suffixes:
                 if linear.name(suffix) in files:
                     files.ignore(linear.name(suffix))

@@ -18,9 +18,9 @@ from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, integer
 from jax_marlin_moe.checkpoint.schemes.storage import (
     LogicalLinear,
     Scheme,
-    check_finite,
     check_shape,
     number_of_groups,
+    read_float_scales,
     shape_of_rank,
 )
 from jax_marlin_moe.checkpoint.schemes.values import row_order
@@ -33,7 +33,7 @@ from jax_marlin_moe.checkpoint.stated import (
     group_of,
     states_e4m3_inputs,
 )
-from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
+from jax_marlin_moe.checkpoint.tensors import TensorFolder
 from jax_marlin_moe.formats import get_format
 from jax_marlin_moe.packing import check_stack, resolve_group_size
 from jax_marlin_moe.weights import MarlinWeights
@@ -208,12 +208,11 @@ class PackQuantizedStorage(Scheme):
         """Words, scales, and zero points or None."""
         groups, pf = number_of_groups(k, self.group_size), 32 // self.bits
         packed = linear.read(files, ".weight_packed", (n, -(-k // pf)), ("I32",), rows=1)
-        of_groups = 1 if groups > 1 else None
-        scale = linear.read(files, ".weight_scale", (n, groups), FLOATS, rows=of_groups)
-        check_finite(files, linear.name(".weight_scale"), scale)
+        scale = read_float_scales(files, linear, ".weight_scale", n, groups)
         check_shape(files, linear, k, n)
         zeros = None
         if not self.symmetric:
+            of_groups = 1 if groups > 1 else None
             zeros = linear.read(files, ".weight_zero_point", (-(-n // pf), groups), ("I32",), rows=of_groups)
         return packed, scale, zeros
 

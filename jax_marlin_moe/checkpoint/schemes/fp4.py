@@ -14,6 +14,7 @@ from jax_marlin_moe.checkpoint.quantization_keys import CACHE, RECORD, RUNTIME, 
 from jax_marlin_moe.checkpoint.schemes.stacks import bit_patterns, pack_stack, refuse_block_scales
 from jax_marlin_moe.checkpoint.schemes.storage import LogicalLinear, Scheme, check_shape, shape_of_rank
 from jax_marlin_moe.checkpoint.schemes.values import bad_block_scales
+from jax_marlin_moe.checkpoint.schemes.words import unpack_nibbles
 from jax_marlin_moe.checkpoint.stated import E4M3_ALGORITHMS, Assumed, algorithm_of, check_stated
 from jax_marlin_moe.checkpoint.tensors import TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -65,8 +66,7 @@ _MXFP4 = Assumed(
 
 def decode_fp4(weight: Array, scale: Array, global_scale: Array | None = None) -> LogicalLinear:
     """MXFP4 and NVFP4: two e2m1 codes per byte of [N, K / 2], the low nibble first; scales [N, K / group] as bits."""
-    codes = jnp.stack([weight & 15, weight >> 4], axis=-1).reshape(weight.shape[0], -1)
-    return LogicalLinear(codes.T, scale.T, None, global_scale)
+    return LogicalLinear(unpack_nibbles(weight, 1).T, scale.T, None, global_scale)
 
 
 def is_zero_fp4(weight: np.ndarray, scale: np.ndarray) -> bool:

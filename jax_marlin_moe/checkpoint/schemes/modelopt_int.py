@@ -14,10 +14,12 @@ from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, pack_st
 from jax_marlin_moe.checkpoint.schemes.storage import (
     LogicalLinear,
     Scheme,
-    check_finite,
     int4_group_size,
+    number_of_groups,
+    read_float_scales,
     shape_of_rank,
 )
+from jax_marlin_moe.checkpoint.schemes.words import unpack_nibbles
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -29,9 +31,7 @@ ALGORITHMS = ("W4A8_AWQ", "W4A16_AWQ")
 
 def decode_modelopt_awq(weight: Array, weight_scale: Array) -> LogicalLinear:
     """4-bit AWQ of ModelOpt: bytes [N / 2, K], signed, the even output feature in the low nibble; scales [N, K / g]."""
-    rows, k = weight.shape
-    codes = jnp.stack([weight & 15, weight >> 4], axis=1).reshape(2 * rows, k)
-    return LogicalLinear((codes ^ 8).T, weight_scale.T)  # two's complement, with an offset of 8
+    return LogicalLinear((unpack_nibbles(weight, 0) ^ 8).T, weight_scale.T)  # two's complement, with an offset of 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +85,8 @@ class ModelOptAwqStorage(Scheme):
         """Bytes and scales."""
         if n % 2:
             raise files.fault(linear.name(".weight"), f"holds pairs of output features; N = {n} is odd")
-        groups = 1 if self.group_size is None else k // self.group_size
         weight = linear.read(files, ".weight", (n // 2, k), ("U8",), rows=1)
-        scale = linear.read(files, ".weight_scale", (n, groups), FLOATS, rows=1 if groups > 1 else None)
-        check_finite(files, linear.name(".weight_scale"), scale)
-        return weight, scale
+        return weight, read_float_scales(files, linear, ".weight_scale", n, number_of_groups(k, self.group_size))
 
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""

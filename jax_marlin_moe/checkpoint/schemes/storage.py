@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int32, Shaped, UInt8
 from jax_marlin_moe.checkpoint.linears import Linear
 from jax_marlin_moe.checkpoint.quantization import Quantization
 from jax_marlin_moe.checkpoint.quantization_keys import Method
-from jax_marlin_moe.checkpoint.tensors import TensorFolder
+from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
 
 
@@ -125,6 +125,17 @@ def check_finite(files: TensorFolder, name: str, values: np.ndarray) -> None:
     """Raises ValueError, naming file and tensor, where there are infinities or NaN."""
     if not np.isfinite(values.astype(np.float32, copy=False)).all():
         raise files.fault(name, "holds infinities or NaN; every scale must be finite")
+
+
+def read_float_scales(files: TensorFolder, linear: Linear, suffix: str, n: int, groups: int) -> np.ndarray:
+    """Float scales [n, groups] of a linear.
+
+    Raises:
+        ValueError: their shape or dtype is another, or some are not finite; names file and tensor.
+    """
+    scales = linear.read(files, suffix, (n, groups), FLOATS, rows=1 if groups > 1 else None)
+    check_finite(files, linear.name(suffix), scales)
+    return scales
 
 
 def number_of_groups(k: int, group_size: int | None) -> int:

@@ -17,10 +17,12 @@ from jax_marlin_moe.checkpoint.schemes.stacks import check_float_scales, pack_st
 from jax_marlin_moe.checkpoint.schemes.storage import (
     LogicalLinear,
     Scheme,
-    check_finite,
     int4_group_size,
+    number_of_groups,
+    read_float_scales,
     shape_of_rank,
 )
+from jax_marlin_moe.checkpoint.schemes.words import unpack_nibbles
 from jax_marlin_moe.checkpoint.stated import Assumed, check_stated
 from jax_marlin_moe.checkpoint.tensors import FLOATS, TensorFolder
 from jax_marlin_moe.formats import get_format
@@ -39,8 +41,7 @@ _SCALE = ".weight_scale_inv"  # a multiplier, whatever its name
 
 def decode_w4afp8(weight: Array, scale: Array) -> LogicalLinear:
     """W4AFP8: bytes [N, K / 2], two's complement, the even input feature in the low nibble; scales [N, K / g]."""
-    codes = jnp.stack([weight & 15, weight >> 4], axis=-1).reshape(weight.shape[0], -1)
-    return LogicalLinear((codes ^ 8).T, scale.T)  # with an offset of 8
+    return LogicalLinear((unpack_nibbles(weight, 1) ^ 8).T, scale.T)  # with an offset of 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +96,8 @@ class W4AFp8Storage(Scheme):
         """Bytes and scales."""
         if k % 2:
             raise files.fault(linear.name(".weight"), f"holds pairs of input features; K = {k} is odd")
-        groups = 1 if self.group_size is None else k // self.group_size
         weight = linear.read(files, ".weight", (n, k // 2), ("I8",), rows=1).view(np.uint8)
-        scale = linear.read(files, _SCALE, (n, groups), FLOATS, rows=1 if groups > 1 else None)
-        check_finite(files, linear.name(_SCALE), scale)
-        return weight, scale
+        return weight, read_float_scales(files, linear, _SCALE, n, number_of_groups(k, self.group_size))
 
     def decode(self, order: Any, *tensors: Any) -> LogicalLinear:
         """Rows have no order of their own."""

@@ -1,8 +1,9 @@
-"""Codes in int32 words in ascending order of the bits, as most tools have them: docs/formats.md, "Source packings"."""
+"""Codes in words and bytes, ascending in their bits, as most tools have them: docs/formats.md, "Source packings"."""
 
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, UInt8
 
@@ -21,6 +22,12 @@ def unpack_along_k(words: Int32[Array, "*batch K/pf N"], bits: int = 4) -> UInt8
     *batch, rows, n = words.shape
     codes = split_words(words, tuple(range(32 // bits)), bits)  # (..., K/pf, N, pf)
     return codes.swapaxes(-1, -2).reshape(*batch, rows * 32 // bits, n)
+
+
+def unpack_nibbles(data: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
+    """The two codes of 4 bits of each byte, side by side along an axis, that of the low nibble first."""
+    codes = jnp.stack([data & 15, data >> 4], axis=axis + 1)
+    return codes.reshape(*data.shape[:axis], 2 * data.shape[axis], *data.shape[axis + 1 :])
 
 
 def zeros_are_baked(qzeros: np.ndarray, bits: int, *, less_one: bool = False) -> bool:
