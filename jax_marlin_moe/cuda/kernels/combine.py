@@ -61,6 +61,19 @@ class SlotSums:
     overlaps_predecessor: bool
     counted: bool = False
 
+    @property
+    def _facts(self) -> Facts:
+        """What either kernel is compiled with."""
+        return {
+            "element": ELEMENT_TYPES[self.dtype.name],
+            "tokens": self.tokens,
+            "top_k": self.top_k,
+            "experts": self.num_experts,
+            "routed_experts": self.routed_experts,
+            "mapped": self.expert_map is not None,
+            "counted": self.counted,
+        }
+
     def kernel(
         self,
         body: str,
@@ -72,13 +85,16 @@ class SlotSums:
         columns: int,
         columns_of_thread: int,
     ) -> Kernel:
-        """The kernel that sums `columns` of the slots' rows, `columns_of_thread` of one token in each thread."""
+        """The kernel that sums `columns` of the slots' rows, `columns_of_thread` of one token in each thread.
+
+        `facts` are those that the body has beside the common ones.
+        """
         threads = self.tokens * (columns // columns_of_thread)
         return Kernel(
             name=f"jmm_combine_m{self.tokens}",
             headers=("combine.cuh",),
             body=body,
-            structs={"Facts": facts},
+            structs={"Facts": self._facts | facts},
             pointers={
                 "partials": partials,
                 "topk_ids": Pointer(self.topk_ids, "int32"),
@@ -112,20 +128,13 @@ def combine_kernel(
     result = Pointer(sums.out, sums.dtype.name, written=True, offset=columns_of.start * sums.dtype.itemsize)
     rows = None if identity is None else Pointer(identity.x, identity.dtype.name)
     facts: Facts = {
-        "element": result.cpp_element,
-        "tokens": sums.tokens,
-        "top_k": sums.top_k,
         "partial": partials.cpp_element,
         "columns": len(columns_of),
         "result_columns": sums.columns,
-        "experts": sums.num_experts,
-        "routed_experts": sums.routed_experts,
-        "mapped": sums.expert_map is not None,
         "input": "jmm::Half" if rows is None else rows.cpp_element,
         "identity_experts": 0 if identity is None else identity.experts,
         "input_columns": 0 if identity is None else identity.columns,
         "places": places,
-        "counted": sums.counted,
     }
     of_input: dict[str, Bound] = {
         "x": rows,
@@ -145,17 +154,7 @@ def combine_kernel(
 def combine_four_columns_kernel(sums: SlotSums, pairs: bool) -> Kernel:
     """Sums each token's slots, whose rows are those of `packed_partials`, `pairs` as there."""
     result = Pointer(sums.out, sums.dtype.name, written=True)
-    facts: Facts = {
-        "element": result.cpp_element,
-        "tokens": sums.tokens,
-        "top_k": sums.top_k,
-        "columns": sums.columns,
-        "experts": sums.num_experts,
-        "routed_experts": sums.routed_experts,
-        "mapped": sums.expert_map is not None,
-        "counted": sums.counted,
-        "pairs": pairs,
-    }
+    facts: Facts = {"columns": sums.columns, "pairs": pairs}
     partials = Pointer(sums.partials, "float32")
     return sums.kernel(
         "CombineFourColumns<Facts>", facts, partials, {}, result, columns=sums.columns, columns_of_thread=8
