@@ -10,7 +10,6 @@ from jax_marlin_moe.cuda.kernels.epilogue import Epilogue
 from jax_marlin_moe.cuda.kernels.problem import UNIT, GemmShape
 from jax_marlin_moe.cuda.kernels.token_tiles import MOST_GROUPED_SLOTS, TokenTiles
 from jax_marlin_moe.cuda.kernels.transposed import TransposedTile, WgmmaTransposedTile
-from jax_marlin_moe.cuda.kernels.wgmma import WgmmaTile
 from jax_marlin_moe.cuda.limits import MOST_COUNTED, grid
 from jax_marlin_moe.cuda.program import Kernel
 from jax_marlin_moe.cuda.scheme import KERNELS, Tile
@@ -118,7 +117,7 @@ def gemm_kernel(
         body=(f"{tile.kernel}<jmm::Problem<Problem>, {tile.cpp}<Tile>, {found_tiles}, jmm::{epilogue.cpp}<Epilogue>>"),
         structs={
             "Problem": problem,
-            "Tile": tile.facts_for(expert_rows, shape.k) if expert_rows and isinstance(tile, WgmmaTile) else tile.facts,
+            "Tile": tile.facts(expert_rows, shape.k),
             "TokenTiles": token_tiles.facts,
             "Epilogue": epilogue.facts,
         },

@@ -39,9 +39,8 @@ class TransposedTile:
         """Threads of a CTA."""
         return 32 * self.warps
 
-    @property
-    def facts(self) -> Facts:
-        """What the kernel is compiled with."""
+    def facts(self, expert_rows: float | None, k: int) -> Facts:
+        """As for `WgmmaTile`, whatever the rows of an expert."""
         return dataclasses.asdict(self)
 
     @property

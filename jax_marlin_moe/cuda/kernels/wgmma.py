@@ -89,20 +89,17 @@ class WgmmaTile:
         """Registers of a thread that multiplies."""
         return consumer_registers(self.warpgroups_n * self.warpgroups_k, self.ctas_per_sm, self.producer_registers)
 
-    @property
-    def facts(self) -> Facts:
-        """What the kernel is compiled with."""
+    def facts(self, expert_rows: float | None, k: int) -> Facts:
+        """What the kernel is compiled with, for rows of `k` columns, `expert_rows` of an expert if that is known."""
+        counts = row_counts(self.tokens)
+        if expert_rows:
+            counts += likely_row_counts(self.tokens, expert_rows, k)
         return dataclasses.asdict(self) | {
             "producer_registers": self.producer_registers,
             "consumer_registers": self.consumer_registers,
             "other_registers": OTHER_CONSUMER_REGISTERS,
-            "row_counts": row_counts_fact(row_counts(self.tokens)),
+            "row_counts": row_counts_fact(counts),
         }
-
-    def facts_for(self, expert_rows: float, k: int) -> Facts:
-        """What the kernel is compiled with where experts have about so many rows of `k` columns."""
-        counts = {*row_counts(self.tokens), *likely_row_counts(self.tokens, expert_rows, k)}
-        return self.facts | {"row_counts": row_counts_fact(counts)}
 
     def stage_bytes(self, shape: GemmShape) -> int:
         """Tokens, weights, scales and zero points of one stage."""

@@ -85,9 +85,8 @@ class WgmmaByteTile:
         """Registers of a thread that multiplies."""
         return consumer_registers(self.warpgroups_n, self.ctas_per_sm, _PRODUCER_REGISTERS)
 
-    @property
-    def facts(self) -> Facts:
-        """What the kernel is compiled with."""
+    def facts(self, expert_rows: float | None, k: int) -> Facts:
+        """As for `WgmmaTile`, whatever the rows of an expert."""
         return dataclasses.asdict(self) | {
             "warpgroups_k": 1,
             "block_k": BLOCK_K,
