@@ -65,7 +65,6 @@ class SlotSums:
     def _facts(self) -> Facts:
         """What either kernel is compiled with."""
         return {
-            "element": ELEMENT_TYPES[self.dtype.name],
             "tokens": self.tokens,
             "top_k": self.top_k,
             "experts": self.num_experts,
@@ -94,7 +93,7 @@ class SlotSums:
             name=f"jmm_combine_m{self.tokens}",
             headers=("combine.cuh",),
             body=body,
-            structs={"Facts": self._facts | facts},
+            structs={"Facts": {"element": result.cpp_element} | self._facts | facts},
             pointers={
                 "partials": partials,
                 "topk_ids": Pointer(self.topk_ids, "int32"),
